@@ -1,0 +1,37 @@
+"""Makes `import torchvision` work on a CPU-only torch; does nothing where torchvision's own operators load.
+
+The one torchvision wheel on the package index is a CUDA build. Beside a CPU-only torch its `_C.so` does not load, and
+`import torchvision` then dies with `operator torchvision::nms does not exist`, taking timm and open_clip with it.
+Declaring the two operator schemas is enough for the transforms; `torchvision.ops.nms` itself stays unusable.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+SCHEMAS = {
+    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+_kept_alive: list[torch.library.Library] = []  # a collected Library takes its schemas with it
+
+
+def mend() -> list[str]:
+    """Declares the missing operators, if any. Returns the names declared here (empty on a working install)."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return []
+    extension = Path(spec.origin).parent / "_C.so"
+    if extension.exists():
+        try:
+            torch.ops.load_library(str(extension))
+        except OSError:
+            pass  # a CUDA build beside a CPU-only torch: declare what is missing below
+    missing = [name for name in SCHEMAS if not hasattr(torch.ops.torchvision, name)]
+    if missing:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        _kept_alive.append(library)
+        for name in missing:
+            library.define(SCHEMAS[name])
+    return missing
