@@ -78,14 +78,11 @@ def _serve() -> None:
     os.dup2(2, 1)  # whatever the imports and the ranks print goes to standard error
     import torch
 
-    torch.set_num_threads(1)
-    import deepspeed  # noqa: F401
-    import open_clip  # noqa: F401
-    import timm  # noqa: F401
-    import transformers  # noqa: F401
-    from transformers import CLIPTextModel  # noqa: F401
+    import amclip_ds  # noqa: F401  first: it mends torchvision, which timm and open_clip import
 
-    import amclip_ds  # noqa: F401
+    torch.set_num_threads(1)
+    for module in ("deepspeed", "timm", "open_clip", "transformers.models.clip.modeling_clip"):
+        importlib.import_module(module)
 
     while True:
         try:
