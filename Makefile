@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all their own set-up; `make help` lists the rest.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+export HF_HUB_OFFLINE ?= 1
+OUT ?= out/demo
+
+.PHONY: help demo test nightly check setup clean
+
+help: ## what there is to make
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: setup ## synthetic shards -> a tiny A-CLIP trained by DeepSpeed on 2 processes -> accuracy and pictures in OUT
+	@$(BIN)/amclip demo --out $(OUT) --setup-seconds $$(cat .cache/setup-seconds)
+
+test: setup ## every test but the nightly matrices
+	$(BIN)/python -m pytest -m "not nightly and not gpu"
+
+nightly: setup ## the full matrices (hours)
+	$(BIN)/python -m pytest -m "nightly"
+
+check: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: .cache/setup-seconds ## the virtual environment, the pinned packages, the communication op
+
+.cache/setup-seconds: pyproject.toml constraints.txt
+	@mkdir -p .cache
+	@bash .ci/setup.sh "$(PYTHON)" "$(VENV)"
+
+clean: ## removes the environment and what was built
+	rm -rf $(VENV) .cache out

@@ -1,0 +1,204 @@
+"""What a run writes down: metrics.jsonl, eval.jsonl, incidents.jsonl, out.log, TensorBoard, and the live line.
+
+Every file is appended to and flushed line by line. A resume calls `supersede` first, which moves rows past the
+checkpoint's step to *.superseded.jsonl, so that no step stands twice.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+STEPPED = ("metrics", "sample_ids", "eval")  # the files whose rows carry a step
+
+
+@dataclass
+class LogConfig:
+    """How often and where to a run reports."""
+
+    every_steps: int = 10
+    """A line in metrics.jsonl and on the screen every so many steps (the first and the last step always)."""
+    tensorboard: bool = True
+    """Also write RUN/tensorboard."""
+    wandb_project: str | None = None
+    """Also report to this Weights & Biases project (pip install 'amclip_ds[track]')."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ValueError(f"log.every_steps: {self.every_steps} is below 1")
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Appends one JSON line with a single write, so that several processes may append to the same file."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file so that a kill leaves the old one or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a jsonl file; a last line torn by a kill is left out. Empty if there is no file."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def supersede(folder: Path, step: int) -> None:
+    """Moves the rows of steps after `step` aside, before a resume writes those steps again. Rank 0 only."""
+    for name in STEPPED:
+        path = folder / f"{name}.jsonl"
+        rows = read_lines(path)
+        late = [row for row in rows if row["step"] > step]
+        for row in late:
+            append_line(folder / f"{name}.superseded.jsonl", row)
+        if path.exists():
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+
+
+class Record:
+    """A run's pen. On ranks other than 0 only incidents are written.
+
+    folder: the run's folder, existing. total_steps: for the progress line. samples_per_epoch: likewise.
+    """
+
+    def __init__(
+        self, folder: Path, config: LogConfig, *, rank: int, world_size: int, attempt: int, total_steps: int,
+        samples_per_epoch: int, first_step: int = 0, run_config: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.config, self.rank, self.world_size, self.attempt = folder, config, rank, world_size, attempt
+        self.total_steps, self.samples_per_epoch = total_steps, samples_per_epoch
+        self.is_main = rank == 0
+        self.step = first_step
+        self._sinks: list[Callable[[int, dict[str, float]], None]] = []
+        self._closers: list[Callable[[], None]] = []
+        self._log = (folder / "out.log").open("a", buffering=1) if self.is_main else None
+        self._progress: Any = None
+        if self.is_main:
+            self._open_trackers(run_config or {})
+            if sys.stdout.isatty():
+                self._open_progress(first_step)
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step is one of those reported."""
+        return step % self.config.every_steps == 0 or step == self.total_steps or step == 1
+
+    def say(self, text: str) -> None:
+        """One line on the screen and in out.log. Rank 0 only; others are silent."""
+        if self._log is None:
+            return
+        self._log.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n")
+        if self._progress:
+            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def metrics(self, row: dict[str, Any], note: str = "") -> None:
+        """One step's numbers: metrics.jsonl, the trackers, and the greppable line (open_clip's) with `note` after it."""
+        self.step = row["step"]
+        if not self.is_main:
+            return
+        append_line(self.folder / "metrics.jsonl", row)
+        numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+        for sink in self._sinks:
+            sink(row["step"], numbers)
+        line = self._line(row) + (f" | {note}" if note else "")
+        if self._progress and self._log is not None:
+            self._log.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
+            self._progress.update(self._task, completed=row["step"], loss=row["loss"], rate=row["samples_per_s"])
+        else:
+            self.say(line)
+
+    def sample_ids(self, step: int, ids: list[int]) -> None:
+        """The sample ids of one step, in global order."""
+        if self.is_main:
+            append_line(self.folder / "sample_ids.jsonl", {"step": step, "ids": ids})
+
+    def evaluation(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Rows of an evaluation: eval.jsonl and the trackers."""
+        for row in rows if self.is_main else ():
+            append_line(self.folder / "eval.jsonl", row)
+            scores = {f"eval/{row['weights']}/{row['dataset']}/{k}": float(v) for k, v in row["metrics"].items()
+                      if isinstance(v, int | float)}  # fmt: skip
+            for sink in self._sinks:
+                sink(row["step"], scores)
+
+    def incident(self, kind: str, cause: str, *, shard: str = "", key: str = "", action: str = "") -> None:
+        """Something that should not have happened, and what was done about it. Any rank."""
+        append_line(self.folder / "incidents.jsonl", {
+            "time": round(time.time(), 3), "attempt": self.attempt, "step": self.step, "rank": self.rank,
+            "kind": kind, "shard": shard, "key": key, "cause": cause, "action": action,
+        })  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the live line and closes every file."""
+        for closer in self._closers:
+            closer()
+        self._closers.clear()
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _line(self, row: dict[str, Any]) -> str:
+        seen = row["samples_seen"] % self.samples_per_epoch
+        return (
+            f"Train Epoch: {row['epoch']} [{seen}/{self.samples_per_epoch} ({100 * seen / self.samples_per_epoch:.0f}%)]"
+            f" Step: {row['step']}/{self.total_steps} Data (t): {row['data_wait_s']:.3f} Batch (t): {row['step_s']:.3f}"
+            f" {row['samples_per_s']:.1f}/s, {row['samples_per_s'] / self.world_size:.1f}/s/gpu LR: {row['lr']:.6f}"
+            f" Logit Scale: {row['logit_scale']:.3f} Contrastive: {row['loss_contrastive']:.4f}"
+            f" O2O: {row['loss_o2o']:.4f} O2E: {row['loss_o2e']:.4f} Loss: {row['loss']:.4f}"
+        )
+
+    def _open_trackers(self, run_config: dict[str, Any]) -> None:
+        if self.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+            self._sinks.append(lambda step, row: [writer.add_scalar(name, value, step) for name, value in row.items()])  # type: ignore[arg-type,return-value]
+            self._closers.append(writer.close)
+        if self.config.wandb_project:
+            import wandb
+
+            run = wandb.init(project=self.config.wandb_project, name=self.folder.name, dir=self.folder,
+                             id=self.folder.name, resume="allow", config=run_config)  # fmt: skip
+            self._sinks.append(lambda step, row: run.log(row, step=step))
+            self._closers.append(run.finish)
+
+    def _open_progress(self, first_step: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.fields[rate]:.0f} samples/s"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self._progress.start()
+        self._task = self._progress.add_task("train", total=self.total_steps, completed=first_step, loss=0.0, rate=0.0)
