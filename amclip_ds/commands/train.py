@@ -1,0 +1,36 @@
+"""Trains a recipe. Alone it uses one process; with --procs N it starts N; it also runs under torchrun, deepspeed and srun.
+
+  amclip train aclip-tiny data.train='/data/{00000..00099}.tar' run.steps=1000 --procs 2
+  torchrun --nproc-per-node 4 -m amclip_ds train aclip-vitb16 data.train=/data/cc12m
+  amclip recipes aclip-vitb16        what can be set, and what it means
+
+The last line printed is the run's folder. Started again with the same arguments, it goes on from its newest checkpoint.
+"""
+
+import argparse
+import sys
+
+HELP = "train a recipe"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name (amclip recipes) or the path of a yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the recipe")
+    parser.add_argument("--procs", type=int, metavar="N", help="start N processes on this machine (one per GPU or core)")
+    parser.add_argument("--resume", default="auto", metavar="auto|PATH|never",
+                        help="auto (default): go on from the newest valid checkpoint, start fresh only if there is none")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    from amclip_ds import config
+
+    settings = config.load(args.recipe, args.overrides)
+    if args.procs is not None:
+        from amclip_ds.launch import run_ranks
+
+        config.plan_batch(settings.batch, args.procs)  # a mistake is told once, not by every rank
+        argv = ["train", args.recipe, *args.overrides, "--resume", args.resume]
+        return run_ranks([sys.executable, "-m", "amclip_ds", *argv], args.procs, settings.run.out)
+    from amclip_ds.train import train
+
+    return train(settings, resume=args.resume)
