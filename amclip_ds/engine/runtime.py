@@ -1,0 +1,137 @@
+"""Who am I among the ranks? `start()` joins the process group and tells a Runtime; `stop()` leaves it.
+
+This is the one module that reads os.environ for a run (placement.py says what it means). Nothing here seeds a random
+generator or imports MPI.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from amclip_ds.engine.placement import Placement, device_index, discover
+from amclip_ds.errors import AmclipError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process in the running group. `device` is the one this rank computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    num_nodes: int
+    node_rank: int
+    device: "torch.device"
+    launcher: str
+    is_main: bool
+    note: str = ""
+
+
+def start(timeout_s: float = 600.0) -> Runtime:
+    """Joins the process group through DeepSpeed: NCCL on GPUs, gloo elsewhere. Collective: every rank must call.
+
+    `timeout_s` bounds the meeting and every later collective. Raises UserError for a wrong environment or a port in
+    use, AmclipError when the other ranks cannot be reached.
+    """
+    import torch
+
+    place = discover(os.environ)
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device_index(place, num_devices)
+    device = torch.device("cpu") if index is None else torch.device("cuda", index)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    port = place.master_port or _free_port()
+    # DeepSpeed and torch read these; DeepSpeed takes LOCAL_RANK for the index of the device, which is 0 for every task
+    # that was bound to one GPU.
+    os.environ.update(
+        RANK=str(place.rank), WORLD_SIZE=str(place.world_size), MASTER_ADDR=place.master_addr, MASTER_PORT=str(port),
+        LOCAL_RANK=str(place.local_rank if index is None else index),
+    )  # fmt: skip
+    os.environ.pop("LOCAL_SIZE", None)  # switches DeepSpeed's shared memory all-reduce on, which waits without a limit
+    if device.type == "cpu":
+        prepare_extensions(announce=place.rank == 0)
+    _init_process_group(place, port, device, timeout_s)
+    return Runtime(
+        rank=place.rank, world_size=place.world_size, local_rank=place.local_rank,
+        local_world_size=place.local_world_size, num_nodes=place.num_nodes, node_rank=place.node_rank, device=device,
+        launcher=place.launcher, is_main=place.rank == 0, note=place.note,
+    )  # fmt: skip
+
+
+def stop(runtime: Runtime) -> None:
+    """Leaves the process group, if it still stands."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def extensions_dir(env: Mapping[str, str]) -> Path:
+    """Where compiled ops live: TORCH_EXTENSIONS_DIR, else a folder of this checkout or environment alone.
+
+    torch's own default, in the home folder, is shared by all environments, which then undo each other's builds.
+    """
+    if env.get("TORCH_EXTENSIONS_DIR"):
+        return Path(env["TORCH_EXTENSIONS_DIR"])
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / "pyproject.toml").is_file():
+        return checkout / ".cache" / "torch_extensions"
+    return Path(sys.prefix) / "torch_extensions"
+
+
+def prepare_extensions(announce: bool) -> Path:
+    """Sets TORCH_EXTENSIONS_DIR for this process; says so if the communication op must be compiled now."""
+    folder = extensions_dir(os.environ)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    op = folder / "deepspeed_shm_comm"
+    if announce and not (op / "deepspeed_shm_comm.so").exists():
+        print(
+            f"compiling DeepSpeed's communication op into {op} (once, about a minute;"
+            f" `python -m amclip_ds.engine.build_ops` does it ahead; if this hangs after a killed build,"
+            f" remove {op / 'lock'})",
+            flush=True,
+        )
+    return folder
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _init_process_group(place: Placement, port: int, device: "torch.device", timeout_s: float) -> None:
+    """The meeting itself; its failures as one line. Collective: every rank must call."""
+    import logging
+
+    # DeepSpeed logs to standard output on import and on start; a run's own lines should stand alone there.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import torch.distributed
+
+    where = f"{place.master_addr}:{port}"
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the op's loader prints on every rank
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False,
+                timeout=timedelta(seconds=timeout_s),
+            )  # fmt: skip
+    except (torch.distributed.DistError, RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split())[:300]
+        if "EADDRINUSE" in text or "address already in use" in text.lower():
+            raise UserError(f"MASTER_PORT: port {port} on {place.master_addr} is in use; set another one") from None
+        raise AmclipError(
+            f"rank {place.rank} on {socket.gethostname()} could not meet the others at {where}"
+            f" (MASTER_ADDR, MASTER_PORT; {place.world_size} ranks, {timeout_s:.0f} s): {text}"
+        ) from error
