@@ -1,6 +1,17 @@
 """Optimizer, parameter groups (weight decay, learning-rate scales) and schedules as functions of the update."""
 
+import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+# These look at a whole tensor (its norm, its factors): wrong on a shard of one, so they need ZeRO stage 0.
+WHOLE_TENSOR = frozenset({"lamb", "adafactor", "muon"})
+NAMES = ("adamw", "sgd", "lion", "lamb", "adafactor", "muon")
 
 
 @dataclass
@@ -33,14 +44,105 @@ class OptimConfig:
     """Factor on the learning rate of the text tower."""
 
     def __post_init__(self) -> None:
-        names = ("adamw", "sgd", "lion", "lamb", "adafactor", "muon")
-        if self.name not in names:
-            raise ValueError(f"optim.name: {self.name!r} is none of {', '.join(names)}")
+        if self.name not in NAMES:
+            raise ValueError(f"optim.name: {self.name!r} is none of {', '.join(NAMES)}")
         if len(self.betas) != 2 or not all(0.0 <= b < 1.0 for b in self.betas):
             raise ValueError(f"optim.betas: {list(self.betas)} must be two numbers in [0, 1)")
         if not 0.0 < self.layer_decay <= 1.0:
             raise ValueError(f"optim.layer_decay: {self.layer_decay} is outside (0, 1]")
-        for key in ("lr", "weight_decay", "eps", "momentum", "warmup_steps", "warmup_start_lr", "final_lr",
-                    "clip_grad_norm", "vision_lr_scale", "text_lr_scale"):
+        for key in (
+            "lr",
+            "weight_decay",
+            "eps",
+            "momentum",
+            "warmup_steps",
+            "warmup_start_lr",
+            "final_lr",
+            "clip_grad_norm",
+            "vision_lr_scale",
+            "text_lr_scale",
+        ):
             if getattr(self, key) < 0:
                 raise ValueError(f"optim.{key}: {getattr(self, key)} must be 0 or more")
+
+
+def lr_at(updates: int, total_updates: int, config: OptimConfig) -> float:
+    """Learning rate of the update that follows `updates` applied ones: linear warm-up, then a cosine."""
+    if updates < config.warmup_steps:
+        return config.warmup_start_lr + (config.lr - config.warmup_start_lr) * updates / config.warmup_steps
+    progress = (updates - config.warmup_steps) / max(1, total_updates - config.warmup_steps)
+    return cosine(config.lr, config.final_lr, progress)
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """From start (progress 0) to end (progress 1 and beyond) on half a cosine."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
+    """The trainable parameters by weight decay and learning-rate scale, each group {params, names, weight_decay, lr,
+    lr_scale}. Whoever sets the learning rate gives a group lr * lr_scale.
+
+    No decay: fewer than two dimensions (biases, norms, the logit scale). Order: that of the first member's appearance.
+    """
+    named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    depths = {tower: _depth(tower, (name for name, _ in named)) for tower in ("vision", "text")}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in named:
+        # Under ZeRO-3 a parameter is an empty vector between its uses; its true shape is ds_shape.
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        decay = config.weight_decay if dimensions >= 2 else 0.0
+        scale = lr_scale(name, depths, config)
+        fresh = {"params": [], "names": [], "weight_decay": decay, "lr": config.lr * scale, "lr_scale": scale}
+        group = groups.setdefault((decay, scale), fresh)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def lr_scale(name: str, depths: dict[str, int], config: OptimConfig) -> float:
+    """Factor on a parameter's learning rate: its tower's scale, times layer_decay per layer between it and the top.
+
+    Layer 0 is a tower's embeddings, then come its blocks; final norm, projections and heads are the top.
+    """
+    tower = name.split(".", 1)[0]
+    if tower not in depths:
+        return 1.0
+    tower_scale = config.vision_lr_scale if tower == "vision" else config.text_lr_scale
+    block = _block(name)
+    if block is not None:
+        layer = block + 1
+    elif name.startswith(("vision.norm.", "text.final_layer_norm.")):
+        layer = depths[tower] + 1
+    else:
+        layer = 0
+    return tower_scale * config.layer_decay ** (depths[tower] + 1 - layer)
+
+
+def _block(name: str) -> int | None:
+    found = re.match(r"(?:vision\.blocks|text\.encoder\.layers)\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _depth(tower: str, names: Iterable[str]) -> int:
+    blocks = [_block(name) for name in names if name.startswith(f"{tower}.")]
+    return max((block + 1 for block in blocks if block is not None), default=0)
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of config.name over the groups of parameter_groups; torch's own, or timm's where torch has none."""
+    betas = (config.betas[0], config.betas[1])
+    lr, decay = config.lr, config.weight_decay
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True, lr=lr, weight_decay=decay)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, lr=lr, weight_decay=decay)
+    if config.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=lr, weight_decay=decay)
+    from timm.optim import Lamb, Lion, Muon  # here: timm costs seconds to import
+
+    if config.name == "lion":
+        return Lion(groups, betas=betas, lr=lr, weight_decay=decay)
+    if config.name == "lamb":
+        return Lamb(groups, betas=betas, eps=config.eps, lr=lr, weight_decay=decay)
+    return Muon(groups, momentum=config.momentum, betas=betas, lr=lr, weight_decay=decay)

@@ -1,6 +1,13 @@
-"""The text tower: transformers' CLIP text transformer, pooled at the first end token."""
+"""The text tower: transformers' CLIP text transformer, pooled at the first end token.
+
+Shapes: B batch, T tokens, W width.
+"""
 
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -35,3 +42,57 @@ class TextConfig:
             raise ValueError(f"model.text.checkpoint_every: {self.checkpoint_every} must be 0 or more")
         if self.context_length < 3:
             raise ValueError(f"model.text.context_length: {self.context_length} must be at least 3")
+
+
+class TextTower(nn.Module):
+    """The modules of transformers' CLIPTextModel under their own names, with a forward that needs no mask tensor.
+
+    Own forward, since CLIPTextEmbeddings reads its submodule's weight shape (empty under ZeRO-3 until it is called) and
+    CLIPTextModel builds a mask where SDPA's is_causal is enough.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        # Imported here: it costs seconds, and whoever only reads a config needs none of it.
+        from transformers.models.clip import CLIPTextConfig, CLIPTextModel
+
+        clip = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.width,
+                intermediate_size=int(config.width * config.mlp_ratio),
+                num_hidden_layers=config.depth,
+                num_attention_heads=config.heads,
+                max_position_embeddings=config.context_length,
+                hidden_act=config.activation,
+                layer_norm_eps=1e-5,
+                eos_token_id=config.eos_token_id,
+                attn_implementation="sdpa",  # type: ignore[call-arg]  # of the base class
+            )
+        )
+        self.eos_token_id = config.eos_token_id
+        self.checkpoint_every = config.checkpoint_every
+        self.width = config.width
+        self.embeddings = clip.embeddings
+        self.encoder = clip.encoder
+        self.final_layer_norm = clip.final_layer_norm
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids [B, T] int64, T at most the context length -> feature at the first end token, normed [B, W].
+
+        Attention is causal, so the tokens after the end token change nothing: texts may be trimmed to the longest of a
+        batch. A row without an end token is the caller's mistake and is read at its first place.
+        """
+        B, T = token_ids.shape
+        context_length = self.embeddings.position_embedding.num_embeddings
+        if context_length < T:
+            raise ValueError(f"model.text.context_length: a text of {T} tokens is longer than {context_length}")
+        positions = torch.arange(T, device=token_ids.device)
+        x = self.embeddings.token_embedding(token_ids) + self.embeddings.position_embedding(positions)
+        for index, layer in enumerate(self.encoder.layers):
+            if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
+                x = checkpoint(layer, x, None, is_causal=True, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, None, is_causal=True)
+        end = (token_ids == self.eos_token_id).int().argmax(dim=-1)
+        return self.final_layer_norm(x[torch.arange(B, device=x.device), end])

@@ -1,6 +1,19 @@
-"""The vision tower: a timm ViT that can drop tokens between patch embedding and blocks, and score its patches."""
+"""The vision tower: a timm ViT that can drop tokens between patch embedding and blocks, and score its patches.
 
+Shapes: B batch (all views of it), N patches, K kept, D width. timm is imported where it is used, since reading a config
+imports this module and timm costs seconds.
+"""
+
+import difflib
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from amclip_ds.model.masking import TokenMask
+from amclip_ds.model.scoring import run_block_with_cls_row
 
 
 @dataclass
@@ -37,3 +50,139 @@ class VisionConfig:
                 raise ValueError(f"model.vision.{key}: {value} must be positive")
         if self.width and self.heads and self.width % self.heads:
             raise ValueError(f"model.vision.heads: {self.heads} does not divide model.vision.width {self.width}")
+
+
+def build_vit(config: VisionConfig) -> Any:
+    """The timm ViT of that name, uninitialised. Raises ValueError, in one line, for what the tower cannot hold."""
+    import timm
+
+    overrides: dict[str, Any] = {
+        "patch_size": config.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+        "mlp_ratio": config.mlp_ratio,
+    }
+    if not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name, timm.list_models("*vit*"), n=1, cutoff=0.3)
+        raise ValueError(f"model.vision.name: timm has no {config.name!r}" + (f"; nearest: {near[0]}" if near else ""))
+    try:
+        vit = timm.create_model(
+            config.name,
+            num_classes=0,
+            img_size=config.image_size,
+            dynamic_img_size=True,
+            global_pool="token",
+            weight_init="skip",
+            **{key: value for key, value in overrides.items() if value is not None},
+        )
+    except (TypeError, AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"model.vision.name: {config.name!r} cannot be the tower: {reason}") from error
+    unfit = _why_unfit(vit)
+    if unfit:
+        raise ValueError(f"model.vision.name: {config.name!r} cannot be the tower: {unfit}")
+    return vit
+
+
+def _why_unfit(vit: Any) -> str | None:
+    from timm.layers import PatchEmbed
+    from timm.models.vision_transformer import Attention, Block, VisionTransformer
+
+    if type(vit) is not VisionTransformer:
+        return f"it is a {type(vit).__name__}, not timm's plain VisionTransformer"
+    if vit.cls_token is None:
+        return "it has no class token"
+    if vit.num_prefix_tokens != 1:
+        return "it has register tokens"
+    if vit.pos_embed is None:
+        return "it has no learned position embedding"
+    if type(vit.patch_embed) is not PatchEmbed:
+        return f"its patches come from a {type(vit.patch_embed).__name__}"
+    if not all(type(block) is Block and type(block.attn) is Attention for block in vit.blocks):
+        return "its blocks are not timm's plain ones"
+    attention = vit.blocks[0].attn
+    if getattr(attention, "gate", None) is not None or not isinstance(
+        getattr(attention, "norm", nn.Identity()), nn.Identity
+    ):
+        return "its attention is gated or normalised"
+    return None
+
+
+def patch_grid(config: VisionConfig, image_size: int | None = None) -> int:
+    """Patches along a side of an image (default: the training size), without building any weight.
+
+    Raises ValueError where the patch does not divide the image.
+    """
+    with torch.device("meta"):
+        patch = build_vit(config).patch_embed.patch_size[0]
+    return _grid(image_size or config.image_size, patch)
+
+
+def _grid(image_size: int, patch: int) -> int:
+    if image_size % patch:
+        raise ValueError(f"model.vision.image_size: {image_size} is not a multiple of the patch size {patch}")
+    return image_size // patch
+
+
+class VisionTower(nn.Module):
+    """A timm ViT's modules under their own names, with token removal and CLS-row scores in the forward."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        vit = build_vit(config)
+        self.checkpoint_every = config.checkpoint_every
+        self.patch_size: int = vit.patch_embed.patch_size[0]
+        self.grid: int = _grid(config.image_size, self.patch_size)
+        self.width: int = vit.embed_dim
+        self.cls_has_position: bool = not vit.no_embed_class
+        self.patch_embed = vit.patch_embed
+        self.cls_token = vit.cls_token
+        self.pos_embed = vit.pos_embed
+        self.token_mask = TokenMask()
+        self.norm_pre = vit.norm_pre
+        self.blocks = vit.blocks
+        self.norm = vit.norm
+        if config.freeze_patch_embed:
+            self.patch_embed.requires_grad_(False)
+
+    def forward(
+        self, images: Tensor, keep_indices: Tensor | None = None, with_scores: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """images [B, 3, H, W] (any size the patch divides), keep_indices [B, K] -> CLS feature [B, D].
+
+        with_scores: also scores [B, N] fp32, the mean over all blocks and heads of how much CLS attends to each patch;
+        the CLS column is dropped after the softmax and not renormalised.
+        """
+        x = self._embed(images, keep_indices)
+        if not with_scores:
+            return self.norm(self._run_blocks(x))[:, 0]
+        rows = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
+        num_heads = 0
+        for block in self.blocks:
+            x, row = run_block_with_cls_row(block, x)
+            rows = rows + row
+            num_heads += block.attn.num_heads
+        return self.norm(x)[:, 0], rows[:, 1:] / num_heads
+
+    def _embed(self, images: Tensor, keep_indices: Tensor | None) -> Tensor:
+        """Patchify, add positions, remove tokens, prepend CLS: [B, 1 + K, D]."""
+        x = self.patch_embed(images.to(self.cls_token.dtype))  # [B, h, w, D]
+        B, height, width, _ = x.shape
+        prefix = int(self.cls_has_position)
+        positions = self.pos_embed
+        if (height, width) != (self.grid, self.grid):
+            from timm.layers import resample_abs_pos_embed
+
+            positions = resample_abs_pos_embed(positions, [height, width], [self.grid, self.grid], prefix)
+        x = self.token_mask(x.flatten(1, 2) + positions[:, prefix:], keep_indices)
+        cls = self.cls_token + positions[:, :1] if self.cls_has_position else self.cls_token
+        return self.norm_pre(torch.cat([cls.expand(B, -1, -1), x], dim=1))
+
+    def _run_blocks(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # no dropout in any tower
+            else:
+                x = block(x)
+        return x

@@ -1,0 +1,53 @@
+"""Batch norm over all ranks, in fp32 whatever the model's dtype, on any device.
+
+torch.nn.SyncBatchNorm refuses CPU tensors, and BatchNorm1d fails under a bf16 engine, whose buffers stay fp32.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class BatchNorm(nn.Module):
+    """Normalises each channel over the rows of all ranks. Parameter and buffer names are torch's."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor, all_reduce_sum: Callable[[Tensor], Tensor]) -> Tensor:
+        """x [B, C] -> [B, C] in x's dtype. Collective in training mode: every rank must call.
+
+        all_reduce_sum must carry gradients (its backward sums over the ranks).
+        """
+        x32 = x.float()
+        if self.training:
+            mean, variance = self._batch_statistics(x32, all_reduce_sum)
+        else:
+            mean, variance = self.running_mean.float(), self.running_var.float()
+        out = (x32 - mean) * torch.rsqrt(variance + self.eps) * self.weight.float() + self.bias.float()
+        return out.to(x.dtype)
+
+    def _batch_statistics(self, x: Tensor, all_reduce_sum: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        count = x.new_full((1,), float(x.shape[0]))
+        total = all_reduce_sum(torch.cat([count, x.sum(0), x.square().sum(0)]))
+        rows = total[0].detach()
+        mean, mean_square = (total[1:] / rows).chunk(2)
+        variance = (mean_square - mean.square()).clamp(min=0.0)
+        with torch.no_grad():
+            unbiased = variance * (rows / (rows - 1).clamp(min=1.0))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked += 1
+        return mean, variance

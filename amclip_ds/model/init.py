@@ -1,0 +1,158 @@
+"""Initial weights: each parameter from its own generator, keyed by (seed, name), so that every rank, stage and machine
+starts alike, and one shard can be made without the rest.
+
+Sources: timm's ViT and CLIP's text initialisation as the published code uses them; torch's defaults for the heads.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from amclip_ds.model.amclip import ModelConfig
+
+SINCOS_SCALE = 0.3
+LAYER_SCALE = 1e-5
+LOGIT_SCALE = {"softmax": math.log(1 / 0.07), "sigmoid": math.log(10.0)}
+LOGIT_BIAS = -10.0
+
+Shape = Sequence[int]
+Rule = Callable[[np.random.Generator, Shape, ModelConfig], Tensor]
+
+
+def init_tensor(name: str, shape: Shape, seed: int, model: ModelConfig, loss_kind: str = "softmax") -> Tensor:
+    """The initial value of one parameter or buffer of AClip or TeacherModel, whole, fp32 (counters int64), on the CPU.
+
+    Raises KeyError for a name without a rule.
+    """
+    if name == "logit_scale":
+        return torch.full(tuple(shape), LOGIT_SCALE[loss_kind])
+    if name == "logit_bias":
+        return torch.full(tuple(shape), LOGIT_BIAS)
+    for pattern, rule in RULES:
+        if re.fullmatch(pattern, name):
+            return rule(generator(seed, name), shape, model)
+    raise KeyError(f"no rule to initialise {name}")
+
+
+def generator(seed: int, name: str) -> np.random.Generator:
+    """Philox keyed by (seed, name): the same numbers on every machine, whatever was drawn before."""
+    key = np.frombuffer(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int, model: ModelConfig, loss_kind: str = "softmax") -> None:
+    """Initialises every parameter and persistent buffer of an AClip or TeacherModel in place, at any dtype or device.
+
+    Everything is filled with NaN first, so that whatever is forgotten shows: raises RuntimeError naming it.
+    """
+    tensors = {**dict(module.named_parameters()), **persistent_buffers(module)}
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+    for name, tensor in tensors.items():
+        tensor.copy_(init_tensor(name, tensor.shape, seed, model, loss_kind))
+    check_initialised(tensors)
+
+
+def check_initialised(tensors: dict[str, Tensor]) -> None:
+    """Raises RuntimeError naming the tensors that still hold NaN."""
+    forgotten = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.isnan().any()]
+    if forgotten:
+        raise RuntimeError(f"not initialised: {', '.join(forgotten)}")
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the state (batch norm's), by name."""
+    state = module.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in module.named_buffers() if name in state}
+
+
+def _constant(value: float) -> Rule:
+    return lambda draw, shape, model: torch.full(tuple(shape), value)
+
+
+def _counter(draw: np.random.Generator, shape: Shape, model: ModelConfig) -> Tensor:
+    return torch.zeros(tuple(shape), dtype=torch.long)
+
+
+def _normal(std: float | Callable[[ModelConfig], float]) -> Rule:
+    """timm's truncated normal cuts at +-2, which is 100 deviations of 0.02: a plain normal."""
+
+    def rule(draw: np.random.Generator, shape: Shape, model: ModelConfig) -> Tensor:
+        values = draw.standard_normal(size=tuple(shape), dtype=np.float32)
+        return torch.from_numpy(values).mul_(std(model) if callable(std) else std)
+
+    return rule
+
+
+def _normal_by_fan_in(draw: np.random.Generator, shape: Shape, model: ModelConfig) -> Tensor:
+    """The projections of CLIP: width of the tower ** -0.5."""
+    return torch.from_numpy(draw.standard_normal(size=tuple(shape), dtype=np.float32)).mul_(shape[1] ** -0.5)
+
+
+def _uniform_by_fan_in(draw: np.random.Generator, shape: Shape, model: ModelConfig) -> Tensor:
+    """torch's default for the weights of linear and convolution layers: +- fan_in ** -0.5."""
+    bound = math.prod(shape[1:]) ** -0.5
+    return torch.from_numpy(draw.random(size=tuple(shape), dtype=np.float32)).mul_(2 * bound).sub_(bound)
+
+
+def _head_weight(draw: np.random.Generator, shape: Shape, model: ModelConfig) -> Tensor:
+    """A linear's weight is a matrix, a norm's a vector."""
+    return torch.ones(tuple(shape)) if len(shape) == 1 else _uniform_by_fan_in(draw, shape, model)
+
+
+def _positions(draw: np.random.Generator, shape: Shape, model: ModelConfig) -> Tensor:
+    """[1, (1 +) N, D]: normal, or 0.3 x the 2-D sine-cosine table with a CLS row of zeros."""
+    if model.vision.position_init == "normal":
+        return _normal(0.02)(draw, shape, model)
+    from timm.layers import build_sincos2d_pos_embed
+
+    _, length, width = shape
+    grid = math.isqrt(length)
+    table = build_sincos2d_pos_embed([grid, grid], dim=width) * SINCOS_SCALE
+    return torch.cat([torch.zeros(length - grid * grid, width), table])[None]
+
+
+def _text_std(power: Callable[[int, int], float]) -> Callable[[ModelConfig], float]:
+    return lambda model: power(model.text.width, model.text.depth)
+
+
+_TEXT_ATTENTION = _normal(_text_std(lambda width, depth: width**-0.5))
+_TEXT_OUTPUT = _normal(_text_std(lambda width, depth: width**-0.5 * (2 * depth) ** -0.5))
+_TEXT_HIDDEN = _normal(_text_std(lambda width, depth: (2 * width) ** -0.5))
+_ZEROS = _constant(0.0)
+_ONES = _constant(1.0)
+
+
+RULES: list[tuple[str, Rule]] = [
+    (r"vision\.cls_token", _normal(0.02)),
+    (r"vision\.pos_embed", _positions),
+    (r"vision\.patch_embed\.proj\.weight", _uniform_by_fan_in),
+    (
+        r"vision\.patch_embed\.proj\.bias",
+        _normal(0.02),
+    ),  # the spread of torch's +- (3 * 16 * 16) ** -0.5; it stays frozen
+    (r"vision\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight", _normal(0.02)),
+    (r"vision\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.bias", _ZEROS),
+    (r"vision\.blocks\.\d+\.ls[12]\.gamma", _constant(LAYER_SCALE)),
+    (r"text\.embeddings\.token_embedding\.weight", _normal(0.02)),
+    (r"text\.embeddings\.position_embedding\.weight", _normal(0.01)),
+    (r"text\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj\.weight", _TEXT_ATTENTION),
+    (r"text\.encoder\.layers\.\d+\.(self_attn\.out_proj|mlp\.fc2)\.weight", _TEXT_OUTPUT),
+    (r"text\.encoder\.layers\.\d+\.mlp\.fc1\.weight", _TEXT_HIDDEN),
+    (r"text\.encoder\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.fc[12])\.bias", _ZEROS),
+    (r"(image|text)_projection\.weight", _normal_by_fan_in),
+    (r"heads\.\w+\.layers\.\d+\.weight", _head_weight),
+    (r"heads\.\w+\.layers\.\d+\.running_mean", _ZEROS),
+    (r"heads\.\w+\.layers\.\d+\.running_var", _ONES),
+    (r"heads\.\w+\.layers\.\d+\.num_batches_tracked", _counter),
+    (r"heads\.\w+\.layers\.\d+\.bias", _ZEROS),
+    (r".*norm[^.]*\.weight", _ONES),
+    (r".*norm[^.]*\.bias", _ZEROS),
+]
