@@ -154,8 +154,11 @@ def _from_mpi(env: Mapping[str, str], launcher: str, names: tuple[str, str, str,
 
 
 def _in_slurm_step(env: Mapping[str, str]) -> bool:
-    """True in a task started by srun; a batch script and an salloc shell hold SLURM_* too, but are no tasks."""
-    return "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NODELIST") is not None
+    """True in a task started by srun; a batch script and an salloc shell hold SLURM_* too, but are no tasks.
+
+    Their step ids, where Slurm sets one, are reserved numbers near 2**32.
+    """
+    return "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env and _integer(env, "SLURM_STEP_ID", 2**32) < 2**31
 
 
 def _from_slurm(env: Mapping[str, str]) -> Placement:

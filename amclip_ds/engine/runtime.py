@@ -115,11 +115,12 @@ def _init_process_group(place: Placement, port: int, device: "torch.device", tim
     """The meeting itself; its failures as one line. Collective: every rank must call."""
     import logging
 
-    # DeepSpeed logs to standard output on import and on start; a run's own lines should stand alone there.
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # told, DeepSpeed need not warn that it found no other
     import deepspeed
     import torch.distributed
 
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its own lines would drown a run's
     where = f"{place.master_addr}:{port}"
     try:
         with contextlib.redirect_stdout(sys.stderr):  # the op's loader prints on every rank
