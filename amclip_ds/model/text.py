@@ -67,6 +67,8 @@ class TextTower(nn.Module):
                 hidden_act=config.activation,
                 layer_norm_eps=1e-5,
                 eos_token_id=config.eos_token_id,
+                bos_token_id=None,
+                pad_token_id=None,
                 attn_implementation="sdpa",  # type: ignore[call-arg]  # of the base class
             )
         )
