@@ -11,7 +11,6 @@ import difflib
 import inspect
 import os
 import re
-
 import types
 import typing
 from dataclasses import dataclass, field
@@ -56,7 +55,7 @@ class RunConfig:
     log_sample_ids: bool = False
     """True: also write sample_ids.jsonl, the ids of every step in global order."""
     time_limit: str | None = None
-    """Wall-clock limit, `HH:MM:SS` or `D-HH:MM:SS`: saves and stops (code 75) before it; under Slurm read from the job."""
+    """Wall-clock limit, `HH:MM:SS` or `D-HH:MM:SS`: saves and stops (code 75) before it; else the Slurm job's own."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "epochs"):
@@ -85,7 +84,7 @@ class TrainConfig:
     """Everything that decides a run."""
 
     compat: str = "paper"
-    """`paper`: what the paper means; `release`: what its published code does (online-to-online pairing, teacher box, EMA of the text)."""
+    """`paper`: what the paper means; `release`: what its published code does (pairing, teacher box, EMA of the text)."""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -295,5 +294,3 @@ def _check_together(config: TrainConfig) -> None:
         raise UserError("run.steps and run.epochs: give one of them (the other null)")
     if config.run.steps is None and config.run.epochs is None:
         raise UserError("run.steps: give it, or run.epochs")
-
-

@@ -114,7 +114,7 @@ class Record:
             print(text, flush=True)
 
     def metrics(self, row: dict[str, Any], note: str = "") -> None:
-        """One step's numbers: metrics.jsonl, the trackers, and the greppable line (open_clip's) with `note` after it."""
+        """One step's numbers: metrics.jsonl, the trackers, and open_clip's greppable line with `note` after it."""
         self.step = row["step"]
         if not self.is_main:
             return
@@ -171,7 +171,8 @@ class Record:
     def _line(self, row: dict[str, Any]) -> str:
         seen = row["samples_seen"] % self.samples_per_epoch
         return (
-            f"Train Epoch: {row['epoch']} [{seen}/{self.samples_per_epoch} ({100 * seen / self.samples_per_epoch:.0f}%)]"
+            f"Train Epoch: {row['epoch']}"
+            f" [{seen}/{self.samples_per_epoch} ({100 * seen / self.samples_per_epoch:.0f}%)]"
             f" Step: {row['step']}/{self.total_steps} Data (t): {row['data_wait_s']:.3f} Batch (t): {row['step_s']:.3f}"
             f" {row['samples_per_s']:.1f}/s, {row['samples_per_s'] / self.world_size:.1f}/s/gpu LR: {row['lr']:.6f}"
             f" Logit Scale: {row['logit_scale']:.3f} Contrastive: {row['loss_contrastive']:.4f}"

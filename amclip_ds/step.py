@@ -68,10 +68,8 @@ def train_step(
 
 
 @torch.no_grad()
-def look(
-    batch: Batch, teacher: Teacher | None, config: TrainConfig, comm: Comm
-) -> tuple[Tensor | None, Tensor | None]:
-    """The teacher's pass over its crop. Returns (online-to-EMA target [B, C] or None, keep_indices [V, B, K] or None)."""
+def look(batch: Batch, teacher: Teacher | None, config: TrainConfig, comm: Comm) -> tuple[Tensor | None, Tensor | None]:
+    """The teacher's pass over its crop: (online-to-EMA target [B, C] or None, keep_indices [V, B, K] or None)."""
     target = scores = None
     if teacher is not None and batch.teacher_uint8 is not None:
         pixels = photometric.normalise(batch.teacher_uint8)

@@ -5,6 +5,7 @@ The one torchvision wheel on the package index is a CUDA build. Beside a CPU-onl
 Declaring the two operator schemas is enough for the transforms; `torchvision.ops.nms` itself stays unusable.
 """
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -24,10 +25,8 @@ def mend() -> list[str]:
         return []
     extension = Path(spec.origin).parent / "_C.so"
     if extension.exists():
-        try:
+        with contextlib.suppress(OSError):  # a CUDA build beside a CPU-only torch: what is missing is declared below
             torch.ops.load_library(str(extension))
-        except OSError:
-            pass  # a CUDA build beside a CPU-only torch: declare what is missing below
     missing = [name for name in SCHEMAS if not hasattr(torch.ops.torchvision, name)]
     if missing:
         library = torch.library.Library("torchvision", "FRAGMENT")

@@ -1,8 +1,8 @@
 """Lists the recipes, or prints one resolved: every key, its value and what it means.
 
-  amclip recipes                 the names
-  amclip recipes aclip-vitb16    one, with what each key means
-  amclip recipes aclip-vitb16 optim.lr=1e-3 --yaml > mine.yaml    a file to start from
+amclip recipes                 the names
+amclip recipes aclip-vitb16    one, with what each key means
+amclip recipes aclip-vitb16 optim.lr=1e-3 --yaml > mine.yaml    a file to start from
 """
 
 import argparse

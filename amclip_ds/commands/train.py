@@ -1,4 +1,4 @@
-"""Trains a recipe. Alone it uses one process; with --procs N it starts N; it also runs under torchrun, deepspeed and srun.
+"""Trains a recipe: in one process, in N with --procs N, or under torchrun, deepspeed and srun.
 
   amclip train aclip-tiny data.train='/data/{00000..00099}.tar' run.steps=1000 --procs 2
   torchrun --nproc-per-node 4 -m amclip_ds train aclip-vitb16 data.train=/data/cc12m
@@ -16,9 +16,9 @@ HELP = "train a recipe"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name (amclip recipes) or the path of a yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the recipe")
-    parser.add_argument("--procs", type=int, metavar="N", help="start N processes on this machine (one per GPU or core)")
+    parser.add_argument("--procs", type=int, metavar="N", help="start N processes on this machine")
     parser.add_argument("--resume", default="auto", metavar="auto|PATH|never",
-                        help="auto (default): go on from the newest valid checkpoint, start fresh only if there is none")  # fmt: skip
+                        help="auto (default): go on from the newest checkpoint; fresh only if there is none")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Wrong input, as users give it: exit code 2 and one line that names the key or file; damage in data is reported."""
 
 import io
+import json
 import re
 import socket
 import tarfile
@@ -51,7 +52,7 @@ def test_the_global_batch_must_divide(scenes: Path, tmp_path: Path, amclip: Amcl
 @pytest.mark.parametrize("key", ["train_batch_size", "optimizer", "gradient_clipping"])
 def test_what_the_run_decides_is_refused_in_a_ds_config(key: str, scenes: Path, tmp_path: Path, amclip: Amclip) -> None:
     file = tmp_path / "mine.json"
-    file.write_text('{"zero_optimization": {"stage": 1}, "%s": 1}' % key)
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, key: 1}))
     code, printed = amclip("train", "aclip-tiny", f"data.train={scenes}/train", f"run.out={tmp_path}/run",
                            f"engine.deepspeed={file}")  # fmt: skip
     assert code == 2 and key in printed and "mine.json" in printed, printed
