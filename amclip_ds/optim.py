@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -72,6 +72,35 @@ def lr_at(updates: int, total_updates: int, config: OptimConfig) -> float:
         return config.warmup_start_lr + (config.lr - config.warmup_start_lr) * updates / config.warmup_steps
     progress = (updates - config.warmup_steps) / max(1, total_updates - config.warmup_steps)
     return cosine(config.lr, config.final_lr, progress)
+
+
+class MomentumRange(Protocol):
+    """The teacher's settings that the schedules read."""
+
+    momentum: float
+    final_momentum: float
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """What changes over a run of total_updates: pure functions of the applied updates, without state."""
+
+    optim: OptimConfig
+    teacher: MomentumRange
+    total_updates: int
+
+    def lr(self, updates: int) -> float:
+        """Learning rate of the update that follows `updates` applied ones."""
+        return lr_at(updates, self.total_updates, self.optim)
+
+    def momentum(self, updates: int) -> float:
+        """The teacher's momentum before the update that follows `updates` applied ones."""
+        return momentum_at(updates, self.total_updates, self.teacher.momentum, self.teacher.final_momentum)
+
+
+def momentum_at(updates: int, total_updates: int, momentum: float, final_momentum: float = 1.0) -> float:
+    """A cosine over the whole run, without warm-up."""
+    return cosine(momentum, final_momentum, updates / max(1, total_updates))
 
 
 def cosine(start: float, end: float, progress: float) -> float:

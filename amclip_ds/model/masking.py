@@ -37,8 +37,6 @@ STRATEGIES: dict[str, Callable[[Tensor | None, Tensor | None], Tensor] | None] =
     "attentive": _by_score,
     "attentive_inverse": _by_inverse_score,
 }
-NEEDS_SCORES = frozenset({"attentive", "attentive_inverse"})
-NEEDS_NOISE = frozenset({"random"})
 
 
 @dataclass
@@ -57,6 +55,16 @@ class MaskConfig:
             raise ValueError(f"mask.keep_ratio: {self.keep_ratio} is outside (0, 1]")
         if self.unit < 1:
             raise ValueError(f"mask.unit: {self.unit} must be at least 1")
+
+
+def needs_scores(strategy: str) -> bool:
+    """Whether the strategy goes by the teacher's scores."""
+    return strategy in ("attentive", "attentive_inverse")
+
+
+def needs_noise(strategy: str) -> bool:
+    """Whether the strategy goes by a random draw per unit."""
+    return strategy == "random"
 
 
 def num_units(grid: int, unit: int) -> int:

@@ -5,6 +5,7 @@ imports this module and timm costs seconds.
 """
 
 import difflib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,11 @@ class VisionConfig:
                 raise ValueError(f"model.vision.{key}: {value} must be positive")
         if self.width and self.heads and self.width % self.heads:
             raise ValueError(f"model.vision.heads: {self.heads} does not divide model.vision.width {self.width}")
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of a training image. Raises ValueError where the patch does not divide the image."""
+        return patch_grid(self)
 
 
 def build_vit(config: VisionConfig) -> Any:
@@ -114,9 +120,16 @@ def patch_grid(config: VisionConfig, image_size: int | None = None) -> int:
 
     Raises ValueError where the patch does not divide the image.
     """
-    with torch.device("meta"):
-        patch = build_vit(config).patch_embed.patch_size[0]
+    patch = config.patch_size
+    if patch is None:
+        named = re.search(r"_patch(\d+)_", f"{config.name}_")  # timm's names say it; importing timm costs seconds
+        patch = int(named[1]) if named else _built_patch_size(config)
     return _grid(image_size or config.image_size, patch)
+
+
+def _built_patch_size(config: VisionConfig) -> int:
+    with torch.device("meta"):
+        return build_vit(config).patch_embed.patch_size[0]
 
 
 def _grid(image_size: int, patch: int) -> int:
