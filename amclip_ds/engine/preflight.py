@@ -1,0 +1,255 @@
+"""Is every node fit for the run? Checks of a few seconds before the first step; a bad node is named.
+
+Each rank gathers its Facts; `judge` (pure, the same on every rank) turns them into mistakes that stop the run and
+warnings that do not. Then the collectives are timed, and node against node, so that a slow link or node shows.
+"""
+
+import hashlib
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from itertools import combinations
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from amclip_ds.engine.bandwidth import measure_collectives, measure_pairs, name_outliers
+from amclip_ds.engine.runtime import Runtime
+from amclip_ds.errors import AmclipError, UserError
+
+ANSWER_TIMEOUT_S = 120.0  # every rank must show up within this; imports on a cold file system take most of it
+CLOCK_SKEW_S = 2.0
+USED_GPU_SHARE = 0.1
+SAMPLED_SHARDS = 16
+MIB = 2**20
+MUST_AGREE = {
+    "code": "install the same checkout everywhere",
+    "config": "start every rank with the same arguments",
+    "versions": "one environment for all nodes",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one rank found out about its place."""
+
+    rank: int
+    host: str
+    code: str
+    config: str
+    versions: str
+    clock_s: float
+    device: str
+    """Identity of the GPU; empty on a CPU."""
+    gpu_free: int = 0
+    gpu_total: int = 0
+    disk_error: str = ""
+    missing_shards: tuple[str, ...] = ()
+
+
+@dataclass
+class Verdict:
+    """What the facts of all ranks mean."""
+
+    mistakes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What the preflight found: for the log and RUN/preflight.json."""
+
+    seconds: float
+    warnings: list[str]
+    all_reduce_gb_per_s: float
+    all_gather_gb_per_s: float
+    pair_gb_per_s: dict[str, float]
+
+    def lines(self) -> list[str]:
+        """The report in words, one line each."""
+        rates = f"all-reduce {self.all_reduce_gb_per_s:.2f} GB/s, all-gather {self.all_gather_gb_per_s:.2f} GB/s"
+        pairs = self.pair_gb_per_s.values()
+        if pairs:
+            rates += f", node to node {min(pairs):.2f} to {max(pairs):.2f} GB/s"
+        return [
+            f"preflight: {rates} ({self.seconds:.1f} s)",
+            *(f"preflight: warning: {line}" for line in self.warnings),
+        ]
+
+
+def preflight(
+    runtime: Runtime, *, config_text: str, shards: Sequence[str], folder: Path, say: Callable[[str], None]
+) -> Report:
+    """Checks every node and says what it found. Collective: every rank must call.
+
+    config_text: the resolved settings. shards: the training shards, a sample of which is looked for from every node.
+    folder: the run's folder, where every node must be able to write. Raises UserError, the same on every rank, for
+    mistakes, AmclipError for ranks that do not answer.
+    """
+    start = time.monotonic()
+    group = _meet(runtime)
+    facts = gather_facts(runtime, config_text, shards, folder, group)
+    verdict = judge(facts)
+    if verdict.mistakes:
+        raise UserError("preflight: " + "; ".join(verdict.mistakes))
+    hosts = [fact.host for fact in facts]
+    reduce_rate, gather_rate = measure_collectives(runtime)  # first: NCCL wants all ranks in a group's first call
+    pairs = measure_pairs(runtime, hosts, group) if runtime.num_nodes > 1 else {}
+    warnings = verdict.warnings + name_outliers(pairs)
+    report = Report(
+        seconds=round(time.monotonic() - start, 2), warnings=warnings, all_reduce_gb_per_s=reduce_rate,
+        all_gather_gb_per_s=gather_rate, pair_gb_per_s={f"{a} {b}": rate for (a, b), rate in pairs.items()},
+    )  # fmt: skip
+    for line in report.lines():
+        say(line)
+    return report
+
+
+def gather_facts(
+    runtime: Runtime, config_text: str, shards: Sequence[str], folder: Path, group: dist.ProcessGroup
+) -> list[Facts]:
+    """Every rank's facts, in rank order. Collective: every rank must call."""
+    looks = runtime.local_rank == 0  # one look a node: a thousand ranks would storm the file system's metadata
+    own = asdict(Facts(
+        rank=runtime.rank, host=socket.gethostname(), code=code_hash(), config=_hash(config_text.encode()),
+        versions=f"python {platform.python_version()}, torch {torch.__version__}", clock_s=0.0,
+        disk_error=write_probe(folder, runtime.rank) if looks else "",
+        missing_shards=tuple(look_for(shards)) if looks else (), **_gpu_facts(runtime.device),
+    ))  # fmt: skip
+    dist.barrier(group=group)
+    own["clock_s"] = time.time()  # right after the barrier, so that the clocks can be compared
+    gathered: list[dict] = [{}] * runtime.world_size
+    dist.all_gather_object(gathered, own, group=group)
+    return [Facts(**fact) for fact in gathered]
+
+
+def judge(facts: Sequence[Facts]) -> Verdict:
+    """The same verdict on every rank. Raises nothing."""
+    verdict = Verdict()
+    for name, hint in MUST_AGREE.items():
+        odd, usual = _odd_ones(facts, name)
+        if odd:
+            found = f"{name} of {_nodes(odd)} is {getattr(odd[0], name)}, elsewhere {usual}"
+            verdict.mistakes.append(f"{found}; {hint}{_exclude(odd, facts)}")
+    unwritable = [fact for fact in facts if fact.disk_error]
+    if unwritable:
+        verdict.mistakes.append(
+            f"run.out: {unwritable[0].disk_error} on {_nodes(unwritable)}{_exclude(unwritable, facts)}"
+        )
+    blind = [fact for fact in facts if fact.missing_shards]
+    if blind:
+        verdict.mistakes.append(
+            f"data.train: {blind[0].missing_shards[0]} cannot be read on {_nodes(blind)}{_exclude(blind, facts)}"
+        )
+    verdict.mistakes += _shared_gpus(facts)
+    verdict.warnings += _busy_gpus(facts) + _wrong_clocks(facts)
+    return verdict
+
+
+def code_hash() -> str:
+    """A hash of every source file of this package: the same code on every node."""
+    package = Path(__file__).resolve().parents[1]
+    files = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".yaml", ".json"))
+    return _hash(b"\0".join(str(path.relative_to(package)).encode() + path.read_bytes() for path in files))
+
+
+def write_probe(folder: Path, rank: int) -> str:
+    """Writes, syncs and removes a small file in the folder. Returns the mistake in words, empty if it went well."""
+    probe = folder / f".preflight-{rank}"
+    try:
+        with probe.open("wb") as file:
+            file.write(os.urandom(MIB))
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+        return ""
+    except OSError as error:
+        return f"cannot write in {folder}: {error.strerror}"
+
+
+def look_for(shards: Sequence[str]) -> list[str]:
+    """Those of an even sample of the shards that cannot be read here; pipes and addresses are not looked at."""
+    files = [shard for shard in shards if "://" not in shard and not shard.startswith("pipe:")]
+    step = max(1, len(files) // SAMPLED_SHARDS)
+    return [shard for shard in files[::step] if not os.access(shard, os.R_OK)]
+
+
+def _meet(runtime: Runtime) -> dist.ProcessGroup:
+    """A gloo group for objects, after every rank has shown up. Collective. Raises AmclipError naming who did not."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=ANSWER_TIMEOUT_S))
+    try:
+        dist.monitored_barrier(group=group, wait_all_ranks=True)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise AmclipError(f"preflight: ranks do not answer within {ANSWER_TIMEOUT_S:.0f} s: {text}") from None
+    return group
+
+
+def _gpu_facts(device: torch.device) -> dict:
+    if device.type != "cuda":
+        return {"device": ""}
+    free, total = torch.cuda.mem_get_info(device)
+    properties = torch.cuda.get_device_properties(device)
+    return {"device": str(properties.uuid), "gpu_free": free, "gpu_total": total}
+
+
+def _odd_ones(facts: Sequence[Facts], name: str) -> tuple[list[Facts], str]:
+    """The ranks whose value differs from the most frequent one (of rank 0 in a tie), and that one."""
+    values = [getattr(fact, name) for fact in facts]
+    usual = max(values, key=lambda value: (values.count(value), value == values[0]))
+    return [fact for fact, value in zip(facts, values) if value != usual], usual
+
+
+def _shared_gpus(facts: Sequence[Facts]) -> list[str]:
+    lines = []
+    for a, b in combinations(facts, 2):
+        if a.device and (a.host, a.device) == (b.host, b.device):
+            lines.append(
+                f"ranks {a.rank} and {b.rank} share one GPU of {a.host} ({a.device}): start one rank per GPU"
+                f" (--gpus-per-node, or --gpus-per-task=1)"
+            )
+    return lines
+
+
+def _busy_gpus(facts: Sequence[Facts]) -> list[str]:
+    lines = []
+    for fact in facts:
+        used = fact.gpu_total - fact.gpu_free
+        if used > USED_GPU_SHARE * fact.gpu_total:
+            lines.append(
+                f"GPU of rank {fact.rank} on {fact.host}: {used / 1e9:.1f} of {fact.gpu_total / 1e9:.0f} GB are taken"
+                f" already; another process? (nvidia-smi there, or sbatch --exclude={fact.host})"
+            )
+    return lines
+
+
+def _wrong_clocks(facts: Sequence[Facts]) -> list[str]:
+    skews = {fact.host: fact.clock_s - facts[0].clock_s for fact in reversed(facts)}
+    return [
+        f"the clock of {host} is {skew:+.1f} s off that of {facts[0].host}: heartbeats are compared across nodes"
+        for host, skew in skews.items()
+        if abs(skew) > CLOCK_SKEW_S
+    ]
+
+
+def _nodes(facts: Sequence[Facts]) -> str:
+    """'node2 (ranks 2, 3)' and so on."""
+    ranks: dict[str, list[str]] = {}
+    for fact in facts:
+        ranks.setdefault(fact.host, []).append(str(fact.rank))
+    return ", ".join(f"{host} (rank {', '.join(numbers)})" for host, numbers in ranks.items())
+
+
+def _exclude(bad: Sequence[Facts], facts: Sequence[Facts]) -> str:
+    """Suggests to leave the bad nodes out, if any other would remain."""
+    hosts = sorted({fact.host for fact in bad})
+    return f"; or sbatch --exclude={','.join(hosts)}" if len(hosts) < len({fact.host for fact in facts}) else ""
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]

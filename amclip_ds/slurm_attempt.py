@@ -1,0 +1,243 @@
+"""What slurm/train.sbatch asks around one attempt of a job: may it begin, and what follows from how it ended?
+
+`python -m amclip_ds.slurm_attempt begin ...` checks what can be checked on one node, describes the attempt in the log
+(standard error) and prints the run's folder, a free port and the resume mode; `... end ...` reads RUN/exit.json and
+prints `requeue WHY` or `exit CODE`. Attempts are remembered in RUN/slurm/attempts.jsonl: three in a row
+(--max-stalls) that bring no new checkpoint end the job, whatever ended them.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.record import append_line, read_lines, write_atomically
+
+CODE_DONE, CODE_MISTAKE, CODE_STOPPED, CODE_PREEMPTED = 0, 2, 3, 75
+FIRST_PORT, LAST_PORT = 12000, 30000  # below the range that clients take their ports from
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the batch script does next: requeue, or exit with `code`."""
+
+    requeue: bool
+    code: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a job may go on restarting."""
+
+    max_restarts: int
+    max_stalls: int
+    retry_crashes: bool = False
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest committed checkpoint of a run; -1 if there is none."""
+    steps = [path.name.removeprefix("step_") for path in (run / "checkpoints").glob("step_*")]
+    return max((int(step) for step in steps if step.isdigit()), default=-1)
+
+
+def read_verdict(run: Path) -> dict[str, Any] | None:
+    """RUN/exit.json, or None if there is none that can be read."""
+    try:
+        verdict = json.loads((run / "exit.json").read_text())
+        return verdict if isinstance(verdict, dict) and isinstance(verdict.get("code"), int) else None
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def verdict_time(run: Path) -> int:
+    """When RUN/exit.json was written, in ns; 0 if there is none. Tells an attempt's own verdict from an older one."""
+    with contextlib.suppress(OSError):
+        return (run / "exit.json").stat().st_mtime_ns
+    return 0
+
+
+def resume_mode(wanted: str, mine: list[dict[str, Any]], step: int) -> str:
+    """`--resume never` and `--resume PATH` hold for a job's start: once it has checkpoints, its restarts use those."""
+    return "auto" if mine and step != mine[0]["step"] else wanted
+
+
+def count_stalls(steps_at_start: list[int], step_now: int) -> int:
+    """How many of the last attempts brought no new checkpoint. `steps_at_start`: the newest step as each began."""
+    stalls = 0
+    for step in reversed(steps_at_start):
+        if step != step_now:
+            break
+        stalls += 1
+    return stalls
+
+
+def decide(verdict: dict[str, Any] | None, restarts: int, stalls: int, limits: Limits, status: int) -> Decision:
+    """What follows from an attempt. `verdict` None: it wrote none, so it crashed; `status` is then srun's."""
+    if verdict is not None and verdict["code"] != CODE_PREEMPTED:
+        return Decision(False, verdict["code"], f"{verdict.get('reason', '')} (step {verdict.get('step')})")
+    what = (
+        f"stopped at step {verdict.get('step')}: {verdict.get('reason', '')}" if verdict else f"crash (srun: {status})"
+    )
+    failed = CODE_PREEMPTED if verdict else (status if 0 < status < 128 else 1)
+    if verdict is None and not limits.retry_crashes:
+        return Decision(False, failed, f"{what}; the lines above name the rank (AMCLIP_RETRY_CRASHES=1 would requeue)")
+    if stalls >= limits.max_stalls:
+        return Decision(False, failed, f"{what}; no new checkpoint in {stalls} attempts (AMCLIP_MAX_STALLS)")
+    if restarts >= limits.max_restarts:
+        return Decision(False, failed, f"{what}; restarted {restarts} times (AMCLIP_MAX_RESTARTS)")
+    return Decision(True, failed, what)
+
+
+def begin(args: argparse.Namespace) -> int:
+    """Checks, remembers and describes an attempt. Prints the run's folder, a port and the resume mode."""
+    from amclip_ds import config as settings
+    from amclip_ds.commands import train
+    from amclip_ds.run_folder import git_revision
+
+    train_parser = argparse.ArgumentParser(prog="train.sbatch", usage="train.sbatch RECIPE key=value ...")
+    train.add_arguments(train_parser)
+    wanted = train_parser.parse_args(args.train_arguments)
+    config = settings.load(wanted.recipe, wanted.overrides)
+    settings.plan_batch(config.batch, args.tasks)
+    check_shards(config, args.nodes)
+    run = Path(config.run.out)
+    folder = run / "slurm"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = read_lines(folder / "attempts.jsonl")
+        step = newest_step(run)
+        revision = git_revision()
+        append_line(folder / "attempts.jsonl", {
+            "time": round(time.time(), 3), "job": args.job, "restart": args.restart, "nodes": args.node_list,
+            "tasks": args.tasks, "step": step, "revision": revision,
+            "verdict_time": verdict_time(run), "command": ["amclip", "train", *args.train_arguments],
+        })  # fmt: skip
+        write_atomically(folder / f"config-{args.job}-{args.restart}.yaml", settings.dump(config))
+    except OSError as error:
+        raise UserError(f"run.out: {run} cannot be written: {error.strerror}") from None
+    mine = [row for row in earlier if row["job"] == args.job]
+    _check_restarts(mine, args, step)
+    _chain_check(args.chain, read_verdict(run), run)
+    describe(args, run, step, revision, earlier)
+    print(run, free_port(), resume_mode(wanted.resume, mine, step), sep="\n")
+    return 0
+
+
+def end(args: argparse.Namespace) -> int:
+    """Prints the decision about an attempt that is over."""
+    run = Path(args.run)
+    attempts = read_lines(run / "slurm" / "attempts.jsonl")
+    mine = [row for row in attempts if row["job"] == args.job]
+    verdict = read_verdict(run)
+    if mine and verdict_time(run) == mine[-1]["verdict_time"]:
+        verdict = None  # left by an earlier attempt: this one wrote nothing
+    stalls = count_stalls([row["step"] for row in mine], newest_step(run))
+    limits = Limits(args.max_restarts, args.max_stalls, args.retry_crashes)
+    decision = decide(verdict, args.restart, stalls, limits, args.status)
+    told = f"code {verdict['code']} in {run}/exit.json" if verdict else f"no verdict in {run}/exit.json"
+    _say(f"attempt over: {told}: {decision.reason}")
+    print(f"requeue {decision.reason}" if decision.requeue else f"exit {decision.code}")
+    return 0
+
+
+def check_shards(config: Any, num_nodes: int) -> None:
+    """Every shard is a file and every node has one to read. Raises UserError."""
+    from amclip_ds.data.index import expand_shards
+
+    shards = expand_shards(config.data.train)
+    if len(shards) < num_nodes:
+        raise UserError(
+            f"data.train: {len(shards)} shard(s) for {num_nodes} nodes; take at most {len(shards)} node(s), or cut the"
+            f" data into more shards"
+        )
+
+
+def describe(
+    args: argparse.Namespace, run: Path, step: int, revision: str | None, earlier: list[dict[str, Any]]
+) -> None:
+    """The head of an attempt in the job's log."""
+    _say(f"job {args.job}, restart {args.restart}: {args.tasks} task(s) on {args.nodes} node(s): {args.node_list}")
+    _say(f"run {run.resolve()}; {'starts fresh' if step < 0 else f'goes on from step {step}'}; code {revision}")
+    if earlier and earlier[-1]["revision"] != revision:
+        _say(f"note: the code changed since the last attempt, {earlier[-1]['revision']} -> {revision}")
+    if earlier and earlier[-1]["tasks"] != args.tasks:
+        _say(f"note: {earlier[-1]['tasks']} task(s) before, {args.tasks} now; the global batch stays")
+    _say(f"watch: tail -f {run}/out.log; stop and keep: scancel --batch --signal=USR1 {args.job}, or touch {run}/STOP")
+
+
+def free_port() -> int:
+    """A port that is free on this node, the first of the job's, where rank 0 will listen."""
+    while True:
+        port = random.SystemRandom().randrange(FIRST_PORT, LAST_PORT)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("0.0.0.0", port))
+            return port
+
+
+def _check_restarts(mine: list[dict[str, Any]], args: argparse.Namespace, step: int) -> None:
+    """Slurm requeues a job of a lost node by itself, without asking `end`: the limits hold at the start too."""
+    stalls = count_stalls([row["step"] for row in mine], step)
+    if args.restart > args.max_restarts:
+        raise AmclipError(f"restarted {args.restart} times: given up (AMCLIP_MAX_RESTARTS)")
+    if stalls >= args.max_stalls:
+        raise AmclipError(f"no new checkpoint in {stalls} attempts: given up (AMCLIP_MAX_STALLS)")
+
+
+def _chain_check(chain: bool, verdict: dict[str, Any] | None, run: Path) -> None:
+    """A later job of a chain has nothing to do once an earlier one ended the run for good."""
+    if chain and verdict and verdict["code"] in (CODE_MISTAKE, CODE_STOPPED):
+        ending = RunEnded(f"{run}/exit.json: an earlier job of this chain ended with code {verdict['code']}")
+        ending.exit_code = verdict["code"]
+        raise ending
+
+
+class RunEnded(AmclipError):
+    """The run is over; its own code is the job's."""
+
+
+def _say(text: str) -> None:
+    print(f"train.sbatch: {text}", file=sys.stderr, flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="slurm_attempt", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, function in (("begin", begin), ("end", end)):
+        sub = commands.add_parser(name)
+        sub.set_defaults(function=function)
+        sub.add_argument("--job", required=True)
+        sub.add_argument("--restart", type=int, default=0)
+        sub.add_argument("--max-restarts", type=int, default=100)
+        sub.add_argument("--max-stalls", type=int, default=3)
+        if name == "begin":
+            sub.add_argument("--nodes", type=int, required=True)
+            sub.add_argument("--tasks", type=int, required=True)
+            sub.add_argument("--node-list", default="")
+            sub.add_argument("--chain", action="store_true")
+            sub.add_argument("train_arguments", nargs="+")
+        else:
+            sub.add_argument("--run", required=True)
+            sub.add_argument("--status", type=int, required=True)
+            sub.add_argument("--retry-crashes", type=lambda text: text not in ("", "0"), default=False)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return args.function(args)
+    except AmclipError as error:
+        _say(str(error))
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""What the facts of all ranks mean, and how a slow node is told from a slow partner."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from amclip_ds.engine.bandwidth import name_outliers, tournament
+from amclip_ds.engine.preflight import Facts, code_hash, judge, look_for, write_probe
+
+FIT = [
+    Facts(
+        rank, f"node{1 + rank // 2}", "c0de", "c0f1", "torch 2", 100.0, f"gpu{rank % 2}", 79_000_000_000, 80_000_000_000
+    )
+    for rank in range(6)
+]
+
+
+def test_fit_nodes_pass_without_a_word() -> None:
+    verdict = judge(FIT)
+    assert not verdict.mistakes and not verdict.warnings
+
+
+def test_other_code_names_the_node_and_suggests_to_leave_it_out() -> None:
+    (line,) = judge([replace(fact, code="0ld") if fact.host == "node2" else fact for fact in FIT]).mistakes
+    assert "code of node2 (rank 2, 3) is 0ld, elsewhere c0de" in line and "--exclude=node2" in line
+
+
+def test_other_config_is_a_mistake_of_the_rank() -> None:
+    (line,) = judge([*FIT[:5], replace(FIT[5], config="else")]).mistakes
+    assert "config of node3 (rank 5)" in line
+
+
+def test_a_node_that_cannot_write_or_does_not_see_a_shard_is_named() -> None:
+    (line,) = judge(
+        [*FIT[:4], replace(FIT[4], disk_error="cannot write in runs/x: No space left on device"), FIT[5]]
+    ).mistakes
+    assert "No space left" in line and "--exclude=node3" in line
+    (line,) = judge([FIT[0], FIT[1], replace(FIT[2], missing_shards=("/data/7.tar",)), *FIT[3:]]).mistakes
+    assert "/data/7.tar cannot be read on node2" in line and "--exclude=node2" in line
+
+
+def test_nobody_is_left_out_when_every_node_fails() -> None:
+    (line,) = judge(
+        [replace(fact, disk_error="cannot write in runs/x: Read-only file system") for fact in FIT]
+    ).mistakes
+    assert "exclude" not in line
+
+
+def test_two_ranks_on_one_gpu() -> None:
+    (line,) = judge([FIT[0], replace(FIT[1], device="gpu0"), *FIT[2:]]).mistakes
+    assert "ranks 0 and 1 share one GPU of node1" in line
+
+
+def test_a_taken_gpu_and_a_wrong_clock_are_warnings() -> None:
+    verdict = judge([*FIT[:4], replace(FIT[4], clock_s=160.0), replace(FIT[5], gpu_free=40_000_000_000, clock_s=160.0)])
+    assert not verdict.mistakes
+    busy, clock = verdict.warnings
+    assert "rank 5 on node3: 40.0 of 80 GB" in busy and "clock of node3 is +60.0 s off" in clock
+
+
+def test_everybody_meets_everybody_once_and_one_at_a_time() -> None:
+    for count in (2, 3, 4, 7, 8):
+        rounds = tournament(list(range(count)))
+        met = [tuple(sorted(pair)) for partners in rounds for pair in partners.items()]
+        assert sorted(met) == sorted([(a, b) for a in range(count) for b in range(a + 1, count)] * 2)
+        assert all(partners[partners[player]] == player for partners in rounds for player in partners)
+
+
+def test_a_slow_node_is_named_and_its_partners_are_not() -> None:
+    nodes = ["n1", "n2", "n3", "n4"]
+    rates = {(a, b): 10.0 for index, a in enumerate(nodes) for b in nodes[index + 1 :]}
+    assert name_outliers(rates) == []
+    slow = {pair: 2.0 if "n3" in pair else rate for pair, rate in rates.items()}
+    (line,) = name_outliers(slow)
+    assert line.startswith("n3 is slow with every node") and "--exclude=n3" in line
+    (line,) = name_outliers({("n1", "n2"): 10.0, ("n1", "n3"): 2.0, ("n2", "n3"): 2.1})
+    assert line.startswith("n3 ")
+    (line,) = name_outliers(rates | {("n1", "n4"): 1.0})
+    assert line.startswith("n1 and n4 are slow with each other")
+    assert name_outliers({("n1", "n2"): 0.1}) == [], "of two nodes nobody can tell which"
+
+
+def test_probes_of_disk_shards_and_code(tmp_path: Path) -> None:
+    assert write_probe(tmp_path, 0) == "" and list(tmp_path.iterdir()) == []
+    assert "cannot write" in write_probe(tmp_path / "nowhere", 0)
+    there = tmp_path / "0.tar"
+    there.touch()
+    assert look_for([str(there), "https://host/1.tar", "pipe:cat 2.tar"]) == []
+    assert look_for([str(there), str(tmp_path / "1.tar")]) == [str(tmp_path / "1.tar")]
+    assert code_hash() == code_hash() and len(code_hash()) == 12

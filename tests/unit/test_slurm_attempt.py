@@ -1,0 +1,79 @@
+"""What train.sbatch decides from how an attempt ended."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from amclip_ds.slurm_attempt import Limits, count_stalls, decide, main, newest_step, read_verdict, resume_mode
+
+LIMITS = Limits(max_restarts=5, max_stalls=3)
+RETRY = Limits(max_restarts=5, max_stalls=3, retry_crashes=True)
+
+
+def verdict(code: int) -> dict:
+    return {"code": code, "step": 7, "attempt": 0, "reason": "because"}
+
+
+@pytest.mark.parametrize("code", [0, 2, 3])
+def test_a_finished_mistaken_or_stopped_run_is_never_requeued(code: int) -> None:
+    decision = decide(verdict(code), 0, 0, RETRY, status=0)
+    assert not decision.requeue and decision.code == code and "because" in decision.reason
+
+
+def test_a_preempted_run_is_requeued_until_a_limit() -> None:
+    assert decide(verdict(75), 0, 0, LIMITS, status=143).requeue
+    assert decide(verdict(75), 4, 2, LIMITS, status=0).requeue
+    for restarts, stalls, named in ((5, 0, "AMCLIP_MAX_RESTARTS"), (0, 3, "AMCLIP_MAX_STALLS")):
+        decision = decide(verdict(75), restarts, stalls, LIMITS, status=0)
+        assert not decision.requeue and decision.code == 75 and named in decision.reason
+
+
+def test_a_crash_ends_the_job_unless_asked_and_a_crash_loop_always_ends() -> None:
+    assert not decide(None, 0, 0, LIMITS, status=1).requeue
+    assert decide(None, 0, 1, RETRY, status=1).requeue
+    looping = decide(None, 2, 3, RETRY, status=1)
+    assert not looping.requeue and looping.code == 1 and "3 attempts" in looping.reason
+    assert decide(None, 0, 0, LIMITS, status=143).code == 1, "a crash is never taken for a preemption"
+
+
+def test_stalls_are_the_last_attempts_that_began_where_the_run_still_is() -> None:
+    assert count_stalls([-1, 10, 20], 30) == 0
+    assert count_stalls([-1, 10, 30], 30) == 1
+    assert count_stalls([-1, -1, -1], -1) == 3
+    assert count_stalls([], -1) == 0
+
+
+def test_the_newest_step_ignores_what_is_not_committed(tmp_path: Path) -> None:
+    assert newest_step(tmp_path) == -1
+    for name in ("step_00000010", "step_00000020", ".tmp-step_00000030", "step_00000025.del"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_step(tmp_path) == 20
+
+
+def test_a_torn_or_foreign_exit_file_is_no_verdict(tmp_path: Path) -> None:
+    assert read_verdict(tmp_path) is None
+    for text in ("", '{"code": 7', "[]", '{"code": "75"}'):
+        (tmp_path / "exit.json").write_text(text)
+        assert read_verdict(tmp_path) is None
+
+
+def test_resume_never_holds_for_the_start_alone() -> None:
+    assert resume_mode("never", [], 40) == "never"
+    assert resume_mode("never", [{"step": 40}], 40) == "never", "no checkpoint of this job yet"
+    assert resume_mode("never", [{"step": 40}], 50) == "auto"
+
+
+def test_an_old_verdict_is_not_taken_for_this_attempts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The attempt before wrote code 0; this one died without a word: a crash, not a success."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "exit.json").write_text(json.dumps(verdict(0)))
+    written = os.stat(tmp_path / "exit.json").st_mtime_ns
+    row = {"job": "9", "step": -1, "verdict_time": written}
+    (tmp_path / "slurm" / "attempts.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["end", "--job", "9", "--run", str(tmp_path), "--status", "143"]
+    assert main(words) == 0 and capsys.readouterr().out == "exit 1\n"
+    (tmp_path / "exit.json").write_text(json.dumps(verdict(75)))
+    os.utime(tmp_path / "exit.json", ns=(written + 1, written + 1))
+    assert main(words) == 0 and capsys.readouterr().out.startswith("requeue stopped at step 7")
