@@ -82,8 +82,10 @@ def build_vit(config: VisionConfig) -> Any:
             weight_init="skip",
             **{key: value for key, value in overrides.items() if value is not None},
         )
-    except (TypeError, AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except TypeError as error:  # a class that does not know these arguments
+        raise ValueError(f"model.vision.name: {config.name!r} is not timm's plain VisionTransformer") from error
+    except (AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(f"model.vision.name: {config.name!r} cannot be the tower: {reason}") from error
     unfit = _why_unfit(vit)
     if unfit:

@@ -1,0 +1,115 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from amclip_ds.optim import NAMES, OptimConfig, Schedules, build_optimizer, lr_at, momentum_at, parameter_groups
+from tests.unit.model import tiny
+
+
+def test_no_decay_for_biases_norms_and_the_logit_scale() -> None:
+    student = tiny.student()
+    groups = parameter_groups(student.named_parameters(), OptimConfig(weight_decay=0.3))
+    decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    trainable = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    assert set(decay) == set(trainable)
+    for name, parameter in trainable.items():
+        assert decay[name] == (0.3 if parameter.ndim >= 2 else 0.0), name
+    assert decay["logit_scale"] == 0 and decay["vision.pos_embed"] == decay["vision.cls_token"] == 0.3
+    assert not any("patch_embed" in name for name in decay)
+    assert sum(len(group["params"]) for group in groups) == len(trainable)
+
+
+def test_groups_by_true_shape_under_zero_3() -> None:
+    """A partitioned parameter looks like an empty vector; by its looks nothing would decay."""
+    partitioned = nn.Parameter(torch.empty(0))
+    assert parameter_groups([("w", partitioned)], OptimConfig())[0]["weight_decay"] == 0
+    partitioned.ds_shape = torch.Size([4, 4])  # type: ignore[attr-defined]
+    assert parameter_groups([("w", partitioned)], OptimConfig())[0]["weight_decay"] == 0.5
+
+
+def test_layer_decay_and_tower_scales() -> None:
+    config = OptimConfig(layer_decay=0.5, vision_lr_scale=0.1, text_lr_scale=10, lr=1e-3)
+    groups = parameter_groups(tiny.student().named_parameters(), config)
+    scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    assert scale["vision.norm.weight"] == pytest.approx(0.1)
+    assert scale["vision.blocks.2.mlp.fc1.weight"] == pytest.approx(0.1 * 0.5)
+    assert scale["vision.blocks.0.mlp.fc1.weight"] == pytest.approx(0.1 * 0.5**3)
+    assert scale["vision.pos_embed"] == pytest.approx(0.1 * 0.5**4)
+    assert scale["text.final_layer_norm.bias"] == pytest.approx(10)
+    assert scale["text.encoder.layers.1.mlp.fc1.weight"] == pytest.approx(10 * 0.5)
+    assert scale["text.embeddings.token_embedding.weight"] == pytest.approx(10 * 0.5**3)
+    assert scale["image_projection.weight"] == scale["heads.o2o.layers.0.weight"] == scale["logit_scale"] == 1
+    assert all(group["lr"] == pytest.approx(1e-3 * group["lr_scale"]) for group in groups)
+    plain = parameter_groups(tiny.student().named_parameters(), OptimConfig())
+    assert len(plain) == 2 and all(group["lr_scale"] == 1 for group in plain)
+
+
+def test_learning_rate() -> None:
+    config = OptimConfig(lr=5e-4, warmup_steps=10, warmup_start_lr=1e-6, final_lr=1e-5)
+    assert lr_at(0, 110, config) == 1e-6
+    assert lr_at(5, 110, config) == pytest.approx((5e-4 + 1e-6) / 2)
+    assert lr_at(10, 110, config) == 5e-4
+    assert lr_at(60, 110, config) == pytest.approx((5e-4 + 1e-5) / 2)
+    assert lr_at(110, 110, config) == lr_at(200, 110, config) == pytest.approx(1e-5)
+    assert lr_at(0, 100, OptimConfig(lr=1e-3, warmup_steps=0)) == 1e-3
+    assert lr_at(3, 3, OptimConfig(warmup_steps=10)) < 5e-4  # a run shorter than its warm-up
+
+
+@pytest.mark.parametrize(
+    ("epoch", "momentum"),
+    [(0, 0.996), (1, 0.996016), (5, 0.996382), (12.5, 0.998), (20, 0.999618), (24, 0.999984), (25, 1.0)],
+)
+def test_momentum_of_the_paper(epoch: float, momentum: float) -> None:
+    assert momentum_at(round(epoch * 3586), 25 * 3586, 0.996) == pytest.approx(momentum, abs=5e-7)
+
+
+def test_schedules_read_both_settings() -> None:
+    class Teacher:
+        momentum = 0.95
+        final_momentum = 0.998
+
+    schedules = Schedules(OptimConfig(lr=1.0, warmup_steps=0, final_lr=0.0), Teacher(), 100)
+    assert schedules.lr(50) == pytest.approx(0.5) and schedules.momentum(50) == pytest.approx((0.95 + 0.998) / 2)
+    assert schedules.momentum(0) == 0.95 and schedules.momentum(100) == pytest.approx(0.998)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_descends(name: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8)
+    target = torch.randn(32, 8)
+    inputs = torch.randn(32, 8)
+    config = OptimConfig(name=name, lr=0.02, weight_decay=0.0)
+    optimizer = build_optimizer(parameter_groups(layer.named_parameters(), config), config)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (layer(inputs) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.97 * losses[0] and math.isfinite(losses[-1])
+    assert all(group["lr_scale"] == 1 and group["lr"] == 0.02 for group in optimizer.param_groups)
+
+
+def test_adamw_is_the_formula() -> None:
+    weight = nn.Parameter(torch.tensor([[1.0, -2.0]]))
+    config = OptimConfig(lr=0.1, weight_decay=0.5, betas=[0.9, 0.98], eps=1e-8)
+    optimizer = build_optimizer(parameter_groups([("w", weight)], config), config)
+    w, m, v = weight.detach().clone().double(), torch.zeros(1, 2).double(), torch.zeros(1, 2).double()
+    for step, g in enumerate((torch.tensor([[0.3, -0.1]]), torch.tensor([[-0.2, 0.4]])), start=1):
+        weight.grad = g.clone()
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g.double() ** 2
+        w = w * (1 - 0.1 * 0.5) - 0.1 * (m / (1 - 0.9**step)) / ((v / (1 - 0.98**step)).sqrt() + 1e-8)
+    torch.testing.assert_close(weight.detach().double(), w, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"name": "adam"}, {"lr": -1.0}, {"betas": [0.9]}, {"betas": [0.9, 1.0]}, {"layer_decay": 0.0}], ids=str
+)
+def test_refuses(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=rf"optim\.{next(iter(changes))}"):
+        OptimConfig(**changes)
