@@ -1,16 +1,13 @@
 """The training loss: contrastive, online-to-online and online-to-EMA terms, weighted and summed."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from amclip_ds.loss.comm import Comm
 from amclip_ds.loss.contrastive import info_nce, sigmoid
+from amclip_ds.loss.outputs import Outputs
 from amclip_ds.loss.self_supervised import online_to_ema, online_to_online
-
-if TYPE_CHECKING:  # the model is built from LossConfig: importing it here would close a circle
-    from amclip_ds.model.amclip import Outputs
 
 
 @dataclass
@@ -39,7 +36,7 @@ class LossConfig:
 
 
 def total_loss(
-    outputs: "Outputs", teacher_target: Tensor | None, config: LossConfig, comm: Comm, compat: str = "paper"
+    outputs: Outputs, teacher_target: Tensor | None, config: LossConfig, comm: Comm, compat: str = "paper"
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss to differentiate, and its unweighted terms for the record (detached, of this rank).
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from amclip_ds.loss import LossConfig
 from amclip_ds.loss.comm import Comm, SingleProcess
+from amclip_ds.loss.outputs import Outputs
 from amclip_ds.model.heads import HeadsConfig, build_o2e_predictor, build_o2e_projector, build_o2o
 from amclip_ds.model.text import TextConfig, TextTower
 from amclip_ds.model.vision import VisionConfig, VisionTower
@@ -33,27 +34,13 @@ class ModelConfig:
             raise ValueError(f"model.embed_dim: {self.embed_dim} must be at least 1")
 
 
-# Tuples, not dataclasses: ZeRO-3 finds the tensors it must hook only in tuples, lists and dicts.
 class TowerFeatures(NamedTuple):
+    """A tuple, as Outputs is, for ZeRO-3's hooks."""
+
     cls: Tensor
     """[V * B, D], view-major."""
     eot: Tensor
     """[B, W]"""
-
-
-class Outputs(NamedTuple):
-    image_embeds: Tensor
-    """[V, B, E] fp32, L2-normalised"""
-    text_embeds: Tensor
-    """[B, E] fp32, L2-normalised"""
-    o2o: Tensor | None
-    """[V, B, P]"""
-    o2e: Tensor | None
-    """[V, B, P]: predictor(projector(cls))"""
-    logit_scale: Tensor
-    """(1,) fp32, exp'ed"""
-    logit_bias: Tensor | None
-    """(1,) fp32, sigmoid loss only"""
 
 
 class AClip(nn.Module):

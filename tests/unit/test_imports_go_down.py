@@ -10,7 +10,7 @@ BOTTOM = {"model", "loss", "data", "optim"}
 MIDDLE = BOTTOM | {"engine", "teacher", "resilience", "record"}
 UPPER = MIDDLE | {"step", "checkpoint", "evaluate", "export", "picture", "config", "launch", "submit"}
 MAY_IMPORT = {
-    "model": {"model"},
+    "model": {"model", "loss"},
     "loss": {"loss"},
     "data": {"data"},
     "optim": {"optim"},

@@ -4,8 +4,9 @@ import torch
 from amclip_ds.loss import LossConfig, total_loss
 from amclip_ds.loss.comm import SingleProcess
 from amclip_ds.loss.contrastive import info_nce, sigmoid
+from amclip_ds.loss.outputs import Outputs
 from amclip_ds.loss.self_supervised import online_to_ema, online_to_online
-from amclip_ds.model.amclip import Outputs, normalise
+from amclip_ds.model.amclip import normalise
 
 
 def outputs(views: int = 2, heads: bool = True) -> tuple[Outputs, torch.Tensor]:

@@ -3,7 +3,8 @@ import torch
 
 from amclip_ds.loss import LossConfig
 from amclip_ds.loss.comm import SingleProcess
-from amclip_ds.model.amclip import AClip, ModelConfig, Outputs, TowerFeatures
+from amclip_ds.loss.outputs import Outputs
+from amclip_ds.model.amclip import AClip, ModelConfig, TowerFeatures
 from amclip_ds.model.heads import HeadsConfig
 from amclip_ds.model.init import persistent_buffers
 from amclip_ds.model.teacher_model import TeacherModel, mirrored_names
