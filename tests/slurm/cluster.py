@@ -101,7 +101,7 @@ class Cluster:
     # ---- asking -------------------------------------------------------------------------------------------------
 
     def client(self, *command: str, check: bool = True, timeout_s: float = 30, **options: Any) -> str:
-        """Runs one client (sbatch, ...) under a time-out, since srun waits for ever on drained nodes. Returns its output."""
+        """Runs one client (sbatch, ...), under a time-out since srun waits for ever on drained nodes. Returns its output."""
         options = {"env": self.env, "cwd": self.base} | options
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, **options)
         if check and done.returncode:
@@ -151,6 +151,7 @@ class Cluster:
             return int(job.get("Restarts", "0")) >= restarts
 
         self.poll(requeued, f"job {job_id} to be requeued", timeout_s, job_id)
+        time.sleep(2.1)  # credentials are revoked by the second: a start in the same one is refused, the job FAILED
         self.release(job_id)
 
     def release(self, job_id: int | str) -> None:
