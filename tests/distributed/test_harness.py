@@ -22,7 +22,11 @@ def hang() -> None:
 
 
 def test_results_come_back_by_rank() -> None:
-    assert run_ranks("tests.distributed.test_harness:rank_and_world", world_size=3, add=10) == [(10, 3), (11, 3), (12, 3)]
+    assert run_ranks("tests.distributed.test_harness:rank_and_world", world_size=3, add=10) == [
+        (10, 3),
+        (11, 3),
+        (12, 3),
+    ]
 
 
 def test_a_failing_rank_is_raised_with_its_traceback() -> None:

@@ -1,0 +1,112 @@
+"""Collectives over the ranks: with gradient for the losses and the batch norm, and agreements for the run.
+
+Everything here is collective: every rank must call, in the same order.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from amclip_ds.errors import AmclipError
+
+T = TypeVar("T")
+
+
+class DistributedComm:
+    """`loss.comm.Comm` over torch.distributed; on one rank every collective is the identity."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[B, ...] of every rank -> [world_size * B, ...] in rank order; backward sums over the ranks."""
+        return x if self.world_size == 1 else _AllGather.apply(x)
+
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """The sum over the ranks; backward sums the gradients over the ranks."""
+        return x if self.world_size == 1 else _AllReduceSum.apply(x)
+
+    def ring_shift(self, x: Tensor) -> Tensor:
+        """What the next rank (rank + 1, cyclic) holds; backward sends the gradient back to it."""
+        return x if self.world_size == 1 else _RingShift.apply(x)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = x.shape[0]
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+class _RingShift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _exchange(x, step=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _exchange(grad, step=-1)
+
+
+def _exchange(x: Tensor, step: int) -> Tensor:
+    """Receives from rank + step while sending to rank - step."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    operations = [
+        dist.P2POp(dist.isend, x.contiguous(), (rank - step) % world_size),
+        dist.P2POp(dist.irecv, received, (rank + step) % world_size),
+    ]
+    for request in dist.batch_isend_irecv(operations):
+        request.wait()
+    return received
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Does `work` on rank 0 and gives every rank its result, or raises its AmclipError on all of them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except AmclipError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The mean of each number over the ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    packed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(packed)
+    return dict(zip(values, (packed / dist.get_world_size()).tolist()))

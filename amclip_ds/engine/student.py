@@ -1,0 +1,231 @@
+"""The trained engine: one DeepSpeed engine around AClip, at ZeRO stages 0 to 3, fp32 or bf16."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from amclip_ds.engine import shards
+from amclip_ds.engine.runtime import Runtime
+from amclip_ds.errors import UserError
+from amclip_ds.loss import LossConfig
+from amclip_ds.model.amclip import AClip, ModelConfig
+from amclip_ds.model.heads import HeadsConfig
+from amclip_ds.model.init import init_tensor, initialise, persistent_buffers
+from amclip_ds.optim import OptimConfig, build_optimizer, parameter_groups
+
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+INSTALLED_DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
+DECIDED_BY_THE_RUN = {
+    "train_batch_size": "batch.global_size", "train_micro_batch_size_per_gpu": "batch.per_gpu",
+    "gradient_accumulation_steps": "batch.per_gpu", "optimizer": "optim.*", "scheduler": "optim.*",
+    "gradient_clipping": "optim.clip_grad_norm",
+}  # fmt: skip
+LOGIT_SCALE_RANGE = (0.0, math.log(100.0))
+
+
+@dataclass
+class EngineConfig:
+    """What DeepSpeed does for the run."""
+
+    deepspeed: str = "zero2_bf16.json"
+    """A file name in ds_configs/ or a path: ZeRO stage, precision, offload, buckets; ds_configs/README.md helps choose."""
+    allow_untested: bool = False
+    """True: accept ds_configs files marked 'not tested here' (ZeRO++)."""
+    compile: bool = False
+    """True: torch.compile each block; falls back, saying so, where that fails."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step did; the same on all ranks."""
+
+    applied: bool
+    grad_norm: float
+
+
+def read_ds_config(config: EngineConfig) -> dict[str, Any]:
+    """DeepSpeed's own settings. Raises UserError for a missing or unfit file, naming the key to use instead."""
+    candidates = [Path(config.deepspeed), DS_CONFIGS / config.deepspeed, INSTALLED_DS_CONFIGS / config.deepspeed]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        known = sorted(file.name for folder in candidates[1:] for file in folder.parent.glob("*.json"))
+        raise UserError(f"engine.deepspeed: no file {config.deepspeed!r}; ds_configs/ has {', '.join(known)}")
+    try:
+        ds = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"engine.deepspeed: {path} is not JSON: {error}") from None
+    for key, ours in DECIDED_BY_THE_RUN.items():
+        if key in ds:
+            raise UserError(f"engine.deepspeed: {path.name} sets {key!r}, which {ours} decides; remove it from the file")
+    if stage_of(ds) == 0 and ds.get("bf16", {}).get("enabled"):
+        raise UserError(f"engine.deepspeed: {path.name} asks for bf16 at stage 0, which DeepSpeed does not do: use stage 1")
+    if ds.pop("not_tested_here", False) and not config.allow_untested:
+        raise UserError(f"engine.deepspeed: {path.name} is not tested here; engine.allow_untested=true uses it all the same")
+    return ds
+
+
+def stage_of(ds: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config."""
+    return int(ds.get("zero_optimization", {}).get("stage", 0))
+
+
+class StudentEngine:
+    """AClip under DeepSpeed. Collective throughout: every rank must call everything."""
+
+    def __init__(
+        self, model: ModelConfig, heads: HeadsConfig, loss: LossConfig, optim: OptimConfig, engine: EngineConfig,
+        *, seed: int, runtime: Runtime,
+    ) -> None:  # fmt: skip
+        import deepspeed
+
+        ds = read_ds_config(engine)
+        self.stage = stage_of(ds)
+        self.dtype = torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32
+        self.ds_config = ds | {
+            "train_micro_batch_size_per_gpu": 1,  # the batch is ours: one backward, or GradCache's, is one step
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": optim.clip_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+            "wall_clock_breakdown": False,
+        }
+        self.clip = optim.clip_grad_norm
+        with build_context(self.stage, self.ds_config):
+            module = AClip(model, heads, loss)
+        start_weights(module, seed, model, loss.kind, self.stage)
+        groups = parameter_groups(module.named_parameters(), optim)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=build_optimizer(groups, optim), config=self.ds_config, dist_init_required=False
+        )
+        self.engine.stage_number = self.stage
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.float()
+        exact_masters(self.engine, seed, model, loss.kind, self.dtype)
+
+    @property
+    def module(self) -> nn.Module:
+        """The AClip inside."""
+        return self.engine.module
+
+    def forward(self, phase: str, **inputs: Any) -> Any:
+        """AClip.forward through the engine."""
+        return self.engine(phase, **inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of this rank's loss, averaged over the ranks."""
+        self.engine.backward(loss)
+
+    @contextlib.contextmanager
+    def several_backwards(self) -> Iterator[None]:
+        """Inside, many backward calls make one gradient (GradCache). At stage 0 gradients are reduced at the end."""
+        with self.engine.coalesce_grad_reduction():
+            yield
+
+    def set_lr(self, lr: float) -> None:
+        """Sets each group's learning rate to lr times its lr_scale."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+    def step(self) -> StepOutcome:
+        """One optimizer step, unless the gradient is not finite: then nothing changes, on all ranks."""
+        if self.stage == 0:
+            return self._step_at_stage_0()
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return StepOutcome(bool(self.engine.was_step_applied()), float("nan") if norm is None else float(norm))
+
+    def _step_at_stage_0(self) -> StepOutcome:
+        """DeepSpeed applies a NaN gradient at stage 0: the finite check is ours (gradients are already all-reduced)."""
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if dist.is_initialized():
+            dist.all_reduce(norm, dist.ReduceOp.MAX)  # NaN may win or lose a MAX: agree on finiteness too
+        finite = torch.isfinite(norm).to(torch.int32)
+        if dist.is_initialized():
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if not finite.item():
+            self.engine.zero_grad()
+            self.engine.optimizer.zero_grad()
+            return StepOutcome(False, float(norm))
+        self.engine.step()
+        return StepOutcome(True, float(norm))
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Clamps the fp32 master of logit_scale, and the copy the forward reads, to [0, ln 100]."""
+        parameter = self.module.logit_scale
+        shard = shards.master_shards_of({"logit_scale": parameter}).get("logit_scale")
+        if shard is not None:
+            shard.tensor.clamp_(*LOGIT_SCALE_RANGE)
+        parameter.data.clamp_(*LOGIT_SCALE_RANGE)
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data.clamp_(*LOGIT_SCALE_RANGE)
+
+    def logit_scale(self) -> float:
+        """exp(logit_scale), as the forward reads it."""
+        with gathered([self.module.logit_scale]):
+            return float(self.module.logit_scale.detach().float().exp().item())
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Whole fp32 masters, frozen parameters and buffers on the CPU of rank 0; empty on the others."""
+        return shards.gather_state(self.module, shards.master_shards(self.engine))
+
+
+def build_context(stage: int, ds_config: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """zero.Init at stage 3, so that no rank ever holds the whole model; nothing below it."""
+    if stage < 3:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.Init(config_dict_or_path=ds_config)
+
+
+@torch.no_grad()
+def start_weights(module: nn.Module, seed: int, model: ModelConfig, loss_kind: str, stage: int) -> None:
+    """Our keyed initialisation; at stage 3 each rank fills its own shard, one parameter in memory at a time."""
+    if stage < 3:
+        initialise(module, seed, model, loss_kind)
+        return
+    for name, parameter in module.named_parameters():
+        fill_shard(parameter, init_tensor(name, parameter.ds_shape, seed, model, loss_kind))
+    for name, buffer in persistent_buffers(module).items():
+        value = init_tensor(name, buffer.shape, seed, model, loss_kind)
+        buffer.data = value.to(buffer.device)
+
+
+def fill_shard(parameter: Any, whole: Tensor) -> None:
+    """Writes this rank's part of a whole tensor into a ZeRO-3 parameter."""
+    shard = parameter.ds_tensor
+    start = shard.ds_numel * dist.get_rank()
+    part = whole.reshape(-1)[start : start + shard.ds_numel]
+    shard.data[: part.numel()].copy_(part)
+    shard.data[part.numel() :].zero_()
+
+
+@torch.no_grad()
+def exact_masters(engine: Any, seed: int, model: ModelConfig, loss_kind: str, dtype: torch.dtype) -> None:
+    """Gives bf16 engines masters with the full fp32 start instead of its bf16 rounding."""
+    if dtype == torch.float32:
+        return
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
+    for name, shard in shards.master_shards(engine).items():
+        whole = init_tensor(name, shapes[name], seed, model, loss_kind).reshape(-1)
+        shard.tensor.copy_(whole[shard.start : shard.start + shard.length])
+
+
+def gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    """ZeRO-3 parameters whole for reading; nothing below stage 3."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)

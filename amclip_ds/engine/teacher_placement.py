@@ -1,0 +1,122 @@
+"""Where the teacher's copy for the forward lies: replicated on every rank, or sharded by ZeRO-3; and its publishing.
+
+The average itself is fp32 and sharded like the student's masters (teacher.py); what is published is in the student's
+compute dtype. Everything here is collective: every rank must call.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from amclip_ds.engine.shards import Shard
+from amclip_ds.engine.student import StudentEngine, build_context, start_weights
+from amclip_ds.errors import UserError
+from amclip_ds.loss import LossConfig
+from amclip_ds.model.amclip import ModelConfig
+from amclip_ds.model.heads import HeadsConfig
+from amclip_ds.model.teacher_model import TeacherModel
+
+Layout = list[tuple[str, int, int]]
+"""What a rank holds: (name, start, length), in the order it sends them."""
+
+
+class Replicated:
+    """The whole teacher on every rank, refreshed by one coalesced all-gather (stage 0: by a copy)."""
+
+    def __init__(self, model: ModelConfig, heads: HeadsConfig, loss: LossConfig, seed: int, student: StudentEngine,
+                 device: torch.device) -> None:  # fmt: skip
+        module = TeacherModel(model, heads, loss)
+        start_weights(module, seed, model, loss.kind, stage=0)
+        self.module: nn.Module = module.to(device)
+        for parameter in self.module.parameters():
+            parameter.data = parameter.data.to(student.dtype)
+        self.dtype = student.dtype
+        self.whole_on_every_rank = student.stage == 0 or dist.get_world_size() == 1
+        self._layouts: list[Layout] | None = None
+
+    def forward(self, phase: str, **inputs: Any) -> Any:
+        """TeacherModel.forward."""
+        return self.module(phase, **inputs)
+
+    @torch.no_grad()
+    def publish(self, published: Mapping[str, Shard]) -> None:
+        """Copies the fp32 shards of all ranks into the weights of the forward."""
+        parameters = dict(self.module.named_parameters())
+        if self.whole_on_every_rank:
+            for name, shard in published.items():
+                parameters[name].data.view(-1)[shard.start : shard.start + shard.length].copy_(shard.tensor)
+            return
+        for name, start, piece in self._exchange(published):
+            parameters[name].data.view(-1)[start : start + piece.numel()].copy_(piece)
+
+    def _exchange(self, published: Mapping[str, Shard]) -> Iterator[tuple[str, int, Tensor]]:
+        """All ranks' pieces, by one all-gather in the dtype of the forward."""
+        if self._layouts is None:
+            layouts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(layouts, [(name, s.start, s.length) for name, s in published.items()])
+            self._layouts = layouts
+        assert self._layouts is not None
+        longest = max(sum(length for *_, length in layout) for layout in self._layouts)
+        device = next(self.module.parameters()).device
+        mine = torch.zeros(longest, dtype=self.dtype, device=device)
+        offset = 0
+        for shard in published.values():
+            mine[offset : offset + shard.length].copy_(shard.tensor)
+            offset += shard.length
+        everything = [torch.empty_like(mine) for _ in self._layouts]
+        dist.all_gather(everything, mine)
+        for layout, flat in zip(self._layouts, everything):
+            offset = 0
+            for name, start, length in layout:
+                yield name, start, flat[offset : offset + length]
+                offset += length
+
+
+class Sharded:
+    """The teacher as ZeRO-3 shards that align with the student's: publishing is a copy, without communication."""
+
+    def __init__(self, model: ModelConfig, heads: HeadsConfig, loss: LossConfig, seed: int, student: StudentEngine,
+                 device: torch.device) -> None:  # fmt: skip
+        import deepspeed
+
+        ds = {key: value for key, value in student.ds_config.items() if key != "gradient_clipping"}
+        # Nothing stays gathered between two forwards: a shard that changes must be seen by the next one.
+        ds["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0,
+                                   "stage3_prefetch_bucket_size": 0}  # fmt: skip
+        with build_context(3, ds):
+            module = TeacherModel(model, heads, loss)
+        start_weights(module, seed, model, loss.kind, stage=3)
+        self._engine, *_ = deepspeed.initialize(model=module, config=ds, dist_init_required=False)
+        self.module: nn.Module = module
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.float()
+
+    def forward(self, phase: str, **inputs: Any) -> Any:
+        """TeacherModel.forward through its engine."""
+        return self._engine(phase, **inputs)
+
+    @torch.no_grad()
+    def publish(self, published: Mapping[str, Shard]) -> None:
+        """Copies this rank's fp32 shards into its ZeRO-3 shards."""
+        for name, parameter in self.module.named_parameters():
+            if name in published:
+                shard = published[name]
+                parameter.ds_tensor.data[: shard.length].copy_(shard.tensor)
+
+
+def place_teacher(
+    placement: str, model: ModelConfig, heads: HeadsConfig, loss: LossConfig, seed: int, student: StudentEngine,
+    device: torch.device,
+) -> Replicated | Sharded:  # fmt: skip
+    """Builds the teacher's copy where teacher.placement says. Raises UserError for what the stage cannot hold."""
+    if placement == "sharded" and student.stage < 3:
+        raise UserError(
+            f"teacher.placement: sharded needs ZeRO stage 3, and engine.deepspeed is stage {student.stage};"
+            f" use teacher.placement=auto"
+        )
+    sharded = placement == "sharded" or (placement == "auto" and student.stage == 3)
+    return (Sharded if sharded else Replicated)(model, heads, loss, seed, student, device)

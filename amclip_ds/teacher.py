@@ -1,0 +1,100 @@
+"""The EMA teacher: fp32 shards aligned with the student's masters, averaged without communication, then published."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amclip_ds.engine import shards
+from amclip_ds.engine.shards import Shard
+from amclip_ds.engine.student import StudentEngine
+from amclip_ds.engine.teacher_placement import place_teacher
+from amclip_ds.loss import LossConfig
+from amclip_ds.model.amclip import ModelConfig
+from amclip_ds.model.heads import HeadsConfig
+from amclip_ds.model.init import persistent_buffers
+from amclip_ds.model.teacher_model import mirrored_names
+
+
+@dataclass
+class TeacherConfig:
+    """The EMA of the student that scores the patches and gives the online-to-EMA target."""
+
+    momentum: float = 0.996
+    """Momentum at the start."""
+    final_momentum: float = 1.0
+    """Momentum at the end; a cosine between the two over the run."""
+    resolution: str = "full"
+    """full: the teacher sees the image at the student's size | half: at half of it, scoring blocks (A-CLIP-eff)."""
+    placement: str = "auto"
+    """auto: replicated at ZeRO 0-2, sharded at 3 | replicated | sharded: where the copy for the forward lies."""
+
+    def __post_init__(self) -> None:
+        if self.resolution not in ("full", "half"):
+            raise ValueError(f"teacher.resolution: {self.resolution!r} is neither full nor half")
+        if self.placement not in ("auto", "replicated", "sharded"):
+            raise ValueError(f"teacher.placement: {self.placement!r} is none of auto, replicated, sharded")
+        for key in ("momentum", "final_momentum"):
+            if not 0.0 <= getattr(self, key) <= 1.0:
+                raise ValueError(f"teacher.{key}: {getattr(self, key)} is outside [0, 1]")
+
+
+class Teacher:
+    """The average of the student's fp32 masters, and the copy of it that looks at images.
+
+    Names the student trains are averaged; frozen ones were copied once, by the common start; `compat: release` leaves
+    some text parameters at the student's current values (method.md section 6; mirrored_names).
+    """
+
+    def __init__(
+        self, config: TeacherConfig, model: ModelConfig, heads: HeadsConfig, loss: LossConfig, *, compat: str,
+        seed: int, student: StudentEngine, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.placed = place_teacher(config.placement, model, heads, loss, seed, student, device)
+        self._student = student
+        names = {name for name, _ in self.placed.module.named_parameters()}
+        mirrored = mirrored_names(names, compat)
+        self._averaged = [name for name in self.masters() if name in names and name not in mirrored]
+        self._mirrored = [name for name in self.masters() if name in mirrored]
+        masters = self.masters()
+        self._ema = {
+            name: Shard(masters[name].tensor.detach().clone(), masters[name].start, masters[name].length,
+                        masters[name].numel)
+            for name in self._averaged
+        }  # fmt: skip
+
+    def masters(self) -> dict[str, Shard]:
+        """This rank's shards of the student's fp32 masters."""
+        return shards.master_shards(self._student.engine)
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """ema <- momentum x ema + (1 - momentum) x master, on this rank's shards: no communication."""
+        masters = self.masters()
+        for name, shard in self._ema.items():
+            shard.tensor.lerp_(masters[name].tensor, 1.0 - momentum)
+
+    def publish(self) -> None:
+        """Brings the weights of the teacher's forward up to date. Collective: every rank must call."""
+        masters = self.masters()
+        self.placed.publish(self._ema | {name: masters[name] for name in self._mirrored})
+
+    @torch.no_grad()
+    def forward(self, phase: str, **inputs: Any) -> Any:
+        """TeacherModel.forward, without gradient. Collective: every rank must call."""
+        return self.placed.forward(phase, **inputs)
+
+    def ema_shards(self) -> dict[str, Shard]:
+        """This rank's fp32 shards of the average, by name; writing to them changes the teacher at the next publish."""
+        return self._ema
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The teacher's own batch norm statistics, the same on every rank."""
+        return persistent_buffers(self.placed.module)
+
+    def full_state(self) -> dict[str, Tensor]:
+        """The whole teacher in fp32 on the CPU of rank 0; empty elsewhere. Collective: every rank must call."""
+        masters = self.masters()
+        held = self._ema | {name: masters[name] for name in self._mirrored}
+        return shards.gather_state(self.placed.module, held)
