@@ -19,7 +19,7 @@ from amclip_ds.loss import LossConfig
 from amclip_ds.model.amclip import AClip, ModelConfig
 from amclip_ds.model.heads import HeadsConfig
 from amclip_ds.model.init import init_tensor, initialise, persistent_buffers
-from amclip_ds.optim import OptimConfig, build_optimizer, parameter_groups
+from amclip_ds.optim import WHOLE_TENSOR, OptimConfig, build_optimizer, parameter_groups
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 INSTALLED_DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
@@ -88,6 +88,11 @@ class StudentEngine:
 
         ds = read_ds_config(engine)
         self.stage = stage_of(ds)
+        if self.stage > 0 and optim.name in WHOLE_TENSOR:
+            raise UserError(
+                f"optim.name: {optim.name} looks at whole tensors, and {engine.deepspeed} is ZeRO stage {self.stage},"
+                f" which cuts them up; use adamw, sgd or lion, or a stage 0 file"
+            )
         self.dtype = torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32
         self.ds_config = ds | {
             "train_micro_batch_size_per_gpu": 1,  # the batch is ours: one backward, or GradCache's, is one step
