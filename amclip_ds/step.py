@@ -49,7 +49,7 @@ def train_step(
     views = photometric.apply(batch.views_uint8, batch.photometric)
     target, keep_indices = look(batch, teacher, config, comm)
     loss, parts, logit_scale = forward_backward(
-        student, views, keep_indices, batch.token_ids, target, config.loss, comm, micro
+        student, views, keep_indices, batch.token_ids, target, config.loss, comm, micro, config.compat
     )
     outcome = student.step()
 
