@@ -96,8 +96,8 @@ def decide(verdict: dict[str, Any] | None, restarts: int, stalls: int, limits: L
     return Decision(True, failed, what)
 
 
-def begin(args: argparse.Namespace) -> int:
-    """Checks, remembers and describes an attempt. Prints the run's folder, a port and the resume mode."""
+def begin(args: argparse.Namespace) -> str:
+    """Checks, remembers and describes an attempt. Returns the run's folder, a port and the resume mode, by line."""
     from amclip_ds import config as settings
     from amclip_ds.commands import train
     from amclip_ds.run_folder import git_revision
@@ -127,12 +127,11 @@ def begin(args: argparse.Namespace) -> int:
     _check_restarts(mine, args, step)
     _chain_check(args.chain, read_verdict(run), run)
     describe(args, run, step, revision, earlier)
-    print(run, free_port(), resume_mode(wanted.resume, mine, step), sep="\n")
-    return 0
+    return f"{run}\n{free_port()}\n{resume_mode(wanted.resume, mine, step)}"
 
 
-def end(args: argparse.Namespace) -> int:
-    """Prints the decision about an attempt that is over."""
+def end(args: argparse.Namespace) -> str:
+    """The decision about an attempt that is over: `requeue WHY` or `exit CODE`."""
     run = Path(args.run)
     attempts = read_lines(run / "slurm" / "attempts.jsonl")
     mine = [row for row in attempts if row["job"] == args.job]
@@ -144,20 +143,23 @@ def end(args: argparse.Namespace) -> int:
     decision = decide(verdict, args.restart, stalls, limits, args.status)
     told = f"code {verdict['code']} in {run}/exit.json" if verdict else f"no verdict in {run}/exit.json"
     _say(f"attempt over: {told}: {decision.reason}")
-    print(f"requeue {decision.reason}" if decision.requeue else f"exit {decision.code}")
-    return 0
+    return f"requeue {decision.reason}" if decision.requeue else f"exit {decision.code}"
 
 
-def check_shards(config: Any, num_nodes: int) -> None:
-    """Every shard is a file and every node has one to read. Raises UserError."""
-    from amclip_ds.data.index import expand_shards
+def check_shards(config: Any, num_nodes: int) -> list[str]:
+    """Every shard is there and every node has one to read. Returns them. Raises UserError."""
+    from amclip_ds.data.sources import expand, split_sources
 
-    shards = expand_shards(config.data.train)
+    sources = split_sources(config.data.train or "")
+    shards = [shard for source in sources for shard in expand(source, allow_pipe=config.data.allow_pipe)]
+    if not shards:
+        raise UserError("data.train: give the shards to train on (a folder, a glob or {00000..00099}.tar)")
     if len(shards) < num_nodes:
         raise UserError(
             f"data.train: {len(shards)} shard(s) for {num_nodes} nodes; take at most {len(shards)} node(s), or cut the"
             f" data into more shards"
         )
+    return shards
 
 
 def describe(
@@ -233,7 +235,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        return args.function(args)
+        with contextlib.redirect_stdout(sys.stderr):  # the batch script reads the answer: no library may print into it
+            answer = args.function(args)
+        print(answer)
+        return 0
     except AmclipError as error:
         _say(str(error))
         return error.exit_code

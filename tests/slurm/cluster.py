@@ -101,7 +101,7 @@ class Cluster:
     # ---- asking -------------------------------------------------------------------------------------------------
 
     def client(self, *command: str, check: bool = True, timeout_s: float = 30, **options: Any) -> str:
-        """Runs one client (sbatch, ...), under a time-out since srun waits for ever on drained nodes. Returns its output."""
+        """Runs one client (sbatch, ...) and returns its output. A time-out, since srun waits for ever on drained nodes."""
         options = {"env": self.env, "cwd": self.base} | options
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, **options)
         if check and done.returncode:
@@ -212,14 +212,15 @@ class Cluster:
         """SIGKILL to a node's slurmd: the node is lost to the controller, while its job steps live on."""
         os.kill(self._daemon_pid(f"slurmd.{node}"), signal.SIGKILL)
 
-    def revive(self, node: str) -> None:
+    def revive(self, node: str, wait: bool = True) -> None:
         """A slurmd for a node that lost it, after ending what the old one left running there."""
         for pid in self.tasks(f"SLURM_CONF={self.base}/"):
             if _hostname_of(pid) == node:
                 _end(pid)
         self._start_slurmd(node)
         self.node_up(node)
-        self.wait_idle(30)
+        if wait:
+            self.wait_idle()
 
     def wait_idle(self, timeout_s: float = 30) -> None:
         """Waits until both nodes are idle."""

@@ -1,0 +1,54 @@
+"""Submits a recipe to Slurm, after checking what can be checked beforehand: recipe, batch, memory, shards.
+
+  amclip submit aclip-vitb16 'data.train=/data/cc12m/{00000..01242}.tar' --nodes 4 --gpus-per-node 8 --time 24:00:00
+  amclip submit aclip-vitb16 ... --dry-run           writes the script and the command, submits nothing
+  amclip submit aclip-vitb16 ... --chain 3           three jobs, each going on where the one before ended
+  amclip submit aclip-vitb16 ... --sbatch=--qos=low --sbatch=--exclude=node7
+
+The exact script and command are left in RUN/slurm. The last line printed is the job's id. Everything else about jobs:
+slurm/README.md.
+"""
+
+import argparse
+
+HELP = "check a recipe, then sbatch it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name (amclip recipes) or the path of a yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the recipe")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs on each, a task for each GPU")
+    size.add_argument("--tasks-per-node", type=int, metavar="N", help="tasks on each node without GPUs (1)")
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE", help="memory of a GPU, as 80GB: refuses a state that cannot fit"
+    )
+    parser.add_argument("--time", metavar="T", help="time limit of a job, as sbatch reads it")
+    parser.add_argument("--partition", metavar="P")
+    parser.add_argument("--account", metavar="A")
+    parser.add_argument(
+        "--chain", type=int, default=1, metavar="K", help="submit K jobs, one after another (singleton)"
+    )
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="FLAG", help="one more sbatch flag; repeatable"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="write the script and the command, submit nothing")
+    parser.add_argument("--json", metavar="FILE", help="also write what was found and submitted")
+
+
+def run(args: argparse.Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    from amclip_ds import submit
+
+    plan = submit.make_plan(args)
+    for line in plan.lines():
+        print(line)
+    jobs = [] if args.dry_run else submit.submit(plan)
+    if args.json:
+        Path(args.json).write_text(json.dumps(plan.facts() | {"jobs": jobs}, indent=1) + "\n")
+    dry = f"dry run: nothing submitted; bash {plan.folder}/submit.sh does it"
+    print(dry if args.dry_run else " ".join(map(str, jobs)))
+    return 0

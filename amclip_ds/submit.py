@@ -1,0 +1,170 @@
+"""What `amclip submit` checks before sbatch, and the script and command that it leaves in the run's folder."""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from amclip_ds import config as settings
+from amclip_ds.config import TrainConfig
+from amclip_ds.errors import UserError
+from amclip_ds.record import write_atomically
+from amclip_ds.slurm_attempt import check_shards
+
+HOME = Path(__file__).resolve().parents[1]
+TEMPLATE = HOME / "slurm" / "train.sbatch"
+SAMPLED_SHARDS = 3
+
+
+@dataclass
+class Plan:
+    """A submission: what was found out, and the command that follows from it."""
+
+    config: TrainConfig
+    nodes: int
+    world_size: int
+    chain: int
+    command: list[str]
+    environment: dict[str, str]
+    found: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """RUN/slurm, where the script and the command lie."""
+        return Path(self.config.run.out) / "slurm"
+
+    def shell_line(self) -> str:
+        """The command as one line of shell."""
+        return shlex.join(self.words())
+
+    def words(self) -> list[str]:
+        """The command with the variables it adds to the environment, which sbatch hands on to the job."""
+        return ["env", *(f"{name}={value}" for name, value in self.environment.items()), *self.command]
+
+    def lines(self) -> list[str]:
+        """What to tell the person who submits."""
+        return [*self.found, f"run folder: {self.config.run.out}", self.shell_line()]
+
+    def facts(self) -> dict[str, Any]:
+        """The same for a program."""
+        return {
+            "run": self.config.run.out, "nodes": self.nodes, "world_size": self.world_size, "chain": self.chain,
+            "command": self.command, "environment": self.environment, "found": self.found,
+        }  # fmt: skip
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Checks the recipe, the batch, the memory and a sample of the shards; writes RUN/slurm. Raises UserError."""
+    config = settings.load(args.recipe, args.overrides)
+    per_node = args.gpus_per_node or args.tasks_per_node or 1
+    for name, value in (("--nodes", args.nodes), ("--chain", args.chain), ("tasks per node", per_node)):
+        if value < 1:
+            raise UserError(f"{name}: {value} is below 1")
+    world_size = args.nodes * per_node
+    plan = Plan(config, args.nodes, world_size, args.chain, [], {})
+    plan.found.append(describe_batch(config, world_size))
+    plan.found.append(check_memory(config, world_size, args.gpu_memory))
+    plan.found.append(sample_shards(check_shards(config, args.nodes)))
+    write_script(plan, args)
+    return plan
+
+
+def describe_batch(config: TrainConfig, world_size: int) -> str:
+    """The batch arithmetic in words. Raises UserError where it does not divide."""
+    share = settings.plan_batch(config.batch, world_size)
+    accumulated = f", accumulated over {share.splits} splits of {share.micro}" if share.splits > 1 else ""
+    return f"batch: {config.batch.global_size} = {world_size} ranks x {share.local}{accumulated}"
+
+
+def check_memory(config: TrainConfig, world_size: int, gpu_memory: str | None) -> str:
+    """The model state of one rank; refused where it alone exceeds the GPU."""
+    from amclip_ds.engine.memory import model_state_of
+
+    parts = model_state_of(config, world_size)
+    need = sum(parts.values())
+    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
+    if gpu_memory and need > read_size(gpu_memory):
+        raise UserError(
+            f"--gpu-memory {gpu_memory}: the model state alone is {need / 1e9:.1f} GB on each of {world_size} ranks"
+            f" ({listed}); take a higher ZeRO stage (engine.deepspeed) or more GPUs"
+        )
+    return f"memory: {need / 1e9:.2f} GB of model state on each rank ({listed}); activations come on top"
+
+
+def sample_shards(shards: list[str]) -> str:
+    """Opens the first, the middle and the last shard. Raises UserError naming the one that is no good."""
+    import tarfile
+
+    sample = sorted({0, len(shards) // 2, len(shards) - 1})[:SAMPLED_SHARDS]
+    for path in (shards[index] for index in sample):
+        if "://" in path or path.startswith("pipe:"):
+            continue
+        try:
+            with tarfile.open(path) as tar:
+                if tar.next() is None:
+                    raise UserError(f"data.train: {path} is empty")
+        except (OSError, tarfile.TarError) as error:
+            raise UserError(f"data.train: {path}: {' '.join(str(error).split())}") from None
+    return f"data: {len(shards)} shards, {len(sample)} of them opened (`amclip data check` reads all)"
+
+
+def write_script(plan: Plan, args: argparse.Namespace) -> None:
+    """Leaves train.sbatch, config.yaml and submit.sh in RUN/slurm and puts the command into the plan."""
+    script = plan.folder / "train.sbatch"
+    plan.command = ["sbatch", "--parsable", *sbatch_flags(plan, args), str(script), args.recipe, *args.overrides]
+    plan.environment = {"AMCLIP_HOME": str(HOME), "AMCLIP_VENV": sys.prefix}
+    if plan.chain > 1:
+        plan.environment["AMCLIP_CHAIN"] = "1"
+    if not any(word.startswith("run.out=") for word in args.overrides):
+        plan.command.append(f"run.out={plan.config.run.out}")
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(TEMPLATE, script)
+        write_atomically(plan.folder / "config.yaml", settings.dump(plan.config))
+        lines = ["#!/bin/bash", f"cd {shlex.quote(str(Path.cwd()))} || exit", *([plan.shell_line()] * plan.chain)]
+        write_atomically(plan.folder / "submit.sh", "\n".join(lines) + "\n")
+    except OSError as error:
+        raise UserError(f"run.out: {plan.folder} cannot be written: {error.strerror}") from None
+
+
+def sbatch_flags(plan: Plan, args: argparse.Namespace) -> list[str]:
+    """sbatch's flags. Chained jobs share a name that is the run's own, since `singleton` goes by name."""
+    flags = [f"--job-name={job_name(plan.config.run.out)}", f"--nodes={plan.nodes}"]
+    flags += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
+    flags += [f"--ntasks-per-node={args.tasks_per_node}"] if args.tasks_per_node else []
+    flags += [f"--{name}={getattr(args, name)}" for name in ("time", "partition", "account") if getattr(args, name)]
+    flags += ["--dependency=singleton"] if plan.chain > 1 else []
+    return flags + args.sbatch
+
+
+def job_name(run: str) -> str:
+    """A name for the run's jobs, of characters that squeue shows."""
+    return "amclip-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", os.path.relpath(run)).strip("-.")
+
+
+def submit(plan: Plan) -> list[int]:
+    """Submits the plan's job, or its chain of jobs. Returns their ids. Raises UserError with sbatch's own words."""
+    if shutil.which("sbatch") is None:
+        raise UserError(f"sbatch is not here: submit on a login node; {plan.folder}/submit.sh is ready")
+    jobs = []
+    for _ in range(plan.chain):
+        done = subprocess.run(plan.words(), capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"sbatch: {' '.join(done.stderr.split()) or done.returncode}")
+        jobs.append(int(done.stdout.strip().splitlines()[-1].split(";")[0]))
+    return jobs
+
+
+def read_size(text: str) -> float:
+    """'80GB', '24G' or '512MiB' in bytes. Raises UserError."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise UserError(f"--gpu-memory: {text!r} is no size; write it as 80GB")
+    base = 1024 if match.group(3) else 1000
+    return float(match.group(1)) * base ** " KMGT".index(match.group(2).upper() or " ")

@@ -1,0 +1,118 @@
+"""A sweep: which overrides each run of an array has, and the table of what came of them (slurm/sweep.sbatch).
+
+A sweep file is a list of `{key: value}` maps, or `grid:` with a list of values for each key: every combination.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.record import read_lines, write_atomically
+
+
+def read_sweep(path: Path) -> list[dict[str, Any]]:
+    """The overrides of every run, in order. Raises UserError."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"sweep {path}: {' '.join(str(error).split())}") from None
+    if isinstance(content, dict) and isinstance(content.get("grid"), dict) and len(content) == 1:
+        grid = {key: values if isinstance(values, list) else [values] for key, values in content["grid"].items()}
+        content = [dict(zip(grid, combination)) for combination in itertools.product(*grid.values())]
+    if not content or not isinstance(content, list) or not all(isinstance(run, dict) for run in content):
+        raise UserError(f"sweep {path}: expected a list of `key: value` maps, or `grid:` with a list for each key")
+    return content
+
+
+def overrides_of(path: Path, index: int) -> list[str]:
+    """`key=value` words of one run. Raises UserError for an index outside the sweep."""
+    runs = read_sweep(path)
+    if not 0 <= index < len(runs):
+        raise UserError(f"sweep {path} has {len(runs)} runs: --array=0-{len(runs) - 1}, there is no run {index}")
+    return [f"{key}={_word(value)}" for key, value in runs[index].items()]
+
+
+def finish(path: Path, out: Path, index: int, code: int) -> bool:
+    """Notes how a run ended. Returns whether it was the last one; the table is then written."""
+    folder = out / "sweep"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{index}.json", json.dumps({"index": index, "code": code}))
+    over = all((folder / f"{number}.json").exists() for number in range(len(read_sweep(path))))
+    if over:  # of two that end together both write the same table
+        rows = table(path, out)
+        write_atomically(out / "sweep.json", json.dumps(rows, indent=1) + "\n")
+        write_atomically(out / "sweep.txt", render(rows))
+    return over
+
+
+def table(path: Path, out: Path) -> list[dict[str, Any]]:
+    """A row for each run: its overrides, its exit code (None: not over), last step, loss and accuracies."""
+    rows = []
+    for index, overrides in enumerate(read_sweep(path)):
+        run = out / str(index)
+        note = out / "sweep" / f"{index}.json"
+        metrics = read_lines(run / "metrics.jsonl")
+        row = {"run": index, **overrides, "code": json.loads(note.read_text())["code"] if note.exists() else None}
+        row |= {"step": metrics[-1]["step"], "loss": metrics[-1]["loss"]} if metrics else {"step": None, "loss": None}
+        for line in read_lines(run / "eval.jsonl"):  # later lines win: the newest evaluation
+            for metric in ("acc1", "image_retrieval_recall@1"):
+                if metric in line["metrics"]:
+                    row[f"{line['weights']} {line['dataset']} {metric}"] = line["metrics"][metric]
+        rows.append(row)
+    return rows
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """The rows as text in columns."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[number]) for line in cells) for number in range(len(columns))]
+    return "".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() + "\n" for line in cells)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "null"
+    return json.dumps(value) if isinstance(value, bool | list | dict) else str(value)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="sweep", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("overrides", "finish", "table"):
+        sub = commands.add_parser(name)
+        sub.add_argument("sweep", type=Path)
+        if name != "overrides":
+            sub.add_argument("out", type=Path)
+        if name != "table":
+            sub.add_argument("index", type=int)
+        if name == "finish":
+            sub.add_argument("code", type=int)
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "overrides":
+            print(*overrides_of(args.sweep, args.index), sep="\n")
+        elif args.command == "table":
+            print(render(table(args.sweep, args.out)), end="")
+        elif finish(args.sweep, args.out, args.index, args.code):
+            print(f"sweep over; {args.out}/sweep.txt:\n{(args.out / 'sweep.txt').read_text()}", end="")
+    except AmclipError as error:
+        print(f"sweep.sbatch: {error}")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

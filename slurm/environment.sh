@@ -1,0 +1,32 @@
+# environment.sh: where a job of ours finds its folder, its site file and its Python. Read by every *.sbatch here.
+#
+# Sets AMCLIP_HOME, python, AMCLIP_CONTAINER, AMCLIP_SRUN and the functions say, give_up and once. What is particular to a
+# cluster (modules, conda, container, network) stands in one file: slurm/sites/CLUSTERNAME.env, see sites/example.env.
+set -u
+
+job_file=${job_file:-$(basename "$0")}
+say() { echo "$job_file: $*"; }
+give_up() { say "$1"; exit "$2"; }
+
+cd "$SLURM_SUBMIT_DIR" || give_up "cannot enter $SLURM_SUBMIT_DIR on $(hostname)" 2
+AMCLIP_CONTAINER=() AMCLIP_SRUN=()
+site=${AMCLIP_SITE:-$AMCLIP_HOME/slurm/sites/${SLURM_CLUSTER_NAME:-}.env}
+if [ -f "$site" ]; then
+  # shellcheck source=sites/example.env
+  . "$site"
+elif [ -n "${AMCLIP_SITE:-}" ]; then
+  give_up "no site file at $AMCLIP_SITE (AMCLIP_SITE)" 2
+fi
+python=${AMCLIP_PYTHON:-${AMCLIP_VENV:-$AMCLIP_HOME/.venv}/bin/python}
+if [ ${#AMCLIP_CONTAINER[@]} = 0 ] && [ ${#AMCLIP_SRUN[@]} = 0 ] && ! command -v "$python" >/dev/null; then
+  give_up "no Python at $python: run \`make setup\` in $AMCLIP_HOME, or set AMCLIP_VENV or AMCLIP_SITE" 2
+fi
+export PYTHONUNBUFFERED=1
+
+once() { # runs one command in the run's environment, on this node
+  if [ ${#AMCLIP_SRUN[@]} -gt 0 ]; then
+    srun --overlap --nodes=1 --ntasks=1 "${AMCLIP_SRUN[@]}" "$@"
+  else
+    ${AMCLIP_CONTAINER[@]+"${AMCLIP_CONTAINER[@]}"} "$@"
+  fi
+}

@@ -1,0 +1,150 @@
+"""Stopped in mid-training, requeued under the same id, finished: weights equal to the undisturbed job's, bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.slurm import runs
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import Finished
+
+Disturb = Callable[[Cluster, int], object]
+
+
+def interrupt(
+    cluster: Cluster,
+    data: Path,
+    work: Path,
+    disturb: Disturb,
+    *flags: str,
+    restarts: int = 1,
+    more: tuple[str, ...] = (),
+) -> int:
+    """Submits the tiny run, disturbs it once it has trained a few steps, lets it restart and end. Returns the job."""
+    job_id = runs.submit_train(cluster, work, runs.tiny(data, "run", *more), *(flags or runs.FOUR_TASKS))
+    cluster.wait_log(job_id, r"Step: 5/")
+    disturb(cluster, job_id)
+    cluster.wait_requeued(job_id, restarts)
+    cluster.wait(job_id, "COMPLETED")
+    return job_id
+
+
+def assert_equal_to_undisturbed(run: Path, undisturbed: Finished) -> None:
+    assert runs.losses(run) == runs.losses(undisturbed.run)
+    assert runs.final_weights(run) == runs.final_weights(undisturbed.run)
+
+
+def assert_saved_and_requeued(cluster: Cluster, job_id: int, run: Path) -> None:
+    log = cluster.job_log(job_id)
+    assert cluster.job(job_id)["Restarts"] == "1"
+    assert "code 75 in run/exit.json" in log and f"job {job_id}, restart 1" in log and "goes on from step" in log
+    assert runs.verdict(run)["code"] == 0 and runs.verdict(run)["attempt"] == 1
+    assert [row["restart"] for row in runs.rows(run, "slurm/attempts")] == [0, 1]
+
+
+def test_usr1_to_the_batch_script(cluster: Cluster, synthetic: Path, tmp_path: Path, undisturbed: Finished) -> None:
+    """Forwarded to the ranks once; a second arrival is no second stop."""
+
+    def twice(cluster: Cluster, job_id: int) -> None:
+        for _ in range(2):
+            cluster.client("scancel", "--batch", "--signal=USR1", str(job_id), check=False)
+
+    job_id = interrupt(cluster, synthetic, tmp_path, twice)
+    assert_saved_and_requeued(cluster, job_id, tmp_path / "run")
+    assert cluster.job_log(job_id).count("got USR1") == 1
+    assert_equal_to_undisturbed(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.nightly
+def test_usr1_to_the_step(cluster: Cluster, synthetic: Path, tmp_path: Path, undisturbed: Finished) -> None:
+    job_id = interrupt(cluster, synthetic, tmp_path, lambda c, j: c.client("scancel", "--signal=USR1", f"{j}.0"))
+    assert_saved_and_requeued(cluster, job_id, tmp_path / "run")
+    assert_equal_to_undisturbed(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.nightly
+def test_usr1_to_everything_at_once(cluster: Cluster, synthetic: Path, tmp_path: Path, undisturbed: Finished) -> None:
+    job_id = interrupt(
+        cluster, synthetic, tmp_path, lambda c, j: c.client("scancel", "--full", "--signal=USR1", str(j))
+    )
+    assert_saved_and_requeued(cluster, job_id, tmp_path / "run")
+    assert_equal_to_undisturbed(tmp_path / "run", undisturbed)
+
+
+def test_an_urgent_job_preempts(cluster: Cluster, synthetic: Path, tmp_path: Path, undisturbed: Finished) -> None:
+    urgent: list[int] = []
+
+    def preempt(cluster: Cluster, job_id: int) -> None:
+        urgent.append(cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "sleep 2"))
+
+    job_id = interrupt(cluster, synthetic, tmp_path, preempt)
+    cluster.wait(urgent[0], "COMPLETED")
+    assert_saved_and_requeued(cluster, job_id, tmp_path / "run")
+    assert_equal_to_undisturbed(tmp_path / "run", undisturbed)
+
+
+def after_a_checkpoint(run: Path, disturb: Disturb) -> Disturb:
+    """Disturbs only once there is a checkpoint to come back to."""
+
+    def wait_and_disturb(cluster: Cluster, job_id: int) -> None:
+        cluster.poll(lambda: list((run / "checkpoints").glob("step_*")), "the first checkpoint", 300, job_id)
+        disturb(cluster, job_id)
+
+    return wait_and_disturb
+
+
+def test_fewer_nodes_after_a_node_is_lost(
+    cluster: Cluster, synthetic: Path, tmp_path: Path, undisturbed: Finished
+) -> None:
+    """2 x 2, then 1 x 2: from the last checkpoint, with the same global batch; the losses stay within tolerance."""
+    run = tmp_path / "run"
+    flags = ("--nodes=1-2", "--ntasks-per-node=2", "--exclusive")
+    disturb = after_a_checkpoint(run, lambda c, j: c.node_down("node2"))
+    job_id = interrupt(cluster, synthetic, tmp_path, disturb, *flags)
+    log = cluster.job_log(job_id)
+    assert "restart 1: 2 task(s) on 1 node(s): node1" in log and "4 task(s) before, 2 now" in log
+    assert runs.losses(run) == pytest.approx(runs.losses(undisturbed.run), rel=2e-2)
+    assert {row["attempt"] for row in runs.rows(run)} == {0, 1}
+
+
+@pytest.mark.nightly
+def test_a_node_goes_down_and_returns(cluster: Cluster, synthetic: Path, tmp_path: Path, undisturbed: Finished) -> None:
+    def down_and_up(cluster: Cluster, job_id: int) -> None:
+        cluster.node_down("node2")
+        cluster.wait(job_id, "PENDING")
+        cluster.node_up("node2")
+
+    job_id = interrupt(cluster, synthetic, tmp_path, after_a_checkpoint(tmp_path / "run", down_and_up))
+    assert "goes on from step" in cluster.job_log(job_id)
+    assert_equal_to_undisturbed(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.nightly
+def test_a_slurmd_is_killed(cluster: Cluster, synthetic: Path, tmp_path: Path, undisturbed: Finished) -> None:
+    """The node is lost after some 25 s while its ranks live on: the run's owner file keeps the two attempts apart."""
+
+    def kill_and_revive(cluster: Cluster, job_id: int) -> None:
+        cluster.kill_slurmd("node2")
+        cluster.wait(job_id, "PENDING", timeout_s=120)
+        cluster.revive("node2", wait=False)
+
+    more = ("run.steps=30",)
+    job_id = interrupt(cluster, synthetic, tmp_path, after_a_checkpoint(tmp_path / "run", kill_and_revive), more=more)
+    assert "restart 1" in cluster.job_log(job_id)
+    assert_equal_to_undisturbed(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.nightly
+def test_the_time_limit(cluster: Cluster, synthetic: Path, tmp_path: Path) -> None:
+    """`--signal` comes about a minute before the limit: saved, requeued, and again until the steps are done."""
+    words = runs.tiny(
+        synthetic, "run", "run.steps=100000", "eval.data=null", "checkpoint.keep_last=2", "log.every_steps=50"
+    )
+    job_id = runs.submit_train(cluster, tmp_path, words, *runs.FOUR_TASKS, "--time=2", "--signal=USR1@60")
+    cluster.wait_requeued(job_id, timeout_s=200)
+    log = cluster.job_log(job_id)
+    assert "code 75 in run/exit.json" in log and "requeue of job" in log
+    cluster.wait_log(job_id, "goes on from step")
+    cluster.client("scancel", str(job_id))
+    cluster.wait(job_id, "CANCELLED")
