@@ -27,9 +27,11 @@ from amclip_ds.engine.student import EngineConfig
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import EvalConfig
 from amclip_ds.loss import LossConfig
+from amclip_ds.model import masking
 from amclip_ds.model.amclip import ModelConfig
 from amclip_ds.model.heads import HeadsConfig
 from amclip_ds.model.masking import MaskConfig
+from amclip_ds.model.vision import patch_grid
 from amclip_ds.optim import OptimConfig
 from amclip_ds.record import LogConfig
 from amclip_ds.resilience.guards import GuardsConfig
@@ -84,7 +86,7 @@ class TrainConfig:
     """Everything that decides a run."""
 
     compat: str = "paper"
-    """`paper`: what the paper means; `release`: what its published code does (pairing, teacher box, EMA of the text)."""
+    """`paper`: what the paper means; `release`: what its published code does (pairing, teacher box, EMA)."""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -126,6 +128,24 @@ def plan_batch(batch: BatchConfig, world_size: int) -> BatchPlan:
         )
     micro = max(n for n in range(1, min(batch.per_gpu, local) + 1) if local % n == 0)
     return BatchPlan(local=local, micro=micro, splits=local // micro)
+
+
+def needs_teacher(config: TrainConfig) -> bool:
+    """Whether anything of the run looks at the teacher: its scores, or its features."""
+    return masking.needs_scores(config.mask.strategy) or config.loss.o2e_weight > 0
+
+
+def check_buildable(config: TrainConfig) -> None:
+    """Builds the vision tower's skeleton, without weights. Raises UserError for what timm cannot make of the config."""
+    import torch
+
+    from amclip_ds.model.vision import build_vit
+
+    try:
+        with torch.device("meta"):
+            build_vit(config.model.vision)
+    except ValueError as error:
+        raise UserError(_one_line(error)) from None
 
 
 def recipe_names() -> list[str]:
@@ -294,3 +314,15 @@ def _check_together(config: TrainConfig) -> None:
         raise UserError("run.steps and run.epochs: give one of them (the other null)")
     if config.run.steps is None and config.run.epochs is None:
         raise UserError("run.steps: give it, or run.epochs")
+    try:
+        grid = config.model.vision.grid
+        if config.mask.strategy != "none":
+            masking.num_units(grid, config.mask.unit)
+        if needs_teacher(config) and config.teacher.resolution == "half":
+            patch_grid(config.model.vision, config.model.vision.image_size // 2)
+    except ValueError as error:
+        raise UserError(_one_line(error)) from None
+    if config.loss.o2o_weight > 0 and config.data.num_views != 2:
+        raise UserError(
+            f"loss.o2o_weight: this loss needs data.num_views=2, not {config.data.num_views}; or set it to 0"
+        )

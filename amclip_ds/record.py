@@ -150,6 +150,11 @@ class Record:
             "kind": kind, "shard": shard, "key": key, "cause": cause, "action": action,
         })  # fmt: skip
 
+    def incidents(self, rows: Iterable[dict[str, str]]) -> None:
+        """Samples that were skipped or mended, as the data's ledger tells them: kind, shard, key, cause. Any rank."""
+        for row in rows:
+            self.incident(**{"action": "replaced by another sample"} | row)  # type: ignore[arg-type]
+
     def close(self) -> None:
         """Ends the live line and closes every file."""
         for closer in self._closers:

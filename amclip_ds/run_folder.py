@@ -5,30 +5,76 @@ import json
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors.torch import save_file
 
 from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
-from amclip_ds.errors import UserError
-from amclip_ds.record import write_atomically
+from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.record import append_line, read_lines, write_atomically
+
+if TYPE_CHECKING:
+    from amclip_ds.engine.student import StudentEngine
+    from amclip_ds.teacher import Teacher
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "transformers", "webdataset", "accelerate", "omegaconf",
             "open_clip_torch", "safetensors", "numpy")  # fmt: skip
 
 
-def open_folder(config: TrainConfig) -> Path:
-    """Makes the run's folder and writes config.yaml and versions.json into it. Raises UserError. Rank 0 only."""
+def open_folder(config: TrainConfig) -> tuple[Path, int]:
+    """Makes the run's folder and writes config.yaml and versions.json into it. Raises UserError. Rank 0 only.
+
+    Returns the folder and the number of this attempt, 0 on the first start. An older attempt's exit.json goes: a run
+    that leaves none has crashed.
+    """
     folder = Path(config.run.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        attempt = next_attempt(folder)
+        (folder / "exit.json").unlink(missing_ok=True)
         write_atomically(folder / "config.yaml", settings.dump(config))
         write_atomically(folder / "versions.json", describe_versions())
     except OSError as error:
         raise UserError(f"run.out: {folder} cannot be written: {error.strerror}") from None
-    return folder
+    return folder, attempt
+
+
+def next_attempt(folder: Path) -> int:
+    """Counts the starts of a run in RUN/attempts.jsonl; returns the number of this one, 0 for the first."""
+    attempt = len(read_lines(folder / "attempts.jsonl"))
+    append_line(folder / "attempts.jsonl", {"attempt": attempt, "time": round(time.time(), 3), "command": sys.argv})
+    return attempt
+
+
+class HasStep(Protocol):
+    """What knows where the run stands."""
+
+    step: int
+
+
+@contextmanager
+def write_verdict_at_end(folder: Path, attempt: int, state: HasStep, is_main: bool) -> Iterator[None]:
+    """Leaves RUN/exit.json when the block ends, well or with an AmclipError; a crash leaves none."""
+    try:
+        yield
+    except AmclipError as error:
+        if is_main:
+            write_verdict(folder, error.exit_code, state.step, attempt, str(error))
+        raise
+    if is_main:
+        write_verdict(folder, 0, state.step, attempt, "done")
+
+
+def write_verdict(folder: Path, code: int, step: int, attempt: int, reason: str) -> None:
+    """RUN/exit.json: what a launcher's status cannot be trusted to tell. Rank 0 only, after the last commit."""
+    verdict = {"code": code, "step": step, "attempt": attempt, "reason": reason}
+    write_atomically(folder / "exit.json", json.dumps(verdict) + "\n")
 
 
 def describe_versions() -> str:
@@ -54,6 +100,19 @@ def git_revision() -> str | None:
 def _git(*words: str, cwd: Path) -> str:
     done = subprocess.run(["git", *words], cwd=cwd, capture_output=True, text=True, check=True, timeout=20)
     return done.stdout.strip()
+
+
+def write_run_weights(
+    folder: Path, student: "StudentEngine", teacher: "Teacher | None", step: int, is_main: bool
+) -> None:
+    """RUN/student.safetensors and RUN/teacher.safetensors, whole and in fp32. Collective: every rank must call."""
+    for name, source in (("student", student), ("teacher", teacher)):
+        if source is None:
+            continue
+        tensors = source.full_state()
+        if is_main:
+            metadata = {"format": "pt", "weights": name, "step": str(step)}
+            write_weights(folder / f"{name}.safetensors", tensors, metadata)
 
 
 def write_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

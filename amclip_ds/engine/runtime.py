@@ -37,10 +37,11 @@ class Runtime:
     note: str = ""
 
 
-def start(timeout_s: float = 600.0) -> Runtime:
+def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
     """Joins the process group through DeepSpeed: NCCL on GPUs, gloo elsewhere. Collective: every rank must call.
 
-    `timeout_s` bounds the meeting and every later collective. Raises UserError for a wrong environment or a port in
+    `timeout_s` bounds the meeting and every later collective. `deterministic`: only kernels that repeat bit for bit.
+    Raises UserError for a wrong environment or a port in
     use, AmclipError when the other ranks cannot be reached.
     """
     import torch
@@ -58,6 +59,9 @@ def start(timeout_s: float = 600.0) -> Runtime:
         RANK=str(place.rank), WORLD_SIZE=str(place.world_size), MASTER_ADDR=place.master_addr, MASTER_PORT=str(port),
         LOCAL_RANK=str(place.local_rank if index is None else index),
     )  # fmt: skip
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
+        torch.use_deterministic_algorithms(True)
     os.environ.pop("LOCAL_SIZE", None)  # switches DeepSpeed's shared memory all-reduce on, which waits without a limit
     if device.type == "cpu":
         prepare_extensions(announce=place.rank == 0)

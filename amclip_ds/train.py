@@ -1,0 +1,129 @@
+"""The run on one screen: build, resume, loop, evaluate, hand over the weights."""
+
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from amclip_ds import config as settings
+from amclip_ds.config import BatchPlan, TrainConfig
+from amclip_ds.data.batch import Batch
+from amclip_ds.data.loader import TrainingData
+from amclip_ds.engine import runtime as engine_runtime
+from amclip_ds.engine.collectives import DistributedComm, on_main
+from amclip_ds.engine.preflight import preflight
+from amclip_ds.engine.runtime import Runtime
+from amclip_ds.engine.student import StudentEngine
+from amclip_ds.evaluate.during_training import evaluate_engines
+from amclip_ds.meter import Meter
+from amclip_ds.model import masking
+from amclip_ds.optim import Schedules
+from amclip_ds.record import Record
+from amclip_ds.run_folder import open_folder, write_run_weights, write_verdict_at_end
+from amclip_ds.step import StepResult, train_step
+from amclip_ds.teacher import Teacher
+
+
+@dataclass
+class TrainState:
+    """Where the run stands; with the engines' tensors, all that a resume needs."""
+
+    step: int = 0
+    """Batches consumed."""
+    updates: int = 0
+    """Optimizer steps applied; learning rate and momentum are functions of it."""
+    samples_seen: int = 0
+    epoch: int = 0
+    cursor: dict[str, Any] | None = None
+    """Where the stream of batches stands."""
+    guards: dict[str, Any] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, int]:
+        """The counters of a metrics row."""
+        return {"step": self.step, "updates": self.updates, "epoch": self.epoch, "samples_seen": self.samples_seen}
+
+    def advance(self, batch: Batch, result: StepResult, global_batch: int) -> None:
+        """Counts a batch that was trained on."""
+        self.step += 1
+        self.updates += int(result.applied)
+        self.samples_seen += global_batch
+        self.epoch, self.cursor = batch.epoch, batch.cursor
+
+
+def train(config: TrainConfig, resume: str = "auto") -> int:
+    """Trains as configured; returns the exit code. Collective: every rank of the world must call."""
+    settings.check_buildable(config)
+    with ExitStack() as stack:
+        runtime = engine_runtime.start(deterministic=config.run.deterministic)
+        stack.callback(engine_runtime.stop, runtime)
+        comm = DistributedComm()
+        plan = settings.plan_batch(config.batch, runtime.world_size)
+        folder, attempt = on_main(partial(open_folder, config))
+        state = TrainState()
+        stack.enter_context(write_verdict_at_end(folder, attempt, state, runtime.is_main))
+
+        data = stack.enter_context(closing(open_data(config, runtime)))
+        total_steps = config.run.steps or round((config.run.epochs or 0) * data.steps_per_epoch)
+        record = stack.enter_context(Record(
+            folder, config.log, rank=runtime.rank, world_size=runtime.world_size, attempt=attempt,
+            total_steps=total_steps, samples_per_epoch=data.samples_per_epoch,
+        ))  # fmt: skip
+        record.say(describe(config, runtime, plan, data, total_steps))
+        if runtime.world_size > 1:
+            preflight(runtime, config_text=settings.dump(config), shards=data.shards, folder=folder, say=record.say)
+
+        student = StudentEngine(config.model, config.heads, config.loss, config.optim, config.engine,
+                                seed=config.run.seed, runtime=runtime)  # fmt: skip
+        teacher = Teacher(config.teacher, config.model, config.heads, config.loss, compat=config.compat,
+                          seed=config.run.seed, student=student,
+                          device=runtime.device) if settings.needs_teacher(config) else None  # fmt: skip
+        schedules = Schedules(config.optim, config.teacher, total_steps)
+        meter = Meter(config.batch.global_size, runtime.device)
+
+        batches = meter.timed(data.batches(state.cursor))
+        while state.step < total_steps:
+            batch = next(batches)
+            result = train_step(batch, student, teacher, schedules, state.updates, config, comm, plan.micro)
+            state.advance(batch, result, config.batch.global_size)
+            record.incidents(batch.incidents)
+            if config.run.log_sample_ids:
+                record.sample_ids(state.step, comm.all_gather(batch.sample_ids).tolist())
+            if record.is_due(state.step):
+                record.metrics(state.numbers() | {"attempt": attempt} | meter.row(result))
+            if evaluation_is_due(config, state.step, total_steps):
+                with meter.paused():
+                    record.evaluation(evaluate_engines(student, teacher, config, runtime, state.step))
+
+        write_run_weights(folder, student, teacher, state.step, runtime.is_main)
+        record.say(str(folder))
+    return 0
+
+
+def open_data(config: TrainConfig, runtime: Runtime) -> TrainingData:
+    """This rank's part of the training stream."""
+    vision, mask = config.model.vision, config.mask
+    teacher_size = vision.image_size // (2 if config.teacher.resolution == "half" else 1)
+    return TrainingData(
+        config.data, seed=config.run.seed, global_batch=config.batch.global_size, rank=runtime.rank,
+        world_size=runtime.world_size, image_size=vision.image_size,
+        teacher_size=teacher_size if settings.needs_teacher(config) else None,
+        num_units=masking.num_units(vision.grid, mask.unit) if masking.needs_noise(mask.strategy) else 0,
+        context_length=config.model.text.context_length, compat=config.compat,
+    )  # fmt: skip
+
+
+def describe(config: TrainConfig, runtime: Runtime, plan: BatchPlan, data: TrainingData, total_steps: int) -> str:
+    """The run in one line, before its first step."""
+    accumulated = f" (accumulated over {plan.splits} splits of {plan.micro})" if plan.splits > 1 else ""
+    note = f"; {runtime.note}" if runtime.note else ""
+    return (
+        f"run {config.run.out}: {total_steps} steps of {config.batch.global_size} = {runtime.world_size} ranks x"
+        f" {plan.local}{accumulated}, {data.samples_per_epoch} samples an epoch, {config.engine.deepspeed},"
+        f" {runtime.device.type}, started by {runtime.launcher}{note}"
+    )
+
+
+def evaluation_is_due(config: TrainConfig, step: int, total_steps: int) -> bool:
+    """Every eval.every_steps, and at the end."""
+    every = config.eval.every_steps
+    return config.eval.data is not None and (step == total_steps or (every is not None and step % every == 0))
