@@ -1,0 +1,57 @@
+"""Evaluates a run, a checkpoint or an export: zero-shot classification, retrieval, linear probe, k-NN.
+
+  amclip eval runs/aclip-vitb16 --data /eval/imagenet1k --data /eval/flickr30k
+  amclip eval runs/aclip-vitb16 --data /eval/pets --task linear_probe --weights teacher
+  amclip eval runs/aclip-vitb16/checkpoints/step_00010000 --data /eval/imagenet1k --templates openai-80 --procs 8
+  amclip eval exported/open_clip --data /eval/imagenet1k --json numbers.json
+
+DIR is CLIP_benchmark's WebDataset layout, an image folder (a folder a class), or tars of image and text for retrieval.
+The numbers are the same on any number of ranks (torchrun, srun, or --procs N). A run's numbers are also appended to its
+eval.jsonl.
+"""
+
+import argparse
+import sys
+
+HELP = "evaluate a run, a checkpoint or an export"
+TASKS = ("zeroshot_classification", "retrieval", "linear_probe", "knn")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a run's folder, a checkpoint's, or an export's")
+    parser.add_argument("--data", action="append", required=True, metavar="DIR", help="what to evaluate on; repeatable")
+    parser.add_argument("--weights", choices=("student", "teacher", "both"), default="both",
+                        help="which weights (both; a source that has no teacher: the student)")  # fmt: skip
+    parser.add_argument("--task", action="append", choices=("auto", *TASKS),
+                        help="repeatable; auto (default): what the folder's dataset_type.txt says")  # fmt: skip
+    parser.add_argument("--split", default="test", metavar="NAME", help="the split's folder (test)")
+    parser.add_argument("--templates", default="folder", metavar="folder|openai-7|openai-80|FILE",
+                        help="prompt templates (the folder's own)")  # fmt: skip
+    parser.add_argument("--classnames", default="folder", metavar="folder|imagenet|FILE",
+                        help="class names (the folder's own)")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images in one forward (64)")
+    parser.add_argument("--preprocess", choices=("ours", "library"), default="ours",
+                        help="whose pixels an export sees: ours (default), or its own library's")  # fmt: skip
+    parser.add_argument("--procs", type=int, metavar="N", help="start N processes on this machine")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers, in CLIP_benchmark's names")
+    parser.add_argument("--no-append", action="store_true", help="do not append to the run's eval.jsonl")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.procs is not None:
+        from amclip_ds.launch import run_ranks
+
+        return run_ranks([sys.executable, "-m", "amclip_ds", *_without_procs(sys.argv[1:])], args.procs, None)
+    from amclip_ds.evaluate.command import evaluate
+
+    return evaluate(args)
+
+
+def _without_procs(argv: list[str]) -> list[str]:
+    kept, skip = [], False
+    for word in argv:
+        if skip or word == "--procs" or word.startswith("--procs="):
+            skip = word == "--procs"
+            continue
+        kept.append(word)
+    return kept

@@ -1,0 +1,30 @@
+"""Writes a model for another library, loads it back through that library, and keeps it only if it computes the same.
+
+  amclip export runs/aclip-vitb16 --format open_clip --weights teacher --out exported/open_clip
+  amclip export runs/aclip-vitb16 --format hf --weights student --out exported/hf
+  amclip export runs/aclip-vitb16 --format timm --out exported/timm        the vision tower alone
+
+Embeddings of real images and texts (--proof DIR, default: images and texts made for it) must agree; their cosine and
+largest difference are printed. A mismatch deletes the export and exits with code 1.
+"""
+
+import argparse
+from pathlib import Path
+
+HELP = "write weights for open_clip, transformers or timm, with proof"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a run's folder or a checkpoint's")
+    parser.add_argument("--format", choices=("open_clip", "hf", "timm"), required=True, help="for which library")
+    parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="which weights (student)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
+    parser.add_argument("--proof", metavar="SHARDS", help="tars with the images and texts to compare on")
+    parser.add_argument("--onnx", action="store_true", help="also write both towers as ONNX, with the same proof")
+    parser.add_argument("--json", metavar="FILE", help="also write what the proof measured")
+
+
+def run(args: argparse.Namespace) -> int:
+    from amclip_ds.export.command import export
+
+    return export(args)
