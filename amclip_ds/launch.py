@@ -55,7 +55,9 @@ def run_ranks(
         outputs = [Path(logs, f"rank{rank}") for rank in range(procs)]
         try:
             for rank in range(procs):
-                variables = os.environ | _rank_variables(rank, procs, port) | (env or {})
+                # Two ranks that each take every core get in each other's way: a share each, unless it was set.
+                threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // procs))}
+                variables = threads | os.environ | _rank_variables(rank, procs, port) | (env or {})
                 ranks.running[rank] = _start(argv, variables, outputs[rank] if rank else None)
             _wait(ranks, forced_exit_s)
         finally:
