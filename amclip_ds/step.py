@@ -12,10 +12,11 @@ from amclip_ds.config import TrainConfig
 from amclip_ds.data import photometric
 from amclip_ds.data.batch import Batch
 from amclip_ds.engine.grad_cache import forward_backward
-from amclip_ds.engine.student import StudentEngine
+from amclip_ds.engine.student import SKIPPED, StudentEngine
 from amclip_ds.loss.comm import Comm
 from amclip_ds.model import masking, scoring
 from amclip_ds.optim import Schedules
+from amclip_ds.resilience.guards import Guards
 from amclip_ds.teacher import Teacher
 
 
@@ -36,12 +37,13 @@ class StepResult:
 
 def train_step(
     batch: Batch, student: StudentEngine, teacher: Teacher | None, schedules: Schedules, updates: int,
-    config: TrainConfig, comm: Comm, micro: int,
+    config: TrainConfig, comm: Comm, micro: int, guards: Guards,
 ) -> StepResult:  # fmt: skip
     """Trains on one batch (this rank's part of the global one). Collective: every rank must call.
 
     updates: optimizer steps applied so far; learning rate and momentum are functions of it.
     micro: samples whose activations are held at a time; the negatives are the global batch's whatever it is.
+    guards: sees the loss before its gradient exists; what it refuses is not stepped, on any rank.
     """
     lr = schedules.lr(updates)
     student.set_lr(lr)
@@ -49,9 +51,9 @@ def train_step(
     views = photometric.apply(batch.views_uint8, batch.photometric)
     target, keep_indices = look(batch, teacher, config, comm)
     loss, parts, logit_scale = forward_backward(
-        student, views, keep_indices, batch.token_ids, target, config.loss, comm, micro, config.compat
+        student, views, keep_indices, batch.token_ids, target, config.loss, comm, micro, config.compat, guards.admit
     )
-    outcome = student.step()
+    outcome = student.step() if guards.admitted else SKIPPED
 
     momentum = schedules.momentum(updates + 1)
     if outcome.applied:

@@ -19,6 +19,7 @@ from amclip_ds.meter import Meter
 from amclip_ds.model import masking
 from amclip_ds.optim import Schedules
 from amclip_ds.record import Record
+from amclip_ds.resilience.guards import Guards
 from amclip_ds.run_folder import open_folder, write_run_weights, write_verdict_at_end
 from amclip_ds.step import StepResult, train_step
 from amclip_ds.teacher import Teacher
@@ -78,13 +79,15 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
                           seed=config.run.seed, student=student,
                           device=runtime.device) if settings.needs_teacher(config) else None  # fmt: skip
         schedules = Schedules(config.optim, config.teacher, total_steps)
+        guards = Guards(config.guards, record.incident)
         meter = Meter(config.batch.global_size, runtime.device)
 
         batches = meter.timed(data.batches(state.cursor))
         while state.step < total_steps:
             batch = next(batches)
-            result = train_step(batch, student, teacher, schedules, state.updates, config, comm, plan.micro)
+            result = train_step(batch, student, teacher, schedules, state.updates, config, comm, plan.micro, guards)
             state.advance(batch, result, config.batch.global_size)
+            guards.account(state.step, result.applied, result.sample_ids)
             record.incidents(batch.incidents)
             if config.run.log_sample_ids:
                 record.sample_ids(state.step, comm.all_gather(batch.sample_ids).tolist())

@@ -87,6 +87,30 @@ def _exchange(x: Tensor, step: int) -> Tensor:
     return received
 
 
+def my_rank() -> int:
+    """This rank; 0 where there are no others."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather_rows(row: list[float], device: torch.device) -> list[list[float]]:
+    """Every rank's row of numbers, in rank order: the same bits everywhere, which a sum over ranks does not promise."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [row]
+    mine = torch.tensor(row, dtype=torch.float64, device=device)
+    everywhere = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, mine)
+    return torch.stack(everywhere).tolist()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order; for rare and small things."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def on_main(work: Callable[[], T]) -> T:
     """Does `work` on rank 0 and gives every rank its result, or raises its AmclipError on all of them."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -51,6 +51,9 @@ class StepOutcome:
     grad_norm: float
 
 
+SKIPPED = StepOutcome(applied=False, grad_norm=math.nan)
+
+
 def read_ds_config(config: EngineConfig) -> dict[str, Any]:
     """DeepSpeed's own settings. Raises UserError for a missing or unfit file, naming the key to use instead."""
     candidates = [Path(config.deepspeed), DS_CONFIGS / config.deepspeed, INSTALLED_DS_CONFIGS / config.deepspeed]
@@ -64,11 +67,17 @@ def read_ds_config(config: EngineConfig) -> dict[str, Any]:
         raise UserError(f"engine.deepspeed: {path} is not JSON: {error}") from None
     for key, ours in DECIDED_BY_THE_RUN.items():
         if key in ds:
-            raise UserError(f"engine.deepspeed: {path.name} sets {key!r}, which {ours} decides; remove it from the file")
+            raise UserError(
+                f"engine.deepspeed: {path.name} sets {key!r}, which {ours} decides; remove it from the file"
+            )
     if stage_of(ds) == 0 and ds.get("bf16", {}).get("enabled"):
-        raise UserError(f"engine.deepspeed: {path.name} asks for bf16 at stage 0, which DeepSpeed does not do: use stage 1")
+        raise UserError(
+            f"engine.deepspeed: {path.name} asks for bf16 at stage 0, which DeepSpeed does not do: use stage 1"
+        )
     if ds.pop("not_tested_here", False) and not config.allow_untested:
-        raise UserError(f"engine.deepspeed: {path.name} is not tested here; engine.allow_untested=true uses it all the same")
+        raise UserError(
+            f"engine.deepspeed: {path.name} is not tested here; engine.allow_untested=true uses it all the same"
+        )
     return ds
 
 

@@ -1,0 +1,197 @@
+"""Guards: a loss that is not finite, or that leaps, is seen by all ranks before its gradient exists, and decided alike.
+
+    loss -> admit (all ranks see all ranks' losses) -> backward and step, or neither -> account (count, record, stop)
+
+A gradient that is not finite although the loss was is refused by the engine's step, on all ranks (engine/student.py);
+`account` counts it the same way. Whatever is skipped advances neither the weights nor the average nor the schedules.
+"""
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from amclip_ds.engine.collectives import gather_objects, gather_rows, my_rank
+from amclip_ds.errors import RunStopped
+from amclip_ds.loss.outputs import Outputs
+
+SPIKE_POLICIES = ("log", "skip", "rewind")
+TO_DEVIATION = 1.4826  # a median absolute deviation times this is a normal's standard deviation
+LEAST_DEVIATION = 0.01  # of the median: a loss that hardly moves must not make every ripple a spike
+IDS_IN_A_LINE = 8
+
+
+@dataclass
+class GuardsConfig:
+    """What makes the run skip a step, and what makes it stop itself (exit code 3)."""
+
+    max_skipped: int = 10
+    """After so many skipped steps in a row the run stops itself, naming rank, step and sample ids."""
+    spike: str = "log"
+    """A loss that leaps: log (recorded only) | skip (the step is skipped) | rewind (back to the last checkpoint)."""
+    spike_window: int = 100
+    """Losses of applied steps that a loss is compared with; nothing is a spike before there are so many."""
+    spike_deviations: float = 8.0
+    """A spike lies so many deviations (1.4826 median absolute ones) above the window's median."""
+    max_rewinds: int = 3
+    """With spike=rewind: rewinds after which the next spike stops the run."""
+
+    def __post_init__(self) -> None:
+        if self.spike not in SPIKE_POLICIES:
+            raise ValueError(f"guards.spike: {self.spike!r} is none of {', '.join(SPIKE_POLICIES)}")
+        for name, least in (("max_skipped", 1), ("spike_window", 2), ("max_rewinds", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"guards.{name}: {getattr(self, name)} is below {least}")
+        if self.spike_deviations <= 0:
+            raise ValueError(f"guards.spike_deviations: {self.spike_deviations} is not above 0")
+
+
+class RewindAsked(RunStopped):
+    """guards.spike=rewind met a spike: reload the last checkpoint and go on behind the batches consumed so far.
+
+    The caller loads the checkpoint's weights, moments, average and counters, keeps its place in the data (reading the
+    same batches again would bring the same spike), and gives its Guards the loaded state. Raised on every rank alike;
+    uncaught, it ends the run as any RunStopped does.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class Guards:
+    """Every rank holds one, all with the same state: it follows from what all ranks have exchanged.
+
+    incident: record.Record.incident, for what a rank has to say about its own samples.
+    """
+
+    def __init__(self, config: GuardsConfig, incident: Callable[..., None] | None = None) -> None:
+        self.config = config
+        self.reason: str | None = None
+        """Why the step at hand is not to be applied; None: it is."""
+        self.window: list[float] = []
+        self.skipped_in_a_row = 0
+        self.skipped = 0
+        self.rewinds = 0
+        self._incident = incident or (lambda *words, **more: None)
+        self._spike: str | None = None
+        self._mean = math.nan
+        self._bad_rows: list[int] = []
+        self._bad_ranks: list[int] = []
+
+    def admit(self, loss: Tensor, outputs: Outputs) -> bool:
+        """Whether this loss may be differentiated; the same on every rank. Collective: every rank must call.
+
+        loss: of this rank. outputs: its embeddings tell which of its samples are not finite; the losses cannot, since
+        one bad sample reaches every rank's through the gathered negatives.
+        """
+        self._bad_rows = bad_rows(outputs)
+        everywhere = gather_rows([float(loss.detach()), float(len(self._bad_rows))], loss.device)
+        losses = [row[0] for row in everywhere]
+        self._bad_ranks = [rank for rank, row in enumerate(everywhere) if row[1]]
+        self._mean = sum(losses) / len(losses)  # in rank order on every rank: the same bits
+        self.reason = self._spike = None
+        if not all(math.isfinite(value) for value in losses) or self._bad_ranks:
+            ranks = self._bad_ranks or [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
+            self.reason = f"non-finite loss, from {_listed('rank', ranks)}"
+            self._bad_ranks = ranks
+        else:
+            self._spike = self._describe_spike()
+            if self._spike and self.config.spike != "log":
+                self.reason = self._spike
+        return self.admitted
+
+    @property
+    def admitted(self) -> bool:
+        """What `admit` answered last."""
+        return self.reason is None
+
+    def account(self, step: int, applied: bool, sample_ids: Tensor) -> None:
+        """Counts and records what became of `step`; the same on every rank. Collective: every rank must call.
+
+        applied: what the engine says. sample_ids [B]: this rank's. Raises RunStopped after guards.max_skipped skipped
+        steps in a row, RewindAsked at a spike under spike=rewind.
+        """
+        if applied:
+            self.window = [*self.window, self._mean][-self.config.spike_window :]
+            self.skipped_in_a_row = 0
+            if self._spike:
+                self._tell("loss_spike", self._spike, step, sample_ids, "logged")
+            return
+        if self._spike and self.config.spike == "rewind":
+            self._rewind(step, sample_ids)
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        reason = self.reason or "non-finite gradient of a finite loss, summed over the ranks"
+        kind = "loss_spike" if self._spike else "non_finite_loss" if self.reason else "non_finite_gradient"
+        self._tell(kind, reason, step, sample_ids, "skipped on all ranks")
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            raise RunStopped(
+                f"guards.max_skipped: {self.skipped_in_a_row} steps in a row were skipped; the last: step {step},"
+                f" {reason}; sample ids {self._name_samples(sample_ids)}; incidents.jsonl lists every one"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; plain numbers."""
+        return {
+            "window": list(self.window), "skipped_in_a_row": self.skipped_in_a_row, "skipped": self.skipped,
+            "rewinds": self.rewinds,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes a checkpoint's state over. Rewinds are never forgotten, or a spike could rewind for ever."""
+        self.window = [float(value) for value in state["window"]][-self.config.spike_window :]
+        self.skipped_in_a_row, self.skipped = int(state["skipped_in_a_row"]), int(state["skipped"])
+        self.rewinds = max(self.rewinds, int(state["rewinds"]))
+
+    def _describe_spike(self) -> str | None:
+        if len(self.window) < self.config.spike_window:
+            return None
+        middle = statistics.median(self.window)
+        deviation = TO_DEVIATION * statistics.median(abs(value - middle) for value in self.window)
+        limit = middle + self.config.spike_deviations * max(deviation, LEAST_DEVIATION * abs(middle))
+        if self._mean <= limit:
+            return None
+        return f"loss {self._mean:.6g} leapt over {limit:.6g} (median of {len(self.window)} steps {middle:.6g})"
+
+    def _rewind(self, step: int, sample_ids: Tensor) -> None:
+        if self.rewinds >= self.config.max_rewinds:
+            raise RunStopped(f"guards.max_rewinds: step {step}: {self._spike}, after {self.rewinds} rewinds")
+        self.rewinds += 1
+        self._tell("loss_spike", str(self._spike), step, sample_ids, "rewind to the last checkpoint")
+        raise RewindAsked(f"guards.spike=rewind: step {step}: {self._spike}; no checkpoint to go back to", step)
+
+    def _tell(self, kind: str, cause: str, step: int, sample_ids: Tensor, action: str) -> None:
+        """An incident of this rank, if it is among the suspects (where nobody can be told apart, all are)."""
+        rank = my_rank()
+        if not self._bad_ranks or rank in self._bad_ranks:
+            ids = self._suspects(sample_ids)
+            self._incident(kind, f"step {step}: {cause}", key=",".join(map(str, ids)), action=action)
+
+    def _suspects(self, sample_ids: Tensor) -> list[int]:
+        """This rank's samples whose embeddings are not finite; all of them where none can be told apart."""
+        ids = sample_ids.tolist()
+        return [ids[row] for row in self._bad_rows] or ids
+
+    def _name_samples(self, sample_ids: Tensor) -> str:
+        """`rank 1: 17, 40; rank 3: 5`. Collective: every rank must call."""
+        parts = []
+        for rank, ids in enumerate(gather_objects(self._suspects(sample_ids))):
+            if not self._bad_ranks or rank in self._bad_ranks:
+                shown = ", ".join(map(str, ids[:IDS_IN_A_LINE]))
+                more = f" and {len(ids) - IDS_IN_A_LINE} more" if len(ids) > IDS_IN_A_LINE else ""
+                parts.append(f"rank {rank}: {shown}{more}")
+        return "; ".join(parts)
+
+
+def bad_rows(outputs: Outputs) -> list[int]:
+    """This rank's samples of which some embedding is not finite."""
+    finite = outputs.image_embeds.detach().isfinite().all(-1).all(0) & outputs.text_embeds.detach().isfinite().all(-1)
+    return (~finite).nonzero().flatten().tolist()
+
+
+def _listed(word: str, numbers: list[int]) -> str:
+    return f"{word}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
