@@ -60,7 +60,7 @@ def train_step(
         student.clamp_logit_scale()
         if teacher is not None:
             teacher.update(momentum)
-            teacher.publish()
+            teacher.publish(whole=False)
     num_patches = config.model.vision.grid**2
     return StepResult(
         loss=loss, parts=parts, lr=lr, momentum=momentum, grad_norm=outcome.grad_norm, applied=outcome.applied,

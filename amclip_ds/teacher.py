@@ -16,6 +16,8 @@ from amclip_ds.model.heads import HeadsConfig
 from amclip_ds.model.init import persistent_buffers
 from amclip_ds.model.teacher_model import mirrored_names
 
+SEEN_IN_TRAINING = ("vision.", "heads.")  # what phase `scores` reads
+
 
 @dataclass
 class TeacherConfig:
@@ -53,6 +55,7 @@ class Teacher:
     ) -> None:  # fmt: skip
         self.placed = place_teacher(config.placement, model, heads, loss, seed, student, device)
         self._student = student
+        self._is_whole = True  # student and teacher start alike
         names = {name for name, _ in self.placed.module.named_parameters()}
         mirrored = mirrored_names(names, compat)
         self._averaged = [name for name in self.masters() if name in names and name not in mirrored]
@@ -75,14 +78,23 @@ class Teacher:
         for name, shard in self._ema.items():
             shard.tensor.lerp_(masters[name].tensor, 1.0 - momentum)
 
-    def publish(self) -> None:
-        """Brings the weights of the teacher's forward up to date. Collective: every rank must call."""
+    def publish(self, whole: bool = True) -> None:
+        """Brings the weights of the teacher's forward up to date. Collective: every rank must call.
+
+        whole False: only what a training step looks through (vision tower and heads); its texts are read by evaluations
+        alone, and sending the text tower after every step would double the traffic.
+        """
         masters = self.masters()
-        self.placed.publish(self._ema | {name: masters[name] for name in self._mirrored})
+        published = self._ema | {name: masters[name] for name in self._mirrored}
+        self._is_whole = whole
+        if not whole:
+            published = {name: shard for name, shard in published.items() if name.startswith(SEEN_IN_TRAINING)}
+        self.placed.publish(published, whole)
 
     @torch.no_grad()
     def forward(self, phase: str, **inputs: Any) -> Any:
         """TeacherModel.forward, without gradient. Collective: every rank must call."""
+        assert phase == "scores" or self._is_whole, f"{phase} reads weights that publish(whole=False) left behind"
         return self.placed.forward(phase, **inputs)
 
     def ema_shards(self) -> dict[str, Shard]:

@@ -95,6 +95,8 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
                 record.metrics(state.numbers() | {"attempt": attempt} | meter.row(result))
             if evaluation_is_due(config, state.step, total_steps):
                 with meter.paused():
+                    if teacher is not None:
+                        teacher.publish()
                     record.evaluation(evaluate_engines(student, teacher, config, runtime, state.step))
 
         write_run_weights(folder, student, teacher, state.step, runtime.is_main)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from amclip_ds.engine.collectives import gather_objects
 from amclip_ds.engine.shards import Shard
 from amclip_ds.engine.student import StudentEngine, build_context, start_weights
 from amclip_ds.errors import UserError
@@ -35,40 +36,42 @@ class Replicated:
             parameter.data = parameter.data.to(student.dtype)
         self.dtype = student.dtype
         self.whole_on_every_rank = student.stage == 0 or dist.get_world_size() == 1
-        self._layouts: list[Layout] | None = None
+        self._layouts: dict[bool, list[Layout]] = {}
 
     def forward(self, phase: str, **inputs: Any) -> Any:
         """TeacherModel.forward."""
         return self.module(phase, **inputs)
 
     @torch.no_grad()
-    def publish(self, published: Mapping[str, Shard]) -> None:
-        """Copies the fp32 shards of all ranks into the weights of the forward."""
+    def publish(self, published: Mapping[str, Shard], whole: bool = True) -> None:
+        """Copies the fp32 shards of all ranks into the weights of the forward.
+
+        whole: whether `published` is everything; the ranks' layouts are exchanged once for either.
+        """
         parameters = dict(self.module.named_parameters())
         if self.whole_on_every_rank:
             for name, shard in published.items():
                 parameters[name].data.view(-1)[shard.start : shard.start + shard.length].copy_(shard.tensor)
             return
-        for name, start, piece in self._exchange(published):
+        for name, start, piece in self._exchange(published, whole):
             parameters[name].data.view(-1)[start : start + piece.numel()].copy_(piece)
 
-    def _exchange(self, published: Mapping[str, Shard]) -> Iterator[tuple[str, int, Tensor]]:
+    def _exchange(self, published: Mapping[str, Shard], whole: bool) -> Iterator[tuple[str, int, Tensor]]:
         """All ranks' pieces, by one all-gather in the dtype of the forward."""
-        if self._layouts is None:
-            layouts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(layouts, [(name, s.start, s.length) for name, s in published.items()])
-            self._layouts = layouts
-        assert self._layouts is not None
-        longest = max(sum(length for *_, length in layout) for layout in self._layouts)
+        if whole not in self._layouts:
+            mine_now = [(name, shard.start, shard.length) for name, shard in published.items()]
+            self._layouts[whole] = gather_objects(mine_now)
+        layouts = self._layouts[whole]
+        longest = max(sum(length for *_, length in layout) for layout in layouts)
         device = next(self.module.parameters()).device
         mine = torch.zeros(longest, dtype=self.dtype, device=device)
         offset = 0
         for shard in published.values():
             mine[offset : offset + shard.length].copy_(shard.tensor)
             offset += shard.length
-        everything = [torch.empty_like(mine) for _ in self._layouts]
+        everything = [torch.empty_like(mine) for _ in layouts]
         dist.all_gather(everything, mine)
-        for layout, flat in zip(self._layouts, everything):
+        for layout, flat in zip(layouts, everything):
             offset = 0
             for name, start, length in layout:
                 yield name, start, flat[offset : offset + length]
@@ -100,7 +103,7 @@ class Sharded:
         return self._engine(phase, **inputs)
 
     @torch.no_grad()
-    def publish(self, published: Mapping[str, Shard]) -> None:
+    def publish(self, published: Mapping[str, Shard], whole: bool = True) -> None:
         """Copies this rank's fp32 shards into its ZeRO-3 shards."""
         for name, parameter in self.module.named_parameters():
             if name in published:

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "amclip_ds"
 EVERYBODY = {"errors", "torchvision_mend"}
 BOTTOM = {"model", "loss", "data", "optim"}
 MIDDLE = BOTTOM | {"engine", "teacher", "resilience", "record"}
-UPPER = MIDDLE | {"step", "checkpoint", "evaluate", "export", "picture", "config", "launch", "submit"}
+UPPER = MIDDLE | {"step", "checkpoint", "evaluate", "export", "config", "launch", "submit"}
 MAY_IMPORT = {
     "model": {"model", "loss"},
     "loss": {"loss"},
@@ -24,7 +24,9 @@ MAY_IMPORT = {
     "checkpoint": MIDDLE | {"checkpoint", "config"},
     "evaluate": MIDDLE | {"evaluate", "checkpoint", "config"},
     "export": MIDDLE | {"export", "evaluate", "checkpoint", "config"},
-    "picture": MIDDLE | {"evaluate", "config"},
+    "meter": MIDDLE | {"step"},
+    "scenes": MIDDLE | {"config", "step"},
+    "picture": MIDDLE | {"scenes"},
 }
 READS_ENVIRONMENT = {"engine/runtime.py", "launch.py"}
 

@@ -1,0 +1,86 @@
+"""The pictures a run ends with: what the masks keep on held-out scenes, and the curves of losses and accuracy."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amclip_ds.record import read_lines
+from amclip_ds.scenes import Looks
+
+GONE = 0.18  # how bright a removed patch is left
+
+
+def draw_masks(looks: Looks, file: Path, num_scenes: int = 8) -> None:
+    """A row a scene: the teacher's crop with its caption, its scores, and both views under each mask."""
+    plt = _pyplot()
+    titles = ["teacher's crop", "its scores", *(f"{name}, view {v + 1}" for name in looks.kept for v in range(2))]
+    figure, axes = plt.subplots(num_scenes, len(titles), figsize=(1.75 * len(titles), 1.95 * num_scenes), squeeze=False)
+    for scene, row in enumerate(axes):
+        side = int(looks.scores.shape[1] ** 0.5)
+        row[0].imshow(_pixels(looks.teacher_uint8[scene]))
+        row[0].set_xlabel(looks.captions[scene], fontsize=8)
+        row[1].imshow(looks.scores[scene].reshape(side, side), cmap="magma")
+        panels = iter(row[2:])
+        for keep_indices in looks.kept.values():
+            for view in range(2):
+                next(panels).imshow(shade_removed(looks.views_uint8[view, scene], keep_indices[view, scene], looks))
+        for axis, title in zip(row, titles):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if scene == 0:
+                axis.set_title(title, fontsize=9)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def shade_removed(view_uint8: Tensor, kept_K: Tensor, looks: Looks) -> Tensor:
+    """[3, H, H] with the removed patches darkened, as [H, H, 3]."""
+    grid = int(looks.is_object.shape[-1] ** 0.5)
+    bright = torch.full((grid * grid,), GONE).scatter_(0, kept_K, 1.0).reshape(grid, grid)
+    patch = view_uint8.shape[-1] // grid
+    shade = bright.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+    return (_pixels(view_uint8) * shade[..., None]).to(torch.uint8)
+
+
+def draw_curves(run: Path, file: Path) -> None:
+    """Losses, zero-shot accuracy of student and teacher, and the rate of training, by step."""
+    plt = _pyplot()
+    metrics, evaluations = read_lines(run / "metrics.jsonl"), read_lines(run / "eval.jsonl")
+    figure, (losses, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 3.6))
+    steps = [row["step"] for row in metrics]
+    for name in ("loss", "loss_contrastive", "loss_o2o", "loss_o2e"):
+        losses.plot(steps, [row[name] for row in metrics], label=name, linewidth=1)
+    losses.set_title("losses")
+    for weights in ("student", "teacher"):
+        rows = [row for row in evaluations if row["weights"] == weights and "acc1" in row["metrics"]]
+        accuracy.plot([row["step"] for row in rows], [row["metrics"]["acc1"] for row in rows], "o-", label=weights)
+    accuracy.set_title("zero-shot top-1 on held-out data")
+    accuracy.set_ylim(bottom=0)
+    rate.plot(steps, [row["samples_per_s"] for row in metrics], linewidth=1, label="samples per second")
+    rate.set_title("rate")
+    rate.set_ylim(bottom=0)
+    for axis in (losses, accuracy, rate):
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _pixels(image_uint8: Tensor) -> Tensor:
+    """[3, H, H] -> [H, H, 3]"""
+    return image_uint8.permute(1, 2, 0)
+
+
+def _pyplot() -> Any:
+    """matplotlib without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -1,0 +1,101 @@
+"""How much of a scene's one captioned object do the masks keep? The cheap, early test of an attentive teacher.
+
+Held-out synthetic scenes go through the training path itself (crops, boxes, teacher scores, selection). Their json says
+where the object lies. Random removal keeps keep_ratio of it.
+"""
+
+import dataclasses
+import json
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from amclip_ds.config import TrainConfig
+from amclip_ds.data.index import Index
+from amclip_ds.data.loader import TrainingData
+from amclip_ds.data.photometric import normalise
+from amclip_ds.data.reader import ShardReader
+from amclip_ds.loss.comm import SingleProcess
+from amclip_ds.model import masking
+from amclip_ds.model.teacher_model import TeacherModel
+from amclip_ds.step import choose_tokens, look
+
+
+@dataclass
+class Looks:
+    """Scenes as a training step sees them. Shapes: V views, B scenes, N patches of a view, K kept."""
+
+    views_uint8: Tensor
+    """[V, B, 3, H, H]"""
+    teacher_uint8: Tensor
+    """[B, 3, h, h]"""
+    scores: Tensor
+    """[B, n]: the teacher's score of each patch of its own crop"""
+    kept: dict[str, Tensor]
+    """attentive, random -> [V, B, K] tokens that stay"""
+    is_object: Tensor
+    """[V, B, N] bool: the patch's centre lies in the object's box"""
+    captions: list[str]
+
+    def object_kept(self, strategy: str) -> float:
+        """The mean share of an object's tokens that stay, over the views that show any of it."""
+        stays = torch.zeros_like(self.is_object).scatter_(-1, self.kept[strategy], True)
+        seen = self.is_object.sum(-1)
+        share = (stays & self.is_object).sum(-1)[seen > 0] / seen[seen > 0]
+        return float(share.mean())
+
+
+@torch.no_grad()
+def look_at(config: TrainConfig, teacher: TeacherModel, shards: Path, num_scenes: int) -> Looks:
+    """The first scenes of the training order over `shards`, seen by the teacher."""
+    config = dataclasses.replace(config, mask=dataclasses.replace(config.mask, strategy="attentive"))
+    vision = config.model.vision
+    with closing(
+        TrainingData(
+            dataclasses.replace(config.data, train=str(shards), index=None, workers=0, captions=["json:captions"]),
+            seed=config.run.seed, global_batch=num_scenes, rank=0, world_size=1, image_size=vision.image_size,
+            teacher_size=vision.image_size // (2 if config.teacher.resolution == "half" else 1),
+            num_units=masking.num_units(vision.grid, config.mask.unit),
+            context_length=config.model.text.context_length, compat=config.compat,
+        )
+    ) as data:  # fmt: skip
+        batch = next(data.batches(None))
+        facts = read_facts(data.index, batch.sample_ids.tolist())
+    comm = SingleProcess()
+    _, attentive = look(batch, teacher, config, comm)  # type: ignore[arg-type]  # a module has the engine's forward
+    assert attentive is not None and batch.teacher_uint8 is not None
+    _, scores = teacher("scores", images=normalise(batch.teacher_uint8), comm=comm)
+    random = dataclasses.replace(config, mask=dataclasses.replace(config.mask, strategy="random"))
+    kept_at_random = choose_tokens(batch, None, random)
+    assert kept_at_random is not None
+    boxes = torch.tensor([fact["box"] for fact in facts], dtype=torch.float32)
+    return Looks(
+        batch.views_uint8, batch.teacher_uint8, scores, {"attentive": attentive, "random": kept_at_random},
+        patches_inside(boxes, batch.boxes[:-1], vision.grid), [fact["captions"][0] for fact in facts],
+    )  # fmt: skip
+
+
+def read_facts(index: Index, sample_ids: list[int]) -> list[dict]:
+    """The json members of samples."""
+    with closing(ShardReader()) as reader:
+        found = []
+        for sample_id in sample_ids:
+            sample = index.sample(sample_id)
+            assert sample.json is not None
+            found.append(json.loads(reader.read_many(sample.shard, [sample.json])[0]))
+        return found
+
+
+def patches_inside(object_boxes: Tensor, view_boxes: Tensor, grid: int) -> Tensor:
+    """[B, 4] objects and [V, B, 4] views (top, left, height, width, in source pixels) -> [V, B, grid * grid] bool."""
+    centres = (torch.arange(grid) + 0.5) / grid
+    top, left, height, width = view_boxes.unbind(-1)
+    y = top[..., None] + centres * height[..., None]  # [V, B, grid]
+    x = left[..., None] + centres * width[..., None]
+    object_top, object_left, object_height, object_width = (edge[:, None] for edge in object_boxes.unbind(-1))
+    in_rows = (y >= object_top) & (y < object_top + object_height)
+    in_columns = (x >= object_left) & (x < object_left + object_width)
+    return (in_rows[..., :, None] & in_columns[..., None, :]).flatten(-2)

@@ -1,0 +1,95 @@
+"""What a run writes: rows, rows set aside on a resume, a torn last line, the verdict."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from amclip_ds.errors import RunStopped
+from amclip_ds.record import LogConfig, Record, append_line, read_lines, supersede, write_atomically
+from amclip_ds.run_folder import next_attempt, write_verdict_at_end
+
+ROW = {
+    "step": 1, "updates": 1, "epoch": 0, "attempt": 0, "samples_seen": 64, "loss": 1 / 3, "loss_contrastive": 1.0,
+    "loss_o2o": 1.0, "loss_o2e": 1.0, "lr": 1e-3, "momentum": 0.99, "logit_scale": 14.3, "grad_norm": 1.0,
+    "step_applied": True, "samples_per_s": 10.0, "data_wait_s": 0.1, "step_s": 1.0, "kept_tokens": 100,
+}  # fmt: skip
+
+
+def record(folder: Path, rank: int = 0, **options: int) -> Record:
+    return Record(folder, LogConfig(every_steps=10), rank=rank, world_size=2, attempt=3, total_steps=25,
+                  samples_per_epoch=1000, **options)  # fmt: skip
+
+
+def test_metrics_keep_full_precision_and_the_line_is_greppable(tmp_path: Path) -> None:
+    with record(tmp_path) as pen:
+        pen.metrics(ROW)
+    assert read_lines(tmp_path / "metrics.jsonl")[0]["loss"] == 1 / 3
+    log = (tmp_path / "out.log").read_text()
+    for word in ("Train Epoch: 0", "Data (t): 0.100", "Batch (t): 1.000", "LR: 0.001", "Logit Scale: 14.300", "Loss: "):
+        assert word in log
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_only_rank_0_writes_but_any_rank_may_tell_an_incident(tmp_path: Path) -> None:
+    with record(tmp_path, rank=1) as pen:
+        pen.metrics(ROW)
+        pen.say("nothing")
+        pen.incidents([{"kind": "no caption", "shard": "a.tar", "key": "7", "cause": "no .txt member"}])
+    assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "out.log").exists()
+    [row] = read_lines(tmp_path / "incidents.jsonl")
+    assert set(row) == {"time", "attempt", "step", "rank", "kind", "shard", "key", "cause", "action"}
+    assert (row["rank"], row["attempt"], row["shard"]) == (1, 3, "a.tar")
+
+
+def test_due_steps_are_the_first_the_last_and_every_tenth(tmp_path: Path) -> None:
+    with record(tmp_path) as pen:
+        assert [step for step in range(1, 26) if pen.is_due(step)] == [1, 10, 20, 25]
+
+
+def test_rows_after_the_checkpoint_are_set_aside(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        append_line(tmp_path / "metrics.jsonl", {"step": step})
+    supersede(tmp_path, 3)
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.superseded.jsonl")] == [4, 5]
+
+
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    append_line(tmp_path / "metrics.jsonl", {"step": 1})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "exit.json"
+    write_atomically(target, "old")
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError):
+        write_atomically(target, "new")
+    assert target.read_text() == "old"
+
+
+def test_the_verdict_of_each_ending(tmp_path: Path) -> None:
+    class At:
+        step = 7
+
+    with write_verdict_at_end(tmp_path, 2, At(), is_main=True):
+        pass
+    assert json.loads((tmp_path / "exit.json").read_text()) == {"code": 0, "step": 7, "attempt": 2, "reason": "done"}
+    with pytest.raises(RunStopped), write_verdict_at_end(tmp_path, 2, At(), is_main=True):
+        raise RunStopped("three losses were not finite")
+    assert json.loads((tmp_path / "exit.json").read_text())["code"] == 3
+    (tmp_path / "exit.json").unlink()
+    with pytest.raises(ZeroDivisionError), write_verdict_at_end(tmp_path, 2, At(), is_main=True):
+        raise ZeroDivisionError
+    assert not (tmp_path / "exit.json").exists(), "a crash leaves no verdict"
+
+
+def test_attempts_count_from_0(tmp_path: Path) -> None:
+    assert [next_attempt(tmp_path) for _ in range(3)] == [0, 1, 2]
