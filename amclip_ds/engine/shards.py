@@ -37,20 +37,21 @@ def master_shards_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Shard]
     return {name: shard for name, shard in found.items() if shard is not None}
 
 
+def frozen_shards(engine: Any) -> dict[str, Shard]:
+    """This rank's part of the parameters that are not trained, as the forward reads them: whole below stage 3."""
+    frozen = {name: _own_shard(p) for name, p in engine.module.named_parameters() if not p.requires_grad}
+    return {name: shard for name, shard in frozen.items() if shard is not None}
+
+
 def optimizer_shards(engine: Any) -> dict[str, dict[str, Shard]]:
-    """This rank's optimizer moments: name -> state key (exp_avg, ...) -> Shard aligned with the master's."""
-    found = {}
-    for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad and _shard(parameter, None) is not None:
-            found[name] = {key: _moment(engine, parameter, key) for key in moment_keys(engine)}
-    return found
+    """This rank's optimizer moments: name -> state key (exp_avg, ...) -> Shard aligned with the master's.
 
-
-def moment_keys(engine: Any) -> list[str]:
-    """Names of the optimizer's per-element states; empty before the first step."""
-    for state in base_optimizer(engine).state.values():
-        return [key for key, value in state.items() if torch.is_tensor(value) and value.dim() > 0]
-    return []
+    Empty before the first step or `create_optimizer_state`. Stage 0: each parameter's own states, whole; their size may
+    differ from the parameter's (Adafactor's factors).
+    """
+    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    found = {name: _moments(engine, p) for name, p in trained.items() if _shard(p, None) is not None}
+    return {name: moments for name, moments in found.items() if moments}
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -61,13 +62,84 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _moment(engine: Any, parameter: nn.Parameter, key: str) -> Shard:
-    if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
-        state = base_optimizer(engine).state[parameter][key]
-        return Shard(state.view(-1), 0, parameter.numel(), parameter.numel())
-    shard = _shard(parameter, key)
-    assert shard is not None
-    return shard
+@torch.no_grad()
+def create_optimizer_state(engine: Any) -> None:
+    """Makes the optimizer's state by its own first step, on gradients of zero at a learning rate of zero.
+
+    For a load, which then overwrites masters, moments and counters. Nothing happens where the state exists.
+    """
+    base = base_optimizer(engine)
+    if base.state:
+        return
+    groups = base.param_groups
+    for group, flats in zip(groups, _flat_masters(engine), strict=True):
+        for flat in flats:
+            kept, flat.grad = flat.grad, torch.zeros_like(flat)
+            base.param_groups = [group | {"params": [flat], "lr": 0.0, "weight_decay": 0.0}]
+            base.step()
+            flat.grad = kept
+            if "step" in base.param_groups[0]:
+                group.setdefault("step", 0)
+    base.param_groups = groups
+
+
+def optimizer_counters(engine: Any) -> dict[str, float]:
+    """The numbers beside the moments (`step`), the same for every parameter. Raises RuntimeError where they differ."""
+    found: dict[str, float] = {}
+    for state in base_optimizer(engine).state.values():
+        for key, value in state.items():
+            if not isinstance(value, int | float) and not (torch.is_tensor(value) and value.dim() == 0):
+                continue
+            if found.setdefault(key, float(value)) != float(value):
+                raise RuntimeError(f"the optimizer's {key} differs between parameters: {found[key]}, {float(value)}")
+    for group in base_optimizer(engine).param_groups:
+        if isinstance(group.get("step"), int):  # timm's optimizers count per group
+            found["step"] = float(group["step"])
+    return found
+
+
+def set_optimizer_counters(engine: Any, counters: Mapping[str, float]) -> None:
+    """Writes what `optimizer_counters` read."""
+    for state in base_optimizer(engine).state.values():
+        for key in counters.keys() & state.keys():
+            if torch.is_tensor(state[key]):
+                state[key].fill_(counters[key])
+            else:
+                state[key] = type(state[key])(counters[key])
+    for group in base_optimizer(engine).param_groups:
+        if isinstance(group.get("step"), int):
+            group["step"] = int(counters["step"])
+
+
+def _flat_masters(engine: Any) -> list[list[Tensor]]:
+    """For each parameter group, the tensors that the optimizer steps on."""
+    zero = engine.optimizer
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
+        flats: list[list[Tensor]] = [[] for _ in zero.optimizer.param_groups]
+        for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            flats[zero.sub_group_to_group_id[index]].append(flat)
+        return flats
+    return [list(group["params"]) for group in base_optimizer(engine).param_groups]
+
+
+def _moments(engine: Any, parameter: Any) -> dict[str, Shard]:
+    """State key -> Shard, read from torch's state itself: DeepSpeed links only the first parameter group's at stages 1
+    and 2 (lazy_init_hp_params_optimizer_state runs once, after the first group's step)."""
+    states, zero = base_optimizer(engine).state, engine.optimizer
+    if hasattr(parameter, "ds_id"):
+        flat = zero.fp32_partitioned_groups_flat[zero.grad_position[zero.get_param_id(parameter)][0]]
+        keys = [key for key, value in states.get(flat, {}).items() if torch.is_tensor(value) and value.dim() > 0]
+        return {key: shard for key in keys if (shard := _stage_3_shard(parameter, key)) is not None}
+    if not hasattr(parameter, "_hp_mapping"):
+        whole = {key: value for key, value in states.get(parameter, {}).items() if torch.is_tensor(value)}
+        return {k: Shard(v.view(-1), 0, v.numel(), v.numel()) for k, v in whole.items() if v.dim() > 0}
+    mapping = parameter._hp_mapping
+    flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+    held, place = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return {
+        key: Shard(value.narrow(0, held.start, held.numel), place.start, place.numel, parameter.numel())
+        for key, value in states.get(flat, {}).items() if torch.is_tensor(value) and value.shape == flat.shape
+    }  # fmt: skip
 
 
 def _shard(parameter: Any, key: str | None) -> Shard | None:
