@@ -35,6 +35,9 @@ from amclip_ds.model.vision import patch_grid
 from amclip_ds.optim import OptimConfig
 from amclip_ds.record import LogConfig
 from amclip_ds.resilience.guards import GuardsConfig
+from amclip_ds.resilience.ownership import OwnershipConfig
+from amclip_ds.resilience.preemption import PreemptionConfig, read_duration
+from amclip_ds.resilience.watchdog import WatchdogConfig
 from amclip_ds.teacher import TeacherConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -64,6 +67,8 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"run.{name}: {value} is not above 0")
+        if self.time_limit is not None:
+            read_duration(self.time_limit, "run.time_limit")
 
 
 @dataclass
@@ -99,6 +104,9 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
+    preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    ownership: OwnershipConfig = field(default_factory=OwnershipConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

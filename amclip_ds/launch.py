@@ -25,6 +25,7 @@ PR_SET_PDEATHSIG = 1
 GRACE_S = 5.0  # what the others get to notice by themselves that a rank is gone
 GRACE_WHEN_STOPPING_S = 30.0  # likewise while they may be committing a checkpoint
 TAIL_BYTES = 4000
+CODES = (2, 3, 75)  # errors.py
 
 
 @dataclass
@@ -65,6 +66,8 @@ def run_ranks(
                 _kill(process)
         _tell_first_failure(ranks.ended, outputs)
     failure = next((_as_code(status) for status in ranks.ended.values() if status), 0)
+    if set(ranks.ended.values()) == {failure} and failure in CODES:
+        return failure  # agreed by all; after the loss of a folder, the verdict there is another trainer's
     if verdict_file is not None and _identity(verdict_file) != before:
         return read_verdict(verdict_file, failure)
     return failure
@@ -90,17 +93,22 @@ def die_with_parent(parent: int) -> None:
 def _start(argv: list[str], variables: dict[str, str], output: Path | None) -> subprocess.Popen:
     """One rank, in a process group of its own: the terminal's Ctrl-C reaches it once, through this launcher."""
     parent = os.getpid()
+
+    def prepare() -> None:
+        die_with_parent(parent)
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # kept for the rank until it listens, instead of its end
+
     with open(output or os.devnull, "wb") as file:
         return subprocess.Popen(
             argv, env=variables, process_group=0, stdin=subprocess.DEVNULL, stdout=file if output else None,
-            stderr=subprocess.STDOUT if output else None, preexec_fn=lambda: die_with_parent(parent),
+            stderr=subprocess.STDOUT if output else None, preexec_fn=prepare,
         )  # fmt: skip
 
 
 def _rank_variables(rank: int, procs: int, port: int) -> dict[str, str]:
     return {
         "RANK": str(rank), "WORLD_SIZE": str(procs), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(procs),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "AMCLIP_LAUNCHER": "--procs",
     }  # fmt: skip
 
 

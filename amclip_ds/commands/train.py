@@ -23,14 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from amclip_ds import config
+    from amclip_ds.resilience import preemption
 
+    if args.procs is None:
+        preemption.listen()  # before anything slow: no signal may be lost, or end what cannot save yet
     settings = config.load(args.recipe, args.overrides)
     if args.procs is not None:
         from amclip_ds.launch import run_ranks
 
         config.plan_batch(settings.batch, args.procs)  # a mistake is told once, not by every rank
         argv = ["train", args.recipe, *args.overrides, "--resume", args.resume]
-        return run_ranks([sys.executable, "-m", "amclip_ds", *argv], args.procs, settings.run.out)
+        patience_s = settings.preemption.forced_exit_s + 30  # the ranks' own timers come first, and show their stacks
+        return run_ranks([sys.executable, "-m", "amclip_ds", *argv], args.procs, settings.run.out,
+                         forced_exit_s=patience_s)  # fmt: skip
     from amclip_ds.train import train
 
     return train(settings, resume=args.resume)

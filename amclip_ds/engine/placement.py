@@ -39,6 +39,25 @@ class Placement:
     """What a person should be told about this start, if anything."""
 
 
+@dataclass(frozen=True)
+class SlurmJob:
+    """The Slurm job that this process belongs to; `job` is empty outside one."""
+
+    job: str = ""
+    restart: int = 0
+    """How often Slurm started the job again."""
+    end: float | None = None
+    """The end of its time, in seconds since the epoch, where Slurm's version tells it in the environment."""
+
+
+def slurm_job(env: Mapping[str, str]) -> SlurmJob:
+    """Reads the job from a batch script's, a shell's or a task's variables. Raises UserError."""
+    if not env.get("SLURM_JOB_ID"):
+        return SlurmJob()
+    end = _integer(env, "SLURM_JOB_END_TIME", 0)
+    return SlurmJob(env["SLURM_JOB_ID"], _integer(env, "SLURM_RESTART_COUNT", 0), float(end) if end else None)
+
+
 def discover(env: Mapping[str, str]) -> Placement:
     """Reads a launcher's variables. Raises UserError, naming them, where they are half set or contradict each other."""
     if "RANK" in env or "WORLD_SIZE" in env:

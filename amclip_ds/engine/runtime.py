@@ -5,16 +5,18 @@ generator or imports MPI.
 """
 
 import contextlib
+import dataclasses
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from amclip_ds.engine.placement import Placement, device_index, discover
+from amclip_ds.engine.placement import Placement, SlurmJob, device_index, discover, slurm_job
 from amclip_ds.errors import AmclipError, UserError
 
 if TYPE_CHECKING:
@@ -79,6 +81,17 @@ def stop(runtime: Runtime) -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def current_job() -> SlurmJob:
+    """The Slurm job of this process. Older versions of Slurm are asked for its end with squeue, for some seconds."""
+    found = slurm_job(os.environ)
+    if found.job and found.end is None:
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            asked = ["squeue", "--noheader", "--jobs", found.job, "--format", "%e"]
+            told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.split()
+            found = dataclasses.replace(found, end=datetime.fromisoformat(told[0]).timestamp() if told else None)
+    return found
 
 
 def extensions_dir(env: Mapping[str, str]) -> Path:

@@ -1,0 +1,245 @@
+"""One trainer per run folder: RUN/owner.json says who; a second one is refused, a dead one's place is taken over.
+
+    owner = ownership.claim(folder, config, job=..., restart=..., say=print)   # rank 0
+    owner.check()            # right before a commit: raises OwnershipLost if another trainer took the folder over
+    owner.release()
+
+No flock, which Lustre may not have. A claim is a file `.owner-N` that is created exclusively; the highest N owns, and
+taking over removes the lower ones, and the last one stays when its owner leaves, so that one who was stopped meanwhile
+sees that others came. owner.json carries the heartbeat for people and for later claimants. An owner counts
+as gone when its process is (same machine), when the same Slurm job was started again, or when its heartbeat stands
+still for `ownership.stale_s`, watched with one's own clock, so that clocks of machines are never compared.
+"""
+
+import errno
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amclip_ds.errors import RunStopped, UserError
+from amclip_ds.record import write_atomically
+from amclip_ds.resilience.watch_ranks import process_state, start_time
+
+PREFIX = ".owner-"
+
+
+@dataclass
+class OwnershipConfig:
+    """How a run's folder is kept to one trainer."""
+
+    heartbeat_s: float = 5.0
+    """RUN/owner.json is renewed so often."""
+    stale_s: float = 60.0
+    """An owner whose heartbeat stood still for so long is gone; another start takes the folder over."""
+
+    def __post_init__(self) -> None:
+        if self.heartbeat_s <= 0:
+            raise ValueError(f"ownership.heartbeat_s: {self.heartbeat_s} is not above 0")
+        if self.stale_s < 3 * self.heartbeat_s:
+            raise ValueError(f"ownership.stale_s: {self.stale_s} is below three heartbeats of {self.heartbeat_s}")
+
+
+class OwnershipLost(RunStopped):
+    """Another trainer has the folder: this one commits nothing more and leaves no verdict there."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Proof of ownership: a path and what stands in it. Small, so that a writing process can be given one."""
+
+    path: Path
+    token: str
+
+    def holds(self) -> bool:
+        """Whether the folder is still ours. Opens the file: only an open makes NFS ask the server.
+
+        A folder that vanished whole is nobody else's: that is the next write's error to tell.
+        """
+        try:
+            return self.path.read_text() == self.token
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                return True  # the disk's trouble, not another trainer
+            return not _claims(self.path.parent)
+
+    def check(self) -> None:
+        """Raises OwnershipLost if the folder is another trainer's by now. Call right before a commit."""
+        if not self.holds():
+            raise OwnershipLost(f"run.out: another trainer took {self.path.parent} over; nothing more is written")
+
+
+class Owner:
+    """This trainer's hold on the folder, renewed by a thread until `release`. Rank 0 only."""
+
+    def __init__(self, claim: Claim, config: OwnershipConfig, facts: dict[str, Any]) -> None:
+        self.claim, self._config, self._facts = claim, config, facts
+        self._over = threading.Event()
+        self._lost = False
+        self._beat()
+        self._thread = threading.Thread(target=self._keep_beating, name="owner", daemon=True)
+        self._thread.start()
+
+    def is_lost(self) -> bool:
+        """Whether another trainer has taken over, as of a heartbeat ago. Costs nothing; before a commit, `check`."""
+        return self._lost
+
+    def check(self) -> None:
+        """Raises OwnershipLost if the folder is another trainer's by now."""
+        self.claim.check()
+
+    def set_attempt(self, attempt: int) -> None:
+        """Tells the number of the attempt, which is known only once the folder is ours."""
+        self._facts["attempt"] = attempt
+        self._beat()
+
+    def release(self) -> None:
+        """Leaves the folder to whoever comes next, at once. Leaves another owner's files alone."""
+        if self._over.is_set():
+            return
+        self._over.set()
+        self._thread.join()
+        if self.claim.holds():
+            self._facts["released"] = True
+            self._write()
+
+    def _keep_beating(self) -> None:
+        while not self._over.wait(self._config.heartbeat_s) and not self._lost:
+            self._beat()
+
+    def _beat(self) -> None:
+        if not self.claim.holds():
+            self._lost = True
+        else:
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            write_atomically(self.claim.path.parent / "owner.json",
+                             json.dumps(self._facts | {"heartbeat": round(time.time(), 3)}) + "\n")  # fmt: skip
+        except OSError:  # a full disk for a while; a lasting one is the next commit's to tell
+            return
+
+
+def claim(
+    folder: Path, config: OwnershipConfig, *, job: str = "", restart: int = 0, say: Callable[[str], None] = print
+) -> Owner:
+    """Makes this process the folder's one trainer. Rank 0 only; makes the folder.
+
+    job, restart: Slurm's, empty outside it. Raises UserError naming the owner if another trainer is at work there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        last = max((_number(path) for path in _claims(folder)), default=0)
+        if last:
+            _wait_until_gone(folder, last, config, job, restart, say)
+        held = _create(folder, last + 1)
+    except OSError as error:
+        raise UserError(f"run.out: {folder} cannot be written: {error.strerror}") from None
+    return Owner(held, config, {
+        "claim": last + 1, "job": job, "restart": restart, "attempt": None, "host": socket.gethostname(),
+        "pid": os.getpid(), "started": start_time(os.getpid()), "machine": _machine(),
+    })  # fmt: skip
+
+
+def read_owner(folder: Path) -> dict[str, Any] | None:
+    """RUN/owner.json, or None if there is none that can be read."""
+    try:
+        owner = json.loads((folder / "owner.json").read_text())
+        return owner if isinstance(owner, dict) else None
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def _wait_until_gone(
+    folder: Path, last: int, config: OwnershipConfig, job: str, restart: int, say: Callable[[str], None]
+) -> None:
+    """Returns once nobody is at work in the folder. Raises UserError as soon as the owner shows that it lives.
+
+    last: the highest claim. owner.json may for a moment be missing, or be another's who was just taken over from; then
+    nothing is concluded from it but what its next change tells.
+    """
+    seen = read_owner(folder) or {}
+    if seen.get("claim") == last and _is_gone(seen, job, restart):
+        return
+    age = _age_s(folder)
+    if age < config.stale_s:
+        say(f"{folder} belongs to {describe(seen)}: waiting up to {config.stale_s - age:.0f} s for its heartbeat")
+    watched_since = time.monotonic()
+    while age + (time.monotonic() - watched_since) < config.stale_s:
+        time.sleep(min(0.2, config.heartbeat_s / 4))
+        now = read_owner(folder) or seen
+        if now.get("claim") == last and _is_gone(now, job, restart):
+            return
+        if now.get("heartbeat") != seen.get("heartbeat"):
+            raise UserError(
+                f"run.out: {folder} is being trained by {describe(now)}; stop that one first, or take another run.out"
+            )
+    say(f"{folder}: taken over from {describe(seen)}, whose heartbeat stands still")
+
+
+def describe(owner: dict[str, Any]) -> str:
+    """An owner in words."""
+    job = f"job {owner['job']}, " if owner.get("job") else ""
+    return f"{job}attempt {owner.get('attempt')}, process {owner.get('pid')} on {owner.get('host')}"
+
+
+def _is_gone(owner: dict[str, Any], job: str, restart: int) -> bool:
+    """Whether an owner is known to be gone, or to have no right: Slurm started the same job again since."""
+    if owner.get("released"):
+        return True
+    if job and owner.get("job") == job and restart > int(owner.get("restart") or 0):
+        return True
+    return owner.get("machine") == _machine() and not process_state(owner.get("pid", 0), owner.get("started", 0))
+
+
+def _create(folder: Path, number: int) -> Claim:
+    """Claim file `number`, created exclusively; the lower ones go. Raises UserError if another was quicker."""
+    held = Claim(folder / f"{PREFIX}{number:06d}", secrets.token_hex(8))
+    try:
+        descriptor = os.open(held.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        raise UserError(f"run.out: {folder} was taken by another trainer that started at the same moment") from None
+    with os.fdopen(descriptor, "w") as file:
+        file.write(held.token)
+        file.flush()
+        os.fsync(file.fileno())
+    for path in _claims(folder):
+        if _number(path) < number:
+            path.unlink(missing_ok=True)
+    return held
+
+
+def _claims(folder: Path) -> list[Path]:
+    return [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))
+
+
+def _age_s(folder: Path) -> float:
+    """Seconds since the last heartbeat, by the clock of the file system: two files' times are compared."""
+    probe = folder / f".owner-probe-{os.getpid()}"
+    try:
+        probe.write_text("")
+        return max(0.0, probe.stat().st_mtime - (folder / "owner.json").stat().st_mtime)
+    except FileNotFoundError:
+        return 0.0
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    """Tells whether a process number means the same here: this boot of this machine, this pid namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()} {secrets.token_hex(4)}"  # unknown: never taken for the same

@@ -1,0 +1,246 @@
+"""A stop that all ranks agree on: a signal to any of them, a STOP file, a time limit; the same step, the same reason.
+
+    preemption.listen()                          # as early as possible: from here on no signal is lost or kills
+    with Preemption(config, folder, ...) as stops:
+        reason = stops.agreed()                  # once a step, collective: None, or why the run is to save and stop
+
+Signals only leave a note: nothing is torn, however many arrive. From the first one on a timer runs, in C and without
+the interpreter's lock, that prints all stacks and ends the process if saving and leaving take too long.
+"""
+
+import contextlib
+import faulthandler
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from amclip_ds.engine.runtime import Runtime
+from amclip_ds.errors import Preempted
+from amclip_ds.resilience.ownership import OwnershipLost
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+REASONS = ("run.time_limit", "the end of the Slurm job", "a STOP file", "SIGINT", "SIGTERM", "SIGUSR1", "ownership")
+STDERR = 2
+LOOK_EVERY_S = 0.5  # for the STOP file: a stat a step would be felt on a parallel file system
+OWN_LAUNCHERS = ("alone", "--procs")  # the others turn 75 into a code of their own
+
+
+@dataclass
+class PreemptionConfig:
+    """How the run stops when it is asked to."""
+
+    forced_exit_s: float = 600.0
+    """After a signal: a rank that has not saved and left within so many seconds prints its stacks and ends."""
+    before_limit_s: float = 120.0
+    """The run saves and stops so long before run.time_limit or the Slurm job's end (at most a tenth of the time)."""
+
+    def __post_init__(self) -> None:
+        if self.forced_exit_s <= 0:
+            raise ValueError(f"preemption.forced_exit_s: {self.forced_exit_s} is not above 0")
+        if self.before_limit_s < 0:
+            raise ValueError(f"preemption.before_limit_s: {self.before_limit_s} is below 0")
+
+
+class Arrivals:
+    """The signals that reached this process, noted by a thread of its own so that a blocked main thread delays none."""
+
+    def __init__(self, forced_exit_s: float) -> None:
+        self.first: str | None = None
+        """The name of the first one."""
+        self.count = 0
+        self.forced_exit_s = forced_exit_s
+        self.is_closed = False
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._old_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._old = {number: signal.signal(number, _leave_a_note) for number in SIGNALS}
+        os.register_at_fork(after_in_child=self._in_child)
+        threading.Thread(target=self._note, name="signals", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a launcher may have held them back until now
+
+    def _note(self) -> None:
+        while arrived := os.read(self._reader, 64):
+            for number in arrived:
+                if number in SIGNALS:
+                    self.note(signal.Signals(number).name)
+        os.close(self._reader)
+
+    def note(self, name: str) -> None:
+        """Counts one arrival; the first starts the forced-exit timer."""
+        self.count += 1
+        if self.first is None:
+            self.first = name
+            self.arm()
+            print(f"amclip train: {name}: saving and stopping after this step", file=sys.stderr, flush=True)
+
+    def arm(self) -> None:
+        """Starts the forced-exit timer, or starts it anew with the present `forced_exit_s`."""
+        faulthandler.dump_traceback_later(self.forced_exit_s, exit=True, file=STDERR)
+
+    def _in_child(self) -> None:
+        """A process that a rank forks (a loader's worker) ignores the signals, and writes none into the rank's pipe."""
+        if not self.is_closed:
+            ignore_signals()
+
+    def close(self) -> None:
+        """Gives the signals their old meaning back and stops the timer. Main thread only."""
+        self.is_closed = True
+        faulthandler.cancel_dump_traceback_later()
+        signal.set_wakeup_fd(self._old_wakeup)
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        os.close(self._writer)
+
+
+_arrivals: Arrivals | None = None  # signals are the process's, so this is too
+
+
+def listen(forced_exit_s: float = PreemptionConfig.forced_exit_s) -> Arrivals:
+    """From here on USR1, TERM and INT are noted and end nothing. Main thread only; a second call changes the timer."""
+    global _arrivals
+    if _arrivals is None:
+        _arrivals = Arrivals(forced_exit_s)
+    elif _arrivals.forced_exit_s != forced_exit_s:
+        _arrivals.forced_exit_s = forced_exit_s
+        if _arrivals.first is not None:
+            _arrivals.arm()
+    return _arrivals
+
+
+def ignore_signals() -> None:
+    """For processes that a rank starts (loader workers, the checkpoint's writer): the rank decides when they end."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Preemption:
+    """What may ask this run to stop, and the agreement on it.
+
+    folder: the run's; a file STOP in it asks. time_limit: `run.time_limit`. job_end: asks for the Slurm job's end, in
+    seconds since the epoch (rank 0 alone is asked). is_lost: whether this trainer lost its folder (rank 0).
+    """
+
+    def __init__(
+        self, config: PreemptionConfig, folder: Path, runtime: Runtime, *, time_limit: str | None = None,
+        job_end: Callable[[], float | None] = lambda: None, is_lost: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        self._config, self._stop_file, self._runtime, self._is_lost = config, folder / "STOP", runtime, is_lost
+        self._arrivals = listen(config.forced_exit_s)
+        self._deadlines: dict[str, float] = {}
+        self._time_limit = time_limit
+        if time_limit is not None:
+            self._set_deadline("run.time_limit", read_duration(time_limit, "run.time_limit"))
+        end = job_end() if runtime.is_main else None
+        if end is not None:
+            self._set_deadline("the end of the Slurm job", end - time.time())
+        self._looked_at = 0.0
+        self._stop_asked = False
+
+    def _set_deadline(self, name: str, seconds: float) -> None:
+        margin = min(self._config.before_limit_s, 0.1 * seconds)
+        self._deadlines[name] = time.monotonic() + seconds - margin
+
+    def agreed(self) -> str | None:
+        """Why the run is to save and stop now, the same on every rank; None: go on. Collective: every rank must call.
+
+        One all-reduce of one number. Raises OwnershipLost, on every rank, where another trainer has the folder.
+        """
+        own = self._own_reason()
+        world = self._runtime.world_size
+        code = -1 if own is None else REASONS.index(own) * world + self._runtime.rank
+        if world > 1:
+            packed = torch.tensor([code], device=self._runtime.device)
+            dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+            code = int(packed.item())
+        if code < 0:
+            return None
+        index, rank = divmod(code, world)
+        if REASONS[index] == "ownership":
+            raise OwnershipLost("run.out: another trainer took this folder over; stopped without saving")
+        self._arrivals.arm()
+        if REASONS[index] == "a STOP file" and self._runtime.is_main:
+            self._stop_file.unlink(missing_ok=True)  # it has been heard: started again, the run goes on
+        return self._describe(REASONS[index], rank)
+
+    def _own_reason(self) -> str | None:
+        """What this rank knows, the weightiest first."""
+        if self._runtime.is_main and self._is_lost():
+            return "ownership"
+        if self._arrivals.first is not None:
+            return self._arrivals.first
+        now = time.monotonic()
+        if self._runtime.is_main:  # one clock and one look at the disk decide
+            if now >= self._looked_at + LOOK_EVERY_S:
+                self._looked_at = now
+                self._stop_asked = self._stop_file.exists()
+            if self._stop_asked:
+                return "a STOP file"
+            return next((name for name, deadline in self._deadlines.items() if now >= deadline), None)
+        return None
+
+    def _describe(self, reason: str, rank: int) -> str:
+        if reason.startswith("SIG"):
+            return f"{reason} on rank {rank}"
+        if reason == "run.time_limit":
+            return f"run.time_limit={self._time_limit} is near"
+        return f"{reason} is near" if reason in self._deadlines or reason.startswith("the end") else reason
+
+    def close(self) -> None:
+        """Gives the signals their old meaning back."""
+        global _arrivals
+        if _arrivals is self._arrivals:
+            _arrivals = None
+            self._arrivals.close()
+
+    def __enter__(self) -> "Preemption":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextmanager
+def leaving_together(runtime: Runtime) -> Iterator[None]:
+    """Swallows Preempted under launchers that would turn 75 into a failure: the ranks meet, and leave with 0.
+
+    The verdict is RUN/exit.json's. Collective where Preempted is raised, which every rank must do alike.
+    """
+    try:
+        yield
+    except Preempted:
+        if runtime.world_size > 1:
+            with contextlib.suppress(RuntimeError):  # a rank that is gone already cannot make it worse
+                dist.barrier()
+        if runtime.launcher in OWN_LAUNCHERS:
+            raise
+
+
+def read_duration(text: str, key: str = "run.time_limit") -> float:
+    """Seconds in `D-HH:MM:SS` or `HH:MM:SS`. Raises ValueError, naming the key.
+
+    A bare number is refused: yaml reads an unquoted 10:00:00 as one, of seconds, and sbatch takes one for minutes.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text.strip())
+    if not match:
+        raise ValueError(f"{key}: {text!r} is no duration; write 'HH:MM:SS' or 'D-HH:MM:SS', in quotes in a yaml")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total == 0:
+        raise ValueError(f"{key}: {text!r} is no time at all")
+    return float(total)
+
+
+def _leave_a_note(number: int, frame: FrameType | None) -> None:
+    """The handler proper: the interpreter has already written the number into the pipe."""

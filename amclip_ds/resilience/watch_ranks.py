@@ -1,0 +1,252 @@
+"""The watching process of a node: `python watch_ranks.py FOLDER`, started by watchdog.py. Standard library alone.
+
+It runs by its path, so that it imports neither torch nor this package: it costs a few MB and lives when a rank cannot.
+FOLDER holds settings.json, and for each rank of the node rankN.beat (phase, step, time of the last sign of life) and
+rankN.stacks (where the rank's stacks go when it is asked for them by a signal). When a rank gives no sign of life for
+as long as it said its phase may take: the stacks of all ranks, who is to blame, an incident, and the end of every rank.
+"""
+
+import json
+import os
+import re
+import signal
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+BEAT = struct.Struct("<qqqdd32s")  # process, its start in ticks since boot, step, monotonic time, limit, phase
+STACKS_SIGNAL = signal.SIGRTMIN + 5
+PHASES = ("start", "resume", "data", "step", "save", "evaluate", "end")  # in the order that a rank passes through them
+DONE = "done"
+ANSWER_S = 3.0  # a rank's time to print its stacks
+OTHERS_S = 10.0  # the other nodes' time to report
+COLLECTIVES = re.compile(r"distributed_c10d\.py|deepspeed/comm/|in (_?all_reduce|_?all_gather|reduce_scatter|barrier|"
+                         r"broadcast|monitored_barrier|wait|_exchange)\b|torch/cuda/.* in synchronize")  # fmt: skip
+INNERMOST = 5  # frames in which a collective must show for a rank to count as waiting in it
+
+
+def read_beat(path: Path) -> dict[str, Any] | None:
+    """A rank's last sign of life, or None before its first."""
+    try:
+        pid, started, step, at, limit_s, phase = BEAT.unpack(path.read_bytes()[: BEAT.size])
+    except (OSError, struct.error):
+        return None
+    name = phase.rstrip(b"\0").decode()
+    return {"pid": pid, "started": started, "step": step, "at": at, "limit_s": limit_s, "phase": name}
+
+
+def start_time(pid: int) -> int:
+    """When a process started, in clock ticks since boot: tells it from a later one of the same number. 0: unknown."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def process_state(pid: int, started: int) -> str:
+    """R, S, D, T, ... as in ps; empty if the process is gone (or its number another's, or only a zombie is left)."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except (OSError, ValueError):
+        return ""
+    return "" if state in "ZX" or (started and int(rest[18]) != started) else state
+
+
+def watch(folder: Path) -> int:
+    """Until every rank has ended (0), or one hangs (1)."""
+    settings = json.loads((folder / "settings.json").read_text())
+    poll_s, over_for = settings["poll_s"], 0
+    while True:
+        time.sleep(poll_s)
+        beats = {rank: read_beat(folder / f"rank{rank}.beat") for rank in settings["ranks"]}
+        alive = {
+            rank: beat for rank, beat in beats.items() if beat and process_state(beat["pid"], beat["started"])
+        }  # fmt: skip
+        over_for = over_for + 1 if all(beat["phase"] == DONE for beat in alive.values()) else 0
+        if over_for == 2:  # one look may fall into the middle of a write
+            return 0
+        now = time.monotonic()
+        if any(beat["phase"] != DONE and now - beat["at"] > beat["limit_s"] for beat in alive.values()):
+            end_it(folder, settings, beats, now)
+            return 1
+
+
+def end_it(folder: Path, settings: dict[str, Any], beats: dict[int, dict[str, Any] | None], now: float) -> None:
+    """Stacks, blame, incident; then every rank of this node is killed, with all that it started."""
+    reports = [report(folder, rank, beat, now) for rank, beat in beats.items() if beat]
+    hangs = Path(settings["run"]) / "hangs"
+    name = f"attempt{settings['attempt']}-node"
+    try:
+        hangs.mkdir(exist_ok=True)
+        own = hangs / f"{name}{settings['node']}.json"
+        own.with_suffix(".txt").write_text("".join(text_of(item) for item in reports))
+        write_whole(own, json.dumps({"host": settings["host"], "ranks": reports}))
+        nodes = wait_for_others(hangs, name, settings["num_nodes"])
+    except OSError as error:  # the file system may be what hangs or is gone: what this node knows must still be told
+        print(f"watchdog: {hangs} cannot be written: {error}", file=sys.stderr, flush=True)
+        nodes = {settings["node"]: {"host": settings["host"], "ranks": reports}}
+    everybody = sorted((item for node in nodes.values() for item in node["ranks"]), key=lambda item: item["rank"])
+    silent = settings["num_nodes"] - len(nodes)
+    culprits, why = blame(everybody)
+    cause = describe(everybody, culprits, why) + (f"; {silent} node(s) gave no report" if silent else "")
+    if settings["node"] == min(nodes):
+        tell(settings, everybody, culprits, cause, hangs)
+    descendants = children_of([item["pid"] for item in reports])
+    for pid in [*(item["pid"] for item in reports), *descendants]:
+        kill(pid, signal.SIGKILL)
+
+
+def report(folder: Path, rank: int, beat: dict[str, Any], now: float) -> dict[str, Any]:
+    """What can be said about one rank, its stacks included."""
+    state = process_state(beat["pid"], beat["started"])
+    stacks = ask_for_stacks(folder / f"rank{rank}.stacks", beat["pid"], state) if state else ""
+    return beat | {"rank": rank, "host": os.uname().nodename, "state": state, "silent_s": round(now - beat["at"], 1),
+                   "stacks": stacks}  # fmt: skip
+
+
+def ask_for_stacks(path: Path, pid: int, state: str) -> str:
+    """Python's stacks of a process. A stopped one is let run for as long as it takes to print them."""
+    before = path.stat().st_size if path.exists() else 0
+    kill(pid, STACKS_SIGNAL)
+    if state == "T":
+        kill(pid, signal.SIGCONT)
+    deadline, size = time.monotonic() + ANSWER_S, before
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        last, size = size, path.stat().st_size if path.exists() else 0
+        if size > before and size == last:  # it has stopped growing
+            break
+    if state == "T":
+        kill(pid, signal.SIGSTOP)
+    return path.read_text(errors="replace")[before:] if path.exists() else ""
+
+
+def main_thread(stacks: str) -> list[str]:
+    """The frames of the thread that trains, innermost first: the one in which the program began."""
+    threads = [block.splitlines() for block in re.split(r"\n\n+", stacks.strip())]
+    frames = [[line.strip() for line in block if line.startswith("  File")] for block in threads]
+    begun = [block for block in frames if block and block[-1].endswith(("in <module>", "in _run_code", "in _serve"))]
+    return (begun or [block for block in frames if block] or [[]])[-1]
+
+
+def waits_in_collective(stacks: str) -> bool:
+    """Whether the training thread's innermost frames are those of a collective."""
+    return any(COLLECTIVES.search(frame) for frame in main_thread(stacks)[:INNERMOST])
+
+
+def blame(ranks: list[dict[str, Any]]) -> tuple[list[int], str]:
+    """The ranks that the others wait for, and what is known of them."""
+    gone = [item["rank"] for item in ranks if not item["state"]]
+    if gone:
+        return gone, "its process is gone"
+    stopped = [item["rank"] for item in ranks if item["state"] in ("T", "t")]
+    if stopped:
+        return stopped, "its process is stopped (SIGSTOP or a debugger)"
+    if len(ranks) == 1:
+        return [ranks[0]["rank"]], "it is the only one"
+    places = {item["rank"]: (item["step"], order(item["phase"])) for item in ranks}
+    last = min(places.values())
+    behind = [rank for rank, place in places.items() if place == last]
+    if len(behind) < len(ranks):
+        return behind, "it is behind the others"
+    outside = [item["rank"] for item in ranks if not waits_in_collective(item["stacks"])]
+    if outside and len(outside) < len(ranks):
+        return outside, "the others wait for it in a collective"
+    return [item["rank"] for item in ranks], "all ranks are at the same place"
+
+
+def order(phase: str) -> int:
+    return PHASES.index(phase) if phase in PHASES else 0
+
+
+def describe(ranks: list[dict[str, Any]], culprits: list[int], why: str) -> str:
+    """The hang in one line."""
+    guilty = [item for item in ranks if item["rank"] in culprits]
+    first = guilty[0]
+    frames = main_thread(first["stacks"])
+    at = f", at {frames[0].removeprefix('File ')}" if frames else ""
+    names = ", ".join(str(rank) for rank in culprits)
+    host = ", ".join(sorted({item["host"] for item in guilty}))
+    return (
+        f"no sign of life for {max(item['silent_s'] for item in ranks):.0f} s: rank {names} on {host} in phase"
+        f" {first['phase']!r} after step {first['step']}; {why}{at}"
+    )
+
+
+def tell(settings: dict[str, Any], ranks: list[dict[str, Any]], culprits: list[int], cause: str, hangs: Path) -> None:
+    """The job's log and incidents.jsonl, by one node for all."""
+    print(f"watchdog: {cause}\nwatchdog: the stacks of all ranks, also in {hangs}:", file=sys.stderr)
+    for item in ranks:
+        print(text_of(item), end="", file=sys.stderr)
+    sys.stderr.flush()
+    first = next(item for item in ranks if item["rank"] in culprits)
+    row = {
+        "time": round(time.time(), 3), "attempt": settings["attempt"], "step": first["step"], "rank": first["rank"],
+        "kind": "hang", "shard": "", "key": first["phase"], "cause": cause, "action": f"all ranks ended; {hangs}",
+    }  # fmt: skip
+    try:
+        descriptor = os.open(Path(settings["run"]) / "incidents.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(descriptor, (json.dumps(row) + "\n").encode())
+        os.close(descriptor)
+    except OSError as error:
+        print(f"watchdog: incidents.jsonl cannot be written: {error}", file=sys.stderr, flush=True)
+
+
+def text_of(item: dict[str, Any]) -> str:
+    """A rank's part of the report."""
+    state = item["state"] or "gone"
+    head = (
+        f"=== rank {item['rank']} on {item['host']}, process {item['pid']} (state {state}): phase {item['phase']!r}"
+        f" after step {item['step']}, silent for {item['silent_s']} s"
+    )
+    return f"{head}\n{item['stacks'] or '(no stacks)'}\n"
+
+
+def write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def wait_for_others(hangs: Path, name: str, num_nodes: int) -> dict[int, dict[str, Any]]:
+    """The reports of all nodes, or of those that came in time."""
+    deadline = time.monotonic() + OTHERS_S
+    while True:
+        files = {int(path.stem.rpartition("node")[2]): path for path in hangs.glob(f"{name}*.json")}
+        if len(files) >= num_nodes or time.monotonic() > deadline:
+            return {node: json.loads(path.read_text()) for node, path in files.items()}
+        time.sleep(0.1)
+
+
+def children_of(pids: list[int]) -> list[int]:
+    """All living descendants, but not this process."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(") ")[2].split()[1])
+            except (OSError, ValueError, IndexError):
+                continue
+            parents.setdefault(parent, []).append(int(entry.name))
+    found, waiting = [], list(pids)
+    while waiting:
+        for child in parents.get(waiting.pop(), []):
+            if child != os.getpid():
+                found.append(child)
+                waiting.append(child)
+    return found
+
+
+def kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except OSError:
+        return
+
+
+if __name__ == "__main__":
+    for ignored in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)  # a rank's end, not a signal, ends the watch
+    sys.exit(watch(Path(sys.argv[1])))

@@ -1,0 +1,229 @@
+"""A rank's signs of life, and the process beside it that reads them: a hang ends the run and names rank and phase.
+
+    with Watchdog(config.watchdog, folder, attempt, runtime) as watchdog:
+        watchdog.phase("data", step)          # a write into shared memory: costs nothing, needs no other rank
+        watchdog.phase("step", step)
+        watchdog.slow_ranks()                 # where a row is logged: the ranks that the others wait for; collective
+
+One watching process per node (watch_ranks.py): a rank whose interpreter is stuck or stopped cannot watch itself.
+"""
+
+import contextlib
+import faulthandler
+import json
+import mmap
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from amclip_ds.engine.runtime import Runtime
+from amclip_ds.resilience import watch_ranks
+from amclip_ds.resilience.watch_ranks import BEAT, DONE, STACKS_SIGNAL
+
+SLOW_FACTOR = 1.5  # a straggler's own work takes so many times the others' median
+SLOW_SHARE = 0.25  # and costs at least so much of a step
+SLOW_INTERVALS = 2  # in so many logged intervals in a row
+
+
+@dataclass
+class WatchdogConfig:
+    """When a silent rank counts as hanging."""
+
+    step_timeout_s: float | None = 300.0
+    """A step or a wait for data that takes longer than this is a hang: all stacks are kept, the run ends. null: off."""
+    phase_timeout_s: float = 3600.0
+    """Likewise for what takes longer: start, the first step (which may compile), resume, save, evaluation."""
+
+    def __post_init__(self) -> None:
+        for name in ("step_timeout_s", "phase_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"watchdog.{name}: {value} is not above 0")
+
+
+class Watchdog:
+    """Signs of life of this rank; on one rank of each node also the watching process's parent.
+
+    Making one is collective: every rank must call. folder: the run's.
+    """
+
+    def __init__(self, config: WatchdogConfig, folder: Path, attempt: int, runtime: Runtime) -> None:
+        self._config, self._runtime = config, runtime
+        self._process: subprocess.Popen | None = None
+        self._memory: mmap.mmap | None = None
+        self._phase, self._step = "start", 0
+        self._is_warm = False
+        self._own = OwnTime(runtime)
+        if config.step_timeout_s is None:
+            return
+        self._place, ranks = self._meet()
+        self._open_beat()
+        self.phase("start", 0)
+        if runtime.world_size > 1:
+            dist.barrier()  # every rank of this node can be watched
+        if runtime.local_rank == 0:
+            self._start(folder, attempt, ranks, poll_s=min(1.0, config.step_timeout_s / 20))
+
+    def phase(self, name: str, step: int) -> None:
+        """A sign of life: from now on this rank is in `name`, with `step` steps behind it."""
+        now = time.monotonic()
+        if name == "data":
+            self._is_warm = self._is_warm or self._phase == "step"  # the first step may compile, and is no measure
+            self._own.begin(now, is_measured=self._is_warm)
+        self._phase, self._step = name, step
+        if self._memory is not None and self._config.step_timeout_s is not None:
+            short = self._is_warm and name in ("data", "step")
+            limit_s = self._config.step_timeout_s if short else self._config.phase_timeout_s
+            self._memory[: BEAT.size] = BEAT.pack(self._pid, self._started, step, now, limit_s, name.encode())
+
+    @contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """A phase inside the loop, such as an evaluation or a save; afterwards the former one goes on."""
+        before = self._phase
+        self.phase(name, self._step)
+        try:
+            yield
+        finally:
+            self.phase(before, self._step)
+
+    def arrived(self) -> None:
+        """Called by the first collective of a step: what came before was this rank's own work."""
+        self._own.end()
+
+    def slow_ranks(self) -> list[tuple[int, str]]:
+        """The ranks that the others wait for, with the reason in words. Collective: every rank must call.
+
+        Compares what each rank took, since the last call, from a step's beginning to its first collective.
+        """
+        return self._own.compare()
+
+    def close(self) -> None:
+        """Ends the watch of this rank; the watching process ends once all ranks of the node have."""
+        if self._memory is None:
+            return
+        self.phase(DONE, self._step)
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=5.0)
+            shutil.rmtree(self._place, ignore_errors=True)
+        faulthandler.unregister(STACKS_SIGNAL)
+        self._stacks.close()
+        self._memory.close()
+        self._memory = None
+
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _meet(self) -> tuple[Path, list[int]]:
+        """The node's folder for signs of life, in its own temporary storage, and its ranks. Collective."""
+        runtime = self._runtime
+        mine = tempfile.mkdtemp(prefix="amclip-watch-") if runtime.local_rank == 0 else ""
+        places: list[tuple[int, int, str]] = [(runtime.rank, runtime.node_rank, mine)] * runtime.world_size
+        if runtime.world_size > 1:
+            dist.all_gather_object(places, (runtime.rank, runtime.node_rank, mine))
+        here = [(rank, place) for rank, node, place in places if node == runtime.node_rank]
+        return Path(next(place for _, place in here if place)), [rank for rank, _ in here]
+
+    def _open_beat(self) -> None:
+        rank = self._runtime.rank
+        self._stacks = (self._place / f"rank{rank}.stacks").open("w")
+        faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True, chain=False)
+        with (self._place / f"rank{rank}.beat").open("w+b") as file:
+            file.write(bytes(mmap.PAGESIZE))
+            file.flush()
+            self._memory = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+        self._pid = os.getpid()
+        self._started = watch_ranks.start_time(self._pid)
+
+    def _start(self, folder: Path, attempt: int, ranks: list[int], poll_s: float) -> None:
+        settings = {
+            "run": str(folder.resolve()), "attempt": attempt, "ranks": ranks, "node": self._runtime.node_rank,
+            "num_nodes": self._runtime.num_nodes, "host": socket.gethostname(), "poll_s": poll_s,
+        }  # fmt: skip
+        (self._place / "settings.json").write_text(json.dumps(settings))
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", watch_ranks.__file__, str(self._place)], stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
+
+class OwnTime:
+    """How long this rank's own work takes in a step: data and forward pass, up to the first collective.
+
+    Behind that point all ranks wait for each other, and every rank's time is the slowest one's.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._is_cuda = runtime.device.type == "cuda"
+        self._since: float | None = None
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._begun: torch.cuda.Event | None = None
+        self._own_s, self._steps, self._first_at, self._last_at = 0.0, 0, 0.0, 0.0
+        self._slow_for = [0] * runtime.world_size
+
+    def begin(self, now: float, is_measured: bool) -> None:
+        """A step begins; all ranks have just left a collective together."""
+        if self._steps == 0:
+            self._first_at = now
+        self._last_at, self._since = now, now if is_measured else None
+        if self._is_cuda and is_measured:  # the device's own clock: the host is ahead of it
+            self._begun = torch.cuda.Event(enable_timing=True)
+            self._begun.record()
+
+    def end(self) -> None:
+        """The step's first collective is about to begin; later ones are not counted."""
+        if self._since is None:
+            return
+        if self._begun is not None:
+            arrived = torch.cuda.Event(enable_timing=True)
+            arrived.record()
+            self._events.append((self._begun, arrived))
+        else:
+            self._own_s += time.monotonic() - self._since
+        self._steps += 1
+        self._since = self._begun = None
+
+    def compare(self) -> list[tuple[int, str]]:
+        """See `Watchdog.slow_ranks`. Collective: every rank must call."""
+        world, steps = self._runtime.world_size, max(1, self._steps)
+        if self._events:
+            torch.cuda.synchronize(self._runtime.device)
+            self._own_s += sum(begun.elapsed_time(arrived) for begun, arrived in self._events) / 1e3
+        step_s = (self._last_at - self._first_at) / max(1, self._steps - 1)
+        own_s, measured = self._own_s / steps, self._steps
+        self._events.clear()
+        self._own_s, self._steps = 0.0, 0
+        if world == 1:
+            return []
+        gathered = torch.zeros(world, 3, dtype=torch.float64, device=self._runtime.device)
+        own = torch.tensor([own_s, step_s, measured], dtype=torch.float64, device=self._runtime.device)
+        dist.all_gather_into_tensor(gathered.view(-1), own)
+        return self._judge(gathered[:, 0].tolist(), float(gathered[:, 1].median()), int(gathered[:, 2].min()))
+
+    def _judge(self, own: list[float], step_s: float, measured: int) -> list[tuple[int, str]]:
+        """Pure but for the count of intervals in a row; the same on every rank."""
+        found = []
+        for rank, seconds in enumerate(own):
+            others = statistics.median(own[:rank] + own[rank + 1 :])
+            is_slow = measured > 1 and seconds > SLOW_FACTOR * others and seconds - others > SLOW_SHARE * step_s
+            self._slow_for[rank] = self._slow_for[rank] + 1 if is_slow else 0
+            if self._slow_for[rank] == SLOW_INTERVALS:  # told once, until it has been well again
+                found.append((rank, f"rank {rank} takes {seconds:.3f} s of its own a step (data and forward pass), the"
+                              f" others {others:.3f} s: all wait for it"))  # fmt: skip
+        return found

@@ -1,0 +1,128 @@
+"""Who hangs? Readings of signs of life and of stacks, and the watching process on processes that really stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from amclip_ds.resilience import watch_ranks
+
+TRAINING = 'Current thread 0x1 (most recent call first):\n  File "x/step.py", line 9 in train_step\n' \
+           '  File "x/__main__.py", line 8 in <module>\n'  # fmt: skip
+WAITING = 'Thread 0x2 (most recent call first):\n  File "x/threading.py", line 3 in wait\n\n' \
+          'Current thread 0x1 (most recent call first):\n  File "t/distributed_c10d.py", line 7 in all_reduce\n' \
+          '  File "x/step.py", line 12 in train_step\n  File "x/__main__.py", line 8 in <module>\n'  # fmt: skip
+
+
+def rank(number: int, **facts: Any) -> dict[str, Any]:
+    usual = {"state": "S", "step": 7, "phase": "step", "stacks": WAITING, "host": "node1", "silent_s": 9.0}
+    return {"rank": number} | usual | facts
+
+
+@pytest.mark.parametrize(
+    "odd, why",
+    [
+        ({"state": ""}, "gone"),
+        ({"state": "T"}, "stopped"),
+        ({"phase": "data"}, "behind"),
+        ({"step": 6}, "behind"),
+        ({"stacks": TRAINING}, "the others wait for it"),
+    ],
+)
+def test_the_odd_one_is_blamed(odd: dict[str, Any], why: str) -> None:
+    culprits, told = watch_ranks.blame([rank(0), rank(1), rank(2, **odd), rank(3)])
+    assert culprits == [2] and why in told
+
+
+def test_nobody_is_singled_out_without_a_difference() -> None:
+    assert watch_ranks.blame([rank(0), rank(1)])[0] == [0, 1]
+
+
+def test_a_line_names_rank_host_phase_and_place() -> None:
+    line = watch_ranks.describe([rank(0), rank(1, stacks=TRAINING, host="node2")], [1], "why")
+    assert "rank 1 on node2 in phase 'step' after step 7" in line and 'step.py", line 9 in train_step' in line
+
+
+def test_a_helper_thread_that_waits_is_not_the_training_thread() -> None:
+    assert watch_ranks.waits_in_collective(WAITING) and not watch_ranks.waits_in_collective(TRAINING)
+
+
+SLEEPER = """
+import faulthandler, mmap, os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import watch_ranks as w
+place, rank, limit = Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+stacks = (place / f"rank{rank}.stacks").open("w")
+faulthandler.register(w.STACKS_SIGNAL, file=stacks, all_threads=True)
+path = place / f"rank{rank}.beat"
+path.write_bytes(bytes(4096))
+file = path.open("r+b")
+memory = mmap.mmap(file.fileno(), 4096)
+while True:
+    now = time.monotonic()
+    memory[: w.BEAT.size] = w.BEAT.pack(os.getpid(), w.start_time(os.getpid()), 5, now, limit, b"data")
+    if len(sys.argv) > 5:
+        time.sleep(600)
+    time.sleep(0.05)
+"""
+
+
+def start(place: Path, number: int, *more: str, limit_s: float = 1.0) -> subprocess.Popen:
+    folder = str(Path(watch_ranks.__file__).parent)
+    return subprocess.Popen([sys.executable, "-S", "-c", SLEEPER, folder, str(place), str(number), str(limit_s), *more])
+
+
+def watching(place: Path, run: Path, ranks: list[int]) -> subprocess.Popen:
+    settings = {"run": str(run), "attempt": 4, "ranks": ranks, "node": 0, "num_nodes": 1, "host": "h", "poll_s": 0.1}
+    (place / "settings.json").write_text(json.dumps(settings))
+    return subprocess.Popen([sys.executable, "-I", "-S", watch_ranks.__file__, str(place)], stderr=subprocess.PIPE,
+                            text=True)  # fmt: skip
+
+
+def wait_for_beats(place: Path, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(list(place.glob("*.beat"))) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", ["stopped", "asleep"])
+def test_a_silent_process_ends_them_all_and_is_named(how: str, tmp_path: Path) -> None:
+    place, run = tmp_path / "place", tmp_path / "run"
+    place.mkdir()
+    run.mkdir()
+    ranks = [start(place, 0), start(place, 1, *(["asleep"] if how == "asleep" else []))]
+    wait_for_beats(place, 2)
+    watcher = watching(place, run, [0, 1])
+    if how == "stopped":
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+    _, printed = watcher.communicate(timeout=60)
+    assert watcher.returncode == 1
+    assert [process.wait(timeout=10) for process in ranks] == [-signal.SIGKILL] * 2
+    [row] = [json.loads(line) for line in (run / "incidents.jsonl").read_text().splitlines()]
+    assert row["kind"] == "hang" and row["key"] == "data" and row["attempt"] == 4
+    if how == "stopped":  # a beating rank 0 shows that it is not the one
+        assert row["rank"] == 1 and "stopped" in row["cause"]
+    kept = (run / "hangs" / "attempt4-node0.txt").read_text()
+    assert kept.count("most recent call first") == 2 and "rank 1 on" in kept and "rank 1" in printed
+
+
+def test_processes_that_end_or_beat_are_left_alone(tmp_path: Path) -> None:
+    """The twin: no hang, no report, and the watch ends with its ranks."""
+    place, run = tmp_path / "place", tmp_path / "run"
+    place.mkdir()
+    run.mkdir()
+    beating = start(place, 0, limit_s=1.0)
+    wait_for_beats(place, 1)
+    watcher = watching(place, run, [0])
+    time.sleep(2.5)
+    assert watcher.poll() is None and beating.poll() is None
+    beating.kill()
+    beating.wait()
+    assert watcher.wait(timeout=20) == 0 and not (run / "incidents.jsonl").exists()
