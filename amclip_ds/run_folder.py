@@ -18,6 +18,7 @@ from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.record import append_line, read_lines, write_atomically
+from amclip_ds.resilience.ownership import OwnershipLost
 
 if TYPE_CHECKING:
     from amclip_ds.engine.student import StudentEngine
@@ -63,6 +64,8 @@ def write_verdict_at_end(folder: Path, attempt: int, state: HasStep, is_main: bo
     """Leaves RUN/exit.json when the block ends, well or with an AmclipError; a crash leaves none."""
     try:
         yield
+    except OwnershipLost:  # the folder, and the verdict in it, are another trainer's
+        raise
     except AmclipError as error:
         if is_main:
             write_verdict(folder, error.exit_code, state.step, attempt, str(error))

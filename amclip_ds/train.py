@@ -3,6 +3,7 @@
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from amclip_ds import config as settings
@@ -11,15 +12,20 @@ from amclip_ds.data.batch import Batch
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import DistributedComm, on_main
+from amclip_ds.engine.placement import SlurmJob
 from amclip_ds.engine.preflight import preflight
 from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.student import StudentEngine
+from amclip_ds.errors import Preempted
 from amclip_ds.evaluate.during_training import evaluate_engines
 from amclip_ds.meter import Meter
 from amclip_ds.model import masking
 from amclip_ds.optim import Schedules
 from amclip_ds.record import Record
 from amclip_ds.resilience.guards import Guards
+from amclip_ds.resilience.ownership import owning
+from amclip_ds.resilience.preemption import Preemption, leaving_together
+from amclip_ds.resilience.watchdog import Watchdog
 from amclip_ds.run_folder import open_folder, write_run_weights, write_verdict_at_end
 from amclip_ds.step import StepResult, train_step
 from amclip_ds.teacher import Teacher
@@ -57,9 +63,17 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
     with ExitStack() as stack:
         runtime = engine_runtime.start(deterministic=config.run.deterministic)
         stack.callback(engine_runtime.stop, runtime)
+        stack.enter_context(leaving_together(runtime))
         comm = DistributedComm()
         plan = settings.plan_batch(config.batch, runtime.world_size)
+        job = engine_runtime.current_job() if runtime.is_main else SlurmJob()
+        owner = stack.enter_context(owning(Path(config.run.out), config.ownership, job=job.job, restart=job.restart))
         folder, attempt = on_main(partial(open_folder, config))
+        stops = stack.enter_context(
+            Preemption(config.preemption, folder, runtime, owner, job.end, config.run.time_limit)
+        )
+        watchdog = stack.enter_context(Watchdog(config.watchdog, folder, attempt, runtime))
+        comm.on_arrival = watchdog.arrived
         state = TrainState()
         stack.enter_context(write_verdict_at_end(folder, attempt, state, runtime.is_main))
 
@@ -82,7 +96,7 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
         guards = Guards(config.guards, record.incident)
         meter = Meter(config.batch.global_size, runtime.device)
 
-        batches = meter.timed(data.batches(state.cursor))
+        batches = watchdog.watched(meter.timed(data.batches(state.cursor)), state.step)
         while state.step < total_steps:
             batch = next(batches)
             result = train_step(batch, student, teacher, schedules, state.updates, config, comm, plan.micro, guards)
@@ -93,12 +107,16 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
                 record.sample_ids(state.step, comm.all_gather(batch.sample_ids).tolist())
             if record.is_due(state.step):
                 record.metrics(state.numbers() | {"attempt": attempt} | meter.row(result))
+                watchdog.tell_slow_ranks(record)
+            if state.step < total_steps and (reason := stops.agreed()):
+                raise Preempted(f"{reason}; stopped after step {state.step}")
             if evaluation_is_due(config, state.step, total_steps):
-                with meter.paused():
+                with meter.paused(), watchdog.during("evaluate"):
                     if teacher is not None:
                         teacher.publish()
                     record.evaluation(evaluate_engines(student, teacher, config, runtime, state.step))
 
+        watchdog.phase("end", state.step)
         write_run_weights(folder, student, teacher, state.step, runtime.is_main)
         record.say(str(folder))
     return 0

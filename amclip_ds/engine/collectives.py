@@ -21,17 +21,22 @@ class DistributedComm:
     def __init__(self) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.on_arrival: Callable[[], None] = lambda: None
+        """Called before every collective of the forward pass: up to the step's first one, time is the rank's own."""
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[B, ...] of every rank -> [world_size * B, ...] in rank order; backward sums over the ranks."""
+        self.on_arrival()
         return x if self.world_size == 1 else _AllGather.apply(x)
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks; backward sums the gradients over the ranks."""
+        self.on_arrival()
         return x if self.world_size == 1 else _AllReduceSum.apply(x)
 
     def ring_shift(self, x: Tensor) -> Tensor:
         """What the next rank (rank + 1, cyclic) holds; backward sends the gradient back to it."""
+        self.on_arrival()
         return x if self.world_size == 1 else _RingShift.apply(x)
 
 

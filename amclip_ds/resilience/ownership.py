@@ -1,8 +1,7 @@
 """One trainer per run folder: RUN/owner.json says who; a second one is refused, a dead one's place is taken over.
 
-    owner = ownership.claim(folder, config, job=..., restart=..., say=print)   # rank 0
-    owner.check()            # right before a commit: raises OwnershipLost if another trainer took the folder over
-    owner.release()
+    with owning(folder, config, job=..., restart=...) as owner:      # collective; the Owner on rank 0, None elsewhere
+        owner.claim.check()     # rank 0 or its writer, right before a commit: OwnershipLost if another took over
 
 No flock, which Lustre may not have. A claim is a file `.owner-N` that is created exclusively; the highest N owns, and
 taking over removes the lower ones, and the last one stays when its owner leaves, so that one who was stopped meanwhile
@@ -18,11 +17,13 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from amclip_ds.engine.collectives import on_main
 from amclip_ds.errors import RunStopped, UserError
 from amclip_ds.record import write_atomically
 from amclip_ds.resilience.watch_ranks import process_state, start_time
@@ -146,6 +147,20 @@ def claim(
         "claim": last + 1, "job": job, "restart": restart, "attempt": None, "host": socket.gethostname(),
         "pid": os.getpid(), "started": start_time(os.getpid()), "machine": _machine(),
     })  # fmt: skip
+
+
+@contextmanager
+def owning(
+    folder: Path, config: OwnershipConfig, *, job: str = "", restart: int = 0, say: Callable[[str], None] = print
+) -> Iterator[Owner | None]:
+    """`claim` for the ranks together: the Owner on rank 0, None elsewhere, a refusal on all. Collective."""
+    owners: list[Owner] = []
+    on_main(lambda: owners.append(claim(folder, config, job=job, restart=restart, say=say)))
+    try:
+        yield owners[0] if owners else None
+    finally:
+        for owner in owners:
+            owner.release()
 
 
 def read_owner(folder: Path) -> dict[str, Any] | None:

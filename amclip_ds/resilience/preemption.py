@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from amclip_ds.engine.runtime import Runtime
 from amclip_ds.errors import Preempted
-from amclip_ds.resilience.ownership import OwnershipLost
+from amclip_ds.resilience.ownership import Owner, OwnershipLost
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 REASONS = ("run.time_limit", "the end of the Slurm job", "a STOP file", "SIGINT", "SIGTERM", "SIGUSR1", "ownership")
@@ -128,23 +128,22 @@ def ignore_signals() -> None:
 class Preemption:
     """What may ask this run to stop, and the agreement on it.
 
-    folder: the run's; a file STOP in it asks. time_limit: `run.time_limit`. job_end: asks for the Slurm job's end, in
-    seconds since the epoch (rank 0 alone is asked). is_lost: whether this trainer lost its folder (rank 0).
+    folder: the run's; a file STOP in it asks. owner: rank 0's hold on it. job_end: of the Slurm job, in seconds since
+    the epoch. time_limit: `run.time_limit`, counted from here. The last three count on rank 0 alone.
     """
 
     def __init__(
-        self, config: PreemptionConfig, folder: Path, runtime: Runtime, *, time_limit: str | None = None,
-        job_end: Callable[[], float | None] = lambda: None, is_lost: Callable[[], bool] = lambda: False,
+        self, config: PreemptionConfig, folder: Path, runtime: Runtime, owner: Owner | None = None,
+        job_end: float | None = None, time_limit: str | None = None,
     ) -> None:  # fmt: skip
-        self._config, self._stop_file, self._runtime, self._is_lost = config, folder / "STOP", runtime, is_lost
+        self._config, self._stop_file, self._runtime, self._owner = config, folder / "STOP", runtime, owner
         self._arrivals = listen(config.forced_exit_s)
         self._deadlines: dict[str, float] = {}
         self._time_limit = time_limit
         if time_limit is not None:
             self._set_deadline("run.time_limit", read_duration(time_limit, "run.time_limit"))
-        end = job_end() if runtime.is_main else None
-        if end is not None:
-            self._set_deadline("the end of the Slurm job", end - time.time())
+        if job_end is not None:
+            self._set_deadline("the end of the Slurm job", job_end - time.time())
         self._looked_at = 0.0
         self._stop_asked = False
 
@@ -176,7 +175,7 @@ class Preemption:
 
     def _own_reason(self) -> str | None:
         """What this rank knows, the weightiest first."""
-        if self._runtime.is_main and self._is_lost():
+        if self._owner is not None and self._owner.is_lost():
             return "ownership"
         if self._arrivals.first is not None:
             return self._arrivals.first

@@ -1,9 +1,9 @@
 """A rank's signs of life, and the process beside it that reads them: a hang ends the run and names rank and phase.
 
     with Watchdog(config.watchdog, folder, attempt, runtime) as watchdog:
-        watchdog.phase("data", step)          # a write into shared memory: costs nothing, needs no other rank
-        watchdog.phase("step", step)
-        watchdog.slow_ranks()                 # where a row is logged: the ranks that the others wait for; collective
+        for batch in watchdog.watched(batches, step): ...   # signs of life: a write into shared memory each
+        with watchdog.during("save"): ...                   # what may take longer than a step
+        watchdog.tell_slow_ranks(record)                    # names ranks that the others wait for; collective
 
 One watching process per node (watch_ranks.py): a rank whose interpreter is stuck or stopped cannot watch itself.
 """
@@ -28,7 +28,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from amclip_ds.data.batch import Batch
 from amclip_ds.engine.runtime import Runtime
+from amclip_ds.record import Record
 from amclip_ds.resilience import watch_ranks
 from amclip_ds.resilience.watch_ranks import BEAT, DONE, STACKS_SIGNAL
 
@@ -98,16 +100,31 @@ class Watchdog:
         finally:
             self.phase(before, self._step)
 
+    def watched(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
+        """The same batches; `step` steps lie behind the first. What happens between two of them is a step."""
+        while True:
+            self.phase("data", step)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.phase("step", step)
+            yield batch
+            step += 1
+
     def arrived(self) -> None:
         """Called by the first collective of a step: what came before was this rank's own work."""
         self._own.end()
 
-    def slow_ranks(self) -> list[tuple[int, str]]:
-        """The ranks that the others wait for, with the reason in words. Collective: every rank must call.
+    def tell_slow_ranks(self, record: Record) -> None:
+        """Names the ranks that the others wait for, on the screen and in incidents.jsonl. Collective.
 
         Compares what each rank took, since the last call, from a step's beginning to its first collective.
         """
-        return self._own.compare()
+        for rank, cause in self._own.compare():
+            record.say(cause)
+            if rank == self._runtime.rank:
+                record.incident("straggler", cause, action="told only")
 
     def close(self) -> None:
         """Ends the watch of this rank; the watching process ends once all ranks of the node have."""
@@ -200,7 +217,7 @@ class OwnTime:
         self._since = self._begun = None
 
     def compare(self) -> list[tuple[int, str]]:
-        """See `Watchdog.slow_ranks`. Collective: every rank must call."""
+        """See `Watchdog.tell_slow_ranks`. Collective: every rank must call."""
         world, steps = self._runtime.world_size, max(1, self._steps)
         if self._events:
             torch.cuda.synchronize(self._runtime.device)
