@@ -1,0 +1,134 @@
+"""Stops, slow ranks and signals on real ranks, without the rest of a run."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+from amclip_ds.engine import runtime
+from amclip_ds.errors import Preempted
+from amclip_ds.resilience import preemption
+from amclip_ds.resilience.ownership import OwnershipConfig, OwnershipLost, claim, owning
+from amclip_ds.resilience.preemption import Preemption, PreemptionConfig
+from amclip_ds.resilience.watchdog import OwnTime
+
+
+def loop(stops: Preemption, disturb: dict[int, object], steps: int = 30) -> tuple[int, str | None]:
+    """Steps of 20 ms; `disturb[step]` is done in the middle of a step. Returns where and why it stopped."""
+    for step in range(1, steps + 1):
+        time.sleep(0.01)
+        if step in disturb:
+            disturb[step]()  # type: ignore[operator]
+        time.sleep(0.01)
+        reason = stops.agreed()
+        if reason is not None:
+            return step, reason
+    return steps, None
+
+
+def stop_case(folder: str, to: list[int], how: str, times: int = 1) -> dict:
+    """Signals `how`, or a file, or a limit, at step 5 of the ranks in `to`."""
+    rank = int(os.environ["RANK"])
+    started = runtime.start(60)
+
+    def send() -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), getattr(signal, how))
+
+    disturb = {5: send} if how.startswith("SIG") and rank in to else {}
+    if how == "STOP" and rank == 0:
+        disturb = {5: lambda: (time.sleep(0.6), Path(folder, "STOP").touch())}  # type: ignore[dict-item]
+    limit = "00:00:01" if how == "limit" else None
+    end = time.time() + 1 if how == "slurm" and rank == 0 else None
+    with Preemption(PreemptionConfig(), Path(folder), started, None, end, limit) as stops:
+        step, reason = loop(stops, disturb, 300)
+        count = stops._arrivals.count
+    handlers = [signal.getsignal(number) for number in preemption.SIGNALS]
+    runtime.stop(started)
+    restored = handlers == [signal.SIG_DFL, signal.SIG_DFL, signal.default_int_handler]
+    return {"step": step, "reason": reason, "count": count, "restored": restored}
+
+
+def children_case(folder: str) -> dict:
+    """TERM and USR1 to a forked child reach neither it nor the rank's own count."""
+    started = runtime.start(60)
+    with Preemption(PreemptionConfig(), Path(folder), started) as stops:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(2.0,))
+        child.start()
+        assert child.pid
+        time.sleep(0.3)
+        for number in preemption.SIGNALS:
+            os.kill(child.pid, number)
+        time.sleep(0.3)
+        alive = child.is_alive()
+        step, reason = loop(stops, {}, 3)
+        child.join()
+    runtime.stop(started)
+    return {"alive": alive, "code": child.exitcode, "reason": reason, "count": stops._arrivals.count}
+
+
+def forced_exit_case(folder: str) -> None:
+    """A rank that does not come back from its step after a signal is ended by the timer, stacks and all."""
+    started = runtime.start(60)
+    with Preemption(PreemptionConfig(forced_exit_s=1.0), Path(folder), started):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(30)  # a save that never ends
+
+
+def lost_case(folder: str) -> list[str]:
+    """Rank 0's folder is taken by another trainer: every rank hears it at the same step."""
+    rank = int(os.environ["RANK"])
+    started = runtime.start(60)
+    quick = OwnershipConfig(heartbeat_s=0.1, stale_s=0.5)
+
+    def take() -> None:
+        claim(Path(folder), quick, job="9", restart=1, say=lambda _: None)
+        time.sleep(0.3)
+
+    heard = []
+    with (
+        owning(Path(folder), quick, job="9", say=lambda _: None) as owner,
+        Preemption(PreemptionConfig(), Path(folder), started, owner) as stops,
+    ):
+        try:
+            loop(stops, {5: take} if rank == 0 else {})
+        except OwnershipLost as error:
+            heard.append(str(error))
+    runtime.stop(started)
+    return heard
+
+
+def slow_case(seconds: float) -> list[list[tuple[int, str]]]:
+    """Rank 1's own work takes `seconds` longer a step. Returns what three logged intervals named."""
+    rank = int(os.environ["RANK"])
+    started = runtime.start(60)
+    import torch.distributed as dist
+
+    own, found = OwnTime(started), []
+    for _ in range(3):
+        for _ in range(5):
+            own.begin(time.monotonic(), is_measured=True)
+            time.sleep(0.02 + (seconds if rank == 1 else 0))
+            own.end()
+            dist.barrier()
+            time.sleep(0.02)
+            own.end()  # a later collective of the same step
+            dist.barrier()
+        found.append(own.compare())
+    runtime.stop(started)
+    return found
+
+
+def leaving_case(launcher: str) -> str:
+    """How a rank leaves after an agreed stop."""
+    os.environ["AMCLIP_LAUNCHER"] = launcher
+    started = runtime.start(60)
+    try:
+        with preemption.leaving_together(started):
+            raise Preempted("stop")
+        return "left with 0"
+    except Preempted as error:
+        return f"left with {error.exit_code}"
+    finally:
+        runtime.stop(started)
