@@ -11,9 +11,9 @@ from dataclasses import dataclass
 class EvalConfig:
     """Evaluation during training."""
 
-    data: str = ""
-    """Folders to evaluate on, joined by `::`: CLIP_benchmark's layout (classnames.txt, test/0.tar, ...), an image folder,
-    or tars of pairs for retrieval; empty: none."""
+    data: str | None = None
+    """Folders to evaluate on, joined by `::`: CLIP_benchmark's layout (classnames.txt, test/0.tar, ...), an image
+    folder, or tars of pairs for retrieval; null: none."""
     every_steps: int | None = None
     """Evaluate every so many steps; null: after the last step alone."""
     batch_size: int = 64

@@ -1,0 +1,276 @@
+"""What is evaluated on: CLIP_benchmark's WebDataset layout, image folders, and tars of images with captions.
+
+    DIR/classnames.txt  zeroshot_classification_templates.txt  dataset_type.txt
+    DIR/test/nshards.txt  0.tar ...      key.{webp,png,jpg,jpeg} with key.cls (a label) or key.txt (a caption a line)
+
+An image folder has a folder a class, in DIR or in DIR/test. Opening a set reads the tars' headers, labels and captions,
+never the images; every mistake in it is a UserError that names the file.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from amclip_ds.data import sources
+from amclip_ds.data.tar import Damage, scan
+from amclip_ds.errors import UserError
+
+CLASSIFICATION, RETRIEVAL = "zeroshot_classification", "retrieval"
+IMAGES = ("webp", "png", "jpg", "jpeg")
+MAX_PIXELS = 128 << 20  # a header that claims more is not decoded
+MAX_TEXT = 1 << 20  # bytes of a label or a text
+OPENAI_7 = "openai-7"
+"""CLIP's choice of 7 of its 80 ImageNet prompts (its notebook), which SLIP and A-CLIP report with."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image, its label, or its captions."""
+
+    path: str
+    """of the tar or the image"""
+    offset: int
+    """of the image's bytes in it"""
+    size: int
+    key: str
+    label: int = -1
+    captions: tuple[str, ...] = ()
+
+    def read(self) -> Image.Image:
+        """The image in RGB. Raises UserError, naming file and key, for one that cannot be read."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                content = file.read(self.size)
+            with Image.open(io.BytesIO(content)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise UserError(f"{self.path}: {self.key} has {image.width} x {image.height} pixels: too many")
+                return image.convert("RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
+            raise UserError(f"{self.path}: {self.key} cannot be read as an image: {error}") from None
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A data set, opened."""
+
+    name: str
+    task: str
+    """zeroshot_classification | retrieval"""
+    samples: tuple[Sample, ...]
+    classnames: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    """with `{c}` for the class name"""
+    folder: str = field(default="", compare=False)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+@lru_cache(maxsize=8)
+def open_set(
+    spec: str, split: str = "test", task: str = "auto", classnames: str = "folder", templates: str = "folder"
+) -> EvalSet:
+    """Opens what `--data` names. Raises UserError for anything missing, empty or inconsistent.
+
+    task: auto (what dataset_type.txt or the samples say), zeroshot_classification or retrieval.
+    classnames: folder | imagenet | a file, one a line. templates: folder | openai-7 | openai-80 | a file.
+    """
+    folder = Path(spec)
+    task = _task_of(folder, spec) if task == "auto" else task
+    whole = folder.resolve()
+    name = f"{whole.parent.name}_{whole.name}" if whole.name == split else whole.name.removesuffix(".tar")
+    if folder.is_dir() and _is_image_folder(folder, split):
+        if task == RETRIEVAL:
+            raise UserError(f"--data {spec}: an image folder has no captions; --task zeroshot_classification")
+        samples, names = _read_image_folder(_image_root(folder, split), folder)
+    else:
+        samples, names = _read_tars(_shards_of(folder, spec, split), task), None
+    if task == RETRIEVAL:
+        return EvalSet(name, task, samples, folder=spec)
+    chosen = _classnames(folder, names, classnames)
+    _check_labels(samples, chosen, folder)
+    return EvalSet(name, task, samples, chosen, _templates(folder, templates), spec)
+
+
+def _task_of(folder: Path, spec: str) -> str:
+    file = folder / "dataset_type.txt"
+    if not file.is_file():
+        has_names = folder.is_dir() and ((folder / "classnames.txt").is_file() or _is_image_folder(folder, "test"))
+        return CLASSIFICATION if has_names else RETRIEVAL
+    said = file.read_text().strip().lower()
+    if said not in ("classification", "retrieval"):
+        raise UserError(f"{file}: {said[:80]!r} is neither classification nor retrieval")
+    return CLASSIFICATION if said == "classification" else RETRIEVAL
+
+
+def _shards_of(folder: Path, spec: str, split: str) -> list[str]:
+    """The tars of a split: as many as nshards.txt says, or, without it, every tar there is."""
+    root = folder / split
+    if not folder.is_dir() or not root.is_dir():
+        return sources.expand(spec, key="--data")
+    counted = root / "nshards.txt"
+    if not counted.is_file():
+        if (folder / "dataset_type.txt").is_file() and split == "test":
+            raise UserError(f"{counted}: missing; it holds the number of tars in {root}")
+        return sources.expand(str(root), key="--data")
+    text = counted.read_text().strip()
+    if not text.isdigit() or int(text) == 0:
+        raise UserError(f"{counted}: {text[:40]!r} is not a number of tars")
+    shards = [root / f"{number}.tar" for number in range(int(text))]
+    missing = [str(shard) for shard in shards if not shard.is_file()]
+    if missing:
+        raise UserError(f"{missing[0]}: missing; {counted} says {text}")
+    return [str(shard) for shard in shards]
+
+
+def _read_tars(shards: Sequence[str], task: str) -> tuple[Sample, ...]:
+    samples = [sample for shard in shards for sample in _read_tar(shard, task)]
+    if not samples:
+        raise UserError(f"{shards[0]}: no image with a {'label (.cls)' if task == CLASSIFICATION else 'text'} in it")
+    return tuple(samples)
+
+
+def _read_tar(shard: str, task: str) -> list[Sample]:
+    """The samples of one tar, in order. Raises UserError if it is empty or damaged, or a sample lacks its part."""
+    groups: dict[str, dict[str, tuple[int, int]]] = {}
+    path = Path(shard)
+    with path.open("rb") as file:
+        for member in scan(file, path.stat().st_size):
+            if isinstance(member, Damage):
+                raise UserError(f"{shard}: damaged at byte {member.offset}: {member.cause}")
+            directory, _, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            if stem:
+                groups.setdefault(f"{directory}/{stem}", {})[extension.lower()] = (member.offset, member.size)
+        if not groups:
+            raise UserError(f"{shard}: an empty tar")
+        return [_sample(file, shard, key.lstrip("/"), members, task) for key, members in groups.items()]
+
+
+def _sample(file: io.BufferedReader, shard: str, key: str, members: dict[str, tuple[int, int]], task: str) -> Sample:
+    image = next((members[extension] for extension in IMAGES if extension in members), None)
+    if image is None:
+        raise UserError(f"{shard}: {key} has no image ({', '.join(IMAGES)})")
+    if task == RETRIEVAL:
+        captions = tuple(_captions(file, shard, key, members))
+        if not captions:
+            raise UserError(f"{shard}: {key} has no caption (.txt, or .json with `captions`)")
+        return Sample(shard, *image, key, captions=captions)
+    if "cls" not in members:
+        raise UserError(f"{shard}: {key} has no label (.cls)")
+    text = _text(file, shard, key, members["cls"])
+    if not text.strip().isdigit():
+        raise UserError(f"{shard}: {key}.cls holds {text[:40]!r}, not a label")
+    return Sample(shard, *image, key, label=int(text))
+
+
+def _captions(file: io.BufferedReader, shard: str, key: str, members: dict[str, tuple[int, int]]) -> list[str]:
+    """Every line of the .txt (CLIP_benchmark's way); without one, the json's `captions` or `caption`."""
+    if "txt" in members:
+        return [line.strip() for line in _text(file, shard, key, members["txt"]).splitlines() if line.strip()]
+    if "json" not in members:
+        return []
+    try:
+        fields = json.loads(_text(file, shard, key, members["json"]))
+        found = fields.get("captions", fields.get("caption", []))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{shard}: {key}.json cannot be read: {error}") from None
+    return [text.strip() for text in ([found] if isinstance(found, str) else found) if text.strip()]
+
+
+def _text(file: io.BufferedReader, shard: str, key: str, place: tuple[int, int]) -> str:
+    offset, size = place
+    if size > MAX_TEXT:
+        raise UserError(f"{shard}: {key} has a text of {size} bytes")
+    file.seek(offset)
+    try:
+        return file.read(size).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{shard}: {key} has a text that is not UTF-8") from None
+
+
+def _image_root(folder: Path, split: str) -> Path:
+    return folder / split if (folder / split).is_dir() else folder
+
+
+def _is_image_folder(folder: Path, split: str) -> bool:
+    """Whether there is a folder with an image in it, and no tar beside it."""
+    root = _image_root(folder, split)
+    if any(root.glob("*.tar")) or (root / "nshards.txt").exists():
+        return False
+    return any(_images_in(path) for path in root.iterdir() if path.is_dir())
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in (*IMAGES, "bmp", "ppm"))
+
+
+def _read_image_folder(root: Path, folder: Path) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
+    """Classes are the folders in the order of their names, as torchvision numbers them."""
+    classes = sorted(path for path in root.iterdir() if path.is_dir())
+    samples = []
+    for label, path in enumerate(classes):
+        images = _images_in(path)
+        if not images:
+            raise UserError(f"{path}: a class without images")
+        for image in images:
+            key = str(image.relative_to(root))
+            samples.append(Sample(str(image), 0, image.stat().st_size, key, label=label))
+    return tuple(samples), tuple(path.name for path in classes)
+
+
+def _classnames(folder: Path, found: tuple[str, ...] | None, choice: str) -> tuple[str, ...]:
+    if choice == "imagenet" or (choice == "folder" and _are_imagenet_ids(found)):
+        from open_clip import IMAGENET_CLASSNAMES
+
+        return tuple(IMAGENET_CLASSNAMES)
+    file = folder / "classnames.txt" if choice == "folder" else Path(choice)
+    if choice == "folder" and found is not None and not file.is_file():
+        return tuple(name.replace("_", " ") for name in found)
+    return _lines(file, "one class name a line, in the order of the labels")
+
+
+def _are_imagenet_ids(found: tuple[str, ...] | None) -> bool:
+    return found is not None and len(found) == 1000 and all(name[:1] == "n" and name[1:].isdigit() for name in found)
+
+
+def _templates(folder: Path, choice: str) -> tuple[str, ...]:
+    if choice in (OPENAI_7, "openai-80"):
+        from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+        functions = SIMPLE_IMAGENET_TEMPLATES if choice == OPENAI_7 else OPENAI_IMAGENET_TEMPLATES
+        return tuple(function("{c}") for function in functions)
+    file = folder / "zeroshot_classification_templates.txt" if choice == "folder" else Path(choice)
+    if choice == "folder" and not file.is_file():
+        raise UserError(f"{file}: missing; write one prompt a line with {{c}} in it, or --templates {OPENAI_7}")
+    templates = _lines(file, "one prompt a line, with {c} for the class name")
+    for template in templates:
+        if "{c}" not in template:
+            raise UserError(f"{file}: {template[:60]!r} has no {{c}} for the class name")
+    return templates
+
+
+def _lines(file: Path, holds: str) -> tuple[str, ...]:
+    if not file.is_file():
+        raise UserError(f"{file}: missing; it holds {holds}")
+    lines = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+    if not lines:
+        raise UserError(f"{file}: empty; it holds {holds}")
+    return lines
+
+
+def _check_labels(samples: Sequence[Sample], classnames: tuple[str, ...], folder: Path) -> None:
+    largest = max(samples, key=lambda sample: sample.label)
+    if largest.label >= len(classnames):
+        raise UserError(
+            f"{largest.path}: {largest.key} has label {largest.label}, and there are {len(classnames)} class names"
+        )
+    distinct = len({sample.label for sample in samples})
+    if distinct > len(classnames):
+        raise UserError(f"{folder}: {distinct} labels and {len(classnames)} class names")

@@ -1,0 +1,192 @@
+"""A model as evaluation sees it: images and texts in, unit vectors out; and how ranks share the work of encoding.
+
+Shapes: B batch, E embedding, D width of the vision tower, T tokens.
+
+The batches of a set are cut the same way in every world and dealt out whole, the last one filled up, so each embedding
+comes out of the same forward call whoever computes it: the numbers do not depend on the number of ranks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from amclip_ds.data import photometric
+from amclip_ds.data.captions import build_tokenizer, trim
+from amclip_ds.engine.collectives import gather_objects
+from amclip_ds.errors import UserError
+from amclip_ds.evaluate.datasets import Sample
+from amclip_ds.loss.comm import Comm
+
+TEXT_BUCKET = 8  # tokens; texts of a batch are cut to its longest, rounded up to this
+READERS = 4  # threads that decode images; Pillow releases the lock
+
+
+class Encoder(Protocol):
+    """What can be evaluated. At ZeRO-3 both calls are collective."""
+
+    weights: str
+    """student | teacher"""
+    image_size: int
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """One RGB image -> what `image` stacks."""
+        ...
+
+    def image(self, images: Tensor) -> Tensor:
+        """Stacked images [B, 3, H, W] -> unit vectors [B, E] fp32."""
+        ...
+
+    def text(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> unit vectors [B, E] fp32."""
+        ...
+
+
+class TowerEncoder:
+    """Our own towers, behind an engine's or a module's `forward(phase, ...)`."""
+
+    def __init__(self, forward: Callable[..., Any], weights: str, image_size: int, context_length: int,
+                 device: torch.device) -> None:  # fmt: skip
+        self._forward, self.weights, self.image_size = forward, weights, image_size
+        self.context_length, self.device = context_length, device
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Shortest side resized to the model's, centre cut: [3, H, H] uint8."""
+        return resize_and_crop(image, self.image_size)
+
+    @torch.no_grad()
+    def image(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, H] -> [B, E]."""
+        return self._forward("image", images=photometric.normalise(images.to(self.device)))
+
+    @torch.no_grad()
+    def text(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> [B, E]."""
+        ids = trim(token_ids(tuple(texts), self.context_length), TEXT_BUCKET)
+        return self._forward("text", token_ids=ids.to(self.device))
+
+
+@lru_cache(maxsize=1)
+def tokenizer() -> Callable[[Sequence[str], int], Tensor]:
+    """The tokenizer of all text towers here, built once."""
+    return build_tokenizer()
+
+
+@lru_cache(maxsize=4096)
+def token_ids(texts: tuple[str, ...], context_length: int) -> Tensor:
+    """Ids [B, T] of a batch of texts; kept, since evaluations during training ask for the same prompts again."""
+    return tokenizer()(texts, context_length)
+
+
+def resize_and_crop(image: Image.Image, size: int) -> Tensor:
+    """RGB image -> uint8 [3, size, size]: bilinear with antialias, as torchvision does it on Pillow images."""
+    width, height = image.size
+    if width <= height:
+        width, height = size, int(size * height / width)
+    else:
+        width, height = int(size * width / height), size
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2.0), round((height - size) / 2.0)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def encode_images(
+    encoder: Encoder, samples: Sequence[Sample], batch_size: int, comm: Comm,
+    then: Callable[[Tensor, range], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Embeddings of all images [N, E], or what `then(embeddings, their numbers)` makes of each batch; on every rank.
+
+    Collective: every rank must call. Raises the first UserError of any rank on all of them.
+    """
+    errors: list[UserError] = []
+
+    def load(sample: Sample) -> Tensor:
+        try:
+            return encoder.preprocess(sample.read())
+        except UserError as error:
+            if comm.world_size == 1:
+                raise
+            errors.append(error)  # told after the last batch: the others wait for this rank's part of every forward
+            return encoder.preprocess(Image.new("RGB", (encoder.image_size, encoder.image_size)))
+
+    def work(numbers: range, images: Sequence[Tensor]) -> Tensor:
+        missing = batch_size - len(images)
+        batch = torch.stack([*images, *[torch.zeros_like(images[0])] * missing])
+        embeddings = encoder.image(batch)[: len(images)]
+        return then(embeddings, numbers) if then else embeddings
+
+    batches = _deal(len(samples), batch_size, comm)
+    loaded = _load_ahead([[samples[number] for number in batch] for batch in batches], load)
+    rows = [work(batch, images) for batch, images in zip(batches, loaded)]
+    _raise_together(errors)
+    return _collect(rows, len(samples), batch_size, comm)
+
+
+def encode_texts(encoder: Encoder, texts: Sequence[str], batch_size: int, comm: Comm) -> Tensor:
+    """Embeddings of all texts [N, E], on every rank. Collective: every rank must call."""
+    rows = []
+    for batch in _deal(len(texts), batch_size, comm):
+        padded = [texts[number] for number in batch] + [""] * (batch_size - len(batch))
+        rows.append(encoder.text(padded)[: len(batch)])
+    return _collect(rows, len(texts), batch_size, comm)
+
+
+def share_rows(count: int, batch_size: int, comm: Comm, work: Callable[[range], Tensor]) -> Tensor:
+    """The rows [n, ...] that `work` makes of each batch of the numbers below `count`, in order, on every rank.
+
+    Collective: every rank must call.
+    """
+    return _collect([work(batch) for batch in _deal(count, batch_size, comm)], count, batch_size, comm)
+
+
+def _deal(count: int, batch_size: int, comm: Comm) -> list[range]:
+    """This rank's batches of the numbers below `count`: batch b is rank (b mod world)'s.
+
+    Every rank gets the same number of them; where none is left it gets an early one again, whose rows are dropped.
+    """
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    rounds = -(-len(batches) // comm.world_size)
+    return [batches[(turn * comm.world_size + comm.rank) % len(batches)] for turn in range(rounds)]
+
+
+def _collect(rows: list[Tensor], count: int, batch_size: int, comm: Comm) -> Tensor:
+    """The rows [n, ...] of every rank's batches, as `_deal` dealt them -> [count, ...] in order, on every rank.
+
+    Collective: every rank must call.
+    """
+    full = rows[0].new_zeros(len(rows), batch_size, *rows[0].shape[1:])
+    for place, part in zip(full, rows):
+        place[: len(part)] = part
+    everything = comm.all_gather(full)  # [world * rounds, batch, ...], rank by rank
+    return everything.unflatten(0, (comm.world_size, len(rows))).transpose(0, 1).flatten(0, 2)[:count]
+
+
+def _load_ahead(batches: Sequence[Sequence[Sample]], load: Callable[[Sample], Tensor]) -> Iterator[list[Tensor]]:
+    """Each batch loaded, while the next is being read."""
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting: list[list[Future[Tensor]]] = []
+        try:
+            for batch in batches:
+                waiting.append([pool.submit(load, sample) for sample in batch])
+                if len(waiting) > 1:
+                    yield [future.result() for future in waiting.pop(0)]
+            for futures in waiting:
+                yield [future.result() for future in futures]
+        finally:
+            for futures in waiting:
+                for future in futures:
+                    future.cancel()
+
+
+def _raise_together(errors: list[UserError]) -> None:
+    """Raises the first error of the lowest rank that has one, on every rank. Collective: every rank must call."""
+    first = next((error for found in gather_objects(errors[:1]) for error in found), None)
+    if first is not None:
+        raise first

@@ -1,0 +1,135 @@
+"""Counts: accuracies, recalls, confusions, and how sure they are. CLIP_benchmark's names; fractions in [0, 1].
+
+Ties: equal scores are ranked by place, the lowest number first, in classification and in retrieval alike. A collapsed
+model, whose scores are all equal, is thus at chance.
+
+Shapes: N images, C classes, Q queries, M candidates.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAIN_METRIC = {  # method.md's: data set -> what is reported for it; else acc1
+    "fgvc_aircraft": "mean_per_class_recall", "pets": "mean_per_class_recall", "caltech101": "mean_per_class_recall",
+    "flowers": "mean_per_class_recall", "hateful_memes": "roc_auc",
+}  # fmt: skip
+RESAMPLES = 1000
+
+
+def classify(scores: Tensor, targets: Tensor) -> Tensor:
+    """scores [N, C], targets [N] -> [N, 2] int64: the predicted class, and how many classes rank before the target.
+
+    Raises ValueError for scores that are not finite: a comparison with NaN would count as a miss in silence.
+    """
+    if not torch.isfinite(scores).all():
+        raise ValueError("scores that are not finite")
+    own = scores.gather(1, targets[:, None])
+    places = torch.arange(scores.shape[1], device=scores.device)
+    before = (scores > own) | ((scores == own) & (places < targets[:, None]))
+    first = (scores == scores.amax(1, keepdim=True)).int().argmax(1)  # argmax alone may return any of equals
+    return torch.stack([first, before.sum(1)], dim=1)
+
+
+def classification_metrics(predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray, num_classes: int,
+                           second_class_scores: np.ndarray | None = None) -> dict[str, float]:  # fmt: skip
+    """predicted, rank (classes before the target) and targets [N] -> acc1, acc5, mean_per_class_recall, roc_auc.
+
+    acc5 is left out below 5 classes. mean_per_class_recall is over the classes that occur. roc_auc needs
+    `second_class_scores` [N] and both of two classes; equal scores count half.
+    """
+    metrics = {"acc1": float((rank < 1).mean())}
+    if num_classes >= 5:
+        metrics["acc5"] = float((rank < 5).mean())
+    hits, totals = per_class(predicted, targets, num_classes)
+    metrics["mean_per_class_recall"] = float((hits[totals > 0] / totals[totals > 0]).mean())
+    if second_class_scores is not None and len(np.unique(targets)) == 2:
+        from sklearn.metrics import roc_auc_score
+
+        metrics["roc_auc"] = float(roc_auc_score(targets, second_class_scores))
+    return metrics
+
+
+def per_class(predicted: np.ndarray, targets: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(hits [C], images [C]) by true class."""
+    hits = np.bincount(targets[predicted == targets], minlength=num_classes)
+    return hits, np.bincount(targets, minlength=num_classes)
+
+
+def confusion_pairs(predicted: np.ndarray, targets: np.ndarray, names: Sequence[str], most: int = 10) -> list[dict]:
+    """The most frequent mistakes: {"true", "predicted", "count", "of"}, the frequent first."""
+    wrong = predicted != targets
+    pairs, counts = np.unique(np.stack([targets[wrong], predicted[wrong]], 1), axis=0, return_counts=True)
+    totals = np.bincount(targets, minlength=len(names))
+    order = np.lexsort((pairs[:, 1], pairs[:, 0], -counts))[:most] if len(pairs) else []
+    return [
+        {"true": names[pairs[i][0]], "predicted": names[pairs[i][1]], "count": int(counts[i]),
+         "of": int(totals[pairs[i][0]])}
+        for i in order
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Independent units of a sample (images), sorted by what they contribute: all that a bootstrap needs.
+
+    Drawing N units with replacement is one multinomial draw of how many come from each cell.
+    """
+
+    counts: np.ndarray
+    """[K] units in each cell"""
+    hits: np.ndarray
+    """[K] hits that one unit brings"""
+    trials: np.ndarray
+    """[K] trials that one unit brings"""
+    groups: np.ndarray
+    """[K] the class; the metric is the mean over classes of hits / trials. All 0: hits / trials"""
+
+
+def cells_of(hits: np.ndarray, trials: np.ndarray | None = None, groups: np.ndarray | None = None) -> Cells:
+    """Sorts units [N] into cells. hits, trials: integers that a unit brings (trials: 1 each where None)."""
+    ones, zeros = np.ones(len(hits), np.int64), np.zeros(len(hits), np.int64)
+    table = np.stack([hits, ones if trials is None else trials, zeros if groups is None else groups], 1).astype(
+        np.int64
+    )
+    rows, counts = np.unique(table, axis=0, return_counts=True)
+    return Cells(counts, rows[:, 0], rows[:, 1], rows[:, 2])
+
+
+def bootstrap(cells: Cells, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """The percentile bootstrap interval of the metric, over units drawn with replacement; always the same one."""
+    draw = np.random.default_rng(seed)
+    total = cells.counts.sum()
+    drawn = draw.multinomial(total, cells.counts / total, size=resamples)  # [R, K]
+    _, group = np.unique(cells.groups, return_inverse=True)
+    one_hot = np.eye(group.max() + 1)[group]  # [K, G]
+    hits, trials = (drawn * cells.hits) @ one_hot, (drawn * cells.trials) @ one_hot
+    with np.errstate(invalid="ignore"):
+        values = np.nanmean(hits / trials, axis=1)  # a class that was not drawn is left out, as one that never occurs
+    tail = 100 * (1 - level) / 2
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def classification_intervals(predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray,
+                             num_classes: int) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """95% intervals by metric."""
+    intervals = {"acc1": bootstrap(cells_of(rank < 1))}
+    if num_classes >= 5:
+        intervals["acc5"] = bootstrap(cells_of(rank < 5))
+    intervals["mean_per_class_recall"] = bootstrap(cells_of(predicted == targets, groups=targets))
+    return intervals
+
+
+def row(step: int, weights: str, dataset: str, task: str, metrics: Mapping[str, float], num_samples: int,
+        intervals: Mapping[str, tuple[float, float]] | None = None, **more: Any) -> dict[str, Any]:  # fmt: skip
+    """A line of eval.jsonl."""
+    line = {"step": step, "weights": weights, "dataset": dataset, "task": task, "metrics": dict(metrics),
+            "num_samples": num_samples}  # fmt: skip
+    if intervals:
+        line["intervals"] = {name: [low, high] for name, (low, high) in intervals.items()}
+    return line | more

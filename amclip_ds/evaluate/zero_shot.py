@@ -1,0 +1,69 @@
+"""Zero-shot classification: a class is the mean of its prompts' embeddings (method.md section 8, CLIP's protocol).
+
+Shapes: N images, C classes, P prompts a class, E embedding.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amclip_ds.evaluate import metrics
+from amclip_ds.evaluate.datasets import CLASSIFICATION, EvalSet
+from amclip_ds.evaluate.encoder import Encoder, encode_images, encode_texts
+from amclip_ds.loss.comm import Comm
+
+_classifiers: WeakKeyDictionary[Any, dict[Any, Tensor]] = WeakKeyDictionary()
+
+
+def build_classifier(encoder: Encoder, classnames: tuple[str, ...], templates: tuple[str, ...], batch_size: int,
+                     comm: Comm) -> Tensor:  # fmt: skip
+    """[C, E]: per class the renormalised mean of its prompts' unit embeddings. Kept for as long as the encoder lives.
+
+    Collective: every rank must call.
+    """
+    kept = _classifiers.setdefault(encoder, {})
+    key = (classnames, templates, batch_size)
+    if key not in kept:
+        prompts = [template.replace("{c}", name) for name in classnames for template in templates]
+        embeddings = encode_texts(encoder, prompts, batch_size, comm).unflatten(0, (len(classnames), len(templates)))
+        kept[key] = F.normalize(embeddings.mean(1), dim=-1)
+    return kept[key]
+
+
+def evaluate(encoder: Encoder, data: EvalSet, batch_size: int, comm: Comm, step: int = 0) -> dict[str, Any]:
+    """One row of eval.jsonl, with `per_class` and `confusions` beside the metrics; the same on every rank.
+
+    Collective: every rank must call.
+    """
+    classifier = build_classifier(encoder, data.classnames, data.templates, batch_size, comm)
+    labels = torch.tensor([sample.label for sample in data.samples], device=classifier.device)
+
+    def judge(embeddings: Tensor, numbers: range) -> Tensor:
+        scores = embeddings @ classifier.T
+        found = metrics.classify(scores, labels[numbers.start : numbers.stop]).double()  # exact far beyond any count
+        second = scores[:, 1:2] if scores.shape[1] == 2 else scores[:, :1]
+        return torch.cat([found, second.double()], dim=1)
+
+    judged = encode_images(encoder, data.samples, batch_size, comm, then=judge).cpu().numpy()
+    predicted, rank = judged[:, 0].astype(np.int64), judged[:, 1].astype(np.int64)
+    return describe(predicted, rank, labels.cpu().numpy(), judged[:, 2], encoder.weights, data, step)
+
+
+def describe(predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray, second_class_scores: np.ndarray | None,
+             weights: str, data: EvalSet, step: int, task: str = CLASSIFICATION) -> dict[str, Any]:  # fmt: skip
+    """The row of a classification, whatever made it."""
+    num_classes = len(data.classnames)
+    second = second_class_scores if num_classes == 2 else None
+    hits, totals = metrics.per_class(predicted, targets, num_classes)
+    return metrics.row(
+        step, weights, data.name, task,
+        metrics.classification_metrics(predicted, rank, targets, num_classes, second), len(targets),
+        metrics.classification_intervals(predicted, rank, targets, num_classes),
+        main_metric=metrics.MAIN_METRIC.get(data.name.removeprefix("wds_").removeprefix("vtab-"), "acc1"),
+        per_class={name: [int(hit), int(total)] for name, hit, total in zip(data.classnames, hits, totals)},
+        confusions=metrics.confusion_pairs(predicted, targets, data.classnames),
+    )  # fmt: skip
