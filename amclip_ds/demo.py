@@ -32,7 +32,7 @@ def demo(out: Path, steps: int, num_scenes: int, procs: int | None, setup_second
     precision, why = choose_precision()
     print(f"2/4  training aclip-tiny, {steps} steps, {procs} processes, ZeRO-2, {precision} ({why})")
     began = time.monotonic()
-    code = run_ranks(train_command(shards, run, steps, precision), procs, str(run))
+    code = run_ranks(train_command(shards, run, steps, precision), procs, str(run), listens=True)
     train_seconds = time.monotonic() - began
     if code:
         return code

@@ -41,12 +41,13 @@ class _Ranks:
 
 def run_ranks(
     argv: list[str], procs: int, run_folder: str | Path | None = None, *, forced_exit_s: float = 600.0,
-    env: dict[str, str] | None = None,
+    env: dict[str, str] | None = None, listens: bool = False,
 ) -> int:  # fmt: skip
     """Runs `argv` as `procs` ranks of this machine. Returns the exit code: RUN/exit.json's, else the first failure's.
 
     forced_exit_s: after a signal the ranks have so long to save and leave; then they are killed.
     env: variables added to the ranks' environment.
+    listens: the ranks handle the signals (`resilience.preemption.listen`); until they do, the signals are kept for them.
     """
     verdict_file = Path(run_folder, "exit.json") if run_folder is not None else None
     before = _identity(verdict_file)
@@ -59,7 +60,7 @@ def run_ranks(
                 # Two ranks that each take every core get in each other's way: a share each, unless it was set.
                 threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // procs))}
                 variables = threads | os.environ | _rank_variables(rank, procs, port) | (env or {})
-                ranks.running[rank] = _start(argv, variables, outputs[rank] if rank else None)
+                ranks.running[rank] = _start(argv, variables, outputs[rank] if rank else None, listens)
             _wait(ranks, forced_exit_s)
         finally:
             for process in ranks.running.values():
@@ -90,13 +91,14 @@ def die_with_parent(parent: int) -> None:
             os._exit(1)
 
 
-def _start(argv: list[str], variables: dict[str, str], output: Path | None) -> subprocess.Popen:
+def _start(argv: list[str], variables: dict[str, str], output: Path | None, listens: bool) -> subprocess.Popen:
     """One rank, in a process group of its own: the terminal's Ctrl-C reaches it once, through this launcher."""
     parent = os.getpid()
 
     def prepare() -> None:
         die_with_parent(parent)
-        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # kept for the rank until it listens, instead of its end
+        if listens:
+            signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
 
     with open(output or os.devnull, "wb") as file:
         return subprocess.Popen(

@@ -21,18 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs on each, a task for each GPU")
     size.add_argument("--tasks-per-node", type=int, metavar="N", help="tasks on each node without GPUs (1)")
-    parser.add_argument(
-        "--gpu-memory", metavar="SIZE", help="memory of a GPU, as 80GB: refuses a state that cannot fit"
-    )
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of a GPU, as 80GB: refuses what cannot fit")
     parser.add_argument("--time", metavar="T", help="time limit of a job, as sbatch reads it")
     parser.add_argument("--partition", metavar="P")
     parser.add_argument("--account", metavar="A")
-    parser.add_argument(
-        "--chain", type=int, default=1, metavar="K", help="submit K jobs, one after another (singleton)"
-    )
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="FLAG", help="one more sbatch flag; repeatable"
-    )
+    parser.add_argument("--chain", type=int, default=1, metavar="K", help="submit K jobs, one after another")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="FLAG", help="another sbatch flag; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="write the script and the command, submit nothing")
     parser.add_argument("--json", metavar="FILE", help="also write what was found and submitted")
 

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         argv = ["train", args.recipe, *args.overrides, "--resume", args.resume]
         patience_s = settings.preemption.forced_exit_s + 30  # the ranks' own timers come first, and show their stacks
         return run_ranks([sys.executable, "-m", "amclip_ds", *argv], args.procs, settings.run.out,
-                         forced_exit_s=patience_s)  # fmt: skip
+                         forced_exit_s=patience_s, listens=True)  # fmt: skip
     from amclip_ds.train import train
 
     return train(settings, resume=args.resume)

@@ -101,7 +101,7 @@ class Cluster:
     # ---- asking -------------------------------------------------------------------------------------------------
 
     def client(self, *command: str, check: bool = True, timeout_s: float = 30, **options: Any) -> str:
-        """Runs one client (sbatch, ...) and returns its output. A time-out, since srun waits for ever on drained nodes."""
+        """Runs one client (sbatch, ...); returns its output. A time-out, since srun waits for ever on drained nodes."""
         options = {"env": self.env, "cwd": self.base} | options
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, **options)
         if check and done.returncode:

@@ -36,7 +36,7 @@ def cluster(session_cluster: Cluster) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train/ (6 shards) and test/ of small synthetic scenes."""
-    folder = tmp_path_factory.mktemp("data")
+    folder = tmp_path_factory.mktemp("data") / "scenes"
     runs.make_data(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""Stopped in mid-training, requeued under the same id, finished: weights equal to the undisturbed job's, bit for bit."""
+"""Stopped in mid-training, requeued under the same id, finished: bit for bit the undisturbed job's weights."""
 
 from collections.abc import Callable
 from pathlib import Path
