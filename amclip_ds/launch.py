@@ -47,7 +47,7 @@ def run_ranks(
 
     forced_exit_s: after a signal the ranks have so long to save and leave; then they are killed.
     env: variables added to the ranks' environment.
-    listens: the ranks handle the signals (`resilience.preemption.listen`); until they do, the signals are kept for them.
+    listens: the ranks handle the signals (`resilience.preemption.listen`); until they do, signals are kept for them.
     """
     verdict_file = Path(run_folder, "exit.json") if run_folder is not None else None
     before = _identity(verdict_file)
