@@ -101,6 +101,12 @@ class Teacher:
         """This rank's fp32 shards of the average, by name; writing to them changes the teacher at the next publish."""
         return self._ema
 
+    def frozen_shards(self) -> dict[str, Shard]:
+        """This rank's part of the parameters that are neither averaged nor mirrored, in the dtype of the forward."""
+        moving = {*self._averaged, *self._mirrored}
+        named = self.placed.module.named_parameters()
+        return shards.forward_shards({name: parameter for name, parameter in named if name not in moving})
+
     def buffers(self) -> dict[str, Tensor]:
         """The teacher's own batch norm statistics, the same on every rank."""
         return persistent_buffers(self.placed.module)

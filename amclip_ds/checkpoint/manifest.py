@@ -30,7 +30,12 @@ FILES = re.compile(
     r"(model|optim|ema)/rank\d{4,6}\.safetensors|rng/rank\d{4,6}\.json|replicated\.safetensors|trainer\.json|config\.yaml"
 )
 STEP_FOLDER = re.compile(r"step_(\d{8,12})")
-FOLDER_OF_KIND = {"master": "model", "frozen": "model", "ema": "ema"}  # every other kind is the optimizer's
+FOLDER_OF_KIND = {
+    "master": "model",
+    "frozen": "model",
+    "ema": "ema",
+    "ema_frozen": "ema",
+}  # every other kind is the optimizer's
 
 
 @dataclass

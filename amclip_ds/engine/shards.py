@@ -37,10 +37,10 @@ def master_shards_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Shard]
     return {name: shard for name, shard in found.items() if shard is not None}
 
 
-def frozen_shards(engine: Any) -> dict[str, Shard]:
-    """This rank's part of the parameters that are not trained, as the forward reads them: whole below stage 3."""
-    frozen = {name: _own_shard(p) for name, p in engine.module.named_parameters() if not p.requires_grad}
-    return {name: shard for name, shard in frozen.items() if shard is not None}
+def forward_shards(parameters: Mapping[str, nn.Parameter]) -> dict[str, Shard]:
+    """This rank's part of parameters as the forward reads them, in its dtype: whole, unless ZeRO-3 shards them."""
+    found = {name: _own_shard(parameter) for name, parameter in parameters.items()}
+    return {name: shard for name, shard in found.items() if shard is not None}
 
 
 def optimizer_shards(engine: Any) -> dict[str, dict[str, Shard]]:

@@ -1,0 +1,141 @@
+"""The memory and the process of an asynchronous save: a snapshot that is copied fast, and a writer that reads it."""
+
+import contextlib
+import json
+import mmap
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amclip_ds.checkpoint import failpoints
+from amclip_ds.checkpoint.files import PlannedFile
+
+PAGE = 4096
+PROGRAM = Path(__file__).with_name("writer.py")
+
+
+def is_possible() -> bool:
+    """Whether this system has memory that a process can hand to another by its descriptor (Linux)."""
+    return hasattr(os, "memfd_create")
+
+
+def available_memory() -> int:
+    """Bytes that this host can still give; a large number where it does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return 1 << 62
+
+
+def host_name() -> str:
+    return socket.gethostname()
+
+
+class Snapshot:
+    """Host memory that is reused by every save: after the first, a copy touches no new page."""
+
+    def __init__(self) -> None:
+        self.descriptor = -1
+        self.size = 0
+        self._memory: Tensor | None = None
+        self._is_pinned = False
+
+    def grow(self, size: int) -> bool:
+        """Makes room for `size` bytes; whether that took new memory (and a new descriptor). Raises OSError."""
+        if size <= self.size:
+            return False
+        self.close()
+        self.descriptor = os.memfd_create("checkpoint")
+        os.ftruncate(self.descriptor, size)
+        self.size = size
+        self._memory = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self._is_pinned = int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0)) == 0
+        return True
+
+    def take(self, files: Iterable[PlannedFile]) -> list[dict[str, Any]]:
+        """Copies the files' bytes. Returns where each lies: {"path", "offset", "length"}."""
+        assert self._memory is not None
+        jobs, offset, on_gpu = [], 0, False
+        for file in files:
+            jobs.append({"path": file.path, "offset": offset, "length": file.length})
+            at = offset
+            for piece in file.pieces:
+                raw = (
+                    torch.frombuffer(bytearray(piece), dtype=torch.uint8)
+                    if isinstance(piece, bytes)
+                    else piece.detach().view(-1).view(torch.uint8)
+                )
+                self._memory[at : at + raw.numel()].copy_(raw, non_blocking=self._is_pinned)
+                on_gpu |= raw.is_cuda
+                at += raw.numel()
+            offset += -(-file.length // PAGE) * PAGE
+        if on_gpu:
+            torch.cuda.synchronize()
+        return jobs
+
+    def close(self) -> None:
+        """Gives the memory back, once nobody else maps it."""
+        if self._memory is not None and self._is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self._memory, self.descriptor, self.size, self._is_pinned = None, -1, 0, False
+
+
+def size_of(files: Iterable[PlannedFile]) -> int:
+    """Bytes a snapshot of the files takes."""
+    return sum(-(-file.length // PAGE) * PAGE for file in files)
+
+
+class WriterProcess:
+    """writer.py as a child of this process, with the snapshot's descriptor."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-E", str(PROGRAM), str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            pass_fds=[descriptor],
+        )  # fmt: skip
+        assert self._process.stdin and self._process.stdout
+        os.set_blocking(self._process.stdout.fileno(), False)
+        self._answer = b""
+
+    def send(self, folder: Path, files: list[dict[str, Any]]) -> None:
+        """Starts a job."""
+        job = {"fd": self.descriptor, "folder": str(folder), "files": files, "armed": sorted(failpoints.ARMED)}
+        assert self._process.stdin
+        self._answer = b""
+        with contextlib.suppress(BrokenPipeError):  # `answer` tells that it ended
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any] | None:
+        """The job's {"files"} or {"error"}; None while it works."""
+        assert self._process.stdout
+        while chunk := self._process.stdout.read(1 << 16):
+            self._answer += chunk
+        if self._answer.endswith(b"\n"):
+            return json.loads(self._answer)
+        status = self._process.poll()
+        return None if status is None else {"error": f"the process that writes ended by itself (status {status})"}
+
+    def close(self) -> None:
+        """Ends it, whatever it does."""
+        self._process.kill()
+        for stream in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                if stream:
+                    stream.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in a dead file system: it ends when that does
+            self._process.wait(timeout=5.0)

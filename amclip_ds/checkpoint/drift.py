@@ -1,0 +1,105 @@
+"""What differs between a checkpoint's run and the present one, and whether it would change the mathematics.
+
+A change that would is refused unless checkpoint.allow_drift names its key; then it is recorded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from amclip_ds.errors import UserError
+
+MAX_KEYS = 10_000
+# Keys, or whole sections, that decide where and how fast a run computes, what it keeps and shows, but not its numbers.
+# The data is compared by the index's hash, the stage and precision by the engines' own account.
+FREE = (
+    "run.out", "run.time_limit", "run.log_sample_ids", "run.deterministic", "batch.per_gpu", "teacher.placement",
+    "engine", "checkpoint", "log", "eval", "guards", "resilience", "data.train", "data.index", "data.workers",
+    "data.allow_pipe", "data.max_skip_rate", "data.prefetch", "data.retries",
+)  # fmt: skip
+HASH_KEYS = {"data": "data.train", "tokenizer": "data.tokenizer"}  # a hash of the manifest -> the key that names it
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key that differs."""
+
+    key: str
+    saved: str
+    present: str
+    is_free: bool
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.saved} -> {self.present}"
+
+
+def compare(saved: dict[str, str], present: dict[str, str]) -> list[Change]:
+    """The differences of two flat configs."""
+    return [
+        Change(key, saved.get(key, "(absent)"), present.get(key, "(absent)"), is_free(key))
+        for key in sorted(saved.keys() | present.keys()) if saved.get(key) != present.get(key)
+    ]  # fmt: skip
+
+
+def is_free(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in FREE)
+
+
+def changes_between(
+    saved_config: str, config: str, saved_hashes: dict[str, str], hashes: dict[str, str], saved_precision: str,
+    precision: str,
+) -> list[Change]:  # fmt: skip
+    """All that differs between two runs: keys, data, tokenizer, precision. Raises UserError for what is unreadable."""
+    changes = compare(flatten(saved_config), flatten(config))
+    for name, key in HASH_KEYS.items():
+        if name in saved_hashes and name in hashes and saved_hashes[name] != hashes[name]:
+            changes.append(Change(key, f"content {saved_hashes[name][:12]}", f"content {hashes[name][:12]}", False))
+    if saved_precision != precision:
+        changes.append(Change("engine.deepspeed", saved_precision, precision, False))
+    return changes
+
+
+def refuse_or_allow(changes: list[Change], allowed: list[str]) -> list[Change]:
+    """The changes of the mathematics that were allowed by name. Raises UserError listing those that were not."""
+    grave = [change for change in changes if not change.is_free]
+    refused = [change for change in grave if change.key not in allowed]
+    if refused:
+        keys = ",".join(sorted({change.key for change in refused}))
+        raise UserError(
+            f"the checkpoint's run differs in what changes the mathematics: {'; '.join(map(str, refused))}"
+            f" (checkpoint.allow_drift=[{keys}] goes on all the same)"
+        )
+    return grave
+
+
+def flatten(config: str) -> dict[str, str]:
+    """A config.yaml as dotted key -> value. Raises UserError."""
+    try:
+        tree = yaml.safe_load(config) or {}
+        flat: dict[str, str] = {}
+        for key, value in _leaves(tree, ""):
+            flat[key] = _text(value)
+            if len(flat) > MAX_KEYS:
+                raise ValueError("too many keys")
+        return flat
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"the checkpoint's config.yaml cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(node, dict) or not node:
+        yield prefix, node
+        return
+    for key, value in node.items():
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _text(value: Any) -> str:
+    """A leaf as text; lists are of scalars only."""
+    if isinstance(value, list):
+        if any(isinstance(item, list | dict) for item in value):
+            raise ValueError("a list inside a list")
+        return "[" + ", ".join(map(str, value)) + "]"
+    return str(value)

@@ -1,0 +1,225 @@
+"""Loads: find -> verify every byte, on all ranks together -> check that it fits -> only then touch the state.
+
+    found = load.find(checkpoints, "auto", fallback=False, ranks=ranks)      # None: a fresh start
+    load.fill(found, state, ranks)                                           # writes into the state's own tensors
+
+Any world size and ZeRO stage: a rank reads the elements it holds, wherever they lie in the files.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from amclip_ds.checkpoint import manifest, tensorfile
+from amclip_ds.checkpoint.manifest import Index, Manifest
+from amclip_ds.checkpoint.ranks import Ranks
+from amclip_ds.checkpoint.state import CheckpointState, set_random_state
+from amclip_ds.checkpoint.tensorfile import DamagedError
+from amclip_ds.engine.shards import Shard
+from amclip_ds.errors import UserError
+
+
+@dataclass
+class Found:
+    """A checkpoint of which every byte was verified."""
+
+    path: Path
+    manifest: Manifest
+    index: Index
+    small: dict[str, Any]
+    """counters, data cursor, guards, as they were saved"""
+    config: str
+    """config.yaml of the run that saved it"""
+    notes: list[tuple[str, str, str]] = field(default_factory=list)
+    """what was met on the way: (kind, cause, action), for incidents.jsonl"""
+
+
+def find(checkpoints: Path, resume: str, fallback: bool, ranks: Ranks) -> Found | None:
+    """The checkpoint to go on from, verified; None for a fresh start. Collective: every rank must call.
+
+    resume: never | auto (fresh only if there is no checkpoint folder at all) | a path: a checkpoint, a run's folder or
+    its checkpoints. fallback: whether auto may take an older one where the newest is damaged. Raises UserError, naming
+    the file, on every rank.
+    """
+    if resume == "never":
+        return None
+    folder = checkpoints if resume == "auto" else Path(resume)
+    candidates, notes, problem = ranks.from_main(_look_around(folder) if ranks.is_main else None)
+    if problem is not None and not (resume == "auto" and fallback):
+        raise UserError(problem + (_MEND if resume == "auto" else ""))
+    if problem is not None:
+        notes = [*notes, ("checkpoint_fallback", problem, "takes the newest checkpoint that is there")]
+    if not candidates:
+        if resume == "auto" and problem is None:
+            return None
+        raise UserError(problem or f"--resume {resume}: there is no checkpoint (step_XXXXXXXX with a {manifest.NAME})")
+    for path in reversed(candidates):
+        try:
+            found = verified(path, ranks)
+        except DamagedError as error:
+            if not (resume == "auto" and fallback):
+                raise UserError(f"damaged checkpoint: {error}" + (_MEND if resume == "auto" else "")) from None
+            notes = [*notes, ("checkpoint_fallback", f"damaged checkpoint: {error}", "takes the one before it")]
+            continue
+        found.notes = notes
+        return found
+    raise UserError(f"{checkpoints}: every checkpoint is damaged; the last one tried: {notes[-1][1]}")
+
+
+_MEND = "; checkpoint.fallback=true goes on from the newest valid one, --resume PATH from another"
+
+
+def _look_around(folder: Path) -> tuple[list[Path], list[tuple[str, str, str]], str | None]:
+    try:
+        return _candidates(folder)
+    except OSError as error:
+        return [], [], f"{error.filename or folder}: cannot be read: {error.strerror}"
+
+
+def _candidates(folder: Path) -> tuple[list[Path], list[tuple[str, str, str]], str | None]:
+    """Checkpoints oldest first, what was odd, and what makes the newest doubtful. Rank 0 only."""
+    if manifest.STEP_FOLDER.fullmatch(folder.resolve().name) or (folder / manifest.NAME).exists():
+        return ([folder] if folder.is_dir() else []), [], None
+    if (folder / "checkpoints").is_dir():
+        folder = folder / "checkpoints"
+    steps = manifest.list_steps(folder)
+    paths = [path for _, path in steps]
+    hint = folder / "latest"
+    try:
+        name = hint.read_bytes()[:200].decode(errors="replace").strip()
+    except OSError:
+        return paths, [], None
+    match = manifest.STEP_FOLDER.fullmatch(name)
+    if match and (folder / name).is_dir():
+        return paths, [], None
+    newest = f"the newest checkpoint is {paths[-1].name}" if paths else "there is no checkpoint"
+    if match and (not steps or int(match[1]) > steps[-1][0]):
+        return paths, [], f"{hint}: names {name}, which is gone; {newest}"
+    cause = f"{hint}: {'empty' if not name else f'names {name[:80]!r}, which is no checkpoint here'}"
+    return paths, [("checkpoint_latest", cause, newest)], None
+
+
+def verified(path: Path, ranks: Ranks) -> Found:
+    """Checks everything, the reading shared out over the ranks. Collective: every rank must call.
+
+    Raises DamagedError on every rank, of the first problem.
+    """
+    found: Found | None = None
+    problem: str | None = None
+    try:
+        held = manifest.read(path)
+        manifest.check_sizes(path, held)
+        small = manifest.read_json(path / "trainer.json")
+        found = Found(path, held, Index(path, held), small, _read_text(path / "config.yaml"))
+    except DamagedError as error:
+        problem = str(error)
+    _raise_first(ranks.gather(problem))
+    assert found is not None
+    largest_first = sorted(found.manifest.files, key=lambda name: (-found.manifest.files[name]["bytes"], name))
+    try:
+        for name in largest_first[ranks.rank :: ranks.world_size]:
+            manifest.check_hash(path, found.manifest, name)
+    except DamagedError as error:
+        problem = str(error)
+    _raise_first(ranks.gather(problem))
+    return found
+
+
+def _raise_first(problems: list[str | None]) -> None:
+    for problem in problems:
+        if problem is not None:
+            raise DamagedError(problem)
+
+
+def _read_text(path: Path, limit: int = 1 << 20) -> str:
+    try:
+        with tensorfile.open_regular(path) as file:
+            content = file.read(limit + 1)
+            if len(content) > limit:
+                raise DamagedError(f"{path}: more than {limit} bytes")
+            return content.decode()
+    except OSError as error:
+        raise DamagedError(f"{path}: {'missing' if error.errno == 2 else error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DamagedError(f"{path}: not text") from None
+
+
+def fill(found: Found, state: CheckpointState, ranks: Ranks) -> None:
+    """Writes the checkpoint's values into the state's tensors, after checking that all of them fit.
+
+    Raises UserError, on every rank, where the checkpoint is of another model or optimizer, or cannot be read any more.
+    Collective: every rank must call.
+    """
+    replicated: dict[str, Any] = {}
+    try:
+        entries, begin = tensorfile.read_header(found.path / "replicated.safetensors")
+        replicated = {"entries": entries, "begin": begin}
+        problem = _misfit(found, state, entries)
+    except DamagedError as error:
+        problem = str(error)
+    _raise_user_error(ranks.gather(problem))
+    try:
+        with ExitStack() as stack:
+            opened: dict[str, Any] = {}
+            for kind, held in state.sharded.items():
+                for name, shard in held.items():
+                    _fill_shard(found, kind, name, shard, opened, stack)
+            file = stack.enter_context(tensorfile.open_regular(found.path / "replicated.safetensors"))
+            for name, buffer in state.replicated.items():
+                flat = buffer.detach().view(-1)
+                tensorfile.read_elements(file, replicated["begin"], replicated["entries"][name], 0, flat)
+    except (DamagedError, OSError) as error:
+        problem = f"{found.path}: cannot be read any more: {error}"
+    _raise_user_error(ranks.gather(problem))
+    if ranks.world_size == found.manifest.world_size:
+        _restore_random_state(found, ranks.rank)
+
+
+def _fill_shard(found: Found, kind: str, name: str, shard: Shard, opened: dict[str, Any], stack: ExitStack) -> None:
+    out = shard.tensor.detach().view(-1)
+    for piece in found.index.pieces[kind, name]:
+        first, last = max(piece.start, shard.start), min(piece.start + piece.length, shard.start + shard.length)
+        if first >= last:
+            continue
+        if piece.file not in opened:
+            opened[piece.file] = stack.enter_context(tensorfile.open_regular(found.path / piece.file))
+        target = out[first - shard.start : last - shard.start]
+        tensorfile.read_elements(opened[piece.file], piece.begin, piece.entry, first - piece.start, target)
+
+
+def _misfit(found: Found, state: CheckpointState, buffers: dict[str, tensorfile.Entry]) -> str | None:
+    """Why the checkpoint does not fit this state; None where it does."""
+    saved, shapes = found.manifest.tensors, found.manifest.shapes
+    differences = [
+        f"{name} {shapes.get(name, 'absent')} -> {state.shapes.get(name, 'absent')}"
+        for name in sorted(shapes.keys() | state.shapes.keys()) if shapes.get(name) != state.shapes.get(name)
+    ]  # fmt: skip
+    if differences:
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        return f"{found.path}: of another model: {'; '.join(differences[:5])}{more}"
+    for kind, held in state.sharded.items():
+        for name, shard in held.items():
+            numel = saved.get(kind, {}).get(name)
+            if numel != shard.numel:
+                what = "none" if numel is None else f"{numel} elements"
+                return f"{found.path}: of another run: {kind} of {name} has {shard.numel} elements here, {what} there"
+    for name, buffer in state.replicated.items():
+        if name not in buffers or buffers[name].shape != tuple(buffer.shape):
+            return f"{found.path}: of another model: the buffer {name} {list(buffer.shape)} is not in it"
+    return None
+
+
+def _raise_user_error(problems: list[str | None]) -> None:
+    for problem in problems:
+        if problem is not None:
+            raise UserError(problem)
+
+
+def _restore_random_state(found: Found, rank: int) -> None:
+    """Gives this rank its generators back, at the same world size; nothing of a run depends on them."""
+    path = found.path / f"rng/rank{rank:04d}.json"
+    try:
+        set_random_state(manifest.read_json(path))
+    except (DamagedError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a random state: {error}") from None

@@ -1,0 +1,108 @@
+"""What is kept, and how a checkpoint goes: renamed first, so that a kill never leaves half of one under its name.
+
+Rank 0 only, always; nothing here is collective.
+"""
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from amclip_ds.checkpoint import CheckpointConfig, failpoints, manifest
+from amclip_ds.checkpoint.tensorfile import DamagedError
+from amclip_ds.checkpoint.writer import describe, sync_folder
+
+PINNED = "pinned"  # a file in a checkpoint's folder that keeps it for good
+GOING, COMING, ASIDE = ".del-", ".tmp-", "superseded-"
+
+
+def purge(checkpoints: Path, config: CheckpointConfig, newest: int, say: Callable[[str], None]) -> threading.Thread:
+    """Removes what need not stay, in a thread; the renames are done on return. newest: the step just committed."""
+    gone = [set_aside(path, GOING) for step, path in superfluous(checkpoints, config) if step != newest]
+    failpoints.reached("purge_renamed")
+    thread = threading.Thread(target=_remove_all, args=(gone, say), name="checkpoint-purge", daemon=True)
+    thread.start()
+    return thread
+
+
+def superfluous(checkpoints: Path, config: CheckpointConfig) -> list[tuple[int, Path]]:
+    """The checkpoints beyond the newest keep_last that no rule keeps. Damaged ones count for nothing and are left."""
+    whole = [(step, path) for step, path in manifest.list_steps(checkpoints) if is_whole(path)]
+    every = config.keep_every_steps
+    return [
+        (step, path) for step, path in whole[: -config.keep_last]
+        if not (every and step % every == 0) and not is_pinned(path)
+    ]  # fmt: skip
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the manifest stands and every file has its size; content is not read."""
+    try:
+        manifest.check_sizes(path, manifest.read(path))
+    except DamagedError:
+        return False
+    return True
+
+
+def is_pinned(path: Path) -> bool:
+    return (path / PINNED).exists()
+
+
+def set_aside(path: Path, prefix: str) -> Path:
+    """Renames a checkpoint so that no resume takes it. Returns the new path. Raises OSError."""
+    for number in range(10**6):
+        target = path.with_name(f"{prefix}{path.name}-{number}")
+        if not target.exists():
+            path.rename(target)
+            sync_folder(path.parent)
+            return target
+    raise FileExistsError(17, "too many set aside", str(path))
+
+
+def supersede(checkpoints: Path, resumed: Path | None, step: int) -> list[Path]:
+    """Sets the checkpoints aside that a run which goes on from `step` will write again. Returns their new paths.
+
+    resumed: the one it goes on from, which stays (None: a fresh start). Nothing is deleted. Raises OSError.
+    """
+    late = [(s, p) for s, p in manifest.list_steps(checkpoints) if s >= step and not is_same(p, resumed)]
+    if not late:
+        return []
+    write_latest(checkpoints, resumed.name if resumed and resumed.parent.samefile(checkpoints) else None)
+    return [set_aside(path, ASIDE) for _, path in late]
+
+
+def is_same(path: Path, other: Path | None) -> bool:
+    return other is not None and path.samefile(other)
+
+
+def write_latest(checkpoints: Path, name: str | None) -> None:
+    """The hint, by rename; None removes it. Raises OSError."""
+    if name is None:
+        (checkpoints / "latest").unlink(missing_ok=True)
+        return
+    partial = checkpoints / ".latest.partial"
+    with partial.open("w") as file:
+        file.write(name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(checkpoints / "latest")
+    sync_folder(checkpoints)
+
+
+def tidy(checkpoints: Path) -> None:
+    """Removes what a killed save or purge left behind."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(checkpoints):
+            if name.startswith((GOING, COMING)):
+                shutil.rmtree(checkpoints / name, ignore_errors=True)
+
+
+def _remove_all(paths: list[Path], say: Callable[[str], None]) -> None:
+    for path in paths:
+        failpoints.reached("purge_middle")
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            say(f"checkpoint: {path} could not be removed: {describe(error)}")
