@@ -102,10 +102,10 @@ class Teacher:
         return self._ema
 
     def frozen_shards(self) -> dict[str, Shard]:
-        """This rank's part of the parameters that are neither averaged nor mirrored, in the dtype of the forward."""
-        moving = {*self._averaged, *self._mirrored}
+        """This rank's part of the parameters that the student does not train, in the dtype of the forward."""
+        trained = {name for name, parameter in self._student.module.named_parameters() if parameter.requires_grad}
         named = self.placed.module.named_parameters()
-        return shards.forward_shards({name: parameter for name, parameter in named if name not in moving})
+        return shards.forward_shards({name: parameter for name, parameter in named if name not in trained})
 
     def buffers(self) -> dict[str, Tensor]:
         """The teacher's own batch norm statistics, the same on every rank."""
