@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from amclip_ds.engine import shards
+from amclip_ds.engine.offload import is_offloaded
 from amclip_ds.engine.student import EngineConfig, StudentEngine, read_ds_config, stage_of
 from amclip_ds.loss import LossConfig
 from amclip_ds.model.amclip import AClip, ModelConfig
@@ -81,16 +82,11 @@ def model_state_of(config: Settings, world_size: int, rank: int | None = None) -
         "ema": FP32 * averaged,
         "teacher": width * sizes.teacher / teacher_cut,
     }
-    if is_offloaded(zero, "offload_optimizer"):
+    if is_offloaded(ds, "offload_optimizer"):
         state |= {"masters": 0.0, "moments": 0.0, "ema": 0.0, "gradients": 0.0 if stage >= 2 else state["gradients"]}
-    if is_offloaded(zero, "offload_param"):
+    if is_offloaded(ds, "offload_param"):
         state["parameters"] = 0.0
     return state
-
-
-def is_offloaded(zero: dict[str, Any], key: str) -> bool:
-    """Whether a zero_optimization section moves that part out of the device's memory."""
-    return zero.get(key, {}).get("device", "none") != "none"
 
 
 def sizes_of(config: Settings, world_size: int, stage: int, small: int) -> Sizes:
