@@ -20,6 +20,7 @@ from typing import Any
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.record import append_line, read_lines, write_atomically
 
+STOP_FILE = "a STOP file"  # how resilience/preemption.py begins the reason of a stop that a person asked for
 CODE_DONE, CODE_MISTAKE, CODE_STOPPED, CODE_PREEMPTED = 0, 2, 3, 75
 FIRST_PORT, LAST_PORT = 12000, 30000  # below the range that clients take their ports from
 
@@ -86,6 +87,8 @@ def decide(verdict: dict[str, Any] | None, restarts: int, stalls: int, limits: L
     what = (
         f"stopped at step {verdict.get('step')}: {verdict.get('reason', '')}" if verdict else f"crash (srun: {status})"
     )
+    if verdict is not None and str(verdict.get("reason", "")).startswith(STOP_FILE):
+        return Decision(False, CODE_PREEMPTED, f"{what}; submit again to go on")
     failed = CODE_PREEMPTED if verdict else (status if 0 < status < 128 else 1)
     if verdict is None and not limits.retry_crashes:
         return Decision(False, failed, f"{what}; the lines above name the rank (AMCLIP_RETRY_CRASHES=1 would requeue)")
@@ -172,7 +175,7 @@ def describe(
         _say(f"note: the code changed since the last attempt, {earlier[-1]['revision']} -> {revision}")
     if earlier and earlier[-1]["tasks"] != args.tasks:
         _say(f"note: {earlier[-1]['tasks']} task(s) before, {args.tasks} now; the global batch stays")
-    _say(f"watch: tail -f {run}/out.log; stop and keep: scancel --batch --signal=USR1 {args.job}, or touch {run}/STOP")
+    _say(f"watch: tail -f {run}/out.log; save and stop: touch {run}/STOP; save and requeue: scancel --batch --signal=USR1 {args.job}")
 
 
 def free_port() -> int:

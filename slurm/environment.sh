@@ -1,12 +1,16 @@
 # environment.sh: where a job of ours finds its folder, its site file and its Python. Read by every *.sbatch here.
 #
-# Sets AMCLIP_HOME, python, AMCLIP_CONTAINER, AMCLIP_SRUN and the functions say, give_up and once. What is particular to a
+# Sets python, job, AMCLIP_CONTAINER, AMCLIP_SRUN and the functions say, give_up and once. What is particular to a
 # cluster (modules, conda, container, network) stands in one file: slurm/sites/CLUSTERNAME.env, see sites/example.env.
 set -u
 
 job_file=${job_file:-$(basename "$0")}
 say() { echo "$job_file: $*"; }
 give_up() { say "$1"; exit "$2"; }
+
+# One task of an array goes by ARRAY_TASK: the number of its last task is the array's own, and would mean all of them.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 
 cd "$SLURM_SUBMIT_DIR" || give_up "cannot enter $SLURM_SUBMIT_DIR on $(hostname)" 2
 AMCLIP_CONTAINER=() AMCLIP_SRUN=()

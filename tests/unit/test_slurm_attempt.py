@@ -77,3 +77,9 @@ def test_an_old_verdict_is_not_taken_for_this_attempts(tmp_path: Path, capsys: p
     (tmp_path / "exit.json").write_text(json.dumps(verdict(75)))
     os.utime(tmp_path / "exit.json", ns=(written + 1, written + 1))
     assert main(words) == 0 and capsys.readouterr().out.startswith("requeue stopped at step 7")
+
+
+def test_a_stop_file_is_a_persons_wish_and_not_requeued() -> None:
+    asked = verdict(75) | {"reason": "a STOP file; stopped after step 7"}
+    decision = decide(asked, 0, 0, RETRY, status=0)
+    assert not decision.requeue and decision.code == 75 and "submit again" in decision.reason
