@@ -65,7 +65,7 @@ def confusion_pairs(predicted: np.ndarray, targets: np.ndarray, names: Sequence[
     wrong = predicted != targets
     pairs, counts = np.unique(np.stack([targets[wrong], predicted[wrong]], 1), axis=0, return_counts=True)
     totals = np.bincount(targets, minlength=len(names))
-    order = np.lexsort((pairs[:, 1], pairs[:, 0], -counts))[:most] if len(pairs) else []
+    order = np.lexsort((pairs[:, 1], pairs[:, 0], -counts))[:most]
     return [
         {"true": names[pairs[i][0]], "predicted": names[pairs[i][1]], "count": int(counts[i]),
          "of": int(totals[pairs[i][0]])}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from amclip_ds.model import start
 from amclip_ds.model.amclip import ModelConfig
 
 SINCOS_SCALE = 0.3
@@ -27,8 +28,12 @@ Rule = Callable[[np.random.Generator, Shape, ModelConfig], Tensor]
 def init_tensor(name: str, shape: Shape, seed: int, model: ModelConfig, loss_kind: str = "softmax") -> Tensor:
     """The initial value of one parameter or buffer of AClip or TeacherModel, whole, fp32 (counters int64), on the CPU.
 
-    Raises KeyError for a name without a rule.
+    model.init_from's where that source holds it. Raises KeyError for a name without a rule, UserError for a source that
+    does not fit.
     """
+    loaded = start.loaded_tensor(model.init_from, name, shape) if model.init_from else None
+    if loaded is not None:
+        return loaded
     if name == "logit_scale":
         return torch.full(tuple(shape), LOGIT_SCALE[loss_kind])
     if name == "logit_bias":

@@ -1,0 +1,182 @@
+"""Where the weights of `model.init_from` come from: a run, a checkpoint, or another library's safetensors.
+
+Read parameter by parameter, so that no rank holds more than one whole. Pickles are never read. Values are fp32.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from amclip_ds.errors import UserError
+from amclip_ds.model import foreign
+
+Pieces = list[tuple[int, str, str]]
+"""Where a tensor of a checkpoint lies: (first element of the flattened tensor, file, key in it), in order."""
+KINDS = {"student": ("master", "frozen"), "teacher": ("ema", "frozen")}
+
+
+class Source:
+    """The tensors of a folder or file, under our names; nothing is read before it is asked for."""
+
+    def __init__(self, path: Path, weights: str = "student") -> None:
+        """weights: student | teacher, for a run or a checkpoint that has both. Raises UserError."""
+        self.path = path
+        self._files: dict[str, str] = {}
+        self._pieces: dict[str, Pieces] = {}
+        self._rules: dict[str, foreign.Rule] = {}
+        for file in _files_of(path, weights):
+            self._files |= dict.fromkeys(_keys(file), str(file))
+        if any("|" in key for key in self._files):
+            self.format = "checkpoint"
+            self._index_pieces(weights)
+        elif "vision.cls_token" in self._files:
+            self.format = "amclip_ds"
+        else:
+            recognised = foreign.recognise(self._files)
+            if recognised is None:
+                raise UserError(f"model.init_from: {path} holds no names of ours, open_clip's, transformers' or timm's")
+            self.format = recognised
+            self._rules = foreign.places(recognised, self._files)
+
+    def names(self) -> list[str]:
+        """Our names of what the source holds."""
+        return list(self._pieces or self._rules or self._files)
+
+    def unused_keys(self) -> list[str]:
+        """The source's keys that are none of our parameters."""
+        if not self._rules:
+            return []
+        used = {key for rule in self._rules.values() for key in rule.theirs}
+        return sorted(set(self._files) - used)
+
+    def origin(self, name: str) -> str:
+        """The key, or keys, that a parameter comes from."""
+        if name in self._rules:
+            rule = self._rules[name]
+            part = f" [{rule.ours.index(name) + 1} of 3]" if len(rule.ours) == 3 else ""
+            return " + ".join(rule.theirs) + part
+        return name
+
+    def read(self, name: str) -> Tensor | None:
+        """One tensor in fp32 (counters int64), flat where it comes in pieces; None where the source lacks it."""
+        if self._pieces:
+            return self._read_pieces(name) if name in self._pieces else None
+        if self._rules:
+            return foreign.ours_from(self._rules[name], name, self._read_key).contiguous() if name in self._rules \
+                else None  # fmt: skip
+        return self._read_key(name) if name in self._files else None
+
+    def _read_key(self, key: str) -> Tensor:
+        try:
+            with safe_open(self._files[key], "pt") as file:
+                tensor = file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model.init_from: {self._files[key]}: {error}") from None
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def _index_pieces(self, weights: str) -> None:
+        for key, file in self._files.items():
+            kind, name, start, _ = [*key.split("|"), "0", "0", "0"][:4] if "|" in key else ("buffer", key, "0", "0")
+            if kind in (*KINDS[weights], "buffer"):
+                self._pieces.setdefault(name, []).append((int(start), file, key))
+        for pieces in self._pieces.values():
+            pieces.sort()
+
+    def _read_pieces(self, name: str) -> Tensor:
+        parts, at = [], 0
+        for start, file, key in self._pieces[name]:
+            if start != at:
+                raise UserError(f"model.init_from: {file}: elements of {name} are missing or stand there twice")
+            parts.append(self._read_key(key).flatten())
+            at += parts[-1].numel()
+        return torch.cat(parts)
+
+
+@lru_cache(maxsize=4)
+def open_source(path: str, weights: str = "student") -> Source:
+    """The source at a path, opened once."""
+    return Source(Path(path), weights)
+
+
+def loaded_tensor(source: str, name: str, shape: Sequence[int]) -> Tensor | None:
+    """The parameter of that name, or None where the source lacks it (a head that the other run did not train).
+
+    Position embeddings of another grid are resampled; the patch bias that some libraries lack is zero.
+    Raises UserError for a tensor of another shape, or in pieces that do not make it whole.
+    """
+    found = open_source(source)
+    tensor = found.read(name)
+    if tensor is None:
+        if name == "vision.patch_embed.proj.bias" and "vision.patch_embed.proj.weight" in found.names():
+            return torch.zeros(tuple(shape))
+        return None
+    return fit(tensor, name, shape, source)
+
+
+def fit(tensor: Tensor, name: str, shape: Sequence[int], source: str) -> Tensor:
+    """The tensor in the shape that the model wants. Raises UserError where it cannot be."""
+    wanted = torch.Size(shape)
+    long_axes = [[size for size in sizes if size > 1] for sizes in (tensor.shape, wanted)]
+    if tensor.numel() == wanted.numel() and (tensor.dim() == 1 or long_axes[0] == long_axes[1]):
+        return tensor.reshape(wanted)
+    if name == "vision.pos_embed" and tensor.numel() % wanted[-1] == 0:
+        return resample_positions(tensor.reshape(1, -1, wanted[-1]), wanted[1])
+    raise UserError(f"model.init_from: {name} is {list(tensor.shape)} in {source}, the model's is {list(wanted)}")
+
+
+def resample_positions(positions: Tensor, length: int) -> Tensor:
+    """[1, 1 + n, D] -> [1, length, D], bicubic over the square grid; the CLS row stays."""
+    from timm.layers import resample_abs_pos_embed
+
+    side = math.isqrt(length - 1)
+    return resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=1)
+
+
+def describe(source: str, names: Iterable[str]) -> list[str]:
+    """Lines for the log: which parameter comes from where, what starts at random, what of the source is left out."""
+    found = open_source(source)
+    held, wanted = set(found.names()), list(names)
+    taken = [name for name in wanted if name in held]
+    zero = [name for name in wanted if name == "vision.patch_embed.proj.bias" and name not in held and taken]
+    missing = [name for name in wanted if name not in held and name not in zero]
+    left = found.unused_keys() + sorted(held - set(wanted))
+    lines = [f"model.init_from: {len(taken)} of {len(wanted)} parameters from {source} ({found.format})"]
+    lines += [f"  {name} <- {found.origin(name)}" for name in taken if found.origin(name) != name]
+    lines += [f"  {name}: zeros, {found.format} has none" for name in zero]
+    lines += [f"  {name}: not in the source, starts at random" for name in missing]
+    lines += [f"  left out: {key}" for key in left]
+    return lines
+
+
+def _files_of(path: Path, weights: str) -> list[Path]:
+    if path.suffix in foreign.PICKLES:
+        raise UserError(f"model.init_from: {path} is a pickle, which may run code; convert it to safetensors")
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"model.init_from: no such file or folder: {path}")
+    if (path / "manifest.json").is_file():  # a checkpoint
+        folders = ("model",) if weights == "student" else ("model", "ema")
+        files = [file for folder in folders for file in sorted((path / folder).glob("*.safetensors"))]
+    elif (path / f"{weights}.safetensors").is_file():  # a run
+        files = [path / f"{weights}.safetensors"]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickles = [file.name for file in path.iterdir() if file.suffix in foreign.PICKLES]
+        also = f"; {pickles[0]} is a pickle, which may run code: convert it to safetensors" if pickles else ""
+        raise UserError(f"model.init_from: no safetensors in {path}{also}")
+    return files
+
+
+def _keys(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"model.init_from: {file}: {error}") from None
