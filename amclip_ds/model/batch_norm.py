@@ -48,9 +48,13 @@ class BatchNorm(nn.Module):
         rows = total[0].detach()
         mean, mean_square = (total[1:] / rows).chunk(2)
         variance = (mean_square - mean.square()).clamp(min=0.0)
-        with torch.no_grad():
-            unbiased = variance * (rows / (rows - 1).clamp(min=1.0))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-            self.num_batches_tracked += 1
+        self._follow(mean.detach(), variance.detach() * (rows / (rows - 1).clamp(min=1.0)))
         return mean.float(), variance.float()
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        """Moves the running statistics, unless the batch is not finite: its step is skipped, they would stay NaN."""
+        is_sound = torch.isfinite(mean + variance).all()
+        for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
+            running.copy_(torch.where(is_sound, running.lerp(batch.to(running.dtype), self.momentum), running))
+        self.num_batches_tracked += is_sound

@@ -103,6 +103,18 @@ def test_bf16_in_bf16_out_with_fp32_statistics() -> None:
         mixed(x).sum().backward()
 
 
+def test_a_batch_that_is_not_finite_leaves_the_statistics_alone() -> None:
+    norm = BatchNorm(6)
+    norm(torch.randn(8, 6), one_rank)
+    before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    bad = torch.randn(8, 6)
+    bad[3, 2] = float("nan")
+    assert norm(bad, one_rank).isnan().any()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
+    norm(torch.randn(8, 6), one_rank)
+    assert norm.num_batches_tracked == 2 and not torch.equal(norm.running_mean, before["running_mean"])
+
+
 def test_layer_norm_heads_need_no_other_rank() -> None:
     def refuse(x: torch.Tensor) -> torch.Tensor:
         raise AssertionError("a collective")
