@@ -1,0 +1,50 @@
+"""What one rank trains on in one step.
+
+Shapes: V views, B this rank's samples, H the side of a view, h of the teacher's crop, T tokens of the longest text.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amclip_ds.data.photometric import Photometric
+
+
+@dataclass
+class Batch:
+    """A rank's slice of the global batch, made on the CPU; `to` moves the tensors."""
+
+    views_uint8: Tensor
+    """[V, B, 3, H, H] crops, before photometric changes"""
+    teacher_uint8: Tensor | None
+    """[B, 3, h, h], never photometrically changed; None where no teacher looks"""
+    boxes: Tensor
+    """[V + 1, B, 4] float32: top, left, height, width in source pixels; the last row is the teacher's"""
+    photometric: Photometric
+    """what to change, per view and sample; stays on the CPU"""
+    mask_noise: Tensor
+    """[V, B, U] float32 in [0, 1), keyed by sample: one number a unit of tokens"""
+    token_ids: Tensor
+    """[B, T] int64"""
+    sample_ids: Tensor
+    """[B] int64: place in the index; the same sample has the same id in every epoch and world"""
+    epoch: int
+    cursor: dict[str, Any]
+    """where the stream stands AFTER this batch: {"epoch", "step"} in global batches"""
+    incidents: list[dict[str, str]] = field(default_factory=list)
+    """what was skipped to make this batch: kind, shard, key, cause"""
+    read_bytes: int = 0
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The batch with its tensors in page-locked memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Any) -> "Batch":
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)})

@@ -1,0 +1,70 @@
+"""Where the views are cut: two random crops for the student and the teacher's crop that should contain them.
+
+A box is (top, left, height, width) in pixels of the upright image (method.md section 4, "Crops").
+"""
+
+import math
+
+import numpy as np
+
+SCALE = (0.5, 1.0)  # part of the image's area that a view covers
+RATIO = (3 / 4, 4 / 3)
+Box = tuple[int, int, int, int]
+
+
+def draw_boxes(
+    random: np.random.Generator, height: int, width: int, num_views: int, compat: str = "paper"
+) -> np.ndarray:
+    """[V + 1, 4] float32: the views' boxes, then the teacher's.
+
+    compat: `paper`: the teacher's box contains every view; `release`: as the published code draws it, which leaves part
+    of a view outside in about 7 of 10 samples.
+    """
+    views = [random_resized_crop(random, height, width) for _ in range(num_views)]
+    enlarge = enlarge_as_released if compat == "release" else enlarged_union
+    return np.array([*views, enlarge(random, views, height, width)], dtype=np.float32)
+
+
+def random_resized_crop(random: np.random.Generator, height: int, width: int) -> Box:
+    """torchvision's RandomResizedCrop.get_params: ten tries at an area and a ratio, then the central crop."""
+    area = height * width
+    tries = random.random((10, 4))  # always as many, so that what follows does not depend on how many were needed
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    for part, ratio, down, across in tries.tolist():
+        target = area * (SCALE[0] + (SCALE[1] - SCALE[0]) * part)
+        aspect = math.exp(low + (high - low) * ratio)
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(down * (height - h + 1)), int(across * (width - w + 1)), h, w
+    aspect = width / height
+    h, w = height, width
+    if aspect < RATIO[0]:
+        h = min(height, max(1, round(width / RATIO[0])))
+    elif aspect > RATIO[1]:
+        w = min(width, max(1, round(height * RATIO[1])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def enlarged_union(random: np.random.Generator, views: list[Box], height: int, width: int) -> Box:
+    """The smallest box around the views, each side moved outwards by a uniform draw up to the image's edge."""
+    top, left = min(box[0] for box in views), min(box[1] for box in views)
+    bottom, right = max(box[0] + box[2] for box in views), max(box[1] + box[3] for box in views)
+    top, left = _between(random, 0, top), _between(random, 0, left)
+    bottom, right = _between(random, bottom, height), _between(random, right, width)
+    return top, left, bottom - top, right - left
+
+
+def enlarge_as_released(random: np.random.Generator, views: list[Box], height: int, width: int) -> Box:
+    """The published code's box, with its two slips: the second view's HEIGHT stands for its left edge, and the corner
+    moves outwards while height and width are drawn as if it had not."""
+    first, second = views[0], views[-1]
+    top, left = min(first[0], second[0]), min(first[1], second[2])
+    h = max(first[0] + first[2], second[0] + second[2]) - top
+    w = max(first[1] + first[3], second[1] + second[3]) - left
+    top, left = _between(random, 0, top), _between(random, 0, left)
+    return top, left, _between(random, h, height - top), _between(random, w, width - left)
+
+
+def _between(random: np.random.Generator, low: int, high: int) -> int:
+    """A uniform whole number in [low, high]. Draws one number whatever the range."""
+    return low + int(random.random() * (high - low + 1))

@@ -1,0 +1,276 @@
+"""A chunk: some consecutive samples of one rank's part of a batch, read, decoded and tokenised. Workers make these.
+
+What a chunk holds is a pure function of (seed, epoch, step, rank's slice): no state passes from chunk to chunk.
+Shapes: V views, B samples of the chunk, S side of a view, s of the teacher's crop, U units of tokens, T context length.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amclip_ds.data import captions, photometric
+from amclip_ds.data.index import Index, Sample
+from amclip_ds.data.keyed_random import keyed
+from amclip_ds.data.order import EpochOrder, Mixture
+from amclip_ds.data.reader import Request, ShardReader
+from amclip_ds.data.views import BadImage, Views, make_views
+from amclip_ds.errors import AmclipError, UserError
+
+Contents = dict[Request, bytes | OSError]
+MAX_REPLACED = 64  # bad samples in a row, each standing in for the last, before the stream counts as empty
+CAPTIONS_REMEMBERED = 1 << 14
+
+
+@dataclass(frozen=True)
+class ChunkSpec:
+    """Everything that decides what chunks hold; small, so that it can be sent to workers."""
+
+    index: str
+    """the index's folder"""
+    paths: tuple[str, ...]
+    """where each shard of the stream is read"""
+    members: tuple[int, ...]
+    """each shard's number in the index"""
+    mixture: Mixture
+    seed: int
+    open_shards: int
+    window: int
+    num_views: int
+    image_size: int
+    teacher_size: int | None
+    num_units: int
+    context_length: int
+    compat: str
+    photometric: bool
+    sources: tuple[str, ...]
+    per_line: bool
+    max_pixels: int
+    stage_dir: str
+    stage_bytes: int
+
+
+@dataclass
+class Chunk:
+    """The samples of positions [start, start + B) of an epoch. Tensors travel by shared memory, the rest is small."""
+
+    views: Tensor
+    """[V, B, 3, S, S] uint8"""
+    teacher: Tensor | None
+    """[B, 3, s, s] uint8"""
+    boxes: np.ndarray
+    """[V + 1, B, 4] float32"""
+    photometric: np.ndarray
+    """[V, B, columns] float32"""
+    noise: np.ndarray
+    """[V, B, U] float32"""
+    token_ids: np.ndarray
+    """[B, T] int64, not trimmed"""
+    sample_ids: np.ndarray
+    """[B] int64"""
+    incidents: list[dict[str, str]] = field(default_factory=list)
+    read_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A chunk that could not be made: an error that ends the run, told without a worker's traceback."""
+
+    error: AmclipError
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One place of a chunk and the sample that stands there."""
+
+    sample: Sample
+    shard: str
+    copy: int | str
+    """tells the copies of a sample in an epoch apart, so that each gets its own views"""
+
+
+class ChunkMaker:
+    """Makes chunks. Opens index, shards and tokenizer at first use, in the process that uses them."""
+
+    def __init__(self, spec: ChunkSpec) -> None:
+        self.spec = spec
+        self._index: Index | None = None
+        self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
+        self._tokens: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._retries: list[dict[str, str]] = []
+
+    def make(self, epoch: int, start: int, stop: int) -> Chunk | Failed:
+        """The samples at positions [start, stop) of an epoch."""
+        try:
+            self._open()
+            return self._make(epoch, start, stop)
+        except AmclipError as error:
+            return Failed(error)
+
+    def close(self) -> None:
+        """Closes the shards."""
+        if self._index is not None:
+            self._reader.close()
+            self._index = None
+
+    def order(self, epoch: int) -> EpochOrder:
+        """An epoch's order; the last two are kept."""
+        self._open()
+        if epoch not in self._orders:
+            assert self._index is not None
+            counts = self._index.counts[list(self.spec.members)]
+            self._orders[epoch] = EpochOrder(
+                counts, self.spec.mixture, self.spec.seed, epoch, self.spec.open_shards, self.spec.window
+            )
+            if len(self._orders) > 2:
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
+
+    def _open(self) -> None:
+        if self._index is None:
+            self._index = Index(self.spec.index)
+            self._tokenizer = captions.build_tokenizer()
+            self._reader = ShardReader(self.spec.stage_dir or None, self.spec.stage_bytes, self._retried)
+
+    def _retried(self, shard: str, cause: str) -> None:
+        self._retries.append(_incident("retried", shard, "", cause, "read again"))
+
+    def _make(self, epoch: int, start: int, stop: int) -> Chunk:
+        spec, count = self.spec, stop - start
+        V, U, S, s = spec.num_views, spec.num_units, spec.image_size, spec.teacher_size
+        chunk = Chunk(
+            views=torch.empty(V, count, 3, S, S, dtype=torch.uint8),
+            teacher=torch.empty(count, 3, s, s, dtype=torch.uint8) if s else None,
+            boxes=np.empty((V + 1, count, 4), np.float32),
+            photometric=np.empty((V, count, photometric.NUM_COLUMNS), np.float32),
+            noise=np.empty((V, count, U), np.float32),
+            token_ids=np.zeros((count, spec.context_length), np.int64),
+            sample_ids=np.empty(count, np.int64),
+        )
+        self._retries = chunk.incidents
+        wanted = {place: self._wanted(row, int(row[2])) for place, row in enumerate(self._rows(epoch, start, stop))}
+        for attempt in range(MAX_REPLACED + 1):
+            contents = self._read(wanted, chunk)
+            bad = {place: last for place, last in wanted.items() if not self._fill(chunk, place, last, contents, epoch)}
+            if not bad:
+                return chunk
+            wanted = {place: self._replacement(epoch, start + place, attempt) for place in bad}
+        last = chunk.incidents[-1]
+        raise UserError(
+            f"data.train: {MAX_REPLACED + 1} samples in a row cannot be used, the last of them {last['key']} in"
+            f" {last['shard']}: {last['cause']}; `amclip data check` tells what is wrong"
+        )
+
+    def _rows(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        return self.order(epoch).locate(start, stop)
+
+    def _wanted(self, row: np.ndarray, copy: int | str) -> _Wanted:
+        assert self._index is not None
+        shard, within = int(row[0]), int(row[1])
+        sample = self._index.sample(int(self._index.starts[self.spec.members[shard]]) + within)
+        return _Wanted(sample, self.spec.paths[shard], copy)
+
+    def _replacement(self, epoch: int, position: int, attempt: int) -> _Wanted:
+        """The sample that stands in for a bad one: drawn from the epoch, keyed by the place, whoever asks."""
+        order = self.order(epoch)
+        other = int(keyed(self.spec.seed, "replacement", epoch, position, attempt).integers(order.length))
+        return self._wanted(self._rows(epoch, other, other + 1)[0], f"instead of {position}")
+
+    def _read(self, wanted: dict[int, _Wanted], chunk: Chunk) -> Contents:
+        """What the wanted samples' members hold; shards are read front to back."""
+        requests = [(w.shard, *place) for w in wanted.values() for place in self._places(w.sample)]
+        contents = self._reader.read(requests)
+        chunk.read_bytes += sum(len(content) for content in contents.values() if isinstance(content, bytes))
+        return contents
+
+    def _places(self, sample: Sample) -> list[tuple[int, int]]:
+        """(offset, size) of the members that training reads."""
+        text = sample.text if any("txt" in source.split("|") for source in self.spec.sources) else None
+        needs_json = any(part != "txt" for source in self.spec.sources for part in source.split("|"))
+        return [place for place in (sample.image, text, sample.json if needs_json else None) if place]
+
+    def _fill(self, chunk: Chunk, place: int, wanted: _Wanted, contents: Contents, epoch: int) -> bool:
+        """Puts a sample into its place. False, with an incident, if it cannot be used."""
+        sample, spec = wanted.sample, self.spec
+        random = keyed(spec.seed, "sample", epoch, sample.sample_id, wanted.copy)
+        try:
+            members = [self._content(contents, wanted.shard, at) for at in (sample.image, sample.text, sample.json)]
+            options = captions.candidates(members[1], members[2], spec.sources, spec.per_line)
+            if not options:
+                raise BadSample("no caption", f"no text in {', '.join(spec.sources)}")
+            text = captions.choose(options, random)
+            made = make_views(
+                members[0] or b"", random, spec.num_views, spec.image_size, spec.teacher_size, spec.compat,
+                spec.max_pixels,
+            )  # fmt: skip
+        except (BadSample, BadImage, ValueError, OSError) as error:
+            kind = getattr(error, "kind", "unreadable" if isinstance(error, OSError) else "bad caption")
+            chunk.incidents.append(_incident(kind, wanted.shard, sample.key, str(error), "replaced"))
+            return False
+        if made.mended:
+            chunk.incidents.append(_incident("mended", wanted.shard, sample.key, made.mended, "decoded all the same"))
+        self._put(chunk, place, made, random)
+        chunk.token_ids[place] = self._encode(text)
+        chunk.sample_ids[place] = sample.sample_id
+        return True
+
+    def _put(self, chunk: Chunk, place: int, made: Views, random: np.random.Generator) -> None:
+        spec = self.spec
+        chunk.views[:, place] = torch.from_numpy(made.views)
+        if chunk.teacher is not None and made.teacher is not None:
+            chunk.teacher[place] = torch.from_numpy(made.teacher)
+        chunk.boxes[:, place] = made.boxes
+        for view in range(spec.num_views):
+            chunk.photometric[view, place] = photometric.draw(random, spec.photometric)
+        chunk.noise[:, place] = random.random((spec.num_views, spec.num_units), dtype=np.float32)
+
+    @staticmethod
+    def _content(contents: Contents, shard: str, place: tuple[int, int] | None) -> bytes | None:
+        content = contents.get((shard, *place)) if place else None
+        if isinstance(content, OSError):
+            raise content
+        return content
+
+    def _encode(self, text: str) -> np.ndarray:
+        """[T] int64; captions seen lately are remembered, since many data sets repeat them."""
+        if text in self._tokens:
+            self._tokens.move_to_end(text)
+            return self._tokens[text]
+        tokens = self._tokenizer([text], self.spec.context_length)[0].numpy()
+        self._tokens[text] = tokens
+        if len(self._tokens) > CAPTIONS_REMEMBERED:
+            self._tokens.popitem(last=False)
+        return tokens
+
+
+class BadSample(ValueError):
+    """A sample that cannot be trained on, for a reason other than its image."""
+
+    def __init__(self, kind: str, cause: str) -> None:
+        super().__init__(cause)
+        self.kind = kind
+
+
+def _incident(kind: str, shard: str, key: str, cause: str, action: str) -> dict[str, str]:
+    return {"kind": kind, "shard": shard, "key": key, "cause": cause, "action": action}
+
+
+def join(chunks: Sequence[Chunk]) -> Chunk:
+    """Chunks of consecutive positions as one."""
+    if len(chunks) == 1:
+        return chunks[0]
+    teachers = [chunk.teacher for chunk in chunks if chunk.teacher is not None]
+    return Chunk(
+        views=torch.cat([chunk.views for chunk in chunks], dim=1),
+        teacher=torch.cat(teachers) if teachers else None,
+        boxes=np.concatenate([chunk.boxes for chunk in chunks], axis=1),
+        photometric=np.concatenate([chunk.photometric for chunk in chunks], axis=1),
+        noise=np.concatenate([chunk.noise for chunk in chunks], axis=1),
+        token_ids=np.concatenate([chunk.token_ids for chunk in chunks]),
+        sample_ids=np.concatenate([chunk.sample_ids for chunk in chunks]),
+        incidents=[incident for chunk in chunks for incident in chunk.incidents],
+        read_bytes=sum(chunk.read_bytes for chunk in chunks),
+    )

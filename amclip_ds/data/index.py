@@ -1,0 +1,349 @@
+"""The index of a set of shards: where each sample's members lie, and what its image header says. One pass makes it.
+
+A folder of three files: `meta.json` (version, shards with size, mtime, fingerprint, counts and damage), `samples.bin`
+(34 bytes a sample, read by memory map) and `keys.bin`. A shard that changed is noticed by size and mtime.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from amclip_ds.data import reader
+from amclip_ds.data.sources import is_remote
+from amclip_ds.data.tar import BLOCK, Damage, Member, scan, split_name
+from amclip_ds.errors import UserError
+
+VERSION = 1
+IMAGE_TYPES = {".jpg": 1, ".jpeg": 1, ".png": 2, ".webp": 3}
+RECORD = np.dtype(
+    [
+        ("image_block", "<u4"), ("image_size", "<u4"), ("text_block", "<u4"), ("text_size", "<u4"),
+        ("json_block", "<u4"), ("json_size", "<u4"), ("width", "<u2"), ("height", "<u2"),
+        ("format", "u1"), ("flags", "u1"), ("key_offset", "<u4"),
+    ]
+)  # fmt: skip
+MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 1 << 28, 1 << 20  # of a member; none larger is read
+HAS_TEXT, HAS_JSON, BAD_HEADER = 1, 2, 4
+HEADER_BYTES = 1 << 16  # an image's header with its EXIF block
+LONG_HEADER_BYTES = 1 << 22  # one that carries a colour profile of a printer, or a preview
+
+
+@dataclass
+class ShardEntry:
+    """What the pass found in one shard."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    fingerprint: str
+    samples: int
+    """records, in the shard's order"""
+    problems: list[dict[str, Any]] = field(default_factory=list)
+    """{kind, key, count}: members and samples that cannot be trained on"""
+    key_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where one sample lies."""
+
+    sample_id: int
+    shard: str
+    key: str
+    image: tuple[int, int]
+    """(offset, size)"""
+    text: tuple[int, int] | None
+    json: tuple[int, int] | None
+
+
+class Index:
+    """An opened index: memory-mapped, shared by all processes of a node through the page cache."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = folder = Path(folder)
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"data.index: {folder} holds no index ({error}); make it: amclip data index") from None
+        if meta.get("version") != VERSION:
+            raise UserError(f"data.index: {folder} has format {meta.get('version')}, this is {VERSION}; make it again")
+        self.shards = [ShardEntry(**entry) for entry in meta["shards"]]
+        self.records = _map(folder / "samples.bin", RECORD)
+        self.counts = np.array([shard.samples for shard in self.shards], dtype=np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self._keys = _map(folder / "keys.bin", np.dtype(np.uint8))
+        self._key_starts = np.concatenate([[0], np.cumsum([shard.key_bytes for shard in self.shards])]).astype(np.int64)
+        if len(self.records) != meta["samples"]:
+            raise UserError(f"data.index: {folder}/samples.bin is cut short; make it again: amclip data index")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def shard_of(self, sample_id: int) -> int:
+        """The number of the shard that holds a sample."""
+        return int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+
+    def sample(self, sample_id: int) -> Sample:
+        """Where a sample lies. sample_id: 0 .. len - 1, shards in the index's order."""
+        record = self.records[sample_id]
+        shard = self.shard_of(sample_id)
+
+        def place(name: str) -> tuple[int, int]:
+            return int(record[f"{name}_block"]) * BLOCK, int(record[f"{name}_size"])
+
+        return Sample(
+            sample_id, self.shards[shard].path, self.key(sample_id), place("image"),
+            place("text") if record["flags"] & HAS_TEXT else None,
+            place("json") if record["flags"] & HAS_JSON else None,
+        )  # fmt: skip
+
+    def key(self, sample_id: int) -> str:
+        """A sample's key: its members' common name."""
+        shard = self.shard_of(sample_id)
+        start = int(self._key_starts[shard]) + int(self.records[sample_id]["key_offset"])
+        last = sample_id + 1 == self.starts[shard + 1]
+        stop = int(self._key_starts[shard + 1]) if last else (
+            int(self._key_starts[shard]) + int(self.records[sample_id + 1]["key_offset"])
+        )  # fmt: skip
+        return self._keys[start:stop].tobytes().decode("utf-8", "surrogateescape")
+
+    def find(self, shards: list[str]) -> list[int]:
+        """Each shard's number in the index: by its path, else by a name that is there once. Raises UserError."""
+        by_path = {shard.path: number for number, shard in enumerate(self.shards)}
+        by_name: dict[str, list[int]] = {}
+        for number, shard in enumerate(self.shards):
+            by_name.setdefault(Path(shard.path).name, []).append(number)
+        found = []
+        for path in shards:
+            alike = by_name.get(Path(path).name, [])
+            if path not in by_path and len(alike) != 1:
+                raise UserError(f"data.index: {self.folder} does not hold {path}; make it again: amclip data index")
+            found.append(by_path.get(path, alike[0] if alike else -1))
+        return found
+
+    def bytes_of(self, first: int, last: int) -> tuple[int, int]:
+        """(start, stop) in its shard of what the samples first .. last (ids, of one shard) hold, about."""
+        start, stop = self.records[first], self.records[last]
+        ends = [int(stop[f"{name}_block"]) * BLOCK + int(stop[f"{name}_size"]) for name in ("image", "text", "json")]
+        return int(start["image_block"]) * BLOCK, max(ends)
+
+    def fingerprint(self) -> str:
+        """A hash of what the samples are: equal for equal data, wherever it lies."""
+        digest = hashlib.blake2b(digest_size=16)
+        for shard in self.shards:
+            digest.update(f"{Path(shard.path).name} {shard.size} {shard.fingerprint} {shard.samples}\n".encode())
+        return digest.hexdigest()
+
+    def stale_shards(self, paths: list[str] | None = None, numbers: list[int] | None = None) -> list[str]:
+        """Local shards whose size or mtime is no longer what was indexed, with what changed; by default all of them.
+
+        paths, numbers: where the shards of these numbers lie now; of one that lies elsewhere than it was indexed the
+        content's fingerprint counts, not the mtime.
+        """
+        changed = []
+        for path, number in zip(paths or [s.path for s in self.shards], numbers or range(len(self.shards))):
+            shard = self.shards[number]
+            if is_remote(path):
+                continue
+            try:
+                now = os.stat(path)
+                same = now.st_size == shard.size
+                if path == shard.path:
+                    same = same and now.st_mtime_ns == shard.mtime_ns
+                else:
+                    same = same and _fingerprint_of(path) == shard.fingerprint
+            except OSError:
+                changed.append(f"{path}: gone")
+                continue
+            if not same:
+                changed.append(f"{path}: changed since it was indexed")
+        return changed
+
+
+def build_index(
+    shards: list[str], folder: Path, workers: int, on_shard: Callable[[ShardEntry], None] = lambda entry: None
+) -> Index:
+    """Indexes the shards in parallel and writes the folder, which appears whole by one rename. Reports each shard."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"data.index: {folder} cannot be written: {error.strerror}") from None
+    entries = []
+    try:
+        with (partial / "samples.bin").open("wb") as samples, (partial / "keys.bin").open("wb") as keys:
+            for entry, records, key_bytes in _scanned(shards, workers):
+                samples.write(records)
+                keys.write(key_bytes)
+                entries.append(entry)
+                on_shard(entry)
+        total = sum(entry.samples for entry in entries)
+        meta = {"version": VERSION, "samples": total, "shards": [asdict(entry) for entry in entries]}
+        (partial / "meta.json").write_text(json.dumps(meta))
+        _replace(partial, folder)
+    except OSError as error:
+        raise UserError(f"data.index: {folder} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Index(folder)
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Puts the new index in the old one's place; where another process was faster, its index stands."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not (folder / "meta.json").exists():
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _scanned(shards: list[str], workers: int) -> Iterator[tuple[ShardEntry, bytes, bytes]]:
+    if workers <= 1 or len(shards) == 1:
+        yield from map(scan_shard, shards)
+        return
+    with multiprocessing.get_context("forkserver").Pool(min(workers, len(shards))) as pool:
+        yield from pool.imap(scan_shard, shards)
+
+
+def scan_shard(shard: str) -> tuple[ShardEntry, bytes, bytes]:
+    """One shard's entry, its records and its keys. A shard that cannot be read becomes an entry with a problem."""
+    try:
+        with reader.open_shard(shard) as (file, size, mtime_ns):
+            return _scan_open_shard(shard, file, size, mtime_ns)
+    except OSError as error:
+        problem = {"kind": "unreadable", "key": error.strerror or str(error), "count": 1}
+        return ShardEntry(shard, 0, 0, "", 0, [problem]), b"", b""
+
+
+def _scan_open_shard(shard: str, file: BinaryIO, size: int, mtime_ns: int) -> tuple[ShardEntry, bytes, bytes]:
+    rows, keys, problems = [], [], Counter[tuple[str, str]]()
+    key_bytes = 0
+    for key, members in _samples(scan(file, size), lambda damage: problems.update([(damage.kind, damage.cause)])):
+        images = [m for m in members if Path(m.name).suffix.lower() in IMAGE_TYPES]
+        if not images:
+            problems[("no image", key)] += 1
+            continue
+        if is_oversized(images[0], members):
+            problems[("too large", key)] += 1
+            continue
+        record = _record(file, key_bytes, images[0], members)
+        if record is None:
+            problems[("too far", key)] += 1
+            continue
+        rows.append(record)
+        keys.append(key.encode("utf-8", "surrogateescape"))
+        key_bytes += len(keys[-1])
+        if not record["flags"] & (HAS_TEXT | HAS_JSON):
+            problems[("no caption", key)] += 1
+    listed = [{"kind": kind, "key": key, "count": count} for (kind, key), count in problems.items()]
+    entry = ShardEntry(shard, size, mtime_ns, fingerprint(file, size), len(rows), listed, key_bytes)
+    return entry, np.array(rows, dtype=RECORD).tobytes(), b"".join(keys)
+
+
+def _samples(
+    found: Iterable[Member | Damage], on_damage: Callable[[Damage], None]
+) -> Iterator[tuple[str, list[Member]]]:
+    """Consecutive members with the same key are a sample (webdataset's rule), until a suffix comes again."""
+    key = ""
+    members: list[Member] = []
+    suffixes: set[str] = set()
+    for item in found:
+        if isinstance(item, Damage):
+            on_damage(item)
+            continue
+        this_key, suffix = split_name(item.name)
+        if not this_key:
+            continue
+        if members and (this_key != key or suffix in suffixes):
+            yield key, members
+            members, suffixes = [], set()
+        key = this_key
+        members.append(item)
+        suffixes.add(suffix)
+    if members:
+        yield key, members
+
+
+def is_oversized(image: Member, members: list[Member]) -> bool:
+    """Whether reading the sample would take more memory than any honest one (a sparse file can claim terabytes)."""
+    texts = [member for member in members if member.name.lower().endswith((".txt", ".json"))]
+    return image.size > MAX_IMAGE_BYTES or any(member.size > MAX_TEXT_BYTES for member in texts)
+
+
+def _record(file: BinaryIO, key_offset: int, image: Member, members: list[Member]) -> Any:
+    """One row of samples.bin; None for a member beyond 2 TiB, which 32-bit block numbers cannot name."""
+    text = next((m for m in members if m.name.lower().endswith(".txt")), None)
+    fields = next((m for m in members if m.name.lower().endswith(".json")), None)
+    if any(m.offset // BLOCK >= 1 << 32 or m.size >= 1 << 32 for m in (image, text, fields) if m):
+        return None
+    width, height = image_size(file, image)
+    flags = (HAS_TEXT if text else 0) | (HAS_JSON if fields else 0) | (BAD_HEADER if width == 0 else 0)
+    row = np.zeros((), dtype=RECORD)
+    for name, member in (("image", image), ("text", text), ("json", fields)):
+        if member:
+            row[f"{name}_block"], row[f"{name}_size"] = member.offset // BLOCK, member.size
+    row["width"], row["height"], row["flags"] = min(width, 65535), min(height, 65535), flags
+    row["format"], row["key_offset"] = IMAGE_TYPES[Path(image.name).suffix.lower()], key_offset
+    return row
+
+
+def image_size(file: BinaryIO, member: Member) -> tuple[int, int]:
+    """(width, height) from the image's header; (0, 0) where it cannot be read. Nothing is decoded."""
+    from PIL import Image
+
+    for limit in (HEADER_BYTES, LONG_HEADER_BYTES):
+        file.seek(member.offset)
+        head = file.read(min(member.size, limit))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                with Image.open(io.BytesIO(head), formats=("JPEG", "PNG", "WEBP")) as image:
+                    return image.size
+        except Exception:
+            # Any failure of a decoder on bytes that anybody may have written means one thing: no usable header.
+            if member.size <= limit:
+                break
+    return (0, 0)
+
+
+def fingerprint(file: BinaryIO, size: int) -> str:
+    """A hash of a shard's size, first and last 64 KiB."""
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    for start in (0, max(0, size - HEADER_BYTES)):
+        file.seek(start)
+        digest.update(file.read(HEADER_BYTES))
+    return digest.hexdigest()
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A file by memory map; an empty one, which cannot be mapped, as an empty array."""
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def _fingerprint_of(path: str) -> str:
+    with open(path, "rb") as file:
+        return fingerprint(file, os.fstat(file.fileno()).st_size)
+
+
+@functools.cache
+def default_folder(shards: tuple[str, ...]) -> Path:
+    """Where the index of these shards is looked for: beside the first one, or in the working folder for remote ones."""
+    name = f"amclip-index-{hashlib.blake2b(repr(shards).encode(), digest_size=6).hexdigest()}"
+    return (Path() if is_remote(shards[0]) else Path(shards[0]).parent) / name

@@ -1,0 +1,32 @@
+"""A progress bar in a terminal; elsewhere a line now and then, so that a log shows that something happens."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+TELL_EVERY_S = 30.0
+
+
+@contextmanager
+def progress(what: str, total: int, say: Callable[[str], None] = print) -> Iterator[Callable[[], None]]:
+    """Yields a function to call for each of `total` things done."""
+    if sys.stdout.isatty():
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda: bar.advance(task)
+        return
+    began = told = time.monotonic()
+    done = 0
+
+    def advance() -> None:
+        nonlocal done, told
+        done += 1
+        now = time.monotonic()
+        if now - told > TELL_EVERY_S and done < total:
+            told = now
+            say(f"{what}: {done} of {total}, about {(now - began) / done * (total - done):.0f} s left")
+
+    yield advance

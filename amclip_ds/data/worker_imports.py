@@ -1,0 +1,6 @@
+"""What workers need, imported once by the server process that they are forked from (loader.start_worker_server)."""
+
+import open_clip.tokenizer  # noqa: F401
+import simplejpeg  # noqa: F401
+
+import amclip_ds.data.chunks  # noqa: F401
