@@ -1,12 +1,15 @@
 """The run on one screen: build, resume, loop, evaluate, hand over the weights."""
 
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from amclip_ds import config as settings
+from amclip_ds.checkpoint.keeper import Keeper, look
+from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.config import BatchPlan, TrainConfig
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.loader import TrainingData
@@ -22,7 +25,7 @@ from amclip_ds.meter import Meter
 from amclip_ds.model import masking
 from amclip_ds.optim import Schedules
 from amclip_ds.record import Record
-from amclip_ds.resilience.guards import Guards
+from amclip_ds.resilience.guards import Guards, RewindAsked
 from amclip_ds.resilience.ownership import owning
 from amclip_ds.resilience.preemption import Preemption, leaving_together
 from amclip_ds.resilience.watchdog import Watchdog
@@ -77,11 +80,15 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
         state = TrainState()
         stack.enter_context(write_verdict_at_end(folder, attempt, state, runtime.is_main))
 
+        ranks = Ranks(config.checkpoint.timeout_s)
+        with watchdog.during("verify"):
+            found = look(folder, resume, config, ranks)
         data = stack.enter_context(closing(open_data(config, runtime)))
         total_steps = config.run.steps or round((config.run.epochs or 0) * data.steps_per_epoch)
         record = stack.enter_context(Record(
             folder, config.log, rank=runtime.rank, world_size=runtime.world_size, attempt=attempt,
             total_steps=total_steps, samples_per_epoch=data.samples_per_epoch,
+            first_step=found.manifest.step if found else 0,
         ))  # fmt: skip
         record.say(describe(config, runtime, plan, data, total_steps))
         if runtime.world_size > 1:
@@ -95,31 +102,50 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
         schedules = Schedules(config.optim, config.teacher, total_steps)
         guards = Guards(config.guards, record.incident)
         meter = Meter(config.batch.global_size, runtime.device)
+        keeper = stack.enter_context(Keeper(
+            folder, config, ranks, student=student, teacher=teacher, guards=guards, record=record, attempt=attempt,
+            data_fingerprint=data.fingerprint, before_commit=owner.check if owner else lambda: None,
+            pausing=lambda: saving(meter, watchdog),
+        ))  # fmt: skip
+        with watchdog.during("resume"):
+            keeper.resume(found, state)
 
         batches = watchdog.watched(meter.timed(data.batches(state.cursor)), state.step)
         while state.step < total_steps:
             batch = next(batches)
             result = train_step(batch, student, teacher, schedules, state.updates, config, comm, plan.micro, guards)
             state.advance(batch, result, config.batch.global_size)
-            guards.account(state.step, result.applied, result.sample_ids)
+            try:
+                guards.account(state.step, result.applied, result.sample_ids)
+            except RewindAsked:
+                keeper.rewind(state)
             record.incidents(batch.incidents)
             if config.run.log_sample_ids:
                 record.sample_ids(state.step, comm.all_gather(batch.sample_ids).tolist())
             if record.is_due(state.step):
                 record.metrics(state.numbers() | {"attempt": attempt} | meter.row(result))
                 watchdog.tell_slow_ranks(record)
-            if state.step < total_steps and (reason := stops.agreed()):
-                raise Preempted(f"{reason}; stopped after step {state.step}")
-            if evaluation_is_due(config, state.step, total_steps):
+            reason = stops.agreed() if state.step < total_steps else None
+            if reason is None and evaluation_is_due(config, state.step, total_steps):
                 with meter.paused(), watchdog.during("evaluate"):
                     if teacher is not None:
                         teacher.publish()
                     record.evaluation(evaluate_engines(student, teacher, config, runtime, state.step))
+            keeper.after_step(state, is_last=state.step == total_steps or reason is not None)
+            if reason is not None:
+                raise Preempted(f"{reason}; stopped after step {state.step}")
 
         watchdog.phase("end", state.step)
         write_run_weights(folder, student, teacher, state.step, runtime.is_main)
         record.say(str(folder))
     return 0
+
+
+@contextmanager
+def saving(meter: Meter, watchdog: Watchdog) -> Iterator[None]:
+    """Time that training spends on a checkpoint: no step's, and watched by the limit of long phases."""
+    with meter.paused(), watchdog.during("save"):
+        yield
 
 
 def open_data(config: TrainConfig, runtime: Runtime) -> TrainingData:

@@ -16,8 +16,9 @@ MAX_KEYS = 10_000
 # The data is compared by the index's hash, the stage and precision by the engines' own account.
 FREE = (
     "run.out", "run.time_limit", "run.log_sample_ids", "run.deterministic", "batch.per_gpu", "teacher.placement",
-    "engine", "checkpoint", "log", "eval", "guards", "resilience", "data.train", "data.index", "data.workers",
-    "data.allow_pipe", "data.max_skip_rate", "data.prefetch", "data.retries",
+    "model.init_from", "engine", "checkpoint", "log", "eval", "guards.max_skipped", "guards.max_rewinds", "watchdog",
+    "preemption", "ownership", "data.train", "data.index", "data.workers", "data.allow_pipe", "data.max_skip_rate",
+    "data.prefetch",
 )  # fmt: skip
 HASH_KEYS = {"data": "data.train", "tokenizer": "data.tokenizer"}  # a hash of the manifest -> the key that names it
 

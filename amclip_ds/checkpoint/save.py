@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,17 @@ class Saver:
     """The saving of one run. Collective throughout: every rank must call, at the same steps.
 
     say: one line for people. incident: (kind, cause, action) for incidents.jsonl. before_commit: called on rank 0 right
-    before the rename; an AmclipError that it raises aborts the save and is raised on every rank.
+    before the rename; an AmclipError that it raises aborts the save and is raised on every rank. pausing: entered
+    around whatever training waits for.
     """
 
     def __init__(
         self, checkpoints: Path, config: CheckpointConfig, ranks: Ranks, *, say: Callable[[str], None] = print,
         incident: Callable[[str, str, str], None] = lambda kind, cause, action: None,
         before_commit: Callable[[], None] = lambda: None,
+        pausing: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:  # fmt: skip
-        self.checkpoints, self.config, self.ranks = checkpoints, config, ranks
+        self.checkpoints, self.config, self.ranks, self._pausing = checkpoints, config, ranks, pausing
         self._say, self._incident, self._before_commit = say, incident, before_commit
         self._snapshot = Snapshot()
         self._writer: WriterProcess | None = None
@@ -80,9 +83,11 @@ class Saver:
         A save that fails is told (line and incident) and training goes on with the checkpoint before it; only the last
         one, which is waited for, raises SaveFailed.
         """
+        is_due = self._look(step) or is_last
+        if not is_due:
+            return
         try:
-            is_due = self._look(step) or is_last
-            if is_due:
+            with self._pausing():
                 self.save(step, describe_state(), wait=is_last)
         except SaveFailed as error:
             if is_last:
@@ -98,7 +103,7 @@ class Saver:
         began = time.monotonic()
         self._saved_at = began
         try:
-            self._land_earlier(step)
+            self._land_earlier()
             if self.newest != step:
                 self._begin(step, state, began)
                 if self._flight and (self._flight.outcome is not None or wait):
@@ -109,7 +114,8 @@ class Saver:
     def finish(self) -> None:
         """Waits for a save under way and for removals. Raises SaveFailed."""
         if self._flight:
-            self._land()
+            with self._pausing():
+                self._land()
         if self._purge:
             self._purge.join()
 
@@ -226,13 +232,11 @@ class Saver:
         by_clock = config.every_minutes is not None and time.monotonic() > self._saved_at + 60.0 * config.every_minutes
         is_done, by_clock = self.ranks.all_true_each(is_done, by_clock or not self.ranks.is_main)
         if flight is not None and is_done:
-            try:
-                self._land()
-            except SaveFailed as error:
-                self._tell_failure(error)
+            with self._pausing():
+                self._land_earlier()
         return by_steps or (by_clock and config.every_minutes is not None)
 
-    def _land_earlier(self, step: int) -> None:
+    def _land_earlier(self) -> None:
         """At most one save is in flight: the one before is waited for. Its failure is told, and this one begins."""
         if self._flight is None:
             return

@@ -57,7 +57,7 @@ def build_header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """A contiguous CPU tensor's memory."""
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], int]:

@@ -1,0 +1,192 @@
+"""The checkpoints of one run: which one it goes on from, what it takes over, when it saves, where a rewind goes to.
+
+    found = keeper.look(folder, resume, config, ranks)          # before the record opens: tells the first step
+    kept = keeper.Keeper(...)                                   # once engines and data stand
+    kept.resume(found, state)
+    kept.after_step(state, is_last)                             # in the loop
+
+Everything is collective: every rank must call.
+"""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from amclip_ds import config as settings
+from amclip_ds.checkpoint import drift, load, retention
+from amclip_ds.checkpoint import state as engines_state
+from amclip_ds.checkpoint.load import Found
+from amclip_ds.checkpoint.ranks import Ranks
+from amclip_ds.checkpoint.save import Saver
+from amclip_ds.checkpoint.state import CheckpointState
+from amclip_ds.checkpoint.writer import describe
+from amclip_ds.config import TrainConfig
+from amclip_ds.data.captions import build_tokenizer
+from amclip_ds.engine.collectives import on_main
+from amclip_ds.errors import RunStopped, UserError
+from amclip_ds.record import Record, supersede
+from amclip_ds.resilience.guards import Guards
+
+if TYPE_CHECKING:
+    from amclip_ds.engine.student import StudentEngine
+    from amclip_ds.teacher import Teacher
+
+PROBE = "A photo of 2 zebras, crossing the Straße (50 %) at naïve speed; 東京 isn't far."
+"""A tokenizer is known by what it makes of this."""
+
+
+class Progress(Protocol):
+    """What a run counts: the dataclass of train.py."""
+
+    step: int
+    updates: int
+    samples_seen: int
+    epoch: int
+    cursor: dict[str, Any] | None
+    guards: dict[str, Any]
+
+
+def look(folder: Path, resume: str, config: TrainConfig, ranks: Ranks) -> Found | None:
+    """The checkpoint that `--resume` means, verified; None for a fresh start. Raises UserError on every rank."""
+    return load.find(folder / "checkpoints", resume, config.checkpoint.fallback, ranks)
+
+
+class Keeper:
+    """Saves and restores one run. As a context it ends with the last save committed.
+
+    before_commit: called on rank 0 before each commit; what it raises (OwnershipLost) aborts the save everywhere.
+    pausing: entered around what training waits for.
+    """
+
+    def __init__(
+        self, folder: Path, config: TrainConfig, ranks: Ranks, *, student: "StudentEngine", teacher: "Teacher | None",
+        guards: Guards, record: Record, attempt: int, data_fingerprint: str,
+        before_commit: Callable[[], None] = lambda: None,
+        pausing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:  # fmt: skip
+        self._folder, self._config, self._ranks, self._record = folder, config, ranks, record
+        self._student, self._teacher, self._guards, self._attempt = student, teacher, guards, attempt
+        self._hashes = {"data": data_fingerprint, "tokenizer": _tokenizer_hash()}
+        self._config_text = settings.dump(config)
+        self._drift: list[str] = []
+        self._saver = Saver(
+            folder / "checkpoints", config.checkpoint, ranks, say=record.say, before_commit=before_commit,
+            incident=lambda kind, cause, action: record.incident(kind, cause, action=action), pausing=pausing,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._saver.__exit__(*error)
+
+    def resume(self, found: Found | None, progress: Progress) -> None:
+        """Takes a checkpoint over into engines, guards and `progress`, and sets aside what will be written again.
+
+        Raises UserError, before anything is touched, where the run has drifted from the checkpoint's.
+        """
+        if found is not None:
+            self._check_drift(found)
+            self._fill(found, progress)
+        on_main(partial(self._set_aside, found))
+        if found is not None:
+            is_ours = found.path.resolve().parent == (self._folder / "checkpoints").resolve()
+            self._saver.newest = found.manifest.step if is_ours else None
+            self._tell(found)
+
+    def after_step(self, progress: Progress, is_last: bool) -> None:
+        """Saves where it is due (by steps, by the clock, at the end); `is_last` waits for the commit. See Saver."""
+        self._saver.after_step(progress.step, is_last, partial(self._state, progress))
+
+    def rewind(self, progress: Progress) -> None:
+        """Back to the newest checkpoint's weights, moments, average and updates; the place in the data stays."""
+        self._saver.finish()
+        found = load.find(self._folder / "checkpoints", "auto", True, self._ranks)
+        if found is None:
+            raise RunStopped("guards.spike=rewind: there is no checkpoint yet to go back to")
+        kept = asdict(progress)  # type: ignore[call-overload]
+        self._fill(found, progress)
+        progress.step, progress.samples_seen = kept["step"], kept["samples_seen"]
+        progress.epoch, progress.cursor = kept["epoch"], kept["cursor"]
+        self._record.say(f"rewound to the weights of {found.path.name}; the data go on behind step {progress.step}")
+
+    def _state(self, progress: Progress) -> CheckpointState:
+        progress.guards = self._guards.state_dict()
+        state = engines_state.of_engines(self._student, self._teacher)
+        plan = settings.plan_batch(self._config.batch, self._ranks.world_size)
+        state.small |= {"run": asdict(progress), "batch": asdict(plan)}  # type: ignore[call-overload]
+        state.config, state.hashes = self._config_text, self._hashes
+        state.attempt, state.drift = self._attempt, self._drift
+        return state
+
+    def _fill(self, found: Found, progress: Progress) -> None:
+        run = _checked_run(found)
+        state = engines_state.ready_to_fill(self._student, self._teacher, found.small)
+        load.fill(found, state, self._ranks)
+        engines_state.bring_up_to_date(self._student, self._teacher, found.small)
+        for name, value in run.items():
+            setattr(progress, name, value)
+        self._guards.load_state_dict(run["guards"])
+
+    def _check_drift(self, found: Found) -> None:
+        precision = str(self._student.dtype).removeprefix("torch.")
+        changes = drift.changes_between(
+            found.config, self._config_text, found.manifest.hashes, self._hashes, found.manifest.precision, precision
+        )
+        for change in changes:
+            self._record.say(f"differs from the checkpoint: {change}" + ("" if change.is_free else " (mathematics)"))
+        overridden = drift.refuse_or_allow(changes, self._config.checkpoint.allow_drift)
+        for change in overridden if self._ranks.is_main else ():
+            self._record.incident("drift", str(change), key=change.key, action="allowed by checkpoint.allow_drift")
+        new = [f"step {found.manifest.step}: {change}" for change in overridden]
+        self._drift = [*found.manifest.drift, *new]
+
+    def _set_aside(self, found: Found | None) -> None:
+        """Rows and checkpoints of steps that will be written again. Rank 0 only."""
+        step = found.manifest.step if found else 0
+        checkpoints = self._folder / "checkpoints"
+        try:
+            supersede(self._folder, step)
+            for path in retention.supersede(checkpoints, found.path if found else None, step):
+                self._record.say(f"set aside, since its step will be written again: {path}")
+        except OSError as error:
+            raise UserError(f"run.out: {describe(error, self._folder)}") from None
+
+    def _tell(self, found: Found) -> None:
+        saved, ranks, stage = found.manifest, self._ranks.world_size, self._student.stage
+        self._record.say(f"goes on from {found.path} (step {saved.step}, attempt {self._attempt})")
+        if (saved.world_size, saved.stage) != (ranks, stage):
+            self._record.say(f"the checkpoint is of {saved.world_size} ranks at ZeRO stage {saved.stage}, this run has"
+                             f" {ranks} at stage {stage}")  # fmt: skip
+        now = asdict(settings.plan_batch(self._config.batch, ranks))
+        before = found.small.get("batch")
+        if isinstance(before, dict) and before != now:
+            was = f"{saved.world_size} ranks x {before.get('splits')} x {before.get('micro')}"
+            self._record.say(f"batch arithmetic: {self._config.batch.global_size} = {was} there,"
+                             f" = {ranks} ranks x {now['splits']} x {now['micro']} now")  # fmt: skip
+        for kind, cause, action in found.notes:
+            self._record.say(f"{kind}: {cause}; {action}")
+            if self._ranks.is_main:
+                self._record.incident(kind, cause, action=action)
+
+
+def _checked_run(found: Found) -> dict[str, Any]:
+    """The counters of a checkpoint. Raises UserError for what is none: a well-hashed file of another kind of run."""
+    run = found.small.get("run")
+    counters = ("step", "updates", "samples_seen", "epoch")
+    if not isinstance(run, dict) or not all(type(run.get(name)) is int and run[name] >= 0 for name in counters):
+        raise UserError(f"{found.path}/trainer.json: holds no counters of a run")
+    if not isinstance(run.get("cursor"), dict | None) or not isinstance(run.get("guards"), dict):
+        raise UserError(f"{found.path}/trainer.json: holds no place in the data, or no guards")
+    if not isinstance(found.small.get("optimizer"), dict):
+        raise UserError(f"{found.path}/trainer.json: holds no counters of the optimizer")
+    return {name: run[name] for name in (*counters, "cursor", "guards")}
+
+
+def _tokenizer_hash() -> str:
+    ids = build_tokenizer()([PROBE], 77)
+    return hashlib.sha256(repr(ids.tolist()).encode()).hexdigest()

@@ -1,0 +1,177 @@
+"""What the checkpoint tests run on forked ranks: real engines over a fixed stream, saved and loaded."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amclip_ds.checkpoint import CheckpointConfig, load
+from amclip_ds.checkpoint import state as state_module
+from amclip_ds.checkpoint.ranks import Ranks
+from amclip_ds.checkpoint.save import Saver
+from amclip_ds.checkpoint.state import CheckpointState
+from amclip_ds.engine import runtime as engine_runtime
+from amclip_ds.engine import shards
+from amclip_ds.engine.collectives import DistributedComm
+from amclip_ds.engine.grad_cache import forward_backward
+from amclip_ds.engine.student import EngineConfig, StudentEngine
+from amclip_ds.loss import LossConfig
+from amclip_ds.model import masking, scoring
+from amclip_ds.model.amclip import ModelConfig
+from amclip_ds.model.heads import HeadsConfig
+from amclip_ds.model.masking import MaskConfig
+from amclip_ds.model.text import TextConfig
+from amclip_ds.model.vision import VisionConfig
+from amclip_ds.optim import OptimConfig, Schedules
+from amclip_ds.teacher import Teacher, TeacherConfig
+
+GLOBAL_BATCH, GRID, TOTAL = 12, 4, 40
+
+
+def odd_model() -> ModelConfig:
+    """Widths that no world divides, a parameter of one element, several parameter groups."""
+    return ModelConfig(
+        vision=VisionConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=8, width=30, depth=2, heads=2,
+                            mlp_ratio=1.5),
+        text=TextConfig(width=26, depth=1, heads=2, mlp_ratio=1.5, vocab_size=101, eos_token_id=99, context_length=16,
+                        activation="gelu"),
+        embed_dim=23,
+    )  # fmt: skip
+
+
+def stream(step: int, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """This rank's rows of a step's samples, which are the same in every world."""
+    g = torch.Generator().manual_seed(7000 + step)
+    tokens = torch.randint(1, 98, (GLOBAL_BATCH, 16), generator=g)
+    tokens[:, 10], tokens[:, 11:] = 99, 0
+    size = GLOBAL_BATCH // world_size
+    rows = slice(rank * size, (rank + 1) * size)
+    boxes = torch.tensor([0.0, 0.0, 32.0, 32.0]).expand(3, size, 4)
+    return {
+        "views": torch.randn(2, GLOBAL_BATCH, 3, 32, 32, generator=g)[:, rows],
+        "teacher": torch.randn(GLOBAL_BATCH, 3, 32, 32, generator=g)[rows],
+        "noise": torch.rand(2, GLOBAL_BATCH, (GRID // 2) ** 2, generator=g)[:, rows],
+        "tokens": tokens[rows],
+        "boxes": boxes,
+    }
+
+
+@dataclass
+class Rig:
+    """A small run: engines, schedules, counters."""
+
+    ds: str
+    strategy: str = "attentive"
+    micro: int = GLOBAL_BATCH
+    optim: str = "adamw"
+    placement: str = "auto"
+    layer_decay: float = 0.9
+    updates: int = 0
+
+    def __post_init__(self) -> None:
+        self.runtime = engine_runtime.start(deterministic=True)
+        self.comm, self.ranks = DistributedComm(), Ranks(timeout_s=60)
+        model, heads, self.loss = odd_model(), HeadsConfig(hidden_dim=37, output_dim=13), LossConfig()
+        optim = OptimConfig(name=self.optim, lr=0.01, warmup_steps=5, layer_decay=self.layer_decay, weight_decay=0.1)
+        teacher = TeacherConfig(momentum=0.9, final_momentum=0.99, placement=self.placement)
+        self.student = StudentEngine(model, heads, self.loss, optim, EngineConfig(deepspeed=self.ds), seed=0,
+                                     runtime=self.runtime)  # fmt: skip
+        self.teacher = Teacher(teacher, model, heads, self.loss, compat="paper", seed=0, student=self.student,
+                               device=self.runtime.device)  # fmt: skip
+        self.schedules = Schedules(optim, teacher, TOTAL)
+
+    def train(self, steps: int) -> list[tuple[str, ...]]:
+        """Steps on; per step the loss, gradient norm, learning rate and momentum, every bit of them."""
+        rows = []
+        for _ in range(steps):
+            lr = self.schedules.lr(self.updates)
+            self.student.set_lr(lr)
+            batch = stream(self.updates, self.runtime.rank, self.runtime.world_size)
+            target, scores = self.teacher.forward("scores", images=batch["teacher"], comm=self.comm)
+            unit_scores = scoring.scores_to_views(scores, batch["boxes"], grid=GRID, unit=2)
+            noise_or_scores = {"scores": unit_scores, "noise": batch["noise"]}
+            keep = masking.select(MaskConfig(strategy=self.strategy), GRID, **noise_or_scores)
+            value, _, _ = forward_backward(
+                self.student, batch["views"], keep, batch["tokens"], target, self.loss, self.comm, micro=self.micro
+            )
+            outcome = self.student.step()
+            assert outcome.applied
+            self.student.clamp_logit_scale()
+            momentum = self.schedules.momentum(self.updates + 1)
+            self.teacher.update(momentum)
+            self.teacher.publish()
+            self.updates += 1
+            mean = self.comm.all_reduce_sum(value.clone().double()) / self.comm.world_size
+            rows.append((float(mean).hex(), float(outcome.grad_norm).hex(), lr.hex(), momentum.hex()))
+        return rows
+
+    def state(self) -> CheckpointState:
+        state = state_module.of_engines(self.student, self.teacher)
+        state.small |= {"updates": self.updates, "cursor": {"epoch": 3, "step": self.updates}}
+        state.config = "run: {seed: 0}\n"
+        return state
+
+    def save(self, folder: Path, asynchronous: bool = True) -> None:
+        config = CheckpointConfig(asynchronous=asynchronous, keep_last=100)
+        with Saver(folder, config, self.ranks, say=lambda text: None) as saver:
+            saver.save(self.updates, self.state(), wait=True)
+
+    def load(self, folder: Path, forget: tuple[str, ...] = ()) -> None:
+        """forget: kinds of state that a broken load leaves as they are; `counters`: the optimizer's step."""
+        found = load.find(folder, "auto", False, self.ranks)
+        assert found is not None
+        state = state_module.ready_to_fill(self.student, self.teacher, found.small)
+        state.sharded = {kind: held for kind, held in state.sharded.items() if kind not in forget}
+        if "buffers" in forget:
+            state.replicated = {}
+        load.fill(found, state, self.ranks)
+        small = found.small | ({"optimizer": {"step": 0.0}} if "counters" in forget else {})
+        state_module.bring_up_to_date(self.student, self.teacher, small)
+        self.updates = found.small["updates"]
+
+    def digest(self) -> dict[str, str]:
+        """sha256 of every tensor of the state, whole; what the forward reads; counters. The same on every rank."""
+        state = self.state()
+        pieces = self.ranks.gather({
+            (kind, name): (shard.start, shard.numel, shard.tensor.detach().float().clone())
+            for kind, held in state.sharded.items() for name, shard in held.items()
+        })  # fmt: skip
+        whole: dict[tuple[str, str], torch.Tensor] = {}
+        for one in pieces:
+            for key, (start, numel, tensor) in one.items():
+                whole.setdefault(key, torch.full((numel,), float("nan")))[start : start + tensor.numel()] = tensor
+        digest = {f"{kind} {name}": _sha(tensor) for (kind, name), tensor in whole.items()}
+        digest |= {f"buffer {name}": _sha(buffer.float()) for name, buffer in state.replicated.items()}
+        digest["counters"] = repr(sorted(state.small["optimizer"].items())) + repr(state.small["cursor"])
+        return digest
+
+    def stop(self) -> None:
+        engine_runtime.stop(self.runtime)
+
+
+def _sha(tensor: torch.Tensor) -> str:
+    assert not tensor.isnan().any()
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def run(
+    folder: str, steps: int, *, resume: bool = False, save: bool = True, forget: tuple[str, ...] = (), go_on: int = 0,
+    asynchronous: bool = True, **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """[loads,] trains `steps`, [saves,] trains `go_on` more. Returns rows and digests (after load, at the end)."""
+    rig = Rig(**settings)
+    result: dict[str, Any] = {}
+    if resume:
+        rig.load(Path(folder), forget)
+        result["loaded"] = rig.digest()
+    result["rows"] = rig.train(steps)
+    if save:
+        rig.save(Path(folder), asynchronous)
+    result["digest"] = rig.digest()
+    result["random"] = repr(state_module.random_state())
+    result["rows"] += rig.train(go_on)
+    result["groups"] = len(shards.base_optimizer(rig.student.engine).param_groups)
+    rig.stop()
+    return result
