@@ -1,13 +1,57 @@
-"""Makes synthetic shards.
+"""Makes synthetic shards; indexes, checks and pictures real ones.
 
-amclip data synth --out scenes --train 20000 --test 2048     a small data set to try everything on
+  amclip data synth --out scenes            a small data set to try everything on
+  amclip data index '/data/{00000..00999}.tar'    where each sample lies; training reads it
+  amclip data check /data/cc12m             before sbatch: what training would trip over; the exit code says go or no
+  amclip data stats /data/cc12m --out stats  distributions: sizes, aspects, captions, tokens
+
+SHARDS is a folder, a glob, braces, or several of them joined by `::`; local paths or URLs (http, https, s3, gs).
+`amclip data ACTION --help` teaches each action.
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-HELP = "make synthetic shards; index, check and count real ones"
+if TYPE_CHECKING:
+    from amclip_ds.data.check import Report
+
+HELP = "make synthetic shards; index, check and picture real ones"
+SYNTH = """Makes cluttered scenes with one captioned object each: 8 shapes x 8 colours, so chance is 1/64.
+
+  amclip data synth --out scenes
+  amclip train aclip-tiny data.train=scenes/train eval.data=scenes
+
+The same arguments give the same bytes on every machine. DIR holds train/*.tar and, in CLIP_benchmark's layout, test/
+with classnames.txt and templates; each sample is key.jpg, key.txt, key.cls and key.json with the object's box.
+"""
+INDEX = """Reads the headers of every tar once and writes where each sample lies (under 40 bytes each, beside its key).
+
+  amclip data index '/data/cc12m/{00000..01242}.tar' --out /data/cc12m-index
+  amclip train aclip-vitb16 data.train=/data/cc12m data.index=/data/cc12m-index
+
+Without --out the index lies beside the shards, where training finds it by itself. A shard that changes later makes the
+index stale, which training notices.
+"""
+CHECK = """Reads every sample as training would and accounts for each: expected = read + skipped + lost.
+
+  amclip data check /data/cc12m                            everything, one process per core
+  amclip data check /data/cc12m --sample 0.05              all headers, the contents of every twentieth sample
+  amclip data check /data/cc12m --json check.json          for scripts
+
+lost      damage has swallowed it: unreadable, empty or truncated tars, broken headers, fewer than sizes.json or
+          img2dataset's stats promise
+skipped   training would leave it out: no image, broken image, too large, no or empty caption, not UTF-8
+noted     duplicates (by hash), mended, too small, extreme aspects, hostile names: trained on all the same
+
+Exit code 0: submit. 2: do not: something is lost, or more than --max-skip-rate is skipped or doubled.
+"""
+STATS = """Prints and pictures the distributions of sizes, aspects, bytes, captions and tokens; decodes nothing.
+
+  amclip data stats /data/cc12m --out stats --json stats.json
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,29 +66,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     synth.add_argument("--coloured-distractors", action="store_true", help="colour the clutter too (a control)")
     synth.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
+    index = _add(actions, "index", "write where each sample of the shards lies", INDEX, _index)
+    _add_shards(index)
+    index.add_argument("--out", type=Path, metavar="DIR", help="the index's folder (default: beside the shards)")
+
+    check = _add(actions, "check", "look for what training would trip over", CHECK, _check)
+    _add_shards(check)
+    _add_captions(check)
+    check.add_argument("--sample", type=float, default=1.0, metavar="F", help="part of the samples to read (default 1)")
+    check.add_argument("--max-skip-rate", type=float, metavar="F", help="to be skipped or doubled (default 0.02)")
+    check.add_argument("--global-batch", type=int, default=4096, metavar="N", help="to tell an epoch's steps")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+
+    stats = _add(actions, "stats", "distributions of sizes and captions, with pictures", STATS, _stats)
+    _add_shards(stats)
+    _add_captions(stats)
+    stats.add_argument("--sample", type=float, default=1.0, metavar="F", help="part of the samples to read (default 1)")
+    stats.add_argument("--out", type=Path, metavar="DIR", help="draw the pictures there")
+    stats.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+
 
 def run(args: argparse.Namespace) -> int:
     return args.act(args)
 
 
-SYNTH = """Makes cluttered scenes with one captioned object each: 8 shapes x 8 colours, so chance is 1/64.
-
-  amclip data synth --out scenes
-  amclip train aclip-tiny data.train=scenes/train eval.data=scenes
-
-The same arguments give the same bytes on every machine. DIR holds train/*.tar and, in CLIP_benchmark's layout, test/
-with classnames.txt and templates; each sample is key.jpg, key.txt, key.cls and key.json with the object's box.
-"""
-
-
 def _add(
-    actions: argparse._SubParsersAction, word: str, short: str, text: str, act: Callable[[argparse.Namespace], int]
+    actions: Any, word: str, short: str, text: str, act: Callable[[argparse.Namespace], int]
 ) -> argparse.ArgumentParser:
-    parser = actions.add_parser(
-        word, help=short, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    how = {"help": short, "description": text, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = actions.add_parser(word, **how)
     parser.set_defaults(act=act)
     return parser
+
+
+def _add_shards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", metavar="SHARDS", help="a folder, a glob, braces; several joined by ::")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--allow-pipe", action="store_true", help="let SHARDS run shell commands (pipe:...)")
+
+
+def _add_captions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--captions", metavar="SOURCES", help="as in data.captions: txt, json:FIELD, comma-separated")
 
 
 def _synth(args: argparse.Namespace) -> int:
@@ -58,3 +120,137 @@ def _synth(args: argparse.Namespace) -> int:
     print(f"{args.train} training and {args.test} held-out scenes {done}")
     print(args.out)
     return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    from amclip_ds.data import index
+    from amclip_ds.data.progress import progress
+
+    shards = _expand(args)
+    folder = args.out or index.default_folder(tuple(shards))
+    with progress("indexing shards", len(shards)) as advance:
+        made = index.build_index(shards, folder, _workers(args), lambda entry: advance())
+    problems = [(shard.path, problem) for shard in made.shards for problem in shard.problems]
+    for path, problem in problems[:20]:
+        print(f"  {path}: {problem['kind']} ({problem['count']}): {problem['key']}")
+    if len(problems) > 20:
+        print(f"  and {len(problems) - 20} more; amclip data check SHARDS lists them all")
+    print(f"{len(made)} samples in {len(shards)} shards, fingerprint {made.fingerprint()}")
+    print(folder)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from amclip_ds.data.check import CheckConfig
+
+    report = _look(args, "checking", CheckConfig(**_settings(args, max_skip_rate=args.max_skip_rate)))
+    found = report.as_json() | {"epoch": _epoch(report, args.global_batch, _workers(args))}
+    _print_problems(report)
+    _print_epoch(found["epoch"])
+    _write_json(args.json, found)
+    print(f"{report.verdict()}: {'submit' if report.ok else 'do not submit'}")
+    return 0 if report.ok else 2
+
+
+def _stats(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from amclip_ds.data import stats
+    from amclip_ds.data.check import CheckConfig
+
+    report = _look(args, "counting", CheckConfig(**_settings(args, decode=False)))
+    numbers = stats.summarise(report)
+    shown = [place for place, part in enumerate(stats.PERCENTILES) if part in (1, 25, 50, 75, 99)]
+    columns = [f"{stats.PERCENTILES[place]}%" for place in shown]
+    table = Table("", *columns, "mean", title=f"{numbers['samples']} samples: percentiles")
+    for name, row in numbers["distributions"].items():
+        table.add_row(name, *(f"{row['percentiles'][place]:.4g}" for place in shown), f"{row['mean']:.4g}")
+    Console().print(table)
+    print("formats: " + ", ".join(f"{name} {count}" for name, count in numbers["formats"].items()))
+    print(f"captions over {stats.CONTEXT_LENGTH} tokens, trimmed in training: {numbers['trimmed_captions']:.1%}")
+    _write_json(args.json, numbers)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        print(stats.draw(report, args.out / "stats.png"))
+    return 0
+
+
+def _look(args: argparse.Namespace, word: str, config: Any) -> "Report":
+    from amclip_ds.data.check import check
+    from amclip_ds.data.progress import progress
+
+    shards = _expand(args)
+    with progress(f"{word} shards", len(shards)) as advance:
+        return check(shards, config, _workers(args), lambda report: advance())
+
+
+def _settings(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    captions = tuple(args.captions.split(",")) if args.captions else None
+    return {k: v for k, v in {"sample": args.sample, "captions": captions, **more}.items() if v is not None}
+
+
+def _expand(args: argparse.Namespace) -> list[str]:
+    from amclip_ds.data import sources
+
+    parts = sources.split_sources(args.shards)
+    return [shard for part in parts for shard in sources.expand(part, "SHARDS", allow_pipe=args.allow_pipe)]
+
+
+def _workers(args: argparse.Namespace) -> int:
+    from amclip_ds.data.parallel import num_cores
+
+    return args.workers or num_cores()
+
+
+def _epoch(report: "Report", global_batch: int, workers: int) -> dict[str, Any]:
+    """How long an epoch is, and how long `workers` processes take to read and decode it."""
+    samples, rate = report.samples_in_an_epoch(), report.samples_per_core_second()
+    return {
+        "samples": samples, "global_batch": global_batch, "steps": samples // global_batch,
+        "gigabytes": report.total("num_bytes") / 1e9, "samples_per_core_second": rate, "workers": workers,
+        "reading_hours": samples / rate / workers / 3600 if rate else None,
+    }  # fmt: skip
+
+
+def _print_problems(report: "Report") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("shard", "ok", "read", "skipped", "lost", "problems: how many, the first one's key")
+    for shard in report.shards:
+        found = [f"{kind}: {count}, {_printable(key)}" for kind, (key, count) in shard.problems.items()]
+        if found:
+            ok = "yes" if shard.is_ok(report.config.max_skip_rate) else "NO"
+            numbers = [str(value) for value in (shard.read, shard.skipped, shard.lost)]
+            table.add_row(_printable(shard.path, 1000), ok, *numbers, "\n".join(found))
+    if table.row_count:
+        Console().print(table)
+
+
+def _print_epoch(epoch: dict[str, Any]) -> None:
+    hours = "unknown" if epoch["reading_hours"] is None else f"{epoch['reading_hours']:.2g} hours"
+    print(
+        f"one epoch: {epoch['samples']} samples, {epoch['gigabytes']:.3g} GB, {epoch['steps']} steps of"
+        f" {epoch['global_batch']}; {hours} to read and decode on {epoch['workers']} cores"
+        f" ({epoch['samples_per_core_second']:.0f} samples/s a core)"
+    )
+
+
+def _printable(text: str, longest: int = 80) -> str:
+    """Names come from strangers: nothing of them reaches the terminal but what can be printed."""
+    from rich.markup import escape
+
+    return escape("".join(c if c.isprintable() else "?" for c in text)[:longest])
+
+
+def _write_json(file: Path | None, content: dict[str, Any]) -> None:
+    from amclip_ds.errors import UserError
+    from amclip_ds.record import write_atomically
+
+    if file is None:
+        return
+    try:
+        write_atomically(file, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {file}: cannot be written: {error.strerror}") from None

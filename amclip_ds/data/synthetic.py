@@ -13,10 +13,8 @@ import functools
 import io
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +24,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from amclip_ds.data.keyed_random import keyed
+from amclip_ds.data.parallel import Died, num_cores, run_over
+from amclip_ds.data.progress import progress
 from amclip_ds.errors import UserError
 
 SHAPES = ("circle", "square", "triangle", "bar", "star", "cross", "ring", "pillar")
@@ -88,7 +87,7 @@ def write_dataset(
     folder: Path, num_train: int, num_test: int, image_size: int = 64, seed: int = 0, *,
     coloured_distractors: bool = False, shard_size: int = 1000, workers: int | None = None,
 ) -> bool:  # fmt: skip
-    """Writes both splits; the folder appears whole, by one rename. Shows a progress bar in a terminal.
+    """Writes both splits; the folder appears whole, by one rename. Shows its progress.
 
     Returns False, and writes nothing, where the same data set already stands.
     Raises UserError for a folder that holds something else or cannot be written.
@@ -101,11 +100,12 @@ def write_dataset(
         return False
     with _appearing_whole(folder) as partial:
         jobs = [*_shards(partial, "train", num_train, shard_size), *_shards(partial, "test", num_test, shard_size)]
-        processes = min(workers or len(os.sched_getaffinity(0)), (num_train + num_test) // SCENES_PER_PROCESS)
-        with _progress() as progress:
-            task = progress.add_task("scenes", total=num_train + num_test)
-            for written in _run(functools.partial(write_shard, config), jobs, processes):
-                progress.advance(task, written)
+        processes = min(workers or num_cores(), (num_train + num_test) // SCENES_PER_PROCESS)
+        with progress("making scenes", num_train + num_test) as advance:
+            for written in run_over(functools.partial(write_shard, config), jobs, processes):
+                if isinstance(written, Died):
+                    raise UserError(f"--out {folder}: {written}")
+                advance(written)
         _write_benchmark_files(partial, num_shards=sum(split == "test" for _, split, _ in jobs))
         (partial / "scenes.json").write_text(json.dumps(asked) + "\n")
     return True
@@ -244,16 +244,6 @@ def _shards(folder: Path, split: str, count: int, shard_size: int) -> Iterator[t
         yield folder / split / name, split, range(start, min(count, start + shard_size))
 
 
-def _run(work: Any, jobs: list[Any], processes: int) -> Iterator[int]:
-    if processes <= 1:
-        yield from map(work, jobs)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with context.Pool(processes) as pool:
-        yield from pool.imap_unordered(work, jobs)
-
-
 def _write_benchmark_files(folder: Path, num_shards: int) -> None:
     """What CLIP_benchmark reads beside the tars."""
     (folder / "test" / "nshards.txt").write_text(f"{num_shards}\n")
@@ -283,8 +273,3 @@ def _appearing_whole(folder: Path) -> Iterator[Path]:
         raise UserError(f"--out {folder}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, disable=not sys.stdout.isatty())

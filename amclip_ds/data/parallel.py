@@ -1,0 +1,63 @@
+"""Runs a function over shards in processes; an item that kills its process is named, and neither ends nor hangs all."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Died(Exception):
+    """The process that worked on an item ended by itself: a crash in a decoder, or killed for memory."""
+
+
+def run_over(work: Callable[[Item], Result], items: Sequence[Item], processes: int) -> Iterator[Result | Died]:
+    """Calls `work` (a picklable function) on every item, and yields in the items' order its result, or Died.
+
+    processes: 1 or fewer works in this process. They are forked from a server that has imported `work`'s module once,
+    never from this process, whose threads and locks a fork would tear. An exception of `work` itself is raised.
+    """
+    if processes <= 1 or len(items) <= 1:
+        yield from map(work, items)
+        return
+    done = 0
+    while done < len(items):
+        # A broken pool fails every unfinished item alike. The next one runs again alone, which shows whether it is the
+        # guilty one; the rest get a new pool.
+        with _pool(work, min(processes, len(items) - done)) as pool:
+            futures = [pool.submit(work, item) for item in items[done:]]
+            try:
+                for future in futures:
+                    yield future.result()
+                    done += 1
+            except BrokenProcessPool:
+                pass
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        if done < len(items):
+            yield _alone(work, items[done])
+            done += 1
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _alone(work: Callable[[Item], Result], item: Item) -> Result | Died:
+    with _pool(work, 1) as pool:
+        try:
+            return pool.submit(work, item).result()
+        except BrokenProcessPool:
+            return Died("the process that read it died: a crash in a decoder, or no memory left")
+
+
+def _pool(work: Callable, processes: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([getattr(work, "func", work).__module__])  # the function inside a functools.partial
+    return ProcessPoolExecutor(processes, mp_context=context)

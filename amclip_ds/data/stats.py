@@ -1,0 +1,76 @@
+"""The distributions of a set of shards: sizes, aspects, bytes, captions, tokens; as numbers and as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from amclip_ds.data import index
+from amclip_ds.data.check import Report, token_lengths
+
+PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+CONTEXT_LENGTH = 77
+
+
+def summarise(report: Report) -> dict[str, Any]:
+    """{samples, formats, trimmed_captions, distributions: {name: {percentiles, mean}}, problems}."""
+    columns = distributions(report)
+    tokens = columns["tokens"]
+    names = {number: suffix for suffix, number in reversed(index.IMAGE_TYPES.items())}
+    kinds, counts = np.unique(report.measured()["format"], return_counts=True)
+    return {
+        "samples": report.total("read"),
+        "shards": len(report.shards),
+        "bytes": report.total("num_bytes"),
+        "formats": {names[int(kind)].removeprefix("."): int(count) for kind, count in zip(kinds, counts)},
+        "trimmed_captions": float((tokens > CONTEXT_LENGTH).mean()) if len(tokens) else 0.0,
+        "percentiles": list(PERCENTILES),
+        "distributions": {name: _summary(values) for name, values in columns.items()},
+        "problems": dict(report.problems()),
+    }
+
+
+def distributions(report: Report) -> dict[str, np.ndarray]:
+    """A value a sample; of tokens, a value a caption of those kept for it."""
+    rows = report.measured()
+    width, height = rows["width"].astype(np.float64), rows["height"].astype(np.float64)
+    return {
+        "width": width,
+        "height": height,
+        "width / height": width / np.maximum(height, 1),
+        "megapixels": width * height / 1e6,
+        "image kilobytes": rows["image_bytes"] / 1e3,
+        "captions": rows["captions"].astype(np.float64),
+        "characters": rows["characters"].astype(np.float64),
+        "tokens": np.array(list(token_lengths([t for shard in report.shards for t in shard.texts])), dtype=np.float64),
+    }
+
+
+def draw(report: Report, file: Path) -> Path:
+    """A histogram of each distribution, as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = distributions(report)
+    figure, axes = plt.subplots(2, len(columns) // 2, figsize=(4 * len(columns) // 2, 6))
+    for axis, (name, values) in zip(axes.flat, columns.items()):
+        if len(values):
+            low, high = np.percentile(values, (0, 99.5))  # a few giants would squeeze everything else into one bar
+            axis.hist(values, bins=40, range=(low, max(high, low + 1e-9)), color="#4477aa")
+        if name == "tokens":
+            axis.axvline(CONTEXT_LENGTH, color="#cc3311", linewidth=1)
+        axis.set_title(name, fontsize=10)
+        axis.set_yticks([])
+    figure.suptitle(f"{report.total('read')} samples in {len(report.shards)} shards")
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+    return file
+
+
+def _summary(values: np.ndarray) -> dict[str, Any]:
+    if not len(values):
+        return {"percentiles": [0.0] * len(PERCENTILES), "mean": 0.0}
+    return {"percentiles": np.percentile(values, PERCENTILES).tolist(), "mean": float(values.mean())}
