@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # the encoder's pattern without special tokens
+LONGEST_TEXT, LONGEST_WORD = 1 << 16, 1000  # characters
+WORDS_REMEMBERED = 1 << 17
 Tokenizer = Callable[[Sequence[str], int], Tensor]
 
 
@@ -27,20 +29,28 @@ class ClipTokenizer:
         self._tokenizer.cache.clear()  # holds the special tokens as words of their own
         self.start, self.end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids without start and end."""
-        words = regex.findall(WORDS, self._tokenizer.clean_fn(text), regex.IGNORECASE)
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
+        """Token ids without start and end; at least the first `limit` of them, if so many are there.
+
+        A word of a thousand characters already fills any context, and pairing bytes takes time with the square of a
+        word's length: a megabyte without a space (a blob in a caption) would take hours. Longer ones are cut.
+        """
+        words = regex.findall(WORDS, self._tokenizer.clean_fn(text[:LONGEST_TEXT]), regex.IGNORECASE)
+        if len(self._tokenizer.cache) > WORDS_REMEMBERED:
+            self._tokenizer.cache.clear()
         ids: list[int] = []
         for word in words:
-            symbols = "".join(self._tokenizer.byte_encoder[byte] for byte in word.encode("utf-8"))
+            symbols = "".join(self._tokenizer.byte_encoder[byte] for byte in word[:LONGEST_WORD].encode("utf-8"))
             ids += [self._tokenizer.encoder[piece] for piece in self._tokenizer.bpe(symbols).split(" ")]
+            if limit is not None and len(ids) >= limit:
+                break
         return ids
 
     def __call__(self, texts: Sequence[str], context_length: int = 77) -> Tensor:
         """[B, context_length] int64: start, words, end, then zeros; a longer text keeps the end in its last place."""
         rows = torch.zeros(len(texts), context_length, dtype=torch.int64)
         for row, text in zip(rows, texts):
-            ids = [self.start, *self.encode(text)[: context_length - 2], self.end]
+            ids = [self.start, *self.encode(text, context_length)[: context_length - 2], self.end]
             row[: len(ids)] = torch.tensor(ids)
         return rows
 

@@ -9,21 +9,21 @@ TELL_EVERY_S = 30.0
 
 
 @contextmanager
-def progress(what: str, total: int, say: Callable[[str], None] = print) -> Iterator[Callable[[], None]]:
-    """Yields a function to call for each of `total` things done."""
+def progress(what: str, total: int, say: Callable[[str], None] = print) -> Iterator[Callable[..., None]]:
+    """Yields a function to call for each of `total` things done, or with the number of those done since."""
     if sys.stdout.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
             task = bar.add_task(what, total=total)
-            yield lambda: bar.advance(task)
+            yield lambda count=1: bar.advance(task, count)
         return
     began = told = time.monotonic()
     done = 0
 
-    def advance() -> None:
+    def advance(count: int = 1) -> None:
         nonlocal done, told
-        done += 1
+        done += count
         now = time.monotonic()
         if now - told > TELL_EVERY_S and done < total:
             told = now
