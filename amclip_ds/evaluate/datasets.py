@@ -79,7 +79,7 @@ def open_set(
     """Opens what `--data` names. Raises UserError for anything missing, empty or inconsistent.
 
     task: auto (what dataset_type.txt or the samples say), zeroshot_classification or retrieval.
-    classnames: folder | imagenet | a file, one a line. templates: folder | openai-7 | openai-80 | a file.
+    classnames: folder | imagenet | a file, one a line. templates: folder | openai-7 | openai-80 | a file | none.
     """
     folder = Path(spec)
     task = _task_of(folder, spec) if task == "auto" else task
@@ -95,7 +95,7 @@ def open_set(
         return EvalSet(name, task, samples, folder=spec)
     chosen = _classnames(folder, names, classnames)
     _check_labels(samples, chosen, folder)
-    return EvalSet(name, task, samples, chosen, _templates(folder, templates), spec)
+    return EvalSet(name, task, samples, chosen, () if templates == "none" else _templates(folder, templates), spec)
 
 
 def _task_of(folder: Path, spec: str) -> str:

@@ -9,7 +9,7 @@ comes out of the same forward call whoever computes it: the numbers do not depen
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -46,12 +46,17 @@ class Encoder(Protocol):
         """Texts -> unit vectors [B, E] fp32."""
         ...
 
+    def features(self, images: Tensor) -> Tensor:
+        """Stacked images [B, 3, H, W] -> what probes learn from [B, D] fp32."""
+        ...
+
 
 class TowerEncoder:
     """Our own towers, behind an engine's or a module's `forward(phase, ...)`."""
 
     def __init__(self, forward: Callable[..., Any], weights: str, image_size: int, context_length: int,
                  device: torch.device) -> None:  # fmt: skip
+        """forward: AClip.forward or TeacherModel.forward, of the module or of an engine around it."""
         self._forward, self.weights, self.image_size = forward, weights, image_size
         self.context_length, self.device = context_length, device
 
@@ -69,6 +74,12 @@ class TowerEncoder:
         """Texts -> [B, E]."""
         ids = trim(token_ids(tuple(texts), self.context_length), TEXT_BUCKET)
         return self._forward("text", token_ids=ids.to(self.device))
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, H] -> CLS feature [B, D]; of a module only, since engines have no such phase."""
+        vision = cast(Any, self._forward).vision
+        return vision(photometric.normalise(images.to(self.device))).float()
 
 
 @lru_cache(maxsize=1)

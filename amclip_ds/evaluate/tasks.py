@@ -2,20 +2,42 @@
 
 from typing import Any
 
-from amclip_ds.evaluate.datasets import RETRIEVAL, EvalSet
+from amclip_ds.errors import UserError
+from amclip_ds.evaluate.datasets import CLASSIFICATION, RETRIEVAL, EvalSet, open_set
 from amclip_ds.evaluate.encoder import Encoder
 from amclip_ds.loss.comm import Comm
 
+PROBES = ("linear_probe", "knn")
 DETAILS = ("per_class", "confusions")
 
 
-def run_task(task: str, encoder: Encoder, data: EvalSet, batch_size: int, comm: Comm, step: int = 0) -> dict[str, Any]:
-    """One task of one model on one set. Collective: every rank must call."""
-    from amclip_ds.evaluate import retrieval, zero_shot
+def run_task(
+    task: str, encoder: Encoder, data: EvalSet, batch_size: int, comm: Comm, step: int = 0, train: EvalSet | None = None
+) -> dict[str, Any]:
+    """One task of one model on one set. train: the split that probes learn from.
 
+    Collective: every rank must call. Raises UserError for a task that the set is not for.
+    """
+    from amclip_ds.evaluate import probe, retrieval, zero_shot
+
+    if (task == RETRIEVAL) != (data.task == RETRIEVAL):
+        raise UserError(f"--task {task}: {data.folder} is a set for {data.task}")
     if task == RETRIEVAL:
         return retrieval.evaluate(encoder, data, batch_size, comm, step)
-    return zero_shot.evaluate(encoder, data, batch_size, comm, step)
+    if task == CLASSIFICATION:
+        return zero_shot.evaluate(encoder, data, batch_size, comm, step)
+    assert train is not None
+    learn = probe.linear_probe if task == "linear_probe" else probe.knn
+    return learn(encoder, train, data, batch_size, comm, step)
+
+
+def open_for(task: str, spec: str, split: str, classnames: str, templates: str) -> tuple[str, EvalSet, EvalSet | None]:
+    """(task, the split to evaluate, the split that probes learn from). `auto` becomes what the set is for."""
+    if task not in PROBES:
+        data = open_set(spec, split, task, classnames, templates)
+        return data.task, data, None
+    data = open_set(spec, split, CLASSIFICATION, classnames, "none")
+    return task, data, open_set(spec, "train", CLASSIFICATION, classnames, "none")
 
 
 def short(row: dict[str, Any]) -> dict[str, Any]:

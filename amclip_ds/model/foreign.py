@@ -5,7 +5,7 @@ differ by axes of length 1 are reshaped, a projection that is stored the other w
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -167,6 +167,10 @@ FORMATS: dict[str, list[Rule]] = {
     "published A-CLIP": _published(),
     "timm": _timm_tower(""),
 }  # fmt: skip
+WITHOUT_LEADING_AXES = {
+    "visual.class_embedding", "visual.positional_embedding", "vision_model.embeddings.class_embedding",
+    "vision_model.embeddings.position_embedding.weight", "logit_scale",
+}  # fmt: skip
 TELLING = ("vision.cls_token", "text.embeddings.token_embedding.weight")  # what a format is recognised by
 
 
@@ -183,18 +187,20 @@ def recognise(keys: Iterable[str]) -> str | None:
 def places(fmt: str, keys: Iterable[str]) -> dict[str, Rule]:
     """Our names that a file of this format holds -> the rule with the block's number filled in."""
     present = set(keys)
-    numbers = sorted({int(number) for key in present for number in re.findall(r"\.(\d+)\.", key)})
     found: dict[str, Rule] = {}
-    for rule in FORMATS[fmt]:
-        is_block = "#" in rule.theirs[0]
-        for number in numbers if is_block else [0]:
-            filled = Rule(
-                tuple(name.replace("#", str(number)) for name in rule.ours),
-                tuple(name.replace("#", str(number)) for name in rule.theirs), rule.is_transposed,
-            )  # fmt: skip
-            if all(key in present for key in filled.theirs):
-                found |= dict.fromkeys(filled.ours, filled)
+    for rule in _filled(FORMATS[fmt], present):
+        if all(key in present for key in rule.theirs):
+            found |= dict.fromkeys(rule.ours, rule)
     return found
+
+
+def _filled(rules: Iterable[Rule], names: Iterable[str]) -> Iterator[Rule]:
+    """The rules, those of blocks once for each block number that occurs in the names."""
+    numbers = sorted({int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)})
+    for rule in rules:
+        for number in numbers if "#" in rule.theirs[0] else [0]:
+            ours, theirs = (tuple(name.replace("#", str(number)) for name in side) for side in (rule.ours, rule.theirs))
+            yield Rule(ours, theirs, rule.is_transposed)
 
 
 def ours_from(rule: Rule, name: str, read: Read) -> Tensor:
@@ -205,22 +211,22 @@ def ours_from(rule: Rule, name: str, read: Read) -> Tensor:
     return torch.cat(theirs) if len(theirs) == 3 else theirs[0].T if rule.is_transposed else theirs[0]
 
 
-def to_theirs(fmt: str, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Our tensors under their names, in the shapes that the library's own model has.
-
-    Raises KeyError naming what their model has and no rule gives, and what of ours has no place in theirs.
-    """
+def to_theirs(fmt: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under their names and in their shapes. Raises KeyError for one of ours without a place in theirs."""
     result: dict[str, Tensor] = {}
     used: set[str] = set()
-    for rule in dict.fromkeys(places(fmt, shapes).values()):
-        tensors = [state[name] for name in rule.ours]
+    for rule in _filled(FORMATS[fmt], state):
+        if not all(name in state for name in rule.ours):
+            continue
         used.update(rule.ours)
+        tensors = [state[name] for name in rule.ours]
         if len(rule.theirs) == 3:
             parts = list(tensors[0].chunk(3))
         else:
             parts = [torch.cat(tensors) if len(tensors) == 3 else tensors[0].T if rule.is_transposed else tensors[0]]
-        result |= {key: part.reshape(shapes[key]).contiguous() for key, part in zip(rule.theirs, parts)}
-    missing, unused = sorted(set(shapes) - set(result)), sorted(set(state) - used)
-    if missing or unused:
-        raise KeyError(f"{fmt}: no rule gives {missing}; no place for {unused}")
+        for key, part in zip(rule.theirs, parts):
+            result[key] = (part.squeeze() if key in WITHOUT_LEADING_AXES else part).clone().contiguous()
+    unused = sorted(set(state) - used)
+    if unused:
+        raise KeyError(f"{fmt} has no place for {', '.join(unused)}")
     return result

@@ -17,7 +17,8 @@ from amclip_ds.model import foreign
 
 Pieces = list[tuple[int, str, str]]
 """Where a tensor of a checkpoint lies: (first element of the flattened tensor, file, key in it), in order."""
-KINDS = {"student": ("master", "frozen"), "teacher": ("ema", "frozen")}
+KINDS = {"student": ("master", "frozen"), "teacher": ("ema", "frozen", "master")}
+"""Kinds of pieces by preference: what is not averaged is the student's (frozen parameters, logit_scale)."""
 
 
 class Source:
@@ -80,12 +81,15 @@ class Source:
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def _index_pieces(self, weights: str) -> None:
+        by_kind: dict[str, dict[str, Pieces]] = {kind: {} for kind in KINDS[weights]}
         for key, file in self._files.items():
-            kind, name, start, _ = [*key.split("|"), "0", "0", "0"][:4] if "|" in key else ("buffer", key, "0", "0")
-            if kind in (*KINDS[weights], "buffer"):
-                self._pieces.setdefault(name, []).append((int(start), file, key))
-        for pieces in self._pieces.values():
-            pieces.sort()
+            kind, name, start, _ = key.split("|")
+            if kind in by_kind:
+                by_kind[kind].setdefault(name, []).append((int(start), file, key))
+        if not by_kind[KINDS[weights][0]]:
+            raise UserError(f"{self.path}: holds no {weights}")
+        for kind in reversed(KINDS[weights]):  # the preferred kind has the last word
+            self._pieces |= {name: sorted(pieces) for name, pieces in by_kind[kind].items()}
 
     def _read_pieces(self, name: str) -> Tensor:
         parts, at = [], 0

@@ -1,0 +1,82 @@
+"""`amclip eval`: opens the source, runs the tasks with all ranks, prints a table, writes JSON, appends to the run."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from amclip_ds.engine import runtime as engine_runtime
+from amclip_ds.engine.collectives import DistributedComm, on_main
+from amclip_ds.errors import UserError
+from amclip_ds.evaluate.encoder import Encoder
+from amclip_ds.evaluate.source import Located, locate, open_encoder
+from amclip_ds.evaluate.tasks import open_for, run_task, short
+from amclip_ds.record import append_line, read_lines
+
+KEY = ("step", "weights", "dataset", "task")  # what two rows of eval.jsonl may not share
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Returns the exit code. Collective: every rank of the world must call."""
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size: {args.batch_size} is below 1")
+    with ExitStack() as stack:
+        runtime = engine_runtime.start()
+        stack.callback(engine_runtime.stop, runtime)
+        located = on_main(lambda: locate(Path(args.source)))
+        names = located.weights if args.weights == "both" else (args.weights,)
+        opened = [open_for(task, spec, args.split, args.classnames, args.templates)
+                  for spec in args.data for task in args.task or ["auto"]]  # fmt: skip
+        comm, rows = DistributedComm(), []
+        for name in names:
+            encoder: Encoder = open_encoder(located, name, runtime.device, args.preprocess)
+            for task, data, train in opened:
+                rows.append(run_task(task, encoder, data, args.batch_size, comm, located.step, train))
+        on_main(lambda: _hand_over(rows, located, args))
+    return 0
+
+
+def _hand_over(rows: list[dict[str, Any]], located: Located, args: argparse.Namespace) -> None:
+    print_table(rows)
+    if args.json:
+        named = [{"model": str(located.path), "pretrained": row["weights"], "language": "en"} | row for row in rows]
+        try:
+            Path(args.json).write_text(json.dumps(named, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {args.json}: cannot be written: {error.strerror}") from None
+    if located.run is not None and not args.no_append:
+        appended = append_new(located.run, rows)
+        print(f"{appended} of {len(rows)} rows appended to {located.run}/eval.jsonl"
+              + ("" if appended == len(rows) else ": the others stand there already"))  # fmt: skip
+
+
+def append_new(run: Path, rows: Sequence[dict[str, Any]]) -> int:
+    """Appends the rows whose step, weights, data set and task are not yet in RUN/eval.jsonl. Returns how many."""
+    present = {tuple(row.get(name) for name in KEY) for row in read_lines(run / "eval.jsonl")}
+    new = [row for row in rows if tuple(row[name] for name in KEY) not in present]
+    for row in new:
+        append_line(run / "eval.jsonl", short(row))
+    return len(new)
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """The numbers with their 95% intervals, and the most frequent mistakes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("data set", "task", "weights", "step", "metric", "value", "95% interval", "samples")
+    for row in rows:
+        for metric, value in row["metrics"].items():
+            low, high = row.get("intervals", {}).get(metric, (None, None))
+            between = "" if low is None else f"{low:.4f} - {high:.4f}"
+            mark = " *" if metric == row.get("main_metric") and metric != "acc1" else ""
+            table.add_row(row["dataset"], row["task"], row["weights"], str(row["step"]), metric + mark, f"{value:.4f}",
+                          between, str(row["num_samples"]))  # fmt: skip
+    console = Console()
+    console.print(table)
+    for row in rows:
+        for pair in row.get("confusions", [])[:3]:
+            console.print(f"{row['dataset']}, {row['weights']}: {pair['true']} taken for {pair['predicted']}"
+                          f" {pair['count']} of {pair['of']} times", highlight=False, markup=False)  # fmt: skip

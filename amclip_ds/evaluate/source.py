@@ -1,0 +1,134 @@
+"""SOURCE of `amclip eval` and `amclip export`: a run's folder, a checkpoint of any stage and world size, or an export.
+
+Run and checkpoint give our own module with whole fp32 weights; an export gives the model of its library.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from amclip_ds import config as settings
+from amclip_ds.checkpoint import manifest, retention
+from amclip_ds.checkpoint.tensorfile import DamagedError
+from amclip_ds.config import TrainConfig
+from amclip_ds.errors import UserError
+from amclip_ds.evaluate.encoder import Encoder, TowerEncoder
+from amclip_ds.loss import LossConfig
+from amclip_ds.model.amclip import AClip, ModelConfig
+from amclip_ds.model.heads import HeadsConfig
+from amclip_ds.model.start import Source, fit
+
+EXPORTS = {"open_clip_config.json": "open_clip", "config.json": "hf"}  # a file in the folder -> what kind it is
+TOWERS_ALONE = LossConfig(o2o_weight=0.0, o2e_weight=0.0)
+
+
+@dataclass
+class Located:
+    """A source, before its weights are read."""
+
+    path: Path
+    """of the run, checkpoint or export"""
+    kind: str
+    """run | checkpoint | open_clip | hf | timm"""
+    weights: tuple[str, ...]
+    """student, teacher: what it holds"""
+    step: int
+    run: Path | None
+    """the run it belongs to, where its numbers are appended"""
+    config: TrainConfig | None
+
+    @property
+    def is_export(self) -> bool:
+        return self.config is None
+
+
+def locate(path: Path) -> Located:
+    """What lies at a path. A run without final weights stands for its newest valid checkpoint. Raises UserError."""
+    if (path / manifest.NAME).is_file():
+        return _checkpoint(path)
+    if (path / "config.yaml").is_file():
+        return _run(path)
+    kind = next((kind for name, kind in EXPORTS.items() if (path / name).is_file()), None)
+    if kind is None:
+        raise UserError(f"{path}: neither a run (config.yaml), a checkpoint ({manifest.NAME}) nor an export")
+    if kind == "hf" and "architecture" in json.loads((path / "config.json").read_text()):
+        kind = "timm"
+    card = path / "amclip.json"
+    facts = json.loads(card.read_text()) if card.is_file() else {}
+    return Located(path, kind, (facts.get("weights", "student"),), int(facts.get("step", 0)), None, None)
+
+
+def _run(path: Path) -> Located:
+    held = tuple(name for name in ("student", "teacher") if (path / f"{name}.safetensors").is_file())
+    if held:
+        with safe_open(path / f"{held[0]}.safetensors", "pt") as file:
+            step = int((file.metadata() or {}).get("step", 0))
+        return Located(path, "run", held, step, path, settings.load(str(path / "config.yaml")))
+    for _, checkpoint in reversed(manifest.list_steps(path / "checkpoints")):
+        if retention.is_whole(checkpoint):
+            return _checkpoint(checkpoint)
+    raise UserError(f"{path}: no weights yet: neither student.safetensors nor a whole checkpoint")
+
+
+def _checkpoint(path: Path) -> Located:
+    """Reads and checks the manifest, and every file but the optimizer's against its hash."""
+    try:
+        found = manifest.read(path)
+        manifest.check_sizes(path, found)
+        for name in found.files:
+            if not name.startswith("optim/"):
+                manifest.check_hash(path, found, name)
+    except DamagedError as error:
+        raise UserError(f"damaged checkpoint: {error}") from None
+    run = path.resolve().parent.parent
+    config = path / "config.yaml" if (path / "config.yaml").is_file() else run / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{path}: no config.yaml in it or in its run")
+    held = ("student", "teacher") if found.tensors.get("ema") else ("student",)
+    owner = run if (run / "config.yaml").is_file() and path.resolve().parent.name == "checkpoints" else None
+    return Located(path, "checkpoint", held, found.step, owner, settings.load(str(config)))
+
+
+def build_towers(located: Located, weights: str, device: torch.device | None = None) -> AClip:
+    """Both towers and projections with a run's or checkpoint's weights, fp32, in eval mode.
+
+    The teacher has no logit scale of its own: the student's is given to it. Raises UserError for what does not fit.
+    """
+    assert located.config is not None
+    if weights not in located.weights:
+        raise UserError(f"{located.path}: holds no {weights}; --weights {located.weights[0]}")
+    source = Source(located.path, weights)
+    other = Source(located.path, "student") if weights == "teacher" else source
+    return fill_towers(located.config.model, [source, other], device)
+
+
+def fill_towers(model: ModelConfig, sources: list[Source], device: torch.device | None = None) -> AClip:
+    """An AClip without heads whose parameters come from the first source that has each. Raises UserError."""
+    from accelerate import init_empty_weights
+    from accelerate.utils import set_module_tensor_to_device
+
+    with init_empty_weights():  # parameters on `meta`: they are made once, from the file
+        module = AClip(model, HeadsConfig(), TOWERS_ALONE)
+    for name, parameter in list(module.named_parameters()):
+        tensor = next((tensor for source in sources if (tensor := source.read(name)) is not None), None)
+        if tensor is None and name == "vision.patch_embed.proj.bias":
+            tensor = torch.zeros(parameter.shape)
+        if tensor is None:
+            raise UserError(f"{sources[0].path}: lacks {name}, which the model of its config has")
+        value = fit(tensor, name, parameter.shape, str(sources[0].path))
+        set_module_tensor_to_device(module, name, device or torch.device("cpu"), value=value)
+    return module.requires_grad_(False).eval()
+
+
+def open_encoder(located: Located, weights: str, device: torch.device, preprocess: str = "ours") -> Encoder:
+    """The encoder of a source. preprocess: ours | library, whose pixels an export sees."""
+    if located.config is None:
+        from amclip_ds.evaluate.libraries import open_library
+
+        return open_library(located.path, located.kind, located.weights[0], device, preprocess)
+    module = build_towers(located, weights, device)
+    model = located.config.model
+    return TowerEncoder(module, weights, model.vision.image_size, model.text.context_length, device)
