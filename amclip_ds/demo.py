@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from amclip_ds import picture
+from amclip_ds import picture, scenes
 from amclip_ds.data import synthetic
 from amclip_ds.errors import UserError
-from amclip_ds.evaluate import scenes
+from amclip_ds.evaluate.encoder import TowerEncoder
 from amclip_ds.launch import run_ranks
 from amclip_ds.record import read_lines, write_atomically
 
 TEST_SCENES = 2048
+LOOKED_AT = 512  # scenes over which the kept share of the object is averaged
 SEED = 0
 
 
@@ -37,11 +38,16 @@ def demo(out: Path, steps: int, num_scenes: int, procs: int | None, setup_second
     if code:
         return code
     print("3/4  looking at what the masks keep")
-    numbers = scenes.measure(run, shards / "test")
+    config, student, teacher = scenes.load_modules(run)
+    looks = scenes.look_at(config, teacher, shards / "test", num_scenes=LOOKED_AT)
+    encoder = TowerEncoder(student, "student", config.model.vision.image_size, config.model.text.context_length,
+                           torch.device("cpu"))  # fmt: skip
     print("4/4  drawing")
-    picture.draw_masks(run, shards / "test", out / "masks.png")
+    picture.draw_masks(looks, out / "masks.png")
     picture.draw_curves(run, out / "curves.png")
-    result = numbers | final_accuracies(run) | {
+    result = final_accuracies(run) | {
+        "classes": len(synthetic.CLASSES), "acc1_shape": scenes.shape_accuracy(encoder, shards),
+        "object_kept_attentive": looks.object_kept("attentive"), "object_kept_random": looks.object_kept("random"),
         "seconds": time.monotonic() - start + setup_seconds, "setup_seconds": setup_seconds,
         "train_seconds": train_seconds, "precision": precision, "steps": steps, "run": str(run),
     }  # fmt: skip

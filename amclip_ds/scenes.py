@@ -11,15 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.index import Index
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.photometric import normalise
 from amclip_ds.data.reader import ShardReader
+from amclip_ds.evaluate.datasets import open_set
+from amclip_ds.evaluate.encoder import TowerEncoder, encode_images
+from amclip_ds.evaluate.zero_shot import build_classifier
 from amclip_ds.loss.comm import SingleProcess
 from amclip_ds.model import masking
+from amclip_ds.model.amclip import AClip
 from amclip_ds.model.teacher_model import TeacherModel
 from amclip_ds.step import choose_tokens, look
 
@@ -99,3 +105,24 @@ def patches_inside(object_boxes: Tensor, view_boxes: Tensor, grid: int) -> Tenso
     in_rows = (y >= object_top) & (y < object_top + object_height)
     in_columns = (x >= object_left) & (x < object_left + object_width)
     return (in_rows[..., :, None] & in_columns[..., None, :]).flatten(-2)
+
+
+def shape_accuracy(encoder: TowerEncoder, folder: Path, batch_size: int = 128) -> float:
+    """Top-1 of the shape alone: how often the class chosen among all (colour and shape) has the right shape."""
+    data, comm = open_set(str(folder)), SingleProcess()
+    classifier = build_classifier(encoder, data.classnames, data.templates, batch_size, comm)
+    chosen = (encode_images(encoder, data.samples, batch_size, comm) @ classifier.T).argmax(-1)
+    shapes = [name.split()[-1] for name in data.classnames]
+    right = [shapes[int(label)] == shapes[sample.label] for label, sample in zip(chosen, data.samples)]
+    return sum(right) / len(right)
+
+
+def load_modules(run: Path) -> tuple[TrainConfig, AClip, TeacherModel]:
+    """The settings, student and teacher that a finished run left in its folder."""
+    config = settings.load(str(run / "config.yaml"))
+    student = AClip(config.model, config.heads, config.loss)
+    teacher = TeacherModel(config.model, config.heads, config.loss)
+    for name, module in (("student", student), ("teacher", teacher)):
+        module.load_state_dict(load_file(run / f"{name}.safetensors"))
+        module.eval()
+    return config, student, teacher

@@ -12,9 +12,10 @@ from amclip_ds.checkpoint.keeper import Keeper, look
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.config import BatchPlan, TrainConfig
 from amclip_ds.data.batch import Batch
+from amclip_ds.data.ledger import Ledger
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.engine import runtime as engine_runtime
-from amclip_ds.engine.collectives import DistributedComm, on_main
+from amclip_ds.engine.collectives import DistributedComm, gather_objects, on_main
 from amclip_ds.engine.placement import SlurmJob
 from amclip_ds.engine.preflight import preflight
 from amclip_ds.engine.runtime import Runtime
@@ -83,7 +84,8 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
         ranks = Ranks(config.checkpoint.timeout_s)
         with watchdog.during("verify"):
             found = look(folder, resume, config, ranks)
-        data = stack.enter_context(closing(open_data(config, runtime)))
+        with watchdog.during("index"):
+            data = stack.enter_context(closing(open_data(config, runtime)))
         total_steps = config.run.steps or round((config.run.epochs or 0) * data.steps_per_epoch)
         record = stack.enter_context(Record(
             folder, config.log, rank=runtime.rank, world_size=runtime.world_size, attempt=attempt,
@@ -101,6 +103,7 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
                           device=runtime.device) if settings.needs_teacher(config) else None  # fmt: skip
         schedules = Schedules(config.optim, config.teacher, total_steps)
         guards = Guards(config.guards, record.incident)
+        ledger = Ledger(config.data.max_skip_rate, gather_objects)
         meter = Meter(config.batch.global_size, runtime.device)
         keeper = stack.enter_context(Keeper(
             folder, config, ranks, student=student, teacher=teacher, guards=guards, record=record, attempt=attempt,
@@ -119,10 +122,12 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
                 guards.account(state.step, result.applied, result.sample_ids)
             except RewindAsked:
                 keeper.rewind(state)
+            ledger.account(batch)
             record.incidents(batch.incidents)
             if config.run.log_sample_ids:
                 record.sample_ids(state.step, comm.all_gather(batch.sample_ids).tolist())
             if record.is_due(state.step):
+                ledger.settle()
                 record.metrics(state.numbers() | {"attempt": attempt} | meter.row(result))
                 watchdog.tell_slow_ranks(record)
             reason = stops.agreed() if state.step < total_steps else None
@@ -137,6 +142,7 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
 
         watchdog.phase("end", state.step)
         write_run_weights(folder, student, teacher, state.step, runtime.is_main)
+        record.say(ledger.summary())
         record.say(str(folder))
     return 0
 
@@ -157,7 +163,8 @@ def open_data(config: TrainConfig, runtime: Runtime) -> TrainingData:
         world_size=runtime.world_size, image_size=vision.image_size,
         teacher_size=teacher_size if settings.needs_teacher(config) else None,
         num_units=masking.num_units(vision.grid, mask.unit) if masking.needs_noise(mask.strategy) else 0,
-        context_length=config.model.text.context_length, compat=config.compat,
+        context_length=config.model.text.context_length, compat=config.compat, once=on_main,
+        index_dir=config.run.out,
     )  # fmt: skip
 
 

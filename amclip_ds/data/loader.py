@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,13 +118,13 @@ class TrainingData:
     num_units: random numbers per view for the mask. compat: whose teacher box (boxes.py).
     once: does a work on rank 0 and gives every rank its result (engine.collectives.on_main), so that one rank alone
     looks at the shards and builds a missing index; without it every process does so by itself. Collective through it.
-    fallback_dir: where a missing index is put if the shards' own folder cannot be written.
+    index_dir: where a missing index is put (the run folder: others train on the same shards); None: beside the shards.
     """
 
     def __init__(
         self, config: DataConfig, *, seed: int, global_batch: int, rank: int, world_size: int, image_size: int,
         teacher_size: int | None, num_units: int, context_length: int, compat: str,
-        say: Callable[[str], None] = print, once: Once | None = None, fallback_dir: str | Path | None = None,
+        say: Callable[[str], None] = print, once: Once | None = None, index_dir: str | Path | None = None,
     ) -> None:  # fmt: skip
         self.config, self.global_batch = config, global_batch
         self._say = say if rank == 0 else lambda text: None
@@ -134,7 +134,7 @@ class TrainingData:
         self._first = rank * self._local
         if config.workers:
             start_worker_server()
-        sources = find_sources(config, say, once or (lambda work: work()), fallback_dir)
+        sources = find_sources(config, say, once or (lambda work: work()), index_dir)
         self.shards = sources.shards
         self.index = index = Index(sources.index)
         members = index.find(sources.shards)
@@ -153,7 +153,7 @@ class TrainingData:
         self.steps_per_epoch = self.samples_per_epoch // global_batch
         self.fingerprint = self._fingerprint(index.fingerprint())
         self._check_enough()
-        self._stream: Iterator[Chunk | Failed] | None = None
+        self._streams: list[Generator[Chunk | Failed, None, None]] = []
 
     def batches(self, cursor: dict[str, Any] | None = None) -> Iterator[Batch]:
         """Endless batches. cursor: that of the last batch that was consumed; None: from the start."""
@@ -161,10 +161,11 @@ class TrainingData:
         if step >= self.steps_per_epoch:
             epoch, step = epoch + 1, 0
         pieces = -(-self._local // min(CHUNK, self._local))
-        self._stream = self._chunks(epoch, step)
+        stream = self._chunks(epoch, step)
+        self._streams.append(stream)
         incidents = list(self._known_damage) if cursor is None else []
         while True:
-            made = [self._next() for _ in range(pieces)]
+            made = [_good(next(stream)) for _ in range(pieces)]
             now, step = epoch, step + 1
             if step == self.steps_per_epoch:
                 epoch, step = epoch + 1, 0
@@ -173,16 +174,8 @@ class TrainingData:
 
     def close(self) -> None:
         """Ends the workers."""
-        if self._stream is not None:
-            self._stream.close()  # type: ignore[attr-defined]
-            self._stream = None
-
-    def _next(self) -> Chunk:
-        assert self._stream is not None
-        chunk = next(self._stream)
-        if isinstance(chunk, Failed):
-            raise chunk.error
-        return chunk
+        while self._streams:
+            self._streams.pop().close()
 
     def _batch(self, chunk: Chunk, epoch: int, cursor: dict[str, Any], incidents: list[dict[str, str]]) -> Batch:
         return Batch(
@@ -203,7 +196,7 @@ class TrainingData:
                     yield epoch, first, min(first + size, start + self._local)
             epoch, step = epoch + 1, 0
 
-    def _chunks(self, epoch: int, step: int) -> Iterator[Chunk | Failed]:
+    def _chunks(self, epoch: int, step: int) -> Generator[Chunk | Failed, None, None]:
         if self.config.workers == 0:
             maker = ChunkMaker(self._spec)
             try:
@@ -256,7 +249,7 @@ class TrainingData:
 
 
 def find_sources(
-    config: DataConfig, say: Callable[[str], None], once: Once, fallback_dir: str | Path | None = None
+    config: DataConfig, say: Callable[[str], None], once: Once, index_dir: str | Path | None = None
 ) -> Sources:
     """The shards, checked, with an index that fits them, made where it is missing. Raises UserError."""
     builder: list[_Background] = []
@@ -264,7 +257,7 @@ def find_sources(
     def look() -> Sources | None:
         """On one rank; answers now and then, so that no rank waits longer than a collective may take."""
         if not builder:
-            builder.append(_Background(lambda: _find_sources(config, say, fallback_dir)))
+            builder.append(_Background(lambda: _find_sources(config, say, index_dir)))
         return builder[0].result(BUILD_TELLS_EVERY_S)
 
     while (sources := once(look)) is None:
@@ -296,7 +289,7 @@ class _Background:
         return self._outcome[0] if self._outcome else None
 
 
-def _find_sources(config: DataConfig, say: Callable[[str], None], fallback_dir: str | Path | None) -> Sources:
+def _find_sources(config: DataConfig, say: Callable[[str], None], index_dir: str | Path | None) -> Sources:
     parts = split_sources(config.train)
     if not parts:
         raise UserError("data.train: names no shards; give a folder, a glob or '/data/{00000..00099}.tar'")
@@ -308,11 +301,11 @@ def _find_sources(config: DataConfig, say: Callable[[str], None], fallback_dir: 
         shards += found
         source_of_shard += [number] * len(found)
     refuse_pipes_at_training(shards)
-    return Sources(shards, source_of_shard, str(_find_index(config, shards, say, fallback_dir)))
+    return Sources(shards, source_of_shard, str(_find_index(config, shards, say, index_dir)))
 
 
 def _find_index(
-    config: DataConfig, shards: list[str], say: Callable[[str], None], fallback_dir: str | Path | None
+    config: DataConfig, shards: list[str], say: Callable[[str], None], index_dir: str | Path | None
 ) -> Path:
     """The folder of an index that fits the shards as they are now."""
     once_each = tuple(dict.fromkeys(shards))
@@ -325,8 +318,8 @@ def _find_index(
             return Path(config.index)
         places = [Path(config.index)]
     else:
-        places = [beside] + [Path(folder) / beside.name for folder in (fallback_dir, Path.cwd()) if folder]
-        for place in places:
+        places = [Path(folder) / beside.name for folder in (index_dir, beside.parent, Path.cwd()) if folder]
+        for place in (beside, *places):
             if (place / "meta.json").exists():
                 stale = stale_index(place, list(once_each))
                 if not stale:
@@ -386,6 +379,12 @@ def _damage(index: Index, members: list[int]) -> list[dict[str, str]]:
          "cause": f"{problem['count']} x, found by indexing", "action": "left out of every epoch"}
         for number in dict.fromkeys(members) for problem in index.shards[number].problems
     ]  # fmt: skip
+
+
+def _good(chunk: Chunk | Failed) -> Chunk:
+    if isinstance(chunk, Failed):
+        raise chunk.error
+    return chunk
 
 
 def _and_more(listed: list[Any]) -> str:

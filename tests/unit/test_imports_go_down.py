@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "evaluate": MIDDLE | {"evaluate", "checkpoint", "config"},
     "export": MIDDLE | {"export", "evaluate", "checkpoint", "config"},
     "meter": MIDDLE | {"step"},
-    "scenes": MIDDLE | {"config", "step"},
+    "scenes": MIDDLE | {"config", "evaluate", "step"},
     "picture": MIDDLE | {"scenes"},
 }
 READS_ENVIRONMENT = {"engine/runtime.py", "launch.py"}
