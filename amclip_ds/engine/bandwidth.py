@@ -19,9 +19,9 @@ def measure_collectives(runtime: Runtime) -> tuple[float, float]:
     """Bytes per second, in GB/s, of an all-reduce and an all-gather. Collective: every rank must call."""
     num_bytes = 64 * MIB if runtime.device.type == "cuda" else MIB
     tensor = torch.zeros(num_bytes // 4, device=runtime.device)
-    gathered = torch.empty(runtime.world_size * tensor.numel(), device=runtime.device)
+    gathered = list(torch.empty(runtime.world_size, tensor.numel(), device=runtime.device))
     reduce_s = _time(runtime.device, lambda: dist.all_reduce(tensor))
-    gather_s = _time(runtime.device, lambda: dist.all_gather_into_tensor(gathered, tensor))
+    gather_s = _time(runtime.device, lambda: dist.all_gather(gathered, tensor))
     return num_bytes / reduce_s / 1e9, num_bytes * runtime.world_size / gather_s / 1e9
 
 

@@ -228,9 +228,10 @@ class OwnTime:
         self._own_s, self._steps = 0.0, 0
         if world == 1:
             return []
-        gathered = torch.zeros(world, 3, dtype=torch.float64, device=self._runtime.device)
+        rows = list(torch.zeros(world, 3, dtype=torch.float64, device=self._runtime.device))
         own = torch.tensor([own_s, step_s, measured], dtype=torch.float64, device=self._runtime.device)
-        dist.all_gather_into_tensor(gathered.view(-1), own)
+        dist.all_gather(rows, own)
+        gathered = torch.stack(rows)
         return self._judge(gathered[:, 0].tolist(), float(gathered[:, 1].median()), int(gathered[:, 2].min()))
 
     def _judge(self, own: list[float], step_s: float, measured: int) -> list[tuple[int, str]]:

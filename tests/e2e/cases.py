@@ -2,6 +2,11 @@
 
 import contextlib
 import io
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
 
 from amclip_ds.cli import main
 
@@ -15,3 +20,34 @@ def command(argv: list[str]) -> tuple[int, str]:
         except SystemExit as leaving:
             code = leaving.code if isinstance(leaving.code, int) else 1
     return code, printed.getvalue()
+
+
+def blocked_loader(argv: list[str], rank: int, after: int) -> None:
+    """The command, with a loader that gives nothing more on one rank after so many batches."""
+    from amclip_ds.data.loader import TrainingData
+
+    batches = TrainingData.batches
+
+    def blocking(self: TrainingData, cursor: dict | None) -> Iterator:
+        for number, batch in enumerate(batches(self, cursor)):
+            while number >= after and os.environ["RANK"] == str(rank):
+                time.sleep(1)
+            yield batch
+
+    TrainingData.batches = blocking  # type: ignore[method-assign]
+    main(argv)
+
+
+def endless_step(argv: list[str], rank: int, after: int) -> None:
+    """The command, with a step that one rank never leaves."""
+    from amclip_ds.model import masking
+
+    select, calls = masking.select, itertools.count()
+
+    def endless(*words: Any, **named: Any) -> Any:
+        while next(calls) >= after and os.environ["RANK"] == str(rank):
+            time.sleep(1)
+        return select(*words, **named)
+
+    masking.select = endless
+    main(argv)

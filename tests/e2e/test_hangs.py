@@ -1,0 +1,77 @@
+"""A stopped rank and a blocked loader: seen, named with the stacks of all ranks, ended, nothing left behind."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from amclip_ds.record import read_lines
+from tests.e2e.trainers import Trainer, tiny
+from tests.harness import RankFailed, run_ranks
+
+LIMIT_S = 8
+
+
+def assert_named(run: Path, rank: int, phase: str, ranks: int = 2) -> str:
+    """One incident naming the rank and its phase, and the stacks of every rank. Returns the incident's cause."""
+    [row] = [row for row in read_lines(run / "incidents.jsonl") if row["kind"] == "hang"]
+    assert (row["rank"], row["key"]) == (rank, phase), row
+    [kept] = (run / "hangs").glob("*.txt")
+    assert kept.read_text().count("=== rank ") == ranks
+    assert kept.read_text().count("train.py") >= ranks, kept.read_text()
+    assert not (run / "exit.json").exists(), "a hang is no verdict of the run's"
+    return row["cause"]
+
+
+def test_a_stopped_rank(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer = Trainer(run, tiny(scenes, run, "run.steps=100000", f"watchdog.step_timeout_s={LIMIT_S}"))
+    try:
+        trainer.wait_step(5)
+        os.kill(trainer.rank(1), signal.SIGSTOP)
+        stopped = time.monotonic()
+        assert trainer.end() != 0
+        assert time.monotonic() - stopped < LIMIT_S + 15
+        assert_named(run, 1, read_lines(run / "incidents.jsonl")[-1]["key"])
+        assert "stopped (SIGSTOP" in trainer.printed() and "rank 1" in trainer.printed()
+        assert not trainer.living()
+    finally:
+        trainer.kill()
+
+
+def test_a_blocked_loader(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    argv = ["train", *tiny(scenes, run, "run.steps=100000", f"watchdog.step_timeout_s={LIMIT_S}")]
+    began = time.monotonic()
+    with pytest.raises(RankFailed, match="exit status -9"):
+        run_ranks("tests.e2e.cases:blocked_loader", world_size=2, timeout_s=200, argv=argv, rank=1, after=5)
+    assert time.monotonic() - began < 180
+    assert "behind" in assert_named(run, 1, "data")
+
+
+@pytest.mark.nightly
+def test_a_rank_that_never_leaves_its_step(scenes: Path, tmp_path: Path) -> None:
+    """All ranks are in the same phase of the same step; the stacks tell who does not wait in a collective."""
+    run = tmp_path / "run"
+    argv = ["train", *tiny(scenes, run, "run.steps=100000", f"watchdog.step_timeout_s={LIMIT_S}")]
+    with pytest.raises(RankFailed, match="exit status -9"):
+        run_ranks("tests.e2e.cases:endless_step", world_size=2, timeout_s=200, argv=argv, rank=1, after=5)
+    assert "the others wait for it" in assert_named(run, 1, "step")
+
+
+@pytest.mark.nightly
+def test_a_run_that_only_pauses_goes_on(scenes: Path, tmp_path: Path) -> None:
+    """The twin: stopped for less than the limit, nothing is reported."""
+    run = tmp_path / "run"
+    trainer = Trainer(run, tiny(scenes, run, "watchdog.step_timeout_s=60"))
+    try:
+        trainer.wait_step(5)
+        os.kill(trainer.rank(1), signal.SIGSTOP)
+        time.sleep(3)
+        os.kill(trainer.rank(1), signal.SIGCONT)
+        assert trainer.end() == 0, trainer.printed()
+        assert not (run / "hangs").exists() and not trainer.living()
+    finally:
+        trainer.kill()

@@ -1,0 +1,136 @@
+"""Signals to real trainers: one agreed stop, one checkpoint, code 75, and a resume that cannot be told from no stop."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from amclip_ds.record import read_lines
+from tests.e2e.trainers import STEPS, Trainer, checkpoints, outcome, tiny, verdict
+
+Send = Callable[[Trainer], None]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run of two ranks comes to when nobody disturbs it."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    trainer = Trainer(run, tiny(scenes, run))
+    assert trainer.end() == 0, trainer.printed()
+    assert not trainer.living()
+    return outcome(run)
+
+
+@pytest.fixture
+def started(scenes: Path, tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
+    """started("key=value", ...) -> a Trainer of two ranks on tmp_path/run; whatever is left of it is ended."""
+    trainers: list[Trainer] = []
+
+    def start(*more: str, procs: int | None = 2) -> Trainer:
+        trainers.append(Trainer(tmp_path / "run", tiny(scenes, tmp_path / "run", *more), procs))
+        return trainers[-1]
+
+    yield start
+    for trainer in trainers:
+        trainer.kill()
+
+
+def to_rank(number: int, *signals: signal.Signals) -> Send:
+    def send(trainer: Trainer) -> None:
+        for one in signals:
+            os.kill(trainer.rank(number), one)
+
+    return send
+
+
+def to_launcher(*signals: signal.Signals) -> Send:
+    return lambda trainer: [os.kill(trainer.process.pid, one) for one in signals][-1]
+
+
+def to_everything(trainer: Trainer) -> None:
+    """As `scancel --full` does it: launcher, ranks, loader workers, checkpoint writers."""
+    for pid in trainer.living():
+        os.kill(pid, signal.SIGTERM)
+
+
+def touch_stop(trainer: Trainer) -> None:
+    (trainer.run / "STOP").touch()
+
+
+DISTURBANCES: dict[str, Send] = {
+    "one rank, twice": to_rank(1, signal.SIGUSR1, signal.SIGUSR1),
+    "launcher": to_launcher(signal.SIGTERM),
+    "everything": to_everything,
+    "Ctrl-C": to_launcher(signal.SIGINT, signal.SIGINT),
+    "rank 0": to_rank(0, signal.SIGTERM),
+    "a file": touch_stop,
+}
+IN_TEST = {"one rank, twice", "everything"}
+CASES = [
+    pytest.param(send, id=name, marks=() if name in IN_TEST else pytest.mark.nightly)
+    for name, send in DISTURBANCES.items()
+]
+
+
+def assert_stopped_well(trainer: Trainer) -> int:
+    """Code 75 and its verdict, one new checkpoint at the agreed step, nothing left running. Returns the step."""
+    assert trainer.end() == 75, trainer.printed()
+    told = verdict(trainer.run)
+    assert told["code"] == 75 and told["attempt"] == 0
+    assert checkpoints(trainer.run)[-1] == told["step"] == read_lines(trainer.run / "metrics.jsonl")[-1]["step"]
+    assert not trainer.living()
+    return told["step"]
+
+
+def assert_goes_on_as_if_undisturbed(trainer: Trainer, step: int, undisturbed: dict[str, Any]) -> None:
+    assert trainer.end() == 0, trainer.printed()
+    assert verdict(trainer.run) | {"reason": ""} == {"code": 0, "step": STEPS, "attempt": 1, "reason": ""}
+    assert {row["attempt"] for row in read_lines(trainer.run / "metrics.jsonl") if row["step"] > step} == {1}
+    assert outcome(trainer.run) == undisturbed
+
+
+@pytest.mark.parametrize("send", CASES)
+def test_one_stop_one_checkpoint_75_and_an_exact_resume(
+    send: Send, started: Callable[..., Trainer], undisturbed: dict[str, Any]
+) -> None:
+    trainer = started()
+    trainer.wait_step(3)
+    send(trainer)
+    step = assert_stopped_well(trainer)
+    assert 3 <= step < STEPS
+    assert_goes_on_as_if_undisturbed(started(), step, undisturbed)
+
+
+@pytest.mark.nightly
+def test_a_signal_during_a_save(started: Callable[..., Trainer], undisturbed: dict[str, Any]) -> None:
+    """The save under way is not torn: both it and the stop's own are valid."""
+    trainer = started("checkpoint.every_steps=2")
+    folder = trainer.run / "checkpoints"
+    trainer.wait_for("a save", lambda: any(folder.glob(".tmp-*")) if folder.exists() else False)
+    to_everything(trainer)
+    step = assert_stopped_well(trainer)
+    assert_goes_on_as_if_undisturbed(started("checkpoint.every_steps=2"), step, undisturbed)
+
+
+@pytest.mark.nightly
+def test_a_signal_before_the_first_step_is_not_lost(
+    started: Callable[..., Trainer], undisturbed: dict[str, Any]
+) -> None:
+    """Sent while the ranks still import: they learn of it when they can, and stop after the first step."""
+    trainer = started()
+    trainer.wait_for("the ranks", lambda: len(trainer.living()) >= 3)
+    to_launcher(signal.SIGUSR1)(trainer)
+    step = assert_stopped_well(trainer)
+    assert step <= 1
+    assert_goes_on_as_if_undisturbed(started(), step, undisturbed)
+
+
+@pytest.mark.nightly
+def test_alone_and_by_the_clock(started: Callable[..., Trainer]) -> None:
+    """`amclip train` without a launcher, stopped by run.time_limit."""
+    trainer = started("run.steps=100000", "run.time_limit=00:00:03", procs=None)
+    step = assert_stopped_well(trainer)
+    assert step > 0 and "run.time_limit" in verdict(trainer.run)["reason"]
