@@ -1,0 +1,101 @@
+"""What became of the samples: read, skipped, mended, by shard and cause; and when too many are lost to go on."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from amclip_ds.data.batch import Batch
+from amclip_ds.errors import RunStopped
+
+Gather = Callable[[Any], list[Any]]
+SKIPPED = "replaced"  # the action of an incident that cost a sample its place
+ALWAYS_BORNE = 16  # skipped samples that stop no run, however few were read so far
+BLOCK = 1 << 16  # samples after which what was read long ago is forgotten by the rate
+
+
+@dataclass
+class Counts:
+    """Sums over some samples; they add up over ranks."""
+
+    seen: int = 0
+    """places in batches, each filled with a sample"""
+    skipped: int = 0
+    """samples that could not stand in their place"""
+    mended: int = 0
+    retried: int = 0
+    read_bytes: int = 0
+    by_shard_and_kind: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """what was skipped"""
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.seen + other.seen, self.skipped + other.skipped, self.mended + other.mended,
+            self.retried + other.retried, self.read_bytes + other.read_bytes,
+            self.by_shard_and_kind + other.by_shard_and_kind,
+        )  # fmt: skip
+
+
+class Ledger:
+    """This rank's account of the samples, settled with the others' now and then.
+
+    max_skip_rate: part of the samples that may be skipped, looked at over the last BLOCK to 2 BLOCK samples.
+    gather: gives every rank the list of all ranks' values (alone: a list of one), so that all decide alike.
+    """
+
+    def __init__(self, max_skip_rate: float, gather: Gather = lambda value: [value]) -> None:
+        self._max_skip_rate, self._gather = max_skip_rate, gather
+        self._local = Counts()
+        self._before, self._recent, self.total = Counts(), Counts(), Counts()
+        """of all ranks: the block before this one, this block, the whole run since its start"""
+
+    def account(self, batch: Batch) -> None:
+        """Enters one batch of this rank."""
+        skipped = [row for row in batch.incidents if row["action"] == SKIPPED]
+        kinds = Counter(row["kind"] for row in batch.incidents)
+        self._local += Counts(
+            seen=len(batch.sample_ids), skipped=len(skipped), mended=kinds["mended"], retried=kinds["retried"],
+            read_bytes=batch.read_bytes,
+            by_shard_and_kind=Counter((row["shard"], row["kind"]) for row in skipped),
+        )  # fmt: skip
+
+    def settle(self) -> Counts:
+        """Adds up what all ranks entered since the last time. Raises RunStopped, on all of them, when too many samples
+        were skipped. Collective: every rank must call."""
+        interval = sum(self._gather(self._local), Counts())
+        self._local = Counts()
+        self.total += interval
+        self._recent += interval
+        window = self._before + self._recent
+        if window.skipped > max(ALWAYS_BORNE, self._max_skip_rate * window.seen):
+            raise RunStopped(
+                f"data.max_skip_rate: {window.skipped} of {window.seen} samples were unusable, above"
+                f" {self._max_skip_rate:.1%}; worst: {worst_shards(window)}; `amclip data check` tells all"
+            )
+        if self._recent.seen >= BLOCK:
+            self._before, self._recent = self._recent, Counts()
+        return interval
+
+    def summary(self) -> str:
+        """The whole account in a line, as of the last settlement."""
+        kinds: Counter[str] = Counter()
+        for (_, kind), count in self.total.by_shard_and_kind.items():
+            kinds[kind] += count
+        causes = f" ({', '.join(f'{kind} {count}' for kind, count in kinds.most_common())})" if kinds else ""
+        total = self.total
+        return (
+            f"data: {total.seen} samples trained on, {total.skipped} skipped and replaced{causes},"
+            f" {total.mended} mended, {total.retried} reads repeated, {total.read_bytes / 1e9:.2f} GB read"
+        )
+
+
+def worst_shards(counts: Counts, number: int = 3) -> str:
+    """The shards that lost most, with how many and why."""
+    by_shard: Counter[str] = Counter()
+    for (shard, _), count in counts.by_shard_and_kind.items():
+        by_shard[shard] += count
+    told = []
+    for shard, count in by_shard.most_common(number):
+        kinds = Counter({kind: n for (name, kind), n in counts.by_shard_and_kind.items() if name == shard})
+        told.append(f"{shard} {count} ({', '.join(kind for kind, _ in kinds.most_common(2))})")
+    return ", ".join(told)
