@@ -25,7 +25,7 @@ from amclip_ds.evaluate.during_training import evaluate_engines
 from amclip_ds.meter import Meter
 from amclip_ds.model import masking
 from amclip_ds.optim import Schedules
-from amclip_ds.record import Record
+from amclip_ds.record import Record, read_lines
 from amclip_ds.resilience.guards import Guards, RewindAsked
 from amclip_ds.resilience.ownership import owning
 from amclip_ds.resilience.preemption import Preemption, leaving_together
@@ -73,6 +73,8 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
         job = engine_runtime.current_job() if runtime.is_main else SlurmJob()
         owner = stack.enter_context(owning(Path(config.run.out), config.ownership, job=job.job, restart=job.restart))
         folder, attempt = on_main(partial(open_folder, config))
+        if owner is not None:
+            owner.set_attempt(attempt)
         stops = stack.enter_context(
             Preemption(config.preemption, folder, runtime, owner, job.end, config.run.time_limit)
         )
@@ -113,6 +115,16 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
         with watchdog.during("resume"):
             keeper.resume(found, state)
 
+        def evaluate() -> None:
+            with meter.paused(), watchdog.during("evaluate"):
+                if teacher is not None:
+                    teacher.publish()
+                record.evaluation(evaluate_engines(student, teacher, config, runtime, state.step))
+
+        was_due = state.step > 0 and evaluation_is_due(config, state.step, total_steps)
+        if was_due and not on_main(partial(is_evaluated, folder, state.step)):
+            evaluate()  # the stop came before it
+
         batches = watchdog.watched(meter.timed(data.batches(state.cursor)), state.step)
         while state.step < total_steps:
             batch = next(batches)
@@ -132,10 +144,7 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
                 watchdog.tell_slow_ranks(record)
             reason = stops.agreed() if state.step < total_steps else None
             if reason is None and evaluation_is_due(config, state.step, total_steps):
-                with meter.paused(), watchdog.during("evaluate"):
-                    if teacher is not None:
-                        teacher.publish()
-                    record.evaluation(evaluate_engines(student, teacher, config, runtime, state.step))
+                evaluate()
             keeper.after_step(state, is_last=state.step == total_steps or reason is not None)
             if reason is not None:
                 raise Preempted(f"{reason}; stopped after step {state.step}")
@@ -177,6 +186,11 @@ def describe(config: TrainConfig, runtime: Runtime, plan: BatchPlan, data: Train
         f" {plan.local}{accumulated}, {data.samples_per_epoch} samples an epoch, {config.engine.deepspeed},"
         f" {runtime.device.type}, started by {runtime.launcher}{note}"
     )
+
+
+def is_evaluated(folder: Path, step: int) -> bool:
+    """Whether eval.jsonl has rows of this step. Rank 0 only."""
+    return any(row["step"] == step for row in read_lines(folder / "eval.jsonl"))
 
 
 def evaluation_is_due(config: TrainConfig, step: int, total_steps: int) -> bool:

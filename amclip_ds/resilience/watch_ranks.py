@@ -18,7 +18,8 @@ from typing import Any
 
 BEAT = struct.Struct("<qqqdd32s")  # process, its start in ticks since boot, step, monotonic time, limit, phase
 STACKS_SIGNAL = signal.SIGRTMIN + 5
-PHASES = ("start", "resume", "data", "step", "save", "evaluate", "end")  # in the order that a rank passes through them
+# In the order in which a rank passes through them.
+PHASES = ("start", "verify", "index", "resume", "data", "step", "save", "evaluate", "end")
 DONE = "done"
 ANSWER_S = 3.0  # a rank's time to print its stacks
 OTHERS_S = 10.0  # the other nodes' time to report
