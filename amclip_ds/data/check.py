@@ -7,6 +7,7 @@ shards promises, else what the tar itself shows: samples begun, and those that d
 import functools
 import hashlib
 import json
+import statistics
 import time
 import zlib
 from collections import Counter
@@ -22,7 +23,7 @@ from amclip_ds.data import index, reader
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.loader import DataConfig
 from amclip_ds.data.parallel import Died, run_over
-from amclip_ds.data.tar import Damage, Member, scan, split_name
+from amclip_ds.data.tar import BLOCK, Damage, Member, scan, split_name
 from amclip_ds.data.views import BadImage, open_image
 
 TRAINING = DataConfig()  # what training would do unless told otherwise
@@ -245,14 +246,27 @@ class _Pass:
             elif after_damage:
                 groups[-1].at_damage = True
             groups[-1].members[suffix] = item
-        usual = Counter(tuple(sorted(group.members)) for group in groups).most_common(1)
+        self._count_swallowed(groups, damages)
+        return groups
+
+    def _count_swallowed(self, groups: list[_Group], damages: list[tuple[int, Damage]]) -> None:
+        """Counts as lost the samples of which damage has left nothing: by its size, and at least one, unless a sample
+        beside it lacks a member, which explains it."""
+        if not groups:
+            return
+        usual = Counter(tuple(sorted(group.members)) for group in groups).most_common(1)[0][0]
+        sizes = [sum(BLOCK + -(-m.size // BLOCK) * BLOCK for m in group.members.values()) for group in groups]
         for place, damage in damages:
             around = groups[max(0, place - 1) : place + 1]
-            incomplete = any(set(usual[0][0]) - set(group.members) for group in around) if usual else False
-            if around and not incomplete and damage.kind in ("header", "truncated"):
-                self._report.lost += 1
-                self._report.add("swallowed", f"by damage at byte {damage.offset}")
-        return groups
+            incomplete = sum(bool(set(usual) - set(group.members)) for group in around)
+            swallowed = round(damage.num_bytes / statistics.median(sizes)) - incomplete
+            if damage.kind in ("header", "truncated") and not incomplete:
+                swallowed = max(swallowed, 1)
+            elif damage.kind == "zeros" and not incomplete:
+                swallowed = 0  # joined tars; what a hole between whole samples held, nothing here can tell
+            if swallowed > 0:
+                self._report.lost += swallowed
+                self._report.add("swallowed", f"by damage at byte {damage.offset}", swallowed)
 
     def _look_at(self, group: _Group) -> None:
         report = self._report

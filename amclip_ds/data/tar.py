@@ -43,6 +43,8 @@ class Damage:
     """header | truncated | name | zeros"""
     offset: int
     cause: str
+    num_bytes: int = 0
+    """how much lies between the last member before and the next one behind it"""
 
 
 def scan(file: BinaryIO, size: int) -> Iterator[Member | Damage]:
@@ -51,25 +53,26 @@ def scan(file: BinaryIO, size: int) -> Iterator[Member | Damage]:
     A damaged header is told and skipped to the next valid one; so are zeros between members (joined tars, or a hole),
     behind which other readers see nothing, a member cut off by the end of the file, and a missing end mark.
     """
-    offset, long_name, ended = 0, "", False
+    offset, long_name, ended, zeros_from = 0, "", False, 0
     while offset + BLOCK <= size:
         file.seek(offset)
         block = file.read(BLOCK)
         if block.count(0) == BLOCK:
+            zeros_from = zeros_from if ended else offset
             ended = True
             offset += BLOCK
             continue
         if ended:
-            yield Damage("zeros", offset, f"zeros before byte {offset}: joined tars, or a hole")
+            yield Damage("zeros", offset, f"before byte {offset}: joined tars, or a hole", offset - zeros_from)
             ended = False
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             if header.size < 0:
                 raise tarfile.HeaderError("negative size")
         except (tarfile.HeaderError, ValueError) as error:
-            yield Damage("header", offset, f"at byte {offset}: {error}")
-            long_name = ""
-            offset = _next_header(file, offset + BLOCK, size)
+            following = _next_header(file, offset + BLOCK, size)
+            yield Damage("header", offset, f"at byte {offset}: {error}", following - offset)
+            offset, long_name = following, ""
             continue
         if header.type in WITHOUT_CONTENT:
             header.size = 0  # whatever it says: a link cannot hide the members behind it

@@ -132,7 +132,7 @@ def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> ImageSource:
     if is_jpeg and not EXIF.search(content[:4096]):
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(content, strict=False)
-        except ValueError:
+        except (ValueError, KeyError):  # KeyError: its table of colour spaces, asked for one of a broken header
             colours = ""
         if colours in ("YCbCr", "Gray", "RGB"):
             _check_size(height, width, max_pixels)

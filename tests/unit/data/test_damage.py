@@ -1,0 +1,267 @@
+"""Every kind of damage, built for real: checked, indexed and trained on; read + skipped + lost = expected, always."""
+
+import gzip
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from amclip_ds.data import index, parallel
+from amclip_ds.data.check import CheckConfig, Report, check
+from amclip_ds.data.loader import DataConfig, TrainingData
+from amclip_ds.data.views import open_image
+from tests.unit.data import damaged
+from tests.unit.data.damaged import BLOCK, flip, header_at, json_fields, picture, sample, samples, special, tar_of
+
+WHOLE = tar_of(samples(range(10)))
+LONG = "a" * 120
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shard and what must be said of it."""
+
+    tar: Callable[[], bytes]
+    account: tuple[int, int, int, int]
+    """expected, read, skipped, lost"""
+    kinds: dict[str, int]
+    """every problem, and how often"""
+
+
+def with_fourth(**members: bytes | None) -> Callable[[], bytes]:
+    """Ten samples, of which number 4 is another."""
+    return lambda: tar_of(samples(range(4)) + sample(4, **members) + samples(range(5, 10)))
+
+
+def cut(content: bytes, stop: int) -> bytes:
+    return content[:stop]
+
+
+def hole(tar: bytes, first: str, last: str) -> bytes:
+    """Zeros from one member's header to another's."""
+    start, stop = header_at(tar, first), header_at(tar, last)
+    return tar[:start] + bytes(stop - start) + tar[stop:]
+
+
+CASES = {
+    "whole": Case(lambda: WHOLE, (10, 10, 0, 0), {}),
+    "whole, pax names": Case(
+        lambda: tar_of([(f"é{LONG}/{n}", c) for n, c in samples(range(3))], tarfile.PAX_FORMAT), (3, 3, 0, 0), {}
+    ),
+    "whole, gnu names": Case(
+        lambda: tar_of([(f"{LONG}/{n}", c) for n, c in samples(range(3))], tarfile.GNU_FORMAT), (3, 3, 0, 0), {}
+    ),
+    "two joined": Case(
+        lambda: tar_of(samples(range(5))) + tar_of(samples(range(5, 10))), (10, 10, 0, 0), {"zeros": 1}
+    ),
+    "cut in an image": Case(
+        lambda: cut(WHOLE, header_at(WHOLE, "000009.jpg") + 712), (10, 9, 0, 1), {"truncated": 1, "swallowed": 1}
+    ),
+    "cut in a text": Case(
+        lambda: cut(WHOLE, header_at(WHOLE, "000009.txt") + BLOCK + 5), (10, 9, 1, 0), {"truncated": 1, "no caption": 1}
+    ),
+    "cut in a header": Case(
+        lambda: cut(WHOLE, header_at(WHOLE, "000007.jpg") + 100), (8, 7, 0, 1), {"truncated": 1, "swallowed": 1}
+    ),
+    "cut between samples": Case(
+        lambda: cut(WHOLE, header_at(WHOLE, "000007.jpg")), (8, 7, 0, 1), {"truncated": 1, "swallowed": 1}
+    ),
+    "image header flipped": Case(
+        lambda: damaged.with_flipped_headers(WHOLE, "000004.jpg"), (10, 9, 0, 1), {"header": 1, "swallowed": 1}
+    ),
+    "text header flipped": Case(
+        lambda: damaged.with_flipped_headers(WHOLE, "000004.txt"), (10, 9, 1, 0), {"header": 1, "no caption": 1}
+    ),
+    "both headers flipped": Case(
+        lambda: damaged.with_flipped_headers(WHOLE, "000004.jpg", "000004.txt"),
+        (10, 9, 0, 1), {"header": 1, "swallowed": 1},
+    ),
+    "size beyond the end": Case(
+        lambda: damaged.resized(WHOLE, "000004.jpg", 1 << 50), (5, 4, 0, 1), {"truncated": 1, "swallowed": 1}
+    ),
+    "a hole": Case(
+        lambda: hole(WHOLE, "000004.jpg", "000005.txt"), (10, 8, 0, 2), {"zeros": 1, "swallowed": 2}
+    ),
+    "doubled image": Case(with_fourth(jpg=picture(2)), (10, 10, 0, 0), {"duplicate": 1}),
+    "doubled key": Case(
+        lambda: tar_of(samples([0, 1]) + sample(1, jpg=picture(7))), (3, 3, 0, 0), {"duplicate key": 1}
+    ),
+    "missing caption": Case(with_fourth(txt=None), (10, 9, 1, 0), {"no caption": 1}),
+    "empty caption": Case(with_fourth(txt=b" \n\t "), (10, 9, 1, 0), {"empty caption": 1}),
+    "caption is not UTF-8": Case(with_fourth(txt=b"caf\xe9"), (10, 9, 1, 0), {"not utf-8": 1}),
+    "caption from json": Case(with_fourth(txt=None, json=json_fields(caption="a cat")), (10, 10, 0, 0), {}),
+    "json without captions": Case(with_fourth(txt=None, json=json_fields(url="x")), (10, 9, 1, 0), {"no caption": 1}),
+    "broken json": Case(with_fourth(txt=None, json=b'{"caption": '), (10, 9, 1, 0), {"bad json": 1}),
+    "deep json": Case(with_fourth(txt=None, json=b"[" * 200_000), (10, 9, 1, 0), {"bad json": 1}),
+    "missing image": Case(with_fourth(jpg=None), (10, 9, 1, 0), {"no image": 1}),
+    "empty image": Case(with_fourth(jpg=b""), (10, 9, 1, 0), {"broken image": 1}),
+    "half a JPEG": Case(with_fourth(jpg=cut(picture(4), 400)), (10, 9, 1, 0), {"broken image": 1}),
+    "half a PNG": Case(
+        with_fourth(jpg=None, png=cut(picture(4, kind="PNG"), 900)), (10, 9, 1, 0), {"broken image": 1}
+    ),
+    "half a WebP": Case(
+        with_fourth(jpg=None, webp=cut(picture(4, kind="WEBP"), 60)), (10, 9, 1, 0), {"broken image": 1}
+    ),
+    "no image at all": Case(with_fourth(jpg=b"<html>404</html>"), (10, 9, 1, 0), {"broken image": 1}),
+    "bomb": Case(
+        lambda: tar_of(sample(0, jpg=None, png=damaged.bomb(9500)) + sample(1)), (2, 1, 1, 0), {"too large": 1}
+    ),
+    "giant text": Case(with_fourth(txt=b"a" * (2 << 20)), (10, 9, 1, 0), {"too large": 1}),
+    "a word without end": Case(with_fourth(txt=b"a1b2" * 100_000), (10, 10, 0, 0), {}),
+    "tiny image": Case(with_fourth(jpg=picture(4, (3, 2))), (10, 10, 0, 0), {"too small": 1}),
+    "one pixel high": Case(with_fourth(jpg=picture(4, (900, 1))), (10, 10, 0, 0), {"too small": 1, "aspect": 1}),
+    "stretched image": Case(with_fourth(jpg=picture(4, (700, 60))), (10, 10, 0, 0), {"aspect": 1}),
+    "links and devices": Case(
+        lambda: tar_of([
+            special("000003.jpg", tarfile.SYMTYPE, "/etc/passwd"), special("x.jpg", tarfile.LNKTYPE, "../../etc/x"),
+            special("y.jpg", tarfile.CHRTYPE), special("z.jpg", tarfile.FIFOTYPE), special("d", tarfile.DIRTYPE),
+            *samples(range(3)),
+        ]), (3, 3, 0, 0), {},
+    ),  # fmt: skip
+    "a link that claims a size": Case(
+        lambda: damaged.resized(tar_of([special("l.jpg", tarfile.SYMTYPE, "x"), *samples(range(3))]), "l.jpg", 4096),
+        (3, 3, 0, 0), {},
+    ),
+    "names that climb": Case(
+        lambda: tar_of([(f"../../{n}", c) for n, c in sample(0)] + [(f"/etc/{n}", c) for n, c in samples([1, 2])]),
+        (3, 3, 0, 0), {"hostile name": 3},
+    ),
+    "NUL in a long name": Case(
+        lambda: tar_of([(LONG + n, c) for n, c in sample(0)], tarfile.GNU_FORMAT).replace(b"a000000.", b"\x00000000."),
+        (1, 1, 0, 0), {"hostile name": 1},
+    ),
+    "a name that is not UTF-8": Case(lambda: damaged.renamed(WHOLE, "000004.jpg", b"\xff\xfe.jpg"), (11, 9, 2, 0),
+                                     {"no caption": 1, "no image": 1}),
+    "hidden files": Case(lambda: tar_of([("._000000.jpg", b"Mac OS X"), *samples(range(3))]), (3, 3, 0, 0), {}),
+    "empty tar": Case(lambda: tar_of([]), (0, 0, 0, 0), {"empty": 1}),
+    "empty file": Case(lambda: b"", (0, 0, 0, 0), {"truncated": 1}),
+    "not a tar": Case(lambda: b"<html>404 not found</html>" * 100, (0, 0, 0, 0), {"header": 1, "truncated": 1}),
+    "gzipped": Case(lambda: gzip.compress(WHOLE, mtime=0), (0, 0, 0, 0), {"header": 1, "truncated": 1}),
+}  # fmt: skip
+UNFIT = {"read": 0, "lost": 1}
+
+
+def checked(path: Path, **settings: object) -> Report:
+    return check([str(path)], CheckConfig(**settings), processes=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_sample_is_accounted_for(name: str, tmp_path: Path) -> None:
+    case, shard = CASES[name], tmp_path / "00000.tar"
+    shard.write_bytes(case.tar())
+    report = checked(shard, max_skip_rate=0.0)
+    found = report.as_json()
+    account = tuple(found[key] for key in ("expected", "read", "skipped", "lost"))
+    assert account == case.account, found
+    assert account[0] == sum(account[1:])
+    assert {p["kind"]: p["count"] for p in found["shards"][0]["problems"]} == case.kinds
+    harmless = {"zeros", "duplicate key", "too small", "aspect", "hostile name"}
+    assert found["ok"] == found["shards"][0]["ok"] == (not set(case.kinds) - harmless)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_goes_on_and_counts_the_same(name: str, tmp_path: Path) -> None:
+    """A damaged shard beside a whole one: the epoch goes through; what is replaced is what the check calls skipped."""
+    case = CASES[name]
+    (tmp_path / "bad.tar").write_bytes(case.tar())
+    (tmp_path / "good.tar").write_bytes(tar_of(samples(range(100, 110))))
+    report = checked(tmp_path / "bad.tar")
+    data = TrainingData(
+        DataConfig(train=str(tmp_path), workers=0), seed=0, global_batch=2, rank=0, world_size=1, image_size=32,
+        teacher_size=32, num_units=4, context_length=77, compat="paper", say=lambda text: None,
+    )  # fmt: skip
+    batches = data.batches()
+    epoch = [next(batches) for _ in range(data.steps_per_epoch)]
+    data.close()
+    without_image = report.problems()["no image"]
+    too_long = name == "giant text"  # left out by the index already
+    in_index = len(index.Index(next(tmp_path.glob("amclip-index-*"))))
+    assert in_index == 10 + report.total("read") + report.total("skipped") - without_image - too_long
+    incidents = [incident for batch in epoch for incident in batch.incidents]
+    replaced = {incident["key"] for incident in incidents if incident["action"] == "replaced"}
+    seen = {number for batch in epoch for number in batch.sample_ids.tolist()}
+    tail = data.samples_per_epoch - 2 * data.steps_per_epoch
+    assert abs(len(replaced) - (report.total("skipped") - without_image - too_long)) <= tail
+    assert len(seen) >= data.samples_per_epoch - len(replaced) - tail
+    told = {incident["kind"] for incident in incidents if incident["action"] == "left out of every epoch"}
+    assert set(case.kinds) & {"truncated", "header", "zeros", "no image"} <= told
+    assert case.kinds or not incidents
+
+
+def test_a_wrong_account_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above must fail for a reader that stops silently at the first damaged header, as tarfile does."""
+    monkeypatch.setattr("amclip_ds.data.check.scan", lambda file, size: stop_at_damage(index.scan(file, size)))
+    with pytest.raises(AssertionError):
+        test_every_sample_is_accounted_for("image header flipped", tmp_path)
+
+
+def stop_at_damage(found):  # type: ignore[no-untyped-def]
+    for item in found:
+        if not isinstance(item, index.Member):
+            return
+        yield item
+
+
+def test_a_mended_image_is_read_and_told(tmp_path: Path) -> None:
+    """A JPEG with a byte changed among its pixels: every viewer shows it, and so do we, but it is counted."""
+    content = picture(4)
+    changed = (flip(content, place, 1 << bit) for place in range(700, len(content) - 2) for bit in range(8))
+    odd = next(image for image in changed if open_image(image).decode().mended)
+    (tmp_path / "00000.tar").write_bytes(tar_of(sample(0, jpg=odd) + sample(1)))
+    report = checked(tmp_path / "00000.tar")
+    assert report.total("read") == 2 and report.problems()["mended image"] == 1
+
+
+def test_promised_samples_are_expected(tmp_path: Path) -> None:
+    shard = tmp_path / "00000.tar"
+    shard.write_bytes(tar_of(samples(range(7))))
+    (tmp_path / "sizes.json").write_text('{"00000.tar": 10}')
+    report = checked(shard)
+    assert report.as_json()["expected"] == 10 and report.total("lost") == 3 and not report.ok
+    (tmp_path / "sizes.json").unlink()
+    (tmp_path / "00000_stats.json").write_text('{"count": 12, "successes": 9}')
+    assert checked(shard).total("lost") == 2
+    (tmp_path / "00000_stats.json").write_text('{"successes": "broken')
+    assert checked(shard).ok
+
+
+def test_a_cut_shard_keeps_its_promise_once(tmp_path: Path) -> None:
+    """Damage that shows and a promise are not counted twice."""
+    shard = tmp_path / "00000.tar"
+    shard.write_bytes(cut(WHOLE, header_at(WHOLE, "000006.jpg") + BLOCK + 200))
+    (tmp_path / "sizes.json").write_text('{"00000.tar": 10}')
+    report = checked(shard)
+    assert (report.total("expected"), report.total("read"), report.total("lost")) == (10, 6, 4)
+
+
+def die_on(item: int) -> int:
+    if item == 3:
+        import os
+
+        os._exit(1)
+    return item * item
+
+
+def test_a_shard_that_kills_its_reader_is_named() -> None:
+    found = list(parallel.run_over(die_on, range(6), processes=2))
+    assert [isinstance(item, parallel.Died) for item in found] == [False] * 3 + [True] + [False] * 2
+    assert [item for item in found if not isinstance(item, parallel.Died)] == [0, 1, 4, 16, 25]
+
+
+def test_an_unreadable_shard_is_told(tmp_path: Path) -> None:
+    (tmp_path / "00000.tar").write_bytes(WHOLE)
+    report = check([str(tmp_path / "00000.tar"), str(tmp_path / "gone.tar")], CheckConfig(), processes=1)
+    assert report.problems()["unreadable"] == 1 and not report.ok and report.total("read") == 10
+
+
+def test_flipping_any_header_byte_loses_nothing_silently(tmp_path: Path) -> None:
+    """Every byte of one header, one at a time: the sum holds, and where a sample is missing it is told."""
+    start, shard = header_at(WHOLE, "000004.jpg"), tmp_path / "00000.tar"
+    for offset in [*range(0, 12), *range(95, 165), 257, 300, 400, 511]:
+        shard.write_bytes(flip(WHOLE, start + offset, 0x05))
+        report = checked(shard)
+        assert report.total("expected") == report.total("read") + report.total("skipped") + report.total("lost")
+        assert report.total("read") == 10 or report.problems(), offset
+        assert report.total("read") >= 9
