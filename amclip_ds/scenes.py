@@ -65,7 +65,7 @@ def look_at(config: TrainConfig, teacher: TeacherModel, shards: Path, num_scenes
             seed=config.run.seed, global_batch=num_scenes, rank=0, world_size=1, image_size=vision.image_size,
             teacher_size=vision.image_size // (2 if config.teacher.resolution == "half" else 1),
             num_units=masking.num_units(vision.grid, config.mask.unit),
-            context_length=config.model.text.context_length, compat=config.compat,
+            context_length=config.model.text.context_length, compat=config.compat, index_dir=config.run.out,
         )
     ) as data:  # fmt: skip
         batch = next(data.batches(None))
