@@ -1,5 +1,6 @@
 """From a sample's text and json members to token ids: which caption, what its text is, how it is encoded."""
 
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -55,8 +56,9 @@ class ClipTokenizer:
         return rows
 
 
+@functools.cache
 def build_tokenizer() -> ClipTokenizer:
-    """The tokenizer of every text tower here."""
+    """The tokenizer of every text tower here, one a process."""
     return ClipTokenizer()
 
 

@@ -53,7 +53,7 @@ class DataConfig:
     weights: list[float] | None = None
     """A number for each source in data.train: how often an epoch holds its samples (2.0: twice); empty: once each."""
     resampled: bool = False
-    """True: shards are drawn with replacement, by size and weight, instead of each once an epoch."""
+    """True: whole shards are drawn with replacement, by weight, instead of each once an epoch."""
     workers: int = 4
     """Processes that read and decode for each rank; 0: the training process does it itself."""
     prefetch: int = 4

@@ -21,7 +21,7 @@ class Mixture:
     weights: tuple[float, ...]
     """a source's samples per epoch over its size; 2.0: everything twice"""
     with_replacement: bool = False
-    """True: shards are drawn at random (by weight) instead of visited in turn"""
+    """True: whole shards are drawn at random (by weight) instead of visited in turn"""
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,11 @@ def _shards_of_epoch(counts: np.ndarray, mixture: Mixture, seed: int, epoch: int
 
 
 def _drawn_with_replacement(counts: np.ndarray, mixture: Mixture, seed: int, epoch: int) -> list[_Run]:
-    """Whole shards, drawn by their size and their source's weight, until they hold an epoch's worth of samples."""
-    chance = counts * np.array(mixture.weights)[mixture.source_of_shard]
+    """Whole shards, drawn by their source's weight, until they hold an epoch's worth of samples.
+
+    Not by their size: a large shard already gives more samples each time it is drawn.
+    """
+    chance = (counts > 0) * np.array(mixture.weights)[mixture.source_of_shard]
     wanted = int(counts.sum())
     random = keyed(seed, "replacement", epoch)
     copies = np.zeros(len(counts), dtype=np.int64)
