@@ -24,6 +24,7 @@ Request = tuple[str, int, int]
 MAX_OPEN = 64
 ATTEMPTS, FIRST_PAUSE_S = 6, 0.2
 LOCAL_ATTEMPTS = 3
+SILENCE_S = 60.0  # without a byte from a server
 PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)  # what a network file system says in a bad moment
 GAP = 1 << 18  # members closer than this are read in one go: a skipped 256 KiB costs less than another request
 
@@ -109,6 +110,7 @@ class ShardReader:
             answers = system.cat_ranges([path] * len(spans), starts, stops, on_error="return")
         except Exception as error:  # fsspec's back ends raise their own kinds: any of them may be a moment's failure
             answers = [error] * len(spans)
+        answers = [_range_of(content, start, stop) for content, (start, stop) in zip(answers, spans)]
         return [
             content
             if isinstance(content, bytes) and len(content) == stop - start
@@ -122,7 +124,7 @@ class ShardReader:
         system, path = self._remote(shard)
 
         def request() -> bytes:
-            content = system.cat_file(path, start=start, end=stop)
+            content = _range_of(system.cat_file(path, start=start, end=stop), start, stop)
             if len(content) != stop - start:
                 raise OSError(f"{len(content)} of {stop - start} bytes came")
             return content
@@ -137,7 +139,7 @@ class ShardReader:
         if shard not in self._systems:
             import fsspec
 
-            self._systems[shard] = fsspec.core.url_to_fs(shard, use_listings_cache=False)
+            self._systems[shard] = fsspec.core.url_to_fs(shard, **_options(shard))
         return self._systems[shard]
 
     def _file(self, shard: str) -> int:
@@ -208,6 +210,21 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def _options(url: str) -> dict[str, Any]:
+    """What fsspec's back end is told: over http a silent server is given up after a while, and asked again."""
+    if not url.startswith(("http://", "https://")):
+        return {"use_listings_cache": False}
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
+    return {"use_listings_cache": False, "client_kwargs": {"timeout": timeout}}
+
+
+def _range_of(content: Any, start: int, stop: int) -> Any:
+    """The range asked for, where a server without ranges sent the whole file."""
+    return content[start:stop] if isinstance(content, bytes) and len(content) >= stop > stop - start else content
+
+
 def retry(request: Callable[[], T], on_failure: Callable[[str], None], attempts: int = ATTEMPTS) -> T:
     """Repeats a remote request with growing pauses. Raises OSError, with the last cause, when it never succeeds."""
     for attempt in range(attempts):
@@ -246,7 +263,7 @@ def _download(url: str, file: Any) -> None:
 
     file.seek(0)
     file.truncate()
-    with fsspec.open(url, "rb", block_size=0) as source:
+    with fsspec.open(url, "rb", block_size=0, **_options(url)) as source:
         expected = getattr(source, "size", None)
         shutil.copyfileobj(source, file, 1 << 20)
     if expected is not None and file.tell() != expected:
