@@ -122,4 +122,17 @@ def write_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     """Writes named fp32 weights as one safetensors file, old or new whatever happens. Rank 0 only."""
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+    _sort_metadata(partial)
     partial.replace(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in a random order; sorted, the same weights are the same bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
