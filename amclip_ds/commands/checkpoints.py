@@ -1,25 +1,136 @@
-"""Lists, verifies, prunes, consolidates and imports the checkpoints of a run.
+"""The checkpoints of a run: lists, verifies, prunes, pins, consolidates, imports them.
 
-  amclip checkpoints RUN                                    lists them: step, age, size, world, stage, valid
-  amclip checkpoints RUN verify                             reads and hashes every byte of every checkpoint
-  amclip checkpoints RUN consolidate --out weights.safetensors
+amclip checkpoints RUN                            step, age, size, world, stage, valid (manifest and sizes)
+amclip checkpoints RUN verify                     reads and hashes every byte; code 2 if one is damaged
+amclip checkpoints RUN prune --keep-last 1        removes what is beyond the rules; --damaged, --set-aside: those too
+amclip checkpoints RUN pin --step 5000            keeps one for good (unpin: no more)
+amclip checkpoints RUN consolidate --out student.safetensors [--weights teacher] [--step 5000]
+amclip checkpoints RUN import --source DIR [--tag T] --trust-pickle     from DeepSpeed's save_checkpoint
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 HELP = "list, verify, prune, consolidate, import checkpoints"
+ACTIONS = ("list", "verify", "prune", "pin", "unpin", "consolidate", "import")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("action", nargs="?", default="list", choices=ACTIONS, help="what to do (list)")
+    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint meant (the newest whole one)")
+    parser.add_argument("--keep-last", type=int, metavar="K", help="prune: in place of the run's checkpoint.keep_last")
+    parser.add_argument("--damaged", action="store_true", help="prune: damaged checkpoints too")
+    parser.add_argument("--set-aside", action="store_true", help="prune: also what resumes set aside")
+    parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="consolidate: whose")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="consolidate: the safetensors file to write")
+    parser.add_argument("--source", type=Path, metavar="DIR", help="import: a folder of DeepSpeed's save_checkpoint")
+    parser.add_argument("--tag", metavar="T", help="import: which of its tags (what its `latest` names)")
+    parser.add_argument("--config", metavar="FILE", help="import: recipe or yaml of the run (RUN/config.yaml)")
+    parser.add_argument("--trust-pickle", action="store_true",
+                        help="import: run the code pickled in the folder; without it nothing is read")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    from amclip_ds.checkpoint import tools
+
+    checkpoints = tools.folder_of(args.run_folder)
+    if args.action in ("list", "verify"):
+        rows = tools.rows(checkpoints, deep=args.action == "verify")
+        _print_table(rows, checkpoints)
+        _write_json(args.json, rows)
+        return 2 if args.action == "verify" and not all(row["valid"] for row in rows) else 0
+    if args.action == "prune":
+        removed = tools.prune(checkpoints, _rules(args), args.damaged, args.set_aside)
+        result: dict[str, Any] = {"removed": [str(path) for path in removed]}
+        print("\n".join(f"removed {path}" for path in removed) or "nothing to remove")
+    elif args.action in ("pin", "unpin"):
+        path = tools.choose(checkpoints, args.step)
+        tools.pin(path, args.action == "pin")
+        result = {"path": str(path), "pinned": args.action == "pin"}
+        print(f"{'keeps' if args.action == 'pin' else 'no more keeps'} {path}")
+    elif args.action == "consolidate":
+        result = _consolidate(args, checkpoints)
+    else:
+        result = _import(args, checkpoints)
+    _write_json(args.json, result)
+    return 0
+
+
+def _print_table(rows: list[dict[str, Any]], checkpoints: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("step", "age", "size", "world", "stage", "precision", "pinned", "valid", title=str(checkpoints))
+    for row in rows:
+        known = row["age_s"] is not None
+        size = f"{row['bytes'] / 1e6:.1f} MB" if known else "?"
+        table.add_row(
+            str(row["step"]), _age(row["age_s"]) if known else "?", size, str(row["world_size"] or "?"),
+            "?" if row["stage"] is None else str(row["stage"]), row["precision"] or "?",
+            "yes" if row["pinned"] else "", "yes" if row["valid"] else "NO",
+        )  # fmt: skip
+    Console().print(table)
+    for row in rows:
+        if row["problem"]:
+            print(f"damaged: {row['problem']}")
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _rules(args: argparse.Namespace) -> Any:
+    """The run's own rules, with what the command line says instead."""
+    from dataclasses import replace
+
+    from amclip_ds import config
+    from amclip_ds.checkpoint import CheckpointConfig
     from amclip_ds.errors import UserError
 
-    if not args.run_folder.is_dir():
-        raise UserError(f"{args.run_folder}: no such folder")
-    for path in sorted((args.run_folder / "checkpoints").glob("step_*")):
-        print(path)
-    return 0
+    file = args.run_folder / "config.yaml"
+    rules = config.load(str(file)).checkpoint if file.is_file() else CheckpointConfig()
+    try:
+        return replace(rules, keep_last=args.keep_last) if args.keep_last is not None else rules
+    except ValueError as error:
+        raise UserError(f"--keep-last: {error}") from None
+
+
+def _consolidate(args: argparse.Namespace, checkpoints: Path) -> dict[str, Any]:
+    from amclip_ds.checkpoint import tools
+    from amclip_ds.errors import UserError
+
+    if args.out is None:
+        raise UserError("consolidate: --out FILE is missing")
+    path = tools.choose(checkpoints, args.step)
+    num_bytes = tools.consolidate(path, args.out, args.weights)
+    print(f"{args.out}: the {args.weights} of {path.name}, {num_bytes / 1e6:.1f} MB")
+    return {"out": str(args.out), "weights": args.weights, "checkpoint": str(path), "bytes": num_bytes}
+
+
+def _import(args: argparse.Namespace, checkpoints: Path) -> dict[str, Any]:
+    from amclip_ds import config
+    from amclip_ds.checkpoint import tools
+    from amclip_ds.errors import UserError
+
+    if args.source is None:
+        raise UserError("import: --source DIR is missing: a folder of DeepSpeed's save_checkpoint")
+    if not args.trust_pickle:
+        raise UserError(f"import: {args.source} is pickled, and reading it runs whatever code its writer put in it;"
+                        f" --trust-pickle says that you trust its writer")  # fmt: skip
+    recipe = args.config or str(args.run_folder / "config.yaml")
+    path, notes = tools.import_deepspeed(args.source, args.tag, checkpoints, config.load(recipe))
+    print("\n".join([*notes, str(path)]))
+    return {"checkpoint": str(path), "notes": notes}
+
+
+def _write_json(file: Path | None, content: Any) -> None:
+    import json
+
+    if file is not None:
+        file.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,248 @@
+"""What `amclip checkpoints` does, without ranks: list, verify, prune, pin, consolidate, import."""
+
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from amclip_ds import config as settings
+from amclip_ds.checkpoint import CheckpointConfig, manifest, retention, tensorfile
+from amclip_ds.checkpoint.manifest import Index, Manifest
+from amclip_ds.checkpoint.ranks import Ranks
+from amclip_ds.checkpoint.save import Saver
+from amclip_ds.checkpoint.state import CheckpointState
+from amclip_ds.checkpoint.tensorfile import DamagedError
+from amclip_ds.config import TrainConfig
+from amclip_ds.engine.deepspeed_folder import DeepSpeedFolder, read_deepspeed_folder
+from amclip_ds.engine.shards import Shard
+from amclip_ds.engine.student import read_ds_config
+from amclip_ds.errors import UserError
+from amclip_ds.model.amclip import AClip
+from amclip_ds.model.init import persistent_buffers
+from amclip_ds.model.teacher_model import TeacherModel, mirrored_names
+
+
+def rows(checkpoints: Path, deep: bool) -> list[dict[str, Any]]:
+    """One row a checkpoint, oldest first: step, age_s, bytes, world_size, stage, pinned, valid, problem.
+
+    deep: every byte is read and hashed; else manifest and sizes are checked.
+    """
+    return [_row(step, path, deep) for step, path in manifest.list_steps(checkpoints)]
+
+
+def _row(step: int, path: Path, deep: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "step": step, "age_s": None, "bytes": None, "world_size": None, "stage": None, "precision": None,
+        "attempt": None, "pinned": retention.is_pinned(path), "valid": False, "problem": "", "path": str(path),
+    }  # fmt: skip
+    try:
+        held = manifest.read(path)
+        row |= {
+            "age_s": round(time.time() - held.time, 1), "bytes": sum(file["bytes"] for file in held.files.values()),
+            "world_size": held.world_size, "stage": held.stage, "precision": held.precision, "attempt": held.attempt,
+        }  # fmt: skip
+        if deep:
+            manifest.verify(path)
+        else:
+            manifest.check_sizes(path, held)
+        row["valid"] = True
+    except DamagedError as error:
+        row["problem"] = str(error)
+    return row
+
+
+def folder_of(run: Path) -> Path:
+    """RUN/checkpoints; RUN may also be that folder itself. Raises UserError."""
+    if (run / "checkpoints").is_dir():
+        return run / "checkpoints"
+    if manifest.list_steps(run):
+        return run
+    if run.is_dir():
+        return run / "checkpoints"
+    raise UserError(f"{run}: no such folder")
+
+
+def choose(checkpoints: Path, step: int | None) -> Path:
+    """The checkpoint of a step, or the newest whole one. Raises UserError."""
+    steps = dict(manifest.list_steps(checkpoints))
+    if step is not None:
+        if step not in steps:
+            raise UserError(f"--step {step}: {checkpoints} has {', '.join(map(str, steps)) or 'no checkpoint'}")
+        return steps[step]
+    for path in reversed(steps.values()):
+        if retention.is_whole(path):
+            return path
+    raise UserError(f"{checkpoints}: no whole checkpoint")
+
+
+def prune(checkpoints: Path, config: CheckpointConfig, remove_damaged: bool, remove_aside: bool) -> list[Path]:
+    """Removes what the run's rules do not keep. Returns what went. Raises UserError.
+
+    remove_damaged: also those whose manifest or sizes are wrong, once a whole one is there. remove_aside: also what
+    resumes set aside.
+    """
+    steps = manifest.list_steps(checkpoints)
+    going = [path for _, path in retention.superfluous(checkpoints, config)]
+    if remove_damaged and any(retention.is_whole(path) for _, path in steps):
+        going += [path for _, path in steps if not retention.is_whole(path)]
+    try:
+        moved = [retention.set_aside(path, retention.GOING) for path in going]
+        aside = sorted(checkpoints.glob(retention.ASIDE + "*")) if remove_aside else []
+        for path in [*moved, *aside]:
+            shutil.rmtree(path)
+    except OSError as error:
+        raise UserError(f"{error.filename or checkpoints}: {error.strerror}") from None
+    return going + aside
+
+
+def pin(path: Path, is_kept: bool) -> None:
+    """Keeps a checkpoint for good, or no more. Raises UserError."""
+    try:
+        if is_kept:
+            (path / retention.PINNED).touch()
+        else:
+            (path / retention.PINNED).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+class Weights:
+    """The whole student or teacher of a verified checkpoint, tensor by tensor."""
+
+    def __init__(self, path: Path, which: str) -> None:
+        """which: student | teacher. Raises UserError where the checkpoint is damaged or has no teacher."""
+        try:
+            self.manifest = manifest.verify(path)
+            self._index = Index(path, self.manifest)
+            self._buffers, self._begin = tensorfile.read_header(path / "replicated.safetensors")
+        except DamagedError as error:
+            raise UserError(f"damaged checkpoint: {error}") from None
+        self._path, self._prefix = path, f"{which}."
+        self._sources = _sources(path, self.manifest, which)
+
+    def empty(self) -> dict[str, Tensor]:
+        """Name -> a tensor without memory, of its shape and dtype."""
+        shapes = {name: torch.Size(self.manifest.shapes[name]) for name in self._sources}
+        found = {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in shapes.items()}
+        for name, entry in self._buffers.items():
+            if name.startswith(self._prefix):
+                short = name.removeprefix(self._prefix)
+                found[short] = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; parameters in fp32."""
+        if name not in self._sources:
+            entry = self._buffers[self._prefix + name]
+            out = torch.empty(entry.shape, dtype=entry.dtype)
+            with tensorfile.open_regular(self._path / "replicated.safetensors") as file:
+                tensorfile.read_elements(file, self._begin, entry, 0, out.view(-1))
+            return out
+        out = torch.empty(self.manifest.shapes[name], dtype=torch.float32)
+        for piece in self._index.pieces[self._sources[name], name]:
+            with tensorfile.open_regular(self._path / piece.file) as file:
+                part = out.view(-1)[piece.start : piece.start + piece.length]
+                tensorfile.read_elements(file, piece.begin, piece.entry, 0, part)
+        return out
+
+
+def _sources(path: Path, held: Manifest, which: str) -> dict[str, str]:
+    """Parameter -> the kind that holds it."""
+    trained = dict.fromkeys(held.tensors.get("master", {}), "master")
+    if which == "student":
+        return trained | dict.fromkeys(held.tensors.get("frozen", {}), "frozen")
+    if "ema" not in held.tensors:
+        raise UserError(f"{path}: its run had no teacher")
+    tree = yaml.safe_load((path / "config.yaml").read_text()) or {}
+    mirrored = mirrored_names(trained, str(tree.get("compat", "paper")))
+    return (
+        dict.fromkeys(held.tensors["ema"], "ema")
+        | dict.fromkeys(held.tensors.get("ema_frozen", {}), "ema_frozen")
+        | dict.fromkeys(mirrored, "master")
+    )
+
+
+def consolidate(path: Path, out: Path, which: str) -> int:
+    """Writes a checkpoint's student or teacher as one safetensors file; returns its bytes. Raises UserError.
+
+    One tensor is in memory at a time.
+    """
+    weights = Weights(path, which)
+    empty = weights.empty()
+    metadata = {"format": "pt", "weights": which, "step": str(weights.manifest.step)}
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(tensorfile.build_header(empty, metadata))
+            for name in empty:
+                file.write(tensorfile.bytes_of(weights.read(name)))
+        partial.replace(out)
+        return out.stat().st_size
+    except (OSError, DamagedError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{out}: {error}") from None
+
+
+def import_deepspeed(source: Path, tag: str | None, checkpoints: Path, config: TrainConfig) -> tuple[Path, list[str]]:
+    """Writes a checkpoint of ours from a DeepSpeed `save_checkpoint` folder. Runs the pickled code in that folder.
+
+    config: of the run that shall go on from it. Returns the checkpoint and what a person should know. Raises UserError.
+    """
+    theirs = read_deepspeed_folder(source, tag)
+    with torch.device("meta"):
+        module = AClip(config.model, config.heads, config.loss)
+        teacher = TeacherModel(config.model, config.heads, config.loss) if settings.needs_teacher(config) else None
+    shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
+    given = {name: list(value.shape) for kind in ("master", "frozen") for name, value in theirs.tensors[kind].items()}
+    for name in sorted(shapes.keys() | given.keys()):
+        if shapes.get(name) != given.get(name):
+            here, there = shapes.get(name, "absent"), given.get(name, "absent")
+            raise UserError(f"{source}: of another model: {name} is {there} there, {here} in the config")
+    buffers = {name: theirs.buffers[name] for name in persistent_buffers(module) if name in theirs.buffers}
+    missing = persistent_buffers(module).keys() - buffers.keys()
+    if missing:
+        raise UserError(f"{source}: of another model: it has no buffer {sorted(missing)[0]}")
+    notes = ["the data begin at the start of an epoch: DeepSpeed keeps no place in them"]
+    if teacher is not None:
+        notes.append("the teacher begins as a copy of the student: DeepSpeed knows of no average")
+    state = _state_of(theirs, shapes, buffers, teacher, config)
+    if (checkpoints / manifest.folder_name(theirs.global_steps)).exists():
+        raise UserError(f"{checkpoints}: has a checkpoint of step {theirs.global_steps} already")
+    save_config = CheckpointConfig(asynchronous=False, keep_last=10**9)
+    with Saver(checkpoints, save_config, Ranks(), say=notes.append) as saver:
+        saver.save(theirs.global_steps, state, wait=True)
+    return checkpoints / manifest.folder_name(theirs.global_steps), notes
+
+
+def _state_of(
+    theirs: DeepSpeedFolder, shapes: dict[str, list[int]], buffers: dict[str, Tensor], teacher: TeacherModel | None,
+    config: TrainConfig,
+) -> CheckpointState:  # fmt: skip
+    sharded = {kind: {name: _whole(value) for name, value in held.items()} for kind, held in theirs.tensors.items()}
+    replicated = {f"student.{name}": buffer for name, buffer in buffers.items()}
+    if teacher is not None:
+        names = [name for name, _ in teacher.named_parameters()]
+        mirrored = mirrored_names(names, config.compat)
+        sharded["ema"] = {n: sharded["master"][n] for n in names if n in sharded["master"] and n not in mirrored}
+        sharded["ema_frozen"] = {n: sharded["frozen"][n] for n in names if n in sharded["frozen"]}
+        replicated |= {f"teacher.{name}": buffers[name] for name in persistent_buffers(teacher)}
+    step, updates = theirs.global_steps, theirs.global_steps - theirs.skipped_steps
+    guards = {"window": [], "skipped_in_a_row": 0, "skipped": theirs.skipped_steps, "rewinds": 0}
+    run = {"step": step, "updates": updates, "samples_seen": step * config.batch.global_size, "epoch": 0,
+           "cursor": None, "guards": guards}  # fmt: skip
+    precision = "bfloat16" if read_ds_config(config.engine).get("bf16", {}).get("enabled") else "float32"
+    return CheckpointState(
+        sharded=sharded, shapes=shapes, replicated=replicated, stage=theirs.stage, precision=precision,
+        config=settings.dump(config), small={"run": run, "optimizer": theirs.counters,
+                                             "batch": asdict(settings.plan_batch(config.batch, theirs.world_size))},
+    )  # fmt: skip
+
+
+def _whole(tensor: Tensor) -> Shard:
+    flat = tensor.contiguous().view(-1)
+    return Shard(flat, 0, flat.numel(), flat.numel())
