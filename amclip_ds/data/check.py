@@ -25,6 +25,7 @@ from amclip_ds.data.loader import DataConfig
 from amclip_ds.data.parallel import Died, run_over
 from amclip_ds.data.tar import BLOCK, Damage, Member, scan, split_name
 from amclip_ds.data.views import BadImage, open_image
+from amclip_ds.errors import UserError
 
 TRAINING = DataConfig()  # what training would do unless told otherwise
 # What a sample can be skipped for, in the order looked at; what makes it lost; what is only worth knowing.
@@ -58,6 +59,16 @@ class CheckConfig:
     """A larger image is refused by its header."""
     max_skip_rate: float = TRAINING.max_skip_rate
     """More than this part skipped or doubled makes a shard, and the whole, not fit to submit."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sample <= 1:
+            raise UserError(f"--sample: {self.sample} is outside (0, 1]")
+        if not 0 <= self.max_skip_rate <= 1:
+            raise UserError(f"--max-skip-rate: {self.max_skip_rate} is outside [0, 1]")
+        try:
+            caption_sources.check_sources(self.captions)
+        except ValueError as error:
+            raise UserError(str(error).removeprefix("data.")) from None
 
 
 @dataclass
