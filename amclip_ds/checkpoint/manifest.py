@@ -102,7 +102,7 @@ def read_json(path: Path, limit: int = MAX_SMALL) -> dict[str, Any]:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise DamagedError(f"{path}: {size} bytes, more than the {limit} allowed")
-            content = json.loads(file.read(limit))
+            content = json.loads(file.read(size))
     except OSError as error:
         raise DamagedError(
             f"{path}: {'missing' if error.errno == 2 else f'cannot be read: {error.strerror}'}"
@@ -148,9 +148,9 @@ def verify(folder: Path) -> Manifest:
     """Reads and checks everything, alone. Raises DamagedError, naming the file."""
     manifest = read(folder)
     check_sizes(folder, manifest)
+    Index(folder, manifest)  # first: it costs nothing
     for name in manifest.files:
         check_hash(folder, manifest, name)
-    Index(folder, manifest)
     return manifest
 
 

@@ -1,0 +1,73 @@
+"""`amclip checkpoints`: what it prints and writes, its codes, and what it refuses."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+
+from amclip_ds.cli import main
+from tests.unit.checkpoint.damage import Hostile, flip
+from tests.unit.checkpoint.test_save import save_steps, steps_in
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    save_steps(tmp_path / "run" / "checkpoints", 1, 2, 3, keep_last=9)
+    return tmp_path / "run"
+
+
+def test_list_tells_what_there_is(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoints", str(run), "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["step"] for row in rows] == [1, 2, 3] and all(row["valid"] for row in rows)
+    assert {"age_s", "bytes", "world_size", "stage", "pinned"} <= rows[0].keys()
+    assert rows[0]["world_size"] == 1 and rows[0]["stage"] == 2
+    assert "world" in capsys.readouterr().out
+
+
+def test_verify_reads_every_byte_where_list_does_not(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(run / "checkpoints/step_00000002/ema/rank0000.safetensors")
+    assert main(["checkpoints", str(run)]) == 0
+    assert main(["checkpoints", str(run), "verify"]) == 2
+    assert "step_00000002/ema/rank0000.safetensors" in capsys.readouterr().out
+
+
+def test_prune_follows_the_rules_and_pins(run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    assert main(["checkpoints", str(run), "pin", "--step", "1"]) == 0
+    assert main(["checkpoints", str(run), "prune", "--keep-last", "1"]) == 0
+    assert steps_in(checkpoints) == [1, 3]
+    assert main(["checkpoints", str(run), "unpin", "--step", "1"]) == 0
+    assert main(["checkpoints", str(run), "prune", "--keep-last", "1"]) == 0
+    assert steps_in(checkpoints) == [3]
+    (checkpoints / "step_00000003" / "trainer.json").unlink()
+    assert main(["checkpoints", str(run), "prune", "--keep-last", "1", "--damaged"]) == 0
+    assert steps_in(checkpoints) == [3], "the only one is never removed, even damaged"
+
+
+def test_wrong_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, said in (
+        ([str(tmp_path / "nowhere")], "no such folder"),
+        ([str(run), "pin", "--step", "7"], "--step 7"),
+        ([str(run), "consolidate"], "--out"),
+        ([str(run), "import"], "--source"),
+        ([str(run), "prune", "--keep-last", "0"], "keep_last"),
+    ):
+        assert main(["checkpoints", *argv]) == 2
+        error = capsys.readouterr().err
+        assert said in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_pickle_is_not_opened_without_trust(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "theirs" / "global_step7"
+    folder.mkdir(parents=True)
+    (tmp_path / "theirs" / "latest").write_text("global_step7")
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        (folder / name).write_bytes(pickle.dumps(Hostile()))
+    assert main(["checkpoints", str(run), "import", "--source", str(tmp_path / "theirs")]) == 2
+    assert "--trust-pickle" in capsys.readouterr().err
+    assert not (tmp_path / "hostile-code-was-run").exists()

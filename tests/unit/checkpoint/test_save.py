@@ -1,0 +1,242 @@
+"""Saving on one rank: what stands in a folder, what is kept, what a failure leaves, when a save is due."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from amclip_ds.checkpoint import CheckpointConfig, background, load, manifest, retention, save
+from amclip_ds.checkpoint.ranks import Ranks
+from amclip_ds.checkpoint.save import SaveFailed, Saver
+from amclip_ds.errors import AmclipError, UserError
+from tests.distributed.cases_checkpoint_files import SIZES, holds_step, toy_state, value
+
+
+class Told:
+    """A saver's lines and incidents."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.incidents: list[tuple[str, str, str]] = []
+
+    def saver(self, folder: Path, **settings: Any) -> Saver:
+        config = CheckpointConfig(**{"every_steps": None, "every_minutes": None} | settings)
+        return Saver(folder, config, Ranks(), say=self.lines.append, incident=lambda *what: self.incidents.append(what))
+
+
+def save_steps(folder: Path, *steps: int, **settings: Any) -> Told:
+    told = Told()
+    with told.saver(folder, **settings) as saver:
+        for step in steps:
+            saver.save(step, toy_state(step, 0, 1), wait=True)
+    return told
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [step for step, _ in manifest.list_steps(folder)]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_another_program_can_read_a_checkpoint(asynchronous: bool, tmp_path: Path) -> None:
+    """By docs/checkpoint-format.md alone: json, sha256 and the safetensors library."""
+    save_steps(tmp_path, 5, asynchronous=asynchronous)
+    folder = tmp_path / "step_00000005"
+    assert (tmp_path / "latest").read_text() == "step_00000005\n"
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    held = json.loads((folder / "manifest.json").read_text())
+    assert written == {*held["files"], "manifest.json"}
+    for name, numel in SIZES.items():
+        tensors = load_file(folder / "model/rank0000.safetensors")
+        assert torch.equal(tensors[f"master|{name}|0|{numel}"], value(5, "master", name))
+    assert load_file(folder / "replicated.safetensors")["buffer"].tolist() == [5.0] * 3
+    assert json.loads((folder / "trainer.json").read_text()) == {"run": {"step": 5}}
+    assert manifest.verify(folder).step == 5
+
+
+def test_a_load_writes_into_the_state(tmp_path: Path) -> None:
+    save_steps(tmp_path, 5)
+    found = load.find(tmp_path, "auto", False, Ranks())
+    assert found is not None
+    for rank in range(3):
+        state = toy_state(0, rank, 3)
+        load.fill(found, state, Ranks())
+        assert holds_step(state, 5) and not holds_step(state, 4)
+
+
+def test_state_of_another_model_is_refused_untouched(tmp_path: Path) -> None:
+    save_steps(tmp_path, 5)
+    found = load.find(tmp_path, "auto", False, Ranks())
+    assert found is not None
+    state = toy_state(0, 0, 1)
+    state.shapes["seven"] = [8]
+    with pytest.raises(UserError, match=r"of another model: seven \[7\] -> \[8\]"):
+        load.fill(found, state, Ranks())
+    other = toy_state(0, 0, 1)
+    other.sharded["momentum_buffer"] = other.sharded.pop("exp_avg")
+    with pytest.raises(UserError, match="momentum_buffer"):
+        load.fill(found, other, Ranks())
+    assert holds_step(toy_state(0, 0, 1), 0)
+
+
+def test_the_newest_the_rounded_and_the_pinned_stay(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "step_00000001" / "pinned").touch()
+    save_steps(tmp_path, 3, 4, 5, 6, 7, keep_last=2, keep_every_steps=4)
+    assert steps_in(tmp_path) == [1, 4, 6, 7]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2, 3, keep_last=3)
+    (tmp_path / "step_00000003" / "manifest.json").unlink()
+    save_steps(tmp_path, 4, keep_last=2)
+    assert steps_in(tmp_path) == [2, 3, 4], "3 is damaged: 2 and 4 are the last two"
+
+
+def test_training_waits_only_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An asynchronous save returns while its writer cannot have ended; at most one is in flight."""
+    told = Told()
+    with told.saver(tmp_path, asynchronous=True) as saver:
+        saver.save(1, toy_state(1, 0, 1), wait=True)
+        assert saver._writer is not None
+        os.kill(saver._writer._process.pid, signal.SIGSTOP)
+        state = toy_state(2, 0, 1)
+        saver.save(2, state)
+        for held in state.sharded.values():  # training goes on, over the same memory
+            for shard in held.values():
+                shard.tensor.fill_(-1.0)
+        assert steps_in(tmp_path) == [1] and saver.newest == 1
+        saver.after_step(3, False, lambda: toy_state(3, 0, 1))
+        assert steps_in(tmp_path) == [1], "not done: the step does not wait for it"
+        os.kill(saver._writer._process.pid, signal.SIGCONT)
+        saver.save(4, toy_state(4, 0, 1))
+        assert saver.newest == 2, "the one in flight was ended first"
+    assert steps_in(tmp_path) == [2, 4]
+    found = load.find(tmp_path, str(tmp_path / "step_00000002"), False, Ranks())
+    assert found is not None
+    state = toy_state(0, 0, 1)
+    load.fill(found, state, Ranks())
+    assert holds_step(state, 2), "what was copied, not what came after"
+
+
+def test_a_writer_that_dies_is_loud_and_replaced(tmp_path: Path) -> None:
+    told = Told()
+    with told.saver(tmp_path, asynchronous=True, every_steps=1) as saver:
+        saver.save(1, toy_state(1, 0, 1), wait=True)
+        assert saver._writer is not None
+        os.kill(saver._writer._process.pid, signal.SIGSTOP)
+        saver.save(2, toy_state(2, 0, 1))
+        os.kill(saver._writer._process.pid, signal.SIGKILL)
+        saver._writer._process.wait()
+        saver.after_step(3, False, lambda: toy_state(3, 0, 1))
+    assert [kind for kind, *_ in told.incidents] == ["checkpoint_failed"]
+    assert "ended by itself" in told.incidents[0][1] and any("checkpoint failed" in line for line in told.lines)
+    assert steps_in(tmp_path) == [1, 3]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_save_that_takes_too_long_has_failed(tmp_path: Path) -> None:
+    told = Told()
+    with told.saver(tmp_path, asynchronous=True, timeout_s=1.0) as saver:
+        saver.save(1, toy_state(1, 0, 1), wait=True)
+        assert saver._writer is not None
+        os.kill(saver._writer._process.pid, signal.SIGSTOP)
+        with pytest.raises(SaveFailed, match="checkpoint.timeout_s"):
+            saver.save(2, toy_state(2, 0, 1), wait=True)
+        saver.save(3, toy_state(3, 0, 1), wait=True)
+    assert steps_in(tmp_path) == [1, 3]
+
+
+def test_the_last_save_raises_and_the_others_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told()
+    with told.saver(tmp_path, asynchronous=False, every_steps=1) as saver:
+        monkeypatch.setattr(save, "_free_space", lambda path: 1000)
+        saver.after_step(1, False, lambda: toy_state(1, 0, 1))
+        assert len(told.incidents) == 1 and "rank 0 sees 1 kB free" in told.incidents[0][1]
+        with pytest.raises(SaveFailed, match="needs"):
+            saver.after_step(2, True, lambda: toy_state(2, 0, 1))
+    assert steps_in(tmp_path) == []
+
+
+def test_saves_come_by_steps_by_the_clock_and_at_the_end(tmp_path: Path) -> None:
+    def run(folder: Path, seconds: float, **settings: Any) -> list[int]:
+        with Told().saver(folder, asynchronous=False, keep_last=100, **settings) as saver:
+            for step in range(1, 8):
+                time.sleep(seconds)
+                saver.after_step(step, step == 7, lambda step=step: toy_state(step, 0, 1))  # type: ignore[misc]
+        return steps_in(folder)
+
+    assert run(tmp_path / "steps", 0.0, every_steps=3) == [3, 6, 7]
+    assert run(tmp_path / "end", 0.0) == [7]
+    by_clock = run(tmp_path / "clock", 0.1, every_minutes=0.25 / 60)
+    assert by_clock[-1] == 7 and 2 <= len(by_clock) <= 4, by_clock
+
+
+def test_a_lost_folder_is_not_committed_to(tmp_path: Path) -> None:
+    class NotOurs(AmclipError):
+        exit_code = 3
+
+    def check() -> None:
+        raise NotOurs("another trainer has it")
+
+    saver = Saver(tmp_path, CheckpointConfig(), Ranks(), before_commit=check, say=lambda text: None)
+    with pytest.raises(NotOurs), saver:
+        saver.save(1, toy_state(1, 0, 1), wait=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_host_without_memory_for_a_snapshot_saves_synchronously(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "available_memory", lambda: 1000)
+    told = save_steps(tmp_path, 1, asynchronous=True)
+    assert steps_in(tmp_path) == [1] and any("waits for the disk" in line for line in told.lines)
+
+
+def test_a_save_of_a_committed_step_leaves_it(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1)
+    before = (tmp_path / "step_00000001").stat().st_mtime_ns
+    save_steps(tmp_path, 1)
+    assert (tmp_path / "step_00000001").stat().st_mtime_ns == before
+
+
+def test_a_start_removes_what_a_kill_left(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1)
+    for name in (".tmp-step_00000002", ".del-step_00000000-0"):
+        (tmp_path / name / "model").mkdir(parents=True)
+    Told().saver(tmp_path).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+def test_what_will_be_written_again_is_set_aside_not_deleted(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2, 3, keep_last=9)
+    moved = retention.supersede(tmp_path, tmp_path / "step_00000001", 1)
+    assert steps_in(tmp_path) == [1] and (tmp_path / "latest").read_text() == "step_00000001\n"
+    assert [manifest.read(path).step for path in moved] == [2, 3]
+    retention.supersede(tmp_path, None, 0)
+    assert steps_in(tmp_path) == [] and not (tmp_path / "latest").exists()
+
+
+def test_which_checkpoint_a_resume_means(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    assert load.find(folder, "auto", False, Ranks()) is None
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        load.find(folder, str(tmp_path / "nowhere"), False, Ranks())
+    save_steps(folder, 1, 2)
+    for resume, step in (("auto", 2), (str(tmp_path / "run"), 2), (str(folder), 2), (str(folder / "step_00000001"), 1)):
+        found = load.find(folder, resume, False, Ranks())
+        assert found is not None and found.manifest.step == step
+    assert load.find(folder, "never", False, Ranks()) is None
+    (folder / "latest").unlink()
+    for path in (folder / "step_00000001", folder / "step_00000002"):
+        (path / "trainer.json").unlink()
+    with pytest.raises(UserError, match="trainer.json"):
+        load.find(folder, "auto", False, Ranks())
+    with pytest.raises(UserError, match="every checkpoint is damaged"):  # never a silent fresh start
+        load.find(folder, "auto", True, Ranks())
