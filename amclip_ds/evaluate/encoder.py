@@ -94,13 +94,15 @@ def token_ids(texts: tuple[str, ...], context_length: int) -> Tensor:
     return tokenizer()(texts, context_length)
 
 
+def resized_size(sides: tuple[int, int], size: int) -> tuple[int, int]:
+    """(width, height) with the shorter one `size`, as torchvision rounds."""
+    width, height = sides
+    return (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+
+
 def resize_and_crop(image: Image.Image, size: int) -> Tensor:
     """RGB image -> uint8 [3, size, size]: bilinear with antialias, as torchvision does it on Pillow images."""
-    width, height = image.size
-    if width <= height:
-        width, height = size, int(size * height / width)
-    else:
-        width, height = int(size * width / height), size
+    width, height = resized_size(image.size, size)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2.0), round((height - size) / 2.0)

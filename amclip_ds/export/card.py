@@ -1,0 +1,78 @@
+"""README.md of an export: what it is, how to load it, its data, its numbers, and what is left to fill in."""
+
+from typing import Any
+
+from amclip_ds import config as settings
+from amclip_ds.evaluate.source import Located
+from amclip_ds.export.proof import Proof
+from amclip_ds.record import read_lines
+
+LOADING = {
+    "open_clip": """```python
+import open_clip
+
+model, preprocess = open_clip.create_model_from_pretrained("local-dir:PATH")
+tokenizer = open_clip.get_tokenizer("local-dir:PATH")
+```""",
+    "hf": """```python
+from transformers import AutoModel, AutoProcessor, pipeline
+
+model, processor = AutoModel.from_pretrained("PATH"), AutoProcessor.from_pretrained("PATH")
+classify = pipeline("zero-shot-image-classification", model="PATH")
+```""",
+    "timm": """```python
+import timm
+
+tower = timm.create_model("local-dir:PATH", pretrained=True)  # images -> CLS feature
+```""",
+}
+TEXTS = {
+    "open_clip": """Texts: open_clip encodes a literal `<end_of_text>` or `<start_of_text>` in a caption as that token; in
+training it was plain text.""",
+    "hf": """Texts: training cleaned captions with ftfy and unescaped html (`&amp;`); the tokenizer here replaces curly
+quotes and ligatures, and nothing else of that. Clean texts that hold mojibake, html entities or full-width
+letters with `html.unescape(html.unescape(ftfy.fix_text(text)))` first. Images whose resized side exceeds the model's
+by an odd number of pixels may be cropped one pixel further left or up than in training. A literal `<|endoftext|>` or
+`<|startoftext|>` in a text is encoded as that token; in training it was plain text.""",
+    "timm": "The vision tower alone: no projection, no text tower.",
+}
+
+
+def write_card(fmt: str, located: Located, weights: str, proof: Proof) -> str:
+    """The card's text."""
+    assert located.config is not None
+    config = located.config
+    library = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm"}[fmt]
+    averaged = " (the exponential moving average of the student)" if weights == "teacher" else ""
+    lines = [
+        "---", "license: unknown  # FILL IN: of the weights, which the licence of the data may limit",
+        f"library_name: {library}", "tags: [clip, a-clip, zero-shot-image-classification]", "---", "",
+        f"# {config.model.vision.name}, A-CLIP, {weights}", "",
+        f"Pre-trained by amclip_ds with `mask.strategy={config.mask.strategy}`"
+        f" (keep ratio {config.mask.keep_ratio}), {located.step} steps of {config.batch.global_size} pairs;"
+        f" these are the {weights}'s weights{averaged}, fp32.", "",
+        "## Loading", "", LOADING[fmt], "",
+        f"Images: {config.model.vision.image_size} px, shortest side resized (bilinear), centre crop, ImageNet mean"
+        " and deviation.", "", TEXTS[fmt], "",
+        "## Data", "", f"`data.train={config.data.train}`", "",
+        "FILL IN: what the data are, under which licence, what is known to be wrong with them.", "",
+        "## Numbers", "", *_numbers(located, weights), "",
+        "## Proof of this export", "",
+        "Unit embeddings of the exported model, run by its library, against those of the model as it was trained:", "",
+        *(f"    {line}" for line in proof.lines()), "",
+        "## Use", "", "FILL IN: what it is meant for, what it is not fit for.", "",
+        "## Settings", "", "```yaml", settings.dump(config).rstrip(), "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _numbers(located: Located, weights: str) -> list[str]:
+    rows: list[dict[str, Any]] = read_lines(located.run / "eval.jsonl") if located.run else []
+    mine = [row for row in rows if row.get("step") == located.step and row.get("weights") == weights]
+    if not mine:
+        return ["None recorded; `amclip eval` makes them."]
+    table = ["| data set | task | metric | value | samples |", "|---|---|---|---|---|"]
+    for row in mine:
+        table += [f"| {row['dataset']} | {row['task']} | {name} | {value:.4f} | {row['num_samples']} |"
+                  for name, value in row["metrics"].items()]  # fmt: skip
+    return table

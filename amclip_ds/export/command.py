@@ -1,0 +1,80 @@
+"""`amclip export`: writes beside the target, proves, and only then gives the folder its name."""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.evaluate.libraries import open_library
+from amclip_ds.evaluate.source import Located, build_towers, locate
+from amclip_ds.export import hugging_face, open_clip, timm
+from amclip_ds.export.card import write_card
+from amclip_ds.export.proof import ExportMismatch, Proof, gather_samples, prove
+from amclip_ds.model.amclip import AClip
+from amclip_ds.record import write_atomically
+
+WRITERS = {"open_clip": open_clip.write, "hf": hugging_face.write, "timm": timm.write}
+
+
+def export(args: argparse.Namespace) -> int:
+    """Returns 0; raises UserError (code 2) for a wrong request, ExportMismatch (1) for what computes otherwise."""
+    located = locate(Path(args.source))
+    if located.config is None:
+        raise UserError(f"{args.source}: an export already; export from a run or a checkpoint")
+    if args.out.exists():
+        raise UserError(f"--out {args.out}: exists; name a folder that does not, or remove it")
+    module = build_towers(located, args.weights)
+    proof = write_proved(args.format, module, located, args.weights, args.out, args.proof, args.onnx)
+    for line in proof.lines():
+        print(line)
+    if args.json:
+        write_atomically(Path(args.json), json.dumps(proof.facts(), indent=1) + "\n")
+    print(args.out)
+    return 0
+
+
+def write_proved(
+    fmt: str, module: AClip, located: Located, weights: str, out: Path, proof_shards: str | None, onnx: bool = False
+) -> Proof:
+    """Makes the folder `out`, whole and proved, or nothing. Raises ExportMismatch, UserError."""
+    assert located.config is not None
+    config = located.config
+    samples = gather_samples(proof_shards, config)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
+    try:
+        WRITERS[fmt](partial, module, config.model)
+        proof = prove(module, config.model, load_back(partial, fmt, weights), samples)
+        if onnx:
+            from amclip_ds.export.onnx import write_towers
+
+            proof.agreements += write_towers(partial, module, config.model, samples)
+        if not proof.holds:
+            raise ExportMismatch("\n".join(["the export computes otherwise and was deleted:", *proof.lines()]))
+        (partial / "README.md").write_text(write_card(fmt, located, weights, proof))
+        facts = {"step": located.step, "weights": weights, "format": fmt, "proof": proof.facts()}
+        (partial / "amclip.json").write_text(json.dumps(facts, indent=1) + "\n")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return proof
+
+
+def load_back(folder: Path, fmt: str, weights: str) -> object:
+    """The export as its library loads it. Raises ExportMismatch where the library refuses it."""
+    try:
+        return open_library(folder, fmt, weights, torch.device("cpu"))
+    except AmclipError:
+        raise
+    except Exception as error:  # whatever the library raises, the export is worth nothing
+        reason = " ".join(str(error).split())[:300]
+        raise ExportMismatch(
+            f"{fmt} does not load the export, which was deleted: {type(error).__name__} {reason}"
+        ) from error
