@@ -1,0 +1,236 @@
+"""How fast samples become views: `python -m benchmarks.data [--rounds 5] [--json FILE] [--no-train]`.
+
+Makes JPEGs of its own (500 x 375 and other sizes), then, in one run and on the same files:
+
+pipelines   our three views (one decode, uint8 crops; photometric parameters drawn, applied later on the device) against
+            the straightforward ones (Pillow: full decode, three resized crops; colour jitter, grayscale, blur and
+            solarize on both student views; three ToTensor and Normalize). Exit code 1 if ours is not 3 times as fast.
+decoders    and resizers, alone: what the choice of simplejpeg and torch rests on
+loader      batches of TrainingData, by number of workers, tokens and all
+training    the part of a step of aclip-tiny that waits for data
+
+Times are CPU seconds of one thread, so other work on the machine disturbs them little; rounds alternate, medians count.
+"""
+
+import argparse
+import io
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from amclip_ds.data import photometric, synthetic
+from amclip_ds.data.keyed_random import keyed
+from amclip_ds.data.loader import DataConfig, TrainingData
+from amclip_ds.data.views import make_views
+from tests.unit.data.damaged import tar_of
+
+SIZES = ((256, 192), (500, 375), (1024, 768), (2048, 1536), (4096, 3072))
+VIEW = 224
+QUALITY = 92
+NEEDED = 3.0
+Times = dict[str, list[float]]
+
+
+def make_jpeg(number: int, width: int, height: int) -> bytes:
+    """A cluttered scene of any size, as cameras write JPEGs (half colour resolution)."""
+    generator = keyed(0, "benchmark", number, width)
+    image = synthetic.draw_background(generator, width, height)
+    synthetic.draw_distractors(generator, image, coloured=True)
+    shape, colour = synthetic.CLASSES[number % len(synthetic.CLASSES)]
+    synthetic.draw_object(generator, image, shape, colour)
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=QUALITY)
+    return encoded.getvalue()
+
+
+def ours(content: bytes) -> None:
+    """What a worker does for one sample's image."""
+    generator = keyed(0, "benchmark")
+    make_views(content, generator, num_views=2, size=VIEW, teacher_size=VIEW)
+    for _ in range(2):
+        photometric.draw(generator)
+
+
+class Straightforward:
+    """What one writes first: torchvision's transforms on Pillow images, one view after the other."""
+
+    def __init__(self) -> None:
+        from torchvision import transforms  # here, after amclip_ds has mended it
+
+        end = [transforms.ToTensor(), transforms.Normalize(photometric.MEAN, photometric.STD)]
+        crop = transforms.RandomResizedCrop(VIEW, scale=(0.5, 1.0))
+        jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
+        blur = transforms.RandomApply([_PillowBlur()], p=0.1)
+        changes = [jitter, transforms.RandomGrayscale(0.2), blur, transforms.RandomSolarize(128, p=0.2)]
+        self.student, self.teacher = transforms.Compose([crop, *changes, *end]), transforms.Compose([crop, *end])
+
+    def __call__(self, content: bytes) -> None:
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        for transform in (self.student, self.student, self.teacher):
+            transform(image)
+
+
+class _PillowBlur:
+    """The blur of SimCLR's descendants."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        from PIL import ImageFilter
+
+        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+
+
+def alternate(works: dict[str, Callable[[bytes], Any]], files: list[bytes], rounds: int) -> Times:
+    """CPU seconds a file, by work and round; every round does all works on all files, in turn."""
+    times: Times = {name: [] for name in works}
+    for round_number in range(rounds + 1):
+        for name, work in works.items():
+            began = time.thread_time()
+            for content in files:
+                work(content)
+            if round_number:  # the first one warms up
+                times[name].append((time.thread_time() - began) / len(files))
+    return times
+
+
+def pipelines(rounds: int) -> dict[str, Any]:
+    """Samples a second and core, ours and the straightforward, by size of the source."""
+    found = {}
+    for width, height in SIZES:
+        files = [make_jpeg(number, width, height) for number in range(max(4, min(48, 6_000_000 // (width * height))))]
+        times = alternate({"ours": ours, "straightforward": Straightforward()}, files, rounds)
+        ratios = [slow / fast for fast, slow in zip(times["ours"], times["straightforward"])]
+        found[f"{width} x {height}"] = {
+            "kilobytes": statistics.mean(map(len, files)) / 1e3, "ratio": statistics.median(ratios),
+            "ratio_min": min(ratios), "ratio_max": max(ratios),
+        } | {name: 1 / statistics.median(values) for name, values in times.items()}  # fmt: skip
+    return found
+
+
+def parts(rounds: int) -> dict[str, float]:
+    """Milliseconds of one decode of 500 x 375 and of one resize of a crop of it, by library."""
+    from torchvision.transforms import v2
+
+    files = [make_jpeg(number, 500, 375) for number in range(24)]
+    pixels = torch.from_numpy(simplejpeg.decode_jpeg(files[0]))
+    image = Image.fromarray(pixels.numpy())
+    region = pixels[20:320, 40:400].permute(2, 0, 1)
+    contiguous = region.contiguous()
+    linear, size = v2.InterpolationMode.BILINEAR, [VIEW, VIEW]
+
+    def interpolate(source: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(source[None], size=(VIEW, VIEW), mode="bilinear", antialias=True, align_corners=False)
+
+    works: dict[str, Callable[[bytes], Any]] = {
+        "decode, Pillow": lambda content: Image.open(io.BytesIO(content)).convert("RGB"),
+        "decode, simplejpeg": lambda content: simplejpeg.decode_jpeg(content),
+        "decode, simplejpeg, fast DCT": lambda content: simplejpeg.decode_jpeg(content, fastdct=True),
+        "decode, simplejpeg, half scale": lambda content: simplejpeg.decode_jpeg(
+            content, min_height=188, min_width=250, min_factor=1
+        ),
+        "resize, Pillow": lambda _: image.resize((VIEW, VIEW), Image.Resampling.BILINEAR, box=(40, 20, 400, 320)),
+        "resize, torch, channels last (ours)": lambda _: interpolate(region),
+        "resize, torch, channels first": lambda _: interpolate(contiguous),
+        "resize, torchvision v2": lambda _: v2.functional.resize(region, size, linear, antialias=True),
+    }
+    if (cv2 := _opencv()) is not None:
+        array = np.ascontiguousarray(pixels.numpy()[20:320, 40:400])
+        works["resize, OpenCV (area)"] = lambda _: cv2.resize(array, (VIEW, VIEW), interpolation=cv2.INTER_AREA)
+        works["decode, OpenCV"] = lambda content: cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    times = alternate(works, files, rounds)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def _opencv() -> Any:
+    """OpenCV, if it happens to be installed; it is no dependency."""
+    try:
+        import cv2
+    except ImportError:
+        return None
+    cv2.setNumThreads(1)
+    return cv2
+
+
+def loader(batches: int = 12) -> dict[str, float]:
+    """Wall-clock samples a second of the training stream at 224 px over 500 x 375 JPEGs, by number of workers."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for shard in range(4):
+            files = []
+            for number in range(shard * 128, (shard + 1) * 128):
+                files += [(f"{number:06d}.jpg", make_jpeg(number, 500, 375)), (f"{number:06d}.txt", b"a photo of one")]
+            Path(folder, f"{shard:05d}.tar").write_bytes(tar_of(files))
+        for workers in (0, 1, 2):
+            data = TrainingData(
+                DataConfig(train=folder, workers=workers), seed=0, global_batch=64, rank=0, world_size=1,
+                image_size=VIEW, teacher_size=VIEW, num_units=49, context_length=77, compat="paper",
+                say=lambda text: None,
+            )  # fmt: skip
+            stream = data.batches()
+            for _ in range(2 + 4 * workers):  # start, and what was made ahead meanwhile
+                next(stream)
+            began = time.perf_counter()
+            for _ in range(batches):
+                next(stream)
+            found[f"{workers} workers"] = 64 * batches / (time.perf_counter() - began)
+            data.close()
+    return found
+
+
+def training(steps: int = 60) -> dict[str, float]:
+    """The part of a step of `aclip-tiny` (64 px, one process, one worker) that waits for data, by its metrics.jsonl."""
+    with tempfile.TemporaryDirectory() as folder:
+        scenes, run = Path(folder, "scenes"), Path(folder, "run")
+        synthetic.write_dataset(scenes, num_train=4000, num_test=0)
+        words = [f"data.train={scenes}/train", f"run.out={run}", f"run.steps={steps}", "data.workers=1",
+                 "engine.deepspeed=zero1_fp32.json", "log.every_steps=1", "log.tensorboard=false"]  # fmt: skip
+        command = [sys.executable, "-m", "amclip_ds", "train", "aclip-tiny", *words, "--resume", "never"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][10:]
+    waits, seconds = [row["data_wait_s"] for row in rows], [row["step_s"] for row in rows]
+    return {"step_s": statistics.median(seconds), "data_wait_s": statistics.median(waits),
+            "share": sum(waits) / sum(seconds)}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="how often everything is timed (default 5)")
+    parser.add_argument("--no-train", action="store_true", help="leave the training step out")
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    random.seed(0)
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"pipelines": pipelines(args.rounds)}
+    print(f"{'source':14} {'kB':>6} {'ours':>8} {'straight':>8}  samples/s/core   ratio (worst to best round)")
+    for name, row in found["pipelines"].items():
+        print(f"{name:14} {row['kilobytes']:6.0f} {row['ours']:8.0f} {row['straightforward']:8.0f} {'':17}"
+              f"{row['ratio']:5.1f} ({row['ratio_min']:.1f} to {row['ratio_max']:.1f})", flush=True)  # fmt: skip
+    found["parts"] = parts(args.rounds)
+    for name, milliseconds in found["parts"].items():
+        print(f"{name:40} {milliseconds:6.2f} ms")
+    found["loader"] = loader()
+    print("loader at 500 x 375: " + ", ".join(f"{name} {rate:.0f} samples/s" for name, rate in found["loader"].items()))
+    if not args.no_train:
+        found["training"] = training()
+        print("aclip-tiny: a step {step_s:.3f} s, {data_wait_s:.4f} s of it waits for data ({share:.1%} of the run)"
+              .format(**found["training"]))  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return int(found["pipelines"]["500 x 375"]["ratio"] < NEEDED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
