@@ -111,6 +111,11 @@ def prepare_extensions(announce: bool) -> Path:
     """Sets TORCH_EXTENSIONS_DIR for this process; says so if the communication op must be compiled now."""
     folder = extensions_dir(os.environ)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    # This environment's ninja before the system's, whatever started us: two versions of ninja do not believe each
+    # other's logs, and each would compile the op anew.
+    own_programs = str(Path(sys.executable).parent)
+    if not os.environ.get("PATH", "").startswith(own_programs + os.pathsep):
+        os.environ["PATH"] = own_programs + os.pathsep + os.environ.get("PATH", "")
     op = folder / "deepspeed_shm_comm"
     if announce and not (op / "deepspeed_shm_comm.so").exists():
         print(
