@@ -9,7 +9,6 @@ import functools
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import warnings
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from amclip_ds.data import reader
+from amclip_ds.data.parallel import Died, run_over
 from amclip_ds.data.sources import is_remote
 from amclip_ds.data.tar import BLOCK, Damage, Member, scan, split_name
 from amclip_ds.errors import UserError
@@ -215,11 +215,12 @@ def _replace(partial: Path, folder: Path) -> None:
 
 
 def _scanned(shards: list[str], workers: int) -> Iterator[tuple[ShardEntry, bytes, bytes]]:
-    if workers <= 1 or len(shards) == 1:
-        yield from map(scan_shard, shards)
-        return
-    with multiprocessing.get_context("forkserver").Pool(min(workers, len(shards))) as pool:
-        yield from pool.imap(scan_shard, shards)
+    for shard, found in zip(shards, run_over(scan_shard, shards, workers)):
+        if isinstance(found, Died):
+            problem = {"kind": "unreadable", "key": str(found), "count": 1}
+            yield ShardEntry(shard, 0, 0, "", 0, [problem]), b"", b""
+        else:
+            yield found
 
 
 def scan_shard(shard: str) -> tuple[ShardEntry, bytes, bytes]:

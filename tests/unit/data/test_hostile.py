@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from amclip_ds import cli
 from amclip_ds.data import index
@@ -73,6 +74,21 @@ def test_the_measurement_sees_a_decoded_bomb() -> None:
     grown, said = grown_by(opened, damaged.bomb(5000), 1 << 30)
     assert said == "(5000, 5000, 3)" and grown > 70
     assert grown_by(opened, damaged.bomb(5000), 24_999_999)[1] == "too large"
+
+
+def test_a_jpeg_that_keeps_a_decoder_busy_is_refused() -> None:
+    """Each scan of a progressive JPEG is a pass over all pixels and can be a few bytes long: a megabyte holds hours."""
+    encoded = io.BytesIO()
+    Image.new("RGB", (640, 480)).save(encoded, "JPEG", progressive=True)
+    content = encoded.getvalue()
+    last_scan = content[content.rindex(b"\xff\xda") : -2]
+
+    def with_scans(count: int) -> bytes:
+        return content[:-2] + last_scan * count + content[-2:]
+
+    assert opened(with_scans(20), 1 << 30) == "(480, 640, 3)"
+    assert len(with_scans(20_000)) < 1 << 20
+    assert opened(with_scans(20_000), 1 << 30) == "unreadable"
 
 
 def test_a_member_that_claims_terabytes_takes_no_memory(tmp_path: Path) -> None:
