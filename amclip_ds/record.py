@@ -38,7 +38,7 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     line = json.dumps(row, ensure_ascii=False) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        os.write(descriptor, line.encode("utf-8", "backslashreplace"))  # half of a surrogate pair stays a JSON escape
     finally:
         os.close(descriptor)
 

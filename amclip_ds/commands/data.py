@@ -125,6 +125,7 @@ def _synth(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     from amclip_ds.data import index
     from amclip_ds.data.progress import progress
+    from amclip_ds.data.tar import printable
 
     shards = _expand(args)
     folder = args.out or index.default_folder(tuple(shards))
@@ -132,7 +133,7 @@ def _index(args: argparse.Namespace) -> int:
         made = index.build_index(shards, folder, _workers(args), lambda entry: advance())
     problems = [(shard.path, problem) for shard in made.shards for problem in shard.problems]
     for path, problem in problems[:20]:
-        print(f"  {path}: {problem['kind']} ({problem['count']}): {problem['key']}")
+        print(f"  {path}: {problem['kind']} ({problem['count']}): {printable(problem['key'])}")
     if len(problems) > 20:
         print(f"  and {len(problems) - 20} more; amclip data check SHARDS lists them all")
     print(f"{len(made)} samples in {len(shards)} shards, fingerprint {made.fingerprint()}")
@@ -219,11 +220,11 @@ def _print_problems(report: "Report") -> None:
 
     table = Table("shard", "ok", "read", "skipped", "lost", "problems: how many, the first one's key")
     for shard in report.shards:
-        found = [f"{kind}: {count}, {_printable(key)}" for kind, (key, count) in shard.problems.items()]
+        found = [f"{kind}: {count}, {_for_table(key)}" for kind, (key, count) in shard.problems.items()]
         if found:
             ok = "yes" if shard.is_ok(report.config.max_skip_rate) else "NO"
             numbers = [str(value) for value in (shard.read, shard.skipped, shard.lost)]
-            table.add_row(_printable(shard.path, 1000), ok, *numbers, "\n".join(found))
+            table.add_row(_for_table(shard.path, 1000), ok, *numbers, "\n".join(found))
     if table.row_count:
         Console().print(table)
 
@@ -237,11 +238,13 @@ def _print_epoch(epoch: dict[str, Any]) -> None:
     )
 
 
-def _printable(text: str, longest: int = 80) -> str:
-    """Names come from strangers: nothing of them reaches the terminal but what can be printed."""
+def _for_table(text: str, longest: int = 80) -> str:
+    """A stranger's name, harmless to the terminal and to rich."""
     from rich.markup import escape
 
-    return escape("".join(c if c.isprintable() else "?" for c in text)[:longest])
+    from amclip_ds.data.tar import printable
+
+    return escape(printable(text)[:longest])
 
 
 def _write_json(file: Path | None, content: dict[str, Any]) -> None:

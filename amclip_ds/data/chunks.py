@@ -17,6 +17,7 @@ from amclip_ds.data.index import Index, Sample
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.order import EpochOrder, Mixture
 from amclip_ds.data.reader import Request, ShardReader
+from amclip_ds.data.tar import printable
 from amclip_ds.data.views import BadImage, Views, make_views
 from amclip_ds.errors import AmclipError, UserError
 
@@ -255,7 +256,7 @@ class BadSample(ValueError):
 
 
 def _incident(kind: str, shard: str, key: str, cause: str, action: str) -> dict[str, str]:
-    return {"kind": kind, "shard": shard, "key": key, "cause": cause, "action": action}
+    return {"kind": kind, "shard": shard, "key": printable(key), "cause": printable(cause), "action": action}
 
 
 def join(chunks: Sequence[Chunk]) -> Chunk:

@@ -31,6 +31,7 @@ from amclip_ds.data.photometric import Photometric
 from amclip_ds.data.progress import progress
 from amclip_ds.data.reader import refuse_pipes_at_training
 from amclip_ds.data.sources import expand, split_sources
+from amclip_ds.data.tar import printable
 from amclip_ds.errors import AmclipError, UserError
 
 T = TypeVar("T")
@@ -375,9 +376,10 @@ def _mixture(config: DataConfig, sources: Sources) -> Mixture:
 def _damage(index: Index, members: list[int]) -> list[dict[str, str]]:
     """What indexing found in the shards of this run, as incidents: members that no sample order can reach."""
     return [
-        {"kind": problem["kind"], "shard": index.shards[number].path, "key": str(problem["key"]),
+        {"kind": problem["kind"], "shard": index.shards[number].path, "key": printable(problem["key"]),
          "cause": f"{problem['count']} x, found by indexing", "action": "left out of every epoch"}
         for number in dict.fromkeys(members) for problem in index.shards[number].problems
+        if problem["kind"] != "no caption"  # such a sample has its place in the order: it is replaced, and told then
     ]  # fmt: skip
 
 

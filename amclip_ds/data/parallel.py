@@ -54,7 +54,7 @@ def _alone(work: Callable[[Item], Result], item: Item) -> Result | Died:
         try:
             return pool.submit(work, item).result()
         except BrokenProcessPool:
-            return Died("the process that read it died: a crash in a decoder, or no memory left")
+            return Died("its process died: a crash in a decoder, or no memory left")
 
 
 def _pool(work: Callable, processes: int) -> ProcessPoolExecutor:

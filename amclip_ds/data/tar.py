@@ -105,6 +105,11 @@ def split_name(name: str) -> tuple[str, str]:
     return (f"{folder}{slash}{stem}" if stem else ""), suffix.lower()
 
 
+def printable(name: str) -> str:
+    """A name from a tar, as it may reach a terminal or a record: what cannot be printed is spelt as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+
+
 def _long_name(file: BinaryIO, offset: int, header: tarfile.TarInfo) -> str | None:
     """The name that a GNU long-name or pax header gives to the next member; "" if a pax header gives none."""
     if header.size > MAX_NAME_BYTES:

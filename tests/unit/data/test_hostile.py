@@ -18,6 +18,7 @@ from amclip_ds.data.check import CheckConfig, check
 from amclip_ds.data.loader import DataConfig, TrainingData
 from amclip_ds.data.tar import scan
 from amclip_ds.data.views import BadImage, open_image
+from amclip_ds.record import LogConfig, Record, read_lines
 from tests.unit.data import damaged
 from tests.unit.data.damaged import sample, samples, special, tar_of
 
@@ -169,13 +170,39 @@ def test_links_and_devices_are_no_members() -> None:
     assert len(names) == 82
 
 
-def test_names_reach_the_terminal_harmless(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Escape sequences and markup in a key stay text."""
-    evil = "\x1b]0;owned\x07[red]a"
-    (tmp_path / "00000.tar").write_bytes(tar_of([(f"{evil}.jpg", b"no image"), (f"{evil}.txt", b"words")]))
+EVIL = "\x1b]0;owned\x07[red]a"
+
+
+def test_names_reach_terminal_and_record_harmless(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Escape sequences, markup and bytes that are not UTF-8 stay text, on the screen and in incidents.jsonl."""
+    files = [(f"{EVIL}.jpg", b"no image"), (f"{EVIL}.txt", b"words"), (f"{EVIL}b.txt", b"words"), *samples(range(4))]
+    content = damaged.renamed(tar_of(files), "000000.jpg", b"\xff\x1b[2J.jpg")
+    content = damaged.renamed(content, "000000.txt", b"\xff\x1b[2J.txt").replace(
+        damaged.picture(0)[200:300], bytes(100)
+    )
+    (tmp_path / "00000.tar").write_bytes(content)
     assert cli.main(["data", "check", str(tmp_path / "00000.tar")]) == 2
+    assert cli.main(["data", "index", str(tmp_path / "00000.tar")]) == 0
     printed = capsys.readouterr().out
-    assert "\x1b]0;" not in printed and "\x07" not in printed and "?]0;owned?[red]a" in printed.replace("\n", "")
+    assert "\x1b" not in printed and "\x07" not in printed and r"\x1b]0;owned\x07[red]a" in printed.replace("\n", "")
+    data = TrainingData(
+        DataConfig(train=str(tmp_path), workers=0), seed=0, global_batch=5, rank=0, world_size=1, image_size=16,
+        teacher_size=None, num_units=0, context_length=77, compat="paper", say=lambda text: None,
+    )  # fmt: skip
+    incidents = next(data.batches()).incidents
+    with record_of(tmp_path) as record:
+        for incident in incidents:
+            record.incident(**incident)
+        record.incident("test", "half a pair: \ud800")
+    rows = read_lines(tmp_path / "incidents.jsonl")
+    assert {row["key"] for row in rows} >= {r"\x1b]0;owned\x07[red]a", r"\x1b]0;owned\x07[red]ab"}
+    assert rows[-1]["cause"] == "half a pair: \ud800" and len(rows) == len(incidents) + 1
+    assert "\x1b" not in (tmp_path / "incidents.jsonl").read_text()
+
+
+def record_of(folder: Path) -> Record:
+    config = LogConfig(tensorboard=False)
+    return Record(folder, config, rank=0, world_size=1, attempt=0, total_steps=1, samples_per_epoch=4)
 
 
 def test_pipes_run_nothing_unless_allowed(tmp_path: Path) -> None:
