@@ -142,12 +142,15 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from amclip_ds.data import stats
     from amclip_ds.data.check import CheckConfig
 
     report = _look(args, "checking", CheckConfig(**_settings(args, max_skip_rate=args.max_skip_rate)))
-    found = report.as_json() | {"epoch": _epoch(report, args.global_batch, _workers(args))}
+    tokens, epoch = stats.summarise_tokens(report), _epoch(report, args.global_batch, _workers(args))
+    found = report.as_json() | {"epoch": epoch, "tokens": tokens}
     _print_problems(report)
-    _print_epoch(found["epoch"])
+    _print_tokens(tokens)
+    _print_epoch(epoch)
     _write_json(args.json, found)
     print(f"{report.verdict()}: {'submit' if report.ok else 'do not submit'}")
     return 0 if report.ok else 2
@@ -227,6 +230,14 @@ def _print_problems(report: "Report") -> None:
             table.add_row(_for_table(shard.path, 1000), ok, *numbers, "\n".join(found))
     if table.row_count:
         Console().print(table)
+
+
+def _print_tokens(tokens: dict[str, Any]) -> None:
+    half, most = tokens["percentiles"]["50"], tokens["percentiles"]["95"]
+    print(
+        f"captions: half have at most {half:.0f} tokens, 95% at most {most:.0f};"
+        f" {tokens['trimmed']:.1%} are longer than {tokens['context_length']} and are cut in training"
+    )
 
 
 def _print_epoch(epoch: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ CONTEXT_LENGTH = 77
 def summarise(report: Report) -> dict[str, Any]:
     """{samples, formats, trimmed_captions, distributions: {name: {percentiles, mean}}, problems}."""
     columns = distributions(report)
-    tokens = columns["tokens"]
     names = {number: suffix for suffix, number in reversed(index.IMAGE_TYPES.items())}
     kinds, counts = np.unique(report.measured()["format"], return_counts=True)
     return {
@@ -23,7 +22,7 @@ def summarise(report: Report) -> dict[str, Any]:
         "shards": len(report.shards),
         "bytes": report.total("num_bytes"),
         "formats": {names[int(kind)].removeprefix("."): int(count) for kind, count in zip(kinds, counts)},
-        "trimmed_captions": float((tokens > CONTEXT_LENGTH).mean()) if len(tokens) else 0.0,
+        "trimmed_captions": summarise_tokens(report)["trimmed"],
         "percentiles": list(PERCENTILES),
         "distributions": {name: _summary(values) for name, values in columns.items()},
         "problems": dict(report.problems()),
@@ -44,6 +43,14 @@ def distributions(report: Report) -> dict[str, np.ndarray]:
         "characters": rows["characters"].astype(np.float64),
         "tokens": np.array(list(token_lengths([t for shard in report.shards for t in shard.texts])), dtype=np.float64),
     }
+
+
+def summarise_tokens(report: Report) -> dict[str, Any]:
+    """{captions, percentiles: {part: tokens}, trimmed}: of some captions of the whole set, start and end included."""
+    tokens = distributions(report)["tokens"]
+    found = dict(zip(map(str, PERCENTILES), _summary(tokens)["percentiles"]))
+    trimmed = float((tokens > CONTEXT_LENGTH).mean()) if len(tokens) else 0.0
+    return {"captions": len(tokens), "percentiles": found, "context_length": CONTEXT_LENGTH, "trimmed": trimmed}
 
 
 def draw(report: Report, file: Path) -> Path:
