@@ -1,10 +1,12 @@
 """What the checkpoint tests run on forked ranks: real engines over a fixed stream, saved and loaded."""
 
 import hashlib
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from amclip_ds.checkpoint import CheckpointConfig, load
@@ -83,7 +85,7 @@ class Rig:
         self.schedules = Schedules(optim, teacher, TOTAL)
 
     def train(self, steps: int) -> list[tuple[str, ...]]:
-        """Steps on; per step the loss, gradient norm, learning rate and momentum, every bit of them."""
+        """Steps on; per step the loss, gradient norm, learning rate, momentum and random draws, every bit of them."""
         rows = []
         for _ in range(steps):
             lr = self.schedules.lr(self.updates)
@@ -104,7 +106,8 @@ class Rig:
             self.teacher.publish()
             self.updates += 1
             mean = self.comm.all_reduce_sum(value.clone().double()) / self.comm.world_size
-            rows.append((float(mean).hex(), float(outcome.grad_norm).hex(), lr.hex(), momentum.hex()))
+            drawn = f"{torch.rand(1).item()} {np.random.rand()} {random.random()}"  # what only a restored state repeats
+            rows.append((float(mean).hex(), float(outcome.grad_norm).hex(), lr.hex(), momentum.hex(), drawn))
         return rows
 
     def state(self) -> CheckpointState:
@@ -162,6 +165,10 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """[loads,] trains `steps`, [saves,] trains `go_on` more. Returns rows and digests (after load, at the end)."""
     rig = Rig(**settings)
+    seed = rig.runtime.rank + (999 if resume else 0)  # a resumed rank must not draw right by chance
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     result: dict[str, Any] = {}
     if resume:
         rig.load(Path(folder), forget)
@@ -169,7 +176,7 @@ def run(
     result["rows"] = rig.train(steps)
     if save:
         rig.save(Path(folder), asynchronous)
-    result["digest"] = rig.digest()
+    result["digest"] = rig.digest()  # of what was saved
     result["random"] = repr(state_module.random_state())
     result["rows"] += rig.train(go_on)
     result["groups"] = len(shards.base_optimizer(rig.student.engine).param_groups)
