@@ -1,14 +1,22 @@
-"""What the engine tests run on forked ranks: real engines over a fixed stream of random samples."""
+"""What the engine tests run on forked ranks: real engines over a fixed stream of random samples.
 
+`Run` is the step of amclip_ds/step.py over samples that are made here, so that every world and split sees the same
+ones; the cases below it are functions for tests/harness.py.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import DistributedComm
 from amclip_ds.engine.grad_cache import forward_backward
-from amclip_ds.engine.student import EngineConfig, StudentEngine
+from amclip_ds.engine.student import SKIPPED, EngineConfig, StepOutcome, StudentEngine
 from amclip_ds.loss import LossConfig
+from amclip_ds.loss.outputs import Outputs
 from amclip_ds.model import masking, scoring
 from amclip_ds.model.amclip import ModelConfig
 from amclip_ds.model.heads import HeadsConfig
@@ -16,82 +24,153 @@ from amclip_ds.model.masking import MaskConfig
 from amclip_ds.model.text import TextConfig
 from amclip_ds.model.vision import VisionConfig
 from amclip_ds.optim import OptimConfig, Schedules
+from amclip_ds.resilience.guards import Guards, GuardsConfig
 from amclip_ds.teacher import Teacher, TeacherConfig
 
-GLOBAL_BATCH, GRID = 8, 4
+GLOBAL_BATCH = 8
+VOCABULARY, CONTEXT = 100, 16
 
 
-def tiny_model() -> ModelConfig:
+def tiny_model(depth: int = 2, checkpoint_every: int = 0) -> ModelConfig:
     return ModelConfig(
-        vision=VisionConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=8, width=32, depth=2, heads=2,
-                            mlp_ratio=2.0),
-        text=TextConfig(width=32, depth=2, heads=2, mlp_ratio=2.0, vocab_size=100, eos_token_id=99, context_length=16,
-                        activation="gelu"),
+        vision=VisionConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=8, width=32, depth=depth, heads=2,
+                            mlp_ratio=2.0, checkpoint_every=checkpoint_every),
+        text=TextConfig(width=32, depth=depth, heads=2, mlp_ratio=2.0, vocab_size=VOCABULARY,
+                        eos_token_id=VOCABULARY - 1, context_length=CONTEXT, activation="gelu",
+                        checkpoint_every=checkpoint_every),
         embed_dim=32,
     )  # fmt: skip
 
 
-def global_batch(step: int) -> dict[str, torch.Tensor]:
-    """The samples of a step, the same in every world."""
+def recipe_model() -> tuple[ModelConfig, HeadsConfig]:
+    """The model of the recipe aclip-tiny with 1,000 token ids: of the whole table 6 M of 7 M weights never move."""
+    from amclip_ds import config as settings
+
+    recipe = settings.load("aclip-tiny", ["model.text.vocab_size=1000", "model.text.eos_token_id=999"])
+    return recipe.model, recipe.heads
+
+
+def global_batch(step: int, model: ModelConfig) -> dict[str, Tensor]:
+    """The samples of a step, the same in every world; what random masks go by is keyed by sample like the rest."""
     g = torch.Generator().manual_seed(1000 + step)
-    tokens = torch.randint(1, 98, (GLOBAL_BATCH, 16), generator=g)
-    tokens[:, 10] = 99
+    side, units = model.vision.image_size, (model.vision.grid // 2) ** 2
+    text = model.text
+    tokens = torch.randint(1, text.eos_token_id, (GLOBAL_BATCH, CONTEXT), generator=g)
+    tokens[:, 10] = text.eos_token_id
     tokens[:, 11:] = 0
     boxes = torch.zeros(3, GLOBAL_BATCH, 4)
-    boxes[:] = torch.tensor([0.0, 0.0, 32.0, 32.0])
+    boxes[:] = torch.tensor([0.0, 0.0, side, side])
     return {
-        "views": torch.randn(2, GLOBAL_BATCH, 3, 32, 32, generator=g),
-        "teacher": torch.randn(GLOBAL_BATCH, 3, 32, 32, generator=g),
-        "noise": torch.rand(2, GLOBAL_BATCH, (GRID // 2) ** 2, generator=g),
+        "views": torch.randn(2, GLOBAL_BATCH, 3, side, side, generator=g),
+        "teacher": torch.randn(GLOBAL_BATCH, 3, side, side, generator=g),
+        "noise": torch.rand(2, GLOBAL_BATCH, units, generator=g),
         "tokens": tokens,
         "boxes": boxes,
     }
 
 
-def local_part(batch: dict[str, torch.Tensor], rank: int, world_size: int) -> dict[str, torch.Tensor]:
+def local_part(batch: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
     """This rank's rows."""
     size = GLOBAL_BATCH // world_size
     rows = slice(rank * size, (rank + 1) * size)
-    by_view = {"views", "noise", "boxes"}
+    by_view = {"views", "noise", "boxes", "keep"}
     return {name: value[:, rows] if name in by_view else value[rows] for name, value in batch.items()}
 
 
-def train(
-    ds: str, steps: int = 5, optim: dict[str, Any] | None = None, micro: int = GLOBAL_BATCH, strategy: str = "random",
-    loss: dict[str, Any] | None = None, placement: str = "auto", norm: str = "batch",
-    replay: list[torch.Tensor] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Trains on the fixed stream. Returns losses, norms, the final student and teacher (rank 0), kept indices."""
-    runtime = engine_runtime.start()
-    comm = DistributedComm()
-    model, heads = tiny_model(), HeadsConfig(hidden_dim=64, output_dim=16, norm=norm)
-    loss_config = LossConfig(**(loss or {}))
-    optim_config = OptimConfig(**({"name": "sgd", "lr": 0.05, "warmup_steps": 0, "weight_decay": 0.0} | (optim or {})))
-    teacher_config = TeacherConfig(momentum=0.9, final_momentum=0.99, placement=placement)
-    student = StudentEngine(model, heads, loss_config, optim_config, EngineConfig(deepspeed=ds), seed=0, runtime=runtime)
-    teacher = Teacher(teacher_config, model, heads, loss_config, compat="paper", seed=0, student=student,
-                      device=runtime.device)  # fmt: skip
-    schedules = Schedules(optim_config, teacher_config, steps)
-    mask = MaskConfig(strategy=strategy)
-    losses, norms, kept = [], [], []
-    for step in range(steps):
-        student.set_lr(schedules.lr(step))
-        batch = local_part(global_batch(step), runtime.rank, runtime.world_size)
-        target, scores = teacher.forward("scores", images=batch["teacher"], comm=comm)
-        unit_scores = scoring.scores_to_views(scores, batch["boxes"], grid=GRID, unit=2)
-        keep = masking.select(mask, GRID, scores=unit_scores, noise=batch["noise"])
+class Run:
+    """Student, teacher and guards of one rank. optim, loss, mask, guards: changes to their settings."""
+
+    def __init__(
+        self, ds: str, *, steps: int = 5, accumulation: int = 1, optim: dict[str, Any] | None = None,
+        loss: dict[str, Any] | None = None, strategy: str = "random", placement: str = "auto", norm: str = "batch",
+        seed: int = 0, recipe: bool = False, depth: int = 2, checkpoint_every: int = 0, compile: bool = False,
+        momentum: tuple[float, float] = (0.9, 0.99), guards: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.runtime = engine_runtime.start()
+        self.comm = DistributedComm()
+        heads = HeadsConfig(hidden_dim=64, output_dim=16, norm=norm)
+        self.model = tiny_model(depth, checkpoint_every)
+        if recipe:
+            self.model, heads = recipe_model()
+        self.loss = LossConfig(**(loss or {}))
+        sgd = {"name": "sgd", "lr": 0.05, "warmup_steps": 0, "weight_decay": 0.0}
+        optim_config = OptimConfig(**(sgd | (optim or {})))
+        teacher_config = TeacherConfig(momentum=momentum[0], final_momentum=momentum[1], placement=placement)
+        self.student = StudentEngine(self.model, heads, self.loss, optim_config,
+                                     EngineConfig(deepspeed=ds, compile=compile), seed=seed,
+                                     runtime=self.runtime)  # fmt: skip
+        self.teacher = Teacher(teacher_config, self.model, heads, self.loss, compat="paper", seed=seed,
+                               student=self.student, device=self.runtime.device)  # fmt: skip
+        self.schedules = Schedules(optim_config, teacher_config, steps)
+        self.mask = MaskConfig(strategy=strategy)
+        self.guards = Guards(GuardsConfig(**(guards or {})))
+        self.micro = GLOBAL_BATCH // self.runtime.world_size // accumulation
+        self.updates = 0
+
+    def batch(self, step: int, keep: Tensor | None = None) -> dict[str, Tensor]:
+        """This rank's part. keep: keep_indices of the global batch [V, B, K] to replay."""
+        whole = global_batch(step, self.model) | ({} if keep is None else {"keep": keep})
+        return local_part(whole, self.runtime.rank, self.runtime.world_size)
+
+    def look(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The teacher's target, its scores seen from the views [V, B, U], and what they and the mask choose."""
+        grid = self.model.vision.grid
+        target, scores = self.teacher.forward("scores", images=batch["teacher"], comm=self.comm)
+        unit_scores = scoring.scores_to_views(scores, batch["boxes"], grid=grid, unit=2)
+        return target, unit_scores, masking.select(self.mask, grid, scores=unit_scores, noise=batch["noise"])
+
+    def gradients(
+        self, batch: dict[str, Tensor], target: Tensor, keep: Tensor,
+        admit: Callable[[Tensor, Outputs], bool] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Leaves the batch's gradients in the engine; returns the loss."""
         value, _, _ = forward_backward(
-            student, batch["views"], keep, batch["tokens"], target, loss_config, comm, micro=micro
-        )
-        outcome = student.step()
-        assert outcome.applied
-        student.clamp_logit_scale()
-        teacher.update(schedules.momentum(step + 1))
-        teacher.publish()
-        losses.append(float(comm.all_reduce_sum(value.clone()) / comm.world_size))
-        norms.append(outcome.grad_norm)
-        kept.append(keep)
-    result = {"losses": losses, "norms": norms, "kept": kept, "student": student.full_state(),
-              "teacher": teacher.full_state(), "logit_scale": student.logit_scale()}  # fmt: skip
-    engine_runtime.stop(runtime)
-    return result
+            self.student, batch["views"], keep, batch["tokens"], target, self.loss, self.comm, self.micro, "paper",
+            admit or self.guards.admit,
+        )  # fmt: skip
+        return value
+
+    def step(self, step: int, keep: Tensor | None = None, batch: dict[str, Tensor] | None = None,
+             admit: Callable[[Tensor, Outputs], bool] | None = None) -> dict[str, Any]:  # fmt: skip
+        """One step as amclip_ds/step.py takes it."""
+        self.student.set_lr(self.schedules.lr(self.updates))
+        batch = self.batch(step, keep) if batch is None else batch
+        target, unit_scores, chosen = self.look(batch)
+        loss = self.gradients(batch, target, batch.get("keep", chosen), admit)
+        outcome: StepOutcome = self.student.step() if self.guards.admitted else SKIPPED
+        if outcome.applied:
+            self.updates += 1
+            self.student.clamp_logit_scale()
+            self.teacher.update(self.schedules.momentum(self.updates))
+            self.teacher.publish()
+        mean = self.comm.all_reduce_sum(loss.detach().clone()) / self.comm.world_size
+        return {"loss": float(mean), "norm": outcome.grad_norm, "applied": outcome.applied, "keep": chosen,
+                "scores": unit_scores}  # fmt: skip
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Whole fp32 student and teacher on rank 0."""
+        return {"student": self.student.full_state(), "teacher": self.teacher.full_state()}
+
+    def whole(self, by_view: Tensor) -> Tensor:
+        """[V, b, ...] of every rank -> [V, B, ...] of the global batch."""
+        return self.comm.all_gather(by_view.transpose(0, 1).contiguous()).transpose(0, 1)
+
+
+@contextlib.contextmanager
+def running(*args: Any, **settings: Any) -> Iterator[Run]:
+    run = Run(*args, **settings)
+    yield run
+    engine_runtime.stop(run.runtime)
+
+
+def train(ds: str, steps: int = 5, replay: list[Tensor] | None = None, **settings: Any) -> dict[str, Any]:
+    """Trains on the fixed stream. Returns by step: losses, norms, keep_indices and unit scores of the global batch;
+    and rank 0's whole student and teacher at the end. replay: keep_indices by step to train with instead."""
+    with running(ds, steps=steps, **settings) as run:
+        rows = [run.step(step, replay[step] if replay else None) for step in range(steps)]
+        assert all(row["applied"] for row in rows)
+        return {
+            "losses": [row["loss"] for row in rows], "norms": [row["norm"] for row in rows],
+            "keep": [run.whole(row["keep"]) for row in rows], "scores": [run.whole(row["scores"]) for row in rows],
+            "logit_scale": run.student.logit_scale(), **run.state(),
+        }  # fmt: skip

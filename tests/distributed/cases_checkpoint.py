@@ -30,6 +30,7 @@ from amclip_ds.optim import OptimConfig, Schedules
 from amclip_ds.teacher import Teacher, TeacherConfig
 
 GLOBAL_BATCH, GRID, TOTAL = 12, 4, 40
+HEADS = {"hidden_dim": 37, "output_dim": 13}
 
 
 def odd_model() -> ModelConfig:
@@ -75,7 +76,7 @@ class Rig:
     def __post_init__(self) -> None:
         self.runtime = engine_runtime.start(deterministic=True)
         self.comm, self.ranks = DistributedComm(), Ranks(timeout_s=60)
-        model, heads, self.loss = odd_model(), HeadsConfig(hidden_dim=37, output_dim=13), LossConfig()
+        model, heads, self.loss = odd_model(), HeadsConfig(**HEADS), LossConfig()
         optim = OptimConfig(name=self.optim, lr=0.01, warmup_steps=5, layer_decay=self.layer_decay, weight_decay=0.1)
         teacher = TeacherConfig(momentum=0.9, final_momentum=0.99, placement=self.placement)
         self.student = StudentEngine(model, heads, self.loss, optim, EngineConfig(deepspeed=self.ds), seed=0,
@@ -132,7 +133,7 @@ class Rig:
         load.fill(found, state, self.ranks)
         small = found.small | ({"optimizer": {"step": 0.0}} if "counters" in forget else {})
         state_module.bring_up_to_date(self.student, self.teacher, small)
-        self.updates = found.small["updates"]
+        self.updates = found.small.get("run", found.small)["updates"]
 
     def digest(self) -> dict[str, str]:
         """sha256 of every tensor of the state, whole; what the forward reads; counters. The same on every rank."""
@@ -182,3 +183,13 @@ def run(
     result["groups"] = len(shards.base_optimizer(rig.student.engine).param_groups)
     rig.stop()
     return result
+
+
+def save_as_deepspeed(folder: str, ds: str) -> dict[str, str]:
+    """Two steps, saved in DeepSpeed's own format. Returns the digest."""
+    rig = Rig(ds=ds, strategy="random")
+    rig.train(2)
+    rig.student.engine.save_checkpoint(folder, tag="global_step2")
+    digest = rig.digest()
+    rig.stop()
+    return digest

@@ -1,0 +1,124 @@
+"""Resumes as a user meets them: `amclip train` cut in mid-epoch, on other worlds, after drift and damage."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from amclip_ds.checkpoint import manifest
+from amclip_ds.data.synthetic import write_dataset
+from amclip_ds.record import read_lines
+from tests.harness import run_ranks
+from tests.unit.checkpoint.damage import flip
+
+SMALL = ["model.vision.depth=1", "model.text.depth=1", "batch.global_size=24", "data.workers=1", "log.every_steps=1",
+         "log.tensorboard=false", "run.log_sample_ids=true", "run.deterministic=true", "checkpoint.keep_last=100",
+         "optim.warmup_steps=4"]  # fmt: skip
+OF_THE_MACHINE = {"attempt", "samples_per_s", "data_wait_s", "step_s"}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 scenes: an epoch is 8 batches of 24."""
+    folder = tmp_path_factory.mktemp("scenes") / "scenes"
+    write_dataset(folder, 200, 8, 64, 0)
+    return folder / "train"
+
+
+def amclip(*argv: str, ranks: int = 1) -> tuple[int, str]:
+    results = run_ranks("tests.e2e.cases:command", world_size=ranks, timeout_s=400, argv=["train", "aclip-tiny", *argv])
+    assert len({code for code, _ in results}) == 1, results
+    return results[0]
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    rows = read_lines(run / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in OF_THE_MACHINE} for row in rows]
+
+
+def hashes(checkpoint: Path) -> dict[str, str]:
+    """Of every file that holds state."""
+    files = manifest.verify(checkpoint).files
+    return {name: facts["sha256"] for name, facts in files.items() if name != "config.yaml"}
+
+
+def check_cut(scenes: Path, folder: Path, total: int, cut: int, ds: str) -> list[str]:
+    """An uninterrupted run of `total` steps, and one that goes on from its step `cut`: the same in every record."""
+    keys = [f"data.train={scenes}", f"run.steps={total}", f"checkpoint.every_steps={cut}", *SMALL,
+            f"engine.deepspeed={ds}"]  # fmt: skip
+    whole, rest = folder / "whole", folder / "rest"
+    code, printed = amclip(*keys, f"run.out={whole}", ranks=2)
+    assert code == 0, printed
+    place = whole / "checkpoints" / manifest.folder_name(cut)
+    code, printed = amclip(*keys, f"run.out={rest}", "--resume", str(place), ranks=2)
+    assert code == 0, printed
+    assert numbers(rest) == numbers(whole)[cut:] and len(numbers(rest)) == total - cut
+    assert read_lines(rest / "sample_ids.jsonl") == read_lines(whole / "sample_ids.jsonl")[cut:]
+    last = manifest.folder_name(total)
+    assert hashes(rest / "checkpoints" / last) == hashes(whole / "checkpoints" / last)
+    return keys
+
+
+def test_a_cut_in_mid_epoch_and_another_world(scenes: Path, tmp_path: Path) -> None:
+    keys = check_cut(scenes, tmp_path, total=12, cut=5, ds="zero2_bf16.json")
+    whole = tmp_path / "whole"
+    place = whole / "checkpoints" / manifest.folder_name(5)
+    other = tmp_path / "other"
+    code, printed = amclip(
+        *keys,
+        "engine.deepspeed=zero3_bf16.json",
+        "batch.per_gpu=6",
+        f"run.out={other}",
+        "--resume",
+        str(place),
+        ranks=3,
+    )
+    assert code == 0, printed
+    assert read_lines(other / "sample_ids.jsonl") == read_lines(whole / "sample_ids.jsonl")[5:], "the order of samples"
+    assert "batch arithmetic: 24 = 2 ranks x 1 x 12 there, = 3 ranks x 2 x 4 now" in printed
+    there, here = numbers(whole)[5], numbers(other)[0]
+    assert (here["lr"], here["momentum"], here["step"], here["updates"]) == (there["lr"], there["momentum"], 6, 6)
+    assert abs(here["loss"] - there["loss"]) < 0.02 * there["loss"]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("ds", ["zero1_fp32.json", "zero2_bf16.json", "zero3_bf16.json"])
+def test_a_cut_after_13_of_40_steps(ds: str, scenes: Path, tmp_path: Path) -> None:
+    check_cut(scenes, tmp_path, total=40, cut=13, ds=ds)
+
+
+def test_drift_damage_and_fresh_starts(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    keys = [f"data.train={scenes}", "run.steps=4", "checkpoint.every_steps=2", *SMALL, f"run.out={run}"]
+    assert amclip(*keys)[0] == 0
+    (run / "checkpoints" / manifest.folder_name(4)).rename(tmp_path / "kept")
+    (run / "checkpoints" / "latest").write_text(manifest.folder_name(2))
+
+    code, printed = amclip(*keys, "optim.lr=0.5")
+    assert code == 2 and "optim.lr: 0.0015 -> 0.5" in printed and "allow_drift=[optim.lr]" in printed, printed
+    code, printed = amclip(*keys, "optim.lr=0.5", "checkpoint.allow_drift=[optim.lr]")
+    assert code == 0, printed
+    assert [row["key"] for row in read_lines(run / "incidents.jsonl") if row["kind"] == "drift"] == ["optim.lr"]
+    newest = run / "checkpoints" / manifest.folder_name(4)
+    assert manifest.verify(newest).drift == ["step 2: optim.lr: 0.0015 -> 0.5"], "recorded in what comes after"
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4], "no step stands twice"
+    assert [row["step"] for row in read_lines(run / "metrics.superseded.jsonl")] == [3, 4]
+
+    shutil.rmtree(newest)
+    shutil.copytree(tmp_path / "kept", newest)
+    flip(newest / "optim/rank0000.safetensors")
+    code, printed = amclip(*keys)
+    assert code == 2 and "optim/rank0000.safetensors" in printed and "checkpoint.fallback=true" in printed, printed
+    code, printed = amclip(*keys, "checkpoint.fallback=true")
+    assert code == 0 and "goes on from" in printed, printed
+    kinds = [row["kind"] for row in read_lines(run / "incidents.jsonl")]
+    assert "checkpoint_fallback" in kinds
+    assert manifest.verify(newest).step == 4, "written anew"
+    assert list((run / "checkpoints").glob("superseded-step_00000004-*")), "the damaged one was set aside, not deleted"
+
+    code, printed = amclip(*keys, "--resume", "never")
+    assert code == 0 and "goes on from" not in printed, printed
+    assert json.loads((run / "exit.json").read_text())["attempt"] == 5
