@@ -5,6 +5,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from amclip_ds.record import read_lines
 from tests.e2e.trainers import Trainer, checkpoints, tiny, verdict
 
@@ -13,9 +15,11 @@ QUICK = (
     f"run.steps={STEPS}",
     "checkpoint.every_steps=4",
     "ownership.heartbeat_s=0.5",
-    "ownership.stale_s=4",
+    "ownership.stale_s=20",
     "watchdog.step_timeout_s=null",
 )
+
+pytestmark = pytest.mark.timeout(3000)
 
 
 def test_refused_then_taken_over_then_the_first_stops(scenes: Path, tmp_path: Path) -> None:
@@ -36,7 +40,7 @@ def test_refused_then_taken_over_then_the_first_stops(scenes: Path, tmp_path: Pa
         assert "taken over" in trainers[-1].printed()
 
         os.kill(first.process.pid, signal.SIGCONT)
-        assert first.end(60) == 3, first.printed()
+        assert first.end() == 3, first.printed()
         assert "another trainer took" in first.printed()
         assert trainers[-1].end() == 0, trainers[-1].printed()
         assert verdict(run)["step"] == checkpoints(run)[-1] == STEPS

@@ -41,7 +41,7 @@ class Trainer:
     def printed(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, what: str, ask: Any, timeout_s: float = 180) -> None:
+    def wait_for(self, what: str, ask: Any, timeout_s: float = 600) -> None:
         """Waits until ask() is true; fails with what was printed if the trainer ends or time does."""
         deadline = time.monotonic() + timeout_s
         while not ask():
@@ -49,7 +49,7 @@ class Trainer:
             assert time.monotonic() < deadline, f"waited for {what}:\n{self.printed()}"
             time.sleep(0.02)
 
-    def wait_step(self, step: int, timeout_s: float = 180) -> None:
+    def wait_step(self, step: int, timeout_s: float = 600) -> None:
         """Waits until this step has been logged."""
         self.wait_for(
             f"step {step}",
@@ -57,7 +57,7 @@ class Trainer:
             timeout_s,
         )
 
-    def end(self, timeout_s: float = 180) -> int:
+    def end(self, timeout_s: float = 600) -> int:
         """Waits for the end. Returns the exit code."""
         try:
             return self.process.wait(timeout_s)

@@ -124,7 +124,7 @@ class Cluster:
     def state(self, job_id: int | str) -> str:
         return self.job(job_id).get("JobState", "GONE")
 
-    def wait(self, job_id: int | str, *states: str, timeout_s: float = 300) -> str:
+    def wait(self, job_id: int | str, *states: str, timeout_s: float = 900) -> str:
         """Waits until the job's state is one of `states` (default: any end). A wrong end raises, with its log."""
         wanted = states or ENDED
 
@@ -140,7 +140,7 @@ class Cluster:
 
         return self.poll(reached, f"job {job_id} to be {' or '.join(wanted)}", timeout_s, job_id)
 
-    def wait_requeued(self, job_id: int, restarts: int = 1, timeout_s: float = 300) -> None:
+    def wait_requeued(self, job_id: int, restarts: int = 1, timeout_s: float = 900) -> None:
         """Waits until Slurm counts so many restarts, and lets the job start at once instead of two minutes later."""
 
         def requeued() -> bool:
@@ -158,7 +158,7 @@ class Cluster:
         """Ends the wait that Slurm imposes on a requeued job."""
         self.client("scontrol", "update", f"jobid={job_id}", "StartTime=now", check=False)
 
-    def wait_log(self, job_id: int, pattern: str, timeout_s: float = 300) -> str:
+    def wait_log(self, job_id: int, pattern: str, timeout_s: float = 900) -> str:
         """Waits until the job's log has a line that matches. Returns that line."""
 
         def found() -> str | None:

@@ -14,6 +14,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/slurm/" in item.path.as_posix():
             item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.timeout(3000))  # a loaded machine needs minutes for a start; hangs end before
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def submit_train(cluster: Cluster, cwd: Path, words: list[str], *flags: str, env
 
 
 def amclip(
-    *words: str, cwd: Path, env: dict[str, str] | None = None, timeout_s: float = 300
+    *words: str, cwd: Path, env: dict[str, str] | None = None, timeout_s: float = 900
 ) -> subprocess.CompletedProcess:
     """The command line, in a process of its own."""
     return subprocess.run(

@@ -72,6 +72,7 @@ def test_usr1_to_everything_at_once(cluster: Cluster, synthetic: Path, tmp_path:
     assert_equal_to_undisturbed(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.nightly
 def test_an_urgent_job_preempts(cluster: Cluster, synthetic: Path, tmp_path: Path, undisturbed: Finished) -> None:
     urgent: list[int] = []
 
@@ -88,12 +89,13 @@ def after_a_checkpoint(run: Path, disturb: Disturb) -> Disturb:
     """Disturbs only once there is a checkpoint to come back to."""
 
     def wait_and_disturb(cluster: Cluster, job_id: int) -> None:
-        cluster.poll(lambda: list((run / "checkpoints").glob("step_*")), "the first checkpoint", 300, job_id)
+        cluster.poll(lambda: list((run / "checkpoints").glob("step_*")), "the first checkpoint", 900, job_id)
         disturb(cluster, job_id)
 
     return wait_and_disturb
 
 
+@pytest.mark.nightly
 def test_fewer_nodes_after_a_node_is_lost(
     cluster: Cluster, synthetic: Path, tmp_path: Path, undisturbed: Finished
 ) -> None:
@@ -126,7 +128,7 @@ def test_a_slurmd_is_killed(cluster: Cluster, synthetic: Path, tmp_path: Path, u
 
     def kill_and_revive(cluster: Cluster, job_id: int) -> None:
         cluster.kill_slurmd("node2")
-        cluster.wait(job_id, "PENDING", timeout_s=120)
+        cluster.wait(job_id, "PENDING")
         cluster.revive("node2", wait=False)
 
     more = ("run.steps=30",)
@@ -136,13 +138,56 @@ def test_a_slurmd_is_killed(cluster: Cluster, synthetic: Path, tmp_path: Path, u
 
 
 @pytest.mark.nightly
+def test_a_bad_day(cluster: Cluster, synthetic: Path, tmp_path: Path, undisturbed: Finished) -> None:
+    """One job, disturbed in every attempt and each time differently: its weights are the undisturbed job's."""
+    run = tmp_path / "run"
+
+    def wait_for_attempt(number: int) -> None:
+        def at_work() -> bool:
+            return run.joinpath("metrics.jsonl").exists() and any(row["attempt"] == number for row in runs.rows(run))
+
+        cluster.poll(at_work, f"a step of attempt {number}", 900, job_id)
+
+    def preempt() -> None:
+        urgent.append(cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "sleep 2"))
+
+    def down_and_up() -> None:
+        cluster.node_down("node2")
+        cluster.wait(job_id, "PENDING")
+        cluster.node_up("node2")
+
+    def kill_and_revive() -> None:
+        cluster.kill_slurmd("node2")
+        cluster.wait(job_id, "PENDING")
+        cluster.revive("node2", wait=False)
+
+    urgent: list[int] = []
+    job_id = runs.submit_train(cluster, tmp_path, runs.tiny(synthetic, "run"), *runs.FOUR_TASKS)
+    disturbances: list[Callable[[], object]] = [
+        lambda: cluster.client("scancel", "--batch", "--signal=USR1", str(job_id)),
+        lambda: cluster.client("scancel", "--signal=USR1", f"{job_id}.0"),
+        preempt, down_and_up, kill_and_revive,
+    ]  # fmt: skip
+    for number, disturb in enumerate(disturbances):
+        wait_for_attempt(number)
+        disturb()
+        cluster.wait_requeued(job_id, number + 1)
+    cluster.wait(job_id, "COMPLETED")
+    log = cluster.job_log(job_id)
+    assert log.count("code 75 in run/exit.json") == 3, "two signals and a preemption saved; two lost nodes could not"
+    assert cluster.state(urgent[0]) == "COMPLETED" and cluster.job(job_id)["Restarts"] == str(len(disturbances))
+    assert runs.verdict(run) | {"reason": ""} == {"code": 0, "step": runs.STEPS, "attempt": 5, "reason": ""}
+    assert_equal_to_undisturbed(run, undisturbed)
+
+
+@pytest.mark.nightly
 def test_the_time_limit(cluster: Cluster, synthetic: Path, tmp_path: Path) -> None:
     """`--signal` comes about a minute before the limit: saved, requeued, and again until the steps are done."""
     words = runs.tiny(
         synthetic, "run", "run.steps=100000", "eval.data=null", "checkpoint.keep_last=2", "log.every_steps=50"
     )
     job_id = runs.submit_train(cluster, tmp_path, words, *runs.FOUR_TASKS, "--time=2", "--signal=USR1@60")
-    cluster.wait_requeued(job_id, timeout_s=200)
+    cluster.wait_requeued(job_id)
     log = cluster.job_log(job_id)
     assert "code 75 in run/exit.json" in log and "requeue of job" in log
     cluster.wait_log(job_id, "goes on from step")
