@@ -23,7 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from amclip_ds.checkpoint import CheckpointConfig
 from amclip_ds.data.loader import DataConfig
-from amclip_ds.engine.student import EngineConfig
+from amclip_ds.engine.student import EngineConfig, read_ds_config
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import EvalConfig
 from amclip_ds.loss import LossConfig
@@ -144,11 +144,13 @@ def needs_teacher(config: TrainConfig) -> bool:
 
 
 def check_buildable(config: TrainConfig) -> None:
-    """Builds the vision tower's skeleton, without weights. Raises UserError for what timm cannot make of the config."""
+    """Reads DeepSpeed's file and builds the vision tower's skeleton, without weights. Raises UserError where either is
+    not possible: the cheap mistakes come to light before ranks meet and shards are indexed."""
     import torch
 
     from amclip_ds.model.vision import build_vit
 
+    read_ds_config(config.engine)
     try:
         with torch.device("meta"):
             build_vit(config.model.vision)

@@ -134,7 +134,7 @@ def _fork(rank: int, port: int, request: dict[str, Any]) -> int:
         faulthandler.register(signal.SIGUSR2, all_threads=True)
         world = str(request["world_size"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **request["env"])
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | request["env"])
         module, function = request["case"].split(":")
         outcome = True, getattr(importlib.import_module(module), function)(**request["kwargs"])
         status = 0
