@@ -6,6 +6,7 @@ over white, the first frame of an animation. The header's size is checked before
 
 import contextlib
 import io
+import itertools
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch import Tensor
 from amclip_ds.data.boxes import draw_boxes
 
 MAX_PIXELS = 89_478_485
-START_OF_SCAN, MAX_SCANS = b"\xff\xda", 200  # an honest progressive JPEG has about ten, each a pass over all pixels
+START_OF_SCAN, MAX_SCANS = re.compile(rb"\xff\xda"), 200  # an honest progressive JPEG has about ten, each a pass over all pixels
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXIF = re.compile(rb"Exif\0\0")
 ORIENTATION = 0x0112
@@ -129,7 +130,7 @@ class ImageSource:
 def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> ImageSource:
     """Reads the header alone. Raises BadImage for one that cannot be read or tells more than max_pixels."""
     is_jpeg = content[:2] == b"\xff\xd8"
-    if is_jpeg and content.count(START_OF_SCAN) > MAX_SCANS:
+    if is_jpeg and next(itertools.islice(START_OF_SCAN.finditer(content), MAX_SCANS, None), None):
         raise BadImage("unreadable", f"a JPEG of more than {MAX_SCANS} scans, made to keep a decoder busy")
     image = None
     if is_jpeg and not EXIF.search(content[:4096]):
