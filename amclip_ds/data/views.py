@@ -21,7 +21,8 @@ from torch import Tensor
 from amclip_ds.data.boxes import draw_boxes
 
 MAX_PIXELS = 89_478_485
-START_OF_SCAN, MAX_SCANS = re.compile(rb"\xff\xda"), 200  # an honest progressive JPEG has about ten, each a pass over all pixels
+START_OF_SCAN = re.compile(rb"\xff\xda")
+MAX_SCANS = 200  # an honest progressive JPEG has about ten; each is a pass over all pixels
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXIF = re.compile(rb"Exif\0\0")
 ORIENTATION = 0x0112
