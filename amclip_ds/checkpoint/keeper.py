@@ -125,7 +125,7 @@ class Keeper:
 
     def _fill(self, found: Found, progress: Progress) -> None:
         run = _checked_run(found)
-        state = engines_state.ready_to_fill(self._student, self._teacher, found.small)
+        state = engines_state.ready_to_fill(self._student, self._teacher, bool(found.moments))
         load.fill(found, state, self._ranks)
         engines_state.bring_up_to_date(self._student, self._teacher, found.small)
         for name, value in run.items():

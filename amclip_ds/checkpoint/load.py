@@ -34,6 +34,11 @@ class Found:
     notes: list[tuple[str, str, str]] = field(default_factory=list)
     """what was met on the way: (kind, cause, action), for incidents.jsonl"""
 
+    @property
+    def moments(self) -> set[str]:
+        """The kinds that are the optimizer's; none where it had not stepped yet."""
+        return self.manifest.tensors.keys() - manifest.FOLDER_OF_KIND.keys()
+
 
 def find(checkpoints: Path, resume: str, fallback: bool, ranks: Ranks) -> Found | None:
     """The checkpoint to go on from, verified; None for a fresh start. Collective: every rank must call.
@@ -152,6 +157,9 @@ def fill(found: Found, state: CheckpointState, ranks: Ranks) -> None:
     Collective: every rank must call.
     """
     replicated: dict[str, Any] = {}
+    kinds: set[str] = set().union(*ranks.gather(set(state.sharded)))  # a rank may hold nothing of a kind
+    if left := found.moments - kinds:
+        raise UserError(f"{found.path}: of another optimizer: its {', '.join(sorted(left))} has no place here")
     try:
         entries, begin = tensorfile.read_header(found.path / "replicated.safetensors")
         replicated = {"entries": entries, "begin": begin}

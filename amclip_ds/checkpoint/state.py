@@ -65,9 +65,9 @@ def of_engines(student: "StudentEngine", teacher: "Teacher | None") -> Checkpoin
     )  # fmt: skip
 
 
-def ready_to_fill(student: "StudentEngine", teacher: "Teacher | None", small: dict[str, Any]) -> CheckpointState:
-    """`of_engines` for a load: the optimizer's state exists if the checkpoint, whose `small` this is, has one."""
-    if small["optimizer"]:
+def ready_to_fill(student: "StudentEngine", teacher: "Teacher | None", has_moments: bool) -> CheckpointState:
+    """`of_engines` for a load. has_moments: of the checkpoint: then the optimizer's state must exist to be filled."""
+    if has_moments:
         shards.create_optimizer_state(student.engine)
     return of_engines(student, teacher)
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,11 @@ class Rig:
         """forget: kinds of state that a broken load leaves as they are; `counters`: the optimizer's step."""
         found = load.find(folder, "auto", False, self.ranks)
         assert found is not None
-        state = state_module.ready_to_fill(self.student, self.teacher, found.small)
-        state.sharded = {kind: held for kind, held in state.sharded.items() if kind not in forget}
+        state = state_module.ready_to_fill(self.student, self.teacher, bool(found.moments))
+        for kind in forget:
+            if kind in state.sharded:  # filled, but not in place
+                copies = {n: replace(s, tensor=s.tensor.clone()) for n, s in state.sharded[kind].items()}
+                state.sharded[kind] = copies
         if "buffers" in forget:
             state.replicated = {}
         load.fill(found, state, self.ranks)
