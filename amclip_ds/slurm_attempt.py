@@ -107,7 +107,7 @@ def begin(args: argparse.Namespace) -> str:
 
     train_parser = argparse.ArgumentParser(prog="train.sbatch", usage="train.sbatch RECIPE key=value ...")
     train.add_arguments(train_parser)
-    wanted = train_parser.parse_args(args.train_arguments)
+    wanted = train_parser.parse_intermixed_args(args.train_arguments)
     config = settings.load(wanted.recipe, wanted.overrides)
     settings.plan_batch(config.batch, args.tasks)
     check_shards(config, args.nodes)
@@ -175,7 +175,8 @@ def describe(
         _say(f"note: the code changed since the last attempt, {earlier[-1]['revision']} -> {revision}")
     if earlier and earlier[-1]["tasks"] != args.tasks:
         _say(f"note: {earlier[-1]['tasks']} task(s) before, {args.tasks} now; the global batch stays")
-    _say(f"watch: tail -f {run}/out.log; save and stop: touch {run}/STOP; save and requeue: scancel --batch --signal=USR1 {args.job}")
+    _say(f"watch: tail -f {run}/out.log")
+    _say(f"save and stop: touch {run}/STOP; save and requeue: scancel --batch --signal=USR1 {args.job}")
 
 
 def free_port() -> int:

@@ -116,6 +116,8 @@ def sample_shards(shards: list[str]) -> str:
 
 def write_script(plan: Plan, args: argparse.Namespace) -> None:
     """Leaves train.sbatch, config.yaml and submit.sh in RUN/slurm and puts the command into the plan."""
+    if not TEMPLATE.is_file():
+        raise UserError(f"no {TEMPLATE}: submit from a checkout (git clone), whose slurm/ folder has the script")
     script = plan.folder / "train.sbatch"
     plan.command = ["sbatch", "--parsable", *sbatch_flags(plan, args), str(script), args.recipe, *args.overrides]
     plan.environment = {"AMCLIP_HOME": str(HOME), "AMCLIP_VENV": sys.prefix}

@@ -56,3 +56,18 @@ def test_shards_are_checked_in_slices_and_indexed(cluster: Cluster, synthetic: P
     joined = json.loads((tmp_path / "out" / "check.json").read_text())
     assert joined["ok"] and joined["read"] == joined["expected"] == 600 and len(joined["shards"]) == 6
     assert (tmp_path / "out" / "index" / "meta.json").exists()
+
+
+def test_amclip_submit_submits_a_chain(cluster: Cluster, synthetic: Path, tmp_path: Path) -> None:
+    """Two jobs, one after the other; the second finds the run done and does nothing."""
+    words = runs.tiny(synthetic, tmp_path / "run", "run.steps=4", "eval.data=null")
+    flags = ("--nodes", "2", "--tasks-per-node", "2", "--chain", "2", "--json", "plan.json")
+    done = runs.amclip("submit", *words, *flags, cwd=tmp_path, env=cluster.env)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads((tmp_path / "plan.json").read_text())["jobs"]
+    assert done.stdout.splitlines()[-1] == f"{first} {second}"
+    for job_id in (first, second):
+        cluster.wait(job_id, "COMPLETED")
+    assert "goes on from step 4" in cluster.job_log(second)
+    assert [row["step"] for row in runs.rows(tmp_path / "run")] == [1, 2, 3, 4]
+    assert runs.verdict(tmp_path / "run")["code"] == 0

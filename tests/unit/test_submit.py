@@ -1,0 +1,82 @@
+"""`amclip submit`: what it refuses before sbatch, and the command that it leaves."""
+
+import json
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from amclip_ds import submit
+from amclip_ds.cli import main
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Four small tars."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (tmp_path / "0.txt").write_text("a caption")
+    for number in range(4):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            tar.add(tmp_path / "0.txt", "0.txt")
+    return folder
+
+
+def submitted(shards: Path, *words: str) -> tuple[int, Path]:
+    """A dry run. Returns the code and the run's folder."""
+    run = shards.parent / "run"
+    argv = ["submit", "aclip-tiny", f"data.train={shards}", f"run.out={run}", "run.steps=5", "--dry-run", *words]
+    return main(argv), run
+
+
+def test_a_dry_run_leaves_script_config_and_command(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, run = submitted(shards, "--nodes", "2", "--gpus-per-node", "4", "--time", "1:00:00", "--sbatch=--qos=low",
+                          "--json", str(shards.parent / "plan.json"))  # fmt: skip
+    printed = capsys.readouterr().out
+    assert code == 0 and "batch: 64 = 8 ranks x 8" in printed and "memory: " in printed and "4 shards, 3 of" in printed
+    command = json.loads((shards.parent / "plan.json").read_text())["command"]
+    assert command[:2] == ["sbatch", "--parsable"] and command[-4] == "aclip-tiny"
+    assert {"--nodes=2", "--gpus-per-node=4", "--time=1:00:00", "--qos=low"} <= set(command)
+    assert (run / "slurm" / "train.sbatch").read_text() == submit.TEMPLATE.read_text()
+    assert subprocess.run(["bash", "-n", run / "slurm" / "submit.sh"]).returncode == 0
+
+
+def test_a_chain_goes_by_a_name_of_its_own(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, run = submitted(shards, "--chain", "3")
+    lines = [line for line in (run / "slurm" / "submit.sh").read_text().splitlines() if "sbatch" in line]
+    assert code == 0 and len(lines) == 3
+    assert all("--dependency=singleton" in line and "AMCLIP_CHAIN=1" in line and "run" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--nodes", "5", "batch.global_size=80"], "data.train: 4 shard(s) for 5 nodes"),
+        (["--nodes", "3"], "batch.global_size: 64 = 3 ranks x 21 + 1"),
+        (["--nodes", "0"], "--nodes: 0 is below 1"),
+        (["--gpu-memory", "10MB"], "--gpu-memory 10MB: the model state alone is"),
+        (["--gpu-memory", "much"], "--gpu-memory: 'much' is no size"),
+        (["optim.lrr=1"], "optim.lrr: unknown key"),
+    ],
+)
+def test_what_cannot_run_is_refused(words: list[str], said: str, shards: Path, capsys: pytest.CaptureFixture) -> None:
+    code, run = submitted(shards, *words)
+    assert code == 2 and said in capsys.readouterr().err
+    assert not (run / "slurm").exists()
+
+
+def test_a_broken_shard_is_named(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shards / "00003.tar").write_text("no tar")
+    assert submitted(shards)[0] == 2 and "00003.tar" in capsys.readouterr().err
+
+
+def test_sbatchs_own_words_are_told(shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A refusal of sbatch (here a program of that name) is one line with its reason."""
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "sbatch"
+    fake.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gold' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:/usr/bin:/bin")
+    argv = ["submit", "aclip-tiny", f"data.train={shards}", f"run.out={tmp_path}/run", "run.steps=5"]
+    assert main(argv) == 2

@@ -1,0 +1,52 @@
+"""A sweep's overrides and its table."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from amclip_ds import sweep
+from amclip_ds.errors import UserError
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_grid_is_every_combination(tmp_path: Path) -> None:
+    path = written(tmp_path, "grid:\n  optim.lr: [1.0e-3, 2.0e-3]\n  mask.unit: [1, 2]\n  eval.data: null\n")
+    runs = [sweep.overrides_of(path, index) for index in range(4)]
+    assert runs[0] == ["optim.lr=0.001", "mask.unit=1", "eval.data=null"] and len({tuple(run) for run in runs}) == 4
+
+
+def test_a_list_is_taken_as_it_is(tmp_path: Path) -> None:
+    path = written(tmp_path, "- {optim.lr: 1.0e-3}\n- {optim.lr: 2.0e-3, run.deterministic: true}\n")
+    assert sweep.overrides_of(path, 1) == ["optim.lr=0.002", "run.deterministic=true"]
+
+
+@pytest.mark.parametrize("text", ["", "a: 1", "grid: 3", "[1, 2]", "{"])
+def test_what_is_no_sweep_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sweep"):
+        sweep.read_sweep(written(tmp_path, text))
+
+
+def test_an_array_larger_than_the_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--array=0-0"):
+        sweep.overrides_of(written(tmp_path, "- {optim.lr: 1}"), 1)
+
+
+def test_the_table_is_written_by_the_last_run(tmp_path: Path) -> None:
+    path, out = written(tmp_path, "- {optim.lr: 1}\n- {optim.lr: 2}\n"), tmp_path / "out"
+    for index in range(2):
+        (out / str(index)).mkdir(parents=True)
+        (out / str(index) / "metrics.jsonl").write_text(json.dumps({"step": 7, "loss": 1.5 + index}) + "\n")
+    row = {"step": 7, "weights": "student", "dataset": "scenes", "metrics": {"acc1": 0.25}}
+    (out / "0" / "eval.jsonl").write_text(json.dumps(row) + "\n")
+    assert not sweep.finish(path, out, 1, 3) and not (out / "sweep.txt").exists()
+    assert sweep.finish(path, out, 0, 0)
+    rows = json.loads((out / "sweep.json").read_text())
+    assert [row["code"] for row in rows] == [0, 3] and rows[0]["student scenes acc1"] == 0.25
+    lines = (out / "sweep.txt").read_text().splitlines()
+    assert lines[0].split()[:3] == ["run", "optim.lr", "code"] and lines[2].split()[2] == "3"
