@@ -27,7 +27,7 @@ tower = timm.create_model("local-dir:PATH", pretrained=True)  # images -> CLS fe
 ```""",
 }
 TEXTS = {
-    "open_clip": """Texts: open_clip encodes a literal `<end_of_text>` or `<start_of_text>` in a caption as that token; in
+    "open_clip": """Texts: open_clip encodes a literal `<end_of_text>` or `<start_of_text>` in a text as that token; in
 training it was plain text.""",
     "hf": """Texts: training cleaned captions with ftfy and unescaped html (`&amp;`); the tokenizer here replaces curly
 quotes and ligatures, and nothing else of that. Clean texts that hold mojibake, html entities or full-width

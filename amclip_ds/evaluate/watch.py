@@ -1,0 +1,140 @@
+"""`amclip watch`: evaluates each committed checkpoint of a run once, beside the training.
+
+RUN/eval.jsonl is its whole memory: a checkpoint is done when a row for each data set and each of its weights stands
+there. So it may be killed and started at any time, and a checkpoint that a resumed run writes again, whose rows the
+resume has set aside, is evaluated again. Only folders that appeared by the saver's rename and whose files verify are
+read; while it reads one, a pin keeps the run from deleting it.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from amclip_ds import config as settings
+from amclip_ds.checkpoint import manifest, retention
+from amclip_ds.config import TrainConfig
+from amclip_ds.errors import UserError
+from amclip_ds.evaluate.command import append_new
+from amclip_ds.evaluate.datasets import EvalSet, open_set
+from amclip_ds.evaluate.source import locate, open_encoder
+from amclip_ds.evaluate.tasks import run_task, short
+from amclip_ds.loss.comm import SingleProcess
+from amclip_ds.record import read_lines
+
+PIN = "pinned by amclip watch\n"
+REQUEUED = 75  # the run will go on
+
+
+def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, every_s: float, once: bool) -> int:
+    """Returns 0 when the run has ended and nothing is left to evaluate. Raises UserError."""
+    _wait_for(run / "config.yaml", every_s, once)
+    config = settings.load(str(run / "config.yaml"))
+    specs = data or (config.eval.data or "").split("::")
+    if not specs[0]:
+        raise UserError("--data: name a data set; the run has no eval.data")
+    sets = [open_set(spec) for spec in specs]
+    _remove_stale_pins(run)
+    refused: set[tuple[Path, int]] = set()
+    while True:
+        has_ended = _has_ended(run)  # asked before the look: what was committed until then is seen by it
+        for step, path in manifest.list_steps(run / "checkpoints"):
+            identity = _identity(path)
+            if identity is None or identity in refused or not retention.is_whole(path):
+                continue
+            missing = _missing(run, path, step, sets, weights)
+            if missing and not _left_to_training(config, run, step, sets, has_ended):
+                try:
+                    _evaluate(run, path, missing, batch_size)
+                except UserError as error:
+                    if _identity(path) == identity:  # damaged, not just deleted meanwhile
+                        print(f"{path.name}: {error}", flush=True)
+                        refused.add(identity)
+        if once or has_ended:
+            return 0
+        time.sleep(every_s)
+
+
+def _evaluate(run: Path, path: Path, missing: dict[str, list[EvalSet]], batch_size: int) -> None:
+    """Appends a checkpoint's missing rows; {weights: sets}. Raises UserError where it cannot be read."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, sets in missing.items():
+        began = time.monotonic()
+        with _pinned(path):
+            located = locate(path)
+            encoder = open_encoder(located, name, device)
+        rows = [run_task(data.task, encoder, data, batch_size, SingleProcess(), located.step) for data in sets]
+        append_new(run, rows)
+        for row in map(short, rows):
+            metric = next(iter(row["metrics"]))
+            print(f"{path.name} {name} {row['dataset']}: {metric} {row['metrics'][metric]:.4f}"
+                  f" ({time.monotonic() - began:.1f} s)", flush=True)  # fmt: skip
+
+
+def _missing(run: Path, path: Path, step: int, sets: list[EvalSet], weights: str) -> dict[str, list[EvalSet]]:
+    """The weights that the checkpoint holds and that were asked for -> the sets without a row. Empty: nothing to do."""
+    held = ["student", "teacher"] if manifest.read(path).tensors.get("ema") else ["student"]
+    wanted = [name for name in held if weights in ("both", name)]
+    rows = {(row["weights"], row["dataset"], row["task"]) for row in read_lines(run / "eval.jsonl")
+            if row["step"] == step}  # fmt: skip
+    missing = {name: [data for data in sets if (name, data.name, data.task) not in rows] for name in wanted}
+    return {name: left for name, left in missing.items() if left}
+
+
+def _left_to_training(config: TrainConfig, run: Path, step: int, sets: list[EvalSet], has_ended: bool) -> bool:
+    """Whether the run itself evaluates these sets at that step and may not have come to it yet."""
+    own = set((config.eval.data or "").split("::"))
+    every = config.eval.every_steps
+    is_due = step == config.run.steps or (every is not None and step % every == 0)
+    is_newest = step == max((other for other, _ in manifest.list_steps(run / "checkpoints")), default=step)
+    return is_due and is_newest and not has_ended and bool(own & {data.folder for data in sets})
+
+
+def _has_ended(run: Path) -> bool:
+    """Whether the run has left a verdict other than that it will be requeued."""
+    verdict = read_lines(run / "exit.json")
+    return bool(verdict) and verdict[-1].get("code") != REQUEUED
+
+
+def _wait_for(path: Path, every_s: float, once: bool) -> None:
+    while not path.is_file():
+        if once:
+            raise UserError(f"{path}: missing; is {path.parent} a run's folder?")
+        time.sleep(every_s)
+
+
+def _identity(path: Path) -> tuple[Path, int] | None:
+    """What tells a checkpoint from another of the same step; None where it is gone."""
+    try:
+        return path, (path / manifest.NAME).stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def _pinned(path: Path) -> Iterator[None]:
+    """Keeps the run from deleting a checkpoint; a pin that somebody else set stays."""
+    pin = path / retention.PINNED
+    try:
+        descriptor = os.open(pin, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except OSError:  # pinned already, gone, or a folder that we may only read
+        yield
+        return
+    os.write(descriptor, PIN.encode())
+    os.close(descriptor)
+    try:
+        yield
+    finally:
+        pin.unlink(missing_ok=True)
+
+
+def _remove_stale_pins(run: Path) -> None:
+    """Pins of a watch that was killed."""
+    for _, path in manifest.list_steps(run / "checkpoints"):
+        pin = path / retention.PINNED
+        with contextlib.suppress(OSError):
+            if pin.read_text() == PIN:
+                pin.unlink()

@@ -1,0 +1,97 @@
+"""What is wrong with a set is one line that names the file."""
+
+import io
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from amclip_ds.errors import UserError
+from amclip_ds.evaluate.datasets import open_set
+from tests.unit.evaluate.test_encoder import picture, write_set
+
+
+@pytest.fixture(autouse=True)
+def fresh_sets() -> None:
+    open_set.cache_clear()
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def empty_shard(folder: Path) -> None:
+    tarfile.open(folder / "test" / "1.tar", "w").close()
+
+
+def cut_shard(folder: Path) -> None:
+    content = (folder / "test" / "1.tar").read_bytes()
+    (folder / "test" / "1.tar").write_bytes(content[: len(content) // 2 - 100])
+
+
+def no_label(folder: Path) -> None:
+    with tarfile.open(folder / "test" / "1.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"), io.BytesIO())
+
+
+MISTAKES = [
+    (remove("zeroshot_classification_templates.txt"), r"zeroshot_classification_templates\.txt: missing.*--templates"),
+    (write("zeroshot_classification_templates.txt", "\n"), r"templates\.txt: empty"),
+    (write("zeroshot_classification_templates.txt", "a photo"), r"'a photo' has no \{c\}"),
+    (remove("classnames.txt"), r"classnames\.txt: missing"),
+    (write("classnames.txt", "one\ntwo\nthree\n"), r"\.tar: .* has label 4, and there are 3 class names"),
+    (remove("test/nshards.txt"), r"nshards\.txt: missing"),
+    (write("test/nshards.txt", "many"), r"nshards\.txt: 'many' is not a number"),
+    (write("test/nshards.txt", "3"), r"2\.tar: missing; .*nshards\.txt says 3"),
+    (write("dataset_type.txt", "segmentation"), r"'segmentation' is neither classification nor retrieval"),
+    (empty_shard, r"1\.tar: an empty tar"),
+    (cut_shard, r"1\.tar: damaged at byte"),
+    (no_label, r"1\.tar: a has no label"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "said"), MISTAKES, ids=[said[:30] for _, said in MISTAKES])
+def test_a_mistake_is_named(spoil: Callable[[Path], object], said: str, tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set")
+    spoil(folder)
+    with pytest.raises(UserError) as caught:
+        open_set(str(folder))
+    assert re.search(said, str(caught.value)) and "\n" not in str(caught.value), caught.value
+
+
+def test_a_set_in_order_opens(tmp_path: Path) -> None:
+    data = open_set(str(write_set(tmp_path / "set")))
+    assert data.task == "zeroshot_classification" and len(data) == 21 and data.name == "set"
+    assert [sample.label for sample in data.samples][:3] == [0, 2, 4]
+    assert data.samples[1].read().tobytes() == picture((144, 189), 2).tobytes()
+
+
+def test_an_image_folder(tmp_path: Path) -> None:
+    for name in ("red_cat", "dog"):
+        (tmp_path / "animals" / name).mkdir(parents=True)
+        picture((20, 30), 0).save(tmp_path / "animals" / name / "1.png")
+    data = open_set(str(tmp_path / "animals"), templates="openai-7")
+    assert data.classnames == ("dog", "red cat") and len(data.templates) == 7 and len(data) == 2
+    assert all("{c}" in template for template in data.templates)
+    with pytest.raises(UserError, match="templates.txt: missing"):
+        open_set(str(tmp_path / "animals"))
+    (tmp_path / "animals" / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: a class without images"):
+        open_set(str(tmp_path / "animals"), templates="openai-80")
+
+
+def test_imagenet_by_name(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set")
+    data = open_set(str(folder), classnames="imagenet", templates="openai-80")
+    assert len(data.classnames) == 1000 and data.classnames[0] == "tench" and len(data.templates) == 80
+
+
+def test_pairs_for_retrieval(shared_dir: Path) -> None:
+    data = open_set(str(shared_dir / "data" / "openstax" / "test" / "00000.tar"))
+    assert data.task == "retrieval" and len(data) == 200 and max(len(sample.captions) for sample in data.samples) > 1
