@@ -25,7 +25,8 @@ PR_SET_PDEATHSIG = 1
 GRACE_S = 5.0  # what the others get to notice by themselves that a rank is gone
 GRACE_WHEN_STOPPING_S = 30.0  # likewise while they may be committing a checkpoint
 TAIL_BYTES = 4000
-CODES = (2, 3, 75)  # errors.py
+CODE_STOPPED = 75  # errors.Preempted
+CODES = (2, 3, CODE_STOPPED)
 
 
 @dataclass
@@ -143,8 +144,8 @@ def _wait(ranks: _Ranks, forced_exit_s: float) -> None:
                 del ranks.running[rank]
                 _kill(process)  # what it left behind
         now = time.monotonic()
-        if failed_at is None and any(ranks.ended.values()):
-            failed_at = now
+        if failed_at is None and any(status not in (0, CODE_STOPPED) for status in ranks.ended.values()):
+            failed_at = now  # a rank that has saved and left is no failure: the others may still be at it
         grace = GRACE_S if ranks.asked_at is None else GRACE_WHEN_STOPPING_S
         late = failed_at is not None and now > failed_at + grace
         if late or (ranks.asked_at is not None and now > ranks.asked_at + forced_exit_s):

@@ -62,7 +62,7 @@ class Verdict:
 
 @dataclass
 class Report:
-    """What the preflight found: for the log and RUN/preflight.json."""
+    """What the preflight found, for the log."""
 
     seconds: float
     warnings: list[str]
