@@ -1,199 +1,87 @@
-"""The run on one screen: build, resume, loop, evaluate, hand over the weights."""
+"""The run on one screen: assemble, loop, evaluate, save, stop when asked, hand over the weights."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any
+from contextlib import ExitStack
 
 from amclip_ds import config as settings
-from amclip_ds.checkpoint.keeper import Keeper, look
-from amclip_ds.checkpoint.ranks import Ranks
-from amclip_ds.config import BatchPlan, TrainConfig
+from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
-from amclip_ds.data.ledger import Ledger
-from amclip_ds.data.loader import TrainingData
-from amclip_ds.engine import runtime as engine_runtime
-from amclip_ds.engine.collectives import DistributedComm, gather_objects, on_main
-from amclip_ds.engine.placement import SlurmJob
-from amclip_ds.engine.preflight import preflight
-from amclip_ds.engine.runtime import Runtime
-from amclip_ds.engine.student import StudentEngine
+from amclip_ds.engine.collectives import on_main
 from amclip_ds.errors import Preempted
 from amclip_ds.evaluate.during_training import evaluate_engines
-from amclip_ds.meter import Meter
-from amclip_ds.model import masking
-from amclip_ds.optim import Schedules
-from amclip_ds.record import Record, read_lines
-from amclip_ds.resilience.guards import Guards, RewindAsked
-from amclip_ds.resilience.ownership import owning
-from amclip_ds.resilience.preemption import Preemption, leaving_together
-from amclip_ds.resilience.watchdog import Watchdog
-from amclip_ds.run_folder import open_folder, write_run_weights, write_verdict_at_end
+from amclip_ds.record import read_lines
+from amclip_ds.resilience.guards import RewindAsked
+from amclip_ds.run import Run, assemble
+from amclip_ds.run_folder import write_run_weights
 from amclip_ds.step import StepResult, train_step
-from amclip_ds.teacher import Teacher
-
-
-@dataclass
-class TrainState:
-    """Where the run stands; with the engines' tensors, all that a resume needs."""
-
-    step: int = 0
-    """Batches consumed."""
-    updates: int = 0
-    """Optimizer steps applied; learning rate and momentum are functions of it."""
-    samples_seen: int = 0
-    epoch: int = 0
-    cursor: dict[str, Any] | None = None
-    """Where the stream of batches stands."""
-    guards: dict[str, Any] = field(default_factory=dict)
-
-    def numbers(self) -> dict[str, int]:
-        """The counters of a metrics row."""
-        return {"step": self.step, "updates": self.updates, "epoch": self.epoch, "samples_seen": self.samples_seen}
-
-    def advance(self, batch: Batch, result: StepResult, global_batch: int) -> None:
-        """Counts a batch that was trained on."""
-        self.step += 1
-        self.updates += int(result.applied)
-        self.samples_seen += global_batch
-        self.epoch, self.cursor = batch.epoch, batch.cursor
 
 
 def train(config: TrainConfig, resume: str = "auto") -> int:
     """Trains as configured; returns the exit code. Collective: every rank of the world must call."""
     settings.check_buildable(config)
     with ExitStack() as stack:
-        runtime = engine_runtime.start(deterministic=config.run.deterministic)
-        stack.callback(engine_runtime.stop, runtime)
-        stack.enter_context(leaving_together(runtime))
-        comm = DistributedComm()
-        plan = settings.plan_batch(config.batch, runtime.world_size)
-        job = engine_runtime.current_job() if runtime.is_main else SlurmJob()
-        owner = stack.enter_context(owning(Path(config.run.out), config.ownership, job=job.job, restart=job.restart))
-        folder, attempt = on_main(partial(open_folder, config))
-        if owner is not None:
-            owner.set_attempt(attempt)
-        stops = stack.enter_context(
-            Preemption(config.preemption, folder, runtime, owner, job.end, config.run.time_limit)
-        )
-        watchdog = stack.enter_context(Watchdog(config.watchdog, folder, attempt, runtime))
-        comm.on_arrival = watchdog.arrived
-        state = TrainState()
-        stack.enter_context(write_verdict_at_end(folder, attempt, state, runtime.is_main))
+        run = assemble(config, resume, stack)
+        state = run.state
+        if evaluation_was_forestalled(run):
+            evaluate(run)
 
-        ranks = Ranks(config.checkpoint.timeout_s)
-        with watchdog.during("verify"):
-            found = look(folder, resume, config, ranks)
-        with watchdog.during("index"):
-            data = stack.enter_context(closing(open_data(config, runtime)))
-        total_steps = config.run.steps or round((config.run.epochs or 0) * data.steps_per_epoch)
-        record = stack.enter_context(Record(
-            folder, config.log, rank=runtime.rank, world_size=runtime.world_size, attempt=attempt,
-            total_steps=total_steps, samples_per_epoch=data.samples_per_epoch,
-            first_step=found.manifest.step if found else 0,
-        ))  # fmt: skip
-        record.say(describe(config, runtime, plan, data, total_steps))
-        if runtime.world_size > 1:
-            preflight(runtime, config_text=settings.dump(config), shards=data.shards, folder=folder, say=record.say)
-
-        student = StudentEngine(config.model, config.heads, config.loss, config.optim, config.engine,
-                                seed=config.run.seed, runtime=runtime)  # fmt: skip
-        teacher = Teacher(config.teacher, config.model, config.heads, config.loss, compat=config.compat,
-                          seed=config.run.seed, student=student,
-                          device=runtime.device) if settings.needs_teacher(config) else None  # fmt: skip
-        schedules = Schedules(config.optim, config.teacher, total_steps)
-        guards = Guards(config.guards, record.incident)
-        ledger = Ledger(config.data.max_skip_rate, gather_objects)
-        meter = Meter(config.batch.global_size, runtime.device)
-        keeper = stack.enter_context(Keeper(
-            folder, config, ranks, student=student, teacher=teacher, guards=guards, record=record, attempt=attempt,
-            data_fingerprint=data.fingerprint, before_commit=owner.check if owner else lambda: None,
-            pausing=lambda: saving(meter, watchdog),
-        ))  # fmt: skip
-        with watchdog.during("resume"):
-            keeper.resume(found, state)
-
-        def evaluate() -> None:
-            with meter.paused(), watchdog.during("evaluate"):
-                if teacher is not None:
-                    teacher.publish()
-                record.evaluation(evaluate_engines(student, teacher, config, runtime, state.step))
-
-        was_due = state.step > 0 and evaluation_is_due(config, state.step, total_steps)
-        if was_due and not on_main(partial(is_evaluated, folder, state.step)):
-            evaluate()  # the stop came before it
-
-        batches = watchdog.watched(meter.timed(data.batches(state.cursor)), state.step)
-        while state.step < total_steps:
-            batch = next(batches)
-            result = train_step(batch, student, teacher, schedules, state.updates, config, comm, plan.micro, guards)
+        for batch in run.batches():
+            result = train_step(batch, run.student, run.teacher, run.schedules, state.updates, config, run.comm,
+                                run.plan.micro, run.guards)  # fmt: skip
             state.advance(batch, result, config.batch.global_size)
-            try:
-                guards.account(state.step, result.applied, result.sample_ids)
-            except RewindAsked:
-                keeper.rewind(state)
-            ledger.account(batch)
-            record.incidents(batch.incidents)
-            if config.run.log_sample_ids:
-                record.sample_ids(state.step, comm.all_gather(batch.sample_ids).tolist())
-            if record.is_due(state.step):
-                ledger.settle()
-                record.metrics(state.numbers() | {"attempt": attempt} | meter.row(result))
-                watchdog.tell_slow_ranks(record)
-            reason = stops.agreed() if state.step < total_steps else None
-            if reason is None and evaluation_is_due(config, state.step, total_steps):
-                evaluate()
-            keeper.after_step(state, is_last=state.step == total_steps or reason is not None)
-            if reason is not None:
-                raise Preempted(f"{reason}; stopped after step {state.step}")
+            account(run, batch, result)
+            stop = run.stops.agreed() if state.step < run.total_steps else None
+            if stop is None and evaluation_is_due(run):
+                evaluate(run)
+            run.keeper.after_step(state, is_last=state.step == run.total_steps or stop is not None)
+            if stop is not None:
+                raise Preempted(f"{stop}; stopped after step {state.step}")
 
-        watchdog.phase("end", state.step)
-        write_run_weights(folder, student, teacher, state.step, runtime.is_main)
-        record.say(ledger.summary())
-        record.say(str(folder))
+        run.watchdog.phase("end", state.step)
+        write_run_weights(run.folder, run.student, run.teacher, state.step, run.runtime.is_main)
+        run.record.say(run.ledger.summary())
+        run.record.say(str(run.folder))
     return 0
 
 
-@contextmanager
-def saving(meter: Meter, watchdog: Watchdog) -> Iterator[None]:
-    """Time that training spends on a checkpoint: no step's, and watched by the limit of long phases."""
-    with meter.paused(), watchdog.during("save"):
-        yield
+def account(run: Run, batch: Batch, result: StepResult) -> None:
+    """What the guards, the data's ledger and the record make of a step. Collective: every rank must call.
+
+    Raises RunStopped where either has seen too much.
+    """
+    state, record = run.state, run.record
+    try:
+        run.guards.account(state.step, result.applied, result.sample_ids)
+    except RewindAsked:
+        run.keeper.rewind(state)
+    run.ledger.account(batch)
+    record.incidents(batch.incidents)
+    if run.config.run.log_sample_ids:
+        record.sample_ids(state.step, run.comm.all_gather(batch.sample_ids).tolist())
+    if record.is_due(state.step):
+        run.ledger.settle()
+        record.metrics(state.numbers() | {"attempt": run.attempt} | run.meter.row(result))
+        run.watchdog.tell_slow_ranks(record)
 
 
-def open_data(config: TrainConfig, runtime: Runtime) -> TrainingData:
-    """This rank's part of the training stream."""
-    vision, mask = config.model.vision, config.mask
-    teacher_size = vision.image_size // (2 if config.teacher.resolution == "half" else 1)
-    return TrainingData(
-        config.data, seed=config.run.seed, global_batch=config.batch.global_size, rank=runtime.rank,
-        world_size=runtime.world_size, image_size=vision.image_size,
-        teacher_size=teacher_size if settings.needs_teacher(config) else None,
-        num_units=masking.num_units(vision.grid, mask.unit) if masking.needs_noise(mask.strategy) else 0,
-        context_length=config.model.text.context_length, compat=config.compat, once=on_main,
-        index_dir=config.run.out,
-    )  # fmt: skip
+def evaluate(run: Run) -> None:
+    """Student and teacher as they stand, on the sets of eval.data. Collective: every rank must call."""
+    with run.meter.paused(), run.watchdog.during("evaluate"):
+        if run.teacher is not None:
+            run.teacher.publish()
+        run.record.evaluation(evaluate_engines(run.student, run.teacher, run.config, run.runtime, run.state.step))
 
 
-def describe(config: TrainConfig, runtime: Runtime, plan: BatchPlan, data: TrainingData, total_steps: int) -> str:
-    """The run in one line, before its first step."""
-    accumulated = f" (accumulated over {plan.splits} splits of {plan.micro})" if plan.splits > 1 else ""
-    note = f"; {runtime.note}" if runtime.note else ""
-    return (
-        f"run {config.run.out}: {total_steps} steps of {config.batch.global_size} = {runtime.world_size} ranks x"
-        f" {plan.local}{accumulated}, {data.samples_per_epoch} samples an epoch, {config.engine.deepspeed},"
-        f" {runtime.device.type}, started by {runtime.launcher}{note}"
-    )
-
-
-def is_evaluated(folder: Path, step: int) -> bool:
-    """Whether eval.jsonl has rows of this step. Rank 0 only."""
-    return any(row["step"] == step for row in read_lines(folder / "eval.jsonl"))
-
-
-def evaluation_is_due(config: TrainConfig, step: int, total_steps: int) -> bool:
+def evaluation_is_due(run: Run) -> bool:
     """Every eval.every_steps, and at the end."""
-    every = config.eval.every_steps
-    return config.eval.data is not None and (step == total_steps or (every is not None and step % every == 0))
+    every, step = run.config.eval.every_steps, run.state.step
+    is_turn = step == run.total_steps or (every is not None and step % every == 0)
+    return run.config.eval.data is not None and is_turn
+
+
+def evaluation_was_forestalled(run: Run) -> bool:
+    """Whether the run goes on from a step whose evaluation a stop came before. Collective: every rank must call."""
+
+    def is_evaluated() -> bool:
+        return any(row["step"] == run.state.step for row in read_lines(run.folder / "eval.jsonl"))
+
+    return run.state.step > 0 and evaluation_is_due(run) and not on_main(is_evaluated)

@@ -1,0 +1,183 @@
+"""What a run is made of, put together in order: ranks, folder, data, engines, record, checkpoints. train.py runs it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from amclip_ds import config as settings
+from amclip_ds.checkpoint.keeper import Keeper, look
+from amclip_ds.checkpoint.ranks import Ranks
+from amclip_ds.config import BatchPlan, TrainConfig
+from amclip_ds.data.batch import Batch
+from amclip_ds.data.ledger import Ledger
+from amclip_ds.data.loader import TrainingData
+from amclip_ds.engine import runtime as engine_runtime
+from amclip_ds.engine.collectives import DistributedComm, gather_objects, on_main
+from amclip_ds.engine.placement import SlurmJob
+from amclip_ds.engine.preflight import preflight
+from amclip_ds.engine.runtime import Runtime
+from amclip_ds.engine.student import StudentEngine
+from amclip_ds.meter import Meter
+from amclip_ds.model import masking
+from amclip_ds.optim import Schedules
+from amclip_ds.record import Record
+from amclip_ds.resilience.guards import Guards
+from amclip_ds.resilience.ownership import owning
+from amclip_ds.resilience.preemption import Preemption, leaving_together
+from amclip_ds.resilience.watchdog import Watchdog
+from amclip_ds.run_folder import open_folder, write_verdict_at_end
+from amclip_ds.step import StepResult
+from amclip_ds.teacher import Teacher
+
+
+@dataclass
+class TrainState:
+    """Where the run stands; with the engines' tensors, all that a resume needs."""
+
+    step: int = 0
+    """Batches consumed."""
+    updates: int = 0
+    """Optimizer steps applied; learning rate and momentum are functions of it."""
+    samples_seen: int = 0
+    epoch: int = 0
+    cursor: dict[str, Any] | None = None
+    """Where the stream of batches stands."""
+    guards: dict[str, Any] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, int]:
+        """The counters of a metrics row."""
+        return {"step": self.step, "updates": self.updates, "epoch": self.epoch, "samples_seen": self.samples_seen}
+
+    def advance(self, batch: Batch, result: StepResult, global_batch: int) -> None:
+        """Counts a batch that was trained on."""
+        self.step += 1
+        self.updates += int(result.applied)
+        self.samples_seen += global_batch
+        self.epoch, self.cursor = batch.epoch, batch.cursor
+
+
+@dataclass
+class Run:
+    """The parts of a run, in the order in which they come to be."""
+
+    config: TrainConfig
+    runtime: Runtime
+    comm: DistributedComm
+    plan: BatchPlan
+    folder: Path
+    attempt: int
+    stops: Preemption
+    watchdog: Watchdog
+    state: TrainState
+    data: TrainingData
+    total_steps: int
+    record: Record
+    student: StudentEngine
+    teacher: Teacher | None
+    schedules: Schedules
+    guards: Guards
+    ledger: Ledger
+    meter: Meter
+    keeper: Keeper
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches of the steps to come, on the device."""
+        stream = self.watchdog.watched(self.meter.timed(self.data.batches(self.state.cursor)), self.state.step)
+        while self.state.step < self.total_steps:
+            yield next(stream)
+
+
+def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
+    """Builds a run and takes over the checkpoint that `resume` means; `stack` ends it, the last part first.
+
+    Collective: every rank must call. Raises UserError for what the user can mend.
+    """
+    runtime = engine_runtime.start(deterministic=config.run.deterministic)
+    stack.callback(engine_runtime.stop, runtime)
+    stack.enter_context(leaving_together(runtime))
+    comm = DistributedComm()
+    plan = settings.plan_batch(config.batch, runtime.world_size)
+
+    job = engine_runtime.current_job() if runtime.is_main else SlurmJob()
+    owner = stack.enter_context(owning(Path(config.run.out), config.ownership, job=job.job, restart=job.restart))
+    folder, attempt = on_main(partial(open_folder, config))
+    if owner is not None:
+        owner.set_attempt(attempt)
+    stops = stack.enter_context(Preemption(config.preemption, folder, runtime, owner, job.end, config.run.time_limit))
+    watchdog = stack.enter_context(Watchdog(config.watchdog, folder, attempt, runtime))
+    comm.on_arrival = watchdog.arrived
+    state = TrainState()
+    stack.enter_context(write_verdict_at_end(folder, attempt, state, runtime.is_main))
+
+    ranks = Ranks(config.checkpoint.timeout_s)
+    with watchdog.during("verify"):
+        found = look(folder, resume, config, ranks)
+    with watchdog.during("index"):
+        data = stack.enter_context(closing(open_data(config, runtime)))
+    total_steps = config.run.steps or round((config.run.epochs or 0) * data.steps_per_epoch)
+    record = stack.enter_context(Record(
+        folder, config.log, rank=runtime.rank, world_size=runtime.world_size, attempt=attempt, total_steps=total_steps,
+        samples_per_epoch=data.samples_per_epoch, first_step=found.manifest.step if found else 0,
+    ))  # fmt: skip
+    record.say(describe(config, runtime, plan, data, total_steps))
+    if runtime.world_size > 1:
+        preflight(runtime, config_text=settings.dump(config), shards=data.shards, folder=folder, say=record.say)
+
+    student, teacher = build_engines(config, runtime)
+    guards, meter = Guards(config.guards, record.incident), Meter(config.batch.global_size, runtime.device)
+
+    @contextmanager
+    def saving() -> Iterator[None]:
+        with meter.paused(), watchdog.during("save"):  # no step's time, and watched by the limit of long phases
+            yield
+
+    keeper = stack.enter_context(Keeper(
+        folder, config, ranks, student=student, teacher=teacher, guards=guards, record=record, attempt=attempt,
+        data_fingerprint=data.fingerprint, before_commit=owner.check if owner else lambda: None, pausing=saving,
+    ))  # fmt: skip
+    with watchdog.during("resume"):
+        keeper.resume(found, state)
+    return Run(
+        config=config, runtime=runtime, comm=comm, plan=plan, folder=folder, attempt=attempt, stops=stops,
+        watchdog=watchdog, state=state, data=data, total_steps=total_steps, record=record, student=student,
+        teacher=teacher, schedules=Schedules(config.optim, config.teacher, total_steps), guards=guards,
+        ledger=Ledger(config.data.max_skip_rate, gather_objects), meter=meter, keeper=keeper,
+    )  # fmt: skip
+
+
+def build_engines(config: TrainConfig, runtime: Runtime) -> tuple[StudentEngine, Teacher | None]:
+    """The student, and the teacher where anything looks at it. Collective: every rank must call."""
+    student = StudentEngine(config.model, config.heads, config.loss, config.optim, config.engine,
+                            seed=config.run.seed, runtime=runtime)  # fmt: skip
+    if not settings.needs_teacher(config):
+        return student, None
+    return student, Teacher(config.teacher, config.model, config.heads, config.loss, compat=config.compat,
+                            seed=config.run.seed, student=student, device=runtime.device)  # fmt: skip
+
+
+def open_data(config: TrainConfig, runtime: Runtime) -> TrainingData:
+    """This rank's part of the training stream."""
+    vision, mask = config.model.vision, config.mask
+    teacher_size = vision.image_size // (2 if config.teacher.resolution == "half" else 1)
+    return TrainingData(
+        config.data, seed=config.run.seed, global_batch=config.batch.global_size, rank=runtime.rank,
+        world_size=runtime.world_size, image_size=vision.image_size,
+        teacher_size=teacher_size if settings.needs_teacher(config) else None,
+        num_units=masking.num_units(vision.grid, mask.unit) if masking.needs_noise(mask.strategy) else 0,
+        context_length=config.model.text.context_length, compat=config.compat, once=on_main,
+        index_dir=config.run.out,
+    )  # fmt: skip
+
+
+def describe(config: TrainConfig, runtime: Runtime, plan: BatchPlan, data: TrainingData, total_steps: int) -> str:
+    """The run in one line, before its first step."""
+    accumulated = f" (accumulated over {plan.splits} splits of {plan.micro})" if plan.splits > 1 else ""
+    note = f"; {runtime.note}" if runtime.note else ""
+    return (
+        f"run {config.run.out}: {total_steps} steps of {config.batch.global_size} = {runtime.world_size} ranks x"
+        f" {plan.local}{accumulated}, {data.samples_per_epoch} samples an epoch, {config.engine.deepspeed},"
+        f" {runtime.device.type}, started by {runtime.launcher}{note}"
+    )
