@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 STEPPED = ("metrics", "sample_ids", "eval")  # the files whose rows carry a step
+TOLD = ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")  # of an evaluation, on the screen
 
 
 @dataclass
@@ -138,6 +139,8 @@ class Record:
         """Rows of an evaluation: eval.jsonl and the trackers."""
         for row in rows if self.is_main else ():
             append_line(self.folder / "eval.jsonl", row)
+            told = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items() if name in TOLD)
+            self.say(f"Eval Step: {row['step']} {row['dataset']} {row['weights']}: {told}")
             scores = {f"eval/{row['weights']}/{row['dataset']}/{k}": float(v) for k, v in row["metrics"].items()
                       if isinstance(v, int | float)}  # fmt: skip
             for sink in self._sinks:
@@ -189,7 +192,12 @@ class Record:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
-            self._sinks.append(lambda step, row: [writer.add_scalar(name, value, step) for name, value in row.items()])  # type: ignore[arg-type,return-value]
+
+            def to_tensorboard(step: int, row: dict[str, float]) -> None:
+                for name, value in row.items():
+                    writer.add_scalar(name, value, step)
+
+            self._sinks.append(to_tensorboard)
             self._closers.append(writer.close)
         if self.config.wandb_project:
             import wandb

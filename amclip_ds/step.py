@@ -30,7 +30,7 @@ class StepResult:
     momentum: float
     grad_norm: float
     applied: bool
-    logit_scale: float
+    logit_scale: Tensor
     kept_tokens: int
     sample_ids: Tensor
 
