@@ -209,7 +209,7 @@ class StudentEngine:
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Clamps the fp32 master of logit_scale, and the copy the forward reads, to [0, ln 100]."""
-        parameter = self.module.logit_scale
+        parameter: Any = self.module.logit_scale
         shard = shards.master_shards_of({"logit_scale": parameter}).get("logit_scale")
         if shard is not None:
             shard.tensor.clamp_(*LOGIT_SCALE_RANGE)
@@ -219,8 +219,9 @@ class StudentEngine:
 
     def logit_scale(self) -> float:
         """exp(logit_scale), as the forward reads it."""
-        with gathered([self.module.logit_scale]):
-            return float(self.module.logit_scale.detach().float().exp().item())
+        parameter: Any = self.module.logit_scale
+        with gathered([parameter]):
+            return float(parameter.detach().float().exp().item())
 
     def full_state(self) -> dict[str, Tensor]:
         """Whole fp32 masters, frozen parameters and buffers on the CPU of rank 0; empty on the others."""
@@ -242,6 +243,7 @@ def start_weights(module: nn.Module, seed: int, model: ModelConfig, loss_kind: s
     if stage < 3:
         initialise(module, seed, model, loss_kind)
         return
+    parameter: Any  # ZeRO-3 gives it ds_* attributes
     for name, parameter in module.named_parameters():
         fill_shard(parameter, init_tensor(name, parameter.ds_shape, seed, model, loss_kind))
     for name, buffer in persistent_buffers(module).items():

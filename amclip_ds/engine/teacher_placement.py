@@ -105,6 +105,7 @@ class Sharded:
     @torch.no_grad()
     def publish(self, published: Mapping[str, Shard], whole: bool = True) -> None:
         """Copies this rank's fp32 shards into its ZeRO-3 shards."""
+        parameter: Any  # ZeRO-3 gives it ds_tensor, this rank's shard
         for name, parameter in self.module.named_parameters():
             if name in published:
                 shard = published[name]
