@@ -183,9 +183,22 @@ def run(
     result["digest"] = rig.digest()  # of what was saved
     result["random"] = repr(state_module.random_state())
     result["rows"] += rig.train(go_on)
+    result["final"] = rig.digest() | {"random": repr(state_module.random_state())}
     result["groups"] = len(shards.base_optimizer(rig.student.engine).param_groups)
     rig.stop()
     return result
+
+
+def load_each(folders: list[str], **settings: Any) -> list[tuple[dict[str, str], tuple[str, ...]]]:
+    """Loads one checkpoint after another into the same engines, over what the one before left. Per checkpoint: the
+    digest after the load, and the row of the next step."""
+    rig, results = Rig(**settings), []
+    for folder in folders:
+        rig.load(Path(folder))
+        digest = rig.digest()
+        results.append((digest, rig.train(1)[0]))
+    rig.stop()
+    return results
 
 
 def save_as_deepspeed(folder: str, ds: str) -> dict[str, str]:

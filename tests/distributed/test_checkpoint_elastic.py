@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.distributed.test_checkpoint_exact import launch
+from tests.harness import run_ranks
 
-CHAIN = [(1, 1), (2, 3), (3, 2), (4, 1), (2, 2), (3, 3), (1, 3), (4, 2)]  # (world, stage)
+CHAIN = [(1, 1), (2, 3), (3, 2), (4, 1), (1, 3)]  # (world, stage)
 PLACES = list(itertools.product((1, 2, 3, 4), (1, 2, 3)))
 CLOSE = 2e-4  # of a loss of about ten: sums over ranks in another order
 
@@ -59,24 +60,27 @@ def test_an_optimizer_that_looks_at_whole_tensors_goes_on_at_stage_0(tmp_path: P
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("world, stage", PLACES)
-def test_all_ordered_pairs(world: int, stage: int, tmp_path: Path) -> None:
-    """One place saves, every place loads: 12 x 12 ordered pairs over the parametrisation."""
-    settings = {"strategy": "random", "optim": "adamw"}
-    saved = at(tmp_path, world, stage, steps=2, go_on=1, **settings)
-    for other_world, other_stage in PLACES:
-        there = at(tmp_path, other_world, other_stage, steps=1, resume=True, save=False, **settings)
-        assert there["loaded"] == saved["digest"], (other_world, other_stage)
-        assert abs(loss(there["rows"][0]) - loss(saved["rows"][2])) < CLOSE, (other_world, other_stage)
-        assert there["rows"][0][2:4] == saved["rows"][2][2:4], "learning rate and momentum"
-
-
-@pytest.mark.nightly
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("world, stage", [(1, 1), (2, 3), (3, 2), (4, 3)])
-def test_pairs_in_bf16(world: int, stage: int, tmp_path: Path) -> None:
-    saved = at(tmp_path, world, stage, "bf16", steps=2)
-    for other_world, other_stage in PLACES:
-        there = at(tmp_path, other_world, other_stage, "bf16", steps=1, resume=True, save=False)
-        assert there["loaded"] == saved["digest"], (other_world, other_stage)
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("dtype, strategy", [("fp32", "random"), ("bf16", "attentive")])
+def test_all_ordered_pairs(dtype: str, strategy: str, tmp_path: Path) -> None:
+    """12 places save, 12 places load all 12, one after another over what the one before left: 144 ordered pairs."""
+    settings = {"strategy": strategy, "optim": "adamw"}
+    folders = [tmp_path / f"{world}x{stage}" for world, stage in PLACES]
+    saved = [
+        at(folder, world, stage, dtype, steps=2, go_on=1, **settings)
+        for folder, (world, stage) in zip(folders, PLACES)
+    ]  # fmt: skip
+    pairs, worst = 0, 0.0
+    for world, stage in PLACES:
+        results = run_ranks(
+            "tests.distributed.cases_checkpoint:load_each", world, timeout_s=900, ds=f"zero{stage}_{dtype}.json",
+            folders=[str(folder) for folder in folders], **settings,
+        )  # fmt: skip
+        for place, there, (digest, row) in zip(PLACES, saved, results[0]):
+            assert digest == there["digest"], f"{place} -> {(world, stage)}"
+            assert row[2:4] == there["rows"][2][2:4], "learning rate and momentum"
+            worst = max(worst, abs(loss(row) - loss(there["rows"][2])))
+            pairs += 1
+    print(f"{dtype} {strategy}: {pairs} ordered pairs, worst difference of the next loss {worst:.2e}")
+    assert pairs == 144
+    assert worst < (CLOSE if dtype == "fp32" else 1.0), "attentive near-ties may flip a block in bf16"
