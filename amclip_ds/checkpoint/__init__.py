@@ -1,13 +1,16 @@
 """Checkpoints that cannot be lost: a folder per step, hashed, committed by one rename, loaded at any world and stage.
 
-    saver = save.Saver(folder / "checkpoints", config.checkpoint, comm)       # one per run, closes with the run
-    loaded = load.load(path, state)                                           # -> the json-able `small` part
-    saver.save(step, state)                                                   # collective; returns after the copy
+    ranks = Ranks(config.checkpoint.timeout_s)                                # all below is collective
+    found = load.find(folder / "checkpoints", "auto", fallback=False, ranks=ranks)    # verified; None: a fresh start
+    load.fill(found, state, ranks)                                            # writes into the state's own tensors
+    saver = save.Saver(folder / "checkpoints", config.checkpoint, ranks)      # one per run, closes with the run
+    saver.save(step, state)                                                   # returns after the copy
 
 `state` is a `state.CheckpointState`: this rank's Shards of masters, moments and EMA by parameter name, replicated
-buffers, and a small json-able dict (counters, data cursor, guards, random state). manifest.py has the format's rules,
-save.py writes, load.py reads, retention.py deletes, drift.py compares configs. Every module but this one is imported
-where it is used, since the settings below are read by every command.
+buffers, and a small json-able dict (counters, data cursor, guards). keeper.py does all this for a run. manifest.py has
+the format's rules (docs/checkpoint-format.md), save.py writes, background.py lets a process write, load.py reads,
+retention.py deletes, drift.py compares configs, tools.py serves `amclip checkpoints`. Every module but this one is
+imported where it is used, since the settings below are read by every command.
 """
 
 from dataclasses import dataclass, field

@@ -90,6 +90,22 @@ def test_a_cut_after_13_of_40_steps(ds: str, scenes: Path, tmp_path: Path) -> No
     check_cut(scenes, tmp_path, total=40, cut=13, ds=ds)
 
 
+def test_a_spike_rewinds_to_the_checkpoint_and_the_data_go_on(scenes: Path, tmp_path: Path) -> None:
+    """With no deviation allowed, the first loss above the others is a spike."""
+    run = tmp_path / "run"
+    code, printed = amclip(
+        f"data.train={scenes}", "run.steps=30", "checkpoint.every_steps=2", *SMALL, f"run.out={run}",
+        "guards.spike=rewind", "guards.spike_window=2", "guards.spike_deviations=0.001", "guards.max_rewinds=1",
+    )  # fmt: skip
+    assert code in (0, 3) and "rewound to the weights of step_" in printed, printed
+    rows = numbers(run)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "no step stands twice"
+    behind = [after["updates"] <= before["updates"] for before, after in zip(rows, rows[1:])]
+    assert any(behind), "the applied updates went back"
+    ids = [i for row in read_lines(run / "sample_ids.jsonl") for i in row["ids"]][:192]
+    assert len(set(ids)) == len(ids), "no batch is read again"
+
+
 def test_drift_damage_and_fresh_starts(scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     keys = [f"data.train={scenes}", "run.steps=4", "checkpoint.every_steps=2", *SMALL, f"run.out={run}"]
