@@ -1,0 +1,203 @@
+"""Exports compute what the model does, through their own libraries, on real pairs; else they are deleted."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import amclip_ds  # noqa: F401  first: it mends torchvision
+from amclip_ds import config as settings
+from amclip_ds.errors import UserError
+from amclip_ds.evaluate.encoder import tokenizer
+from amclip_ds.evaluate.libraries import open_library
+from amclip_ds.evaluate.source import TOWERS_ALONE, Located, fill_towers, locate
+from amclip_ds.export import command, proof
+from amclip_ds.export.command import write_proved
+from amclip_ds.model import start
+from amclip_ds.model.amclip import AClip
+from amclip_ds.model.init import initialise
+
+FORMATS = ("open_clip", "hf", "timm")
+
+
+def random_model(recipe: str, seed: int) -> tuple[AClip, Located]:
+    """A randomly initialised model of a recipe."""
+    config = settings.load(recipe)
+    module = AClip(config.model, config.heads, TOWERS_ALONE)
+    initialise(module, seed, config.model)
+    with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a wrong place
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in module.named_parameters():
+            if parameter.dim() == 1 and name != "logit_scale":
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return module.requires_grad_(False).eval(), Located(Path("none"), "run", ("student",), 7, None, config)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[AClip, Located]:
+    return random_model("aclip-tiny", 3)
+
+
+@pytest.fixture
+def real_pairs(shared_dir: Path) -> str:
+    return str(shared_dir / "data" / "openstax" / "test" / "00000.tar")
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_tiny_is_equal_within_1e5(fmt: str, tiny, real_pairs: str, tmp_path: Path) -> None:
+    module, located = tiny
+    found = write_proved(fmt, module, located, "student", tmp_path / "out", real_pairs)
+    assert found.holds and all(agreement.cosine >= 0.999 for agreement in found.agreements if agreement.must == "close")
+    assert [agreement.must for agreement in found.agreements].count("equal") == (1 if fmt == "timm" else 2)
+    assert "64 images" in found.samples
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "FILL IN" in card and "largest difference" in card and "keep_ratio" in card
+    assert json.loads((tmp_path / "out" / "amclip.json").read_text())["step"] == 7
+    assert locate(tmp_path / "out").kind == fmt
+
+
+def parity_of(recipe: str, fmt: str, num_samples: int, seed: int, pairs: str, folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(proof, "NUM_SAMPLES", num_samples)
+    module, located = random_model(recipe, seed)
+    assert write_proved(fmt, module, located, "student", folder, pairs).holds
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_b16_is_equal_on_a_few(fmt: str, real_pairs: str, tmp_path: Path, monkeypatch) -> None:
+    parity_of("aclip-vitb16", fmt, 2, 0, real_pairs, tmp_path / "out", monkeypatch)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(("recipe", "seed"), [("aclip-vitb16", 0), ("aclip-vitb16", 1), ("aclip-vits16", 0)])
+def test_large_ones_are_equal_on_64(recipe: str, seed: int, fmt: str, real_pairs: str, tmp_path: Path, monkeypatch):
+    parity_of(recipe, fmt, 64, seed, real_pairs, tmp_path / "out", monkeypatch)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("fmt", ["hf", "timm"])
+def test_the_papers_s16_goes_where_it_can(fmt: str, real_pairs: str, tmp_path: Path, monkeypatch) -> None:
+    parity_of("aclip-vits16-moco", fmt, 64, 0, real_pairs, tmp_path / "out", monkeypatch)
+
+
+def test_clips_own_tower_becomes_a_clip_model(real_pairs: str, tmp_path: Path, monkeypatch) -> None:
+    """A tower with a norm before its blocks: open_clip's native form and transformers' CLIPModel."""
+    config = settings.load("aclip-tiny", ["model.vision.name=vit_base_patch16_clip_224"])
+    module = AClip(config.model, config.heads, TOWERS_ALONE)
+    initialise(module, 1, config.model)
+    located = Located(Path("none"), "run", ("student",), 0, None, config)
+    for fmt in ("hf", "open_clip"):
+        module = module.requires_grad_(False).eval()
+        assert write_proved(fmt, module, located, "student", tmp_path / fmt, real_pairs).holds
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["CLIPModel"]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_wrong_weight_deletes_the_export(fmt: str, tiny, real_pairs: str, tmp_path: Path, monkeypatch) -> None:
+    """The twin: one weight written a little wrong."""
+    module, located = tiny
+
+    def write_wrong(folder: Path, module: AClip, model) -> None:
+        wrong = AClip(model, located.config.heads, TOWERS_ALONE)
+        wrong.load_state_dict(module.state_dict())
+        with torch.no_grad():
+            wrong.vision.blocks[1].mlp.fc1.weight[3, 5] += 0.05
+        writer(folder, wrong.eval(), model)
+
+    writer = command.WRITERS[fmt]
+    monkeypatch.setitem(command.WRITERS, fmt, write_wrong)
+    with pytest.raises(proof.ExportMismatch, match="deleted") as caught:
+        write_proved(fmt, module, located, "student", tmp_path / "out", real_pairs)
+    assert caught.value.exit_code == 1 and "MISMATCH" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_the_library_refuses_is_deleted(tiny, real_pairs: str, tmp_path: Path, monkeypatch) -> None:
+    module, located = tiny
+
+    def write_half(folder: Path, module: AClip, model) -> None:
+        writer(folder, module, model)
+        (folder / "open_clip_model.safetensors").write_bytes(b"torn")
+
+    writer = command.WRITERS["open_clip"]
+    monkeypatch.setitem(command.WRITERS, "open_clip", write_half)
+    with pytest.raises(proof.ExportMismatch, match="does not load"):
+        write_proved("open_clip", module, located, "student", tmp_path / "out", real_pairs)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_open_clip_refuses_what_it_cannot_hold(real_pairs: str, tmp_path: Path) -> None:
+    config = settings.load("aclip-vits16-moco")
+    config.model.vision = replace(config.model.vision, depth=1)  # small enough to build here
+    module = AClip(config.model, config.heads, TOWERS_ALONE)
+    located = Located(Path("none"), "run", ("student",), 0, None, config)
+    with pytest.raises(
+        UserError, match="--format open_clip: .*timm tower cannot say.*one activation for both"
+    ) as caught:
+        write_proved("open_clip", module, located, "student", tmp_path / "out", real_pairs)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="session")
+def exported(tiny, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All three exports of the tiny model."""
+    folder = tmp_path_factory.mktemp("exports")
+    for fmt in FORMATS:
+        write_proved(fmt, *tiny, "student", folder / fmt, str(shared_dir / "data/openstax/test/00000.tar"))
+    return folder
+
+
+def test_golden_tokens_through_transformers(exported: Path, shared_dir: Path) -> None:
+    """Equal up to the end token wherever cleaning (ftfy, html) leaves the text as it is."""
+    from open_clip.tokenizer import basic_clean, whitespace_clean
+    from transformers import AutoTokenizer
+
+    encode = AutoTokenizer.from_pretrained(exported / "hf")
+    rows = [json.loads(line) for line in (shared_dir / "data" / "golden_tokens.jsonl").read_text().splitlines()]
+    num_equal = 0
+    for row in rows:
+        ids = encode(row["text"], truncation=True, max_length=77)["input_ids"]
+        cleaned = whitespace_clean(basic_clean(row["text"]))
+        is_clean = cleaned.split() == row["text"].split()
+        want = row["ctx77"][: max(i for i, number in enumerate(row["ctx77"]) if number == 49407) + 1]
+        assert ids == want or not is_clean, row["text"]
+        num_equal += ids == want
+    assert num_equal >= len(rows) - 4
+
+
+def test_the_pipeline_works_offline(exported: Path, tiny, real_pairs: str) -> None:
+    from transformers import pipeline
+
+    samples = proof.gather_samples(real_pairs, tiny[1].config)
+    classify = pipeline("zero-shot-image-classification", model=str(exported / "hf"))
+    found = classify(samples.images[0], candidate_labels=["a graph", "a photograph", "a map"])
+    assert {row["label"] for row in found} == {"a graph", "a photograph", "a map"}
+    assert sum(row["score"] for row in found) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_what_was_exported_can_be_imported(fmt: str, exported: Path, tiny) -> None:
+    """model.init_from: the same weights come back, but for the patch bias that open_clip keeps in the positions."""
+    module, located = tiny
+    source = start.Source(exported / fmt)
+    config = located.config
+    if fmt == "timm":
+        for name in source.names():
+            assert torch.equal(start.loaded_tensor(str(exported / fmt), name, module.state_dict()[name].shape),
+                               module.state_dict()[name])  # fmt: skip
+        return
+    back = fill_towers(config.model, [source])
+    images = torch.randn(4, 3, 64, 64)
+    ids = tokenizer()(["one", "two words"], 77)
+    assert torch.allclose(back("image", images=images), module("image", images=images), atol=1e-6)
+    assert torch.equal(back("text", token_ids=ids), module("text", token_ids=ids))
+
+
+def test_an_open_clip_model_through_import_agrees_with_its_own_code(exported: Path, tiny, real_pairs: str) -> None:
+    """To what fp32 allows: our towers with its weights against its own."""
+    theirs = open_library(exported / "open_clip", "open_clip", "student", torch.device("cpu"))
+    ours = fill_towers(tiny[1].config.model, [start.Source(exported / "open_clip")])
+    found = proof.prove(ours, tiny[1].config.model, theirs, proof.gather_samples(real_pairs, tiny[1].config))
+    assert max(agreement.max_difference for agreement in found.agreements if agreement.must == "equal") < 2e-6
