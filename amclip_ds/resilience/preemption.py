@@ -60,7 +60,7 @@ class Arrivals:
         """The name of the first one."""
         self.count = 0
         self.forced_exit_s = forced_exit_s
-        self.is_closed = False
+        self.is_closed = self.is_armed = False
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._old_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -86,6 +86,7 @@ class Arrivals:
 
     def arm(self) -> None:
         """Starts the forced-exit timer, or starts it anew with the present `forced_exit_s`."""
+        self.is_armed = True
         faulthandler.dump_traceback_later(self.forced_exit_s, exit=True, file=STDERR)
 
     def _in_child(self) -> None:
@@ -94,13 +95,18 @@ class Arrivals:
             ignore_signals()
 
     def close(self) -> None:
-        """Gives the signals their old meaning back and stops the timer. Main thread only."""
+        """Gives the signals their old meaning back and stops the timer. Main thread only.
+
+        Of a process that was asked to stop, and so is leaving, neither: the timer bounds its end, and a late signal
+        must not take the exit code's place.
+        """
         self.is_closed = True
-        faulthandler.cancel_dump_traceback_later()
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.is_armed else handler)
         os.close(self._writer)
+        if not self.is_armed:
+            faulthandler.cancel_dump_traceback_later()
 
 
 _arrivals: Arrivals | None = None  # signals are the process's, so this is too
@@ -197,7 +203,7 @@ class Preemption:
         return f"{reason} is near" if reason in self._deadlines or reason.startswith("the end") else reason
 
     def close(self) -> None:
-        """Gives the signals their old meaning back."""
+        """See `Arrivals.close`."""
         global _arrivals
         if _arrivals is self._arrivals:
             _arrivals = None

@@ -46,8 +46,7 @@ def stop_case(folder: str, to: list[int], how: str, times: int = 1) -> dict:
         count = stops._arrivals.count
     handlers = [signal.getsignal(number) for number in preemption.SIGNALS]
     runtime.stop(started)
-    restored = handlers == [signal.SIG_DFL, signal.SIG_DFL, signal.default_int_handler]
-    return {"step": step, "reason": reason, "count": count, "restored": restored}
+    return {"step": step, "reason": reason, "count": count, "handlers": handlers}
 
 
 def children_case(folder: str) -> dict:
