@@ -110,7 +110,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     watchdog = stack.enter_context(Watchdog(config.watchdog, folder, attempt, runtime))
     comm.on_arrival = watchdog.arrived
     state = TrainState()
-    stack.enter_context(write_verdict_at_end(folder, attempt, state, runtime.is_main))
+    stack.enter_context(write_verdict_at_end(folder, attempt, state, runtime.is_main, owner))
 
     ranks = Ranks(config.checkpoint.timeout_s)
     with watchdog.during("verify"):

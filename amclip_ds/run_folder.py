@@ -18,7 +18,7 @@ from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.record import append_line, read_lines, write_atomically
-from amclip_ds.resilience.ownership import OwnershipLost
+from amclip_ds.resilience.ownership import Owner, OwnershipLost
 
 if TYPE_CHECKING:
     from amclip_ds.engine.student import StudentEngine
@@ -60,13 +60,21 @@ class HasStep(Protocol):
 
 
 @contextmanager
-def write_verdict_at_end(folder: Path, attempt: int, state: HasStep, is_main: bool) -> Iterator[None]:
-    """Leaves RUN/exit.json when the block ends, well or with an AmclipError; a crash leaves none."""
+def write_verdict_at_end(
+    folder: Path, attempt: int, state: HasStep, is_main: bool, owner: Owner | None = None
+) -> Iterator[None]:
+    """Leaves RUN/exit.json when the block ends, well or with an AmclipError; a crash leaves none.
+
+    owner: rank 0's hold on the folder. Once it is another trainer's, so is the verdict in it: OwnershipLost then takes
+    the place of whatever error that has led to.
+    """
     try:
         yield
-    except OwnershipLost:  # the folder, and the verdict in it, are another trainer's
+    except OwnershipLost:
         raise
     except AmclipError as error:
+        if owner is not None:
+            owner.check()
         if is_main:
             write_verdict(folder, error.exit_code, state.step, attempt, str(error))
         raise

@@ -191,8 +191,8 @@ class Saver:
 
     def _make_folder(self, step: int, folder: Path) -> bool:
         """Makes the temporary folder; False if the step is committed already. Raises SaveFailed on every rank."""
-        verdict: str | None = None
-        if self.ranks.is_main:
+        verdict: str | AmclipError | None = self._refusal() if self.ranks.is_main else None
+        if self.ranks.is_main and verdict is None:
             try:
                 if (self.checkpoints / manifest.folder_name(step)).exists():
                     verdict = "exists"
@@ -206,6 +206,8 @@ class Saver:
                 verdict = describe(error)
                 shutil.rmtree(folder, ignore_errors=True)
         verdict = self.ranks.from_main(verdict)
+        if isinstance(verdict, AmclipError):
+            raise verdict
         if verdict not in (None, "exists"):
             raise SaveFailed(f"checkpoint of step {step}: {verdict}")
         return verdict is None
@@ -266,12 +268,12 @@ class Saver:
         told = self.ranks.gather(flight.outcome | {"tensors": files.tensor_sizes(flight.state)})  # type: ignore[operator]
         failpoints.reached("gathered")
         failures = [f"rank {rank}: {one['error']}" for rank, one in enumerate(told) if "error" in one]
-        error: AmclipError | None = None
-        if failures:
+        error = self._refusal() if self.ranks.is_main else None
+        if error is None and failures:
             error = SaveFailed(f"checkpoint of step {flight.step}: {'; '.join(failures)}")
-        elif self.ranks.is_main:
+        elif error is None and self.ranks.is_main:
             error = self._commit(flight, told)
-        if error is not None and self.ranks.is_main:
+        if isinstance(error, SaveFailed) and self.ranks.is_main:  # a refused one's folder may be another trainer's
             shutil.rmtree(flight.folder, ignore_errors=True)
         error = self.ranks.from_main(error)
         if error is not None:
@@ -281,6 +283,14 @@ class Saver:
         took = time.monotonic() - flight.began
         self._say(f"checkpoint {manifest.folder_name(flight.step)}: {_size(flight.num_bytes)}, training waited"
                   f" {flight.stall_s:.2f} s, committed after {took:.1f} s")  # fmt: skip
+
+    def _refusal(self) -> AmclipError | None:
+        """Rank 0: what before_commit raises. Asked before anything is touched, and again right before the rename."""
+        try:
+            self._before_commit()
+        except AmclipError as error:
+            return error
+        return None
 
     def _commit(self, flight: _Flight, told: list[dict[str, Any]]) -> AmclipError | None:
         """Rank 0: manifest, fsync, rename, fsync. Returns why it could not be done."""
