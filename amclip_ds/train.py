@@ -28,8 +28,8 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
             result = train_step(batch, run.student, run.teacher, run.schedules, state.updates, config, run.comm,
                                 run.plan.micro, run.guards)  # fmt: skip
             state.advance(batch, result, config.batch.global_size)
+            stop = run.stops.agreed(is_last=state.step == run.total_steps)
             account(run, batch, result)
-            stop = run.stops.agreed() if state.step < run.total_steps else None
             if stop is None and evaluation_is_due(run):
                 evaluate(run)
             run.keeper.after_step(state, is_last=state.step == run.total_steps or stop is not None)

@@ -88,7 +88,12 @@ class Owner:
         self._thread.start()
 
     def is_lost(self) -> bool:
-        """Whether another trainer has taken over, as of a heartbeat ago. Costs nothing; before a commit, `check`."""
+        """Whether another trainer has taken over, as of a heartbeat ago. Costs nothing; before a commit, `check`.
+
+        Looks by itself where the heart stood still: this process was stopped, and may have just been woken.
+        """
+        if not self._lost and time.monotonic() - self._beat_at > 2 * self._config.heartbeat_s:
+            self._lost = not self.claim.holds()
         return self._lost
 
     def check(self) -> None:
@@ -115,6 +120,7 @@ class Owner:
             self._beat()
 
     def _beat(self) -> None:
+        self._beat_at = time.monotonic()
         if not self.claim.holds():
             self._lost = True
         else:

@@ -157,10 +157,11 @@ class Preemption:
         margin = min(self._config.before_limit_s, 0.1 * seconds)
         self._deadlines[name] = time.monotonic() + seconds - margin
 
-    def agreed(self) -> str | None:
+    def agreed(self, is_last: bool = False) -> str | None:
         """Why the run is to save and stop now, the same on every rank; None: go on. Collective: every rank must call.
 
-        One all-reduce of one number. Raises OwnershipLost, on every rank, where another trainer has the folder.
+        One all-reduce of one number. is_last: the run ends with this step anyway, nothing needs to stop it. Raises
+        OwnershipLost, on every rank, where another trainer has the folder: call before the step is recorded there.
         """
         own = self._own_reason()
         world = self._runtime.world_size
@@ -174,6 +175,8 @@ class Preemption:
         index, rank = divmod(code, world)
         if REASONS[index] == "ownership":
             raise OwnershipLost("run.out: another trainer took this folder over; stopped without saving")
+        if is_last:
+            return None
         self._arrivals.arm()
         if REASONS[index] == "a STOP file" and self._runtime.is_main:
             self._stop_file.unlink(missing_ok=True)  # it has been heard: started again, the run goes on
