@@ -14,7 +14,8 @@ from amclip_ds.errors import UserError
 from amclip_ds.resilience import ownership
 from amclip_ds.resilience.ownership import OwnershipConfig, OwnershipLost, claim, read_owner
 
-QUICK = OwnershipConfig(heartbeat_s=0.1, stale_s=1.0)
+QUICK = OwnershipConfig(heartbeat_s=0.1, stale_s=10.0)
+IMPATIENT = OwnershipConfig(heartbeat_s=0.1, stale_s=1.0)
 
 
 def quiet(_: str) -> None:
@@ -34,8 +35,10 @@ def test_owner_json_tells_who(tmp_path: Path) -> None:
     assert told is not None
     assert (told["job"], told["attempt"], told["pid"]) == ("42", 3, os.getpid())
     first = told["heartbeat"]
-    time.sleep(0.5)
-    assert (read_owner(tmp_path / "run") or {})["heartbeat"] > first
+    deadline = time.monotonic() + 20
+    while (read_owner(tmp_path / "run") or {})["heartbeat"] == first:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     owner.release()
 
 
@@ -51,7 +54,7 @@ def test_a_released_folder_is_free_at_once(tmp_path: Path) -> None:
     claim(tmp_path, OwnershipConfig(stale_s=60), say=quiet).release()
     begun = time.monotonic()
     claim(tmp_path, OwnershipConfig(stale_s=60), say=quiet).release()
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
 
 
 def test_a_dead_process_of_this_machine_is_no_owner(tmp_path: Path) -> None:
@@ -63,7 +66,7 @@ def test_a_dead_process_of_this_machine_is_no_owner(tmp_path: Path) -> None:
     assert read_owner(tmp_path) is not None
     begun = time.monotonic()
     claim(tmp_path, OwnershipConfig(), say=quiet).release()
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
 
 
 def test_a_standing_heartbeat_is_waited_out_then_taken_over(tmp_path: Path) -> None:
@@ -73,8 +76,8 @@ def test_a_standing_heartbeat_is_waited_out_then_taken_over(tmp_path: Path) -> N
     another_trainer(tmp_path)
     said: list[str] = []
     begun = time.monotonic()
-    second = claim(tmp_path, QUICK, say=said.append)
-    assert 0.5 < time.monotonic() - begun < 5
+    second = claim(tmp_path, IMPATIENT, say=said.append)
+    assert 0.5 < time.monotonic() - begun < 20
     assert any("node7" in line and "taken over" in line for line in said)
     with pytest.raises(OwnershipLost):
         owner.check()
@@ -109,8 +112,8 @@ def test_the_same_slurm_job_started_again_takes_over_at_once(tmp_path: Path) -> 
     old = claim(tmp_path, QUICK, job="42", restart=0, say=quiet)
     begun = time.monotonic()
     new = claim(tmp_path, QUICK, job="42", restart=1, say=quiet)
-    assert time.monotonic() - begun < 0.5
-    deadline = time.monotonic() + 5
+    assert time.monotonic() - begun < 5
+    deadline = time.monotonic() + 20
     while not old.is_lost() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert old.is_lost() and not new.is_lost()
