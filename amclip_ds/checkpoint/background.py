@@ -4,6 +4,7 @@ import contextlib
 import json
 import mmap
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amclip_ds.checkpoint import failpoints
+from amclip_ds.checkpoint import failpoints, writer
 from amclip_ds.checkpoint.files import PlannedFile
 
 PAGE = 4096
-PROGRAM = Path(__file__).with_name("writer.py")
+PROGRAM = Path(writer.__file__)
 
 
 def is_possible() -> bool:
@@ -106,10 +107,14 @@ class WriterProcess:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        self._process = subprocess.Popen(
-            [sys.executable, "-S", "-E", str(PROGRAM), str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            pass_fds=[descriptor],
-        )  # fmt: skip
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, writer.IGNORED)  # it inherits this until it ignores them
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-S", "-E", str(PROGRAM), str(os.getpid())], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, pass_fds=[descriptor],
+            )  # fmt: skip
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         assert self._process.stdin and self._process.stdout
         os.set_blocking(self._process.stdout.fileno(), False)
         self._answer = b""

@@ -26,6 +26,7 @@ else:  # run as a program: without the package, whose import costs seconds
 
 CHUNK = 16 << 20
 PR_SET_PDEATHSIG = 1
+IGNORED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 def write_file(path: Path, pieces: Iterable[memoryview | bytes]) -> dict[str, Any]:
@@ -98,8 +99,9 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
 
 def main(trainer: int) -> None:
     """Serves jobs until standard input ends. trainer: the process that started this one."""
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+    for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != trainer:  # it ended before the request

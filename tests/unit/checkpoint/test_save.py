@@ -125,6 +125,20 @@ def test_training_waits_only_for_the_copy(tmp_path: Path, monkeypatch: pytest.Mo
     assert holds_step(state, 2), "what was copied, not what came after"
 
 
+def test_signals_that_stop_a_run_do_not_stop_its_writer(tmp_path: Path) -> None:
+    """Not even one that comes while the writer starts."""
+    told = Told()
+    with told.saver(tmp_path, asynchronous=True) as saver:
+        saver.save(1, toy_state(1, 0, 1))
+        assert saver._writer is not None
+        for _ in range(20):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                os.kill(saver._writer._process.pid, number)
+            time.sleep(0.01)
+        saver.finish()
+    assert steps_in(tmp_path) == [1]
+
+
 def test_a_writer_that_dies_is_loud_and_replaced(tmp_path: Path) -> None:
     told = Told()
     with told.saver(tmp_path, asynchronous=True, every_steps=1) as saver:
