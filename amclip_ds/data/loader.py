@@ -8,10 +8,11 @@ batch, on any number of ranks and workers, and batches that were only prefetched
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
-import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +38,10 @@ from amclip_ds.errors import AmclipError, UserError
 T = TypeVar("T")
 Once = Callable[[Callable[[], T]], T]
 STOPPING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # the run's own process decides what these mean
-PR_SET_PDEATHSIG = 1
 CHUNK = 64  # samples a worker makes at a time, at most
 MANY_SHARDS = 32  # from here on, starting processes to index them pays
 BUILD_TELLS_EVERY_S = 30.0
+LOOK_AFTER_S = 5.0
 
 
 @dataclass
@@ -208,25 +209,31 @@ class TrainingData:
             return
         loader = DataLoader(
             _Chunks(self._spec), batch_size=None, sampler=self._places(epoch, step), num_workers=self.config.workers,
-            prefetch_factor=self.config.prefetch, multiprocessing_context="forkserver", timeout=self.config.timeout_s,
-            worker_init_fn=_become_worker,
+            prefetch_factor=self.config.prefetch, multiprocessing_context="forkserver",
+            timeout=min(LOOK_AFTER_S, self.config.timeout_s), worker_init_fn=_become_worker,
         )  # fmt: skip
         stream = iter(loader)
         try:
             while True:
                 yield self._received(stream)
         finally:
-            del stream, loader
+            _end_workers(stream)
 
     def _received(self, stream: Iterator[Chunk | Failed]) -> Chunk | Failed:
-        try:
-            return next(stream)
-        except RuntimeError as error:  # torch's words for a worker that died or has nothing to say
-            if "timed out" in str(error):
-                cause = f"no sample came within data.timeout_s={self.config.timeout_s:.0f} s"
-            else:
-                cause = f"a worker process died ({str(error).splitlines()[0]}); out of memory, or /dev/shm is full"
-            return Failed(AmclipError(f"data.train: {cause}"))
+        """The next chunk. Looks after the workers now and then: torch sees a dead one only when a wait runs out."""
+        deadline = time.monotonic() + self.config.timeout_s
+        while True:
+            try:
+                return next(stream)
+            except (RuntimeError, OSError, EOFError) as error:  # a worker died, or a wait ran out
+                cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+                if "timed out" not in cause:
+                    return Failed(
+                        AmclipError(f"data.train: a worker process died ({cause}); no memory, or /dev/shm full")
+                    )
+                if time.monotonic() > deadline:
+                    limit = f"data.timeout_s={self.config.timeout_s:g} s"
+                    return Failed(AmclipError(f"data.train: no sample came within {limit}"))
 
     def _fingerprint(self, samples: str) -> str:
         """What the order follows from, apart from the seed: the same value, the same sequence of samples."""
@@ -420,14 +427,28 @@ def start_worker_server() -> None:
         raise AmclipError(f"data.workers: no worker process can be started: {error}") from None
 
 
+def _end_workers(stream: Any) -> None:
+    """Ends a torch iterator's workers now. Its own way, which waits for garbage collection, leaves them running while
+    a traceback holds the iterator; and it asks by SIGTERM, which they do not hear."""
+    processes = list(stream._workers)
+    stream._shutdown_workers()
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join(LOOK_AFTER_S)
+
+
 def _become_worker(worker: int) -> None:
-    """In a new worker: signals are the run's business, and it does not outlive the server, which ends with the run."""
+    """In a new worker: signals are the run's business, and it does not outlive the run."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        import ctypes
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
 
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if parent == 1:
-            os._exit(1)
+
+def _end_with_the_run() -> None:
+    """Ends this worker when the training process ends, however it does. Its parent is the server, which itself lives
+    until the last worker is gone, so that nothing but this pipe tells."""
+    run = multiprocessing.parent_process()
+    if run is not None:
+        multiprocessing.connection.wait([run.sentinel])
+        os._exit(1)
