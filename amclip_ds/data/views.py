@@ -50,6 +50,8 @@ class Decoded:
     height: int
     """of the upright image at full scale, in pixels"""
     width: int
+    factor: int = 1
+    """how many times smaller the pixels are than that: 1, 2, 4 or 8"""
     mended: str = ""
     """what was wrong with the file and did not hinder decoding"""
 
@@ -77,19 +79,32 @@ def make_views(
     sides = [size] * num_views + ([teacher_size] if teacher_size else [])
     reduction = min(min(box[2], box[3]) / side for box, side in zip(boxes, sides))
     decoded = source.decode(float(reduction))
+    boxes = _on_grid(boxes, decoded)
     pixels = torch.from_numpy(decoded.pixels)
-    down, across = decoded.pixels.shape[0] / decoded.height, decoded.pixels.shape[1] / decoded.width
-    crops = [_crop(pixels, box, down, across, side) for box, side in zip(boxes, sides)]
+    crops = [_crop(pixels, box, decoded.factor, side) for box, side in zip(boxes, sides)]
     views = torch.stack(crops[:num_views])
     return Views(views.numpy(), crops[num_views].numpy() if teacher_size else None, boxes, decoded.mended)
 
 
-def _crop(pixels: Tensor, box: np.ndarray, down: float, across: float, side: int) -> Tensor:
-    """[3, side, side] uint8: the box of the upright image at full scale, resized (bilinear, antialiased)."""
-    height, width = pixels.shape[:2]
-    top, left = min(round(box[0] * down), height - 1), min(round(box[1] * across), width - 1)
-    bottom = max(top + 1, min(height, round((box[0] + box[2]) * down)))
-    right = max(left + 1, min(width, round((box[1] + box[3]) * across)))
+def _on_grid(boxes: np.ndarray, decoded: Decoded) -> np.ndarray:
+    """The boxes moved to the nearest edges of the decoded pixels, so that what is cut is exactly what they say.
+
+    Only where the pixels are reduced, and then by less than one pixel of the crop. What contained another still does.
+    """
+    if decoded.factor == 1:
+        return boxes
+    limits = np.array([decoded.height, decoded.width], dtype=np.float32)
+    first = np.floor(boxes[:, :2] / decoded.factor + 0.5) * decoded.factor
+    last = np.minimum(np.floor((boxes[:, :2] + boxes[:, 2:]) / decoded.factor + 0.5) * decoded.factor, limits)
+    first = np.minimum(first, np.floor((limits - 1) / decoded.factor) * decoded.factor)
+    last = np.maximum(last, np.minimum(first + decoded.factor, limits))
+    return np.concatenate([first, last - first], axis=1)
+
+
+def _crop(pixels: Tensor, box: np.ndarray, factor: int, side: int) -> Tensor:
+    """[3, side, side] uint8: the box, resized (bilinear, antialiased)."""
+    top, left = int(box[0]) // factor, int(box[1]) // factor
+    bottom, right = -(-int(box[0] + box[2]) // factor), -(-int(box[1] + box[3]) // factor)
     region = pixels[top:bottom, left:right].permute(2, 0, 1)[None]
     if region.shape[-2:] == (side, side):
         return region[0].contiguous()
@@ -111,21 +126,22 @@ class ImageSource:
         mended = ""
         if self._image is None:
             try:
-                return self._upright(self._turbo(factor))
+                return self._upright(self._turbo(factor), factor)
             except ValueError as error:
                 mended = str(error)  # damaged, or a kind of JPEG that the fast decoder does not know: Pillow decides
                 self._image = _open(self._content)
-        return self._upright(_decode_with_pillow(self._image, factor), mended if _is_damage(mended) else "")
+        return self._upright(_decode_with_pillow(self._image, factor), factor, mended if _is_damage(mended) else "")
 
     def _turbo(self, factor: int) -> np.ndarray:
         height, width = self._stored
         least = (-(-height // factor), -(-width // factor)) if factor > 1 else (0, 0)
         return simplejpeg.decode_jpeg(self._content, min_height=least[0], min_width=least[1], min_factor=1)
 
-    def _upright(self, pixels: np.ndarray, mended: str = "") -> Decoded:
+    def _upright(self, pixels: np.ndarray, factor: int, mended: str = "") -> Decoded:
         if self._orientation in UPSIDE:
             pixels = np.array(Image.fromarray(pixels).transpose(UPSIDE[self._orientation]))
-        return Decoded(pixels, self.height, self.width, mended)
+        whole = pixels.shape[:2] == (self.height, self.width)
+        return Decoded(pixels, self.height, self.width, 1 if whole else factor, mended)
 
 
 def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> ImageSource:

@@ -380,7 +380,7 @@ def test_a_file_system_that_hangs_is_an_error_within_the_time_limit(tmp_path: Pa
         stream, began = data.batches(None), time.monotonic()
         pytest.raises(AmclipError, next, stream).match(r"no sample came within data\.timeout_s=12 s")
         workers = workers_of(data)
-    assert 12 <= time.monotonic() - began < 60
+    assert 12 <= time.monotonic() - began < 180
     assert not psutil.wait_procs(workers, timeout=30)[1], "a worker that hangs is killed, since it hears no signal"
 
 

@@ -1,0 +1,189 @@
+"""Images as a viewer shows them, cut from one decode: orientation, colours, scale; what is refused by its header."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from amclip_ds.data.keyed_random import keyed
+from amclip_ds.data.views import BadImage, make_views, open_image
+from tests.unit.data.shards import encode, jpeg
+
+
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth structure at several scales."""
+    random, total = np.random.default_rng(seed), np.zeros((height, width, 3))
+    for cells in (3, 9, 27):
+        coarse = Image.fromarray(random.integers(0, 255, (cells, cells, 3), dtype=np.uint8))
+        total += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), float) / 3
+    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
+
+
+def cut_slowly(content: bytes, boxes: np.ndarray, size: int) -> np.ndarray:
+    """The straightforward way: full decode, upright, crop, PIL resize."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    crops = [image.crop((int(x), int(y), int(x + w), int(y + h))) for y, x, h, w in boxes]
+    return np.stack(
+        [np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1) for crop in crops]
+    )
+
+
+def gap(first: np.ndarray, second: np.ndarray) -> tuple[int, float]:
+    difference = np.abs(first.astype(int) - second.astype(int))
+    return int(difference.max()), float(difference.mean())
+
+
+@pytest.mark.parametrize("kind, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 92})])
+def test_crops_equal_the_slow_way(kind: str, options: dict) -> None:
+    content = encode(photograph(160, 120), kind, **options)
+    for seed in range(5):
+        made = make_views(content, keyed(seed), 2, 64, 64)
+        slow = cut_slowly(content, made.boxes, 64)
+        assert made.teacher is not None and made.views.dtype == np.uint8
+        most, mean = gap(np.concatenate([made.views, made.teacher[None]]), slow)
+        assert most <= 3 and mean < 0.05, (seed, most, mean)
+        moved = made.boxes + np.array([3, 0, 0, 0])  # the twin: three pixels off is seen
+        assert gap(made.views, cut_slowly(content, moved, 64)[:2])[1] > 0.3
+
+
+@pytest.mark.parametrize("width, height, size", [(1000, 760, 64), (1201, 801, 112), (640, 480, 224)])
+def test_a_reduced_decode_loses_nothing_to_speak_of(width: int, height: int, size: int) -> None:
+    content = encode(photograph(width, height), "JPEG", quality=92)
+    for seed in range(3):
+        made = make_views(content, keyed(seed), 2, size, size)
+        most, mean = gap(made.views, cut_slowly(content, made.boxes[:2], size))
+        assert most <= 16 and mean < 0.8, (seed, most, mean)
+        assert made.teacher is not None
+        assert gap(made.teacher, cut_slowly(content, made.boxes[2:], size)[0])[1] < 0.8
+
+
+@pytest.mark.parametrize("size, factor", [(64, 8), (100, 4), (200, 2), (300, 1), (700, 1)])
+def test_the_scale_is_the_smallest_no_crop_is_enlarged_from(size: int, factor: int) -> None:
+    source = open_image(encode(photograph(800, 640), "JPEG"))
+    decoded = source.decode(560 / size)  # the smallest box is 560 pixels
+    assert decoded.pixels.shape[:2] == (-(-640 // factor), -(-800 // factor))
+    assert (decoded.height, decoded.width) == (640, 800)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_is_obeyed(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(photograph(96, 64, seed=3), kind, exif=exif, **({} if kind == "PNG" else {"quality": 100}))
+    decoded = open_image(content).decode()
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
+    assert decoded.pixels.shape == upright.shape == (decoded.height, decoded.width, 3)
+    assert gap(decoded.pixels, upright)[1] < 1
+    if orientation > 1:
+        stored = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        assert stored.shape != upright.shape or gap(stored, upright)[1] > 5
+
+
+RED = (200, 30, 40)
+
+
+def flat(mode: str, colour: object, **info: object) -> Image.Image:
+    image = Image.new(mode, (32, 24), colour)  # type: ignore[arg-type]
+    image.info.update(info)  # type: ignore[arg-type]
+    return image
+
+
+def gray16(value: int) -> bytes:
+    """A PNG of 16 bits of gray, written by hand."""
+    rows = b"".join(b"\0" + struct.pack(">H", value) * 32 for _ in range(24))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 32, 24, 16, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "name, content, colour",
+    [
+        ("gray JPEG", encode(flat("L", 90), "JPEG"), (90, 90, 90)),
+        ("CMYK JPEG", encode(flat("CMYK", (0, 200, 100, 0)), "JPEG", quality=100), (255, 55, 155)),
+        ("gray PNG", encode(flat("L", 90), "PNG"), (90, 90, 90)),
+        ("black and white PNG", encode(flat("1", 1), "PNG"), (255, 255, 255)),
+        ("16 bit PNG", gray16(0x8001), (0x80, 0x80, 0x80)),
+        ("16 bit PNG, dark", gray16(0x0123), (1, 1, 1)),
+        ("palette PNG", encode(flat("RGB", RED).quantize(4), "PNG"), RED),
+        ("opaque RGBA", encode(flat("RGBA", (*RED, 255)), "PNG"), RED),
+        ("transparent RGBA", encode(flat("RGBA", (*RED, 0)), "PNG"), (255, 255, 255)),
+        ("half transparent WebP", encode(flat("RGBA", (0, 0, 0, 128)), "WEBP", lossless=True), (127, 127, 127)),
+        ("gray and alpha", encode(flat("LA", (10, 0)), "PNG"), (255, 255, 255)),
+        ("RGB with a transparent colour", encode(flat("RGB", RED), "PNG", transparency=RED), (255, 255, 255)),
+        ("palette with a transparent colour", encode(flat("P", 0), "PNG", transparency=0), (255, 255, 255)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_colours_are_what_a_viewer_shows(name: str, content: bytes, colour: tuple[int, int, int]) -> None:
+    pixels = open_image(content).decode().pixels
+    assert pixels.shape == (24, 32, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels.reshape(-1, 3).astype(int) - colour).max() <= 3, pixels[0, 0]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_animation_shows_its_first_frame(kind: str) -> None:
+    frames = [flat("RGB", RED), flat("RGB", (0, 0, 255))]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    content = encode(frames[0], kind, save_all=True, append_images=frames[1:], duration=100, **options)
+    assert np.abs(open_image(content).decode().pixels[0, 0].astype(int) - RED).max() <= 3
+
+
+def test_a_large_image_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encode(photograph(200, 100), "JPEG")
+    with monkeypatch.context() as no_decoding:
+        no_decoding.setattr("simplejpeg.decode_jpeg", None)
+        no_decoding.setattr("amclip_ds.data.views._decode_with_pillow", None)
+        for encoded in (content, encode(photograph(200, 100), "PNG")):
+            with pytest.raises(BadImage, match="200 x 100 pixels") as caught:
+                make_views(encoded, keyed(0), 2, 16, 16, max_pixels=19_999)
+            assert caught.value.kind == "too large"
+    assert make_views(content, keyed(0), 2, 16, 16, max_pixels=20_000).views.shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xd8", b"\xff\xd8\xff\xe0junk", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"RIFF____WEBP"]
+)
+def test_what_is_no_image_is_told(content: bytes) -> None:
+    with pytest.raises(BadImage) as caught:
+        make_views(content, keyed(0), 2, 16, 16)
+    assert caught.value.kind == "unreadable"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_cut_image_is_refused(kind: str) -> None:
+    content = encode(photograph(200, 160), kind)
+    for part in (0.3, 0.6, 0.9):
+        with pytest.raises(BadImage):
+            make_views(content[: int(part * len(content))], keyed(0), 2, 16, 16)
+
+
+def test_what_a_viewer_shows_all_the_same_is_mended_and_told() -> None:
+    """Junk between two segments: strict decoders refuse it, viewers do not."""
+    content = jpeg(width=64, height=48)
+    place = content.index(b"\xff\xdb")
+    made = make_views(content[:place] + b"\x00\x00" + content[place:], keyed(0), 2, 16, 16)
+    assert made.mended
+    assert gap(made.views, make_views(content, keyed(0), 2, 16, 16).views)[0] <= 2
+    assert not make_views(content, keyed(0), 2, 16, 16).mended
+
+
+def test_one_pixel_and_extreme_shapes_give_views() -> None:
+    for width, height in ((1, 1), (1, 500), (500, 1), (3, 2)):
+        for kind in ("JPEG", "PNG"):
+            made = make_views(encode(photograph(width, height), kind), keyed(0), 2, 16, 8)
+            assert made.views.shape == (2, 3, 16, 16)
+            assert made.teacher is not None and made.teacher.shape == (3, 8, 8)
+
+
+def test_without_a_teacher_nothing_is_cut_for_it() -> None:
+    made = make_views(jpeg(), keyed(0), 1, 16, None)
+    assert made.teacher is None and made.boxes.shape == (2, 4) and torch.from_numpy(made.views).shape == (1, 3, 16, 16)
