@@ -211,6 +211,7 @@ class TrainingData:
             _Chunks(self._spec), batch_size=None, sampler=self._places(epoch, step), num_workers=self.config.workers,
             prefetch_factor=self.config.prefetch, multiprocessing_context="forkserver",
             timeout=min(LOOK_AFTER_S, self.config.timeout_s), worker_init_fn=_become_worker,
+            generator=torch.Generator(),  # not the process's own, whose state a resume restores
         )  # fmt: skip
         stream = iter(loader)
         try:
