@@ -1,10 +1,10 @@
 """A run under fire: `python -m benchmarks.soak --out DIR [--minutes 30] [--steps 400] [--seed 0]`.
 
-First the fault-free run of `--steps` steps, then the same run with a fault every 15 to 60 s, each time started again at
-a random world size (1 to 3) and ZeRO stage (1 to 3): SIGKILL of one rank or of all, of the launcher, SIGTERM to it,
-SIGUSR1 to one rank, a STOP file. Printed at the end: the loss curve against the fault-free one, steps that were lost
-and done again, time to recover (from a fault to the next new step), goodput (the time that the steps kept would have
-taken without faults, over the time it took).
+First the fault-free run of `--steps` steps, then the same run with faults: 5 to 45 s after an attempt's first step or,
+one in four, while it starts; each time started again at a random world size (1 to 3) and ZeRO stage (1 to 3). Faults:
+SIGKILL of one rank or of all, of the launcher, SIGTERM to it, SIGUSR1 to one rank, a STOP file. Printed at the end: the
+loss curve against the fault-free one, steps that were lost and done again, time to recover (from a fault to the next
+new step), goodput (the time that the steps kept take without faults, over the time it took).
 """
 
 import argparse
@@ -87,11 +87,17 @@ def under_fire(out: Path, data: Path, steps: int, minutes: float, dice: random.R
     struck_at: float | None = None
     while time.monotonic() < deadline:
         launcher = start(out, data, steps, dice.randint(1, 3), dice.randint(1, 3))
-        strike_at = time.monotonic() + dice.uniform(15, 60)
-        seen = last_step(out)
+        while_starting = dice.random() < 0.25
+        strike_at = time.monotonic() + (dice.uniform(5, 60) if while_starting else 600)
+        seen, is_moving = last_step(out), False
         while launcher.poll() is None and time.monotonic() < min(strike_at, deadline):
             time.sleep(0.2)
-            if struck_at is not None and last_step(out) != seen:
+            if is_moving or last_step(out) in (0, seen):
+                continue
+            is_moving = True
+            if not while_starting:
+                strike_at = time.monotonic() + dice.uniform(5, 45)
+            if struck_at is not None:
                 recoveries.append(time.monotonic() - struck_at)
                 struck_at = None
         if launcher.poll() is not None:
@@ -123,13 +129,13 @@ def main() -> int:
     data = args.out / "scenes"
     write_dataset(data, 1000, 8, 64, args.seed)
 
-    began = time.monotonic()
     if start(args.out / "calm", data / "train", args.steps, 2, 2).wait() != 0:
         raise SystemExit(f"the fault-free run failed; see {args.out / 'calm.log'}")
-    calm_s = time.monotonic() - began
     fire = under_fire(args.out / "fire", data / "train", args.steps, args.minutes, random.Random(args.seed))
 
-    calm = {row["step"]: row["loss"] for row in read_lines(args.out / "calm" / "metrics.jsonl")}
+    calm_rows = read_lines(args.out / "calm" / "metrics.jsonl")
+    calm = {row["step"]: row["loss"] for row in calm_rows}
+    step_s = statistics.median(row["step_s"] for row in calm_rows)
     rows = read_lines(args.out / "fire" / "metrics.jsonl")
     twice = [step for step, row in zip(range(1, len(rows) + 1), rows) if row["step"] != step]
     done, lost = len(rows), len(read_lines(args.out / "fire" / "metrics.superseded.jsonl"))
@@ -141,7 +147,7 @@ def main() -> int:
         "seconds_to_recover_median": statistics.median(fire["recoveries"]) if fire["recoveries"] else None,
         "seconds_to_recover_worst": max(fire["recoveries"], default=None),
         "loss_worst_relative_difference_of_means_of_20": worst, "loss_last_calm": a[-1], "loss_last_fire": b[-1],
-        "goodput": (calm_s / args.steps * done) / fire["seconds"], "seconds": fire["seconds"],
+        "goodput": step_s * done / fire["seconds"], "seconds": fire["seconds"],
     }  # fmt: skip
     print(json.dumps(numbers, indent=1))
     if args.json:
