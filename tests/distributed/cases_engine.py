@@ -1,0 +1,230 @@
+"""Cases about the average, accumulation, guards and activation checkpointing on real engines."""
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amclip_ds.engine import runtime as engine_runtime
+from amclip_ds.errors import AmclipError
+from amclip_ds.loss.outputs import Outputs
+from amclip_ds.model.heads import HeadsConfig
+from amclip_ds.model.teacher_model import TeacherModel
+from tests.distributed.cases import Run, global_batch, local_part, running
+
+
+def ema(ds: str, steps: int, momentum: float = 0.999, placement: str = "auto") -> dict[str, Any]:
+    """The sharded average against dense ones, fp32 and bf16, of the gathered fp32 masters; and its publishing.
+
+    Rank 0 returns {error, bf16_error, moved, published_error, changed}; the others {}.
+    """
+    with running(ds, steps=steps, momentum=(momentum, momentum), placement=placement) as run:
+        start = run.student.full_state()
+        names = [name for name, _ in run.teacher.placed.module.named_parameters()]
+        dense = {name: start[name].clone() for name in names if name in start}
+        low = {name: tensor.bfloat16() for name, tensor in dense.items()}
+        frozen = {name for name, p in run.student.module.named_parameters() if not p.requires_grad}
+        for step in range(steps):
+            run.step(step)
+            for name, master in run.student.full_state().items():
+                if name in dense and name not in frozen:
+                    dense[name].lerp_(master, 1 - momentum)
+                    low[name].lerp_(master.bfloat16(), 1 - momentum)
+        held = run.teacher.full_state()
+        images = global_batch(0, run.model)["teacher"]
+        published = run.teacher.forward("image", images=images)
+        seen = _dense_embeddings(run, dense, images) if dense else published
+        run.teacher.update(0.5)
+        before = run.teacher.forward("image", images=images)
+        run.teacher.publish()
+        after = run.teacher.forward("image", images=images)
+        if run.runtime.rank:
+            return {}
+        return {
+            "error": max(float((held[name] - dense[name]).abs().max()) for name in dense),
+            "bf16_error": max(float((low[name].float() - dense[name]).abs().max()) for name in dense),
+            "moved": max(float((dense[name] - start[name]).abs().max()) for name in dense),
+            "frozen_moved": max(float((held[name] - start[name]).abs().max()) for name in frozen),
+            "published_error": float((published - seen).abs().max()),
+            "unpublished_change": float((before - published).abs().max()),
+            "published_change": float((after - before).abs().max()),
+        }
+
+
+def _dense_embeddings(run: Run, weights: dict[str, Tensor], images: Tensor) -> Tensor:
+    """What an unsharded teacher with these weights sees, in the dtype of the published one."""
+    module = TeacherModel(run.model, HeadsConfig(hidden_dim=64, output_dim=16), run.loss)
+    module.load_state_dict(weights, strict=False)
+    module.to(run.student.dtype)
+    with torch.no_grad():
+        return module("image", images=images)
+
+
+def gradients_by_split(ds: str, breaks: str | None = None) -> dict[int, dict[str, Tensor]]:
+    """Split -> parameter -> gradient of the same 16 samples, before any step. Whole on every rank.
+
+    breaks "boundary": every backward call ends the accumulation. "last": the last piece lies outside of it.
+    "masks": the second pass keeps other tokens than the first.
+    """
+    found = {}
+    with running(ds, optim={"momentum": 0.0}) as run:
+        halves = [
+            local_part(global_batch(step, run.model), run.runtime.rank, run.runtime.world_size) for step in (0, 1)
+        ]
+        batch = {name: torch.cat([half[name] for half in halves], dim=1 if name in ("views", "noise", "boxes") else 0)
+                 for name in halves[0]}  # fmt: skip
+        target, _, keep = run.look(batch)
+        local = batch["tokens"].shape[0]
+        for split in [split for split in (1, 2, 4, 8) if split <= local]:
+            run.micro = local // split
+            if split > 1 and breaks:
+                _break(run, breaks, split)
+            run.gradients(batch, target, keep)
+            found[split] = {name: _whole_gradient(p) for name, p in run.student.module.named_parameters()
+                            if p.requires_grad}  # fmt: skip
+            run.student.set_lr(0.0)
+            run.student.step()
+    return found
+
+
+def _whole_gradient(parameter: Any) -> Tensor:
+    from deepspeed.utils import safe_get_full_grad
+
+    grad = safe_get_full_grad(parameter)
+    return (parameter.grad if grad is None else grad).detach().float().clone()
+
+
+def _break(run: Run, what: str, split: int) -> None:
+    student = run.student
+    if what == "boundary":
+        student.several_backwards = contextlib.nullcontext  # type: ignore[method-assign]
+    if what == "last":  # the piece's gradients never reach the reduction
+        backward, calls = type(student).backward, iter(range(1, 10**6))
+
+        def all_but_the_last(loss: Tensor) -> None:
+            if next(calls) % (split + 1):
+                backward(student, loss)
+
+        student.backward = all_but_the_last  # type: ignore[method-assign]
+    if what == "masks":
+        forward = type(student).forward
+
+        def other_tokens(phase: str, **inputs: Any) -> Any:
+            if phase == "towers" and torch.is_grad_enabled():
+                inputs["keep_indices"] = (inputs["keep_indices"] + 1) % run.model.vision.grid**2
+            return forward(student, phase, **inputs)
+
+        student.forward = other_tokens  # type: ignore[method-assign]
+
+
+def not_finite(ds: str, accumulation: int = 1) -> dict[str, Any]:
+    """Steps 0 1 X 2 beside 0 1 2, where X has one NaN gradient on the last rank, then one NaN pixel there.
+
+    Returns what each rank saw: decisions, reasons, the incidents, and whether the states are bit for bit alike.
+    """
+    runtime = engine_runtime.start()
+    last = runtime.world_size - 1
+    settings: dict[str, Any] = {"runtime": runtime, "accumulation": accumulation, "guards": {"max_skipped": 3}}
+    control = Run(ds, **settings)
+    for step in (0, 1, 2):
+        control.step(step)
+    run = Run(ds, **settings)
+    incidents: list[tuple[Any, ...]] = []
+    run.guards._incident = lambda *words, **more: incidents.append((*words, more))
+    ids = torch.arange(4) + 100 * runtime.rank
+    for step in (0, 1):
+        run.guards.account(step, run.step(step)["applied"], ids)
+    before = run.state()
+
+    def poison(loss: Tensor, outputs: Outputs) -> bool:
+        admitted = run.guards.admit(loss, outputs)
+        if runtime.rank == last:
+            outputs.image_embeds.register_hook(lambda grad: grad * math.nan)
+        return admitted
+
+    bad_gradient = run.step(7, admit=poison)
+    run.guards.account(2, bad_gradient["applied"], ids)
+    after_gradient, counted = run.state(), (run.guards.skipped, run.updates)
+    bad_batch = run.batch(8)
+    if runtime.rank == last:
+        bad_batch["views"][:, 1, 0, 0, 0] = math.nan
+    bad_loss = run.step(8, batch=bad_batch)
+    reason = run.guards.reason
+    run.guards.account(3, bad_loss["applied"], ids)
+    after_loss = run.state()
+    good = run.step(2)
+    run.guards.account(4, good["applied"], ids)
+    stopped = ""
+    try:
+        for step in range(5, 12):
+            run.guards.account(step, run.step(8, batch=bad_batch)["applied"], ids)
+    except AmclipError as error:
+        stopped = f"{type(error).__name__} {error.exit_code} {error}"
+    result = {
+        "applied": (bad_gradient["applied"], bad_loss["applied"], good["applied"]), "counted": counted,
+        "reason": reason, "incidents": incidents, "stopped": stopped, "guards": run.guards.state_dict(),
+        "gradient_left_it": same(before, after_gradient, weights_only=True),
+        "loss_left_it": same(after_gradient, after_loss, weights_only=True) and same(
+            {"student": after_gradient["student"]}, after_loss  # its statistics too; the teacher's crop was sound
+        ), "next_is_control": same(control.state(), run.state(), True),
+    }  # fmt: skip
+    engine_runtime.stop(runtime)
+    return result
+
+
+def same(one: dict[str, Any], other: dict[str, Any], weights_only: bool = False) -> bool:
+    """Bit for bit, on rank 0. weights_only: without running statistics, which follow every batch that is finite."""
+    return all(
+        torch.equal(tensor, other[who][name])
+        for who in one for name, tensor in one[who].items()
+        if not (weights_only and ("running_" in name or "num_batches" in name))
+    )  # fmt: skip
+
+
+def checkpointed(ds: str) -> dict[int, dict[str, Any]]:
+    """checkpoint_every -> losses of 3 steps, gradient norms, and how often a step ran each block of both towers."""
+    runtime = engine_runtime.start()
+    found = {}
+    for every in (0, 1, 2):
+        run = Run(ds, runtime=runtime, depth=4, checkpoint_every=every, steps=3)
+        calls = [0] * 8
+        blocks = [*run.student.module.vision.blocks, *run.student.module.text.encoder.layers]  # type: ignore[misc]
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda *_, c=calls, i=index: c.__setitem__(i, c[i] + 1))
+        rows = [run.step(step) for step in range(3)]
+        found[every] = {"losses": [row["loss"] for row in rows], "norms": [row["norm"] for row in rows],
+                        "calls": [count / 3 for count in calls]}  # fmt: skip
+    engine_runtime.stop(runtime)
+    return found
+
+
+def refused(ds: str, **settings: Any) -> str:
+    """The one line with which a Run is refused, after its exit code."""
+    runtime = engine_runtime.start()
+    try:
+        Run(ds, runtime=runtime, **settings)
+    except AmclipError as error:
+        return f"{error.exit_code} {error}"
+    finally:
+        engine_runtime.stop(runtime)
+    return "not refused"
+
+
+def compiled(ds: str) -> dict[str, Any]:
+    """Losses with and without engine.compile, and the warnings it gave."""
+    import warnings
+
+    runtime = engine_runtime.start()
+    plain = Run(ds, runtime=runtime, steps=3)
+    losses = [plain.step(step)["loss"] for step in range(3)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = Run(ds, runtime=runtime, compile=True, steps=3)
+        compiled_losses = [run.step(step)["loss"] for step in range(3)]
+    block = run.student.module.vision.blocks[0]  # type: ignore[index]
+    said = [str(warning.message) for warning in caught if "engine.compile" in str(warning.message)]
+    engine_runtime.stop(runtime)
+    return {"plain": losses, "compiled": compiled_losses, "said": said,
+            "is_compiled": block._compiled_call_impl is not None}  # fmt: skip

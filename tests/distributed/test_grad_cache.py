@@ -1,0 +1,39 @@
+"""GradCache: the gradients of any split are those of the whole batch, at every stage."""
+
+import math
+
+import pytest
+from torch import Tensor
+
+from tests.harness import run_ranks
+
+STAGES = [f"zero{stage}_fp32.json" for stage in range(4)]
+
+
+def gradients(ds: str, breaks: str | None = None) -> dict[int, dict[str, Tensor]]:
+    case = "tests.distributed.cases_engine:gradients_by_split"
+    return run_ranks(case, world_size=2, timeout_s=600, ds=ds, breaks=breaks)[0]
+
+
+def worst_error(whole: dict[str, Tensor], split: dict[str, Tensor]) -> float:
+    """|difference| over the tensor's norm, with a floor of 1e-6 of the global norm."""
+    floor = 1e-6 * math.sqrt(sum(float(grad.square().sum()) for grad in whole.values()))
+    return max(float((split[name] - grad).norm()) / max(float(grad.norm()), floor) for name, grad in whole.items())
+
+
+@pytest.mark.parametrize("ds", STAGES)
+def test_gradients_of_every_split(ds: str) -> None:
+    found = gradients(ds)
+    assert set(found) == {1, 2, 4, 8}
+    for split in (2, 4, 8):
+        assert worst_error(found[1], found[split]) <= 1e-5, split
+
+
+@pytest.mark.parametrize(
+    ("ds", "breaks"),
+    [("zero1_fp32.json", "boundary"), ("zero2_fp32.json", "boundary"), ("zero3_fp32.json", "last"),
+     ("zero2_fp32.json", "masks")],
+)  # fmt: skip
+def test_a_wrong_boundary_or_another_mask_fails(ds: str, breaks: str) -> None:
+    found = gradients(ds, breaks)
+    assert all(worst_error(found[1], found[split]) > 1e-2 for split in (2, 4, 8))

@@ -1,0 +1,58 @@
+"""One NaN on one rank: every rank skips, nothing moves, the next step is as if nothing had been; then it stops."""
+
+from typing import Any
+
+import pytest
+
+from tests.harness import run_ranks
+
+FILES = [f"zero{stage}_fp32.json" for stage in range(4)] + [f"zero{stage}_bf16.json" for stage in (1, 2, 3)]
+NIGHTLY = {"zero1_bf16.json", "zero3_bf16.json", "zero2_fp32.json"}
+
+
+def look(results: list[dict[str, Any]], world_size: int) -> None:
+    last = world_size - 1
+    for rank, found in enumerate(results):
+        assert found["applied"] == (False, False, True)
+        assert found["counted"] == (1, 2)  # one skipped, two updates applied
+        assert found["reason"] == f"non-finite loss, from rank {last}"
+        assert found["gradient_left_it"] and found["loss_left_it"] and found["next_is_control"]
+        assert found["guards"] == results[0]["guards"] and found["guards"]["skipped"] == 5
+        kinds = [(incident[0], incident[2]["key"]) for incident in found["incidents"]]
+        of_gradient = ("non_finite_gradient", ",".join(str(100 * rank + row) for row in range(4)))
+        assert kinds[0] == of_gradient  # nobody can be told apart: every rank names its samples
+        of_loss = [("non_finite_loss", str(100 * last + 1))] * 4
+        assert kinds[1:] == (of_loss if rank == last else [])
+        assert found["stopped"].startswith(
+            "RunStopped 3 guards.max_skipped: 3 steps in a row were skipped; the last: step 7"
+        )
+        assert f"sample ids rank {last}: {100 * last + 1};" in found["stopped"]
+
+
+@pytest.mark.parametrize("ds", [pytest.param(ds, marks=pytest.mark.nightly) if ds in NIGHTLY else ds for ds in FILES])
+def test_one_nan_on_one_rank(ds: str) -> None:
+    look(run_ranks("tests.distributed.cases_engine:not_finite", world_size=2, timeout_s=600, ds=ds), 2)
+
+
+@pytest.mark.parametrize("ds", ["zero0_fp32.json", "zero2_fp32.json"])
+def test_one_nan_in_an_accumulated_batch(ds: str) -> None:
+    results = run_ranks("tests.distributed.cases_engine:not_finite", world_size=2, timeout_s=600, ds=ds, accumulation=2)
+    look(results, 2)
+
+
+def test_without_the_check_stage_0_applies_a_nan() -> None:
+    """The twin: DeepSpeed's own step at stage 0."""
+    results = run_ranks("tests.distributed.test_guards:not_finite_unguarded", world_size=2, timeout_s=600)
+    assert all(found["applied"][0] and not found["next_is_control"] for found in results[:1])
+
+
+def not_finite_unguarded() -> dict[str, Any]:
+    from amclip_ds.engine.student import StepOutcome, StudentEngine
+    from tests.distributed import cases_engine
+
+    def step(self: StudentEngine) -> StepOutcome:
+        self.engine.step()
+        return StepOutcome(True, 0.0)
+
+    StudentEngine._step_at_stage_0 = step  # type: ignore[method-assign]
+    return cases_engine.not_finite("zero0_fp32.json")
