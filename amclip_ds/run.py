@@ -21,7 +21,7 @@ from amclip_ds.engine.preflight import preflight
 from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.meter import Meter
-from amclip_ds.model import masking
+from amclip_ds.model import masking, start
 from amclip_ds.optim import Schedules
 from amclip_ds.record import Record
 from amclip_ds.resilience.guards import Guards
@@ -127,6 +127,9 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         preflight(runtime, config_text=settings.dump(config), shards=data.shards, folder=folder, say=record.say)
 
     student, teacher = build_engines(config, runtime)
+    if config.model.init_from and found is None:
+        for line in start.describe(config.model.init_from, dict(student.module.named_parameters())):
+            record.say(line)
     guards, meter = Guards(config.guards, record.incident), Meter(config.batch.global_size, runtime.device)
 
     @contextmanager

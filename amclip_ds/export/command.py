@@ -28,7 +28,7 @@ def export(args: argparse.Namespace) -> int:
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists; name a folder that does not, or remove it")
     module = build_towers(located, args.weights)
-    proof = write_proved(args.format, module, located, args.weights, args.out, args.proof, args.onnx)
+    proof = write_proved(args.format, module, located, args.weights, args.out, args.proof)
     for line in proof.lines():
         print(line)
     if args.json:
@@ -37,9 +37,7 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def write_proved(
-    fmt: str, module: AClip, located: Located, weights: str, out: Path, proof_shards: str | None, onnx: bool = False
-) -> Proof:
+def write_proved(fmt: str, module: AClip, located: Located, weights: str, out: Path, proof_shards: str | None) -> Proof:
     """Makes the folder `out`, whole and proved, or nothing. Raises ExportMismatch, UserError."""
     assert located.config is not None
     config = located.config
@@ -52,10 +50,6 @@ def write_proved(
     try:
         WRITERS[fmt](partial, module, config.model)
         proof = prove(module, config.model, load_back(partial, fmt, weights), samples)
-        if onnx:
-            from amclip_ds.export.onnx import write_towers
-
-            proof.agreements += write_towers(partial, module, config.model, samples)
         if not proof.holds:
             raise ExportMismatch("\n".join(["the export computes otherwise and was deleted:", *proof.lines()]))
         (partial / "README.md").write_text(write_card(fmt, located, weights, proof))
