@@ -112,7 +112,9 @@ def _task_of(folder: Path, spec: str) -> str:
 def _shards_of(folder: Path, spec: str, split: str) -> list[str]:
     """The tars of a split: as many as nshards.txt says, or, without it, every tar there is."""
     root = folder / split
-    if not folder.is_dir() or not root.is_dir():
+    if not root.is_dir():
+        if (folder / "dataset_type.txt").is_file():
+            raise UserError(f"--data {spec}: has no split {split!r}")
         return sources.expand(spec, key="--data")
     counted = root / "nshards.txt"
     if not counted.is_file():

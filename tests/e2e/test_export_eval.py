@@ -95,7 +95,7 @@ def test_probes(run: Path, scenes: Path, tmp_path: Path, amclip: Amclip) -> None
 MISTAKES = [
     (["eval", "NOWHERE", "--data", "SCENES"], "neither a run"),
     (["eval", "RUN", "--data", "NOWHERE"], "NOWHERE"),
-    (["eval", "RUN", "--data", "SCENES", "--task", "retrieval", "--split", "none"], "SCENES"),
+    (["eval", "RUN", "--data", "SCENES", "--task", "retrieval", "--split", "none"], "SCENES: has no split 'none'"),
     (["eval", "RUN", "--data", "SCENES", "--templates", "NOWHERE"], "NOWHERE: missing"),
     (["export", "NOWHERE", "--format", "hf", "--out", "OUT"], "neither a run"),
     (["watch", "NOWHERE", "--once"], "config.yaml: missing"),
