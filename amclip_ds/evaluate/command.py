@@ -15,6 +15,7 @@ from amclip_ds.evaluate.source import Located, locate, open_encoder
 from amclip_ds.evaluate.tasks import open_for, run_task, short
 from amclip_ds.record import append_line, read_lines
 
+FILE_WIDTH = 140  # columns of the table where no terminal says otherwise
 KEY = ("step", "weights", "dataset", "task")  # what two rows of eval.jsonl may not share
 
 
@@ -75,6 +76,8 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             table.add_row(row["dataset"], row["task"], row["weights"], str(row["step"]), metric + mark, f"{value:.4f}",
                           between, str(row["num_samples"]))  # fmt: skip
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
     console.print(table)
     for row in rows:
         for pair in row.get("confusions", [])[:3]:
