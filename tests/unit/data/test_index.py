@@ -1,0 +1,169 @@
+"""The index: what it says of each sample, its size on disk, half a million samples, staleness."""
+
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from amclip_ds.data.index import (
+    BAD_HEADER,
+    HAS_JSON,
+    HAS_TEXT,
+    RECORD,
+    VERSION,
+    Index,
+    ShardEntry,
+    build_index,
+    default_folder,
+)
+from amclip_ds.data.order import EpochOrder, Mixture
+from amclip_ds.data.reader import ShardReader
+from amclip_ds.errors import UserError
+from tests.unit.data.shards import jpeg, write_shards, write_tar
+
+
+def test_every_member_lies_where_the_index_says(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, (5, 1, 7), width=40, height=30)
+    index = build_index(paths, tmp_path / "index", workers=1)
+    assert len(index) == 13 and index.counts.tolist() == [5, 1, 7]
+    reader = ShardReader()
+    for number in range(13):
+        sample = index.sample(number)
+        shard, within = sample.key.split("_")
+        assert sample.shard == paths[int(shard)] and sample.sample_id == number
+        assert sample.text and sample.json
+        image, text, fields = reader.read_many(sample.shard, [sample.image, sample.text, sample.json])
+        assert image == jpeg(1000 * int(shard) + int(within), width=40, height=30)
+        assert text.decode() == f"picture {int(within)} of shard {shard}"
+        assert json.loads(fields)["title"] == f"t{int(within)}"
+        record = index.records[number]
+        assert (record["width"], record["height"], record["format"]) == (40, 30, 1)
+        assert record["flags"] == HAS_TEXT | HAS_JSON
+    first, last = int(index.starts[2]), int(index.starts[3]) - 1
+    start, stop = index.bytes_of(first, last)
+    assert start == index.sample(first).image[0] and stop == sum(index.sample(last).json or (0, 0))
+
+
+def test_in_processes_it_is_the_same(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, (5, 1, 7))
+    build_index(paths, tmp_path / "one", workers=1)
+    build_index(paths, tmp_path / "two", workers=2)
+    for name in ("meta.json", "samples.bin", "keys.bin"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_what_is_missing_is_told(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", {
+        "1.jpg": jpeg(), "1.txt": b"one", "2.jpg": jpeg(), "3.txt": b"no image", "4.png": b"no header", "4.json": b"{}",
+    })  # fmt: skip
+    index = build_index([str(shard)], tmp_path / "index", workers=1)
+    assert [index.key(number) for number in range(3)] == ["1", "2", "4"]
+    assert index.records["flags"].tolist() == [HAS_TEXT, 0, HAS_JSON | BAD_HEADER]
+    assert {(p["kind"], p["key"]) for p in index.shards[0].problems} == {("no caption", "2"), ("no image", "3")}
+
+
+def test_a_header_behind_a_long_profile_is_read(tmp_path: Path) -> None:
+    """Printers' colour profiles fill hundreds of kilobytes before the size is told."""
+    content = jpeg(width=33, height=22)
+    padding = b"".join(b"\xff\xe2" + (60_002).to_bytes(2, "big") + bytes(60_000) for _ in range(5))
+    shard = write_tar(tmp_path / "a.tar", {"1.jpg": content[:2] + padding + content[2:], "1.txt": b"one"})
+    index = build_index([str(shard)], tmp_path / "index", workers=1)
+    assert (index.records[0]["width"], index.records[0]["height"]) == (33, 22)
+
+
+def test_it_is_compact() -> None:
+    assert RECORD.itemsize < 40
+
+
+def write_synthetic_index(folder: Path, num_shards: int, per_shard: int) -> None:
+    """An index of num_shards x per_shard samples that lie nowhere."""
+    folder.mkdir()
+    keys = "".join(f"{number:09d}" for number in range(per_shard)).encode()
+    records = np.zeros(per_shard, RECORD)
+    records["image_block"] = np.arange(per_shard) * 120
+    records["image_size"], records["text_size"], records["flags"] = 50_000, 60, HAS_TEXT
+    records["key_offset"] = 9 * np.arange(per_shard)
+    (folder / "samples.bin").write_bytes(records.tobytes() * num_shards)
+    (folder / "keys.bin").write_bytes(keys * num_shards)
+    entries = [
+        vars(ShardEntry(f"/data/{number:05d}.tar", 1 << 30, 0, f"{number:016x}", per_shard, [], len(keys)))
+        for number in range(num_shards)
+    ]
+    meta = {"version": VERSION, "samples": num_shards * per_shard, "shards": entries}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def test_half_a_million_samples_open_and_seek_quickly_in_little_memory(tmp_path: Path) -> None:
+    """The targets (1 s, 200 MB, 100 ms) with room for a busy machine; benchmarks/index.py has the figures."""
+    write_synthetic_index(tmp_path / "index", 100, 5000)
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    index = Index(tmp_path / "index")
+    opened = time.perf_counter() - began
+    mixture = Mixture(np.zeros(100, int), (1.0,))
+    seeks = []
+    for position in (0, 123_456, 499_000):
+        began = time.perf_counter()
+        order = EpochOrder(index.counts, mixture, 0, 7, 16, 8192)
+        rows = order.locate(position, position + 512)
+        samples = [index.sample(int(index.starts[shard]) + int(within)) for shard, within, _ in rows]
+        seeks.append(time.perf_counter() - began)
+        assert len(samples) == 512 and samples[0].key == f"{int(rows[0, 1]):09d}"
+    assert opened < 5 and max(seeks) < 2, (opened, seeks)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
+    on_disk = sum((tmp_path / "index" / name).stat().st_size for name in ("samples.bin", "meta.json"))
+    assert on_disk < 40 * len(index)
+
+
+def test_a_stale_shard_is_noticed_by_size_or_mtime(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, (3, 3, 3))
+    index = build_index(paths, tmp_path / "index", workers=1)
+    assert index.stale_shards() == []
+    os.utime(paths[0], ns=(0, 1))
+    with open(paths[1], "ab") as file:
+        file.write(bytes(512))
+    os.unlink(paths[2])
+    assert [line.split(": ")[1] for line in index.stale_shards()] == [
+        "changed since it was indexed", "changed since it was indexed", "gone",
+    ]  # fmt: skip
+
+
+def test_the_fingerprint_follows_the_content_not_the_place(tmp_path: Path) -> None:
+    prints = []
+    for name, sizes in (("a", (3, 3)), ("b", (3, 3)), ("c", (3, 4))):
+        index = build_index(write_shards(tmp_path / name, sizes), tmp_path / f"{name}-index", workers=1)
+        prints.append(index.fingerprint())
+    assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda folder: (folder / "meta.json").unlink(), "holds no index"),
+        (lambda folder: (folder / "meta.json").write_text("{"), "holds no index"),
+        (lambda folder: (folder / "meta.json").write_text('{"version": 0}'), "has format 0"),
+        (lambda folder: (folder / "samples.bin").write_bytes(bytes(RECORD.itemsize)), "is cut short"),
+    ],
+)
+def test_a_damaged_index_is_refused(damage, said: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    build_index(write_shards(tmp_path, (3,)), tmp_path / "index", workers=1)
+    damage(tmp_path / "index")
+    with pytest.raises(UserError, match=f"data.index: .*{said}.*amclip data index|data.index: .*{said}"):
+        Index(tmp_path / "index")
+
+
+def test_an_index_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = write_shards(tmp_path / "data", (3, 3))
+
+    def stop(entry: ShardEntry) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_index(paths, tmp_path / "index", 1, stop)
+    assert not list(tmp_path.glob("*index*")) and not list(tmp_path.glob(".*index*"))
+    build_index(paths, tmp_path / "index", 1)
+    build_index(paths[:1], tmp_path / "index", 1)  # in the old one's place
+    assert len(Index(tmp_path / "index")) == 3 and default_folder(tuple(paths)).parent == tmp_path / "data"

@@ -1,0 +1,115 @@
+"""The ledger: what is counted, when a run stops, that all ranks decide alike; the verdict on what a run waits for."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from amclip_ds.data import ledger as ledger_module
+from amclip_ds.data.batch import Batch
+from amclip_ds.data.ledger import ALWAYS_BORNE, Ledger
+from amclip_ds.data.photometric import Photometric
+from amclip_ds.data.verdict import judge
+from amclip_ds.errors import RunStopped
+
+
+def batch_of(size: int, *incidents: tuple[str, str]) -> Batch:
+    """A batch with these (kind, shard) incidents."""
+    rows = [
+        {
+            "kind": kind,
+            "shard": shard,
+            "key": "k",
+            "cause": "c",
+            "action": "replaced" if kind != "mended" else "decoded",
+        }
+        for kind, shard in incidents
+    ]
+    empty = torch.empty(0)
+    return Batch(
+        empty, None, empty, Photometric(np.empty((0, 0, 12))), empty, empty, torch.arange(size), 0, {}, rows, 10 * size
+    )
+
+
+def test_counts_by_shard_and_kind() -> None:
+    ledger = Ledger(0.5)
+    ledger.account(batch_of(100, ("unreadable", "a.tar"), ("no caption", "b.tar"), ("mended", "a.tar")))
+    ledger.account(batch_of(100, ("unreadable", "a.tar")))
+    interval = ledger.settle()
+    assert (interval.seen, interval.skipped, interval.mended, interval.read_bytes) == (200, 3, 1, 2000)
+    assert interval.by_shard_and_kind == {("a.tar", "unreadable"): 2, ("b.tar", "no caption"): 1}
+    assert ledger.settle().seen == 0, "what was settled is not counted again"
+    assert "200 samples trained on, 3 skipped and replaced (unreadable 2, no caption 1), 1 mended" in ledger.summary()
+
+
+def test_too_many_skipped_stop_the_run_with_the_worst_shards_named() -> None:
+    ledger = Ledger(0.01)
+    ledger.account(batch_of(1000, *[("unreadable", "bad.tar")] * 18, ("no caption", "other.tar")))
+    with pytest.raises(RunStopped, match=r"data\.max_skip_rate: 19 of 1000 .*bad\.tar 18 \(unreadable\), other\.tar 1"):
+        ledger.settle()
+    assert RunStopped.exit_code == 3
+
+
+@pytest.mark.parametrize("skipped, stops", [(10, False), (11, True)])
+def test_the_limit_is_exact(skipped: int, stops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "ALWAYS_BORNE", 0)
+    ledger = Ledger(0.01)
+    ledger.account(batch_of(1000, *[("unreadable", "a.tar")] * skipped))
+    if stops:
+        pytest.raises(RunStopped, ledger.settle)
+    else:
+        ledger.settle()
+
+
+def test_a_few_at_the_start_stop_nothing() -> None:
+    ledger = Ledger(0.001)
+    ledger.account(batch_of(20, *[("unreadable", "a.tar")] * ALWAYS_BORNE))
+    ledger.settle()
+
+
+def test_a_shard_that_goes_bad_late_still_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long good times do not buy bad ones: what was read long ago is forgotten by the rate."""
+    monkeypatch.setattr(ledger_module, "BLOCK", 1000)
+    ledger = Ledger(0.05)
+    for _ in range(100):
+        ledger.account(batch_of(500))
+        ledger.settle()
+    ledger.account(batch_of(500, *[("unreadable", "late.tar")] * 200))
+    pytest.raises(RunStopped, ledger.settle).match("late.tar 200")
+    assert ledger.total.seen == 50_500
+
+
+def test_all_ranks_see_the_sum_and_decide_alike() -> None:
+    """One rank's bad shard stops them all; the twin without a gather would stop that rank alone, and hang the rest."""
+    ledgers = [Ledger(0.01) for _ in range(4)]
+    for rank, ledger in enumerate(ledgers):
+        ledger.account(batch_of(500, *([("unreadable", "bad.tar")] * 30 if rank == 2 else [])))
+    counts = [ledger._local for ledger in ledgers]
+
+    def gather(value: Any) -> list[Any]:
+        assert value in counts
+        return counts
+
+    for ledger in ledgers:
+        ledger._gather = gather
+        pytest.raises(RunStopped, ledger.settle).match("30 of 2000")
+
+
+@pytest.mark.parametrize(
+    "data, communication, bound",
+    [(0.0, 0.0, "compute-bound"), (0.05, 0.1, "compute-bound"), (0.3, 0.0, "data-bound"), (0.2, 0.6, "data-bound"),
+     (0.02, 0.5, "communication-bound"), (2.0, 2.0, "data-bound")],
+)  # fmt: skip
+def test_the_verdict_names_what_a_step_waits_for(data: float, communication: float, bound: str) -> None:
+    verdict = judge(1.0, data, communication, workers=2, cores_per_rank=8)
+    assert verdict.bound == bound and str(verdict).startswith(bound)
+    assert verdict.data + verdict.communication + verdict.compute == pytest.approx(1)
+    assert min(verdict.data, verdict.communication, verdict.compute) >= 0
+    assert bool(verdict.advice) == (bound != "compute-bound")
+
+
+def test_the_advice_fits_the_machine() -> None:
+    assert "data.workers=4" in judge(1.0, 0.5, 0.0, workers=2, cores_per_rank=8).advice
+    assert "data.workers=1" in judge(1.0, 0.5, 0.0, workers=0, cores_per_rank=2).advice
+    assert "smaller images" in judge(1.0, 0.5, 0.0, workers=7, cores_per_rank=8).advice

@@ -1,0 +1,137 @@
+"""Photometric changes against torchvision's own, one image at a time."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from amclip_ds.data import photometric
+from amclip_ds.data.photometric import NUM_COLUMNS, Photometric
+
+V, B, H = 2, 6, 24
+TOLERANCE = 1e-3  # torchvision rounds the weight of red to .2989; ours is PIL's, .299
+NOTHING = np.zeros(NUM_COLUMNS, dtype=np.float32)
+
+
+def images(seed: int = 0) -> torch.Tensor:
+    """[V, B, 3, H, H] uint8: noise, a gray image and flat colours among them (their hue has cases of its own)."""
+    made = torch.randint(0, 256, (V, B, 3, H, H), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    made[0, 1] = made[0, 1, :1]
+    made[1, 0], made[1, 1] = 0, 255
+    return made
+
+
+def row(**changes: float) -> np.ndarray:
+    """Parameters of one view; brightness, contrast, saturation, hue in this order unless `order` says otherwise."""
+    order = changes.pop("order", (0, 1, 2, 3))
+    made = NOTHING.copy()
+    made[1:5] = (1, 1, 1, 0)
+    made[5:9] = order
+    for name, column in (("brightness", 1), ("contrast", 2), ("saturation", 3), ("hue", 4), ("gray", 9), ("sigma", 10),
+                         ("solarize", 11)):  # fmt: skip
+        if name in changes:
+            made[column] = changes[name]
+            made[0] = 1 if column < 5 else made[0]
+    return made
+
+
+def slow(image: torch.Tensor, parameters: np.ndarray) -> torch.Tensor:
+    """One image [3, H, H] uint8, changed by torchvision's functions one after another, then normalised."""
+    import torchvision.transforms.functional as TF  # after amclip_ds, which mends it
+
+    x = image.float() / 255
+    p = parameters.tolist()
+    changes = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    if p[0]:
+        for kind in (int(k) for k in p[5:9]):
+            x = changes[kind](x, p[1 + kind])
+    if p[9]:
+        x = TF.rgb_to_grayscale(x, 3)
+    if p[10]:
+        x = blur_slowly(x, p[10])
+    if p[11]:
+        x = TF.solarize(x, 0.5)
+    return TF.normalize(x, photometric.MEAN, photometric.STD)
+
+
+def blur_slowly(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Every output pixel as the weighted sum over its neighbours, edges replicated."""
+    reach = range(-photometric.BLUR_RADIUS, photometric.BLUR_RADIUS + 1)
+    weights = np.array([math.exp(-0.5 * (step / sigma) ** 2) for step in reach])
+    weights /= weights.sum()
+    for axis in (1, 2):
+        places = torch.arange(x.shape[axis])
+        moved = [x.index_select(axis, (places + step).clamp(0, x.shape[axis] - 1)) for step in reach]
+        x = sum(weight * part for weight, part in zip(weights.tolist(), moved))  # type: ignore[assignment]
+    return x
+
+
+def compare(parameters: np.ndarray) -> float:
+    """The largest difference to the slow way, in units of normalised pixels. parameters: [V, B, columns]."""
+    views = images()
+    fast = photometric.apply(views, Photometric(parameters))
+    return max(
+        float((fast[v, b] - slow(views[v, b], parameters[v, b])).abs().max()) for v in range(V) for b in range(B)
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"brightness": 1.3}, {"brightness": 0.6}, {"contrast": 1.4}, {"contrast": 0.6}, {"saturation": 1.2},
+        {"saturation": 0.8}, {"hue": 0.1}, {"hue": -0.07}, {"gray": 1}, {"sigma": 0.1}, {"sigma": 1.0}, {"sigma": 2.0},
+        {"solarize": 1}, {"brightness": 1.4, "contrast": 0.7, "saturation": 1.2, "hue": 0.1, "order": (3, 1, 0, 2)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_each_change_equals_the_slow_way(changes: dict) -> None:
+    parameters = np.tile(row(**changes), (V, B, 1))
+    assert compare(parameters) < TOLERANCE
+    without = photometric.apply(images(), Photometric(np.tile(row(), (V, B, 1))))  # the twin: left out, it is seen
+    moved = float((without - photometric.apply(images(), Photometric(parameters))).abs().max())
+    assert moved > 0.1 or changes == {"sigma": 0.1}, "a blur of a tenth of a pixel changes nothing"
+
+
+def test_drawn_parameters_each_sample_its_own() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(6):
+        parameters = np.stack([[photometric.draw(random) for _ in range(B)] for _ in range(V)])
+        assert compare(parameters) < TOLERANCE
+        swapped = parameters[:, ::-1].copy()
+        views = images()
+        assert not torch.equal(
+            photometric.apply(views, Photometric(parameters)), photometric.apply(views, Photometric(swapped))
+        )
+
+
+def test_nothing_to_change_is_normalisation_alone() -> None:
+    views = images()
+    table = np.tile(photometric.draw(np.random.default_rng(0), enabled=False), (V, B, 1))
+    changed = photometric.apply(views, Photometric(table))
+    assert torch.equal(changed, photometric.normalise(views))
+    assert torch.allclose(changed[0, 0], slow(views[0, 0], NOTHING))
+
+
+def test_draws_have_the_papers_chances_and_ranges() -> None:
+    random = np.random.default_rng(0)
+    rows = np.stack([photometric.draw(random) for _ in range(6000)])
+    chances = [(rows[:, column] > 0).mean() for column in (0, 9, 10, 11)]
+    assert np.allclose(chances, [0.8, 0.2, 0.1, 0.2], atol=0.02)
+    for column, (low, high) in zip((1, 2, 3, 4), ((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))):
+        assert low <= rows[:, column].min() < low + 0.01 and high - 0.01 < rows[:, column].max() <= high
+    sigmas = rows[rows[:, 10] > 0, 10]
+    assert sigmas.min() >= 0.1 and sigmas.max() <= 2.0
+    assert {tuple(order) for order in rows[:, 5:9].tolist()} == {
+        tuple(map(float, order)) for order in itertools.permutations(range(4))
+    }
+
+
+def test_what_is_drawn_next_does_not_depend_on_what_was_decided() -> None:
+    """Otherwise a blurred first view would change the second one."""
+    for seed in range(200):
+        drawn, reference = np.random.default_rng(seed), np.random.default_rng(seed)
+        photometric.draw(drawn, enabled=bool(seed % 2))
+        reference.random(9), reference.permutation(4)
+        assert drawn.random() == reference.random()
