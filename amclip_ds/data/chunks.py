@@ -4,7 +4,7 @@ What a chunk holds is a pure function of (seed, epoch, step, rank's slice): no s
 Shapes: V views, B samples of the chunk, S side of a view, s of the teacher's crop, U units of tokens, T context length.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -102,6 +102,8 @@ class ChunkMaker:
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
         self._tokens: OrderedDict[str, np.ndarray] = OrderedDict()
         self._retries: list[dict[str, str]] = []
+        self._asked: deque[tuple[int, int, int]] = deque(maxlen=4)
+        """windows (epoch, group, window) that were asked for lately"""
 
     def make(self, epoch: int, start: int, stop: int) -> Chunk | Failed:
         """The samples at positions [start, stop) of an epoch."""
@@ -152,6 +154,7 @@ class ChunkMaker:
             sample_ids=np.empty(count, np.int64),
         )
         self._retries = chunk.incidents
+        self._read_ahead(epoch, start)
         wanted = {place: self._wanted(row, int(row[2])) for place, row in enumerate(self._rows(epoch, start, stop))}
         for attempt in range(MAX_REPLACED + 1):
             contents = self._read(wanted, chunk)
@@ -164,6 +167,20 @@ class ChunkMaker:
             f"data.train: {MAX_REPLACED + 1} samples in a row cannot be used, the last of them {last['key']} in"
             f" {last['shard']}: {last['cause']}; `amclip data check` tells what is wrong"
         )
+
+    def _read_ahead(self, epoch: int, position: int) -> None:
+        """Asks for the window that a position lies in and the next one, once each, as one long read a shard."""
+        assert self._index is not None
+        order, spec = self.order(epoch), self.spec
+        for at in (position, min(position + spec.window, order.length - 1)):
+            window = order.window_at(at)
+            if (epoch, *window) in self._asked:
+                continue
+            self._asked.append((epoch, *window))
+            for shard, first, last in order.spans(*window):
+                start_id = int(self._index.starts[spec.members[shard]])
+                start, stop = self._index.bytes_of(start_id + first, start_id + last - 1)
+                self._reader.will_need(spec.paths[shard], start, stop)
 
     def _rows(self, epoch: int, start: int, stop: int) -> np.ndarray:
         return self.order(epoch).locate(start, stop)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.index import Index
 from amclip_ds.data.loader import DataConfig, TrainingData, find_sources
+from amclip_ds.data.reader import ShardReader
 from amclip_ds.errors import AmclipError, UserError
 from tests.unit.data.shards import UNEVEN, jpeg, open_data, write_shards, write_tar
 
@@ -168,6 +169,27 @@ def test_captions_belong_to_their_images(uneven: Path) -> None:
         keys = [data.index.key(int(i)) for i in batch.sample_ids]
     expected = [f"picture {int(key.split('_')[1])} of shard {key.split('_')[0]}" for key in keys]
     assert torch.equal(batch.token_ids, build_tokenizer()(expected, 16))
+
+
+def test_windows_are_asked_for_ahead_once_each(uneven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte that is read was asked for before, in one range a window and shard."""
+    asked: list[tuple[str, int, int]] = []
+    read: list[tuple[str, int, int]] = []
+    really_read = ShardReader.read
+
+    def reading(self: ShardReader, requests: Any) -> Any:
+        requests = list(requests)
+        assert all(any(s == shard and a <= at and at + n <= b for s, a, b in asked) for shard, at, n in requests)
+        read.extend(requests)
+        return really_read(self, requests)
+
+    monkeypatch.setattr(ShardReader, "will_need", lambda self, *where: asked.append(where))
+    monkeypatch.setattr(ShardReader, "read", reading)
+    with contextlib.closing(open_data(uneven)) as data:
+        stream = data.batches(None)
+        for _ in range(STEPS):
+            next(stream)
+    assert read and len(asked) == len(set(asked)) < len(read) / 10
 
 
 # What cannot be used
