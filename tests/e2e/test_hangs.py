@@ -37,7 +37,7 @@ def test_a_stopped_rank(scenes: Path, tmp_path: Path) -> None:
         assert time.monotonic() - stopped < LIMIT_S + 30
         assert_named(run, 1, read_lines(run / "incidents.jsonl")[-1]["key"])
         assert "stopped (SIGSTOP" in trainer.printed() and "rank 1" in trainer.printed()
-        assert not trainer.living()
+        assert not trainer.left_behind()
     finally:
         trainer.kill()
 
@@ -71,6 +71,6 @@ def test_a_run_that_only_pauses_goes_on(scenes: Path, tmp_path: Path) -> None:
         time.sleep(3)
         os.kill(trainer.rank(1), signal.SIGCONT)
         assert trainer.end() == 0, trainer.printed()
-        assert not (run / "hangs").exists() and not trainer.living()
+        assert not (run / "hangs").exists() and not trainer.left_behind()
     finally:
         trainer.kill()

@@ -21,7 +21,7 @@ def undisturbed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     trainer = Trainer(run, tiny(scenes, run))
     assert trainer.end() == 0, trainer.printed()
-    assert not trainer.living()
+    assert not trainer.left_behind()
     return outcome(run)
 
 
@@ -82,7 +82,7 @@ def assert_stopped_well(trainer: Trainer) -> int:
     told = verdict(trainer.run)
     assert told["code"] == 75 and told["attempt"] == 0
     assert checkpoints(trainer.run)[-1] == told["step"] == read_lines(trainer.run / "metrics.jsonl")[-1]["step"]
-    assert not trainer.living()
+    assert not trainer.left_behind()
     return told["step"]
 
 

@@ -85,6 +85,13 @@ class Trainer:
                     found.append(int(entry.name))
         return found
 
+    def left_behind(self, patience_s: float = 20) -> list[str]:
+        """The commands of processes that outlive the trainer by more than `patience_s`."""
+        deadline = time.monotonic() + patience_s
+        while self.living() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in self.living()]
+
     def rank(self, number: int) -> int:
         """The process of a rank."""
         for pid in self.living():
