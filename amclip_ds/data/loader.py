@@ -5,12 +5,15 @@ slices of each. A cursor {"epoch", "step"} in global batches is the whole state,
 batch, on any number of ranks and workers, and batches that were only prefetched are not lost.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -42,6 +45,8 @@ CHUNK = 64  # samples a worker makes at a time, at most
 MANY_SHARDS = 32  # from here on, starting processes to index them pays
 BUILD_TELLS_EVERY_S = 30.0
 LOOK_AFTER_S = 5.0
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+LARGE_BUFFER = 1 << 17
 
 
 @dataclass
@@ -443,7 +448,18 @@ def _become_worker(worker: int) -> None:
     """In a new worker: signals are the run's business, and it does not outlive the run."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
+    _give_memory_back()
     threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _give_memory_back() -> None:
+    """Keeps large buffers out of the heap. glibc moves its threshold up when they are freed, and decoded images of
+    all sizes then leave holes that a worker never gives back (measured: docs/log.md)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another libc
+            libc = ctypes.CDLL(None)
+            libc.mallopt(M_MMAP_THRESHOLD, LARGE_BUFFER)
+            libc.mallopt(M_TRIM_THRESHOLD, LARGE_BUFFER)
 
 
 def _end_with_the_run() -> None:
