@@ -9,6 +9,7 @@ as long as it said its phase may take: the stacks of all ranks, who is to blame,
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -250,4 +251,6 @@ def kill(pid: int, number: int) -> None:
 if __name__ == "__main__":
     for ignored in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)  # a rank's end, not a signal, ends the watch
-    sys.exit(watch(Path(sys.argv[1])))
+    ending = watch(Path(sys.argv[1]))
+    shutil.rmtree(sys.argv[1], ignore_errors=True)  # the ranks are gone, or have closed their files
+    sys.exit(ending)
