@@ -28,6 +28,7 @@ def test_a_job_trains_evaluates_and_completes(undisturbed: Finished) -> None:
     assert list((undisturbed.run / "slurm").glob("config-*-0.yaml"))
 
 
+@pytest.mark.nightly
 def test_torchrun_gives_the_same_losses(undisturbed: Finished, synthetic: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     command = [*torchrun, "-m", "amclip_ds", "train", *runs.tiny(synthetic, "run")]
