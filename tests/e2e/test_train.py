@@ -61,7 +61,8 @@ def test_overfit_pairs_are_retrieved(shared_dir: Path, tmp_path: Path, amclip: A
     _copy_pairs(shared_dir / "data" / "openstax" / "train" / "00000.tar", tmp_path / "pairs.tar", 32)
     code, printed = amclip(
         "train", "aclip-tiny", f"data.train={tmp_path}/pairs.tar", f"run.out={tmp_path}/run", "run.steps=450",
-        "batch.global_size=32", "optim.warmup_steps=10", "teacher.momentum=0.9", "data.photometric=false", timeout_s=600,
+        "batch.global_size=32", "optim.warmup_steps=10", "teacher.momentum=0.9", "data.photometric=false",
+        timeout_s=600,
     )  # fmt: skip
     assert code == 0, printed
     code, printed = amclip("eval", f"{tmp_path}/run", "--data", f"{tmp_path}/pairs.tar", "--task", "retrieval",
