@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from amclip_ds.engine.collectives import gather_objects
 from amclip_ds.model.init import persistent_buffers
 
 
@@ -205,7 +206,7 @@ def gather_state(module: nn.Module, held: Mapping[str, Shard]) -> dict[str, Tens
     """
     state: dict[str, Tensor] = {}
     is_main = dist.get_rank() == 0
-    names_held = set().union(*_all_gathered(sorted(held)))
+    names_held = set().union(*gather_objects(sorted(held)))
     for name, parameter in module.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
         shard = held.get(name)
@@ -223,15 +224,9 @@ def gather_state(module: nn.Module, held: Mapping[str, Shard]) -> dict[str, Tens
     return state
 
 
-def _all_gathered(value: Any) -> list[Any]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
 def _all_hold_everything(shard: Shard | None) -> bool:
     """Whether every rank holds the whole tensor (stage 0), told alike on every rank."""
-    return min(_all_gathered(shard is not None and shard.length == shard.numel))
+    return min(gather_objects(shard is not None and shard.length == shard.numel))
 
 
 def _own_shard(parameter: Any) -> Shard | None:
