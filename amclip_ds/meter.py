@@ -1,5 +1,6 @@
 """What a logged step cost and brought: interval means of time, and the numbers of the step, the same on every rank."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,19 +8,25 @@ from typing import Any
 
 import torch
 
+from amclip_ds.data import verdict
 from amclip_ds.data.batch import Batch
+from amclip_ds.data.parallel import num_cores
 from amclip_ds.engine.collectives import mean_over_ranks
+from amclip_ds.engine.communication_time import COMMUNICATION
+from amclip_ds.engine.runtime import Runtime
 from amclip_ds.step import StepResult
 
 
 class Meter:
-    """Times the loop between two logged steps."""
+    """Times the loop between two logged steps, and says what it waited for."""
 
-    def __init__(self, global_batch: int, device: torch.device) -> None:
-        self._global_batch, self._device = global_batch, device
+    def __init__(self, global_batch: int, runtime: Runtime, workers: int) -> None:
+        self._global_batch, self._device, self._workers = global_batch, runtime.device, workers
+        self._cores = cores_of_a_rank(runtime.local_world_size)
         self._restart()
 
     def _restart(self) -> None:
+        COMMUNICATION.take()
         self._wait_s, self._steps, self._began = 0.0, 0, time.perf_counter()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -38,7 +45,8 @@ class Meter:
     def paused(self) -> Iterator[None]:
         """Leaves out time that belongs to no step (an evaluation, a save)."""
         began = time.perf_counter()
-        yield
+        with COMMUNICATION.paused():
+            yield
         self._began += time.perf_counter() - began
 
     def row(self, result: StepResult) -> dict[str, Any]:
@@ -48,6 +56,7 @@ class Meter:
         steps, elapsed = max(1, self._steps), time.perf_counter() - self._began
         local = {"loss": float(result.loss)} | {name: float(part) for name, part in result.parts.items()}
         local |= {"data_wait_s": self._wait_s / steps, "step_s": elapsed / steps}
+        local["communication_s"] = COMMUNICATION.take() / steps
         row = mean_over_ranks(local, self._device)
         row["samples_per_s"] = self._global_batch / row["step_s"]
         row |= {
@@ -56,3 +65,13 @@ class Meter:
         }  # fmt: skip
         self._restart()
         return row
+
+    def verdict(self, row: dict[str, Any]) -> verdict.Verdict:
+        """What the steps of a row waited for, and what would change it."""
+        return verdict.judge(row["step_s"], row["data_wait_s"], row["communication_s"], self._workers, self._cores)
+
+
+def cores_of_a_rank(local_world_size: int) -> int:
+    """Cores this rank may use: those it is bound to, or its share of the machine where it is bound to none."""
+    mine, whole = num_cores(), os.cpu_count() or 1
+    return mine if mine < whole else max(1, mine // local_world_size)

@@ -130,7 +130,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     if config.model.init_from and found is None:
         for line in start.describe(config.model.init_from, dict(student.module.named_parameters())):
             record.say(line)
-    guards, meter = Guards(config.guards, record.incident), Meter(config.batch.global_size, runtime.device)
+    guards = Guards(config.guards, record.incident)
+    meter = Meter(config.batch.global_size, runtime, config.data.workers)
 
     @contextmanager
     def saving() -> Iterator[None]:

@@ -59,7 +59,8 @@ def account(run: Run, batch: Batch, result: StepResult) -> None:
         record.sample_ids(state.step, run.comm.all_gather(batch.sample_ids).tolist())
     if record.is_due(state.step):
         run.ledger.settle()
-        record.metrics(state.numbers() | {"attempt": run.attempt} | run.meter.row(result))
+        row = state.numbers() | {"attempt": run.attempt} | run.meter.row(result)
+        record.metrics(row, note=str(run.meter.verdict(row)))
         run.watchdog.tell_slow_ranks(record)
 
 

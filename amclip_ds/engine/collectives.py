@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from amclip_ds.engine.communication_time import COMMUNICATION
 from amclip_ds.errors import AmclipError
 
 T = TypeVar("T")
@@ -45,13 +46,15 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = x.shape[0]
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
+        with COMMUNICATION.waiting():
+            dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         total = grad.contiguous().clone()
-        dist.all_reduce(total)
+        with COMMUNICATION.waiting():
+            dist.all_reduce(total)
         return total.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)
 
 
@@ -59,13 +62,15 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         total = x.contiguous().clone()
-        dist.all_reduce(total)
+        with COMMUNICATION.waiting():
+            dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         total = grad.contiguous().clone()
-        dist.all_reduce(total)
+        with COMMUNICATION.waiting():
+            dist.all_reduce(total)
         return total
 
 
@@ -87,8 +92,9 @@ def _exchange(x: Tensor, step: int) -> Tensor:
         dist.P2POp(dist.isend, x.contiguous(), (rank - step) % world_size),
         dist.P2POp(dist.irecv, received, (rank + step) % world_size),
     ]
-    for request in dist.batch_isend_irecv(operations):
-        request.wait()
+    with COMMUNICATION.waiting():
+        for request in dist.batch_isend_irecv(operations):
+            request.wait()
     return received
 
 
@@ -103,7 +109,8 @@ def gather_rows(row: list[float], device: torch.device) -> list[list[float]]:
         return [row]
     mine = torch.tensor(row, dtype=torch.float64, device=device)
     everywhere = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everywhere, mine)
+    with COMMUNICATION.waiting():
+        dist.all_gather(everywhere, mine)
     return torch.stack(everywhere).tolist()
 
 

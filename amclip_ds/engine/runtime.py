@@ -16,6 +16,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from amclip_ds.engine.communication_time import time_engine_collectives
 from amclip_ds.engine.placement import Placement, SlurmJob, device_index, discover, slurm_job
 from amclip_ds.errors import AmclipError, UserError
 
@@ -150,6 +151,7 @@ def _init_process_group(place: Placement, port: int, device: "torch.device", tim
                 dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False,
                 timeout=timedelta(seconds=timeout_s),
             )  # fmt: skip
+        time_engine_collectives()
     except (torch.distributed.DistError, RuntimeError, ValueError) as error:
         text = " ".join(str(error).split())[:300]
         if "EADDRINUSE" in text or "address already in use" in text.lower():

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from amclip_ds.engine.collectives import gather_objects
+from amclip_ds.engine.communication_time import COMMUNICATION
 from amclip_ds.engine.shards import Shard
 from amclip_ds.engine.student import StudentEngine, build_context, start_weights
 from amclip_ds.errors import UserError
@@ -70,7 +71,8 @@ class Replicated:
             mine[offset : offset + shard.length].copy_(shard.tensor)
             offset += shard.length
         everything = [torch.empty_like(mine) for _ in layouts]
-        dist.all_gather(everything, mine)
+        with COMMUNICATION.waiting():
+            dist.all_gather(everything, mine)
         for layout, flat in zip(layouts, everything):
             offset = 0
             for name, start, length in layout:

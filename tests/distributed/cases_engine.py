@@ -1,13 +1,16 @@
 """Cases about the average, accumulation, guards and activation checkpointing on real engines."""
 
 import contextlib
+import itertools
 import math
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from amclip_ds.engine import runtime as engine_runtime
+from amclip_ds.engine.communication_time import COMMUNICATION
 from amclip_ds.errors import AmclipError
 from amclip_ds.loss.outputs import Outputs
 from amclip_ds.model.heads import HeadsConfig
@@ -228,3 +231,30 @@ def compiled(ds: str) -> dict[str, Any]:
     engine_runtime.stop(runtime)
     return {"plain": losses, "compiled": compiled_losses, "said": said,
             "is_compiled": block._compiled_call_impl is not None}  # fmt: skip
+
+
+def communication_time(ds: str, late_rank: int, late_s: float, through_the_door: bool = True) -> dict[str, float]:
+    """Two steps; before the second, one rank comes late. Seconds in collectives of the second, and of a pause after."""
+    with running(ds) as run:
+        if not through_the_door:  # DeepSpeed's own collectives untimed
+            import deepspeed.comm.comm as door
+
+            door.cdb = door.cdb._backend
+        waiting, calls = COMMUNICATION.waiting, itertools.count()
+
+        def counted() -> contextlib.AbstractContextManager[None]:
+            next(calls)
+            return waiting()
+
+        run.step(0)
+        COMMUNICATION.waiting = counted  # type: ignore[method-assign]
+        COMMUNICATION.take()
+        began = time.perf_counter()
+        if run.runtime.rank == late_rank:
+            time.sleep(late_s)
+        run.step(1)
+        elapsed, waited = time.perf_counter() - began, COMMUNICATION.take()
+        with COMMUNICATION.paused():
+            run.comm.all_reduce_sum(torch.ones(1))
+        return {"elapsed": elapsed, "waited": waited, "paused": COMMUNICATION.take(),
+                "calls": next(calls)}  # fmt: skip

@@ -5,7 +5,7 @@ import pytest
 from tests.harness import run_ranks
 
 
-@pytest.mark.parametrize("ds", ["zero2_fp32.json", "zero3_fp32.json"])
+@pytest.mark.parametrize("ds", [pytest.param("zero2_fp32.json", marks=pytest.mark.nightly), "zero3_fp32.json"])
 def test_recomputed_blocks(ds: str) -> None:
     found = run_ranks("tests.distributed.cases_engine:checkpointed", world_size=2, timeout_s=600, ds=ds)[0]
     for every in (1, 2):

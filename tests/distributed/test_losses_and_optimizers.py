@@ -21,7 +21,7 @@ def losses(ds: str, world_size: int, **settings: Any) -> list[float]:
 
 
 # SGD amplifies nothing; lion steps by signs, where one rounding of a zero gradient is a whole step.
-@pytest.mark.parametrize("ds", ["zero2_fp32.json", "zero3_fp32.json"])
+@pytest.mark.parametrize("ds", [pytest.param("zero2_fp32.json", marks=pytest.mark.nightly), "zero3_fp32.json"])
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [

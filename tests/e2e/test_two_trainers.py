@@ -14,7 +14,7 @@ QUICK = (
     f"run.steps={STEPS}",
     "checkpoint.every_steps=4",
     "ownership.heartbeat_s=0.5",
-    "ownership.stale_s=20",
+    "ownership.stale_s=10",
     "watchdog.step_timeout_s=null",
 )
 
