@@ -6,10 +6,8 @@ statuses count only where there is none.
 """
 
 import ctypes
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+
+from amclip_ds.engine.placement import free_port
+from amclip_ds.record import read_verdict
 
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
@@ -52,7 +53,7 @@ def run_ranks(
     """
     verdict_file = Path(run_folder, "exit.json") if run_folder is not None else None
     before = _identity(verdict_file)
-    port = _free_port()
+    port = free_port()
     ranks = _Ranks()
     with tempfile.TemporaryDirectory(prefix="amclip-") as logs, _forwarding(ranks):
         outputs = [Path(logs, f"rank{rank}") for rank in range(procs)]
@@ -71,17 +72,8 @@ def run_ranks(
     if set(ranks.ended.values()) == {failure} and failure in CODES:
         return failure  # agreed by all; after the loss of a folder, the verdict there is another trainer's
     if verdict_file is not None and _identity(verdict_file) != before:
-        return read_verdict(verdict_file, failure)
+        return (read_verdict(verdict_file.parent) or {"code": failure})["code"]
     return failure
-
-
-def read_verdict(path: Path, failure: int = 1) -> int:
-    """The code in an exit.json; `failure` if it cannot be read."""
-    try:
-        code = json.loads(path.read_text())["code"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return failure
-    return code if isinstance(code, int) else failure
 
 
 def die_with_parent(parent: int) -> None:
@@ -193,9 +185,3 @@ def _identity(path: Path | None) -> tuple[int, int] | None:
         return (path.stat().st_mtime_ns, path.stat().st_ino) if path else None
     except OSError:
         return None
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -5,6 +5,7 @@ checkpoint's step to *.superseded.jsonl, so that no step stands twice.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -35,13 +36,20 @@ class LogConfig:
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Appends one JSON line with a single write, so that several processes may append to the same file."""
-    line = json.dumps(row, ensure_ascii=False) + "\n"
+    """Appends one JSON line with a single write, so that several processes may append to the same file.
+
+    A number that is not finite becomes null, since strict JSON has no NaN.
+    """
+    line = json.dumps({key: _strict(value) for key, value in row.items()}, ensure_ascii=False) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode("utf-8", "backslashreplace"))  # half of a surrogate pair stays a JSON escape
     finally:
         os.close(descriptor)
+
+
+def _strict(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -63,6 +71,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def read_verdict(run: Path) -> dict[str, Any] | None:
+    """RUN/exit.json, or None if there is none that can be read."""
+    try:
+        verdict = json.loads((run / "exit.json").read_text())
+        return verdict if isinstance(verdict, dict) and isinstance(verdict.get("code"), int) else None
+    except (OSError, ValueError):
+        return None
 
 
 def supersede(folder: Path, step: int) -> None:

@@ -8,7 +8,6 @@ prints `requeue WHY` or `exit CODE`. Attempts are remembered in RUN/slurm/attemp
 
 import argparse
 import contextlib
-import json
 import random
 import socket
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds.errors import AmclipError, UserError
-from amclip_ds.record import append_line, read_lines, write_atomically
+from amclip_ds.record import append_line, read_lines, read_verdict, write_atomically
 
 STOP_FILE = "a STOP file"  # how resilience/preemption.py begins the reason of a stop that a person asked for
 CODE_DONE, CODE_MISTAKE, CODE_STOPPED, CODE_PREEMPTED = 0, 2, 3, 75
@@ -47,15 +46,6 @@ def newest_step(run: Path) -> int:
     """The step of the newest committed checkpoint of a run; -1 if there is none."""
     steps = [path.name.removeprefix("step_") for path in (run / "checkpoints").glob("step_*")]
     return max((int(step) for step in steps if step.isdigit()), default=-1)
-
-
-def read_verdict(run: Path) -> dict[str, Any] | None:
-    """RUN/exit.json, or None if there is none that can be read."""
-    try:
-        verdict = json.loads((run / "exit.json").read_text())
-        return verdict if isinstance(verdict, dict) and isinstance(verdict.get("code"), int) else None
-    except (OSError, json.JSONDecodeError):
-        return None
 
 
 def verdict_time(run: Path) -> int:

@@ -4,6 +4,7 @@ Known: srun, torchrun, deepspeed, accelerate launch, mpirun (Open MPI, Hydra, MV
 """
 
 import re
+import socket
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -225,3 +226,10 @@ def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> i
 def _check_range(value: int, size: int, name: str, size_name: str) -> None:
     if not 0 <= value < size:
         raise UserError(f"environment: {name}={value} does not lie in 0..{size - 1} ({size_name})")
+
+
+def free_port() -> int:
+    """A TCP port of this machine that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

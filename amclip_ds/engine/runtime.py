@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amclip_ds.engine.communication_time import time_engine_collectives
-from amclip_ds.engine.placement import Placement, SlurmJob, device_index, discover, slurm_job
+from amclip_ds.engine.placement import Placement, SlurmJob, device_index, discover, free_port, slurm_job
 from amclip_ds.errors import AmclipError, UserError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
     device = torch.device("cpu") if index is None else torch.device("cuda", index)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    port = place.master_port or _free_port()
+    port = place.master_port or free_port()
     # DeepSpeed and torch read these; DeepSpeed takes LOCAL_RANK for the index of the device, which is 0 for every task
     # that was bound to one GPU.
     os.environ.update(
@@ -126,12 +126,6 @@ def prepare_extensions(announce: bool) -> Path:
             flush=True,
         )
     return folder
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _init_process_group(place: Placement, port: int, device: "torch.device", timeout_s: float) -> None:

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "data": {"data"},
     "optim": {"optim"},
     "record": set(),
-    "launch": {"record"},
+    "launch": {"record", "engine"},
     "engine": MIDDLE,
     "teacher": MIDDLE,
     "resilience": MIDDLE,

@@ -31,6 +31,16 @@ def test_metrics_keep_full_precision_and_the_line_is_greppable(tmp_path: Path) -
     assert any((tmp_path / "tensorboard").iterdir())
 
 
+def test_a_skipped_step_stays_strict_json(tmp_path: Path) -> None:
+    append_line(tmp_path / "metrics.jsonl", ROW | {"loss": float("nan"), "grad_norm": float("inf")})
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert row["loss"] is row["grad_norm"] is None and row["lr"] == 1e-3
+
+
 def test_only_rank_0_writes_but_any_rank_may_tell_an_incident(tmp_path: Path) -> None:
     with record(tmp_path, rank=1) as pen:
         pen.metrics(ROW)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds.slurm_attempt import Limits, count_stalls, decide, main, newest_step, read_verdict, resume_mode
+from amclip_ds.record import read_verdict
+from amclip_ds.slurm_attempt import Limits, count_stalls, decide, main, newest_step, resume_mode
 
 LIMITS = Limits(max_restarts=5, max_stalls=3)
 RETRY = Limits(max_restarts=5, max_stalls=3, retry_crashes=True)
