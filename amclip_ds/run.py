@@ -120,7 +120,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     total_steps = config.run.steps or round((config.run.epochs or 0) * data.steps_per_epoch)
     record = stack.enter_context(Record(
         folder, config.log, rank=runtime.rank, world_size=runtime.world_size, attempt=attempt, total_steps=total_steps,
-        samples_per_epoch=data.samples_per_epoch, first_step=found.manifest.step if found else 0, run_config=asdict(config),
+        samples_per_epoch=data.samples_per_epoch, first_step=found.manifest.step if found else 0,
+        run_config=asdict(config),
     ))  # fmt: skip
     record.say(describe(config, runtime, plan, data, total_steps))
     if runtime.world_size > 1:
