@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from amclip_ds.record import read_lines
 from tests.e2e.conftest import Amclip
@@ -81,6 +83,17 @@ def test_exports_have_the_same_accuracy(
                            "--preprocess", "library")  # fmt: skip
     assert code == 0, printed
     assert abs(numbers(tmp_path / "own.json")["student"]["acc1"] - evaluated["student"]["acc1"]) <= 0.005
+
+
+@pytest.mark.parametrize("weights", ["student", "teacher"])
+def test_a_consolidated_checkpoint_is_what_the_run_wrote(
+    weights: str, run: Path, tmp_path: Path, amclip: Amclip
+) -> None:
+    out = tmp_path / "whole.safetensors"
+    code, printed = amclip("checkpoints", str(run), "consolidate", "--weights", weights, "--out", str(out))
+    assert code == 0, printed
+    ours, theirs = load_file(out), load_file(run / f"{weights}.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_probes(run: Path, scenes: Path, tmp_path: Path, amclip: Amclip) -> None:

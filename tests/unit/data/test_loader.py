@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from multiprocessing import forkserver
@@ -23,6 +25,7 @@ from amclip_ds.data.index import Index
 from amclip_ds.data.loader import DataConfig, TrainingData, find_sources
 from amclip_ds.data.reader import ShardReader
 from amclip_ds.errors import AmclipError, UserError
+from tests.conftest import ROOT
 from tests.unit.data.shards import UNEVEN, jpeg, open_data, write_shards, write_tar
 
 STEPS = sum(UNEVEN) // 12  # of an epoch, at a global batch of 12
@@ -433,7 +436,8 @@ def test_workers_die_with_the_process_that_asked_for_them(uneven: Path, tmp_path
 
     program = (
         "import os, sys, psutil\n"
-        "from tests.unit.data.shards import open_data\n"
+        "from tests.conftest import ROOT
+from tests.unit.data.shards import open_data\n"
         "from tests.unit.data.test_loader import workers_of\n"
         f"data = open_data({str(uneven)!r}, workers=2)\n"
         "stream = data.batches(None)\n"
@@ -468,3 +472,33 @@ def test_the_mask_of_signals_is_the_callers_own_again(uneven: Path) -> None:
     open_data(uneven, workers=1).close()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
     assert threading.current_thread() is threading.main_thread()
+
+
+READ_ONLY = """
+import subprocess, sys
+from pathlib import Path
+from tests.conftest import ROOT
+from tests.unit.data.shards import open_data, write_shards
+data, elsewhere = Path(sys.argv[1]), Path(sys.argv[2])
+subprocess.run(["mount", "-t", "tmpfs", "none", data], check=True)
+write_shards(data, (20, 30))
+subprocess.run(["mount", "-o", "remount,ro", data], check=True)
+for index_dir in (elsewhere, None):  # the run's folder, else where the command was typed
+    loaded = open_data(data, index_dir=index_dir)
+    assert len(next(loaded.batches(None)).sample_ids) == 12
+    loaded.close()
+"""
+
+
+def test_shards_that_cannot_be_written_beside_are_indexed_elsewhere(tmp_path: Path) -> None:
+    """Others' data on a read-only file system, for real: a mount of its own."""
+    data, elsewhere, here = (tmp_path / name for name in ("data", "run", "here"))
+    for folder in (data, elsewhere, here):
+        folder.mkdir()
+    alone = ["unshare", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespace can be made here (not root?)")
+    done = subprocess.run([*alone, sys.executable, "-c", READ_ONLY, data, elsewhere], cwd=here, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [len(list(folder.glob("*/meta.json"))) for folder in (elsewhere, here)] == [1, 1]
