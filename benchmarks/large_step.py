@@ -1,9 +1,9 @@
-"""Does a large model train where it would not fit whole? `amclip train` for some steps, and the peak memory of its ranks.
+"""Does a large model train where it would not fit whole? `amclip train` for some steps, its ranks' peak memory.
 
-  python -m benchmarks.large_step [--recipe aclip-vitl16] [--deepspeed zero3_bf16.json] [--procs 2] [--steps 2] [--batch 4]
+  python -m benchmarks.large_step [--recipe aclip-vitl16] [--deepspeed zero3_bf16.json] [--procs 2] [--steps 2]
 
-Printed: the model state that the formula (docs/memory.md) expects on a rank, the peak resident memory of each rank and of
-all together, and the seconds of the steps. What the machine has free is told first.
+Printed: the model state that the formula (docs/memory.md) expects on a rank, the peak resident memory of each rank and
+of all together, and the seconds of the steps. What the machine has free is told first.
 """
 
 import argparse
@@ -37,9 +37,9 @@ def main() -> int:
         scenes, run = Path(folder, "scenes"), Path(folder, "run")
         write_dataset(scenes, max(64, args.batch * args.steps), 0, 224, 0)
         words = [
-            f"data.train={scenes}/train", f"run.out={run}", f"run.steps={args.steps}", "log.every_steps=1", "run.epochs=null",
-            f"batch.global_size={args.batch}", f"engine.deepspeed={args.deepspeed}", "optim.warmup_steps=0", "data.workers=0",
-            "log.tensorboard=false", *args.set,
+            f"data.train={scenes}/train", f"run.out={run}", f"run.steps={args.steps}", "log.every_steps=1",
+            "run.epochs=null", f"batch.global_size={args.batch}", f"engine.deepspeed={args.deepspeed}",
+            "optim.warmup_steps=0", "data.workers=0", "log.tensorboard=false", *args.set,
         ]  # fmt: skip
         state = model_state_of(settings.load(args.recipe, words), args.procs)
         free = psutil.virtual_memory().available / GB

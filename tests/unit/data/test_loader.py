@@ -436,8 +436,7 @@ def test_workers_die_with_the_process_that_asked_for_them(uneven: Path, tmp_path
 
     program = (
         "import os, sys, psutil\n"
-        "from tests.conftest import ROOT
-from tests.unit.data.shards import open_data\n"
+        "from tests.unit.data.shards import open_data\n"
         "from tests.unit.data.test_loader import workers_of\n"
         f"data = open_data({str(uneven)!r}, workers=2)\n"
         "stream = data.batches(None)\n"
