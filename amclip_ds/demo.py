@@ -69,16 +69,11 @@ def claim(out: Path) -> None:
 
 
 def train_command(shards: Path, run: Path, steps: int, precision: str) -> list[str]:
-    """The command a user would type, fitted to scenes that are named by colour and to so short a run.
-
-    Jitter, greyscale and solarize take the colour away; over 8-pixel patches a frozen random embedding sees shapes less
-    well than one that learns (docs/log.md).
-    """
+    """The command a user would type. The scenes are named by colour, which jitter, greyscale and solarize take away."""
     return [
         sys.executable, "-m", "amclip_ds", "train", "aclip-tiny", f"data.train={shards}/train", f"run.out={run}",
         f"run.steps={steps}", f"run.seed={SEED}", f"engine.deepspeed=zero2_{precision}.json",
-        f"eval.data={shards}", f"eval.every_steps={max(1, steps // 4)}", "data.photometric=false",
-        "model.vision.freeze_patch_embed=false", "--resume", "never",
+        f"eval.data={shards}", f"eval.every_steps={max(1, steps // 4)}", "data.photometric=false", "--resume", "never",
     ]  # fmt: skip
 
 
