@@ -29,6 +29,7 @@ def loop(stops: Preemption, disturb: dict[int, object], steps: int = 30) -> tupl
 
 def stop_case(folder: str, to: list[int], how: str, times: int = 1) -> dict:
     """Signals `how`, or a file, or a limit, at step 5 of the ranks in `to`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     rank = int(os.environ["RANK"])
     started = runtime.start(60)
 
