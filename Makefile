@@ -15,10 +15,10 @@ demo: setup ## synthetic shards -> a tiny A-CLIP trained by DeepSpeed on 2 proce
 	@$(BIN)/amclip demo --out $(OUT) --setup-seconds $$(cat .cache/setup-seconds)
 
 test: setup ## every test but the nightly matrices
-	$(BIN)/python -m pytest -m "not nightly and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not nightly and not gpu"
 
 nightly: setup ## the full matrices (hours)
-	$(BIN)/python -m pytest -m "nightly"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "nightly"
 
 check: setup ## ruff and mypy
 	$(BIN)/ruff check .

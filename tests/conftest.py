@@ -17,3 +17,10 @@ def shared_dir() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no shared data at {SHARED} (set AMCLIP_SHARED)")
     return SHARED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What two test processes may run side by side: a file stays together, and all that share the Slurm cluster."""
+    for item in items:
+        file = item.path.relative_to(ROOT).as_posix()
+        item.add_marker(pytest.mark.xdist_group("slurm" if file.startswith("tests/slurm/") else file))
