@@ -1,4 +1,4 @@
-"""The launchers people have, for real: each starts `amclip train`, and the run says who started it and on how many ranks."""
+"""The launchers people have, for real: each starts `amclip train`, and the run says who and on how many ranks."""
 
 import os
 import shutil
