@@ -19,6 +19,7 @@ def shared_dir() -> Path:
     return SHARED
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What two test processes may run side by side: a file stays together, and all that share the Slurm cluster."""
     for item in items:

@@ -9,7 +9,7 @@ import pytest
 from amclip_ds.record import read_lines
 from tests.e2e.trainers import Trainer, checkpoints, tiny, verdict
 
-STEPS = 200
+STEPS = 140
 QUICK = (
     f"run.steps={STEPS}",
     "checkpoint.every_steps=4",
