@@ -58,7 +58,7 @@ def recipe_model() -> tuple[ModelConfig, HeadsConfig]:
     return recipe.model, recipe.heads
 
 
-def global_batch(step: int, model: ModelConfig) -> dict[str, Tensor]:
+def global_batch(step: int, model: ModelConfig, size: int = GLOBAL_BATCH) -> dict[str, Tensor]:
     """The samples of a step, the same in every world; what random masks go by is keyed by sample like the rest.
 
     Two batches in turn, so that there is something to learn: on ever new noise the features collapse to one point, and
@@ -67,15 +67,15 @@ def global_batch(step: int, model: ModelConfig) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(1000 + step % 2)
     side, units = model.vision.image_size, (model.vision.grid // 2) ** 2
     text = model.text
-    tokens = torch.randint(1, text.eos_token_id, (GLOBAL_BATCH, CONTEXT), generator=g)
+    tokens = torch.randint(1, text.eos_token_id, (size, CONTEXT), generator=g)
     tokens[:, 10] = text.eos_token_id
     tokens[:, 11:] = 0
-    boxes = torch.zeros(3, GLOBAL_BATCH, 4)
+    boxes = torch.zeros(3, size, 4)
     boxes[:] = torch.tensor([0.0, 0.0, side, side])
     return {
-        "views": coarse_images(2 * GLOBAL_BATCH, side, g).unflatten(0, (2, GLOBAL_BATCH)),
-        "teacher": coarse_images(GLOBAL_BATCH, side, g),
-        "noise": torch.rand(2, GLOBAL_BATCH, units, generator=g),
+        "views": coarse_images(2 * size, side, g).unflatten(0, (2, size)),
+        "teacher": coarse_images(size, side, g),
+        "noise": torch.rand(2, size, units, generator=g),
         "tokens": tokens,
         "boxes": boxes,
     }
@@ -91,7 +91,7 @@ def coarse_images(count: int, side: int, generator: torch.Generator) -> Tensor:
 
 def local_part(batch: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
     """This rank's rows."""
-    size = GLOBAL_BATCH // world_size
+    size = len(batch["teacher"]) // world_size
     rows = slice(rank * size, (rank + 1) * size)
     by_view = {"views", "noise", "boxes", "keep"}
     return {name: value[:, rows] if name in by_view else value[rows] for name, value in batch.items()}
@@ -103,7 +103,8 @@ class Run:
     def __init__(
         self, ds: str, *, steps: int = 5, accumulation: int = 1, optim: dict[str, Any] | None = None,
         loss: dict[str, Any] | None = None, strategy: str = "random", placement: str = "auto", norm: str = "batch",
-        seed: int = 0, recipe: bool = False, depth: int = 2, checkpoint_every: int = 0, compile: bool = False,
+        seed: int = 0, recipe: bool = False, batch_size: int = GLOBAL_BATCH, depth: int = 2,
+        checkpoint_every: int = 0, compile: bool = False,
         momentum: tuple[float, float] = (0.9, 0.99), guards: dict[str, Any] | None = None,
         runtime: engine_runtime.Runtime | None = None,
     ) -> None:  # fmt: skip
@@ -125,12 +126,13 @@ class Run:
         self.schedules = Schedules(optim_config, teacher_config, steps)
         self.mask = MaskConfig(strategy=strategy)
         self.guards = Guards(GuardsConfig(**(guards or {})))
-        self.micro = GLOBAL_BATCH // self.runtime.world_size // accumulation
+        self.batch_size = batch_size
+        self.micro = batch_size // self.runtime.world_size // accumulation
         self.updates = 0
 
     def batch(self, step: int, keep: Tensor | None = None) -> dict[str, Tensor]:
         """This rank's part. keep: keep_indices of the global batch [V, B, K] to replay."""
-        whole = global_batch(step, self.model) | ({} if keep is None else {"keep": keep})
+        whole = global_batch(step, self.model, self.batch_size) | ({} if keep is None else {"keep": keep})
         return local_part(whole, self.runtime.rank, self.runtime.world_size)
 
     def look(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

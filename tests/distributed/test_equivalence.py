@@ -59,4 +59,4 @@ def train_with_local_gradients(ds: str) -> dict[str, object]:
         return grad.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)  # type: ignore[attr-defined]
 
     collectives._AllGather.backward = staticmethod(stay)  # type: ignore[assignment]
-    return cases.train(ds, steps=equivalence.STEPS, optim=equivalence.SGD, recipe=True)
+    return cases.train(ds, steps=equivalence.STEPS, optim=equivalence.SGD, recipe=True, batch_size=equivalence.BATCH)
