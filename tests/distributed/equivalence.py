@@ -35,7 +35,6 @@ class Cell:
     optimizer: str = "sgd"
     replays: bool = True
     """Attentive masks: train with the reference's keep_indices."""
-    steps: int = STEPS
 
     @property
     def is_bf16(self) -> bool:
@@ -48,8 +47,7 @@ class Cell:
 
     def reference(self) -> "Cell":
         """What the cell must agree with."""
-        return Cell("zero1_bf16.json" if self.is_bf16 else "zero0_fp32.json", 1, 1, self.strategy, self.optimizer,
-                    steps=self.steps)  # fmt: skip
+        return Cell("zero1_bf16.json" if self.is_bf16 else "zero0_fp32.json", 1, 1, self.strategy, self.optimizer)
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def run(cells: list[Cell], seed: int = 0) -> list[dict[str, Any]]:
     for (ds, world_size), together in launches.items():
         replays = [_replay(cell, seed) for cell in together]
         variants = [
-            {"steps": cell.steps, "accumulation": cell.accumulation, "optim": OPTIMIZERS[cell.optimizer], "seed": seed,
+            {"steps": STEPS, "accumulation": cell.accumulation, "optim": OPTIMIZERS[cell.optimizer], "seed": seed,
              "strategy": cell.strategy, "recipe": True, "batch_size": BATCH, "replay": replay}
             for cell, replay in zip(together, replays)
         ]  # fmt: skip
