@@ -5,7 +5,7 @@ library's workspace come on top.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -54,6 +54,8 @@ class Sizes:
     teacher: int
     averaged: tuple[int, ...]
     """by rank: of the teacher, those whose fp32 master this rank holds"""
+    reduced: tuple[int, ...]
+    """by rank: of the gradients that this rank holds at the peak"""
 
 
 def model_state_of(config: Settings, world_size: int, rank: int | None = None) -> dict[str, float]:
@@ -66,7 +68,7 @@ def model_state_of(config: Settings, world_size: int, rank: int | None = None) -
     zero = ds.get("zero_optimization", {})
     stage = stage_of(ds)
     sizes = sizes_of(config, world_size, stage, small=zero.get("stage3_param_persistence_threshold", 100_000))
-    averaged = max(sizes.averaged) if rank is None else sizes.averaged[rank]
+    averaged, reduced = (max(of) if rank is None else of[rank] for of in (sizes.averaged, sizes.reduced))
     width = 2 if ds.get("bf16", {}).get("enabled") else FP32
     moments = MOMENTS[config.optim.name] * (config.optim.momentum > 0 or config.optim.name != "sgd")
     own = world_size if stage else 1  # a rank holds 1/own of masters, moments and average
@@ -76,7 +78,7 @@ def model_state_of(config: Settings, world_size: int, rank: int | None = None) -
     ) else 1  # fmt: skip
     state = {
         "parameters": width * ((sizes.trained + sizes.frozen) / cut + (sizes.small if cut > 1 else 0)),
-        "gradients": width * sizes.trained / (world_size if stage >= 2 else 1),
+        "gradients": width * reduced,
         "masters": FP32 * sizes.trained / own if stage else 0.0,
         "moments": FP32 * moments * sizes.trained / own,
         "ema": FP32 * averaged,
@@ -106,6 +108,7 @@ def sizes_of(config: Settings, world_size: int, stage: int, small: int) -> Sizes
         small=sum(count for count in trained.values() if count <= small),
         teacher=sum(teacher.values()),
         averaged=averaged_by_rank(trained, set(teacher), groups, world_size, stage),
+        reduced=reduced_by_rank(trained, groups, world_size, stage),
     )
 
 
@@ -123,14 +126,36 @@ def averaged_by_rank(
     if stage == 3:
         return (math.ceil(whole / world_size),) * world_size
     held = [0] * world_size
+    for name, rank, part in _cut_in_runs(trained, groups, world_size):
+        held[rank] += part if name in teacher else 0
+    return tuple(held)
+
+
+def reduced_by_rank(trained: dict[str, int], groups: list[list[str]], world_size: int, stage: int) -> tuple[int, ...]:
+    """Elements of the gradients that each rank holds at the peak: all of them below stage 2, at stage 3 its share.
+
+    Stage 2 keeps the whole gradient of every tensor of which a rank has some: one at the edge of two runs counts twice.
+    """
+    whole = sum(trained.values())
+    if stage != 2:
+        return (math.ceil(whole / world_size) if stage == 3 else whole,) * world_size
+    held = [0] * world_size
+    for name, rank, _ in _cut_in_runs(trained, groups, world_size):
+        held[rank] += trained[name]
+    return tuple(held)
+
+
+def _cut_in_runs(trained: dict[str, int], groups: list[list[str]], world_size: int) -> Iterator[tuple[str, int, int]]:
+    """(tensor, rank, elements of it) where ZeRO lays each group end to end and cuts the line into equal runs."""
     for names in groups:
         run = math.ceil(sum(trained[name] for name in names) / world_size)
         start = 0
         for name in names:
-            for rank in range(world_size) if name in teacher else ():
-                held[rank] += max(0, min(start + trained[name], (rank + 1) * run) - max(start, rank * run))
+            for rank in range(world_size):
+                part = min(start + trained[name], (rank + 1) * run) - max(start, rank * run)
+                if part > 0:
+                    yield name, rank, part
             start += trained[name]
-    return tuple(held)
 
 
 def measured_model_state(student: StudentEngine, teacher: "Teacher | None") -> dict[str, float]:
