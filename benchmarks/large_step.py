@@ -39,7 +39,8 @@ def main() -> int:
         words = [
             f"data.train={scenes}/train", f"run.out={run}", f"run.steps={args.steps}", "log.every_steps=1",
             "run.epochs=null", f"batch.global_size={args.batch}", f"engine.deepspeed={args.deepspeed}",
-            "optim.warmup_steps=0", "data.workers=0", "log.tensorboard=false", *args.set,
+            "optim.warmup_steps=0", "data.workers=0", "log.tensorboard=false",
+            "watchdog.step_timeout_s=null", *args.set,  # on a few cores a step takes minutes
         ]  # fmt: skip
         state = model_state_of(settings.load(args.recipe, words), args.procs)
         free = psutil.virtual_memory().available / GB
