@@ -205,6 +205,10 @@ class Cluster:
     def node_down(self, node: str, reason: str = "test") -> None:
         self.client("scontrol", "update", f"nodename={node}", "state=down", f"reason={reason}")
 
+    def drain(self, node: str, reason: str = "test") -> None:
+        """Nothing new starts on the node until `node_up`, whatever its slurmd says."""
+        self.client("scontrol", "update", f"nodename={node}", "state=drain", f"reason={reason}")
+
     def node_up(self, node: str) -> None:
         self.client("scontrol", "update", f"nodename={node}", "state=resume", check=False)
 

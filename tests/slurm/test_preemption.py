@@ -102,7 +102,12 @@ def test_fewer_nodes_after_a_node_is_lost(
     """2 x 2, then 1 x 2: from the last checkpoint, with the same global batch; the losses stay within tolerance."""
     run = tmp_path / "run"
     flags = ("--nodes=1-2", "--ntasks-per-node=2", "--exclusive")
-    disturb = after_a_checkpoint(run, lambda c, j: c.node_down("node2"))
+
+    def lose(cluster: Cluster, job_id: int) -> None:
+        cluster.drain("node2")  # or a slurmd that still lives brings its node back as soon as it registers
+        cluster.node_down("node2")
+
+    disturb = after_a_checkpoint(run, lose)
     job_id = interrupt(cluster, synthetic, tmp_path, disturb, *flags)
     log = cluster.job_log(job_id)
     assert "restart 1: 2 task(s) on 1 node(s): node1" in log and "4 task(s) before, 2 now" in log
