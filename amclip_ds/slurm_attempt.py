@@ -8,20 +8,18 @@ prints `requeue WHY` or `exit CODE`. Attempts are remembered in RUN/slurm/attemp
 
 import argparse
 import contextlib
-import random
-import socket
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from amclip_ds.engine.placement import free_port
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.record import append_line, read_lines, read_verdict, write_atomically
 
 STOP_FILE = "a STOP file"  # how resilience/preemption.py begins the reason of a stop that a person asked for
 CODE_DONE, CODE_MISTAKE, CODE_STOPPED, CODE_PREEMPTED = 0, 2, 3, 75
-FIRST_PORT, LAST_PORT = 12000, 30000  # below the range that clients take their ports from
 
 
 @dataclass(frozen=True)
@@ -167,15 +165,6 @@ def describe(
         _say(f"note: {earlier[-1]['tasks']} task(s) before, {args.tasks} now; the global batch stays")
     _say(f"watch: tail -f {run}/out.log")
     _say(f"save and stop: touch {run}/STOP; save and requeue: scancel --batch --signal=USR1 {args.job}")
-
-
-def free_port() -> int:
-    """A port that is free on this node, the first of the job's, where rank 0 will listen."""
-    while True:
-        port = random.SystemRandom().randrange(FIRST_PORT, LAST_PORT)
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(("0.0.0.0", port))
-            return port
 
 
 def _check_restarts(mine: list[dict[str, Any]], args: argparse.Namespace, step: int) -> None:

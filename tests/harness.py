@@ -12,7 +12,6 @@ import importlib
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -46,13 +45,6 @@ def run_ranks(
         if failures:
             raise RankFailed(f"{case} on {world_size} ranks:\n" + "\n".join(failures))
         return results
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _ask(request: dict[str, Any]) -> list[int | str]:
@@ -94,6 +86,8 @@ def _serve() -> None:
 
 
 def _run(request: dict[str, Any]) -> list[int | str]:
+    from amclip_ds.engine.placement import free_port
+
     port = free_port()
     pids = [_fork(rank, port, request) for rank in range(request["world_size"])]
     statuses: list[int | str] = [""] * len(pids)

@@ -3,6 +3,8 @@
 Known: srun, torchrun, deepspeed, accelerate launch, mpirun (Open MPI, Hydra, MVAPICH), --procs, and no launcher at all.
 """
 
+import contextlib
+import random
 import re
 import socket
 import zlib
@@ -229,7 +231,9 @@ def _check_range(value: int, size: int, name: str, size_name: str) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A TCP port of this machine that is free now: drawn from those that no client socket is given by chance."""
+    while True:
+        port = random.SystemRandom().randrange(FIRST_PORT, FIRST_PORT + NUM_PORTS)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("0.0.0.0", port))
+            return port

@@ -216,6 +216,13 @@ class Cluster:
         """SIGKILL to a node's slurmd: the node is lost to the controller, while its job steps live on."""
         os.kill(self._daemon_pid(f"slurmd.{node}"), signal.SIGKILL)
 
+    def lose(self, node: str) -> None:
+        """A node that is gone: its slurmd killed, and what it runs stands still."""
+        self.kill_slurmd(node)
+        for pid in self.tasks(f"SLURM_CONF={self.base}/"):
+            if _hostname_of(pid) == node:
+                os.kill(pid, signal.SIGSTOP)
+
     def revive(self, node: str, wait: bool = True) -> None:
         """A slurmd for a node that lost it, after ending what the old one left running there."""
         for pid in self.tasks(f"SLURM_CONF={self.base}/"):
