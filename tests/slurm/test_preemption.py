@@ -106,6 +106,8 @@ def test_fewer_nodes_after_a_node_is_lost(
     def lose(cluster: Cluster, job_id: int) -> None:
         cluster.drain("node2")  # or a slurmd that still lives brings its node back as soon as it registers
         cluster.node_down("node2")
+        cluster.wait(job_id, "PENDING")  # Slurm has counted 4 tasks by now and waits for 2 nodes: slurm/README.md
+        cluster.client("scontrol", "update", f"jobid={job_id}", "NumNodes=1-2", "NumTasks=2")
 
     disturb = after_a_checkpoint(run, lose)
     job_id = interrupt(cluster, synthetic, tmp_path, disturb, *flags)
