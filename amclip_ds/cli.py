@@ -46,6 +46,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns its exit code; a mistake is one line on standard error."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].startswith("--local_rank="):  # the deepspeed launcher's; LOCAL_RANK says it too
+        argv = argv[1:]
     only = argv[0] if argv and argv[0] in COMMANDS else None
     parser = build_parser(only)
     args, rest = parser.parse_known_args(argv)
