@@ -38,7 +38,7 @@ class LogConfig:
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Appends one JSON line with a single write, so that several processes may append to the same file.
 
-    A number that is not finite becomes null, since strict JSON has no NaN.
+    A value of the row that is not finite becomes null, since strict JSON has no NaN.
     """
     line = json.dumps({key: _strict(value) for key, value in row.items()}, ensure_ascii=False) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -127,7 +127,8 @@ def averaged_by_rank(
         return (math.ceil(whole / world_size),) * world_size
     held = [0] * world_size
     for name, rank, part in _cut_in_runs(trained, groups, world_size):
-        held[rank] += part if name in teacher else 0
+        if name in teacher:
+            held[rank] += part
     return tuple(held)
 
 

@@ -200,6 +200,10 @@ class Cluster:
         """The living processes whose environment holds `marker`: what a job may have left behind."""
         return [pid for pid in _pids() if marker.encode() in _read(f"/proc/{pid}/environ") and not _is_zombie(pid)]
 
+    def tasks_on(self, node: str) -> list[int]:
+        """The living processes of this cluster that believe themselves on `node`."""
+        return [pid for pid in self.tasks(f"SLURM_CONF={self.base}/") if _hostname_of(pid) == node]
+
     # ---- breaking and mending -------------------------------------------------------------------------------------
 
     def node_down(self, node: str, reason: str = "test") -> None:
@@ -219,15 +223,13 @@ class Cluster:
     def lose(self, node: str) -> None:
         """A node that is gone: its slurmd killed, and what it runs stands still."""
         self.kill_slurmd(node)
-        for pid in self.tasks(f"SLURM_CONF={self.base}/"):
-            if _hostname_of(pid) == node:
-                os.kill(pid, signal.SIGSTOP)
+        for pid in self.tasks_on(node):
+            os.kill(pid, signal.SIGSTOP)
 
     def revive(self, node: str, wait: bool = True) -> None:
         """A slurmd for a node that lost it, after ending what the old one left running there."""
-        for pid in self.tasks(f"SLURM_CONF={self.base}/"):
-            if _hostname_of(pid) == node:
-                _end(pid)
+        for pid in self.tasks_on(node):
+            _end(pid)
         self._start_slurmd(node)
         self.node_up(node)
         if wait:

@@ -476,7 +476,6 @@ def test_the_mask_of_signals_is_the_callers_own_again(uneven: Path) -> None:
 READ_ONLY = """
 import subprocess, sys
 from pathlib import Path
-from tests.conftest import ROOT
 from tests.unit.data.shards import open_data, write_shards
 data, elsewhere = Path(sys.argv[1]), Path(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "none", data], check=True)
