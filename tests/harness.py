@@ -47,6 +47,19 @@ def run_ranks(
         return results
 
 
+def run_alone(case: str, timeout_s: float = 180, env: dict[str, str] | None = None, **kwargs: Any) -> Any:
+    """Runs `case` in a fresh interpreter that no launcher started: a forked process cannot use a GPU."""
+    with tempfile.TemporaryDirectory(prefix="alone-") as folder:
+        Path(folder, "request").write_bytes(pickle.dumps((case, kwargs)))
+        command = [sys.executable, "-m", "tests.harness", folder]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | (env or {}), timeout=timeout_s, capture_output=True)
+        answer = Path(folder, "answer")
+        ok, value = pickle.loads(answer.read_bytes()) if answer.exists() else (False, "wrote no result")
+    if not ok:
+        raise RankFailed(f"{case}, exit status {done.returncode}:\n{value}\n{done.stderr.decode()[-3000:]}")
+    return value
+
+
 def _ask(request: dict[str, Any]) -> list[int | str]:
     """Sends one request to the server (started on first use); returns the ranks' exit statuses."""
     global _server
@@ -122,16 +135,14 @@ def _fork(rank: int, port: int, request: dict[str, Any]) -> int:
     import faulthandler
 
     status = 1
-    outcome: tuple[bool, Any]
     try:
         os.setpgid(0, 0)
         faulthandler.register(signal.SIGUSR2, all_threads=True)
         world = str(request["world_size"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | request["env"])
-        module, function = request["case"].split(":")
-        outcome = True, getattr(importlib.import_module(module), function)(**request["kwargs"])
-        status = 0
+        outcome = _outcome(request["case"], request["kwargs"])
+        status = 0 if outcome[0] else 1
     except BaseException:
         outcome = False, traceback.format_exc()
     file = Path(request["folder"], f"{rank}.pickle")
@@ -141,5 +152,22 @@ def _fork(rank: int, port: int, request: dict[str, Any]) -> int:
     os._exit(status)
 
 
+def _outcome(case: str, kwargs: dict[str, Any]) -> tuple[bool, Any]:
+    """(True, what the case returned) or (False, its traceback)."""
+    module, function = case.split(":")
+    try:
+        return True, getattr(importlib.import_module(module), function)(**kwargs)
+    except BaseException:
+        return False, traceback.format_exc()
+
+
+def _run_alone(folder: Path) -> None:
+    import amclip_ds  # noqa: F401  first: it mends torchvision
+
+    case, kwargs = pickle.loads((folder / "request").read_bytes())
+    (folder / "answer").write_bytes(pickle.dumps(_outcome(case, kwargs)))
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    _serve()
+    _run_alone(Path(sys.argv[1])) if len(sys.argv) > 1 else _serve()

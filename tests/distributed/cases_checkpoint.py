@@ -92,6 +92,7 @@ class Rig:
             lr = self.schedules.lr(self.updates)
             self.student.set_lr(lr)
             batch = stream(self.updates, self.runtime.rank, self.runtime.world_size)
+            batch = {name: tensor.to(self.runtime.device) for name, tensor in batch.items()}
             target, scores = self.teacher.forward("scores", images=batch["teacher"], comm=self.comm)
             unit_scores = scoring.scores_to_views(scores, batch["boxes"], grid=GRID, unit=2)
             noise_or_scores = {"scores": unit_scores, "noise": batch["noise"]}
@@ -107,7 +108,8 @@ class Rig:
             self.teacher.publish()
             self.updates += 1
             mean = self.comm.all_reduce_sum(value.clone().double()) / self.comm.world_size
-            drawn = f"{torch.rand(1).item()} {np.random.rand()} {random.random()}"  # what only a restored state repeats
+            on_device = torch.rand(1, device=self.runtime.device).item()  # draws that only a restored state repeats
+            drawn = f"{torch.rand(1).item()} {on_device} {np.random.rand()} {random.random()}"
             rows.append((float(mean).hex(), float(outcome.grad_norm).hex(), lr.hex(), momentum.hex(), drawn))
         return rows
 
@@ -142,7 +144,7 @@ class Rig:
         """sha256 of every tensor of the state, whole; what the forward reads; counters. The same on every rank."""
         state = self.state()
         pieces = self.ranks.gather({
-            (kind, name): (shard.start, shard.numel, shard.tensor.detach().float().clone())
+            (kind, name): (shard.start, shard.numel, shard.tensor.detach().float().cpu().clone())
             for kind, held in state.sharded.items() for name, shard in held.items()
         })  # fmt: skip
         whole: dict[tuple[str, str], torch.Tensor] = {}
@@ -160,7 +162,7 @@ class Rig:
 
 def _sha(tensor: torch.Tensor) -> str:
     assert not tensor.isnan().any()
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(tensor.contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def run(
