@@ -11,6 +11,7 @@ from torch import nn
 
 # These look at a whole tensor (its norm, its factors): wrong on a shard of one, so they need ZeRO stage 0.
 WHOLE_TENSOR = frozenset({"lamb", "adafactor", "muon"})
+ALIGNED = 8  # bf16 numbers in 16 bytes
 NAMES = ("adamw", "sgd", "lion", "lamb", "adafactor", "muon")
 
 
@@ -112,12 +113,15 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], confi
     """The trainable parameters by weight decay and learning-rate scale, each group {params, names, weight_decay, lr,
     lr_scale}. Whoever sets the learning rate gives a group lr * lr_scale.
 
-    No decay: fewer than two dimensions (biases, norms, the logit scale). Order: that of the first member's appearance.
+    No decay: fewer than two dimensions (biases, norms, the logit scale). Order: that of the first member's appearance,
+    but what does not fill 16 bytes evenly (the logit scale) comes last of all: DeepSpeed lays a run's weights end to
+    end in one buffer, and behind a single odd element every later weight would start at an address from which a GPU's
+    matrix products take several times as long (docs/log.md).
     """
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     depths = {tower: _depth(tower, (name for name, _ in named)) for tower in ("vision", "text")}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in named:
+    for name, parameter in sorted(named, key=lambda item: _is_odd(item[1])):
         # Under ZeRO-3 a parameter is an empty vector between its uses; its true shape is ds_shape.
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         decay = config.weight_decay if dimensions >= 2 else 0.0
@@ -126,7 +130,12 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], confi
         group = groups.setdefault((decay, scale), fresh)
         group["params"].append(parameter)
         group["names"].append(name)
-    return list(groups.values())
+    return sorted(groups.values(), key=lambda group: _is_odd(group["params"][-1]))
+
+
+def _is_odd(parameter: Any) -> bool:
+    """Whether bf16 weights laid behind it lose their alignment."""
+    return getattr(parameter, "ds_numel", parameter.numel()) % ALIGNED != 0
 
 
 def lr_scale(name: str, depths: dict[str, int], config: OptimConfig) -> float:

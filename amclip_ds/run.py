@@ -173,7 +173,7 @@ def open_data(config: TrainConfig, runtime: Runtime) -> TrainingData:
         teacher_size=teacher_size if settings.needs_teacher(config) else None,
         num_units=masking.num_units(vision.grid, mask.unit) if masking.needs_noise(mask.strategy) else 0,
         context_length=config.model.text.context_length, compat=config.compat, once=on_main,
-        index_dir=config.run.out,
+        index_dir=config.run.out, device=runtime.device,
     )  # fmt: skip
 
 

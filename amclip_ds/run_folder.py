@@ -90,12 +90,20 @@ def write_verdict(folder: Path, code: int, step: int, attempt: int, reason: str)
 
 def describe_versions() -> str:
     """Packages, Python, machine, command and git revision, as JSON."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: _version(name) for name in PACKAGES}
     facts = {
-        "amclip_ds": importlib.metadata.version("amclip_ds"), "python": platform.python_version(),
+        "amclip_ds": _version("amclip_ds"), "python": platform.python_version(),
         "platform": platform.platform(), "cuda": torch.version.cuda, "git": git_revision(), "command": sys.argv,
     }  # fmt: skip
     return json.dumps(facts | versions, indent=1) + "\n"
+
+
+def _version(package: str) -> str | None:
+    """None for what was never installed, as this package where it is run from its folder."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_revision() -> str | None:

@@ -75,8 +75,9 @@ class Teacher:
     def update(self, momentum: float) -> None:
         """ema <- momentum x ema + (1 - momentum) x master, on this rank's shards: no communication."""
         masters = self.masters()
-        for name, shard in self._ema.items():
-            shard.tensor.lerp_(masters[name].tensor, 1.0 - momentum)
+        if self._ema:  # one call for all: on a GPU, hundreds of small ones would cost more than their work
+            averages = [shard.tensor for shard in self._ema.values()]
+            torch._foreach_lerp_(averages, [masters[name].tensor for name in self._ema], 1.0 - momentum)
 
     def publish(self, whole: bool = True) -> None:
         """Brings the weights of the teacher's forward up to date. Collective: every rank must call.

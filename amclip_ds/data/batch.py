@@ -39,12 +39,6 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        """The batch with its tensors in page-locked memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, change: Any) -> "Batch":
-        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)})
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved = {name: t.to(device, non_blocking=True) for name, t in values.items() if isinstance(t, Tensor)}
+        return replace(self, **moved)

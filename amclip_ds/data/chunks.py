@@ -276,14 +276,14 @@ def _incident(kind: str, shard: str, key: str, cause: str, action: str) -> dict[
     return {"kind": kind, "shard": shard, "key": printable(key), "cause": printable(cause), "action": action}
 
 
-def join(chunks: Sequence[Chunk]) -> Chunk:
-    """Chunks of consecutive positions as one."""
-    if len(chunks) == 1:
+def join(chunks: Sequence[Chunk], pinned: bool = False) -> Chunk:
+    """Chunks of consecutive positions as one. pinned: images in page-locked memory, which a GPU reads by itself."""
+    if len(chunks) == 1 and not pinned:
         return chunks[0]
     teachers = [chunk.teacher for chunk in chunks if chunk.teacher is not None]
     return Chunk(
-        views=torch.cat([chunk.views for chunk in chunks], dim=1),
-        teacher=torch.cat(teachers) if teachers else None,
+        views=_cat([chunk.views for chunk in chunks], 1, pinned),
+        teacher=_cat(teachers, 0, pinned) if teachers else None,
         boxes=np.concatenate([chunk.boxes for chunk in chunks], axis=1),
         photometric=np.concatenate([chunk.photometric for chunk in chunks], axis=1),
         noise=np.concatenate([chunk.noise for chunk in chunks], axis=1),
@@ -292,3 +292,9 @@ def join(chunks: Sequence[Chunk]) -> Chunk:
         incidents=[incident for chunk in chunks for incident in chunk.incidents],
         read_bytes=sum(chunk.read_bytes for chunk in chunks),
     )
+
+
+def _cat(tensors: Sequence[Tensor], dim: int, pinned: bool) -> Tensor:
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    return torch.cat(list(tensors), dim, out=torch.empty(shape, dtype=tensors[0].dtype, pin_memory=pinned))

@@ -26,6 +26,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from amclip_ds.data import captions
+from amclip_ds.data.ahead import made_ahead
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.chunks import Chunk, ChunkMaker, ChunkSpec, Failed, join
 from amclip_ds.data.index import Index, build_index, default_folder
@@ -47,6 +48,7 @@ BUILD_TELLS_EVERY_S = 30.0
 LOOK_AFTER_S = 5.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE_BUFFER = 1 << 17
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -126,13 +128,16 @@ class TrainingData:
     once: does a work on rank 0 and gives every rank its result (engine.collectives.on_main), so that one rank alone
     looks at the shards and builds a missing index; without it every process does so by itself. Collective through it.
     index_dir: where a missing index is put (the run folder: others train on the same shards); None: beside the shards.
+    device: where the batches go next; for a GPU, images lie in page-locked memory.
     """
 
     def __init__(
         self, config: DataConfig, *, seed: int, global_batch: int, rank: int, world_size: int, image_size: int,
         teacher_size: int | None, num_units: int, context_length: int, compat: str,
         say: Callable[[str], None] = print, once: Once | None = None, index_dir: str | Path | None = None,
+        device: torch.device = CPU,
     ) -> None:  # fmt: skip
+        self._device = device
         self.config, self.global_batch = config, global_batch
         self._say = say if rank == 0 else lambda text: None
         self._local, rest = divmod(global_batch, world_size)
@@ -160,24 +165,31 @@ class TrainingData:
         self.steps_per_epoch = self.samples_per_epoch // global_batch
         self.fingerprint = self._fingerprint(index.fingerprint())
         self._check_enough()
-        self._streams: list[Generator[Chunk | Failed, None, None]] = []
+        self._streams: list[Generator[Batch, None, None]] = []
 
     def batches(self, cursor: dict[str, Any] | None = None) -> Iterator[Batch]:
-        """Endless batches. cursor: that of the last batch that was consumed; None: from the start."""
+        """Endless batches on the CPU. cursor: that of the last batch that was consumed; None: from the start."""
+        stream = self._made(cursor)
+        if self.config.workers:
+            stream = made_ahead(stream, self._device)
+        self._streams.append(stream)
+        return stream
+
+    def _made(self, cursor: dict[str, Any] | None) -> Generator[Batch, None, None]:
         epoch, step = (int(cursor["epoch"]), int(cursor["step"])) if cursor else (0, 0)
         if step >= self.steps_per_epoch:
             epoch, step = epoch + 1, 0
         pieces = -(-self._local // min(CHUNK, self._local))
-        stream = self._chunks(epoch, step)
-        self._streams.append(stream)
+        is_pinned = self._device.type == "cuda"
         incidents = list(self._known_damage) if cursor is None else []
-        while True:
-            made = [_good(next(stream)) for _ in range(pieces)]
-            now, step = epoch, step + 1
-            if step == self.steps_per_epoch:
-                epoch, step = epoch + 1, 0
-            yield self._batch(join(made), now, {"epoch": epoch, "step": step}, incidents)
-            incidents = []
+        with contextlib.closing(self._chunks(epoch, step)) as stream:
+            while True:
+                made = [_good(next(stream)) for _ in range(pieces)]
+                now, step = epoch, step + 1
+                if step == self.steps_per_epoch:
+                    epoch, step = epoch + 1, 0
+                yield self._batch(join(made, is_pinned), now, {"epoch": epoch, "step": step}, incidents)
+                incidents = []
 
     def close(self) -> None:
         """Ends the workers."""

@@ -51,11 +51,11 @@ class Replicated:
         """
         parameters = dict(self.module.named_parameters())
         if self.whole_on_every_rank:
-            for name, shard in published.items():
-                parameters[name].data.view(-1)[shard.start : shard.start + shard.length].copy_(shard.tensor)
-            return
-        for name, start, piece in self._exchange(published, whole):
-            parameters[name].data.view(-1)[start : start + piece.numel()].copy_(piece)
+            pieces = [(name, shard.start, shard.tensor) for name, shard in published.items()]
+        else:
+            pieces = list(self._exchange(published, whole))
+        targets = [parameters[name].data.view(-1)[start : start + piece.numel()] for name, start, piece in pieces]
+        torch._foreach_copy_(targets, [piece for *_, piece in pieces])
 
     def _exchange(self, published: Mapping[str, Shard], whole: bool) -> Iterator[tuple[str, int, Tensor]]:
         """All ranks' pieces, by one all-gather in the dtype of the forward."""
@@ -107,11 +107,9 @@ class Sharded:
     @torch.no_grad()
     def publish(self, published: Mapping[str, Shard], whole: bool = True) -> None:
         """Copies this rank's fp32 shards into its ZeRO-3 shards."""
-        parameter: Any  # ZeRO-3 gives it ds_tensor, this rank's shard
-        for name, parameter in self.module.named_parameters():
-            if name in published:
-                shard = published[name]
-                parameter.ds_tensor.data[: shard.length].copy_(shard.tensor)
+        parameters: dict[str, Any] = dict(self.module.named_parameters())  # ZeRO-3 gives them ds_tensor, their shards
+        targets = [parameters[name].ds_tensor.data[: shard.length] for name, shard in published.items()]
+        torch._foreach_copy_(targets, [shard.tensor for shard in published.values()])
 
 
 def place_teacher(
