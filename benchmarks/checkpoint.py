@@ -1,9 +1,10 @@
 """What a checkpoint costs: the stall of a save, its write rate, the time to verify and load, of ViT-B and ViT-L state.
 
-    python -m benchmarks.checkpoint --out /tmp/bench [--size vitb16] [--share 2] [--repeats 3] [--ranks 1 --device cuda]
+    python -m benchmarks.checkpoint --out /tmp/bench [--size vitb16] [--share 2] [--ranks 1 --device cuda]
 
-Two ranks (or one) hold the state that ZeRO-2 gives a rank of `--share` (2: the whole run is these two; 4: they are two of four,
-which is how ViT-L fits into little memory). Tensors are real, engines are not built: a save reads nothing else of them.
+Two ranks (or one) hold the state that ZeRO-2 gives a rank of `--share` (2: the whole run is these two; 4: they are two
+of four, which is how ViT-L fits into little memory). Tensors are real, engines are not built: a save reads nothing else
+of them.
 Printed per size: seconds training waits (asynchronous and synchronous), one plain copy of the same bytes into touched
 memory in the same run, the ratios, the share of a run that saves every 15 minutes, bytes/s against a plain write and
 fsync of the same bytes to the same disk, time to verify and to load.

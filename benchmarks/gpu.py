@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu --data SHARDS --out gpu.jsonl [--cells vitb16:2 vitl16:3 ...] [--batch vitb16=256]
 
-Each cell (size:stage, or size:stage:compile, or size:stage:fed) has a process of its own, since a ZeRO-3 engine patches
-torch; one at a time has the GPU, while the next one imports. A step is the run's own `train_step`, teacher, augmentation
-and optimizer included, on one real batch that stays on the device. MFU is the model's floating point operations (counted
-by torch, without recomputation) over the time, against a bf16 matrix product of the same GPU in the same process.
+Each cell (size:stage, or size:stage:compile, or size:stage:fed) has a process of its own, since a ZeRO-3 engine
+patches torch; one at a time is measured, while the next ones build. A step is the run's own `train_step`, with teacher,
+augmentation and optimizer, on one real batch that stays on the device. MFU is the model's floating point operations
+(counted by torch, without recomputation) over the time, against a bf16 matrix product of the same GPU and process.
 `fed`: the same step fed by the loader and its workers against the batch that stays.
 """
 
@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-CELLS = [f"{size}:{stage}" for size in ("vitb16", "vitl16") for stage in (1, 2, 3)] + ["vitb16:2:compile", "vitb16:2:fed"]
+CELLS = [f"{size}:{stage}" for size in ("vitb16", "vitl16") for stage in (1, 2, 3)]
+CELLS += ["vitb16:2:fed", "vitb16:2:compile"]
+FED_STEPS = 40  # more than the workers have made ahead
 GIB = 1024.0**3
 SIDE = 8192  # of the matrices that tell the machine's rate
 
@@ -118,20 +120,20 @@ def measure(cell: Cell, rate: float, recompute: int, repeats: int) -> dict[str, 
     }  # fmt: skip
 
 
-def measure_fed(cell: Cell, repeats: int) -> dict[str, Any]:
+def measure_fed(cell: Cell) -> dict[str, Any]:
     """Wall seconds of a step: the resident batch, the loader's, the resident batch again."""
     cell.recompute(0)
 
     def wall(fetch: Callable[[], Any]) -> tuple[float, float]:
         torch.cuda.synchronize()
         waited, began = 0.0, time.perf_counter()
-        for _ in range(repeats):
+        for _ in range(FED_STEPS):
             asked = time.perf_counter()
             batch = fetch()
             waited += time.perf_counter() - asked
             cell.step(batch)
         torch.cuda.synchronize()
-        return (time.perf_counter() - began) / repeats, waited / repeats
+        return (time.perf_counter() - began) / FED_STEPS, waited / FED_STEPS
 
     for _ in range(4):
         cell.step()
@@ -146,15 +148,13 @@ def measure_fed(cell: Cell, repeats: int) -> dict[str, Any]:
 def run_cell(args: argparse.Namespace) -> None:
     size, stage, *rest = args.cell.split(":")
     extra = rest[0] if rest else ""
-    import amclip_ds.run  # noqa: F401  before the lock: imports take longer than steps
-
-    with alone(args.out.parent / "gpu.lock"):
-        began = time.perf_counter()
+    began = time.perf_counter()
+    cell = Cell(size, int(stage), extra, args)
+    facts = {"cell": args.cell, "built_s": time.perf_counter() - began}
+    with alone(args.out.with_suffix(".lock")):
         rate = matrix_rate()
-        cell = Cell(size, int(stage), extra, args)
-        facts = {"cell": args.cell, "built_s": time.perf_counter() - began}
         if extra == "fed":
-            rows = [measure_fed(cell, args.repeats)]
+            rows = [measure_fed(cell)]
         else:
             rows = [measure(cell, rate, recompute, args.repeats) for recompute in ((0,) if extra else (0, 1))]
             for row in rows:  # the operations of a step do not depend on what is recomputed

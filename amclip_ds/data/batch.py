@@ -40,5 +40,7 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on a device."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved = {name: t.to(device, non_blocking=True) for name, t in values.items() if isinstance(t, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
