@@ -35,8 +35,9 @@ def test_a_rank_that_crashes_ends_the_job(cluster: Cluster, synthetic: Path, tmp
     kill_rank(cluster, job_id, 3)
     start = time.monotonic()
     cluster.wait(job_id, "FAILED", timeout_s=600)
-    others = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # who else computes here
-    assert time.monotonic() - start < 30 * others
+    seconds, load = time.monotonic() - start, os.getloadavg()[0]
+    print(f"FAILED {seconds:.1f} s after the kill, load {load:.1f}")
+    assert seconds < 30 * max(1.0, load / (os.cpu_count() or 1)), "30 s, were nobody else computing here"
     log = cluster.job_log(job_id)
     assert "node2: task 3: Killed" in log and "no verdict in run/exit.json: crash" in log
     assert cluster.job(job_id)["Restarts"] == "0"
