@@ -3,6 +3,7 @@
   amclip export runs/aclip-vitb16 --format open_clip --weights teacher --out exported/open_clip
   amclip export runs/aclip-vitb16 --format hf --weights student --out exported/hf
   amclip export runs/aclip-vitb16 --format timm --out exported/timm        the vision tower alone
+  amclip export runs/aclip-vitb16 --format onnx --out exported/onnx        both towers as graphs
 
 Embeddings of 64 real images and texts must agree within 1e-5 (--proof SHARDS; default: the run's own first training
 shard, or made scenes where none is at hand). Cosine and largest difference are printed. A mismatch deletes the export
@@ -12,12 +13,14 @@ and exits with code 1.
 import argparse
 from pathlib import Path
 
-HELP = "write weights for open_clip, transformers or timm, with proof"
+HELP = "write weights for open_clip, transformers, timm or ONNX, with proof"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a run's folder or a checkpoint's")
-    parser.add_argument("--format", choices=("open_clip", "hf", "timm"), required=True, help="for which library")
+    parser.add_argument(
+        "--format", choices=("open_clip", "hf", "timm", "onnx"), required=True, help="for which library"
+    )
     parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="which weights (student)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.add_argument("--proof", metavar="SHARDS", help="tars with the images and texts to compare on")

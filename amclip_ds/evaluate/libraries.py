@@ -3,6 +3,7 @@
 Shapes: B batch, E embedding, D width of the tower, T tokens.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from amclip_ds.evaluate.encoder import resize_and_crop, resized_size
 
 
 def open_library(path: Path, kind: str, weights: str, device: torch.device, preprocess: str = "ours") -> "Library":
-    """kind: open_clip | hf | timm. preprocess: ours | library, whose pixels `preprocess` makes."""
+    """kind: open_clip | hf | timm | onnx. preprocess: ours | library, whose pixels `preprocess` makes."""
     return BUILDERS[kind](path, weights, device, preprocess == "library")
 
 
 class Library:
-    """What the three share: our pixels or the library's, unit vectors."""
+    """What they share: our pixels or the library's, unit vectors."""
 
     is_tower_alone = False
     """Whether there is no text tower, and the embedding is the tower's own feature."""
@@ -169,4 +170,44 @@ class TimmModel(Library):
         return self.model(pixels)
 
 
-BUILDERS: dict[str, Any] = {"open_clip": OpenClipModel, "hf": HuggingFaceModel, "timm": TimmModel}
+class OnnxModel(Library):
+    """A folder of ONNX graphs, run by onnxruntime; the preprocessing that it describes is ours."""
+
+    def __init__(self, path: Path, weights: str, device: torch.device, own_pixels: bool = False) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise UserError(f"{path}: onnxruntime runs it; pip install 'amclip_ds[onnx]'") from None
+        from tokenizers import Tokenizer
+
+        self.facts = json.loads((path / "clip_onnx.json").read_text())
+        usable = onnxruntime.get_available_providers()
+        wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
+        providers = [name for name in [*wanted, "CPUExecutionProvider"] if name in usable]
+        self._image, self._text = (
+            onnxruntime.InferenceSession(path / f"{name}.onnx", providers=providers) for name in ("image", "text")
+        )
+        self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        self.tokenizer.enable_truncation(self.facts["context_length"])
+        self.tokenizer.enable_padding(length=self.facts["context_length"], pad_id=self.facts["eos_token_id"])
+        super().__init__(weights, self.facts["image_size"], torch.device("cpu"), own_pixels)
+
+    def own_pixels_of(self, image: Image.Image) -> Tensor:
+        return photometric.normalise(resize_and_crop(image, self.image_size))
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        return torch.from_numpy(self._image.run(None, {"pixel_values": pixels.numpy()})[0])
+
+    def tokenise(self, texts: list[str]) -> Tensor:
+        return torch.tensor([encoding.ids for encoding in self.tokenizer.encode_batch(texts)])
+
+    def embed_ids(self, ids: Tensor) -> Tensor:
+        return torch.from_numpy(self._text.run(None, {"input_ids": ids.numpy()})[0])
+
+    def logit_scale(self) -> float:
+        return self.facts["logit_scale"]
+
+
+BUILDERS: dict[str, Any] = {
+    "open_clip": OpenClipModel, "hf": HuggingFaceModel, "timm": TimmModel, "onnx": OnnxModel,
+}  # fmt: skip

@@ -21,7 +21,11 @@ from amclip_ds.model.amclip import AClip, ModelConfig
 from amclip_ds.model.heads import HeadsConfig
 from amclip_ds.model.start import Source, fit
 
-EXPORTS = {"open_clip_config.json": "open_clip", "config.json": "hf"}  # a file in the folder -> what kind it is
+EXPORTS = {
+    "open_clip_config.json": "open_clip",
+    "config.json": "hf",
+    "clip_onnx.json": "onnx",
+}  # a file in the folder -> what kind it is
 TOWERS_ALONE = LossConfig(o2o_weight=0.0, o2e_weight=0.0)
 
 
@@ -32,7 +36,7 @@ class Located:
     path: Path
     """of the run, checkpoint or export"""
     kind: str
-    """run | checkpoint | open_clip | hf | timm"""
+    """run | checkpoint | open_clip | hf | timm | onnx"""
     weights: tuple[str, ...]
     """student, teacher: what it holds"""
     step: int

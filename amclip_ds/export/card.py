@@ -25,6 +25,18 @@ import timm
 
 tower = timm.create_model("local-dir:PATH", pretrained=True)  # images -> CLS feature
 ```""",
+    "onnx": """```python
+import json, onnxruntime, tokenizers
+
+facts = json.load(open("PATH/clip_onnx.json"))  # image size, mean, deviation, context length, logit scale
+image = onnxruntime.InferenceSession("PATH/image.onnx")  # pixel_values [B, 3, H, H] float32 -> image_embeds
+text = onnxruntime.InferenceSession("PATH/text.onnx")  # input_ids [B, T] int64 -> text_embeds
+tokenizer = tokenizers.Tokenizer.from_file("PATH/tokenizer.json")
+tokenizer.enable_truncation(facts["context_length"])
+tokenizer.enable_padding(length=facts["context_length"], pad_id=facts["eos_token_id"])
+```
+
+Both embeddings have length 1; logits are `logit_scale * image_embeds @ text_embeds.T`.""",
 }
 TEXTS = {
     "open_clip": """Texts: open_clip encodes a literal `<end_of_text>` or `<start_of_text>` in a text as that token; in
@@ -35,6 +47,8 @@ letters with `html.unescape(html.unescape(ftfy.fix_text(text)))` first. Images w
 by an odd number of pixels may be cropped one pixel further left or up than in training. A literal `<|endoftext|>` or
 `<|startoftext|>` in a text is encoded as that token; in training it was plain text.""",
     "timm": "The vision tower alone: no projection, no text tower.",
+    "onnx": """Texts: training cleaned captions with ftfy and unescaped html (`&amp;`); the tokenizer here replaces
+curly quotes and ligatures, and nothing else of that.""",
 }
 
 
@@ -42,7 +56,7 @@ def write_card(fmt: str, located: Located, weights: str, proof: Proof) -> str:
     """The card's text."""
     assert located.config is not None
     config = located.config
-    library = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm"}[fmt]
+    library = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm", "onnx": "onnx"}[fmt]
     averaged = " (the exponential moving average of the student)" if weights == "teacher" else ""
     lines = [
         "---", "license: unknown  # FILL IN: of the weights, which the licence of the data may limit",

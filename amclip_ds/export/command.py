@@ -11,13 +11,13 @@ import torch
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.libraries import open_library
 from amclip_ds.evaluate.source import Located, build_towers, locate
-from amclip_ds.export import hugging_face, open_clip, timm
+from amclip_ds.export import hugging_face, onnx, open_clip, timm
 from amclip_ds.export.card import write_card
 from amclip_ds.export.proof import ExportMismatch, Proof, gather_samples, prove
 from amclip_ds.model.amclip import AClip
 from amclip_ds.record import write_atomically
 
-WRITERS = {"open_clip": open_clip.write, "hf": hugging_face.write, "timm": timm.write}
+WRITERS = {"open_clip": open_clip.write, "hf": hugging_face.write, "timm": timm.write, "onnx": onnx.write}
 
 
 def export(args: argparse.Namespace) -> int:

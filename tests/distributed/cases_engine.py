@@ -56,6 +56,24 @@ def ema(ds: str, steps: int, momentum: float = 0.999, placement: str = "auto") -
         }
 
 
+def misaligned(ds: str, in_order: bool = True) -> list[str]:
+    """The trained parameters whose weights do not start at a multiple of 16 bytes in the engine's flat buffers.
+
+    in_order False: the parameters as the model lists them, the logit scale first.
+    """
+    from amclip_ds import optim
+
+    if not in_order:
+        optim._is_odd = lambda parameter: False
+    with running(ds, steps=1) as run:
+        found = []
+        for name, parameter in run.student.module.named_parameters():
+            held = getattr(parameter, "ds_tensor", parameter)
+            if parameter.requires_grad and held.data_ptr() % 16:
+                found.append(name)
+        return found
+
+
 def _dense_embeddings(run: Run, weights: dict[str, Tensor], images: Tensor) -> Tensor:
     """What an unsharded teacher with these weights sees, in the dtype of the published one."""
     module = TeacherModel(run.model, HeadsConfig(hidden_dim=64, output_dim=16), run.loss)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from amclip_ds import config as settings
+from amclip_ds.model.amclip import AClip
 from amclip_ds.optim import NAMES, OptimConfig, Schedules, build_optimizer, lr_at, momentum_at, parameter_groups
 from tests.unit.model import tiny
 
@@ -27,6 +29,17 @@ def test_groups_by_true_shape_under_zero_3() -> None:
     assert parameter_groups([("w", partitioned)], OptimConfig())[0]["weight_decay"] == 0
     partitioned.ds_shape = torch.Size([4, 4])  # type: ignore[attr-defined]
     assert parameter_groups([("w", partitioned)], OptimConfig())[0]["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.8])
+def test_what_breaks_the_alignment_comes_last_of_all(layer_decay: float) -> None:
+    recipe = settings.load("aclip-vitb16", ["loss.kind=sigmoid"])
+    with torch.device("meta"):
+        named = AClip(recipe.model, recipe.heads, recipe.loss).named_parameters()
+    groups = parameter_groups(named, OptimConfig(layer_decay=layer_decay))
+    sizes = [p.numel() for group in groups for p in group["params"]]
+    odd = [place for place, size in enumerate(sizes) if size % 8]
+    assert odd == [len(sizes) - 2, len(sizes) - 1], "the logit scale and the bias"
 
 
 def test_layer_decay_and_tower_scales() -> None:

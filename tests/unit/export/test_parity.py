@@ -1,6 +1,7 @@
 """Exports compute what the model does, through their own libraries, on real pairs; else they are deleted."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from amclip_ds.model import start
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.init import initialise
 
-FORMATS = ("open_clip", "hf", "timm")
+LIBRARIES = ("open_clip", "hf", "timm")
+FORMATS = (*LIBRARIES, "onnx")
 
 
 def random_model(recipe: str, seed: int) -> tuple[AClip, Located]:
@@ -64,7 +66,7 @@ def parity_of(recipe: str, fmt: str, num_samples: int, seed: int, pairs: str, fo
     assert write_proved(fmt, module, located, "student", folder, pairs).holds
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", LIBRARIES)
 def test_b16_is_equal_on_a_few(fmt: str, real_pairs: str, tmp_path: Path, monkeypatch) -> None:
     parity_of("aclip-vitb16", fmt, 2, 0, real_pairs, tmp_path / "out", monkeypatch)
 
@@ -77,7 +79,7 @@ def test_large_ones_are_equal_on_64(recipe: str, seed: int, fmt: str, real_pairs
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("fmt", ["hf", "timm"])
+@pytest.mark.parametrize("fmt", ["hf", "timm", "onnx"])
 def test_the_papers_s16_goes_where_it_can(fmt: str, real_pairs: str, tmp_path: Path, monkeypatch) -> None:
     parity_of("aclip-vits16-moco", fmt, 64, 0, real_pairs, tmp_path / "out", monkeypatch)
 
@@ -125,6 +127,14 @@ def test_a_folder_that_the_library_refuses_is_deleted(tiny, real_pairs: str, tmp
     monkeypatch.setitem(command.WRITERS, "open_clip", write_half)
     with pytest.raises(proof.ExportMismatch, match="does not load"):
         write_proved("open_clip", module, located, "student", tmp_path / "out", real_pairs)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_without_its_packages_is_one_line(tiny, real_pairs: str, tmp_path: Path, monkeypatch) -> None:
+    module, located = tiny
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"needs onnxscript; pip install 'amclip_ds\[onnx\]'"):
+        write_proved("onnx", module, located, "student", tmp_path / "out", real_pairs)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -177,7 +187,7 @@ def test_the_pipeline_works_offline(exported: Path, tiny, real_pairs: str) -> No
     assert sum(row["score"] for row in found) == pytest.approx(1.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", LIBRARIES)
 def test_what_was_exported_can_be_imported(fmt: str, exported: Path, tiny) -> None:
     """model.init_from: the same weights come back, but for the patch bias that open_clip keeps in the positions."""
     module, located = tiny
