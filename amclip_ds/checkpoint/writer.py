@@ -15,7 +15,8 @@ import mmap
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,13 @@ def write_file(path: Path, pieces: Iterable[memoryview | bytes]) -> dict[str, An
     failpoints.reached("write_begin")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o644)
     try:
-        for piece in pieces:
-            view = memoryview(piece).cast("B")
-            for start in range(0, len(view), CHUNK):
-                chunk = view[start : start + CHUNK]
-                digest.update(chunk)
+        with ThreadPoolExecutor(1) as hasher:
+            for chunk in _chunks(pieces):
+                hashed = hasher.submit(digest.update, chunk)  # beside the write: neither holds the interpreter
                 size += len(chunk)
                 while chunk:
                     chunk = chunk[os.write(descriptor, chunk) :]
+                hashed.result()
                 failpoints.reached("write_middle")
         failpoints.reached("write_fsync")
         os.fsync(descriptor)
@@ -50,6 +50,13 @@ def write_file(path: Path, pieces: Iterable[memoryview | bytes]) -> dict[str, An
         os.close(descriptor)
     failpoints.reached("write_end")
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _chunks(pieces: Iterable[memoryview | bytes]) -> Iterator[memoryview]:
+    for piece in pieces:
+        view = memoryview(piece).cast("B")
+        for start in range(0, len(view), CHUNK):
+            yield view[start : start + CHUNK]
 
 
 def sync_folder(path: Path) -> None:
