@@ -5,7 +5,7 @@ import pytest
 from tests.harness import run_ranks
 
 FILES = [f"zero{stage}_fp32.json" for stage in range(4)] + [f"zero{stage}_bf16.json" for stage in (1, 2, 3)]
-SOME = {"zero2_bf16.json", "zero3_fp32.json"}
+SOME = {"zero2_bf16.json"}  # the others nightly, for time
 
 
 def check(ds: str, steps: int, **settings: str) -> None:
