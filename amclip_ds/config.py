@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from amclip_ds.checkpoint import CheckpointConfig
-from amclip_ds.data.loader import DataConfig
+from amclip_ds.data.config import DataConfig
 from amclip_ds.engine.student import EngineConfig, read_ds_config
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import EvalConfig

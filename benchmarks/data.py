@@ -32,8 +32,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from amclip_ds.data import photometric, synthetic
+from amclip_ds.data.config import DataConfig
 from amclip_ds.data.keyed_random import keyed
-from amclip_ds.data.loader import DataConfig, TrainingData
+from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.views import make_views
 from tests.unit.data.damaged import tar_of
 

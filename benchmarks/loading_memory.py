@@ -9,7 +9,8 @@ import time
 import numpy as np
 import psutil
 
-from amclip_ds.data.loader import DataConfig, TrainingData
+from amclip_ds.data.config import DataConfig
+from amclip_ds.data.loader import TrainingData
 
 MIB = 2**20
 

@@ -1,9 +1,9 @@
-"""A run under fire: `python -m benchmarks.soak --out DIR [--minutes 30] [--steps 400] [--seed 0]`.
+"""A run under fire: `python -m benchmarks.soak --out DIR [--minutes 30] [--seed 0]`.
 
-First the fault-free run of `--steps` steps, then the same run with faults: 5 to 45 s after an attempt's first step or,
-one in four, while it starts; each time started again at a random world size (1 to 3) and ZeRO stage (1 to 3). Faults:
-SIGKILL of one rank or of all, of the launcher, SIGTERM to it, SIGUSR1 to one rank, a STOP file. Printed at the end: the
-loss curve against the fault-free one, steps that were lost and done again, time to recover (from a fault to the next
+First the run with faults, for so many minutes: 5 to 45 s after an attempt's first step or, one in four, while it
+starts; each time started again at a random world size (1 to 3) and ZeRO stage (1 to 3). Faults: SIGKILL of one rank or
+of all, of the launcher, SIGTERM to it, SIGUSR1 to one rank, a STOP file. Then the same run without, on 2 ranks at stage
+2, as far as the first one came. Printed at the end: the loss curve against the fault-free one, steps that were lost and done again, time to recover (from a fault to the next
 new step), goodput (the time that the steps kept take without faults, over the time it took).
 """
 
@@ -45,6 +45,12 @@ def start(out: Path, data: Path, steps: int, world: int, stage: int) -> subproce
 def last_step(out: Path) -> int:
     rows = read_lines(out / "metrics.jsonl")
     return rows[-1]["step"] if rows else 0
+
+
+def last_attempt(out: Path) -> int:
+    """Which start of the run wrote the last row; -1 before any."""
+    rows = read_lines(out / "metrics.jsonl")
+    return rows[-1]["attempt"] if rows else -1
 
 
 def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
@@ -89,10 +95,10 @@ def under_fire(out: Path, data: Path, steps: int, minutes: float, dice: random.R
         launcher = start(out, data, steps, dice.randint(1, 3), dice.randint(1, 3))
         while_starting = dice.random() < 0.25
         strike_at = time.monotonic() + (dice.uniform(5, 60) if while_starting else 600)
-        seen, is_moving = last_step(out), False
+        seen, is_moving = last_attempt(out), False
         while launcher.poll() is None and time.monotonic() < min(strike_at, deadline):
             time.sleep(0.2)
-            if is_moving or last_step(out) in (0, seen):
+            if is_moving or last_attempt(out) == seen:
                 continue
             is_moving = True
             if not while_starting:
@@ -113,6 +119,16 @@ def under_fire(out: Path, data: Path, steps: int, minutes: float, dice: random.R
     return {"seconds": time.monotonic() - began, "faults": faults, "recoveries": recoveries, "codes": codes}
 
 
+def undisturbed(out: Path, data: Path, steps: int, until: int) -> None:
+    """The run without faults, stopped by a STOP file once it is as far."""
+    launcher = start(out, data, steps, 2, 2)
+    while launcher.poll() is None and last_step(out) < until:
+        time.sleep(0.5)
+    (out / "STOP").touch()
+    if launcher.wait() not in (0, 75):
+        raise SystemExit(f"the fault-free run failed; see {out.parent / out.name}.log")
+
+
 def smooth(losses: Sequence[float]) -> list[float]:
     return [statistics.fmean(losses[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(losses))]
 
@@ -120,8 +136,8 @@ def smooth(losses: Sequence[float]) -> list[float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=30.0, help="of faults; the fault-free run comes on top")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--minutes", type=float, default=30.0, help="of faults; the run without comes on top")
+    parser.add_argument("--steps", type=int, default=20_000, help="of the whole run, more than the time is enough for")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -129,9 +145,8 @@ def main() -> int:
     data = args.out / "scenes"
     write_dataset(data, 1000, 8, 64, args.seed)
 
-    if start(args.out / "calm", data / "train", args.steps, 2, 2).wait() != 0:
-        raise SystemExit(f"the fault-free run failed; see {args.out / 'calm.log'}")
     fire = under_fire(args.out / "fire", data / "train", args.steps, args.minutes, random.Random(args.seed))
+    undisturbed(args.out / "calm", data / "train", args.steps, last_step(args.out / "fire"))
 
     calm_rows = read_lines(args.out / "calm" / "metrics.jsonl")
     calm = {row["step"]: row["loss"] for row in calm_rows}

@@ -20,8 +20,8 @@ import numpy as np
 
 from amclip_ds.data import captions as caption_sources
 from amclip_ds.data import index, reader
+from amclip_ds.data.config import DataConfig
 from amclip_ds.data.keyed_random import keyed
-from amclip_ds.data.loader import DataConfig
 from amclip_ds.data.parallel import Died, run_over
 from amclip_ds.data.tar import BLOCK, Damage, Member, scan, split_name
 from amclip_ds.data.views import BadImage, open_image

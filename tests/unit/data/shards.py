@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from amclip_ds.data.loader import DataConfig, TrainingData
+from amclip_ds.data.config import DataConfig
+from amclip_ds.data.loader import TrainingData
 
 UNEVEN = (37, 1, 64, 20, 53)  # samples of the shards
 

@@ -15,7 +15,8 @@ from PIL import Image
 from amclip_ds import cli
 from amclip_ds.data import index
 from amclip_ds.data.check import CheckConfig, check
-from amclip_ds.data.loader import DataConfig, TrainingData
+from amclip_ds.data.config import DataConfig
+from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.tar import scan
 from amclip_ds.data.views import BadImage, open_image
 from amclip_ds.record import LogConfig, Record, read_lines

@@ -21,8 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from amclip_ds.data.batch import Batch
+from amclip_ds.data.config import DataConfig
 from amclip_ds.data.index import Index
-from amclip_ds.data.loader import DataConfig, TrainingData, find_sources
+from amclip_ds.data.loader import TrainingData
+from amclip_ds.data.prepare import find_sources
 from amclip_ds.data.reader import ShardReader
 from amclip_ds.errors import AmclipError, UserError
 from tests.conftest import ROOT
@@ -355,8 +357,8 @@ def test_some_shards_of_a_larger_index_can_be_trained_on(tmp_path: Path) -> None
 
 def test_the_search_is_done_once_for_all_ranks_and_tells_in_between(uneven: Path, monkeypatch: Any) -> None:
     """`once` is called again and again while rank 0 works, so that no collective waits longer than it may."""
-    monkeypatch.setattr("amclip_ds.data.loader.BUILD_TELLS_EVERY_S", 0.05)
-    monkeypatch.setattr("amclip_ds.data.loader._find_sources", lambda *args: time.sleep(0.4) or "found")
+    monkeypatch.setattr("amclip_ds.data.prepare.BUILD_TELLS_EVERY_S", 0.05)
+    monkeypatch.setattr("amclip_ds.data.prepare._find_sources", lambda *args: time.sleep(0.4) or "found")
     calls: list[Any] = []
 
     def once(work: Any) -> Any:

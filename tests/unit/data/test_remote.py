@@ -9,7 +9,8 @@ import torch
 from amclip_ds.data import index, reader
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.check import CheckConfig, check
-from amclip_ds.data.loader import DataConfig, TrainingData
+from amclip_ds.data.config import DataConfig
+from amclip_ds.data.loader import TrainingData
 from tests.unit.data.damaged import samples, tar_of
 from tests.unit.data.faulty_server import FaultyServer, Where
 

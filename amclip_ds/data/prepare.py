@@ -1,0 +1,153 @@
+"""Before the stream: which shards there are, and an index that fits them, found or made once for all ranks."""
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from amclip_ds.data.config import DataConfig
+from amclip_ds.data.index import Index, build_index, default_folder
+from amclip_ds.data.parallel import num_cores
+from amclip_ds.data.progress import progress
+from amclip_ds.data.reader import refuse_pipes_at_training
+from amclip_ds.data.sources import expand, split_sources
+from amclip_ds.errors import UserError
+
+T = TypeVar("T")
+Once = Callable[[Callable[[], T]], T]
+MANY_SHARDS = 32  # from here on, starting processes to index them pays
+BUILD_TELLS_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The shards of a run and where their index lies, found and checked once for all ranks."""
+
+    shards: list[str]
+    source_of_shard: list[int]
+    index: str
+
+
+def find_sources(
+    config: DataConfig, say: Callable[[str], None], once: Once, index_dir: str | Path | None = None
+) -> Sources:
+    """The shards, checked, with an index that fits them, made where it is missing. Raises UserError."""
+    builder: list[_Background] = []
+
+    def look() -> Sources | None:
+        """On one rank; answers now and then, so that no rank waits longer than a collective may take."""
+        if not builder:
+            builder.append(_Background(lambda: _find_sources(config, say, index_dir)))
+        return builder[0].result(BUILD_TELLS_EVERY_S)
+
+    while (sources := once(look)) is None:
+        pass
+    return sources
+
+
+class _Background:
+    """A work done in a thread; `result` waits a while for it."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._outcome: list[Any] = []
+        self._error: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                self._outcome.append(work())
+            except BaseException as error:
+                self._error.append(error)
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def result(self, timeout_s: float) -> Any:
+        """The work's result, None if it is not done yet; raises what it raised."""
+        self._thread.join(timeout_s)
+        if self._error:
+            raise self._error[0]
+        return self._outcome[0] if self._outcome else None
+
+
+def _find_sources(config: DataConfig, say: Callable[[str], None], index_dir: str | Path | None) -> Sources:
+    parts = split_sources(config.train)
+    if not parts:
+        raise UserError("data.train: names no shards; give a folder, a glob or '/data/{00000..00099}.tar'")
+    if config.weights is not None and len(config.weights) != len(parts):
+        raise UserError(f"data.weights: {len(config.weights)} numbers for {len(parts)} sources in data.train")
+    shards, source_of_shard = [], []
+    for number, part in enumerate(parts):
+        found = expand(part, "data.train", config.allow_pipe)
+        shards += found
+        source_of_shard += [number] * len(found)
+    refuse_pipes_at_training(shards)
+    return Sources(shards, source_of_shard, str(_find_index(config, shards, say, index_dir)))
+
+
+def _find_index(
+    config: DataConfig, shards: list[str], say: Callable[[str], None], index_dir: str | Path | None
+) -> Path:
+    """The folder of an index that fits the shards as they are now."""
+    once_each = tuple(dict.fromkeys(shards))
+    beside = default_folder(once_each)
+    if config.index:
+        if (Path(config.index) / "meta.json").exists():
+            stale = stale_index(Path(config.index), list(once_each))
+            if stale:
+                raise UserError(f"data.index: {stale}; make it again: amclip data index --out {config.index}")
+            return Path(config.index)
+        places = [Path(config.index)]
+    else:
+        places = [Path(folder) / beside.name for folder in (index_dir, beside.parent, Path.cwd()) if folder]
+        for place in (beside, *places):
+            if (place / "meta.json").exists():
+                stale = stale_index(place, list(once_each))
+                if not stale:
+                    return place
+                say(f"data: {stale}; the index is made again")
+    usable = [place for place in places if _writable(place.parent)]
+    if not usable:
+        raise UserError(f"data.index: no index, and {places[0].parent} cannot be written; set data.index to a folder")
+    _build(list(once_each), usable[0], num_cores() if len(once_each) >= MANY_SHARDS else 1, say)
+    return usable[0]
+
+
+def stale_index(folder: Path, shards: list[str]) -> str:
+    """Why an index does not fit these shards as they are now; empty if it does."""
+    try:
+        index = Index(folder)
+        stale = index.stale_shards(shards, index.find(shards))
+    except UserError as error:
+        return str(error).removeprefix("data.index: ")
+    return f"{stale[0]}{and_more(stale)}" if stale else ""
+
+
+def _build(shards: list[str], folder: Path, processes: int, say: Callable[[str], None]) -> None:
+    """Builds the index, telling its progress. Raises UserError for a shard that cannot be read at all."""
+    with progress(f"data: indexing {len(shards)} shard(s)", len(shards), say) as advance:
+        index = build_index(shards, folder, processes, lambda entry: advance())
+    unreadable = [s for s in index.shards if any(problem["kind"] == "unreadable" for problem in s.problems)]
+    if unreadable:
+        for name in ("meta.json", "samples.bin", "keys.bin"):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+        raise UserError(f"data.train: {unreadable[0].path} cannot be read: {unreadable[0].problems[0]['key']}"
+                        f"{and_more(unreadable)}")  # fmt: skip
+    damaged = [shard for shard in index.shards if shard.problems]
+    say(f"data: indexed {len(index)} samples in {len(shards)} shard(s) -> {folder}"
+        + (f"; {len(damaged)} shard(s) have damage, `amclip data check` tells what" if damaged else ""))  # fmt: skip
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def and_more(listed: list[Any]) -> str:
+    """What is told behind the first of several: ' (and N more)', or nothing."""
+    return f" (and {len(listed) - 1} more)" if len(listed) > 1 else ""
