@@ -3,8 +3,9 @@
 First the run with faults, for so many minutes: 5 to 45 s after an attempt's first step or, one in four, while it
 starts; each time started again at a random world size (1 to 3) and ZeRO stage (1 to 3). Faults: SIGKILL of one rank or
 of all, of the launcher, SIGTERM to it, SIGUSR1 to one rank, a STOP file. Then the same run without, on 2 ranks at stage
-2, as far as the first one came. Printed at the end: the loss curve against the fault-free one, steps that were lost and done again, time to recover (from a fault to the next
-new step), goodput (the time that the steps kept take without faults, over the time it took).
+2, as far as the first one came. Printed at the end: the loss curve against the fault-free one, steps that were lost and
+done again, time to recover (from a fault to the next new step), goodput (the time that the steps kept take without
+faults, over the time it took).
 """
 
 import argparse
