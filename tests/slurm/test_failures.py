@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from amclip_ds.record import read_lines
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
 
 
-def kill_rank(cluster: Cluster, job_id: int, rank: int) -> None:
-    """SIGKILL to the trainer process of one rank."""
+def kill_rank(cluster: Cluster, job_id: int, rank: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """A signal to the trainer process of one rank."""
     marker = f"SLURM_JOB_ID={job_id}\0"
     for pid in cluster.tasks(marker):
         environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         if f"SLURM_PROCID={rank}".encode() in environ and b"SLURM_STEP_ID=0" in environ and b"train" in command:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
             return
     raise AssertionError(f"rank {rank} of job {job_id} is not there")
 
@@ -41,6 +42,26 @@ def test_a_rank_that_crashes_ends_the_job(cluster: Cluster, synthetic: Path, tmp
     log = cluster.job_log(job_id)
     assert "node2: task 3: Killed" in log and "no verdict in run/exit.json: crash" in log
     assert cluster.job(job_id)["Restarts"] == "0"
+    assert_no_orphans(cluster, job_id)
+
+
+@pytest.mark.nightly
+def test_a_hang_is_told_with_the_stacks_of_both_nodes(cluster: Cluster, synthetic: Path, tmp_path: Path) -> None:
+    """One watchdog a node; the first of them joins the reports, blames the rank that stands still, and ends the job."""
+    words = runs.tiny(synthetic, "run", "run.steps=5000", "watchdog.step_timeout_s=10")
+    job_id = runs.submit_train(cluster, tmp_path, words, *runs.FOUR_TASKS)
+    cluster.wait_log(job_id, r"Step: 5/")
+    kill_rank(cluster, job_id, 3, signal.SIGSTOP)
+    cluster.wait(job_id, "FAILED", timeout_s=200)
+    run, log = tmp_path / "run", cluster.job_log(job_id)
+    [row] = [row for row in read_lines(run / "incidents.jsonl") if row["kind"] == "hang"]
+    assert row["rank"] == 3 and "rank 3 on node2" in row["cause"] and "gave no report" not in row["cause"]
+    reports = sorted((run / "hangs").glob("*.txt"))
+    assert [report.read_text().count("=== rank ") for report in reports] == [2, 2]
+    assert sum(f"=== rank {rank} on node{1 + rank // 2}" in log for rank in range(4)) == 4, (
+        "all of them in the job's log"
+    )
+    assert log.count("train.py") >= 4
     assert_no_orphans(cluster, job_id)
 
 
