@@ -7,8 +7,8 @@ from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
 from amclip_ds.engine.collectives import on_main
 from amclip_ds.errors import Preempted
-from amclip_ds.evaluate.during_training import evaluate_engines
-from amclip_ds.record import read_lines
+from amclip_ds.evaluate import rows
+from amclip_ds.evaluate.during_training import evaluate_engines, sets_of
 from amclip_ds.resilience.guards import RewindAsked
 from amclip_ds.run import Run, assemble
 from amclip_ds.run_folder import write_run_weights
@@ -69,7 +69,8 @@ def evaluate(run: Run) -> None:
     with run.meter.paused(), run.watchdog.during("evaluate"):
         if run.teacher is not None:
             run.teacher.publish()
-        run.record.evaluation(evaluate_engines(run.student, run.teacher, run.config, run.runtime, run.state.step))
+        made = evaluate_engines(run.student, run.teacher, run.config, run.runtime, run.state.step)
+        run.record.evaluation(rows.new(run.folder, made))  # a watch may have been here, or a kill in between
 
 
 def evaluation_is_due(run: Run) -> bool:
@@ -81,8 +82,9 @@ def evaluation_is_due(run: Run) -> bool:
 
 def evaluation_was_forestalled(run: Run) -> bool:
     """Whether the run goes on from a step whose evaluation a stop came before. Collective: every rank must call."""
+    weights = ["student", *(["teacher"] if run.teacher is not None else [])]
 
-    def is_evaluated() -> bool:
-        return any(row["step"] == run.state.step for row in read_lines(run.folder / "eval.jsonl"))
+    def is_missing() -> bool:
+        return bool(rows.missing(run.folder, run.state.step, sets_of(run.config), weights))
 
-    return run.state.step > 0 and evaluation_is_due(run) and not on_main(is_evaluated)
+    return run.state.step > 0 and evaluation_is_due(run) and on_main(is_missing)

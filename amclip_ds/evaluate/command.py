@@ -11,12 +11,11 @@ from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import DistributedComm, on_main
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.encoder import Encoder
+from amclip_ds.evaluate.rows import append_new
 from amclip_ds.evaluate.source import Located, locate, open_encoder
-from amclip_ds.evaluate.tasks import open_for, run_task, short
-from amclip_ds.record import append_line, read_lines
+from amclip_ds.evaluate.tasks import open_for, run_task
 
 FILE_WIDTH = 140  # columns of the table where no terminal says otherwise
-KEY = ("step", "weights", "dataset", "task")  # what two rows of eval.jsonl may not share
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -51,15 +50,6 @@ def _hand_over(rows: list[dict[str, Any]], located: Located, args: argparse.Name
         appended = append_new(located.run, rows)
         print(f"{appended} of {len(rows)} rows appended to {located.run}/eval.jsonl"
               + ("" if appended == len(rows) else ": the others stand there already"))  # fmt: skip
-
-
-def append_new(run: Path, rows: Sequence[dict[str, Any]]) -> int:
-    """Appends the rows whose step, weights, data set and task are not yet in RUN/eval.jsonl. Returns how many."""
-    present = {tuple(row.get(name) for name in KEY) for row in read_lines(run / "eval.jsonl")}
-    new = [row for row in rows if tuple(row[name] for name in KEY) not in present]
-    for row in new:
-        append_line(run / "eval.jsonl", short(row))
-    return len(new)
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

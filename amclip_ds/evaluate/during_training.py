@@ -6,10 +6,15 @@ from amclip_ds.config import TrainConfig
 from amclip_ds.engine.collectives import DistributedComm
 from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.student import StudentEngine
-from amclip_ds.evaluate.datasets import open_set
+from amclip_ds.evaluate.datasets import EvalSet, open_set
 from amclip_ds.evaluate.encoder import TowerEncoder
 from amclip_ds.evaluate.tasks import run_task, short
 from amclip_ds.teacher import Teacher
+
+
+def sets_of(config: TrainConfig) -> list[EvalSet]:
+    """The sets of eval.data. Raises UserError for one that cannot be read."""
+    return [open_set(spec) for spec in config.eval.data.split("::")] if config.eval.data else []
 
 
 def evaluate_engines(
@@ -22,8 +27,7 @@ def evaluate_engines(
     """
     comm = DistributedComm()
     rows = []
-    for spec in (config.eval.data or "").split("::") if config.eval.data else ():
-        data = open_set(spec)
+    for data in sets_of(config):
         for name, engine in (("student", student), ("teacher", teacher)):
             if engine is not None:
                 encoder = TowerEncoder(engine.forward, name, config.model.vision.image_size,

@@ -18,7 +18,7 @@ from amclip_ds import config as settings
 from amclip_ds.checkpoint import manifest, retention
 from amclip_ds.config import TrainConfig
 from amclip_ds.errors import UserError
-from amclip_ds.evaluate.command import append_new
+from amclip_ds.evaluate import rows
 from amclip_ds.evaluate.datasets import EvalSet, open_set
 from amclip_ds.evaluate.source import locate, open_encoder
 from amclip_ds.evaluate.tasks import run_task, short
@@ -45,7 +45,7 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
             identity = _identity(path)
             if identity is None or identity in refused or not retention.is_whole(path):
                 continue
-            missing = _missing(run, path, step, sets, weights)
+            missing = rows.missing(run, step, sets, _wanted(path, weights))
             if missing and not _left_to_training(config, run, step, sets, has_ended):
                 try:
                     _evaluate(run, path, missing, batch_size)
@@ -66,22 +66,18 @@ def _evaluate(run: Path, path: Path, missing: dict[str, list[EvalSet]], batch_si
         with _pinned(path):
             located = locate(path)
             encoder = open_encoder(located, name, device)
-        rows = [run_task(data.task, encoder, data, batch_size, SingleProcess(), located.step) for data in sets]
-        append_new(run, rows)
-        for row in map(short, rows):
+        made = [run_task(data.task, encoder, data, batch_size, SingleProcess(), located.step) for data in sets]
+        rows.append_new(run, made)
+        for row in map(short, made):
             metric = next(iter(row["metrics"]))
             print(f"{path.name} {name} {row['dataset']}: {metric} {row['metrics'][metric]:.4f}"
                   f" ({time.monotonic() - began:.1f} s)", flush=True)  # fmt: skip
 
 
-def _missing(run: Path, path: Path, step: int, sets: list[EvalSet], weights: str) -> dict[str, list[EvalSet]]:
-    """The weights that the checkpoint holds and that were asked for -> the sets without a row. Empty: nothing to do."""
+def _wanted(path: Path, weights: str) -> list[str]:
+    """The weights that the checkpoint holds and that were asked for."""
     held = ["student", "teacher"] if manifest.read(path).tensors.get("ema") else ["student"]
-    wanted = [name for name in held if weights in ("both", name)]
-    rows = {(row["weights"], row["dataset"], row["task"]) for row in read_lines(run / "eval.jsonl")
-            if row["step"] == step}  # fmt: skip
-    missing = {name: [data for data in sets if (name, data.name, data.task) not in rows] for name in wanted}
-    return {name: left for name, left in missing.items() if left}
+    return [name for name in held if weights in ("both", name)]
 
 
 def _left_to_training(config: TrainConfig, run: Path, step: int, sets: list[EvalSet], has_ended: bool) -> bool:

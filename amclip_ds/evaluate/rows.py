@@ -1,0 +1,36 @@
+"""The rows of RUN/eval.jsonl: which are missing, and which are appended. One row a step, weights, data set and task."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from amclip_ds.evaluate.datasets import EvalSet
+from amclip_ds.evaluate.tasks import short
+from amclip_ds.record import append_line, read_lines
+
+KEY = ("step", "weights", "dataset", "task")  # what two rows may not share
+
+
+def new(run: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those whose step, weights, data set and task are not yet in RUN/eval.jsonl."""
+    present = _present(run)
+    return [row for row in rows if tuple(row[name] for name in KEY) not in present]
+
+
+def append_new(run: Path, rows: Sequence[dict[str, Any]]) -> int:
+    """Appends the new ones of the rows. Returns how many."""
+    found = new(run, rows)
+    for row in found:
+        append_line(run / "eval.jsonl", short(row))
+    return len(found)
+
+
+def missing(run: Path, step: int, sets: Sequence[EvalSet], weights: Sequence[str]) -> dict[str, list[EvalSet]]:
+    """Weights -> the sets of which RUN/eval.jsonl has no row at this step. Empty: nothing is missing."""
+    present = _present(run)
+    left = {name: [data for data in sets if (step, name, data.name, data.task) not in present] for name in weights}
+    return {name: some for name, some in left.items() if some}
+
+
+def _present(run: Path) -> set[tuple[Any, ...]]:
+    return {tuple(row.get(name) for name in KEY) for row in read_lines(run / "eval.jsonl")}
