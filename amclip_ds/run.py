@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,9 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     if runtime.world_size > 1:
         preflight(runtime, config_text=settings.dump(config), shards=data.shards, folder=folder, say=record.say)
 
-    student, teacher = build_engines(config, runtime)
+    # A resumed run's weights are its checkpoint's: where the first ones came from need not exist any more.
+    fresh = config if found is None else replace(config, model=replace(config.model, init_from=None))
+    student, teacher = build_engines(fresh, runtime)
     if config.model.init_from and found is None:
         for line in start.describe(config.model.init_from, dict(student.module.named_parameters())):
             record.say(line)

@@ -90,6 +90,23 @@ def test_a_cut_after_13_of_40_steps(ds: str, scenes: Path, tmp_path: Path) -> No
     check_cut(scenes, tmp_path, total=40, cut=13, ds=ds)
 
 
+@pytest.mark.nightly
+def test_a_resume_needs_no_first_weights(scenes: Path, tmp_path: Path) -> None:
+    """model.init_from is read by a fresh start alone: a month later its file may be gone."""
+    keys = [f"data.train={scenes}", "run.steps=2", *SMALL]
+    assert amclip(*keys, f"run.out={tmp_path}/first")[0] == 0
+    start = tmp_path / "start.safetensors"
+    (tmp_path / "first" / "student.safetensors").rename(start)
+    keys += [f"run.out={tmp_path}/run", f"model.init_from={start}"]
+    code, printed = amclip(*keys)
+    assert code == 0 and "parameters from" in printed, printed
+    start.unlink()
+    code, printed = amclip(*keys, "run.steps=3", "checkpoint.allow_drift=[run.steps]")
+    assert code == 0 and "goes on from" in printed, printed
+    code, printed = amclip(*keys, f"run.out={tmp_path}/fresh")
+    assert code == 2 and "model.init_from: no such file" in printed, "the twin: a fresh start does need it"
+
+
 def test_a_spike_rewinds_to_the_checkpoint_and_the_data_go_on(scenes: Path, tmp_path: Path) -> None:
     """With no deviation allowed, the first loss above the others is a spike."""
     run = tmp_path / "run"
