@@ -28,7 +28,7 @@ from amclip_ds.resilience.guards import Guards
 from amclip_ds.resilience.ownership import owning
 from amclip_ds.resilience.preemption import Preemption, leaving_together
 from amclip_ds.resilience.watchdog import Watchdog
-from amclip_ds.run_folder import open_folder, write_verdict_at_end
+from amclip_ds.run_folder import open_folder, write_settings, write_verdict_at_end
 from amclip_ds.step import StepResult
 from amclip_ds.teacher import Teacher
 
@@ -147,6 +147,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     ))  # fmt: skip
     with watchdog.during("resume"):
         keeper.resume(found, state)
+        on_main(partial(write_settings, folder, config))
     return Run(
         config=config, runtime=runtime, comm=comm, plan=plan, folder=folder, attempt=attempt, stops=stops,
         watchdog=watchdog, state=state, data=data, total_steps=total_steps, record=record, student=student,

@@ -29,7 +29,7 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "transformers", "webdat
 
 
 def open_folder(config: TrainConfig) -> tuple[Path, int]:
-    """Makes the run's folder and writes config.yaml and versions.json into it. Raises UserError. Rank 0 only.
+    """Makes the run's folder, with config.yaml and versions.json if it has none. Raises UserError. Rank 0 only.
 
     Returns the folder and the number of this attempt, 0 on the first start. An older attempt's exit.json goes: a run
     that leaves none has crashed.
@@ -39,11 +39,22 @@ def open_folder(config: TrainConfig) -> tuple[Path, int]:
         folder.mkdir(parents=True, exist_ok=True)
         attempt = next_attempt(folder)
         (folder / "exit.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"run.out: {folder} cannot be written: {error.strerror}") from None
+    if not (folder / "config.yaml").exists():
+        write_settings(folder, config)
+    return folder, attempt
+
+
+def write_settings(folder: Path, config: TrainConfig) -> None:
+    """RUN/config.yaml and versions.json. Again at every start, but after the resume: one that is refused for what its
+    settings would change must not leave them in the run's name. Raises UserError. Rank 0 only.
+    """
+    try:
         write_atomically(folder / "config.yaml", settings.dump(config))
         write_atomically(folder / "versions.json", describe_versions())
     except OSError as error:
         raise UserError(f"run.out: {folder} cannot be written: {error.strerror}") from None
-    return folder, attempt
 
 
 def next_attempt(folder: Path) -> int:

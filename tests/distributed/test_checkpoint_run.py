@@ -132,8 +132,10 @@ def test_drift_damage_and_fresh_starts(scenes: Path, tmp_path: Path) -> None:
 
     code, printed = amclip(*keys, "optim.lr=0.5")
     assert code == 2 and "optim.lr: 0.0015 -> 0.5" in printed and "allow_drift=[optim.lr]" in printed, printed
+    assert "lr: 0.0015" in (run / "config.yaml").read_text(), "what was refused leaves no trace"
     code, printed = amclip(*keys, "optim.lr=0.5", "checkpoint.allow_drift=[optim.lr]")
     assert code == 0, printed
+    assert "lr: 0.5" in (run / "config.yaml").read_text()
     assert [row["key"] for row in read_lines(run / "incidents.jsonl") if row["kind"] == "drift"] == ["optim.lr"]
     newest = run / "checkpoints" / manifest.folder_name(4)
     assert manifest.verify(newest).drift == ["step 2: optim.lr: 0.0015 -> 0.5"], "recorded in what comes after"
