@@ -18,7 +18,10 @@ FAREWELL_S = 6.0  # longest wait for the thread at the end; what still hangs the
 
 
 def made_ahead(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
-    """The same batches, or the same error, one made while the one before is used. Closing it closes `batches`."""
+    """The same batches, which have no end, or the same error; one is made while the one before is used.
+
+    Closing it closes `batches`.
+    """
     ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=1)
     is_over = threading.Event()
 
@@ -28,9 +31,9 @@ def made_ahead(batches: Generator[Batch, None, None], device: torch.device) -> G
                 return ready.put(item, timeout=ASK_EVERY_S)
 
     def work() -> None:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # a thread has its own current device, and page-locking opens it
         try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # a thread has its own current device, and page-locking opens it
             with contextlib.closing(batches):
                 for batch in batches:
                     hand_over(batch)

@@ -170,6 +170,10 @@ class TimmModel(Library):
         return self.model(pixels)
 
 
+ONNX_FACTS = "clip_onnx.json"  # what lies beside image.onnx and text.onnx, and the input of each
+ONNX_INPUTS = {"image": "pixel_values", "text": "input_ids"}
+
+
 class OnnxModel(Library):
     """A folder of ONNX graphs, run by onnxruntime; the preprocessing that it describes is ours."""
 
@@ -180,12 +184,12 @@ class OnnxModel(Library):
             raise UserError(f"{path}: onnxruntime runs it; pip install 'amclip_ds[onnx]'") from None
         from tokenizers import Tokenizer
 
-        self.facts = json.loads((path / "clip_onnx.json").read_text())
+        self.facts = json.loads((path / ONNX_FACTS).read_text())
         usable = onnxruntime.get_available_providers()
         wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
         providers = [name for name in [*wanted, "CPUExecutionProvider"] if name in usable]
         self._image, self._text = (
-            onnxruntime.InferenceSession(path / f"{name}.onnx", providers=providers) for name in ("image", "text")
+            onnxruntime.InferenceSession(path / f"{name}.onnx", providers=providers) for name in ONNX_INPUTS
         )
         self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         self.tokenizer.enable_truncation(self.facts["context_length"])
@@ -196,13 +200,13 @@ class OnnxModel(Library):
         return photometric.normalise(resize_and_crop(image, self.image_size))
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        return torch.from_numpy(self._image.run(None, {"pixel_values": pixels.numpy()})[0])
+        return torch.from_numpy(self._image.run(None, {ONNX_INPUTS["image"]: pixels.numpy()})[0])
 
     def tokenise(self, texts: list[str]) -> Tensor:
         return torch.tensor([encoding.ids for encoding in self.tokenizer.encode_batch(texts)])
 
     def embed_ids(self, ids: Tensor) -> Tensor:
-        return torch.from_numpy(self._text.run(None, {"input_ids": ids.numpy()})[0])
+        return torch.from_numpy(self._text.run(None, {ONNX_INPUTS["text"]: ids.numpy()})[0])
 
     def logit_scale(self) -> float:
         return self.facts["logit_scale"]

@@ -38,17 +38,19 @@ tokenizer.enable_padding(length=facts["context_length"], pad_id=facts["eos_token
 
 Both embeddings have length 1; logits are `logit_scale * image_embeds @ text_embeds.T`.""",
 }
+CLEANING = """Texts: training cleaned captions with ftfy and unescaped html (`&amp;`); the tokenizer here replaces curly
+quotes and ligatures, and nothing else of that. Clean texts that hold mojibake, html entities or full-width
+letters with `html.unescape(html.unescape(ftfy.fix_text(text)))` first."""
+CROP = """Images whose resized side exceeds the model's
+by an odd number of pixels may be cropped one pixel further left or up than in training."""
+LITERALS = """A literal `<|endoftext|>` or
+`<|startoftext|>` in a text is encoded as that token; in training it was plain text."""
 TEXTS = {
     "open_clip": """Texts: open_clip encodes a literal `<end_of_text>` or `<start_of_text>` in a text as that token; in
 training it was plain text.""",
-    "hf": """Texts: training cleaned captions with ftfy and unescaped html (`&amp;`); the tokenizer here replaces curly
-quotes and ligatures, and nothing else of that. Clean texts that hold mojibake, html entities or full-width
-letters with `html.unescape(html.unescape(ftfy.fix_text(text)))` first. Images whose resized side exceeds the model's
-by an odd number of pixels may be cropped one pixel further left or up than in training. A literal `<|endoftext|>` or
-`<|startoftext|>` in a text is encoded as that token; in training it was plain text.""",
+    "hf": f"{CLEANING} {CROP} {LITERALS}",
     "timm": "The vision tower alone: no projection, no text tower.",
-    "onnx": """Texts: training cleaned captions with ftfy and unescaped html (`&amp;`); the tokenizer here replaces
-curly quotes and ligatures, and nothing else of that.""",
+    "onnx": f"{CLEANING} {LITERALS}",
 }
 
 

@@ -15,12 +15,10 @@ from torch import Tensor, nn
 
 from amclip_ds.data.photometric import MEAN, STD
 from amclip_ds.errors import UserError
+from amclip_ds.evaluate.libraries import ONNX_FACTS, ONNX_INPUTS
 from amclip_ds.export.hugging_face import build_tokenizer
 from amclip_ds.model.amclip import AClip, ModelConfig
 
-FACTS = "clip_onnx.json"
-GRAPHS = {"image": "image.onnx", "text": "text.onnx"}
-INPUTS = {"image": "pixel_values", "text": "input_ids"}
 OPSET = 20
 
 
@@ -47,13 +45,15 @@ def write(folder: Path, module: AClip, model: ModelConfig) -> None:
     ids = torch.zeros(2, length, dtype=torch.long)
     ids[:, -1] = model.text.eos_token_id
     for phase, example in (("image", torch.zeros(2, 3, size, size)), ("text", ids)):
-        _write_graph(folder / GRAPHS[phase], Phase(module, phase).eval(), example, INPUTS[phase], f"{phase}_embeds")
+        _write_graph(
+            folder / f"{phase}.onnx", Phase(module, phase).eval(), example, ONNX_INPUTS[phase], f"{phase}_embeds"
+        )
     facts: dict[str, Any] = {
         "image_size": size, "resize": "shortest side, bilinear with antialiasing", "crop": "centre", "rescale": 1 / 255,
         "mean": list(MEAN), "std": list(STD), "context_length": length, "eos_token_id": model.text.eos_token_id,
         "logit_scale": float(module.logit_scale.detach().float().exp()),
     }  # fmt: skip
-    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / ONNX_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     build_tokenizer().save(str(folder / "tokenizer.json"))
 
 
