@@ -14,7 +14,7 @@ from amclip_ds import config as settings
 from amclip_ds.checkpoint import manifest, retention
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.config import TrainConfig
-from amclip_ds.errors import UserError
+from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.encoder import Encoder, TowerEncoder
 from amclip_ds.loss import LossConfig
 from amclip_ds.model.amclip import AClip, ModelConfig
@@ -132,7 +132,15 @@ def open_encoder(located: Located, weights: str, device: torch.device, preproces
     if located.config is None:
         from amclip_ds.evaluate.libraries import open_library
 
-        return open_library(located.path, located.kind, located.weights[0], device, preprocess)
+        try:
+            return open_library(located.path, located.kind, located.weights[0], device, preprocess)
+        except AmclipError:
+            raise
+        except Exception as error:  # whatever a library raises over a torn folder
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{located.path}: {located.kind} does not load it: {type(error).__name__} {reason}"
+            ) from None
     module = build_towers(located, weights, device)
     model = located.config.model
     return TowerEncoder(module, weights, model.vision.image_size, model.text.context_length, device)

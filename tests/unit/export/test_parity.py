@@ -1,6 +1,7 @@
 """Exports compute what the model does, through their own libraries, on real pairs; else they are deleted."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from amclip_ds import config as settings
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.encoder import tokenizer
 from amclip_ds.evaluate.libraries import open_library
-from amclip_ds.evaluate.source import TOWERS_ALONE, Located, fill_towers, locate
+from amclip_ds.evaluate.source import TOWERS_ALONE, Located, fill_towers, locate, open_encoder
 from amclip_ds.export import command, proof
 from amclip_ds.export.command import write_proved
 from amclip_ds.model import start
@@ -185,6 +186,19 @@ def test_the_pipeline_works_offline(exported: Path, tiny, real_pairs: str) -> No
     found = classify(samples.images[0], candidate_labels=["a graph", "a photograph", "a map"])
     assert {row["label"] for row in found} == {"a graph", "a photograph", "a map"}
     assert sum(row["score"] for row in found) == pytest.approx(1.0, abs=1e-5)
+
+
+WEIGHTS = {"open_clip": "open_clip_model.safetensors", "hf": "model.safetensors", "timm": "model.safetensors",
+           "onnx": "image.onnx.data"}  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_torn_export_is_one_line(fmt: str, exported: Path, tmp_path: Path) -> None:
+    torn = shutil.copytree(exported / fmt, tmp_path / fmt)
+    (torn / WEIGHTS[fmt]).unlink()
+    with pytest.raises(UserError, match=f"{fmt} does not load it") as caught:
+        open_encoder(locate(torn), "student", torch.device("cpu"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("fmt", LIBRARIES)
