@@ -13,8 +13,9 @@ from amclip_ds import picture, scenes
 from amclip_ds.data import synthetic
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.encoder import TowerEncoder
+from amclip_ds.files import write_atomically
+from amclip_ds.jsonl import EVALUATION, read_lines
 from amclip_ds.launch import run_ranks
-from amclip_ds.record import read_lines, write_atomically
 
 TEST_SCENES = 2048
 LOOKED_AT = 512  # scenes over which the kept share of the object is averaged
@@ -100,7 +101,7 @@ def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 20) -> f
 
 def final_accuracies(run: Path) -> dict[str, Any]:
     """Student and teacher top-1 of the run's last evaluation."""
-    rows = [row for row in read_lines(run / "eval.jsonl") if row["task"] == "zeroshot_classification"]
+    rows = [row for row in read_lines(run / "eval.jsonl", EVALUATION) if row["task"] == "zeroshot_classification"]
     last = max(row["step"] for row in rows)
     return {f"acc1_{row['weights']}": row["metrics"]["acc1"] for row in rows if row["step"] == last}
 

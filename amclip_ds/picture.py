@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amclip_ds.record import read_lines
+from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read_lines
 from amclip_ds.scenes import Looks
 
 GONE = 0.18  # how bright a removed patch is left
@@ -48,18 +48,21 @@ def shade_removed(view_uint8: Tensor, kept_K: Tensor, looks: Looks) -> Tensor:
 def draw_curves(run: Path, file: Path) -> None:
     """Losses, zero-shot accuracy of student and teacher, and the rate of training, by step."""
     plt = _pyplot()
-    metrics, evaluations = read_lines(run / "metrics.jsonl"), read_lines(run / "eval.jsonl")
+    metrics, evaluations = (
+        read_lines(run / "metrics.jsonl", STEP, MAX_METRICS),
+        read_lines(run / "eval.jsonl", EVALUATION),
+    )
     figure, (losses, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 3.6))
     steps = [row["step"] for row in metrics]
     for name in ("loss", "loss_contrastive", "loss_o2o", "loss_o2e"):
-        losses.plot(steps, [row[name] for row in metrics], label=name, linewidth=1)
+        losses.plot(steps, [row.get(name) for row in metrics], label=name, linewidth=1)
     losses.set_title("losses")
     for weights in ("student", "teacher"):
         rows = [row for row in evaluations if row["weights"] == weights and "acc1" in row["metrics"]]
         accuracy.plot([row["step"] for row in rows], [row["metrics"]["acc1"] for row in rows], "o-", label=weights)
     accuracy.set_title("zero-shot top-1 on held-out data")
     accuracy.set_ylim(bottom=0)
-    rate.plot(steps, [row["samples_per_s"] for row in metrics], linewidth=1, label="samples per second")
+    rate.plot(steps, [row.get("samples_per_s") for row in metrics], linewidth=1, label="samples per second")
     rate.set_title("rate")
     rate.set_ylim(bottom=0)
     for axis in (losses, accuracy, rate):

@@ -4,9 +4,6 @@ Every file is appended to and flushed line by line. A resume calls `supersede` f
 checkpoint's step to *.superseded.jsonl, so that no step stands twice.
 """
 
-import json
-import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +11,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from amclip_ds import jsonl
+from amclip_ds.errors import UserError
+from amclip_ds.files import read_json
+from amclip_ds.jsonl import append_line
 
 STEPPED = ("metrics", "sample_ids", "eval")  # the files whose rows carry a step
 TOLD = ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")  # of an evaluation, on the screen
@@ -35,63 +37,22 @@ class LogConfig:
             raise ValueError(f"log.every_steps: {self.every_steps} is below 1")
 
 
-def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Appends one JSON line with a single write, so that several processes may append to the same file.
-
-    A value of the row that is not finite becomes null, since strict JSON has no NaN.
-    """
-    line = json.dumps({key: _strict(value) for key, value in row.items()}, ensure_ascii=False) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line.encode("utf-8", "backslashreplace"))  # half of a surrogate pair stays a JSON escape
-    finally:
-        os.close(descriptor)
-
-
-def _strict(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that a kill leaves the old one or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a jsonl file; a last line torn by a kill is left out. Empty if there is no file."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
 def read_verdict(run: Path) -> dict[str, Any] | None:
     """RUN/exit.json, or None if there is none that can be read."""
     try:
-        verdict = json.loads((run / "exit.json").read_text())
-        return verdict if isinstance(verdict, dict) and isinstance(verdict.get("code"), int) else None
-    except (OSError, ValueError):
+        verdict = read_json(run / "exit.json", dict)
+        return verdict if type(verdict.get("code")) is int else None
+    except UserError:
         return None
 
 
-def supersede(folder: Path, step: int) -> None:
-    """Moves the rows of steps after `step` aside, before a resume writes those steps again. Rank 0 only."""
-    for name in STEPPED:
-        path = folder / f"{name}.jsonl"
-        rows = read_lines(path)
-        late = [row for row in rows if row["step"] > step]
-        for row in late:
-            append_line(folder / f"{name}.superseded.jsonl", row)
-        if path.exists():
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+def supersede(folder: Path, step: int) -> dict[str, int]:
+    """Sets aside what a resume from `step` writes again, and lines that are no rows. Rank 0 only. Raises OSError.
+
+    Returns the files with such lines, and how many each.
+    """
+    counts = {name: jsonl.supersede(folder / f"{name}.jsonl", step) for name in STEPPED}
+    return {f"{name}.jsonl": count for name, count in counts.items() if count}
 
 
 class Record:

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
 from amclip_ds.errors import AmclipError, UserError
-from amclip_ds.record import append_line, read_lines, write_atomically
+from amclip_ds.files import write_atomically
+from amclip_ds.jsonl import append_line, read
 from amclip_ds.resilience.ownership import Owner, OwnershipLost
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def write_settings(folder: Path, config: TrainConfig) -> None:
 
 def next_attempt(folder: Path) -> int:
     """Counts the starts of a run in RUN/attempts.jsonl; returns the number of this one, 0 for the first."""
-    attempt = len(read_lines(folder / "attempts.jsonl"))
+    rows, unreadable = read(folder / "attempts.jsonl")
+    numbers = [row["attempt"] for row in rows if type(row.get("attempt")) is int]
+    attempt = max([len(rows) + unreadable, *(number + 1 for number in numbers)])
     append_line(folder / "attempts.jsonl", {"attempt": attempt, "time": round(time.time(), 3), "command": sys.argv})
     return attempt
 

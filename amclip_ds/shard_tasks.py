@@ -8,7 +8,7 @@ from typing import Any
 
 from amclip_ds.data import sources
 from amclip_ds.errors import AmclipError, UserError
-from amclip_ds.record import write_atomically
+from amclip_ds.files import write_atomically
 
 SUMS = ("expected", "read", "skipped", "lost")
 

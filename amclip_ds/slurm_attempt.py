@@ -16,7 +16,9 @@ from typing import Any
 
 from amclip_ds.engine.placement import free_port
 from amclip_ds.errors import AmclipError, UserError
-from amclip_ds.record import append_line, read_lines, read_verdict, write_atomically
+from amclip_ds.files import write_atomically
+from amclip_ds.jsonl import append_line, read_lines
+from amclip_ds.record import read_verdict
 
 STOP_FILE = "a STOP file"  # how resilience/preemption.py begins the reason of a stop that a person asked for
 CODE_DONE, CODE_MISTAKE, CODE_STOPPED, CODE_PREEMPTED = 0, 2, 3, 75

@@ -14,7 +14,7 @@ from typing import Any
 from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
 from amclip_ds.errors import UserError
-from amclip_ds.record import write_atomically
+from amclip_ds.files import write_atomically
 from amclip_ds.slurm_attempt import check_shards
 
 HOME = Path(__file__).resolve().parents[1]

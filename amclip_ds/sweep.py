@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from amclip_ds.errors import AmclipError, UserError
-from amclip_ds.record import read_lines, write_atomically
+from amclip_ds.files import read_json, write_atomically
+from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read_lines
 
 
 def read_sweep(path: Path) -> list[dict[str, Any]]:
@@ -57,15 +58,24 @@ def table(path: Path, out: Path) -> list[dict[str, Any]]:
     for index, overrides in enumerate(read_sweep(path)):
         run = out / str(index)
         note = out / "sweep" / f"{index}.json"
-        metrics = read_lines(run / "metrics.jsonl")
-        row = {"run": index, **overrides, "code": json.loads(note.read_text())["code"] if note.exists() else None}
-        row |= {"step": metrics[-1]["step"], "loss": metrics[-1]["loss"]} if metrics else {"step": None, "loss": None}
-        for line in read_lines(run / "eval.jsonl"):  # later lines win: the newest evaluation
+        metrics = read_lines(run / "metrics.jsonl", STEP, MAX_METRICS)
+        row = {"run": index, **overrides, "code": _code_of(note)}
+        row |= {name: metrics[-1].get(name) if metrics else None for name in ("step", "loss")}
+        for line in read_lines(run / "eval.jsonl", EVALUATION):  # later lines win: the newest evaluation
             for metric in ("acc1", "image_retrieval_recall@1"):
                 if metric in line["metrics"]:
                     row[f"{line['weights']} {line['dataset']} {metric}"] = line["metrics"][metric]
         rows.append(row)
     return rows
+
+
+def _code_of(note: Path) -> int | None:
+    """The exit code that a run of the sweep left; None where it is not over, or its note cannot be read."""
+    try:
+        code = read_json(note, dict).get("code")
+    except UserError:
+        return None
+    return code if type(code) is int else None
 
 
 def render(rows: list[dict[str, Any]]) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from amclip_ds.data.synthetic import write_dataset
-from amclip_ds.record import read_lines
+from amclip_ds.jsonl import read_lines
 
 FAULTS = ("kill one rank", "kill all ranks", "kill the launcher", "SIGTERM", "SIGUSR1 to one rank", "STOP file")
 SETTINGS = ("batch.global_size=24", "data.workers=1", "log.every_steps=1", "log.tensorboard=false",

@@ -150,7 +150,10 @@ class Keeper:
         step = found.manifest.step if found else 0
         checkpoints = self._folder / "checkpoints"
         try:
-            supersede(self._folder, step)
+            for name, count in supersede(self._folder, step).items():
+                cause = f"{name}: {count} lines are no rows of a step"
+                self._record.say(f"{cause}; set aside in {Path(name).stem}.unreadable.txt")
+                self._record.incident("unreadable_rows", cause, action=f"set aside in {Path(name).stem}.unreadable.txt")
             for path in retention.supersede(checkpoints, found.path if found else None, step):
                 self._record.say(f"set aside, since its step will be written again: {path}")
         except OSError as error:

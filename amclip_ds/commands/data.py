@@ -260,7 +260,7 @@ def _for_table(text: str, longest: int = 80) -> str:
 
 def _write_json(file: Path | None, content: dict[str, Any]) -> None:
     from amclip_ds.errors import UserError
-    from amclip_ds.record import write_atomically
+    from amclip_ds.files import write_atomically
 
     if file is None:
         return

@@ -6,7 +6,7 @@ from typing import Any
 
 from amclip_ds.evaluate.datasets import EvalSet
 from amclip_ds.evaluate.tasks import short
-from amclip_ds.record import append_line, read_lines
+from amclip_ds.jsonl import EVALUATION, append_line, read_lines
 
 KEY = ("step", "weights", "dataset", "task")  # what two rows may not share
 
@@ -33,4 +33,4 @@ def missing(run: Path, step: int, sets: Sequence[EvalSet], weights: Sequence[str
 
 
 def _present(run: Path) -> set[tuple[Any, ...]]:
-    return {tuple(row.get(name) for name in KEY) for row in read_lines(run / "eval.jsonl")}
+    return {tuple(row[name] for name in KEY) for row in read_lines(run / "eval.jsonl", EVALUATION)}

@@ -22,8 +22,9 @@ from amclip_ds.evaluate import rows
 from amclip_ds.evaluate.datasets import EvalSet, open_set
 from amclip_ds.evaluate.source import locate, open_encoder
 from amclip_ds.evaluate.tasks import run_task, short
+from amclip_ds.files import read_bytes
 from amclip_ds.loss.comm import SingleProcess
-from amclip_ds.record import read_lines
+from amclip_ds.record import read_verdict
 
 PIN = "pinned by amclip watch\n"
 REQUEUED = 75  # the run will go on
@@ -91,8 +92,8 @@ def _left_to_training(config: TrainConfig, run: Path, step: int, sets: list[Eval
 
 def _has_ended(run: Path) -> bool:
     """Whether the run has left a verdict other than that it will be requeued."""
-    verdict = read_lines(run / "exit.json")
-    return bool(verdict) and verdict[-1].get("code") != REQUEUED
+    verdict = read_verdict(run)
+    return verdict is not None and verdict["code"] != REQUEUED
 
 
 def _wait_for(path: Path, every_s: float, once: bool) -> None:
@@ -132,5 +133,5 @@ def _remove_stale_pins(run: Path) -> None:
     for _, path in manifest.list_steps(run / "checkpoints"):
         pin = path / retention.PINNED
         with contextlib.suppress(OSError):
-            if pin.read_text() == PIN:
+            if read_bytes(pin, len(PIN)) == PIN.encode():
                 pin.unlink()

@@ -5,7 +5,7 @@ from typing import Any
 from amclip_ds import config as settings
 from amclip_ds.evaluate.source import Located
 from amclip_ds.export.proof import Proof
-from amclip_ds.record import read_lines
+from amclip_ds.jsonl import EVALUATION, read_lines
 
 LOADING = {
     "open_clip": """```python
@@ -83,12 +83,12 @@ def write_card(fmt: str, located: Located, weights: str, proof: Proof) -> str:
 
 
 def _numbers(located: Located, weights: str) -> list[str]:
-    rows: list[dict[str, Any]] = read_lines(located.run / "eval.jsonl") if located.run else []
-    mine = [row for row in rows if row.get("step") == located.step and row.get("weights") == weights]
+    rows: list[dict[str, Any]] = read_lines(located.run / "eval.jsonl", EVALUATION) if located.run else []
+    mine = [row for row in rows if row["step"] == located.step and row["weights"] == weights]
     if not mine:
         return ["None recorded; `amclip eval` makes them."]
     table = ["| data set | task | metric | value | samples |", "|---|---|---|---|---|"]
     for row in mine:
-        table += [f"| {row['dataset']} | {row['task']} | {name} | {value:.4f} | {row['num_samples']} |"
-                  for name, value in row["metrics"].items()]  # fmt: skip
+        table += [f"| {row['dataset']} | {row['task']} | {name} | {value:.4f} | {row.get('num_samples', '?')} |"
+                  for name, value in row["metrics"].items() if isinstance(value, int | float)]  # fmt: skip
     return table

@@ -14,8 +14,8 @@ from amclip_ds.evaluate.source import Located, build_towers, locate
 from amclip_ds.export import hugging_face, onnx, open_clip, timm
 from amclip_ds.export.card import write_card
 from amclip_ds.export.proof import ExportMismatch, Proof, gather_samples, prove
+from amclip_ds.files import write_atomically
 from amclip_ds.model.amclip import AClip
-from amclip_ds.record import write_atomically
 
 WRITERS = {"open_clip": open_clip.write, "hf": hugging_face.write, "timm": timm.write, "onnx": onnx.write}
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from amclip_ds.engine.collectives import on_main
 from amclip_ds.errors import RunStopped, UserError
-from amclip_ds.record import write_atomically
+from amclip_ds.files import write_atomically
 from amclip_ds.resilience.watch_ranks import process_state, start_time
 
 PREFIX = ".owner-"

@@ -9,7 +9,7 @@ import pytest
 
 from amclip_ds.checkpoint import manifest
 from amclip_ds.data.synthetic import write_dataset
-from amclip_ds.record import read_lines
+from amclip_ds.jsonl import read_lines
 from tests.harness import run_ranks
 from tests.unit.checkpoint.damage import flip
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from amclip_ds.record import read_lines
+from amclip_ds.jsonl import read_lines
 from tests.e2e.conftest import Amclip
 
 COMMAND = [sys.executable, "-m", "amclip_ds"]

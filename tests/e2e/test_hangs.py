@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds.record import read_lines
+from amclip_ds.jsonl import read_lines
 from tests.e2e.trainers import Trainer, tiny
 from tests.harness import RankFailed, run_ranks
 

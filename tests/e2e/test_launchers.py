@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds.record import read_lines
+from amclip_ds.jsonl import read_lines
 from tests.e2e.trainers import tiny, verdict
 
 # On a torch without CUDA accelerate's own console cannot import torchvision before amclip_ds has mended it.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from amclip_ds.record import read_lines
+from amclip_ds.jsonl import read_lines
 from tests.e2e.trainers import STEPS, Trainer, checkpoints, outcome, tiny, verdict
 
 pytestmark = pytest.mark.timeout(3000)

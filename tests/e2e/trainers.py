@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from amclip_ds.record import read_lines
+from amclip_ds.jsonl import read_lines
 
 STEPS = 24
 

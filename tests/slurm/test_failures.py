@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds.record import read_lines
+from amclip_ds.jsonl import read_lines
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "amclip_ds"
 # Each room and what it may import of this package; torchvision_mend, errors and record's writers serve everybody.
-EVERYBODY = {"errors", "torchvision_mend"}
+EVERYBODY = {"errors", "files", "jsonl", "torchvision_mend"}
 BOTTOM = {"model", "loss", "data", "optim"}
 MIDDLE = BOTTOM | {"engine", "teacher", "resilience", "record"}
 UPPER = MIDDLE | {"step", "checkpoint", "evaluate", "export", "config", "launch", "submit"}

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from amclip_ds.errors import RunStopped
-from amclip_ds.record import LogConfig, Record, append_line, read_lines, supersede, write_atomically
+from amclip_ds.files import write_atomically
+from amclip_ds.jsonl import append_line, read_lines
+from amclip_ds.record import LogConfig, Record, supersede
 from amclip_ds.run_folder import next_attempt, write_verdict_at_end
 
 ROW = {
@@ -103,3 +105,12 @@ def test_the_verdict_of_each_ending(tmp_path: Path) -> None:
 
 def test_attempts_count_from_0(tmp_path: Path) -> None:
     assert [next_attempt(tmp_path) for _ in range(3)] == [0, 1, 2]
+
+
+def test_an_attempt_keeps_its_number_whatever_became_of_the_rows(tmp_path: Path) -> None:
+    assert [next_attempt(tmp_path) for _ in range(2)] == [0, 1]
+    with (tmp_path / "attempts.jsonl").open("ab") as file:
+        file.write(b"\0\0[torn\n")
+    assert next_attempt(tmp_path) == 3  # the torn one was a start too
+    (tmp_path / "attempts.jsonl").write_text('{"attempt": 7}\n{"attempt": "8"}\n')
+    assert next_attempt(tmp_path) == 8

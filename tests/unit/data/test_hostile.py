@@ -19,7 +19,8 @@ from amclip_ds.data.config import DataConfig
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.tar import scan
 from amclip_ds.data.views import BadImage, open_image
-from amclip_ds.record import LogConfig, Record, read_lines
+from amclip_ds.jsonl import read_lines
+from amclip_ds.record import LogConfig, Record
 from tests.unit.data import damaged
 from tests.unit.data.damaged import sample, samples, special, tar_of
 

@@ -1,0 +1,110 @@
+"""Files that somebody else may have made: only ordinary ones are opened, and no more is read than a limit allows.
+
+A pipe blocks for ever, a device has no end, a sparse file claims any size, a link points wherever its maker liked.
+Every small file that comes from outside (runs, checkpoints, exports, evaluation folders) is read through here.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from amclip_ds.errors import UserError
+
+MAX_TEXT = 1 << 20
+MAX_JSON = 16 << 20  # parsed, a hostile one takes twenty times as much memory
+READ = 1 << 20
+
+Kind = TypeVar("Kind")
+
+
+def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
+    """Opens an ordinary file for reading; never blocks. Raises OSError, also for a pipe, a device, a folder.
+
+    follow: whether `path` itself may be a symbolic link to one.
+    """
+    return os.fdopen(_open(path, os.O_RDONLY, follow), "rb")
+
+
+def open_to_append(path: Path) -> int:
+    """A descriptor that appends to an ordinary file, made if it is missing. Raises OSError, also for a link."""
+    return _open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, follow=False)
+
+
+def _open(path: Path, flags: int, follow: bool) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW), 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow:
+            raise OSError(errno.ELOOP, "a symbolic link, which is not followed here", str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+    return descriptor
+
+
+def is_regular(path: Path) -> bool:
+    """Whether an ordinary file, or a link to one, is there. Raises nothing."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def read_bytes(path: Path, limit: int = MAX_TEXT, *, follow: bool = True) -> bytes:
+    """A whole ordinary file. Raises OSError, also where it holds more than `limit` bytes."""
+    parts, size = [], 0
+    with open_regular(path, follow=follow) as file:
+        while part := os.read(
+            file.fileno(), min(READ, limit + 1 - size)
+        ):  # files of /proc have size 0: read to the end
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise OSError(errno.EFBIG, f"more than the {limit} bytes that such a file may have", str(path))
+    return b"".join(parts)
+
+
+def read_text(path: Path, limit: int = MAX_TEXT, *, follow: bool = True) -> str:
+    """A whole text file, UTF-8. Raises UserError of one line that names it."""
+    try:
+        return read_bytes(path, limit, follow=follow).decode()
+    except OSError as error:
+        raise UserError(f"{path}: {describe(error)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def read_json(path: Path, kind: type[Kind], limit: int = MAX_JSON, *, follow: bool = True) -> Kind:
+    """A JSON file whose outermost value is of that kind (dict, list). Raises UserError of one line that names it."""
+    try:
+        content = json.loads(read_bytes(path, limit, follow=follow))
+    except OSError as error:
+        raise UserError(f"{path}: {describe(error)}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits, or no Unicode
+        raise UserError(f"{path}: not JSON: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: its JSON is a {type(content).__name__}, not a {kind.__name__}")
+    return content
+
+
+def describe(error: OSError) -> str:
+    """What the system said, in words."""
+    return "missing" if error.errno == errno.ENOENT else (error.strerror or str(error))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file so that a kill leaves the old one or the new one, never half of it. Raises OSError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with contextlib.suppress(FileNotFoundError):
+        partial.unlink()  # of a killed process of the same number, or a trap
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
