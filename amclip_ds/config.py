@@ -23,22 +23,28 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from amclip_ds.checkpoint import CheckpointConfig
 from amclip_ds.data.config import DataConfig
-from amclip_ds.engine.student import EngineConfig, read_ds_config
+from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import EvalConfig
 from amclip_ds.loss import LossConfig
-from amclip_ds.model import masking
-from amclip_ds.model.amclip import ModelConfig
-from amclip_ds.model.heads import HeadsConfig
-from amclip_ds.model.masking import MaskConfig
-from amclip_ds.model.vision import patch_grid
+from amclip_ds.model.config import (
+    HeadsConfig,
+    MaskConfig,
+    ModelConfig,
+    TeacherConfig,
+    needs_scores,
+    num_units,
+    patch_grid,
+)
 from amclip_ds.optim import OptimConfig
 from amclip_ds.record import LogConfig
-from amclip_ds.resilience.guards import GuardsConfig
-from amclip_ds.resilience.ownership import OwnershipConfig
-from amclip_ds.resilience.preemption import PreemptionConfig, read_duration
-from amclip_ds.resilience.watchdog import WatchdogConfig
-from amclip_ds.teacher import TeacherConfig
+from amclip_ds.resilience.config import (
+    GuardsConfig,
+    OwnershipConfig,
+    PreemptionConfig,
+    WatchdogConfig,
+    read_duration,
+)
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -140,7 +146,7 @@ def plan_batch(batch: BatchConfig, world_size: int) -> BatchPlan:
 
 def needs_teacher(config: TrainConfig) -> bool:
     """Whether anything of the run looks at the teacher: its scores, or its features."""
-    return masking.needs_scores(config.mask.strategy) or config.loss.o2e_weight > 0
+    return needs_scores(config.mask.strategy) or config.loss.o2e_weight > 0
 
 
 def check_buildable(config: TrainConfig) -> None:
@@ -327,7 +333,7 @@ def _check_together(config: TrainConfig) -> None:
     try:
         grid = config.model.vision.grid
         if config.mask.strategy != "none":
-            masking.num_units(grid, config.mask.unit)
+            num_units(grid, config.mask.unit)
         if needs_teacher(config) and config.teacher.resolution == "half":
             patch_grid(config.model.vision, config.model.vision.image_size // 2)
     except ValueError as error:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from amclip_ds.engine.placement import free_port
+from amclip_ds.engine.placement import discover, free_port
+from amclip_ds.errors import UserError
 from amclip_ds.record import read_verdict
 
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -74,6 +75,14 @@ def run_ranks(
     if verdict_file is not None and _identity(verdict_file) != before:
         return (read_verdict(verdict_file.parent) or {"code": failure})["code"]
     return failure
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or alone, by what its launcher left in the environment; needs no torch."""
+    try:
+        return discover(os.environ).rank == 0
+    except UserError:  # reported where the ranks meet
+        return True
 
 
 def die_with_parent(parent: int) -> None:

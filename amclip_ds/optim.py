@@ -4,10 +4,11 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 # These look at a whole tensor (its norm, its factors): wrong on a shard of one, so they need ZeRO stage 0.
 WHOLE_TENSOR = frozenset({"lamb", "adafactor", "muon"})
@@ -109,7 +110,9 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    named_parameters: "Iterable[tuple[str, nn.Parameter]]", config: OptimConfig
+) -> list[dict[str, Any]]:
     """The trainable parameters by weight decay and learning-rate scale, each group {params, names, weight_decay, lr,
     lr_scale}. Whoever sets the learning rate gives a group lr * lr_scale.
 
@@ -167,8 +170,10 @@ def _depth(tower: str, names: Iterable[str]) -> int:
     return max((block + 1 for block in blocks if block is not None), default=0)
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> "torch.optim.Optimizer":
     """The optimizer of config.name over the groups of parameter_groups; torch's own, or timm's where torch has none."""
+    import torch  # here: whoever only reads a config needs none of it
+
     betas = (config.betas[0], config.betas[1])
     lr, decay = config.lr, config.weight_decay
     if config.name == "adamw":

@@ -21,7 +21,8 @@ from amclip_ds.engine.preflight import preflight
 from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.meter import Meter
-from amclip_ds.model import masking, start
+from amclip_ds.model import start
+from amclip_ds.model.config import needs_noise, num_units
 from amclip_ds.optim import Schedules
 from amclip_ds.record import Record
 from amclip_ds.resilience.guards import Guards
@@ -174,7 +175,7 @@ def open_data(config: TrainConfig, runtime: Runtime) -> TrainingData:
         config.data, seed=config.run.seed, global_batch=config.batch.global_size, rank=runtime.rank,
         world_size=runtime.world_size, image_size=vision.image_size,
         teacher_size=teacher_size if settings.needs_teacher(config) else None,
-        num_units=masking.num_units(vision.grid, mask.unit) if masking.needs_noise(mask.strategy) else 0,
+        num_units=num_units(vision.grid, mask.unit) if needs_noise(mask.strategy) else 0,
         context_length=config.model.text.context_length, compat=config.compat, once=on_main,
         index_dir=config.run.out, device=runtime.device,
     )  # fmt: skip

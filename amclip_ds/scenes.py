@@ -24,8 +24,8 @@ from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.encoder import TowerEncoder, encode_images
 from amclip_ds.evaluate.zero_shot import build_classifier
 from amclip_ds.loss.comm import SingleProcess
-from amclip_ds.model import masking
 from amclip_ds.model.amclip import AClip
+from amclip_ds.model.config import num_units
 from amclip_ds.model.teacher_model import TeacherModel
 from amclip_ds.step import choose_tokens, look
 
@@ -64,7 +64,7 @@ def look_at(config: TrainConfig, teacher: TeacherModel, shards: Path, num_scenes
             dataclasses.replace(config.data, train=str(shards), index=None, workers=0, captions=["json:captions"]),
             seed=config.run.seed, global_batch=num_scenes, rank=0, world_size=1, image_size=vision.image_size,
             teacher_size=vision.image_size // (2 if config.teacher.resolution == "half" else 1),
-            num_units=masking.num_units(vision.grid, config.mask.unit),
+            num_units=num_units(vision.grid, config.mask.unit),
             context_length=config.model.text.context_length, compat=config.compat, index_dir=config.run.out,
         )
     ) as data:  # fmt: skip

@@ -15,6 +15,7 @@ from amclip_ds.engine.grad_cache import forward_backward
 from amclip_ds.engine.student import SKIPPED, StudentEngine
 from amclip_ds.loss.comm import Comm
 from amclip_ds.model import masking, scoring
+from amclip_ds.model.config import needs_scores
 from amclip_ds.optim import Schedules
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.teacher import Teacher
@@ -83,6 +84,6 @@ def choose_tokens(batch: Batch, scores: Tensor | None, config: TrainConfig) -> T
     """keep_indices [V, B, K] of the views' patch tokens, or None where every token stays."""
     unit_scores = None
     grid = config.model.vision.grid
-    if scores is not None and masking.needs_scores(config.mask.strategy):
+    if scores is not None and needs_scores(config.mask.strategy):
         unit_scores = scoring.scores_to_views(scores, batch.boxes, grid=grid, unit=config.mask.unit)
     return masking.select(config.mask, grid, scores=unit_scores, noise=batch.mask_noise)

@@ -1,6 +1,5 @@
 """The EMA teacher: fp32 shards aligned with the student's masters, averaged without communication, then published."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,35 +10,11 @@ from amclip_ds.engine.shards import Shard
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.engine.teacher_placement import place_teacher
 from amclip_ds.loss import LossConfig
-from amclip_ds.model.amclip import ModelConfig
-from amclip_ds.model.heads import HeadsConfig
+from amclip_ds.model.config import HeadsConfig, ModelConfig, TeacherConfig
 from amclip_ds.model.init import persistent_buffers
 from amclip_ds.model.teacher_model import mirrored_names
 
 SEEN_IN_TRAINING = ("vision.", "heads.")  # what phase `scores` reads
-
-
-@dataclass
-class TeacherConfig:
-    """The EMA of the student that scores the patches and gives the online-to-EMA target."""
-
-    momentum: float = 0.996
-    """Momentum at the start."""
-    final_momentum: float = 1.0
-    """Momentum at the end; a cosine between the two over the run."""
-    resolution: str = "full"
-    """full: the teacher sees the image at the student's size | half: at half of it, scoring blocks (A-CLIP-eff)."""
-    placement: str = "auto"
-    """auto: replicated at ZeRO 0-2, sharded at 3 | replicated | sharded: where the copy for the forward lies."""
-
-    def __post_init__(self) -> None:
-        if self.resolution not in ("full", "half"):
-            raise ValueError(f"teacher.resolution: {self.resolution!r} is neither full nor half")
-        if self.placement not in ("auto", "replicated", "sharded"):
-            raise ValueError(f"teacher.placement: {self.placement!r} is none of auto, replicated, sharded")
-        for key in ("momentum", "final_momentum"):
-            if not 0.0 <= getattr(self, key) <= 1.0:
-                raise ValueError(f"teacher.{key}: {getattr(self, key)} is outside [0, 1]")
 
 
 class Teacher:

@@ -6,20 +6,27 @@ Declaring the two operator schemas is enough for the transforms; `torchvision.op
 """
 
 import contextlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_kept_alive: list[torch.library.Library] = []  # a collected Library takes its schemas with it
+_kept_alive: list["torch.library.Library"] = []  # a collected Library takes its schemas with it
 
 
 def mend() -> list[str]:
     """Declares the missing operators, if any. Returns the names declared here (empty on a working install)."""
+    import torch
+
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return []
@@ -34,3 +41,19 @@ def mend() -> list[str]:
         for name in missing:
             library.define(SCHEMAS[name])
     return missing
+
+
+class _BeforeTorchvision(importlib.abc.MetaPathFinder):
+    """Finds nothing; asked for torchvision, it steps aside and mends, so that whoever never needs it loads no torch."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname == "torchvision":
+            sys.meta_path.remove(self)
+            mend()
+        return None
+
+
+def mend_when_imported() -> None:
+    """Mends right before torchvision is imported, whoever imports it."""
+    if "torchvision" not in sys.modules:
+        sys.meta_path.insert(0, _BeforeTorchvision())

@@ -19,8 +19,8 @@ from amclip_ds.checkpoint.state import CheckpointState
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.config import TrainConfig
 from amclip_ds.engine.deepspeed_folder import DeepSpeedFolder, read_deepspeed_folder
+from amclip_ds.engine.ds_config import read_ds_config
 from amclip_ds.engine.shards import Shard
-from amclip_ds.engine.student import read_ds_config
 from amclip_ds.errors import UserError
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.init import persistent_buffers

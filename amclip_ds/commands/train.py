@@ -25,19 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from amclip_ds import config
+    from amclip_ds.launch import is_first_rank, run_ranks
     from amclip_ds.resilience import preemption
 
     if args.procs is None:
         preemption.listen()  # before anything slow: no signal may be lost, or end what cannot save yet
     settings = config.load(args.recipe, args.overrides)
     if args.procs is not None:
-        from amclip_ds.launch import run_ranks
-
         config.plan_batch(settings.batch, args.procs)  # a mistake is told once, not by every rank
         argv = ["train", args.recipe, *args.overrides, "--resume", args.resume]
         patience_s = settings.preemption.forced_exit_s + 30  # the ranks' own timers come first, and show their stacks
         return run_ranks([sys.executable, "-m", "amclip_ds", *argv], args.procs, settings.run.out,
                          forced_exit_s=patience_s, listens=True)  # fmt: skip
+    if is_first_rank():
+        print(f"{args.recipe} -> {settings.run.out}: loading torch and DeepSpeed", flush=True)
     from amclip_ds.train import train
 
     return train(settings, resume=args.resume)

@@ -71,17 +71,6 @@ def trim(token_ids: Tensor, bucket: int) -> Tensor:
     return token_ids[:, : min(token_ids.shape[1], -(-longest // bucket) * bucket)].contiguous()
 
 
-def check_sources(sources: Sequence[str]) -> None:
-    """Raises ValueError for a caption source that can never yield anything."""
-    for source in sources:
-        for alternative in source.split("|"):
-            is_field = alternative.startswith("json:") and len(alternative) > len("json:")
-            if alternative != "txt" and not is_field and not re.search(r"\{\w+\}", alternative):
-                raise ValueError(
-                    f"data.captions: {alternative!r} is neither txt, json:FIELD nor a template like '{{title}}'"
-                )
-
-
 def candidates(text: bytes | None, fields: bytes | None, sources: Sequence[str], per_line: bool) -> list[str]:
     """Every caption a sample offers, in the order of `sources`.
 

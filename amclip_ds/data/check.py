@@ -20,7 +20,7 @@ import numpy as np
 
 from amclip_ds.data import captions as caption_sources
 from amclip_ds.data import index, reader
-from amclip_ds.data.config import DataConfig
+from amclip_ds.data.config import DataConfig, check_sources
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.parallel import Died, run_over
 from amclip_ds.data.tar import BLOCK, Damage, Member, scan, split_name
@@ -66,7 +66,7 @@ class CheckConfig:
         if not 0 <= self.max_skip_rate <= 1:
             raise UserError(f"--max-skip-rate: {self.max_skip_rate} is outside [0, 1]")
         try:
-            caption_sources.check_sources(self.captions)
+            check_sources(self.captions)
         except ValueError as error:
             raise UserError(str(error).removeprefix("data.")) from None
 

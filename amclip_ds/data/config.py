@@ -1,8 +1,8 @@
 """The keys of `data`: what is trained on, and how it is read."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from amclip_ds.data import captions
 
 
 @dataclass
@@ -60,6 +60,17 @@ class DataConfig:
             raise ValueError(f"data.timeout_s: {self.timeout_s} is not above 0")
         if not self.captions:
             raise ValueError("data.captions: names no source of captions")
-        captions.check_sources(self.captions)
+        check_sources(self.captions)
         if self.weights is not None and (not self.weights or min(self.weights) < 0 or sum(self.weights) <= 0):
             raise ValueError(f"data.weights: {self.weights} needs numbers from 0, one of them above it")
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Raises ValueError for a caption source that can never yield anything."""
+    for source in sources:
+        for alternative in source.split("|"):
+            is_field = alternative.startswith("json:") and len(alternative) > len("json:")
+            if alternative != "txt" and not is_field and not re.search(r"\{\w+\}", alternative):
+                raise ValueError(
+                    f"data.captions: {alternative!r} is neither txt, json:FIELD nor a template like '{{title}}'"
+                )

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from amclip_ds.engine.student import StudentEngine
-from amclip_ds.loss import LossConfig, total_loss
+from amclip_ds.loss import LossConfig
 from amclip_ds.loss.comm import Comm
 from amclip_ds.loss.outputs import Outputs
+from amclip_ds.loss.total import total_loss
 
 
 def forward_backward(

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from amclip_ds.engine import shards
-from amclip_ds.engine.offload import is_offloaded
-from amclip_ds.engine.student import EngineConfig, StudentEngine, read_ds_config, stage_of
+from amclip_ds.engine.ds_config import EngineConfig, is_offloaded, read_ds_config, stage_of
+from amclip_ds.engine.student import StudentEngine
 from amclip_ds.loss import LossConfig
-from amclip_ds.model.amclip import AClip, ModelConfig
-from amclip_ds.model.heads import HeadsConfig
-from amclip_ds.model.masking import MaskConfig, needs_scores
+from amclip_ds.model.amclip import AClip
+from amclip_ds.model.config import HeadsConfig, MaskConfig, ModelConfig, needs_scores
 from amclip_ds.model.teacher_model import TeacherModel
 from amclip_ds.optim import OptimConfig, parameter_groups
 

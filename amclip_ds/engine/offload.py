@@ -8,11 +8,6 @@ from amclip_ds.errors import UserError
 from amclip_ds.optim import OptimConfig
 
 
-def is_offloaded(ds: dict[str, Any], part: str) -> bool:
-    """Whether a DeepSpeed config moves `part` (offload_optimizer, offload_param) out of the device's memory."""
-    return ds.get("zero_optimization", {}).get(part, {}).get("device", "none") != "none"
-
-
 def build_cpu_adam(groups: list[dict[str, Any]], config: OptimConfig, file: str) -> torch.optim.Optimizer:
     """AdamW over host memory. Raises UserError for another optimizer, and where its op cannot be compiled here.
 

@@ -1,11 +1,9 @@
 """The trained engine: one DeepSpeed engine around AClip, at ZeRO stages 0 to 3, fp32 or bf16."""
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,40 +12,17 @@ from torch import Tensor, nn
 
 from amclip_ds.engine import shards
 from amclip_ds.engine.compile import compile_blocks
-from amclip_ds.engine.offload import build_cpu_adam, is_offloaded
+from amclip_ds.engine.ds_config import EngineConfig, is_offloaded, read_ds_config, stage_of
+from amclip_ds.engine.offload import build_cpu_adam
 from amclip_ds.engine.runtime import Runtime
 from amclip_ds.errors import UserError
 from amclip_ds.loss import LossConfig
-from amclip_ds.model.amclip import AClip, ModelConfig
-from amclip_ds.model.heads import HeadsConfig
+from amclip_ds.model.amclip import AClip
+from amclip_ds.model.config import HeadsConfig, ModelConfig
 from amclip_ds.model.init import init_tensor, initialise, persistent_buffers
 from amclip_ds.optim import WHOLE_TENSOR, OptimConfig, build_optimizer, parameter_groups
 
-DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # in a checkout a link to the folder at the top
-DECIDED_BY_THE_RUN = {
-    "train_batch_size": "batch.global_size", "train_micro_batch_size_per_gpu": "batch.per_gpu",
-    "gradient_accumulation_steps": "batch.per_gpu", "optimizer": "optim.*", "scheduler": "optim.*",
-    "gradient_clipping": "optim.clip_grad_norm",
-}  # fmt: skip
-UNTESTED = (
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_gradients",
-    "zero_quantized_nontrainable_weights",
-)
 LOGIT_SCALE_RANGE = (0.0, math.log(100.0))
-
-
-@dataclass
-class EngineConfig:
-    """What DeepSpeed does for the run."""
-
-    deepspeed: str = "zero2_bf16.json"
-    """A file in ds_configs/ or a path: ZeRO stage, precision, offload, buckets (ds_configs/README.md helps choose)."""
-    allow_untested: bool = False
-    """True: accept ds_configs files marked 'not tested here' (ZeRO++)."""
-    compile: bool = False
-    """True: torch.compile each block; falls back, saying so, where that fails."""
 
 
 @dataclass(frozen=True)
@@ -59,51 +34,6 @@ class StepOutcome:
 
 
 SKIPPED = StepOutcome(applied=False, grad_norm=math.nan)
-
-
-def read_ds_config(config: EngineConfig) -> dict[str, Any]:
-    """DeepSpeed's own settings. Raises UserError for a missing or unfit file, naming the key to use instead."""
-    path = next((path for path in (Path(config.deepspeed), DS_CONFIGS / config.deepspeed) if path.is_file()), None)
-    if path is None:
-        known = ", ".join(sorted(file.name for file in DS_CONFIGS.glob("*.json")))
-        raise UserError(f"engine.deepspeed: no file {config.deepspeed!r}; ds_configs/ has {known}")
-    try:
-        ds = json.loads(path.read_text())
-        assert isinstance(ds, dict) and isinstance(ds.get("zero_optimization", {}), dict)
-    except (ValueError, AssertionError, OSError) as error:
-        raise UserError(f"engine.deepspeed: {path} is not a DeepSpeed config in JSON: {error}") from None
-    for complaint in unfit(ds, config):
-        raise UserError(f"engine.deepspeed: {path.name} {complaint}")
-    ds.pop("not_tested_here", None)
-    return ds
-
-
-def unfit(ds: dict[str, Any], config: EngineConfig) -> Iterator[str]:
-    """What speaks against a DeepSpeed config, each as the rest of a sentence that begins with the file's name."""
-    zero = ds.get("zero_optimization", {})
-    for key, ours in DECIDED_BY_THE_RUN.items():
-        if key in ds:
-            yield f"sets {key!r}, which {ours} decides; remove it from the file"
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
-        yield f"asks for ZeRO stage {zero['stage']!r}; there are 0, 1, 2 and 3"
-    if ds.get("fp16", {}).get("enabled"):
-        yield "asks for fp16, whose loss scaling the losses do not know; use bf16"
-    if stage_of(ds) == 0 and ds.get("bf16", {}).get("enabled"):
-        yield "asks for bf16 at stage 0, which DeepSpeed does not do; use stage 1 (zero1_bf16.json)"
-    if "data_types" in ds:
-        yield "sets 'data_types', with which DeepSpeed takes another optimizer at stage 1; remove it from the file"
-    for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        if is_offloaded(ds, part) and stage_of(ds) < least:
-            yield f"sets {part} at ZeRO stage {stage_of(ds)}, and that needs stage {least} or more"
-    untested = [key for key in UNTESTED if zero.get(key) is True or int(zero.get(key) or 0) > 1]
-    if (untested or ds.get("not_tested_here")) and not config.allow_untested:
-        named = f" ({', '.join(untested)})" if untested else ""
-        yield f"is not tested here{named}; engine.allow_untested=true uses it all the same"
-
-
-def stage_of(ds: dict[str, Any]) -> int:
-    """The ZeRO stage of a DeepSpeed config."""
-    return int(ds.get("zero_optimization", {}).get("stage", 0))
 
 
 class StudentEngine:

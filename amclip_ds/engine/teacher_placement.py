@@ -17,8 +17,7 @@ from amclip_ds.engine.shards import Shard
 from amclip_ds.engine.student import StudentEngine, build_context, start_weights
 from amclip_ds.errors import UserError
 from amclip_ds.loss import LossConfig
-from amclip_ds.model.amclip import ModelConfig
-from amclip_ds.model.heads import HeadsConfig
+from amclip_ds.model.config import HeadsConfig, ModelConfig
 from amclip_ds.model.teacher_model import TeacherModel
 
 Layout = list[tuple[str, int, int]]

@@ -17,8 +17,8 @@ from amclip_ds.config import TrainConfig
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.encoder import Encoder, TowerEncoder
 from amclip_ds.loss import LossConfig
-from amclip_ds.model.amclip import AClip, ModelConfig
-from amclip_ds.model.heads import HeadsConfig
+from amclip_ds.model.amclip import AClip
+from amclip_ds.model.config import HeadsConfig, ModelConfig
 from amclip_ds.model.start import Source, fit
 
 EXPORTS = {

@@ -17,7 +17,8 @@ from amclip_ds.data.photometric import MEAN, STD
 from amclip_ds.errors import UserError
 from amclip_ds.export.open_clip import activation_of, blocks_of, fold_patch_bias
 from amclip_ds.model import foreign
-from amclip_ds.model.amclip import AClip, ModelConfig
+from amclip_ds.model.amclip import AClip
+from amclip_ds.model.config import ModelConfig
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # What ftfy does to punctuation, as far as a tokenizer's own normalizers can: curly quotes and ligatures. Dashes stay.

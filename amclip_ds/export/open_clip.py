@@ -16,7 +16,8 @@ from torch import nn
 from amclip_ds.data.photometric import MEAN, STD
 from amclip_ds.errors import UserError
 from amclip_ds.model import foreign
-from amclip_ds.model.amclip import AClip, ModelConfig
+from amclip_ds.model.amclip import AClip
+from amclip_ds.model.config import ModelConfig
 
 PREPROCESS = {"mean": list(MEAN), "std": list(STD), "interpolation": "bilinear", "resize_mode": "shortest"}
 

@@ -18,7 +18,8 @@ from amclip_ds.data.sources import expand, is_remote
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.datasets import RETRIEVAL, open_set
 from amclip_ds.evaluate.encoder import resize_and_crop, tokenizer
-from amclip_ds.model.amclip import AClip, ModelConfig
+from amclip_ds.model.amclip import AClip
+from amclip_ds.model.config import ModelConfig
 
 TOLERANCE = 1e-5  # largest difference of unit vectors, fp32
 OWN_COSINE = 0.999  # through the library's own preprocessing

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from amclip_ds.data.photometric import MEAN, STD
 from amclip_ds.model import foreign
-from amclip_ds.model.amclip import AClip, ModelConfig
+from amclip_ds.model.amclip import AClip
+from amclip_ds.model.config import ModelConfig
 
 
 def write(folder: Path, module: AClip, model: ModelConfig) -> None:

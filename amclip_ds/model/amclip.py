@@ -3,7 +3,6 @@
 Shapes: V views, B samples, D vision width, W text width, E embedding, P output of the heads.
 """
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -13,25 +12,10 @@ from torch import Tensor, nn
 from amclip_ds.loss import LossConfig
 from amclip_ds.loss.comm import Comm, SingleProcess
 from amclip_ds.loss.outputs import Outputs
-from amclip_ds.model.heads import HeadsConfig, build_o2e_predictor, build_o2e_projector, build_o2o
-from amclip_ds.model.text import TextConfig, TextTower
-from amclip_ds.model.vision import VisionConfig, VisionTower
-
-
-@dataclass
-class ModelConfig:
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    """The image tower."""
-    text: TextConfig = field(default_factory=TextConfig)
-    """The text tower."""
-    embed_dim: int = 512
-    """Width of the shared embedding of images and texts."""
-    init_from: str | None = None
-    """A checkpoint, run or safetensors file whose weights replace the random start; none: random."""
-
-    def __post_init__(self) -> None:
-        if self.embed_dim < 1:
-            raise ValueError(f"model.embed_dim: {self.embed_dim} must be at least 1")
+from amclip_ds.model.config import HeadsConfig, ModelConfig
+from amclip_ds.model.heads import build_o2e_predictor, build_o2e_projector, build_o2o
+from amclip_ds.model.text import TextTower
+from amclip_ds.model.vision import VisionTower
 
 
 class TowerFeatures(NamedTuple):

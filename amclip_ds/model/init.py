@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from amclip_ds.model import start
-from amclip_ds.model.amclip import ModelConfig
+from amclip_ds.model.config import ModelConfig
 
 SINCOS_SCALE = 0.3
 LAYER_SCALE = 1e-5

@@ -4,12 +4,12 @@ Shapes: ... leading dimensions (views, samples), B batch, N patches, K kept, U u
 D width.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from amclip_ds.model.config import MaskConfig, num_kept_units, num_units
 
 
 def _by_noise(scores: Tensor | None, noise: Tensor | None) -> Tensor:
@@ -37,53 +37,6 @@ STRATEGIES: dict[str, Callable[[Tensor | None, Tensor | None], Tensor] | None] =
     "attentive": _by_score,
     "attentive_inverse": _by_inverse_score,
 }
-
-
-@dataclass
-class MaskConfig:
-    strategy: str = "attentive"
-    """none | random | attentive | attentive_inverse (removes what the teacher attends to: the paper's ablation)."""
-    keep_ratio: float = 0.5
-    """Fraction of the patch tokens kept, in (0, 1]. At 0.5 a 14 x 14 grid with unit 2 keeps 100 of 196 tokens."""
-    unit: int = 2
-    """Side of the block of tokens kept or removed together; must divide the patch grid."""
-
-    def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"mask.strategy: {self.strategy!r} is none of {', '.join(STRATEGIES)}")
-        if not 0.0 < self.keep_ratio <= 1.0:
-            raise ValueError(f"mask.keep_ratio: {self.keep_ratio} is outside (0, 1]")
-        if self.unit < 1:
-            raise ValueError(f"mask.unit: {self.unit} must be at least 1")
-
-
-def needs_scores(strategy: str) -> bool:
-    """Whether the strategy goes by the teacher's scores."""
-    return strategy in ("attentive", "attentive_inverse")
-
-
-def needs_noise(strategy: str) -> bool:
-    """Whether the strategy goes by a random draw per unit."""
-    return strategy == "random"
-
-
-def num_units(grid: int, unit: int) -> int:
-    """Blocks of unit x unit tokens in a grid x grid map. Raises ValueError where the unit does not divide the grid."""
-    if grid % unit:
-        raise ValueError(f"mask.unit: {unit} does not divide the patch grid of {grid} x {grid}")
-    return (grid // unit) ** 2
-
-
-def num_kept_units(units: int, keep_ratio: float) -> int:
-    """Units kept of `units`: the next whole number, which is the published int(49 r) + 1 at its 49 blocks."""
-    return max(1, math.ceil(units * keep_ratio - 1e-9))  # 0.1 * 30 is 3.0000000000000004
-
-
-def num_kept(config: MaskConfig, grid: int) -> int:
-    """Patch tokens kept of grid x grid (CLS comes on top of them)."""
-    if config.strategy == "none":
-        return grid * grid
-    return num_kept_units(num_units(grid, config.unit), config.keep_ratio) * config.unit**2
 
 
 def select(config: MaskConfig, grid: int, scores: Tensor | None = None, noise: Tensor | None = None) -> Tensor | None:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from amclip_ds.loss import LossConfig
 from amclip_ds.loss.comm import Comm, SingleProcess
-from amclip_ds.model.amclip import ModelConfig, normalise
-from amclip_ds.model.heads import HeadsConfig, build_o2e_projector
+from amclip_ds.model.amclip import normalise
+from amclip_ds.model.config import HeadsConfig, ModelConfig
+from amclip_ds.model.heads import build_o2e_projector
 from amclip_ds.model.text import TextTower
 from amclip_ds.model.vision import VisionTower
 

@@ -1,61 +1,19 @@
 """The vision tower: a timm ViT that can drop tokens between patch embedding and blocks, and score its patches.
 
-Shapes: B batch (all views of it), N patches, K kept, D width. timm is imported where it is used, since reading a config
-imports this module and timm costs seconds.
+Shapes: B batch (all views of it), N patches, K kept, D width. timm is imported where it is used:
+it costs seconds.
 """
 
 import difflib
-import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from amclip_ds.model.config import VisionConfig, grid_of
 from amclip_ds.model.masking import TokenMask
 from amclip_ds.model.scoring import run_block_with_cls_row
-
-
-@dataclass
-class VisionConfig:
-    name: str = "vit_base_patch16_224"
-    """Any timm ViT with a class token and no register tokens (vit_small_patch16_224, vit_huge_patch14_224, ...)."""
-    image_size: int = 224
-    """Side of the training images in pixels; the patch size must divide it."""
-    patch_size: int | None = None
-    """Side of a patch in pixels; none: what the name says."""
-    width: int | None = None
-    """Channels of a token; none: what the name says."""
-    depth: int | None = None
-    """Number of blocks; none: what the name says."""
-    heads: int | None = None
-    """Attention heads; none: what the name says (the paper's S/16 has 12, timm's 6)."""
-    mlp_ratio: float | None = None
-    """Hidden width of the MLP over the width; none: what the name says."""
-    freeze_patch_embed: bool = True
-    """The patch embedding stays at its random initialisation (as published) and has no backward pass."""
-    position_init: str = "normal"
-    """normal: truncated normal 0.02 | sincos: 0.3 x the 2-D sine-cosine table (learns faster at tiny sizes)."""
-    checkpoint_every: int = 0
-    """Recompute every n-th block in the backward pass instead of storing its activations; 0: none, 1: all."""
-
-    def __post_init__(self) -> None:
-        if self.position_init not in ("normal", "sincos"):
-            raise ValueError(f"model.vision.position_init: {self.position_init!r} is neither normal nor sincos")
-        if self.checkpoint_every < 0:
-            raise ValueError(f"model.vision.checkpoint_every: {self.checkpoint_every} must be 0 or more")
-        for key in ("image_size", "patch_size", "width", "depth", "heads", "mlp_ratio"):
-            value = getattr(self, key)
-            if value is not None and value <= 0:
-                raise ValueError(f"model.vision.{key}: {value} must be positive")
-        if self.width and self.heads and self.width % self.heads:
-            raise ValueError(f"model.vision.heads: {self.heads} does not divide model.vision.width {self.width}")
-
-    @property
-    def grid(self) -> int:
-        """Patches along a side of a training image. Raises ValueError where the patch does not divide the image."""
-        return patch_grid(self)
 
 
 def build_vit(config: VisionConfig) -> Any:
@@ -117,27 +75,9 @@ def _why_unfit(vit: Any) -> str | None:
     return None
 
 
-def patch_grid(config: VisionConfig, image_size: int | None = None) -> int:
-    """Patches along a side of an image (default: the training size), without building any weight.
-
-    Raises ValueError where the patch does not divide the image.
-    """
-    patch = config.patch_size
-    if patch is None:
-        named = re.search(r"_patch(\d+)_", f"{config.name}_")  # timm's names say it; importing timm costs seconds
-        patch = int(named[1]) if named else _built_patch_size(config)
-    return _grid(image_size or config.image_size, patch)
-
-
-def _built_patch_size(config: VisionConfig) -> int:
+def built_patch_size(config: VisionConfig) -> int:
     with torch.device("meta"):
         return build_vit(config).patch_embed.patch_size[0]
-
-
-def _grid(image_size: int, patch: int) -> int:
-    if image_size % patch:
-        raise ValueError(f"model.vision.image_size: {image_size} is not a multiple of the patch size {patch}")
-    return image_size // patch
 
 
 class VisionTower(nn.Module):
@@ -148,7 +88,7 @@ class VisionTower(nn.Module):
         vit = build_vit(config)
         self.checkpoint_every = config.checkpoint_every
         self.patch_size: int = vit.patch_embed.patch_size[0]
-        self.grid: int = _grid(config.image_size, self.patch_size)
+        self.grid: int = grid_of(config.image_size, self.patch_size)
         self.width: int = vit.embed_dim
         self.cls_has_position: bool = not vit.no_embed_class
         self.patch_embed = vit.patch_embed

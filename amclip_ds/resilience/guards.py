@@ -9,7 +9,6 @@ A gradient that is not finite although the loss was is refused by the engine's s
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -17,36 +16,11 @@ from torch import Tensor
 from amclip_ds.engine.collectives import gather_objects, gather_rows, my_rank
 from amclip_ds.errors import RunStopped
 from amclip_ds.loss.outputs import Outputs
+from amclip_ds.resilience.config import GuardsConfig
 
-SPIKE_POLICIES = ("log", "skip", "rewind")
 TO_DEVIATION = 1.4826  # a median absolute deviation times this is a normal's standard deviation
 LEAST_DEVIATION = 0.01  # of the median: a loss that hardly moves must not make every ripple a spike
 IDS_IN_A_LINE = 8
-
-
-@dataclass
-class GuardsConfig:
-    """What makes the run skip a step, and what makes it stop itself (exit code 3)."""
-
-    max_skipped: int = 10
-    """After so many skipped steps in a row the run stops itself, naming rank, step and sample ids."""
-    spike: str = "log"
-    """A loss that leaps: log (recorded only) | skip (the step is skipped) | rewind (back to the last checkpoint)."""
-    spike_window: int = 100
-    """Losses of applied steps that a loss is compared with; nothing is a spike before there are so many."""
-    spike_deviations: float = 8.0
-    """A spike lies so many deviations (1.4826 median absolute ones) above the window's median."""
-    max_rewinds: int = 3
-    """With spike=rewind: rewinds after which the next spike stops the run."""
-
-    def __post_init__(self) -> None:
-        if self.spike not in SPIKE_POLICIES:
-            raise ValueError(f"guards.spike: {self.spike!r} is none of {', '.join(SPIKE_POLICIES)}")
-        for name, least in (("max_skipped", 1), ("spike_window", 2), ("max_rewinds", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"guards.{name}: {getattr(self, name)} is below {least}")
-        if self.spike_deviations <= 0:
-            raise ValueError(f"guards.spike_deviations: {self.spike_deviations} is not above 0")
 
 
 class RewindAsked(RunStopped):

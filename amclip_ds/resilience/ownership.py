@@ -23,28 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amclip_ds.engine.collectives import on_main
 from amclip_ds.errors import RunStopped, UserError
 from amclip_ds.files import write_atomically
+from amclip_ds.resilience.config import OwnershipConfig
 from amclip_ds.resilience.watch_ranks import process_state, start_time
 
 PREFIX = ".owner-"
-
-
-@dataclass
-class OwnershipConfig:
-    """How a run's folder is kept to one trainer."""
-
-    heartbeat_s: float = 5.0
-    """RUN/owner.json is renewed so often."""
-    stale_s: float = 60.0
-    """An owner whose heartbeat stood still for so long is gone; another start takes the folder over."""
-
-    def __post_init__(self) -> None:
-        if self.heartbeat_s <= 0:
-            raise ValueError(f"ownership.heartbeat_s: {self.heartbeat_s} is not above 0")
-        if self.stale_s < 3 * self.heartbeat_s:
-            raise ValueError(f"ownership.stale_s: {self.stale_s} is below three heartbeats of {self.heartbeat_s}")
 
 
 class OwnershipLost(RunStopped):
@@ -160,6 +144,8 @@ def owning(
     folder: Path, config: OwnershipConfig, *, job: str = "", restart: int = 0, say: Callable[[str], None] = print
 ) -> Iterator[Owner | None]:
     """`claim` for the ranks together: the Owner on rank 0, None elsewhere, a refusal on all. Collective."""
+    from amclip_ds.engine.collectives import on_main  # here: it loads torch, and this module is read before that
+
     owners: list[Owner] = []
     on_main(lambda: owners.append(claim(folder, config, job=job, restart=restart, say=say)))
     try:

@@ -11,45 +11,28 @@ the interpreter's lock, that prints all stacks and ends the process if saving an
 import contextlib
 import faulthandler
 import os
-import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-
-from amclip_ds.engine.runtime import Runtime
 from amclip_ds.errors import Preempted
+from amclip_ds.resilience.config import PreemptionConfig, read_duration
 from amclip_ds.resilience.ownership import Owner, OwnershipLost
+
+if TYPE_CHECKING:
+    from amclip_ds.engine.runtime import Runtime
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 REASONS = ("run.time_limit", "the end of the Slurm job", "a STOP file", "SIGINT", "SIGTERM", "SIGUSR1", "ownership")
 STDERR = 2
 LOOK_EVERY_S = 0.5  # for the STOP file: a stat a step would be felt on a parallel file system
 OWN_LAUNCHERS = ("alone", "--procs")  # the others turn 75 into a code of their own
-
-
-@dataclass
-class PreemptionConfig:
-    """How the run stops when it is asked to."""
-
-    forced_exit_s: float = 600.0
-    """After a signal: a rank that has not saved and left within so many seconds prints its stacks and ends."""
-    before_limit_s: float = 120.0
-    """The run saves and stops so long before run.time_limit or the Slurm job's end (at most a tenth of the time)."""
-
-    def __post_init__(self) -> None:
-        if self.forced_exit_s <= 0:
-            raise ValueError(f"preemption.forced_exit_s: {self.forced_exit_s} is not above 0")
-        if self.before_limit_s < 0:
-            raise ValueError(f"preemption.before_limit_s: {self.before_limit_s} is below 0")
 
 
 class Arrivals:
@@ -139,7 +122,7 @@ class Preemption:
     """
 
     def __init__(
-        self, config: PreemptionConfig, folder: Path, runtime: Runtime, owner: Owner | None = None,
+        self, config: PreemptionConfig, folder: Path, runtime: "Runtime", owner: Owner | None = None,
         job_end: float | None = None, time_limit: str | None = None,
     ) -> None:  # fmt: skip
         self._config, self._stop_file, self._runtime, self._owner = config, folder / "STOP", runtime, owner
@@ -163,6 +146,9 @@ class Preemption:
         One all-reduce of one number. is_last: the run ends with this step anyway, nothing needs to stop it. Raises
         OwnershipLost, on every rank, where another trainer has the folder: call before the step is recorded there.
         """
+        import torch
+        import torch.distributed as dist
+
         own = self._own_reason()
         world = self._runtime.world_size
         code = -1 if own is None else REASONS.index(own) * world + self._runtime.rank
@@ -220,7 +206,7 @@ class Preemption:
 
 
 @contextmanager
-def leaving_together(runtime: Runtime) -> Iterator[None]:
+def leaving_together(runtime: "Runtime") -> Iterator[None]:
     """Swallows Preempted under launchers that would turn 75 into a failure: the ranks meet, and leave with 0.
 
     The verdict is RUN/exit.json's. Collective where Preempted is raised, which every rank must do alike.
@@ -229,25 +215,12 @@ def leaving_together(runtime: Runtime) -> Iterator[None]:
         yield
     except Preempted:
         if runtime.world_size > 1:
+            import torch.distributed as dist
+
             with contextlib.suppress(RuntimeError):  # a rank that is gone already cannot make it worse
                 dist.barrier()
         if runtime.launcher in OWN_LAUNCHERS:
             raise
-
-
-def read_duration(text: str, key: str = "run.time_limit") -> float:
-    """Seconds in `D-HH:MM:SS` or `HH:MM:SS`. Raises ValueError, naming the key.
-
-    A bare number is refused: yaml reads an unquoted 10:00:00 as one, of seconds, and sbatch takes one for minutes.
-    """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text.strip())
-    if not match:
-        raise ValueError(f"{key}: {text!r} is no duration; write 'HH:MM:SS' or 'D-HH:MM:SS', in quotes in a yaml")
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if total == 0:
-        raise ValueError(f"{key}: {text!r} is no time at all")
-    return float(total)
 
 
 def _leave_a_note(number: int, frame: FrameType | None) -> None:

@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,27 +31,12 @@ from amclip_ds.data.batch import Batch
 from amclip_ds.engine.runtime import Runtime
 from amclip_ds.record import Record
 from amclip_ds.resilience import watch_ranks
+from amclip_ds.resilience.config import WatchdogConfig
 from amclip_ds.resilience.watch_ranks import BEAT, DONE, STACKS_SIGNAL
 
 SLOW_FACTOR = 1.5  # a straggler's own work takes so many times the others' median
 SLOW_SHARE = 0.25  # and costs at least so much of a step
 SLOW_INTERVALS = 2  # in so many logged intervals in a row
-
-
-@dataclass
-class WatchdogConfig:
-    """When a silent rank counts as hanging."""
-
-    step_timeout_s: float | None = 300.0
-    """A step or a wait for data that takes longer than this is a hang: all stacks are kept, the run ends. null: off."""
-    phase_timeout_s: float = 3600.0
-    """Likewise for what takes longer: start, the first step (which may compile), resume, save, evaluation."""
-
-    def __post_init__(self) -> None:
-        for name in ("step_timeout_s", "phase_timeout_s"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"watchdog.{name}: {value} is not above 0")
 
 
 class Watchdog:

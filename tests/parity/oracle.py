@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from amclip_ds.loss import LossConfig, total_loss
+from amclip_ds.loss import LossConfig
 from amclip_ds.loss.comm import SingleProcess
 from amclip_ds.loss.self_supervised import online_to_online
+from amclip_ds.loss.total import total_loss
 from amclip_ds.model.amclip import AClip, ModelConfig
 from amclip_ds.model.heads import HeadsConfig
 from amclip_ds.model.masking import MaskConfig, select

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from amclip_ds.data import captions
-from amclip_ds.data.captions import build_tokenizer, candidates, check_sources, choose, trim
+from amclip_ds.data.captions import build_tokenizer, candidates, choose, trim
+from amclip_ds.data.config import check_sources
 
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 START, END = 49406, 49407

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds.engine.student import DS_CONFIGS, EngineConfig, read_ds_config
+from amclip_ds.engine.ds_config import DS_CONFIGS
+from amclip_ds.engine.student import EngineConfig, read_ds_config
 from amclip_ds.errors import UserError
 
 FILES = sorted(DS_CONFIGS.glob("*.json"))

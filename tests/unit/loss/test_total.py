@@ -1,11 +1,12 @@
 import pytest
 import torch
 
-from amclip_ds.loss import LossConfig, total_loss
+from amclip_ds.loss import LossConfig
 from amclip_ds.loss.comm import SingleProcess
 from amclip_ds.loss.contrastive import info_nce, sigmoid
 from amclip_ds.loss.outputs import Outputs
 from amclip_ds.loss.self_supervised import online_to_ema, online_to_online
+from amclip_ds.loss.total import total_loss
 from amclip_ds.model.amclip import normalise
 
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from amclip_ds.model import masking
-from amclip_ds.model.masking import MaskConfig, TokenMask, num_kept, num_kept_units, select, tokens_of_units
+from amclip_ds.model import config, masking
+from amclip_ds.model.config import MaskConfig, num_kept, num_kept_units
+from amclip_ds.model.masking import TokenMask, select, tokens_of_units
 
 
 @pytest.mark.parametrize(("ratio", "tokens"), [(0.25, 52), (0.3, 60), (0.5, 100), (0.75, 148), (0.9, 180), (1.0, 196)])
@@ -85,6 +86,7 @@ def test_refuses_a_unit_that_does_not_divide_the_grid() -> None:
 
 
 def test_every_strategy_says_what_it_needs() -> None:
+    assert tuple(masking.STRATEGIES) == config.MASK_STRATEGIES
     for name in masking.STRATEGIES:
-        assert not (masking.needs_scores(name) and masking.needs_noise(name))
-        assert (masking.needs_scores(name) or masking.needs_noise(name)) == (name != "none")
+        assert not (config.needs_scores(name) and config.needs_noise(name))
+        assert (config.needs_scores(name) or config.needs_noise(name)) == (name != "none")

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from amclip_ds.model.config import num_kept, patch_grid
 from amclip_ds.model.init import initialise
-from amclip_ds.model.masking import MaskConfig, num_kept
-from amclip_ds.model.vision import VisionConfig, VisionTower, build_vit, patch_grid
+from amclip_ds.model.masking import MaskConfig
+from amclip_ds.model.vision import VisionConfig, VisionTower, build_vit
 from tests.unit.model import tiny
 from tests.unit.tensor_memory import TensorMemory
 

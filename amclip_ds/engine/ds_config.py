@@ -1,0 +1,84 @@
+"""DeepSpeed's own settings: the key that names their file, and the reading and checking of it, without DeepSpeed."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amclip_ds.errors import UserError
+
+DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # in a checkout a link to the folder at the top
+DECIDED_BY_THE_RUN = {
+    "train_batch_size": "batch.global_size", "train_micro_batch_size_per_gpu": "batch.per_gpu",
+    "gradient_accumulation_steps": "batch.per_gpu", "optimizer": "optim.*", "scheduler": "optim.*",
+    "gradient_clipping": "optim.clip_grad_norm",
+}  # fmt: skip
+UNTESTED = (
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_gradients",
+    "zero_quantized_nontrainable_weights",
+)
+
+
+@dataclass
+class EngineConfig:
+    """What DeepSpeed does for the run."""
+
+    deepspeed: str = "zero2_bf16.json"
+    """A file in ds_configs/ or a path: ZeRO stage, precision, offload, buckets (ds_configs/README.md helps choose)."""
+    allow_untested: bool = False
+    """True: accept ds_configs files marked 'not tested here' (ZeRO++)."""
+    compile: bool = False
+    """True: torch.compile each block; falls back, saying so, where that fails."""
+
+
+def read_ds_config(config: EngineConfig) -> dict[str, Any]:
+    """DeepSpeed's own settings. Raises UserError for a missing or unfit file, naming the key to use instead."""
+    path = next((path for path in (Path(config.deepspeed), DS_CONFIGS / config.deepspeed) if path.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(file.name for file in DS_CONFIGS.glob("*.json")))
+        raise UserError(f"engine.deepspeed: no file {config.deepspeed!r}; ds_configs/ has {known}")
+    try:
+        ds = json.loads(path.read_text())
+        assert isinstance(ds, dict) and isinstance(ds.get("zero_optimization", {}), dict)
+    except (ValueError, AssertionError, OSError) as error:
+        raise UserError(f"engine.deepspeed: {path} is not a DeepSpeed config in JSON: {error}") from None
+    for complaint in unfit(ds, config):
+        raise UserError(f"engine.deepspeed: {path.name} {complaint}")
+    ds.pop("not_tested_here", None)
+    return ds
+
+
+def unfit(ds: dict[str, Any], config: EngineConfig) -> Iterator[str]:
+    """What speaks against a DeepSpeed config, each as the rest of a sentence that begins with the file's name."""
+    zero = ds.get("zero_optimization", {})
+    for key, ours in DECIDED_BY_THE_RUN.items():
+        if key in ds:
+            yield f"sets {key!r}, which {ours} decides; remove it from the file"
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        yield f"asks for ZeRO stage {zero['stage']!r}; there are 0, 1, 2 and 3"
+    if ds.get("fp16", {}).get("enabled"):
+        yield "asks for fp16, whose loss scaling the losses do not know; use bf16"
+    if stage_of(ds) == 0 and ds.get("bf16", {}).get("enabled"):
+        yield "asks for bf16 at stage 0, which DeepSpeed does not do; use stage 1 (zero1_bf16.json)"
+    if "data_types" in ds:
+        yield "sets 'data_types', with which DeepSpeed takes another optimizer at stage 1; remove it from the file"
+    for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if is_offloaded(ds, part) and stage_of(ds) < least:
+            yield f"sets {part} at ZeRO stage {stage_of(ds)}, and that needs stage {least} or more"
+    untested = [key for key in UNTESTED if zero.get(key) is True or int(zero.get(key) or 0) > 1]
+    if (untested or ds.get("not_tested_here")) and not config.allow_untested:
+        named = f" ({', '.join(untested)})" if untested else ""
+        yield f"is not tested here{named}; engine.allow_untested=true uses it all the same"
+
+
+def stage_of(ds: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config."""
+    return int(ds.get("zero_optimization", {}).get("stage", 0))
+
+
+def is_offloaded(ds: dict[str, Any], part: str) -> bool:
+    """Whether a DeepSpeed config moves `part` (offload_optimizer, offload_param) out of the device's memory."""
+    return ds.get("zero_optimization", {}).get(part, {}).get("device", "none") != "none"

@@ -1,0 +1,213 @@
+"""The keys of `model`, `heads`, `mask` and `teacher`, and the arithmetic of patches that follows from them."""
+
+import math
+import re
+from dataclasses import dataclass, field
+
+MASK_STRATEGIES = ("none", "random", "attentive", "attentive_inverse")  # masking.py has what each does
+
+
+@dataclass
+class VisionConfig:
+    name: str = "vit_base_patch16_224"
+    """Any timm ViT with a class token and no register tokens (vit_small_patch16_224, vit_huge_patch14_224, ...)."""
+    image_size: int = 224
+    """Side of the training images in pixels; the patch size must divide it."""
+    patch_size: int | None = None
+    """Side of a patch in pixels; none: what the name says."""
+    width: int | None = None
+    """Channels of a token; none: what the name says."""
+    depth: int | None = None
+    """Number of blocks; none: what the name says."""
+    heads: int | None = None
+    """Attention heads; none: what the name says (the paper's S/16 has 12, timm's 6)."""
+    mlp_ratio: float | None = None
+    """Hidden width of the MLP over the width; none: what the name says."""
+    freeze_patch_embed: bool = True
+    """The patch embedding stays at its random initialisation (as published) and has no backward pass."""
+    position_init: str = "normal"
+    """normal: truncated normal 0.02 | sincos: 0.3 x the 2-D sine-cosine table (learns faster at tiny sizes)."""
+    checkpoint_every: int = 0
+    """Recompute every n-th block in the backward pass instead of storing its activations; 0: none, 1: all."""
+
+    def __post_init__(self) -> None:
+        if self.position_init not in ("normal", "sincos"):
+            raise ValueError(f"model.vision.position_init: {self.position_init!r} is neither normal nor sincos")
+        if self.checkpoint_every < 0:
+            raise ValueError(f"model.vision.checkpoint_every: {self.checkpoint_every} must be 0 or more")
+        for key in ("image_size", "patch_size", "width", "depth", "heads", "mlp_ratio"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise ValueError(f"model.vision.{key}: {value} must be positive")
+        if self.width and self.heads and self.width % self.heads:
+            raise ValueError(f"model.vision.heads: {self.heads} does not divide model.vision.width {self.width}")
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of a training image. Raises ValueError where the patch does not divide the image."""
+        return patch_grid(self)
+
+
+@dataclass
+class TextConfig:
+    width: int = 512
+    """Channels of a token."""
+    depth: int = 12
+    """Number of blocks."""
+    heads: int = 8
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over the width."""
+    context_length: int = 77
+    """Longest text in tokens, start and end token included."""
+    vocab_size: int = 49408
+    """Number of token ids (CLIP's byte-pair encoding: 49408)."""
+    eos_token_id: int = 49407
+    """The end token; the feature is read at its first place."""
+    activation: str = "quick_gelu"
+    """quick_gelu (CLIP's, x * sigmoid(1.702 x)) | gelu (exact)."""
+    checkpoint_every: int = 0
+    """Recompute every n-th block in the backward pass instead of storing its activations; 0: none, 1: all."""
+
+    def __post_init__(self) -> None:
+        if self.activation not in ("quick_gelu", "gelu"):
+            raise ValueError(f"model.text.activation: {self.activation!r} is neither quick_gelu nor gelu")
+        if self.width % self.heads:
+            raise ValueError(f"model.text.heads: {self.heads} does not divide model.text.width {self.width}")
+        if not 0 <= self.eos_token_id < self.vocab_size:
+            raise ValueError(f"model.text.eos_token_id: {self.eos_token_id} is outside the vocabulary")
+        if self.checkpoint_every < 0:
+            raise ValueError(f"model.text.checkpoint_every: {self.checkpoint_every} must be 0 or more")
+        if self.context_length < 3:
+            raise ValueError(f"model.text.context_length: {self.context_length} must be at least 3")
+
+
+@dataclass
+class ModelConfig:
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """The image tower."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """The text tower."""
+    embed_dim: int = 512
+    """Width of the shared embedding of images and texts."""
+    init_from: str | None = None
+    """A checkpoint, run or safetensors file whose weights replace the random start; none: random."""
+
+    def __post_init__(self) -> None:
+        if self.embed_dim < 1:
+            raise ValueError(f"model.embed_dim: {self.embed_dim} must be at least 1")
+
+
+@dataclass
+class HeadsConfig:
+    norm: str = "batch"
+    """batch: statistics over all ranks, as in the paper | layer: no communication, for very large worlds."""
+    hidden_dim: int = 4096
+    """Width of the hidden layers."""
+    output_dim: int = 256
+    """Width of what the self-supervised losses compare."""
+    norm_momentum: float = 0.1
+    """How fast the running statistics of batch norm follow the batches (read only in evaluation mode)."""
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("batch", "layer"):
+            raise ValueError(f"heads.norm: {self.norm!r} is neither batch nor layer")
+        for key in ("hidden_dim", "output_dim"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"heads.{key}: {getattr(self, key)} must be at least 1")
+        if not 0.0 < self.norm_momentum <= 1.0:
+            raise ValueError(f"heads.norm_momentum: {self.norm_momentum} is outside (0, 1]")
+
+
+@dataclass
+class MaskConfig:
+    strategy: str = "attentive"
+    """none | random | attentive | attentive_inverse (removes what the teacher attends to: the paper's ablation)."""
+    keep_ratio: float = 0.5
+    """Fraction of the patch tokens kept, in (0, 1]. At 0.5 a 14 x 14 grid with unit 2 keeps 100 of 196 tokens."""
+    unit: int = 2
+    """Side of the block of tokens kept or removed together; must divide the patch grid."""
+
+    def __post_init__(self) -> None:
+        if self.strategy not in MASK_STRATEGIES:
+            raise ValueError(f"mask.strategy: {self.strategy!r} is none of {', '.join(MASK_STRATEGIES)}")
+        if not 0.0 < self.keep_ratio <= 1.0:
+            raise ValueError(f"mask.keep_ratio: {self.keep_ratio} is outside (0, 1]")
+        if self.unit < 1:
+            raise ValueError(f"mask.unit: {self.unit} must be at least 1")
+
+
+@dataclass
+class TeacherConfig:
+    """The EMA of the student that scores the patches and gives the online-to-EMA target."""
+
+    momentum: float = 0.996
+    """Momentum at the start."""
+    final_momentum: float = 1.0
+    """Momentum at the end; a cosine between the two over the run."""
+    resolution: str = "full"
+    """full: the teacher sees the image at the student's size | half: at half of it, scoring blocks (A-CLIP-eff)."""
+    placement: str = "auto"
+    """auto: replicated at ZeRO 0-2, sharded at 3 | replicated | sharded: where the copy for the forward lies."""
+
+    def __post_init__(self) -> None:
+        if self.resolution not in ("full", "half"):
+            raise ValueError(f"teacher.resolution: {self.resolution!r} is neither full nor half")
+        if self.placement not in ("auto", "replicated", "sharded"):
+            raise ValueError(f"teacher.placement: {self.placement!r} is none of auto, replicated, sharded")
+        for key in ("momentum", "final_momentum"):
+            if not 0.0 <= getattr(self, key) <= 1.0:
+                raise ValueError(f"teacher.{key}: {getattr(self, key)} is outside [0, 1]")
+
+
+def patch_grid(config: VisionConfig, image_size: int | None = None) -> int:
+    """Patches along a side of an image (default: the training size), without building any weight.
+
+    Raises ValueError where the patch does not divide the image.
+    """
+    patch = config.patch_size
+    if patch is None:
+        named = re.search(r"_patch(\d+)_", f"{config.name}_")  # timm's names say it; importing timm costs seconds
+        patch = int(named[1]) if named else _built_patch_size(config)
+    return grid_of(image_size or config.image_size, patch)
+
+
+def _built_patch_size(config: VisionConfig) -> int:
+    from amclip_ds.model.vision import built_patch_size  # only where the name does not say it: this loads torch
+
+    return built_patch_size(config)
+
+
+def grid_of(image_size: int, patch: int) -> int:
+    if image_size % patch:
+        raise ValueError(f"model.vision.image_size: {image_size} is not a multiple of the patch size {patch}")
+    return image_size // patch
+
+
+def needs_scores(strategy: str) -> bool:
+    """Whether the strategy goes by the teacher's scores."""
+    return strategy in ("attentive", "attentive_inverse")
+
+
+def needs_noise(strategy: str) -> bool:
+    """Whether the strategy goes by a random draw per unit."""
+    return strategy == "random"
+
+
+def num_units(grid: int, unit: int) -> int:
+    """Blocks of unit x unit tokens in a grid x grid map. Raises ValueError where the unit does not divide the grid."""
+    if grid % unit:
+        raise ValueError(f"mask.unit: {unit} does not divide the patch grid of {grid} x {grid}")
+    return (grid // unit) ** 2
+
+
+def num_kept_units(units: int, keep_ratio: float) -> int:
+    """Units kept of `units`: the next whole number, which is the published int(49 r) + 1 at its 49 blocks."""
+    return max(1, math.ceil(units * keep_ratio - 1e-9))  # 0.1 * 30 is 3.0000000000000004
+
+
+def num_kept(config: MaskConfig, grid: int) -> int:
+    """Patch tokens kept of grid x grid (CLS comes on top of them)."""
+    if config.strategy == "none":
+        return grid * grid
+    return num_kept_units(num_units(grid, config.unit), config.keep_ratio) * config.unit**2

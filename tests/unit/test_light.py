@@ -1,0 +1,43 @@
+"""What only reads settings loads no torch: the commands answer at once (design.md: config.py needs none)."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "torchvision", "timm", "deepspeed", "transformers", "open_clip", "numpy", "PIL")
+REPORT = f"""
+import sys, time
+print("heavy:", [name for name in {HEAVY} if name in sys.modules], f"cpu {{time.process_time():.2f}} s")
+"""
+ACTIONS = {
+    "import": "import amclip_ds",
+    "help": "from amclip_ds import cli\ntry:\n    cli.main(['--help'])\nexcept SystemExit:\n    pass",
+    "recipes": "from amclip_ds import cli\ncli.main(['recipes'])",
+    "explain": "from amclip_ds import cli\ncli.main(['recipes', 'aclip-eff-vitb16', 'run.seed=3'])",
+    "mistake": "from amclip_ds import cli\nassert cli.main(['train', 'aclip-tiny', 'optim.lr=-1']) == 2",
+    "config": (
+        "from amclip_ds import config\n"
+        "from amclip_ds.engine.ds_config import read_ds_config\n"
+        "settings = config.load('aclip-vitb16', ['data.train=/nowhere', 'eval.data=/nowhere'])\n"
+        "read_ds_config(settings.engine), config.dump(settings), config.plan_batch(settings.batch, 8)"
+    ),
+    "listen": "from amclip_ds.resilience import preemption\npreemption.listen()",
+    "launcher": "from amclip_ds.launch import run_ranks",
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_settings_are_read_without_torch(action: str) -> None:
+    code = ACTIONS[action] + "\n" + REPORT
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = done.stdout.strip().splitlines()[-1]
+    print(action, told)
+    assert told.startswith("heavy: []"), told
+
+
+def test_the_torchvision_fix_waits_for_torchvision() -> None:
+    """And a heavy import is seen."""
+    code = "import amclip_ds\nimport torchvision.transforms\n" + REPORT
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "'torchvision'" in done.stdout
