@@ -42,7 +42,13 @@ def test_the_table_is_written_by_the_last_run(tmp_path: Path) -> None:
     for index in range(2):
         (out / str(index)).mkdir(parents=True)
         (out / str(index) / "metrics.jsonl").write_text(json.dumps({"step": 7, "loss": 1.5 + index}) + "\n")
-    row = {"step": 7, "weights": "student", "dataset": "scenes", "metrics": {"acc1": 0.25}}
+    row = {
+        "step": 7,
+        "weights": "student",
+        "dataset": "scenes",
+        "task": "zeroshot_classification",
+        "metrics": {"acc1": 0.25},
+    }
     (out / "0" / "eval.jsonl").write_text(json.dumps(row) + "\n")
     assert not sweep.finish(path, out, 1, 3) and not (out / "sweep.txt").exists()
     assert sweep.finish(path, out, 0, 0)
