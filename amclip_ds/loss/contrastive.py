@@ -73,8 +73,9 @@ def _summed_cross_entropy(
 def sigmoid(images_VBE: Tensor, texts_BE: Tensor, scale: Tensor, bias: Tensor, comm: Comm, chunk: int = 0) -> Tensor:
     """SigLIP: mean over views and rows of the summed pairwise -log sigmoid(+-(scale * x . y + bias)).
 
-    The texts travel round the ring of ranks, so no rank ever holds all of them. Collective: every rank must call.
-    chunk: rows of logits held at a time; 0: this rank's images against one rank's texts.
+    The texts travel round the ring of ranks; the logits against each rank's are formed again in the backward pass, so
+    that their memory does not grow with the world (the texts', [B, E] a rank, does). Collective: every rank must call.
+    chunk: rows of logits held at a time, forward and backward; 0: this rank's images against one rank's texts.
     """
     V, B, _ = images_VBE.shape
     total = texts_BE.new_zeros(())
@@ -89,12 +90,11 @@ def sigmoid(images_VBE: Tensor, texts_BE: Tensor, scale: Tensor, bias: Tensor, c
 
 def _sigmoid_against(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, matching: bool, chunk: int) -> Tensor:
     """The sum over one rank's texts. matching: row i belongs to text i."""
-    if not chunk:
-        return _summed_sigmoid(images, texts, scale, bias, 0 if matching else None)
     total = images.new_zeros(())
-    for start in range(0, images.shape[0], chunk):
+    rows_at_a_time = chunk or images.shape[0]
+    for start in range(0, images.shape[0], rows_at_a_time):
         first = start if matching else None
-        rows = images[start : start + chunk]
+        rows = images[start : start + rows_at_a_time]
         total = total + checkpoint(
             _summed_sigmoid, rows, texts, scale, bias, first, use_reentrant=False, preserve_rng_state=False
         )

@@ -143,3 +143,37 @@ def test_memory_falls_with_the_chunk_forward_and_backward(kind: str) -> None:
     print(f"{kind}: peak MB at chunk 0, 256, 64: {[round(peak / 1e6, 2) for peak in peaks]}")
     assert largest[0] >= whole_logits and largest[1] == 256 * samples and largest[2] == 64 * samples
     assert peaks[1] < peaks[0] / 3 and peaks[2] < peaks[1] / 1.5
+
+
+class FakeRing(SingleProcess):
+    """As many ranks as are asked for, all with the same texts: each shift hands over a tensor of its own."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+    def ring_shift(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+def saved_bytes(world_size: int, samples: int) -> int:
+    """What autograd keeps of a sigmoid loss for its backward pass, each storage once."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    leaves = features(samples)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = sigmoid(*leaves, FakeRing(world_size))
+    assert loss.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_the_ring_keeps_no_logits_however_many_ranks() -> None:
+    samples = 256
+    logits, texts = V * samples * samples * 4, samples * E * 4
+    kept = {world: saved_bytes(world, samples) for world in (1, 4, 16)}
+    print(f"bytes kept at 1, 4, 16 ranks: {kept}; one rank's logits: {logits}")
+    assert kept[16] - kept[1] <= 2 * 15 * texts < logits
+    assert kept[16] < logits
