@@ -1,0 +1,289 @@
+"""Are two checkouts' numbers equal, bit for bit? Trains small runs through the product itself and compares everything.
+
+    python benchmarks/record_numbers.py record CHECKOUT numbers.json [--full] [--only aclip]
+    python benchmarks/record_numbers.py compare A B        each a file that `record` wrote, or a checkout
+
+A cell is a method x ZeRO stage x precision x ranks x GradCache splits: 20 steps of METHOD-tiny on synthetic scenes, or
+on photographs. Recorded are each step's loss and terms, gradient norm and kept tokens (exact, as hexadecimal floats),
+a hash of all keep_indices, and a hash of every tensor of the last checkpoint: masters, moments, EMA, statistics.
+Without --full the cells are few and span the factors. The ranks are forked from one process, which imports once.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+METHODS = ("aclip", "aclip-eff", "clip", "flip", "random2x")
+STEPS, BATCH = 20, 16
+EXACT = ("loss", "loss_contrastive", "loss_o2o", "loss_o2e", "grad_norm", "lr", "momentum", "logit_scale",
+         "kept_tokens", "step_applied", "samples_seen", "updates")  # fmt: skip
+# What a later checkout calls a tensor -> what it was called before: only the name moved.
+EARLIER_NAMES = (
+    ("objectives.simclr.head.", "heads.o2o."),
+    ("objectives.byol.projector.", "heads.o2e_projector."),
+    ("objectives.byol.predictor.", "heads.o2e_predictor."),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    method: str
+    stage: int
+    precision: str
+    ranks: int
+    splits: int
+    photographs: bool = False
+
+    @property
+    def name(self) -> str:
+        where = " photographs" if self.photographs else ""
+        return f"{self.method} zero{self.stage} {self.precision} ranks {self.ranks} splits {self.splits}{where}"
+
+    def overrides(self, out: Path, shards: str) -> list[str]:
+        per_gpu = BATCH // self.ranks // self.splits
+        return [
+            f"data.train={shards}", f"run.out={out}", f"run.steps={STEPS}", f"batch.global_size={BATCH}",
+            f"batch.per_gpu={per_gpu}", f"engine.deepspeed=zero{self.stage}_{self.precision}.json", "data.workers=0",
+            f"data.index={out.parent}/index-{'photographs' if self.photographs else 'scenes'}",
+            "log.every_steps=1", "log.tensorboard=false", "checkpoint.asynchronous=false", "optim.warmup_steps=5",
+        ]  # fmt: skip
+
+
+def cells(full: bool) -> list[Cell]:
+    """All 120, or a few that hold every factor's every value, and aclip's crossed ones; one on photographs."""
+    photographs = Cell("aclip", 2, "fp32", 2, 1, photographs=True)
+    if full:
+        every = [Cell(method, stage, precision, ranks, splits) for method in METHODS for stage in (1, 2, 3)
+                 for precision in ("fp32", "bf16") for ranks in (1, 2) for splits in (1, 4)]  # fmt: skip
+        return [*every, photographs]
+    return [
+        Cell("aclip", 1, "fp32", 1, 1), Cell("aclip", 2, "fp32", 2, 4), Cell("aclip", 3, "bf16", 2, 1),
+        Cell("aclip", 3, "fp32", 2, 4), Cell("aclip", 1, "bf16", 2, 4), Cell("aclip-eff", 2, "bf16", 1, 4),
+        Cell("aclip-eff", 3, "fp32", 2, 1), Cell("aclip-eff", 1, "fp32", 2, 4), Cell("clip", 2, "fp32", 2, 1),
+        Cell("clip", 3, "bf16", 1, 4), Cell("flip", 1, "bf16", 2, 4), Cell("flip", 2, "fp32", 1, 1),
+        Cell("random2x", 3, "fp32", 2, 4), Cell("random2x", 2, "bf16", 2, 1), Cell("random2x", 1, "fp32", 1, 1),
+        photographs,
+    ]  # fmt: skip
+
+
+# --- inside the checkout that is recorded: one server, which forks the ranks of each cell
+
+
+def serve(requests: list[dict[str, Any]]) -> None:
+    """Trains each cell in turn; writes its numbers as one JSON line. After a cell that fails the next one runs."""
+    import importlib
+
+    import torch
+
+    import amclip_ds  # noqa: F401  first: it mends torchvision
+
+    torch.set_num_threads(1)
+    for module in ("deepspeed", "timm", "open_clip", "transformers.models.clip.modeling_clip", "amclip_ds.train"):
+        importlib.import_module(module)
+    for request in requests:
+        began = time.monotonic()
+        out = Path(request["out"])
+        codes = run_ranks(request, out)
+        said = out.with_suffix(".0.log").read_text()[-2000:]
+        found = read_numbers(out) if not any(codes) else {"failed": f"exit codes {codes}\n{said}"}
+        shutil.rmtree(out, ignore_errors=True)
+        print(json.dumps({"cell": request["name"], "seconds": round(time.monotonic() - began, 1), "numbers": found}),
+              flush=True)  # fmt: skip
+
+
+def run_ranks(request: dict[str, Any], out: Path) -> list[int]:
+    from amclip_ds.engine.placement import free_port
+
+    port = str(free_port())
+    pids = []
+    for rank in range(request["ranks"]):
+        pid = os.fork()
+        if not pid:
+            world = str(request["ranks"])
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world,
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
+            os._exit(one_rank(request, out, rank))
+        pids.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def one_rank(request: dict[str, Any], out: Path, rank: int) -> int:
+    quiet = os.open(out.with_suffix(f".{rank}.log"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    chosen = hashlib.sha256()
+    try:
+        watch_kept_tokens(chosen)
+        from amclip_ds import config
+        from amclip_ds.train import train
+
+        code = train(config.load(request["recipe"], request["overrides"]), resume=request["resume"])
+        out.joinpath(f"keep-{rank}.txt").write_text(chosen.hexdigest())
+        return code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def watch_kept_tokens(chosen: Any) -> None:
+    """Every keep_indices by which the student's tokens are removed goes into the hash."""
+    module = __import__("sys").modules
+    mask = next(held.TokenMask for name in ("amclip_ds.masks", "amclip_ds.masks.tokens", "amclip_ds.model.masking",
+                "amclip_ds.model.vision") if hasattr(held := module.get(name), "TokenMask"))  # fmt: skip
+    forward = mask.forward
+
+    def watched(self: Any, x: Any, keep_indices: Any) -> Any:
+        if keep_indices is not None:
+            chosen.update(keep_indices.cpu().numpy().tobytes())
+        return forward(self, x, keep_indices)
+
+    mask.forward = watched
+
+
+def read_numbers(out: Path) -> dict[str, Any]:
+    """The run's rows, keep_indices and last checkpoint."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    [checkpoint] = sorted((out / "checkpoints").glob("step_*"))[-1:]
+    return {
+        "rows": [{key: exact(row[key]) for key in EXACT} for row in rows],
+        "keep": [file.read_text() for file in sorted(out.glob("keep-*.txt"))],
+        "state": hashes(checkpoint),
+    }
+
+
+def exact(value: Any) -> Any:
+    return value.hex() if isinstance(value, float) else value
+
+
+def hashes(checkpoint: Path) -> dict[str, str]:
+    """`kind name` -> a hash of the whole tensor, put together from the ranks' pieces, under its earliest name."""
+    from safetensors import safe_open
+
+    pieces: dict[str, list[tuple[int, bytes]]] = {}
+    for file in sorted(checkpoint.rglob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  not a dictionary
+                kind, name, start = [*key.split("|"), "0"][:3] if "|" in key else ("buffer", key, "0")
+                pieces.setdefault(f"{kind} {earlier(name)}", []).append((int(start), raw(opened.get_tensor(key))))
+    return {name: hashlib.sha256(b"".join(part for _, part in sorted(held))).hexdigest()[:16]
+            for name, held in sorted(pieces.items())}  # fmt: skip
+
+
+def raw(tensor: Any) -> bytes:
+    import torch
+
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def earlier(name: str) -> str:
+    for now, before in EARLIER_NAMES:
+        name = re.sub(rf"^((student|teacher)\.)?{re.escape(now)}", rf"\g<1>{before}", name)
+    return name
+
+
+# --- outside: which checkout, which data, what differs
+
+
+def record(checkout: Path, wanted: list[Cell], data: Path) -> dict[str, Any]:
+    """Runs the cells in a checkout. data: a folder for the scenes, which must be the same for what is compared."""
+    scenes = data / "scenes"
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if not (scenes / "train").is_dir():
+        command = [
+            sys.executable,
+            "-m",
+            "amclip_ds",
+            "data",
+            "synth",
+            "--out",
+            str(scenes),
+            "--train",
+            "512",
+            "--test",
+            "0",
+        ]
+        subprocess.run(command, env=environment, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
+    shared = os.environ.get("AMCLIP_SHARED", str(HERE.parents[2] / "shared"))
+    of = {True: f"{shared}/data/openstax/train", False: f"{scenes}/train"}
+    numbers: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="numbers-") as folder:
+        requests = [
+            {"name": cell.name, "recipe": f"{cell.method}-tiny", "ranks": cell.ranks, "resume": "never",
+             "out": f"{folder}/{index}", "overrides": cell.overrides(Path(folder, str(index)), of[cell.photographs])}
+            for index, cell in enumerate(wanted)
+        ]  # fmt: skip
+        command = [sys.executable, str(HERE), "--serve", json.dumps(requests)]
+        with subprocess.Popen(command, env=environment, cwd=checkout, stdout=subprocess.PIPE, text=True) as server:
+            for line in server.stdout or ():
+                with contextlib.suppress(json.JSONDecodeError):
+                    done = json.loads(line)
+                    numbers[done["cell"]] = done["numbers"]
+                    print(f"{done['seconds']:6.1f} s  {done['cell']}  {done['numbers'].get('failed', '')}", flush=True)
+    return numbers
+
+
+def first_difference(one: Any, other: Any, at: str = "") -> str | None:
+    """Where two records part first; None where they are equal."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in [*one, *(key for key in other if key not in one)]:
+            if key not in one or key not in other:
+                return f"{at} {key}: only in {'A' if key in one else 'B'}"
+            if found := first_difference(one[key], other[key], f"{at} {key}"):
+                return found
+        return None
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = enumerate(zip(one, other), 1)
+        return next((found for n, pair in pairs if (found := first_difference(*pair, at=f"{at} {n}"))), None)
+    return None if one == other else f"{at}: {readable(one)} | {readable(other)}"
+
+
+def readable(value: Any) -> str:
+    with contextlib.suppress(ValueError, TypeError):
+        return repr(float.fromhex(value))
+    return str(value)
+
+
+def numbers_of(source: Path, wanted: list[Cell], data: Path) -> dict[str, Any]:
+    return json.loads(source.read_text()) if source.is_file() else record(source, wanted, data)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=("record", "compare"))
+    parser.add_argument("first", type=Path, help="a checkout (or, to compare, a file that record wrote)")
+    parser.add_argument("second", type=Path, help="the file to write, or what to compare with")
+    parser.add_argument("--full", action="store_true", help="all cells")
+    parser.add_argument("--only", default="", help="a regular expression of cells' names")
+    parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir(), "amclip-numbers"))
+    args = parser.parse_args()
+    wanted = [cell for cell in cells(args.full) if re.search(args.only, cell.name)]
+    if args.do == "record":
+        args.second.write_text(json.dumps(record(args.first.resolve(), wanted, args.data), indent=0) + "\n")
+        return 0
+    one, other = (numbers_of(source, wanted, args.data) for source in (args.first, args.second))
+    names = [cell.name for cell in wanted if cell.name in one and cell.name in other]
+    differences = {name: first_difference(one[name], other[name]) for name in names}
+    for name, difference in differences.items():
+        print(f"{'equal' if difference is None else 'DIFFERS'}  {name}{difference or ''}")
+    print(f"{sum(found is None for found in differences.values())} of {len(names)} cells equal")
+    return int(any(differences.values()) or not names)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        serve(json.loads(sys.argv[2]))
+    else:
+        sys.exit(main())
