@@ -27,7 +27,7 @@ check: setup ## ruff and mypy
 
 setup: .cache/setup-seconds ## the virtual environment, the pinned packages, the communication op
 
-.cache/setup-seconds: pyproject.toml constraints.txt
+.cache/setup-seconds: pyproject.toml constraints.txt setup.py $(wildcard environment/*)
 	@mkdir -p .cache
 	@bash .ci/setup.sh "$(PYTHON)" "$(VENV)"
 

@@ -1,0 +1,22 @@
+"""Adds to what pyproject.toml says: the environment's torchvision hook lies beside the package, editable or not."""
+
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+HOOK = sorted(Path("environment").glob("amclip_ds_torchvision.*"))
+
+
+class BuildPy(build_py):
+    """An editable install builds no package; its wheel holds what lies in the install command's folder."""
+
+    def run(self):
+        super().run()
+        folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
+        self.mkpath(folder)
+        for file in HOOK:
+            self.copy_file(str(file), str(Path(folder) / file.name), preserve_mode=False)
+
+
+setup(cmdclass={"build_py": BuildPy})
