@@ -13,7 +13,6 @@ import time
 import torch
 import torch.nn.functional as F
 
-import amclip_ds  # noqa: F401  first: it mends torchvision
 from amclip_ds.evaluate import retrieval
 from amclip_ds.loss.comm import SingleProcess
 

@@ -83,8 +83,6 @@ def _serve() -> None:
     os.dup2(2, 1)  # whatever the imports and the ranks print goes to standard error
     import torch
 
-    import amclip_ds  # noqa: F401  first: it mends torchvision, which timm and open_clip import
-
     torch.set_num_threads(1)
     for module in ("deepspeed", "timm", "open_clip", "transformers.models.clip.modeling_clip"):
         importlib.import_module(module)
@@ -162,7 +160,6 @@ def _outcome(case: str, kwargs: dict[str, Any]) -> tuple[bool, Any]:
 
 
 def _run_alone(folder: Path) -> None:
-    import amclip_ds  # noqa: F401  first: it mends torchvision
 
     case, kwargs = pickle.loads((folder / "request").read_bytes())
     (folder / "answer").write_bytes(pickle.dumps(_outcome(case, kwargs)))

@@ -4,13 +4,8 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "amclip_ds"
-<<<<<<< HEAD
-# Each room and what it may import of this package; torchvision_mend, errors and record's writers serve everybody.
-EVERYBODY = {"errors", "files", "jsonl", "torchvision_mend"}
-=======
-# Each room and what it may import of this package; errors and record's writers serve everybody.
-EVERYBODY = {"errors"}
->>>>>>> 1a3a143 (environment: torchvision's missing operators are declared by a hook of the environment, not by importing amclip_ds)
+# Each room and what it may import of this package; errors, files and the line reader serve everybody.
+EVERYBODY = {"errors", "files", "jsonl"}
 BOTTOM = {"model", "loss", "data", "optim"}
 MIDDLE = BOTTOM | {"engine", "teacher", "resilience", "record"}
 UPPER = MIDDLE | {"step", "checkpoint", "evaluate", "export", "config", "launch", "submit"}

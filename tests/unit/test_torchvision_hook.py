@@ -33,13 +33,16 @@ def test_without_the_hook_it_does_not(tmp_path: Path) -> None:
 
 def test_a_healthy_torchvision_is_left_alone(tmp_path: Path) -> None:
     """Declared already, as a working library does: nothing is declared again."""
-    declare = "import torch; own = torch.library.Library('torchvision', 'DEF'); [own.define(s) for s in hook.SCHEMAS.values()]; "
+    declare = "import torch; own = torch.library.Library('torchvision', 'DEF'); "
+    declare += "[own.define(schema) for schema in hook.SCHEMAS.values()]; "
     done = python(declare + "import torchvision; print(hook._kept_alive, hook.declare_missing())", tmp_path)
     assert done.stdout.strip() == "[] []", done.stderr
 
 
 def test_it_costs_a_start_nothing(tmp_path: Path) -> None:
-    done = python("print([n for n in ('torch', 'numpy', 'amclip_ds') if n in sys.modules])", tmp_path, "-X", "importtime")
+    done = python(
+        "print([n for n in ('torch', 'numpy', 'amclip_ds') if n in sys.modules])", tmp_path, "-X", "importtime"
+    )
     assert done.stdout.strip() == "[]"
     ours = [line.split("|") for line in done.stderr.splitlines() if line.endswith("amclip_ds_torchvision")]
     assert ours and int(ours[0][1]) < 20_000, "microseconds; 100 on an idle machine"

@@ -39,7 +39,7 @@ def row(**changes: float) -> np.ndarray:
 
 def slow(image: torch.Tensor, parameters: np.ndarray) -> torch.Tensor:
     """One image [3, H, H] uint8, changed by torchvision's functions one after another, then normalised."""
-    import torchvision.transforms.functional as TF  # after amclip_ds, which mends it
+    import torchvision.transforms.functional as TF
 
     x = image.float() / 255
     p = parameters.tolist()

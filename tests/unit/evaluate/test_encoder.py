@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-import amclip_ds  # noqa: F401  first: it mends torchvision
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import encoder as encoding
 from amclip_ds.evaluate import zero_shot

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import amclip_ds  # noqa: F401  first: it mends torchvision
 from amclip_ds import config as settings
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.encoder import tokenizer
