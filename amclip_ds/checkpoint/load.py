@@ -18,6 +18,7 @@ from amclip_ds.checkpoint.state import CheckpointState, set_random_state
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.engine.shards import Shard
 from amclip_ds.errors import UserError
+from amclip_ds.files import describe, read_bytes
 
 
 @dataclass
@@ -92,17 +93,23 @@ def _candidates(folder: Path) -> tuple[list[Path], list[tuple[str, str, str]], s
     paths = [path for _, path in steps]
     hint = folder / "latest"
     try:
-        name = hint.read_bytes()[:200].decode(errors="replace").strip()
-    except OSError:
+        name = read_bytes(hint, 200, follow=False).decode(errors="replace").strip()
+    except FileNotFoundError:
         return paths, [], None
+    except OSError as error:
+        return paths, [("checkpoint_latest", f"{hint}: {describe(error)}", _newest_of(paths))], None
     match = manifest.STEP_FOLDER.fullmatch(name)
     if match and (folder / name).is_dir():
         return paths, [], None
-    newest = f"the newest checkpoint is {paths[-1].name}" if paths else "there is no checkpoint"
+    newest = _newest_of(paths)
     if match and (not steps or int(match[1]) > steps[-1][0]):
         return paths, [], f"{hint}: names {name}, which is gone; {newest}"
     cause = f"{hint}: {'empty' if not name else f'names {name[:80]!r}, which is no checkpoint here'}"
     return paths, [("checkpoint_latest", cause, newest)], None
+
+
+def _newest_of(paths: list[Path]) -> str:
+    return f"the newest checkpoint is {paths[-1].name}" if paths else "there is no checkpoint"
 
 
 def verified(path: Path, ranks: Ranks) -> Found:
@@ -116,7 +123,7 @@ def verified(path: Path, ranks: Ranks) -> Found:
         held = manifest.read(path)
         manifest.check_sizes(path, held)
         small = manifest.read_json(path / "trainer.json")
-        found = Found(path, held, Index(path, held), small, _read_text(path / "config.yaml"))
+        found = Found(path, held, Index(path, held), small, manifest.read_config(path))
     except DamagedError as error:
         problem = str(error)
     _raise_first(ranks.gather(problem))
@@ -135,19 +142,6 @@ def _raise_first(problems: list[str | None]) -> None:
     for problem in problems:
         if problem is not None:
             raise DamagedError(problem)
-
-
-def _read_text(path: Path, limit: int = 1 << 20) -> str:
-    try:
-        with tensorfile.open_regular(path) as file:
-            content = file.read(limit + 1)
-            if len(content) > limit:
-                raise DamagedError(f"{path}: more than {limit} bytes")
-            return content.decode()
-    except OSError as error:
-        raise DamagedError(f"{path}: {'missing' if error.errno == 2 else error.strerror}") from None
-    except UnicodeDecodeError:
-        raise DamagedError(f"{path}: not text") from None
 
 
 def fill(found: Found, state: CheckpointState, ranks: Ranks) -> None:

@@ -19,13 +19,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from amclip_ds import files
 from amclip_ds.checkpoint import tensorfile
-from amclip_ds.checkpoint.tensorfile import DamagedError, Entry
+from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.checkpoint.writer import sha256_of
+from amclip_ds.errors import UserError
+from amclip_ds.safetensors_header import PIECE, Entry
 
 FORMAT, VERSION = "amclip_ds checkpoint", 1
 NAME = "manifest.json"
-MAX_MANIFEST, MAX_SMALL = 64 << 20, 64 << 20
+MAX_CONFIG = 256 << 10  # parsing yaml takes a second for each 100 kB
 FILES = re.compile(
     r"(model|optim|ema)/rank\d{4,6}\.safetensors|rng/rank\d{4,6}\.json|replicated\.safetensors|trainer\.json|config\.yaml"
 )
@@ -72,7 +75,7 @@ def dump(manifest: Manifest) -> bytes:
 def read(folder: Path) -> Manifest:
     """A folder's manifest, checked for form but not against the files. Raises DamagedError, naming it."""
     path = folder / NAME
-    content = read_json(path, MAX_MANIFEST)
+    content = read_json(path)
     try:
         if content["format"] != FORMAT:
             raise DamagedError(f"{path}: not a manifest of {FORMAT}s")
@@ -95,25 +98,20 @@ def read(folder: Path) -> Manifest:
     return manifest
 
 
-def read_json(path: Path, limit: int = MAX_SMALL) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from an ordinary file of bounded size. Raises DamagedError."""
     try:
-        with tensorfile.open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > limit:
-                raise DamagedError(f"{path}: {size} bytes, more than the {limit} allowed")
-            content = json.loads(file.read(size))
-    except OSError as error:
-        raise DamagedError(
-            f"{path}: {'missing' if error.errno == 2 else f'cannot be read: {error.strerror}'}"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DamagedError):
-            raise
-        raise DamagedError(f"{path}: not JSON: {str(error)[:200]}") from None
-    if not isinstance(content, dict):
-        raise DamagedError(f"{path}: not a JSON object")
-    return content
+        return files.read_json(path, dict, follow=False)
+    except UserError as error:
+        raise DamagedError(str(error)) from None
+
+
+def read_config(folder: Path) -> str:
+    """The text of config.yaml. Raises DamagedError."""
+    try:
+        return files.read_text(folder / "config.yaml", MAX_CONFIG, follow=False)
+    except UserError as error:
+        raise DamagedError(str(error)) from None
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
@@ -209,7 +207,7 @@ def key_of(kind: str, name: str, start: int, length: int) -> str:
 
 def parse_key(path: Path, key: str, entry: Entry) -> tuple[str, str, int, int]:
     """(kind, parameter, start, length) of a tensor's name in a file. Raises DamagedError."""
-    found = re.fullmatch(r"([a-z_0-9]{1,64})\|([^|]{1,1000})\|(\d{1,18})\|(\d{1,18})", key)
+    found = PIECE.fullmatch(key)
     if not found or entry.shape != (int(found[4]),):
         raise DamagedError(f"{path}: {key[:200]!r} is no name of a piece of {list(entry.shape)[:8]} elements")
     return found[1], found[2], int(found[3]), int(found[4])

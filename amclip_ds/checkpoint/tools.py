@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from amclip_ds import config as settings
-from amclip_ds.checkpoint import CheckpointConfig, manifest, retention, tensorfile
+from amclip_ds import files
+from amclip_ds.checkpoint import CheckpointConfig, drift, manifest, retention, tensorfile
 from amclip_ds.checkpoint.manifest import Index, Manifest
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.save import Saver
@@ -132,14 +132,14 @@ class Weights:
         for name, entry in self._buffers.items():
             if name.startswith(self._prefix):
                 short = name.removeprefix(self._prefix)
-                found[short] = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+                found[short] = torch.empty(entry.shape, dtype=tensorfile.dtype_of(entry), device="meta")
         return found
 
     def read(self, name: str) -> Tensor:
         """One tensor; parameters in fp32."""
         if name not in self._sources:
             entry = self._buffers[self._prefix + name]
-            out = torch.empty(entry.shape, dtype=entry.dtype)
+            out = torch.empty(entry.shape, dtype=tensorfile.dtype_of(entry))
             with tensorfile.open_regular(self._path / "replicated.safetensors") as file:
                 tensorfile.read_elements(file, self._begin, entry, 0, out.view(-1))
             return out
@@ -158,8 +158,11 @@ def _sources(path: Path, held: Manifest, which: str) -> dict[str, str]:
         return trained | dict.fromkeys(held.tensors.get("frozen", {}), "frozen")
     if "ema" not in held.tensors:
         raise UserError(f"{path}: its run had no teacher")
-    tree = yaml.safe_load((path / "config.yaml").read_text()) or {}
-    mirrored = mirrored_names(trained, str(tree.get("compat", "paper")))
+    try:
+        config = drift.flatten(files.read_text(path / "config.yaml", manifest.MAX_CONFIG, follow=False))
+    except UserError as error:
+        raise UserError(f"damaged checkpoint: {error}") from None
+    mirrored = mirrored_names(trained, config.get("compat", "paper"))
     return (
         dict.fromkeys(held.tensors["ema"], "ema")
         | dict.fromkeys(held.tensors.get("ema_frozen", {}), "ema_frozen")

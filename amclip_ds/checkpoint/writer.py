@@ -71,7 +71,8 @@ def sync_folder(path: Path) -> None:
 def sha256_of(path: Path) -> str:
     """The hash of a file's content, read in chunks."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # its size and kind are checked already
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
         buffer = bytearray(CHUNK)
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from amclip_ds.errors import UserError
+from amclip_ds.files import read_text
 
 
 @dataclass
@@ -36,9 +37,9 @@ def read_deepspeed_folder(folder: Path, tag: str | None = None) -> DeepSpeedFold
 
     if tag is None:
         try:
-            tag = (folder / "latest").read_text().strip()
-        except OSError as error:
-            raise UserError(f"{folder / 'latest'}: {error.strerror}; name the tag with --tag") from None
+            tag = read_text(folder / "latest", 1000).strip()
+        except UserError as error:
+            raise UserError(f"{error}; name the tag with --tag") from None
     place = str(folder / tag)
     with contextlib.redirect_stdout(sys.stderr):
         try:

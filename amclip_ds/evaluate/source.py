@@ -3,19 +3,19 @@
 Run and checkpoint give our own module with whole fp32 weights; an export gives the model of its library.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from amclip_ds import config as settings
+from amclip_ds import safetensors_header
 from amclip_ds.checkpoint import manifest, retention
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.config import TrainConfig
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.encoder import Encoder, TowerEncoder
+from amclip_ds.files import read_json
 from amclip_ds.loss import LossConfig
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import HeadsConfig, ModelConfig
@@ -58,18 +58,21 @@ def locate(path: Path) -> Located:
     kind = next((kind for name, kind in EXPORTS.items() if (path / name).is_file()), None)
     if kind is None:
         raise UserError(f"{path}: neither a run (config.yaml), a checkpoint ({manifest.NAME}) nor an export")
-    if kind == "hf" and "architecture" in json.loads((path / "config.json").read_text()):
+    if kind == "hf" and "architecture" in read_json(path / "config.json", dict):
         kind = "timm"
     card = path / "amclip.json"
-    facts = json.loads(card.read_text()) if card.is_file() else {}
-    return Located(path, kind, (facts.get("weights", "student"),), int(facts.get("step", 0)), None, None)
+    facts = read_json(card, dict) if card.is_file() else {}
+    weights, step = facts.get("weights", "student"), facts.get("step", 0)
+    if weights not in ("student", "teacher") or type(step) is not int or step < 0:
+        raise UserError(f"{card}: does not say whose weights these are, of which step")
+    return Located(path, kind, (weights,), step, None, None)
 
 
 def _run(path: Path) -> Located:
     held = tuple(name for name in ("student", "teacher") if (path / f"{name}.safetensors").is_file())
     if held:
-        with safe_open(path / f"{held[0]}.safetensors", "pt") as file:
-            step = int((file.metadata() or {}).get("step", 0))
+        weights = path / f"{held[0]}.safetensors"
+        step = safetensors_header.step_of(weights, safetensors_header.read(weights).metadata)
         return Located(path, "run", held, step, path, settings.load(str(path / "config.yaml")))
     for _, checkpoint in reversed(manifest.list_steps(path / "checkpoints")):
         if retention.is_whole(checkpoint):

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from amclip_ds import safetensors_header
 from amclip_ds.errors import UserError
 from amclip_ds.model import foreign
 
@@ -83,9 +84,11 @@ class Source:
     def _index_pieces(self, weights: str) -> None:
         by_kind: dict[str, dict[str, Pieces]] = {kind: {} for kind in KINDS[weights]}
         for key, file in self._files.items():
-            kind, name, start, _ = key.split("|")
-            if kind in by_kind:
-                by_kind[kind].setdefault(name, []).append((int(start), file, key))
+            piece = safetensors_header.PIECE.fullmatch(key)
+            if piece is None:
+                raise UserError(f"model.init_from: {file}: {key[:200]!r} is no name of a piece of a checkpoint")
+            if piece[1] in by_kind:
+                by_kind[piece[1]].setdefault(piece[2], []).append((int(piece[3]), file, key))
         if not by_kind[KINDS[weights][0]]:
             raise UserError(f"{self.path}: holds no {weights}")
         for kind in reversed(KINDS[weights]):  # the preferred kind has the last word
@@ -180,7 +183,6 @@ def _files_of(path: Path, weights: str) -> list[Path]:
 
 def _keys(file: Path) -> list[str]:
     try:
-        with safe_open(file, "pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"model.init_from: {file}: {error}") from None
+        return list(safetensors_header.read(file).entries)
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
