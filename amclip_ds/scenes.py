@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from amclip_ds import config as settings
+from amclip_ds import safetensors_header
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.index import Index
 from amclip_ds.data.loader import TrainingData
@@ -123,6 +124,7 @@ def load_modules(run: Path) -> tuple[TrainConfig, AClip, TeacherModel]:
     student = AClip(config.model, config.heads, config.loss)
     teacher = TeacherModel(config.model, config.heads, config.loss)
     for name, module in (("student", student), ("teacher", teacher)):
+        safetensors_header.read(run / f"{name}.safetensors")
         module.load_state_dict(load_file(run / f"{name}.safetensors"))
         module.eval()
     return config, student, teacher

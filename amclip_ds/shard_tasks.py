@@ -8,7 +8,7 @@ from typing import Any
 
 from amclip_ds.data import sources
 from amclip_ds.errors import AmclipError, UserError
-from amclip_ds.files import write_atomically
+from amclip_ds.files import read_json, write_atomically
 
 SUMS = ("expected", "read", "skipped", "lost")
 
@@ -38,7 +38,7 @@ def check(shards: str, out: Path, index: int, count: int, flags: list[str]) -> i
     partial.replace(report)
     reports = [report_file(out, number, count) for number in range(count)]
     if all(path.exists() for path in reports):  # of two that end together both write the same
-        joined = join([json.loads(path.read_text()) for path in reports])
+        joined = join([read_json(path, dict, 1 << 30) for path in reports])
         write_atomically(out / "check.json", json.dumps(joined, indent=1) + "\n")
         numbers = ", ".join(f"{name} {joined[name]}" for name in SUMS)
         print(f"all {count} tasks: {len(joined['shards'])} shards, {numbers}: "

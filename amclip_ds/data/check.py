@@ -6,7 +6,6 @@ shards promises, else what the tar itself shows: samples begun, and those that d
 
 import functools
 import hashlib
-import json
 import statistics
 import time
 import zlib
@@ -26,6 +25,7 @@ from amclip_ds.data.parallel import Died, run_over
 from amclip_ds.data.tar import BLOCK, Damage, Member, scan, split_name
 from amclip_ds.data.views import BadImage, open_image
 from amclip_ds.errors import UserError
+from amclip_ds.files import read_json
 
 TRAINING = DataConfig()  # what training would do unless told otherwise
 # What a sample can be skipped for, in the order looked at; what makes it lost; what is only worth knowing.
@@ -382,13 +382,12 @@ def promised_count(shard: str) -> int | None:
     try:
         sizes = path.parent / "sizes.json"
         if sizes.exists():
-            return int(json.loads(sizes.read_text())[path.name])
-        stats = path.with_name(f"{path.stem}_stats.json")
-        if stats.exists():
-            return int(json.loads(stats.read_text())["successes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
+            promised = read_json(sizes, dict).get(path.name)
+        else:
+            promised = read_json(path.with_name(f"{path.stem}_stats.json"), dict).get("successes")
+    except UserError:
+        return None
+    return promised if type(promised) is int else None
 
 
 def _keep_promises(reports: list[ShardReport]) -> None:

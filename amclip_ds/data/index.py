@@ -25,8 +25,10 @@ from amclip_ds.data.parallel import Died, run_over
 from amclip_ds.data.sources import is_remote
 from amclip_ds.data.tar import BLOCK, Damage, Member, scan, split_name
 from amclip_ds.errors import UserError
+from amclip_ds.files import describe, open_regular, read_json
 
 VERSION = 1
+MAX_META = 64 << 20  # 200 bytes a shard
 IMAGE_TYPES = {".jpg": 1, ".jpeg": 1, ".png": 2, ".webp": 3}
 RECORD = np.dtype(
     [
@@ -75,18 +77,19 @@ class Index:
     def __init__(self, folder: Path | str) -> None:
         self.folder = folder = Path(folder)
         try:
-            meta = json.loads((folder / "meta.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            meta = read_json(folder / "meta.json", dict, MAX_META)
+        except UserError as error:
             raise UserError(f"data.index: {folder} holds no index ({error}); make it: amclip data index") from None
         if meta.get("version") != VERSION:
-            raise UserError(f"data.index: {folder} has format {meta.get('version')}, this is {VERSION}; make it again")
-        self.shards = [ShardEntry(**entry) for entry in meta["shards"]]
+            told = str(meta.get("version"))[:20]
+            raise UserError(f"data.index: {folder} has format {told}, this is {VERSION}; make it again")
+        self.shards = _entries_of(folder, meta)
         self.records = _map(folder / "samples.bin", RECORD)
         self.counts = np.array([shard.samples for shard in self.shards], dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._keys = _map(folder / "keys.bin", np.dtype(np.uint8))
         self._key_starts = np.concatenate([[0], np.cumsum([shard.key_bytes for shard in self.shards])]).astype(np.int64)
-        if len(self.records) != meta["samples"]:
+        if not len(self.records) == meta.get("samples") == self.starts[-1] or len(self._keys) != self._key_starts[-1]:
             raise UserError(f"data.index: {folder}/samples.bin is cut short; make it again: amclip data index")
 
     def __len__(self) -> int:
@@ -334,8 +337,33 @@ def fingerprint(file: BinaryIO, size: int) -> str:
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A file by memory map; an empty one, which cannot be mapped, as an empty array."""
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+    """A file by memory map; an empty one, which cannot be mapped, as an empty array. Raises UserError."""
+    try:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return np.empty(0, dtype)
+            return np.memmap(file, dtype=dtype, mode="r")
+    except OSError as error:
+        raise UserError(f"data.index: {path}: {describe(error)}; make it again: amclip data index") from None
+    except ValueError:  # no whole number of records
+        raise UserError(f"data.index: {path} is cut short; make it again: amclip data index") from None
+
+
+def _entries_of(folder: Path, meta: dict[str, Any]) -> list[ShardEntry]:
+    """The shards that meta.json tells of, each field of its type. Raises UserError."""
+    try:
+        entries = [ShardEntry(**entry) for entry in meta["shards"]]
+        for entry in entries:
+            counts = entry.size, entry.samples, entry.key_bytes
+            is_typed = all(type(count) is int and 0 <= count < 1 << 62 for count in counts)
+            is_typed = is_typed and type(entry.mtime_ns) is int
+            if not is_typed or not isinstance(entry.path, str) or not isinstance(entry.fingerprint, str):
+                raise TypeError("a field of another type")
+            if not all(isinstance(p, dict) and type(p.get("count")) is int for p in entry.problems):
+                raise TypeError("a problem without a count")
+        return entries
+    except (KeyError, TypeError) as error:
+        raise UserError(f"data.index: {folder}/meta.json: no list of shards ({error}); make it again") from None
 
 
 def _fingerprint_of(path: str) -> str:

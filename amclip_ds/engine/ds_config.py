@@ -1,12 +1,12 @@
 """DeepSpeed's own settings: the key that names their file, and the reading and checking of it, without DeepSpeed."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from amclip_ds.errors import UserError
+from amclip_ds.files import read_json
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # in a checkout a link to the folder at the top
 DECIDED_BY_THE_RUN = {
@@ -41,10 +41,11 @@ def read_ds_config(config: EngineConfig) -> dict[str, Any]:
         known = ", ".join(sorted(file.name for file in DS_CONFIGS.glob("*.json")))
         raise UserError(f"engine.deepspeed: no file {config.deepspeed!r}; ds_configs/ has {known}")
     try:
-        ds = json.loads(path.read_text())
-        assert isinstance(ds, dict) and isinstance(ds.get("zero_optimization", {}), dict)
-    except (ValueError, AssertionError, OSError) as error:
-        raise UserError(f"engine.deepspeed: {path} is not a DeepSpeed config in JSON: {error}") from None
+        ds = read_json(path, dict, 1 << 20)
+    except UserError as error:
+        raise UserError(f"engine.deepspeed: {error}: not a DeepSpeed config in JSON") from None
+    if not isinstance(ds.get("zero_optimization", {}), dict):
+        raise UserError(f"engine.deepspeed: {path}: zero_optimization is no object")
     for complaint in unfit(ds, config):
         raise UserError(f"engine.deepspeed: {path.name} {complaint}")
     ds.pop("not_tested_here", None)

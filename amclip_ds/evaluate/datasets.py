@@ -9,6 +9,7 @@ never the images; every mistake in it is a UserError that names the file.
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,11 +20,13 @@ from PIL import Image, UnidentifiedImageError
 from amclip_ds.data import sources
 from amclip_ds.data.tar import Damage, scan
 from amclip_ds.errors import UserError
+from amclip_ds.files import is_regular, read_text
 
 CLASSIFICATION, RETRIEVAL = "zeroshot_classification", "retrieval"
 IMAGES = ("webp", "png", "jpg", "jpeg")
 MAX_PIXELS = 128 << 20  # a header that claims more is not decoded
 MAX_TEXT = 1 << 20  # bytes of a label or a text
+MAX_LINES = 16 << 20  # bytes of a list of class names or templates
 OPENAI_7 = "openai-7"
 """CLIP's choice of 7 of its 80 ImageNet prompts (its notebook), which SLIP and A-CLIP report with."""
 
@@ -103,7 +106,7 @@ def _task_of(folder: Path, spec: str) -> str:
     if not file.is_file():
         has_names = folder.is_dir() and ((folder / "classnames.txt").is_file() or _is_image_folder(folder, "test"))
         return CLASSIFICATION if has_names else RETRIEVAL
-    said = file.read_text().strip().lower()
+    said = read_text(file).strip().lower()
     if said not in ("classification", "retrieval"):
         raise UserError(f"{file}: {said[:80]!r} is neither classification nor retrieval")
     return CLASSIFICATION if said == "classification" else RETRIEVAL
@@ -121,14 +124,15 @@ def _shards_of(folder: Path, spec: str, split: str) -> list[str]:
         if (folder / "dataset_type.txt").is_file() and split == "test":
             raise UserError(f"{counted}: missing; it holds the number of tars in {root}")
         return sources.expand(str(root), key="--data")
-    text = counted.read_text().strip()
-    if not text.isdigit() or int(text) == 0:
+    text = read_text(counted, 1000).strip()
+    if not re.fullmatch("[1-9][0-9]{0,5}", text):
         raise UserError(f"{counted}: {text[:40]!r} is not a number of tars")
-    shards = [root / f"{number}.tar" for number in range(int(text))]
-    missing = [str(shard) for shard in shards if not shard.is_file()]
-    if missing:
-        raise UserError(f"{missing[0]}: missing; {counted} says {text}")
-    return [str(shard) for shard in shards]
+    shards = []
+    for number in range(int(text)):
+        shards.append(str(root / f"{number}.tar"))
+        if not is_regular(root / f"{number}.tar"):  # at the first: the number is only what somebody wrote down
+            raise UserError(f"{shards[-1]}: missing; {counted} says {text}")
+    return shards
 
 
 def _read_tars(shards: Sequence[str], task: str) -> tuple[Sample, ...]:
@@ -261,7 +265,7 @@ def _templates(folder: Path, choice: str) -> tuple[str, ...]:
 def _lines(file: Path, holds: str) -> tuple[str, ...]:
     if not file.is_file():
         raise UserError(f"{file}: missing; it holds {holds}")
-    lines = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+    lines = tuple(line.strip() for line in read_text(file, MAX_LINES).splitlines() if line.strip())
     if not lines:
         raise UserError(f"{file}: empty; it holds {holds}")
     return lines
