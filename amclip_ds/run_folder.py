@@ -8,14 +8,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
+from amclip_ds.engine.collectives import on_main
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import write_atomically
 from amclip_ds.jsonl import append_line, read
@@ -135,17 +138,23 @@ def _git(*words: str, cwd: Path) -> str:
     return done.stdout.strip()
 
 
-def write_run_weights(
-    folder: Path, student: "StudentEngine", teacher: "Teacher | None", step: int, is_main: bool
-) -> None:
-    """RUN/student.safetensors and RUN/teacher.safetensors, whole and in fp32. Collective: every rank must call."""
+def write_run_weights(folder: Path, student: "StudentEngine", teacher: "Teacher | None", step: int) -> None:
+    """RUN/student.safetensors and RUN/teacher.safetensors, whole and in fp32. Collective: every rank must call.
+
+    Raises AmclipError, on all ranks, where they cannot be written: the checkpoint is committed, a restart writes them.
+    """
     for name, source in (("student", student), ("teacher", teacher)):
         if source is None:
             continue
         tensors = source.full_state()
-        if is_main:
-            metadata = {"format": "pt", "weights": name, "step": str(step)}
-            write_weights(folder / f"{name}.safetensors", tensors, metadata)
+        metadata = {"format": "pt", "weights": name, "step": str(step)}
+        try:
+            on_main(partial(write_weights, folder / f"{name}.safetensors", tensors, metadata))
+        except (OSError, AmclipError, SafetensorError) as error:
+            raise AmclipError(
+                f"{folder}/{name}.safetensors cannot be written: {error}; the checkpoint of step {step} is committed:"
+                f" started again, the run writes its weights"
+            ) from None
 
 
 def write_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -1,18 +1,23 @@
-"""The run on one screen: assemble, loop, evaluate, save, stop when asked, hand over the weights."""
+"""The run on one screen: assemble, loop, save, stop when asked, evaluate, hand over the weights."""
 
 from contextlib import ExitStack
+from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
 from amclip_ds.engine.collectives import on_main
-from amclip_ds.errors import Preempted
+from amclip_ds.errors import Preempted, UserError
 from amclip_ds.evaluate import rows
-from amclip_ds.evaluate.during_training import evaluate_engines, sets_of
+from amclip_ds.evaluate.datasets import open_set
+from amclip_ds.evaluate.during_training import evaluate_engines, specs_of
+from amclip_ds.jsonl import STEP, read_lines
 from amclip_ds.resilience.guards import RewindAsked
 from amclip_ds.run import Run, assemble
 from amclip_ds.run_folder import write_run_weights
 from amclip_ds.step import StepResult, train_step
+
+FAILED, MADE_UP = "evaluation_failed", "evaluation_made_up"  # incidents; after either, no resume tries it again
 
 
 def train(config: TrainConfig, resume: str = "auto") -> int:
@@ -21,7 +26,8 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
     with ExitStack() as stack:
         run = assemble(config, resume, stack)
         state = run.state
-        if evaluation_was_forestalled(run):
+        if evaluation_is_missing(run):
+            run.record.incident(MADE_UP, f"none was made at step {state.step}", action="made before training goes on")
             evaluate(run)
 
         for batch in run.batches():
@@ -30,14 +36,14 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
             state.advance(batch, result, config.batch.global_size)
             stop = run.stops.agreed(is_last=state.step == run.total_steps)
             account(run, batch, result)
-            if stop is None and evaluation_is_due(run):
-                evaluate(run)
             run.keeper.after_step(state, is_last=state.step == run.total_steps or stop is not None)
             if stop is not None:
                 raise Preempted(f"{stop}; stopped after step {state.step}")
+            if evaluation_is_due(run):
+                evaluate(run)
 
         run.watchdog.phase("end", state.step)
-        write_run_weights(run.folder, run.student, run.teacher, state.step, run.runtime.is_main)
+        write_run_weights(run.folder, run.student, run.teacher, state.step)
         run.record.say(run.ledger.summary())
         run.record.say(str(run.folder))
     return 0
@@ -49,6 +55,7 @@ def account(run: Run, batch: Batch, result: StepResult) -> None:
     Raises RunStopped where either has seen too much.
     """
     state, record = run.state, run.record
+    record.step = state.step
     try:
         run.guards.account(state.step, result.applied, result.sample_ids)
     except RewindAsked:
@@ -65,12 +72,27 @@ def account(run: Run, batch: Batch, result: StepResult) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Student and teacher as they stand, on the sets of eval.data. Collective: every rank must call."""
+    """Student and teacher as they are, on the sets of eval.data. Collective: every rank must call.
+
+    What fails is an incident and costs its own rows, never the run nor the checkpoint that was due.
+    """
+    run.keeper.settle()
     with run.meter.paused(), run.watchdog.during("evaluate"):
         if run.teacher is not None:
             run.teacher.publish()
-        made = evaluate_engines(run.student, run.teacher, run.config, run.runtime, run.state.step)
-        run.record.evaluation(rows.new(run.folder, made))  # a watch may have been here, or a kill in between
+        made, failures = evaluate_engines(run.student, run.teacher, run.config, run.runtime, run.state.step)
+    run.record.evaluation(not_yet_recorded(run, made))
+    for cause in failures if run.runtime.is_main else ():
+        run.record.say(f"evaluation failed: {cause}; training goes on")
+        run.record.incident(FAILED, cause, action="training goes on; `amclip watch` evaluates the checkpoint later")
+
+
+def not_yet_recorded(run: Run, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that a watch, or this run before a kill, has not written. Empty on ranks other than 0."""
+    try:
+        return rows.new(run.folder, made) if run.runtime.is_main else []
+    except UserError:  # the file cannot be read: a row too many is better than one that is lost
+        return made
 
 
 def evaluation_is_due(run: Run) -> bool:
@@ -80,11 +102,22 @@ def evaluation_is_due(run: Run) -> bool:
     return run.config.eval.data is not None and is_turn
 
 
-def evaluation_was_forestalled(run: Run) -> bool:
-    """Whether the run goes on from a step whose evaluation a stop came before. Collective: every rank must call."""
+def evaluation_is_missing(run: Run) -> bool:
+    """Whether the run goes on from a step whose evaluation was not made, and not tried in vain either.
+
+    Collective: every rank must call.
+    """
     weights = ["student", *(["teacher"] if run.teacher is not None else [])]
 
     def is_missing() -> bool:
-        return bool(rows.missing(run.folder, run.state.step, sets_of(run.config), weights))
+        try:
+            incidents = read_lines(run.folder / "incidents.jsonl", STEP | {"kind": str})
+            if any(row["step"] == run.state.step and row["kind"] in (FAILED, MADE_UP) for row in incidents):
+                return False
+            sets = [open_set(spec) for spec in specs_of(run.config)]
+            return bool(rows.missing(run.folder, run.state.step, sets, weights))
+        except UserError as error:
+            run.record.say(f"whether step {run.state.step} is evaluated cannot be found out: {error}; training goes on")
+            return False
 
     return run.state.step > 0 and evaluation_is_due(run) and on_main(is_missing)

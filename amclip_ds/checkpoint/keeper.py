@@ -102,6 +102,10 @@ class Keeper:
         """Saves where it is due (by steps, by the clock, at the end); `is_last` waits for the commit. See Saver."""
         self._saver.after_step(progress.step, is_last, partial(self._state, progress))
 
+    def settle(self) -> None:
+        """Waits until a save under way is committed, or has failed, which is recorded."""
+        self._saver.settle()
+
     def rewind(self, progress: Progress) -> None:
         """Back to the newest checkpoint's weights, moments, average and updates; the place in the data stays."""
         self._saver.finish()

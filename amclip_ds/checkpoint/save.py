@@ -111,6 +111,12 @@ class Saver:
         finally:
             self.stall_s += time.monotonic() - began
 
+    def settle(self) -> None:
+        """Waits for a save under way. One that fails is recorded, as in `after_step`."""
+        if self._flight:
+            with self._pausing():
+                self._land_earlier()
+
     def finish(self) -> None:
         """Waits for a save under way and for removals. Raises SaveFailed."""
         if self._flight:

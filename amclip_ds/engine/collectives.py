@@ -124,19 +124,42 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Does `work` on rank 0 and gives every rank its result, or raises its AmclipError on all of them."""
+    """Does `work` on rank 0 and gives every rank its result. What it raises there is raised on all ranks: an
+    AmclipError as it is, anything else as an AmclipError that names it (on rank 0 as it is, with its traceback)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
     outcome: list[Any] = [None, None]
+    failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
-        except AmclipError as error:
-            outcome[1] = error
+        except Exception as error:  # whatever it is, the others wait to hear of it
+            failure, outcome[1] = error, _for_others(error)
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise outcome[1]
+        raise failure or outcome[1]
     return outcome[0]
+
+
+def on_all(work: Callable[[], T]) -> T:
+    """Does `work`, which holds no collective, on every rank. Where it fails on any, all raise the AmclipError of the
+    lowest rank that has one (another kind of error becomes one that names it)."""
+    failure: Exception | None = None
+    try:
+        value = work()
+    except Exception as error:
+        failure = error
+    told = next((error for error in gather_objects(failure and _for_others(failure)) if error), None)
+    if told is not None:
+        raise told from failure
+    return value
+
+
+def _for_others(error: Exception) -> AmclipError:
+    """What the other ranks are told of an error: something that surely travels."""
+    if isinstance(error, AmclipError):
+        return error
+    return AmclipError(f"rank {my_rank()}: {type(error).__name__}: {error}")
 
 
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:

@@ -1,36 +1,42 @@
 """Evaluation between two steps: the engines as they stand, student and teacher, on the sets of `eval.data`."""
 
+from functools import partial
 from typing import Any
 
 from amclip_ds.config import TrainConfig
-from amclip_ds.engine.collectives import DistributedComm
+from amclip_ds.engine.collectives import DistributedComm, on_all
 from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.student import StudentEngine
-from amclip_ds.evaluate.datasets import EvalSet, open_set
+from amclip_ds.errors import AmclipError
+from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.encoder import TowerEncoder
 from amclip_ds.evaluate.tasks import run_task, short
 from amclip_ds.teacher import Teacher
 
 
-def sets_of(config: TrainConfig) -> list[EvalSet]:
-    """The sets of eval.data. Raises UserError for one that cannot be read."""
-    return [open_set(spec) for spec in config.eval.data.split("::")] if config.eval.data else []
+def specs_of(config: TrainConfig) -> list[str]:
+    """What eval.data names, set by set."""
+    return config.eval.data.split("::") if config.eval.data else []
 
 
 def evaluate_engines(
     student: StudentEngine, teacher: Teacher | None, config: TrainConfig, runtime: Runtime, step: int
-) -> list[dict[str, Any]]:
-    """The rows of eval.jsonl: each set of eval.data with the student and, where there is one, the teacher.
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(the rows of eval.jsonl, what failed): each set of eval.data with the student and, if there is one, the teacher.
 
-    The same rows on every rank. The teacher must be published whole. Raises UserError for a set that cannot be read.
-    Collective: every rank must call.
+    A set that fails costs its own rows alone, and a line each says why. The same on every rank. The teacher must be
+    published whole. Collective: every rank must call.
     """
-    comm = DistributedComm()
-    rows = []
-    for data in sets_of(config):
-        for name, engine in (("student", student), ("teacher", teacher)):
-            if engine is not None:
-                encoder = TowerEncoder(engine.forward, name, config.model.vision.image_size,
-                                       config.model.text.context_length, runtime.device)  # fmt: skip
-                rows.append(short(run_task(data.task, encoder, data, config.eval.batch_size, comm, step)))
-    return rows
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    engines = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
+    encoders = [TowerEncoder(engine.forward, name, config.model.vision.image_size, config.model.text.context_length,
+                             runtime.device) for name, engine in engines.items()]  # fmt: skip
+    for spec in specs_of(config):
+        try:  # what is raised here is raised on every rank alike: the collectives stay in step
+            data = on_all(partial(open_set, spec))
+            for encoder in encoders:
+                rows.append(short(run_task(data.task, encoder, data, config.eval.batch_size, DistributedComm(), step)))
+        except AmclipError as error:
+            failures.append(f"{spec}: {error}")
+    return rows, failures

@@ -8,7 +8,7 @@ comes out of the same forward call whoever computes it: the numbers do not depen
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from amclip_ds.data import photometric
 from amclip_ds.data.captions import build_tokenizer, trim
-from amclip_ds.engine.collectives import gather_objects
-from amclip_ds.errors import UserError
+from amclip_ds.engine.collectives import on_all
+from amclip_ds.errors import AmclipError
 from amclip_ds.evaluate.datasets import Sample
 from amclip_ds.loss.comm import Comm
 
@@ -116,17 +116,18 @@ def encode_images(
 ) -> Tensor:  # fmt: skip
     """Embeddings of all images [N, E], or what `then(embeddings, their numbers)` makes of each batch; on every rank.
 
-    Collective: every rank must call. Raises the first UserError of any rank on all of them.
+    Collective: every rank must call. Raises the first unreadable image's error, of any rank, on all of them.
     """
-    errors: list[UserError] = []
+    errors: list[AmclipError] = []
 
     def load(sample: Sample) -> Tensor:
         try:
             return encoder.preprocess(sample.read())
-        except UserError as error:
+        except Exception as error:
+            told = error if isinstance(error, AmclipError) else AmclipError(f"{sample.path}: {sample.key}: {error}")
             if comm.world_size == 1:
-                raise
-            errors.append(error)  # told after the last batch: the others wait for this rank's part of every forward
+                raise told from error
+            errors.append(told)  # raised after the last batch: the others wait for this rank's part of every forward
             return encoder.preprocess(Image.new("RGB", (encoder.image_size, encoder.image_size)))
 
     def work(numbers: range, images: Sequence[Tensor]) -> Tensor:
@@ -138,7 +139,7 @@ def encode_images(
     batches = _deal(len(samples), batch_size, comm)
     loaded = _load_ahead([[samples[number] for number in batch] for batch in batches], load)
     rows = [work(batch, images) for batch, images in zip(batches, loaded)]
-    _raise_together(errors)
+    on_all(partial(_raise_first, errors))
     return _collect(rows, len(samples), batch_size, comm)
 
 
@@ -198,8 +199,6 @@ def _load_ahead(batches: Sequence[Sequence[Sample]], load: Callable[[Sample], Te
                     future.cancel()
 
 
-def _raise_together(errors: list[UserError]) -> None:
-    """Raises the first error of the lowest rank that has one, on every rank. Collective: every rank must call."""
-    first = next((error for found in gather_objects(errors[:1]) for error in found), None)
-    if first is not None:
-        raise first
+def _raise_first(errors: list[AmclipError]) -> None:
+    if errors:
+        raise errors[0]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from amclip_ds.errors import AmclipError
 from amclip_ds.evaluate import metrics
 from amclip_ds.evaluate.datasets import EvalSet
 from amclip_ds.evaluate.encoder import Encoder, encode_images, encode_texts, share_rows
@@ -66,7 +67,7 @@ class Found:
 def recalls(images: Tensor, texts: Tensor, image_of_text: Tensor, comm: Comm) -> Found:
     """images [I, E], texts [T, E], image_of_text [T] int64, whole on every rank -> where each finds its own.
 
-    Raises ValueError for embeddings that are not finite. Collective: every rank must call.
+    Raises AmclipError for embeddings that are not finite. Collective: every rank must call.
     """
     image_of_text = image_of_text.to(images.device)
     nearest_texts = first_k(images, texts, max(KS), comm)  # [I, k]
@@ -88,7 +89,7 @@ def first_k(queries: Tensor, candidates: Tensor, k: int, comm: Comm) -> Tensor:
     The blocks are the same in every world, so the scores are. Collective: every rank must call.
     """
     if not (torch.isfinite(queries).all() and torch.isfinite(candidates).all()):
-        raise ValueError("embeddings that are not finite")
+        raise AmclipError("the embeddings are not finite")
     return share_rows(len(queries), QUERIES, comm, lambda numbers: _first_k(queries, numbers, candidates, k))
 
 

@@ -2,16 +2,23 @@
 
 from typing import Any
 
+import torch
+
 from amclip_ds import config as settings
 from amclip_ds.engine import runtime as engine_runtime
+from amclip_ds.engine.collectives import on_all, on_main
 from amclip_ds.engine.student import StudentEngine
+from amclip_ds.errors import UserError
 from amclip_ds.evaluate import encoder
 from amclip_ds.evaluate.during_training import evaluate_engines
 from amclip_ds.teacher import Teacher
 
 
-def evaluate(ds: str, data: str, slices: bool = False) -> list[dict[str, Any]]:
-    """The rows of a tiny student and its teacher at their common start; `slices`: dealt as a padding sampler deals."""
+def evaluate(ds: str, data: str, slices: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows, and what failed, of a tiny student and its teacher at their common start.
+
+    slices: dealt as a padding sampler deals.
+    """
     if slices:
         encoder._deal = _padded_slices
     runtime = engine_runtime.start()
@@ -23,9 +30,34 @@ def evaluate(ds: str, data: str, slices: bool = False) -> list[dict[str, Any]]:
     teacher = Teacher(config.teacher, config.model, config.heads, config.loss, compat="paper", seed=0, student=student,
                       device=runtime.device)  # fmt: skip
     teacher.publish()
-    rows = evaluate_engines(student, teacher, config, runtime, step=3)
+    rows, failures = evaluate_engines(student, teacher, config, runtime, step=3)
     engine_runtime.stop(runtime)
-    return rows
+    return rows, failures
+
+
+def failing_on_one_rank() -> list[str]:
+    """What each rank raises where rank 0 (on_main), or rank 1 alone (on_all), fails; the ranks meet after each."""
+    runtime = engine_runtime.start()
+
+    def fail(rank: int, error: Exception) -> str:
+        if runtime.rank == rank:
+            raise error
+        return "done"
+
+    said = []
+    for work in (
+        lambda: on_main(lambda: fail(0, OSError(28, "No space left on device"))),
+        lambda: on_main(lambda: fail(0, UserError("run.out: no"))),
+        lambda: on_all(lambda: fail(1, ValueError("odd"))),
+        lambda: on_all(lambda: fail(2, ValueError("never"))),
+    ):
+        try:
+            said.append(work())
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+        torch.distributed.barrier()
+    engine_runtime.stop(runtime)
+    return said
 
 
 def _padded_slices(count: int, batch_size: int, comm: Any) -> list[range]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from amclip_ds.errors import AmclipError
 from amclip_ds.evaluate import retrieval
 from amclip_ds.loss.comm import SingleProcess
 from tests.unit.thread_ranks import run_threads
@@ -93,5 +94,5 @@ def test_ranks_share_the_queries_and_agree(world_size: int, monkeypatch) -> None
 def test_embeddings_that_are_not_finite_are_refused() -> None:
     images, texts, owner = embeddings(False)
     images[3, 1] = float("nan")
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(AmclipError, match="finite"):
         retrieval.recalls(images, texts, owner, SingleProcess())
