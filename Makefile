@@ -25,7 +25,7 @@ check: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-setup: .cache/setup-seconds ## the virtual environment, the pinned packages, the communication op
+setup: .cache/setup-seconds ## the virtual environment, the pinned packages
 
 .cache/setup-seconds: pyproject.toml constraints.txt setup.py $(wildcard environment/*)
 	@mkdir -p .cache

@@ -1,15 +1,12 @@
 #!/usr/bin/env bash
-# setup.sh PYTHON VENV: what `make setup` does: environment, pinned install, communication op. Says each step and its time.
+# setup.sh PYTHON VENV: what `make setup` does: environment, pinned install. Says each step and its time.
 set -euo pipefail
 python=$1 venv=$2
 start=$SECONDS
 command -v "$python" >/dev/null || { echo "setup: $python not found; install Python 3.11 with venv and headers, or: make PYTHON=python3.12 ..." >&2; exit 2; }
-command -v g++ >/dev/null || { echo "setup: no C++ compiler; install g++" >&2; exit 2; }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo "setup: installing the pinned packages into $venv (about 1.5 minutes the first time)"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt 2> >(grep -v '^WARNING: Location' >&2)
-echo "setup: building DeepSpeed's communication op once into $TORCH_EXTENSIONS_DIR (about 1 minute the first time)"
-"$venv/bin/python" -m amclip_ds.engine.build_ops
 seconds=$((SECONDS - start))
 echo "$seconds" > .cache/setup-seconds
 echo "setup: done in $seconds s"

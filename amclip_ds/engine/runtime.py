@@ -10,7 +10,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -65,9 +64,6 @@ def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
         torch.use_deterministic_algorithms(True)
-    os.environ.pop("LOCAL_SIZE", None)  # switches DeepSpeed's shared memory all-reduce on, which waits without a limit
-    if device.type == "cpu":
-        prepare_extensions(announce=place.rank == 0)
     _init_process_group(place, port, device, timeout_s)
     return Runtime(
         rank=place.rank, world_size=place.world_size, local_rank=place.local_rank,
@@ -95,37 +91,17 @@ def current_job() -> SlurmJob:
     return found
 
 
-def extensions_dir(env: Mapping[str, str]) -> Path:
+def extensions_dir() -> Path:
     """Where compiled ops live: TORCH_EXTENSIONS_DIR, else a folder of this checkout or environment alone.
 
     torch's own default, in the home folder, is shared by all environments, which then undo each other's builds.
     """
-    if env.get("TORCH_EXTENSIONS_DIR"):
-        return Path(env["TORCH_EXTENSIONS_DIR"])
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / "pyproject.toml").is_file():
         return checkout / ".cache" / "torch_extensions"
     return Path(sys.prefix) / "torch_extensions"
-
-
-def prepare_extensions(announce: bool) -> Path:
-    """Sets TORCH_EXTENSIONS_DIR for this process; says so if the communication op must be compiled now."""
-    folder = extensions_dir(os.environ)
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    # This environment's ninja before the system's, whatever started us: two versions of ninja do not believe each
-    # other's logs, and each would compile the op anew.
-    own_programs = str(Path(sys.executable).parent)
-    if not os.environ.get("PATH", "").startswith(own_programs + os.pathsep):
-        os.environ["PATH"] = own_programs + os.pathsep + os.environ.get("PATH", "")
-    op = folder / "deepspeed_shm_comm"
-    if announce and not (op / "deepspeed_shm_comm.so").exists():
-        print(
-            f"compiling DeepSpeed's communication op into {op} (once, about a minute;"
-            f" `python -m amclip_ds.engine.build_ops` does it ahead; if this hangs after a killed build,"
-            f" remove {op / 'lock'})",
-            flush=True,
-        )
-    return folder
 
 
 def _init_process_group(place: Placement, port: int, device: "torch.device", timeout_s: float) -> None:
@@ -137,14 +113,16 @@ def _init_process_group(place: Placement, port: int, device: "torch.device", tim
     import deepspeed
     import torch.distributed
 
+    # Every op counts as impossible here, so that none is probed for or compiled: the one that would be, of shared
+    # memory, serves `inference_all_reduce` alone. Ops that are asked for by name (offload.py) do not look here.
+    deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its own lines would drown a run's
     where = f"{place.master_addr}:{port}"
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # the op's loader prints on every rank
-            deepspeed.init_distributed(
-                dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False,
-                timeout=timedelta(seconds=timeout_s),
-            )  # fmt: skip
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False,
+            timeout=timedelta(seconds=timeout_s),
+        )  # fmt: skip
         time_engine_collectives()
     except (torch.distributed.DistError, RuntimeError, ValueError) as error:
         text = " ".join(str(error).split())[:300]

@@ -72,7 +72,9 @@ class StudentEngine:
         groups = parameter_groups(module.named_parameters(), optim)
         in_host_memory = is_offloaded(ds, "offload_optimizer")
         optimizer = (
-            build_cpu_adam(groups, optim, engine.deepspeed) if in_host_memory else build_optimizer(groups, optim)
+            build_cpu_adam(groups, optim, engine.deepspeed, runtime)
+            if in_host_memory
+            else build_optimizer(groups, optim)
         )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.ds_config, dist_init_required=False

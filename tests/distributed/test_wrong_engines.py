@@ -1,7 +1,10 @@
 """What an engine cannot serve is refused on every rank, in one line with its mend; no compiler: a fallback."""
 
+from pathlib import Path
+
 import pytest
 
+from amclip_ds.engine.offload import OP
 from tests.harness import run_ranks
 
 CASE = "tests.distributed.cases_engine:refused"
@@ -22,45 +25,27 @@ def test_refused(ds: str, settings: dict[str, object], line: str) -> None:
     assert all(said.startswith(line) for said in run_ranks(CASE, world_size=1, timeout_s=300, ds=ds, **settings))
 
 
-@pytest.mark.nightly
-def test_offload_without_its_op_is_refused(tmp_path: object) -> None:
-    """A machine without a C++ compiler."""
-    said = run_ranks("tests.distributed.test_wrong_engines:refused_without_compiler", world_size=1, timeout_s=600,
-                     folder=str(tmp_path))[0]  # fmt: skip
-    assert said.startswith(
-        "2 engine.deepspeed: zero2_fp32_offload.json offloads the optimizer, which needs DeepSpeed's cpu_adam"
-    )
-    assert said.endswith("use zero2_fp32.json")
-
-
-def refused_without_compiler(folder: str) -> str:
-    """The communication op stays built; only cpu_adam is looked for elsewhere."""
-    import os
-
-    from amclip_ds.engine import runtime
-    from tests.distributed import cases_engine
-
-    start = runtime.start
-
-    def start_then_hide() -> runtime.Runtime:
-        started = start()
-        os.environ["TORCH_EXTENSIONS_DIR"] = folder
-        os.environ["CXX"] = (
-            "/nonexistent/c++"  # not before: another compiler would have the communication op built anew
+def test_offload_without_its_op_is_refused(tmp_path: Path) -> None:
+    """A machine without a C++ compiler: every rank hears the one line, whoever was to compile."""
+    env = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/nonexistent/c++"}
+    for said in run_ranks(CASE, timeout_s=300, env=env, ds="zero2_fp32_offload.json", optim={"name": "adamw"}):
+        assert said.startswith(
+            "2 engine.deepspeed: zero2_fp32_offload.json offloads the optimizer, which needs DeepSpeed's cpu_adam"
         )
-        return started
-
-    runtime.start = start_then_hide  # type: ignore[assignment]
-    return cases_engine.refused("zero2_fp32_offload.json", optim={"name": "adamw"})
+        assert said.endswith("use zero2_fp32.json")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.nightly
-def test_offloaded_engines_agree() -> None:
+def test_offloaded_engines_agree(tmp_path: Path) -> None:
     """Nightly, since its first run compiles cpu_adam."""
     adamw = {"name": "adamw", "lr": 1e-3}
     expected = run_ranks("tests.distributed.cases:train", world_size=1, ds="zero0_fp32.json", optim=adamw)[0]["losses"]
+    (tmp_path / OP).mkdir()
+    (tmp_path / OP / "lock").touch()  # of a build that was killed: nobody waits for it
+    env = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
     for ds in ("zero2_fp32_offload.json", "zero3_fp32_offload.json"):
-        losses = run_ranks("tests.distributed.cases:train", timeout_s=600, ds=ds, optim=adamw)[0]["losses"]
+        losses = run_ranks("tests.distributed.cases:train", timeout_s=600, env=env, ds=ds, optim=adamw)[0]["losses"]
         assert losses == pytest.approx(expected, rel=1e-4)
 
 
