@@ -60,3 +60,14 @@ def test_compile_falls_back_and_says_so() -> None:
     for found in run_ranks("tests.distributed.cases_engine:compiled", timeout_s=300, ds="zero3_fp32.json"):
         assert not found["is_compiled"] and found["compiled"] == found["plain"]
         assert "blocks run uncompiled" in found["said"][0]
+
+
+def test_training_compiles_nothing_and_waits_for_no_lock(tmp_path: Path) -> None:
+    """The lock of a build that was killed: every run used to wait for it without a word."""
+    for name in ("deepspeed_shm_comm", OP):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+    before = sorted(tmp_path.rglob("*"))
+    env = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/nonexistent/c++", "PATH": "/nonexistent"}
+    found = run_ranks("tests.distributed.cases:train", timeout_s=120, env=env, ds="zero2_fp32.json", steps=1)
+    assert found[0]["losses"] and sorted(tmp_path.rglob("*")) == before
