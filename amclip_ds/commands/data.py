@@ -230,6 +230,8 @@ def _print_problems(report: "Report") -> None:
             table.add_row(_for_table(shard.path, 1000), ok, *numbers, "\n".join(found))
     if table.row_count:
         Console().print(table)
+    for cause, count in report.causes().most_common(10):
+        print(f"  {count} {'image' if count == 1 else 'images'}: {cause}")
 
 
 def _print_tokens(tokens: dict[str, Any]) -> None:

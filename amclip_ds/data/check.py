@@ -20,10 +20,10 @@ import numpy as np
 from amclip_ds.data import captions as caption_sources
 from amclip_ds.data import index, reader
 from amclip_ds.data.config import DataConfig, check_sources
+from amclip_ds.data.images import BadImage, open_image
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.parallel import Died, run_over
 from amclip_ds.data.tar import BLOCK, Damage, Member, scan, split_name
-from amclip_ds.data.views import BadImage, open_image
 from amclip_ds.errors import UserError
 from amclip_ds.files import read_json
 
@@ -86,6 +86,8 @@ class ShardReport:
     seconds: float = 0.0
     problems: dict[str, tuple[str, int]] = field(default_factory=dict)
     """kind -> (key of the first, count)"""
+    causes: Counter[str] = field(default_factory=Counter)
+    """why broken images could not be read -> count"""
     measured: np.ndarray = field(default_factory=lambda: np.empty(0, MEASURED))
     """a row a sample read"""
     keys: bytes = b""
@@ -131,6 +133,10 @@ class Report:
             totals.update({kind: count for kind, (_, count) in shard.problems.items()})
         return totals
 
+    def causes(self) -> Counter[str]:
+        """Why images could not be read, with counts."""
+        return sum((shard.causes for shard in self.shards), Counter())
+
     def measured(self) -> np.ndarray:
         """A row for each sample read, of all shards."""
         return np.concatenate([np.empty(0, MEASURED), *(shard.measured for shard in self.shards)])
@@ -158,6 +164,7 @@ class Report:
                 "path": shard.path, "ok": shard.is_ok(self.config.max_skip_rate), "samples": shard.samples,
                 "problems": [{"kind": k, "key": key, "count": n} for k, (key, n) in shard.problems.items()],
                 "expected": shard.expected, "read": shard.read, "skipped": shard.skipped, "lost": shard.lost,
+                "causes": dict(shard.causes),
             }
             for shard in self.shards
         ]  # fmt: skip
@@ -306,7 +313,10 @@ class _Pass:
         try:
             height, width, digest = self._image(group.key, image)
         except BadImage as error:
-            return ("too large" if error.kind == "too large" else "broken image"), ()
+            if error.kind == "too large":
+                return "too large", ()
+            self._report.causes[str(error)] += 1
+            return "broken image", ()
         problem, options = self._captions(group)
         if problem:
             return problem, ()
@@ -323,7 +333,7 @@ class _Pass:
         if not self._config.decode:
             width, height = index.image_size(self._file, image)
             if width * height > self._config.max_pixels or width == 0:
-                raise BadImage("too large" if width else "unreadable", f"{width} x {height}")
+                raise BadImage("too large" if width else "unreadable", "a header that cannot be read")
             return height, width, 0
         content = self._read(image)
         source = open_image(content, self._config.max_pixels)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from amclip_ds.data import captions, photometric
+from amclip_ds.data.images import BadImage
 from amclip_ds.data.index import Index, Sample
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.order import EpochOrder, Mixture
 from amclip_ds.data.reader import Request, ShardReader
 from amclip_ds.data.tar import printable
-from amclip_ds.data.views import BadImage, Views, make_views
+from amclip_ds.data.views import Views, make_views
 from amclip_ds.errors import AmclipError, UserError
 
 Contents = dict[Request, bytes | OSError]

@@ -7,11 +7,9 @@ A folder of three files: `meta.json` (version, shards with size, mtime, fingerpr
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import os
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from amclip_ds.data import reader
+from amclip_ds.data.images import header_size
 from amclip_ds.data.parallel import Died, run_over
 from amclip_ds.data.sources import is_remote
 from amclip_ds.data.tar import BLOCK, Damage, Member, scan, split_name
@@ -310,20 +309,11 @@ def _record(file: BinaryIO, key_offset: int, image: Member, members: list[Member
 
 def image_size(file: BinaryIO, member: Member) -> tuple[int, int]:
     """(width, height) from the image's header; (0, 0) where it cannot be read. Nothing is decoded."""
-    from PIL import Image
-
-    for limit in (HEADER_BYTES, LONG_HEADER_BYTES):
+    for limit in (HEADER_BYTES, LONG_HEADER_BYTES, MAX_IMAGE_BYTES):
         file.seek(member.offset)
-        head = file.read(min(member.size, limit))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(head), formats=("JPEG", "PNG", "WEBP")) as image:
-                    return image.size
-        except Exception:
-            # Any failure of a decoder on bytes that anybody may have written means one thing: no usable header.
-            if member.size <= limit:
-                break
+        size = header_size(file.read(min(member.size, limit)))
+        if 0 not in size or member.size <= limit:
+            return (0, 0) if 0 in size else size
     return (0, 0)
 
 

@@ -57,14 +57,14 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("data set", "task", "weights", "step", "metric", "value", "95% interval", "samples")
+    table = Table("data set", "task", "weights", "step", "metric", "value", "95% interval", "samples", "images")
     for row in rows:
         for metric, value in row["metrics"].items():
             low, high = row.get("intervals", {}).get(metric, (None, None))
             between = "" if low is None else f"{low:.4f} - {high:.4f}"
             mark = " *" if metric == row.get("main_metric") and metric != "acc1" else ""
             table.add_row(row["dataset"], row["task"], row["weights"], str(row["step"]), metric + mark, f"{value:.4f}",
-                          between, str(row["num_samples"]))  # fmt: skip
+                          between, str(row["num_samples"]), row["images"])  # fmt: skip
     console = Console()
     if not console.is_terminal:
         console = Console(width=FILE_WIDTH)

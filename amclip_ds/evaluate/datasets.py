@@ -11,16 +11,18 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from amclip_ds.data import sources
-from amclip_ds.data.tar import Damage, scan
+from amclip_ds.data.images import BadImage, open_image
+from amclip_ds.data.index import MAX_IMAGE_BYTES
+from amclip_ds.data.tar import Damage, printable, scan
 from amclip_ds.errors import UserError
-from amclip_ds.files import is_regular, read_text
+from amclip_ds.files import describe, is_regular, open_regular, read_text
 
 CLASSIFICATION, RETRIEVAL = "zeroshot_classification", "retrieval"
 IMAGES = ("webp", "png", "jpg", "jpeg")
@@ -44,18 +46,28 @@ class Sample:
     label: int = -1
     captions: tuple[str, ...] = ()
 
+    plain: bool = False
+    """opened as CLIP_benchmark does: neither turned upright nor laid on white"""
+
+    @property
+    def place(self) -> str:
+        """Its file, and its key in it, as messages name them."""
+        return printable(self.path if self.path.endswith(self.key) else f"{self.path}: {self.key}")
+
     def read(self) -> Image.Image:
         """The image in RGB. Raises UserError, naming file and key, for one that cannot be read."""
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(Path(self.path)) as file:
                 file.seek(self.offset)
-                content = file.read(self.size)
-            with Image.open(io.BytesIO(content)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UserError(f"{self.path}: {self.key} has {image.width} x {image.height} pixels: too many")
-                return image.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-            raise UserError(f"{self.path}: {self.key} cannot be read as an image: {error}") from None
+                content = file.read(min(self.size, MAX_IMAGE_BYTES + 1))
+            if len(content) > MAX_IMAGE_BYTES:
+                raise BadImage("too large", f"more than {MAX_IMAGE_BYTES} bytes")
+            return open_image(content, MAX_PIXELS).picture(self.plain)
+        except OSError as error:
+            raise UserError(f"{self.place}: {describe(error)}") from None
+        except BadImage as error:
+            own = f" ({error.detail})" if error.detail else ""
+            raise UserError(f"{self.place} cannot be read as an image: {error}{own}") from None
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,12 @@ class EvalSet:
     templates: tuple[str, ...] = ()
     """with `{c}` for the class name"""
     folder: str = field(default="", compare=False)
+
+    @property
+    def images(self) -> str:
+        """How its images are opened, as its rows say: as CLIP_benchmark does, or upright with what is transparent on
+        white, as training does."""
+        return "plain" if self.samples[0].plain else "upright"
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -94,11 +112,18 @@ def open_set(
         samples, names = _read_image_folder(_image_root(folder, split), folder)
     else:
         samples, names = _read_tars(_shards_of(folder, spec, split), task), None
+        if _is_suite(folder):
+            samples = tuple(replace(sample, plain=True) for sample in samples)
     if task == RETRIEVAL:
         return EvalSet(name, task, samples, folder=spec)
     chosen = _classnames(folder, names, classnames)
     _check_labels(samples, chosen, folder)
     return EvalSet(name, task, samples, chosen, () if templates == "none" else _templates(folder, templates), spec)
+
+
+def _is_suite(folder: Path) -> bool:
+    """Whether it has the files of CLIP_benchmark's layout."""
+    return any((folder / name).is_file() for name in ("dataset_type.txt", "classnames.txt"))
 
 
 def _task_of(folder: Path, spec: str) -> str:

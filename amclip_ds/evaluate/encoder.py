@@ -6,6 +6,7 @@ The batches of a set are cut the same way in every world and dealt out whole, th
 comes out of the same forward call whoever computes it: the numbers do not depend on the number of ranks.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -19,11 +20,12 @@ from torch import Tensor
 from amclip_ds.data import photometric
 from amclip_ds.data.captions import build_tokenizer, trim
 from amclip_ds.engine.collectives import on_all
-from amclip_ds.errors import AmclipError
+from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.datasets import Sample
 from amclip_ds.loss.comm import Comm
 
 TEXT_BUCKET = 8  # tokens; texts of a batch are cut to its longest, rounded up to this
+MAX_RESIZED = 1 << 26  # pixels of an image whose shorter side was brought to the model's size
 READERS = 4  # threads that decode images; Pillow releases the lock
 
 
@@ -95,9 +97,13 @@ def token_ids(texts: tuple[str, ...], context_length: int) -> Tensor:
 
 
 def resized_size(sides: tuple[int, int], size: int) -> tuple[int, int]:
-    """(width, height) with the shorter one `size`, as torchvision rounds."""
+    """(width, height) with the shorter one `size`, as torchvision rounds. Raises UserError for a line without breadth,
+    which would be blown up to any size."""
     width, height = sides
-    return (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+    resized = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+    if resized[0] * resized[1] > MAX_RESIZED:
+        raise UserError(f"{width} x {height} pixels cannot be resized to a shorter side of {size}")
+    return resized
 
 
 def resize_and_crop(image: Image.Image, size: int) -> Tensor:
@@ -122,9 +128,9 @@ def encode_images(
 
     def load(sample: Sample) -> Tensor:
         try:
-            return encoder.preprocess(sample.read())
+            return encoder.preprocess(_read(sample, encoder.image_size))
         except Exception as error:
-            told = error if isinstance(error, AmclipError) else AmclipError(f"{sample.path}: {sample.key}: {error}")
+            told = error if isinstance(error, AmclipError) else AmclipError(f"{sample.place}: {error}")
             if comm.world_size == 1:
                 raise told from error
             errors.append(told)  # raised after the last batch: the others wait for this rank's part of every forward
@@ -137,10 +143,21 @@ def encode_images(
         return then(embeddings, numbers) if then else embeddings
 
     batches = _deal(len(samples), batch_size, comm)
-    loaded = _load_ahead([[samples[number] for number in batch] for batch in batches], load)
-    rows = [work(batch, images) for batch, images in zip(batches, loaded)]
+    with warnings.catch_warnings():  # the readers' own calls of it cross each other: what they leave ends here
+        loaded = _load_ahead([[samples[number] for number in batch] for batch in batches], load)
+        rows = [work(batch, images) for batch, images in zip(batches, loaded)]
     on_all(partial(_raise_first, errors))
     return _collect(rows, len(samples), batch_size, comm)
+
+
+def _read(sample: Sample, size: int) -> Image.Image:
+    """The sample's image. Raises UserError, naming it, also where it cannot be resized to a shorter side of `size`."""
+    image = sample.read()
+    try:
+        resized_size(image.size, size)
+    except UserError as error:
+        raise UserError(f"{sample.place}: {error}") from None
+    return image
 
 
 def encode_texts(encoder: Encoder, texts: Sequence[str], batch_size: int, comm: Comm) -> Tensor:

@@ -23,12 +23,14 @@ def run_task(
     if (task == RETRIEVAL) != (data.task == RETRIEVAL):
         raise UserError(f"--task {task}: {data.folder} is a set for {data.task}")
     if task == RETRIEVAL:
-        return retrieval.evaluate(encoder, data, batch_size, comm, step)
-    if task == CLASSIFICATION:
-        return zero_shot.evaluate(encoder, data, batch_size, comm, step)
-    assert train is not None
-    learn = probe.linear_probe if task == "linear_probe" else probe.knn
-    return learn(encoder, train, data, batch_size, comm, step)
+        row = retrieval.evaluate(encoder, data, batch_size, comm, step)
+    elif task == CLASSIFICATION:
+        row = zero_shot.evaluate(encoder, data, batch_size, comm, step)
+    else:
+        assert train is not None
+        learn = probe.linear_probe if task == "linear_probe" else probe.knn
+        row = learn(encoder, train, data, batch_size, comm, step)
+    return row | {"images": data.images}
 
 
 def open_for(task: str, spec: str, split: str, classnames: str, templates: str) -> tuple[str, EvalSet, EvalSet | None]:

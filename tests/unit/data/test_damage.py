@@ -11,8 +11,8 @@ import pytest
 from amclip_ds.data import index, parallel
 from amclip_ds.data.check import CheckConfig, Report, check
 from amclip_ds.data.config import DataConfig
+from amclip_ds.data.images import open_image
 from amclip_ds.data.loader import TrainingData
-from amclip_ds.data.views import open_image
 from tests.unit.data import damaged
 from tests.unit.data.damaged import BLOCK, flip, header_at, json_fields, picture, sample, samples, special, tar_of
 

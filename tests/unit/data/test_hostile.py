@@ -16,9 +16,9 @@ from amclip_ds import cli
 from amclip_ds.data import index
 from amclip_ds.data.check import CheckConfig, check
 from amclip_ds.data.config import DataConfig
+from amclip_ds.data.images import BadImage, open_image
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.tar import scan
-from amclip_ds.data.views import BadImage, open_image
 from amclip_ds.jsonl import read_lines
 from amclip_ds.record import LogConfig, Record
 from tests.unit.data import damaged

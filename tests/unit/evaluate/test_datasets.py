@@ -7,10 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+import amclip_ds  # noqa: F401  first: it mends torchvision
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import open_set
-from tests.unit.evaluate.test_encoder import picture, write_set
+from amclip_ds.evaluate.tasks import run_task
+from amclip_ds.loss.comm import SingleProcess
+from tests.unit.data.shards import encode, write_tar
+from tests.unit.data.test_images import OTHERS
+from tests.unit.evaluate.test_encoder import picture, tiny_encoder, write_set
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +104,49 @@ def test_imagenet_by_name(tmp_path: Path) -> None:
 def test_pairs_for_retrieval(shared_dir: Path) -> None:
     data = open_set(str(shared_dir / "data" / "openstax" / "test" / "00000.tar"))
     assert data.task == "retrieval" and len(data) == 200 and max(len(sample.captions) for sample in data.samples) > 1
+
+
+def write_tar_set(folder: Path, images: list[bytes]) -> Path:
+    """A classification set in CLIP_benchmark's layout, of these images and classes 0, 1, 0, ..."""
+    write_set(folder, num_shards=1)
+    members = {}
+    for number, image in enumerate(images):
+        members |= {f"{number}.jpg": image, f"{number}.cls": b"%d" % (number % 2)}
+    write_tar(folder / "test" / "0.tar", members)
+    return folder
+
+
+@pytest.mark.parametrize(("content", "said"), OTHERS, ids=[said for _, said in OTHERS])
+def test_no_decoder_but_ours_is_started(content: bytes, said: str, tmp_path: Path) -> None:
+    """In a tar and in a folder, under any name."""
+    folders = [write_tar_set(tmp_path / "tars", [content, content]), tmp_path / "images"]
+    for place in ("a/1.png", "b/1.jpeg"):
+        (folders[1] / place).parent.mkdir(parents=True)
+        (folders[1] / place).write_bytes(content)
+    for folder in folders:
+        with pytest.raises(UserError, match=f"cannot be read as an image: {said}; JPEG, PNG, WebP are read"):
+            for sample in open_set(str(folder), templates="openai-7").samples:
+                sample.read()
+
+
+def test_a_suite_is_opened_plain_and_the_rest_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(Image.new("RGBA", (20, 10), (0, 0, 0, 0)), "PNG", exif=exif)
+    suite = open_set(str(write_tar_set(tmp_path / "suite", [content, content])))
+    assert suite.images == "plain" and suite.samples[0].read().size == (20, 10)
+    for name in ("a", "b"):
+        (tmp_path / "ours" / name).mkdir(parents=True)
+        (tmp_path / "ours" / name / "1.png").write_bytes(content)
+    ours = open_set(str(tmp_path / "ours"), templates="openai-7")
+    image = ours.samples[0].read()
+    assert ours.images == "upright" and image.size == (10, 20) and image.getpixel((0, 0)) == (255, 255, 255)
+    row = run_task(ours.task, tiny_encoder(), ours, 4, SingleProcess())
+    assert row["images"] == "upright"
+
+
+def test_a_line_without_breadth_is_not_blown_up(tmp_path: Path) -> None:
+    """Its shorter side brought to 32 pixels, it would take gigabytes."""
+    data = open_set(str(write_tar_set(tmp_path / "set", [encode(Image.new("L", (1, 1 << 17)), "PNG")] * 2)))
+    with pytest.raises(UserError, match=r"0\.tar: 0: 1 x 131072 pixels cannot be resized"):
+        run_task(data.task, tiny_encoder(), data, 4, SingleProcess())
