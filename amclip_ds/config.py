@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from amclip_ds import plain_yaml
 from amclip_ds.checkpoint import CheckpointConfig
 from amclip_ds.data.config import DataConfig
 from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
@@ -240,22 +240,24 @@ def _layers(recipe: str) -> list[tuple[str, dict[str, Any]]]:
             raise UserError(f"recipe {recipe}: no such file")
         layer = _read_yaml(path)
         base = layer.pop("recipe", None)
-        return (_layers(base) if base else []) + [(str(path), layer)]
-    for size in sorted((RECIPES / "sizes").glob("*.yaml"), key=lambda path: -len(path.stem)):
-        method = RECIPES / "methods" / f"{recipe.removesuffix('-' + size.stem)}.yaml"
-        if recipe.endswith("-" + size.stem) and method.is_file():
-            return [(f"recipe size {size.stem}", _read_yaml(size)), (f"recipe {method.stem}", _read_yaml(method))]
-    raise UserError(f"recipe {recipe!r} is not known{_nearest(recipe, recipe_names())} `amclip recipes` lists them")
+        if base is None:
+            return [(str(path), layer)]
+        if not isinstance(base, str) or base.endswith((".yaml", ".yml")):
+            raise UserError(f"{path}: recipe: {str(base)[:60]!r} is no recipe's name; `amclip recipes` lists them")
+        return [*_layers(base), (str(path), layer)]
+    if recipe not in recipe_names():
+        raise UserError(f"recipe {recipe!r} is not known{_nearest(recipe, recipe_names())} `amclip recipes` lists them")
+    size = max((path.stem for path in (RECIPES / "sizes").glob("*.yaml") if recipe.endswith("-" + path.stem)), key=len)
+    method = recipe.removesuffix("-" + size)
+    layers = {f"recipe size {size}": f"sizes/{size}.yaml", f"recipe {method}": f"methods/{method}.yaml"}
+    return [(name, _read_yaml(RECIPES / file)) for name, file in layers.items()]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        layer = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not a yaml file: {_one_line(error)}") from None
-    if not isinstance(layer or {}, dict):
+    layer = plain_yaml.read(path) or {}
+    if not isinstance(layer, dict):
         raise UserError(f"{path}: expected `key: value` lines")
-    return layer or {}
+    return layer
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -268,20 +270,12 @@ def _parse_override(override: str) -> dict[str, Any]:
         if inside:
             raise UserError(f"{key}: a section, not a key; its keys: {', '.join(inside)}")
         raise UserError(f"{key}: unknown key{_nearest(key, list(known))}")
-    value: Any = _expand(key, text) if _is_text(known[key]) else _scalar(text)
+    value: Any = _expand(key, text) if _is_text(known[key]) else plain_yaml.scalar(text)
     if text in ("null", "none", "None") and type(None) in typing.get_args(known[key]):
         value = None
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
-
-
-def _scalar(text: str) -> Any:
-    """Reads a number, a boolean or a list as OmegaConf's yaml does (1e-3 is a float)."""
-    try:
-        return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index,call-overload]
-    except (yaml.YAMLError, OmegaConfBaseException):
-        return text
 
 
 def _expand(key: str, text: str) -> str:
@@ -299,6 +293,7 @@ def _is_text(hint: Any) -> bool:
 
 
 def _merge(config: Any, layer: dict[str, Any], source: str) -> Any:
+    plain_yaml.refuse_interpolation(layer, source)
     try:
         return OmegaConf.merge(config, layer)
     except ConfigKeyError as error:

@@ -6,25 +6,26 @@ A sweep file is a list of `{key: value}` maps, or `grid:` with a list of values 
 import argparse
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from amclip_ds import plain_yaml
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import read_json, write_atomically
 from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read_lines
 
+MAX_RUNS = 10_000  # Slurm's arrays end at 1,001 where nobody changed it
+
 
 def read_sweep(path: Path) -> list[dict[str, Any]]:
     """The overrides of every run, in order. Raises UserError."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"sweep {path}: {' '.join(str(error).split())}") from None
+    content = plain_yaml.read(path)
     if isinstance(content, dict) and isinstance(content.get("grid"), dict) and len(content) == 1:
         grid = {key: values if isinstance(values, list) else [values] for key, values in content["grid"].items()}
+        if math.prod(len(values) for values in grid.values()) > MAX_RUNS:
+            raise UserError(f"sweep {path}: its grid has more than {MAX_RUNS} combinations")
         content = [dict(zip(grid, combination)) for combination in itertools.product(*grid.values())]
     if not content or not isinstance(content, list) or not all(isinstance(run, dict) for run in content):
         raise UserError(f"sweep {path}: expected a list of `key: value` maps, or `grid:` with a list for each key")

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from amclip_ds import plain_yaml
 from amclip_ds.errors import UserError
 
-MAX_KEYS = 10_000
 # Keys, or whole sections, that decide where and how fast a run computes, what it keeps and shows, but not its numbers.
 # The data is compared by the index's hash, the stage and precision by the engines' own account.
 FREE = (
@@ -77,15 +75,10 @@ def refuse_or_allow(changes: list[Change], allowed: list[str]) -> list[Change]:
 
 def flatten(config: str) -> dict[str, str]:
     """A config.yaml as dotted key -> value. Raises UserError."""
+    tree = plain_yaml.parse(config, "the checkpoint's config.yaml") or {}
     try:
-        tree = yaml.safe_load(config) or {}
-        flat: dict[str, str] = {}
-        for key, value in _leaves(tree, ""):
-            flat[key] = _text(value)
-            if len(flat) > MAX_KEYS:
-                raise ValueError("too many keys")
-        return flat
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        return {key: _text(value) for key, value in _leaves(tree, "")}
+    except ValueError as error:
         raise UserError(f"the checkpoint's config.yaml cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amclip_ds import files
+from amclip_ds import files, plain_yaml
 from amclip_ds.checkpoint import tensorfile
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.checkpoint.writer import sha256_of
@@ -28,7 +28,6 @@ from amclip_ds.safetensors_header import PIECE, Entry
 
 FORMAT, VERSION = "amclip_ds checkpoint", 1
 NAME = "manifest.json"
-MAX_CONFIG = 256 << 10  # parsing yaml takes a second for each 100 kB
 FILES = re.compile(
     r"(model|optim|ema)/rank\d{4,6}\.safetensors|rng/rank\d{4,6}\.json|replicated\.safetensors|trainer\.json|config\.yaml"
 )
@@ -109,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> str:
     """The text of config.yaml. Raises DamagedError."""
     try:
-        return files.read_text(folder / "config.yaml", MAX_CONFIG, follow=False)
+        return files.read_text(folder / "config.yaml", plain_yaml.MAX_BYTES, follow=False)
     except UserError as error:
         raise DamagedError(str(error)) from None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amclip_ds import config as settings
-from amclip_ds import files
+from amclip_ds import files, plain_yaml
 from amclip_ds.checkpoint import CheckpointConfig, drift, manifest, retention, tensorfile
 from amclip_ds.checkpoint.manifest import Index, Manifest
 from amclip_ds.checkpoint.ranks import Ranks
@@ -159,7 +159,7 @@ def _sources(path: Path, held: Manifest, which: str) -> dict[str, str]:
     if "ema" not in held.tensors:
         raise UserError(f"{path}: its run had no teacher")
     try:
-        config = drift.flatten(files.read_text(path / "config.yaml", manifest.MAX_CONFIG, follow=False))
+        config = drift.flatten(files.read_text(path / "config.yaml", plain_yaml.MAX_BYTES, follow=False))
     except UserError as error:
         raise UserError(f"damaged checkpoint: {error}") from None
     mirrored = mirrored_names(trained, config.get("compat", "paper"))

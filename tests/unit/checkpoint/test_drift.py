@@ -69,7 +69,7 @@ def test_a_bomb_of_references_is_refused_soon() -> None:
     bomb = "a0: &a0 {x: 1, y: 2}\n" + "".join(
         f"a{i}: &a{i} {{{', '.join(f'k{j}: *a{i - 1}' for j in range(9))}}}\n" for i in range(1, 12)
     )
-    with pytest.raises(UserError, match="too many keys"):
+    with pytest.raises(UserError, match="unfolded"):
         drift.flatten(bomb)
 
 
