@@ -5,26 +5,16 @@ laid over the defaults. A yaml of one's own may begin with `recipe: aclip-vitb16
 Every mistake is a UserError of one line that names the key and, where it is misspelt, the nearest valid one.
 """
 
-import ast
-import dataclasses
 import difflib
-import inspect
-import os
-import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-
-from amclip_ds import plain_yaml
+from amclip_ds import configfile, plain_yaml
 from amclip_ds.checkpoint import CheckpointConfig
 from amclip_ds.data.config import DataConfig
 from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
-from amclip_ds.errors import UserError
+from amclip_ds.errors import LocalSettingsError, SettingsError, UserError
 from amclip_ds.evaluate import EvalConfig
 from amclip_ds.loss import LossConfig
 from amclip_ds.model.config import (
@@ -47,6 +37,26 @@ from amclip_ds.resilience.config import (
 )
 
 RECIPES = Path(__file__).parent / "recipes"
+YEARS = 10**9  # seconds: the system's clocks and timers take no more
+SIZES = {  # the largest value -> the keys that take no more: beyond, a run would not fail here but fill a machine
+    10**10: "run.steps optim.warmup_steps",
+    YEARS: "data.timeout_s checkpoint.timeout_s checkpoint.every_minutes preemption.forced_exit_s"
+    " preemption.before_limit_s watchdog.step_timeout_s watchdog.phase_timeout_s ownership.heartbeat_s"
+    " ownership.stale_s data.stage_gb",
+    2**31: "data.shuffle_window",
+    2**24: "batch.global_size batch.per_gpu model.text.vocab_size guards.spike_window",
+    10**6: "run.epochs optim.lr optim.weight_decay optim.eps optim.warmup_start_lr optim.final_lr"
+    " optim.clip_grad_norm optim.vision_lr_scale optim.text_lr_scale loss.contrastive_weight loss.o2o_weight"
+    " loss.o2e_weight loss.o2o_temperature eval.batch_size",
+    2**17: "heads.hidden_dim heads.output_dim",
+    2**16: "model.vision.width model.text.width model.embed_dim model.text.context_length data.prefetch"
+    " data.open_shards",
+    2**13: "model.vision.image_size model.vision.patch_size model.vision.heads model.text.heads",
+    1000: "model.vision.depth model.text.depth data.workers",
+    100: "model.vision.mlp_ratio model.text.mlp_ratio data.num_views",
+    1: "optim.momentum",
+}
+LIMITS = {key: most for most, keys in SIZES.items() for key in keys.split()}
 
 
 @dataclass
@@ -73,6 +83,8 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"run.{name}: {value} is not above 0")
+        if self.seed < 0:
+            raise ValueError(f"run.seed: {self.seed} is below 0")
         if self.time_limit is not None:
             read_duration(self.time_limit, "run.time_limit")
 
@@ -136,7 +148,7 @@ def plan_batch(batch: BatchConfig, world_size: int) -> BatchPlan:
     if rest or local == 0:
         below = max((n for n in range(1, world_size + 1) if batch.global_size % n == 0), default=1)
         near = max(1, round(batch.global_size / world_size)) * world_size
-        raise UserError(
+        raise SettingsError(
             f"batch.global_size: {batch.global_size} = {world_size} ranks x {local} + {rest} does not divide;"
             f" use {near}, or {below} ranks"
         )
@@ -161,7 +173,7 @@ def check_buildable(config: TrainConfig) -> None:
         with torch.device("meta"):
             build_vit(config.model.vision)
     except ValueError as error:
-        raise UserError(_one_line(error)) from None
+        raise SettingsError(" ".join(str(error).split())) from None
 
 
 def recipe_names() -> list[str]:
@@ -172,159 +184,103 @@ def recipe_names() -> list[str]:
 
 
 def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
-    """The typed settings of a recipe (a name, or the path of a yaml) with `key=value` overrides laid over it."""
-    config = OmegaConf.structured(TrainConfig)
+    """The typed settings of a recipe (a name, or the path of a yaml) with `key=value` overrides laid over it.
+
+    Of run.steps and run.epochs the one that is given last holds: on the command line, else in the outermost yaml.
+    """
+    known = keys_and_types()
+    values: configfile.Values = {}
+    sources: dict[str, str] = {}
     for source, layer in _layers(recipe):
-        config = _merge(config, layer, source)
-    for override in overrides:
-        config = _merge(config, _parse_override(override), override)
-    try:
-        loaded = typing.cast(TrainConfig, OmegaConf.to_object(config))
-    except ValueError as error:
-        raise UserError(_one_line(error)) from None
+        found = configfile.read_layer(layer, known, source)
+        _lay_over(values, found, f" (in {source})")
+        sources |= dict.fromkeys(found, source)
+    given = configfile.read_overrides(overrides, known)
+    _lay_over(values, given, "")
+    for key in given:
+        sources.pop(key, None)
+    for key in LIMITS.keys() & values.keys():
+        if values[key] is not None and values[key] > LIMITS[key]:
+            raise SettingsError(f"{key}: {values[key]} is above {LIMITS[key]}, more than any run has use for")
+    loaded = configfile.build(TrainConfig, values, sources)
     if not loaded.run.out:
         loaded.run.out = f"runs/{Path(recipe).stem}"
     _check_together(loaded)
     return loaded
 
 
+def _lay_over(values: configfile.Values, layer: configfile.Values, where: str) -> None:
+    """A length that a layer gives replaces the one below it, whichever of the two keys that used."""
+    lengths = {"run.steps", "run.epochs"}
+    given = {key for key in lengths if layer.get(key) is not None}
+    if given == lengths:
+        raise SettingsError(f"run.steps and run.epochs: give one of them{where}")
+    if given:
+        values |= dict.fromkeys(lengths)
+    values |= layer
+
+
 def dump(config: TrainConfig) -> str:
     """The resolved settings as yaml; `load` of it gives the same settings back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return configfile.dump(config)
 
 
 def explain(config: TrainConfig) -> list[tuple[str, Any, str]]:
     """Each key with its value and what it means, from the docstrings beside the fields."""
-    return list(_explain(config, ""))
+    return list(configfile.explain(config))
 
 
-def _explain(node: Any, prefix: str) -> typing.Iterator[tuple[str, Any, str]]:
-    docs = field_docs(type(node))
-    for item in dataclasses.fields(node):
-        value = getattr(node, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from _explain(value, f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}", value, docs.get(item.name, "")
-
-
-def field_docs(kind: type) -> dict[str, str]:
-    """Field name -> the string literal that follows it in the source of a dataclass."""
-    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(kind)).body[0]).body
-    docs = {}
-    for statement, after in zip(body, body[1:]):
-        is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and is_doc:
-            docs[statement.target.id] = " ".join(str(typing.cast(ast.Constant, after.value).value).split())  # type: ignore[attr-defined]
-    return docs
-
-
-def keys_and_types(kind: type = TrainConfig, prefix: str = "") -> dict[str, Any]:
+def keys_and_types() -> dict[str, Any]:
     """Every dotted key -> its declared type."""
-    found: dict[str, Any] = {}
-    hints = typing.get_type_hints(kind)
-    for item in dataclasses.fields(kind):
-        hint = hints[item.name]
-        if dataclasses.is_dataclass(hint):
-            found |= keys_and_types(typing.cast(type, hint), f"{prefix}{item.name}.")
-        else:
-            found[prefix + item.name] = hint
-    return found
+    return configfile.keys_and_types(TrainConfig)
 
 
-def _layers(recipe: str) -> list[tuple[str, dict[str, Any]]]:
+def _layers(recipe: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """The yaml layers a recipe stands for, with the name to blame for a mistake in each."""
-    if recipe.endswith((".yaml", ".yml")):
-        path = Path(recipe)
-        if not path.is_file():
-            raise UserError(f"recipe {recipe}: no such file")
-        layer = _read_yaml(path)
-        base = layer.pop("recipe", None)
-        if base is None:
-            return [(str(path), layer)]
-        if not isinstance(base, str) or base.endswith((".yaml", ".yml")):
-            raise UserError(f"{path}: recipe: {str(base)[:60]!r} is no recipe's name; `amclip recipes` lists them")
-        return [*_layers(base), (str(path), layer)]
-    if recipe not in recipe_names():
-        raise UserError(f"recipe {recipe!r} is not known{_nearest(recipe, recipe_names())} `amclip recipes` lists them")
-    size = max((path.stem for path in (RECIPES / "sizes").glob("*.yaml") if recipe.endswith("-" + path.stem)), key=len)
-    method = recipe.removesuffix("-" + size)
-    layers = {f"recipe size {size}": f"sizes/{size}.yaml", f"recipe {method}": f"methods/{method}.yaml"}
-    return [(name, _read_yaml(RECIPES / file)) for name, file in layers.items()]
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+    for size in sorted((RECIPES / "sizes").glob("*.yaml"), key=lambda path: -len(path.stem)):
+        method = RECIPES / "methods" / f"{recipe.removesuffix('-' + size.stem)}.yaml"
+        if recipe.endswith("-" + size.stem) and "/" not in recipe and method.is_file():
+            return [
+                (f"recipe size {size.stem}", plain_yaml.read(size)),
+                (f"recipe {method.stem}", plain_yaml.read(method)),
+            ]
+    path = Path(recipe)
+    if not recipe.endswith((".yaml", ".yml")):
+        raise _no_recipe(recipe, path)
+    if not path.exists():
+        raise LocalSettingsError(f"recipe {recipe}: no such file")
+    if recipe in seen:
+        raise SettingsError(f"recipe {recipe}: is based on itself: {' -> '.join([*seen, recipe])}")
     layer = plain_yaml.read(path) or {}
     if not isinstance(layer, dict):
-        raise UserError(f"{path}: expected `key: value` lines")
-    return layer
+        raise SettingsError(f"{path}: expected `key: value` lines")
+    base = layer.pop("recipe", None)
+    if base is not None and not isinstance(base, str):
+        raise SettingsError(f"recipe: {base!r} is no name of a recipe and no path of a yaml (in {path})")
+    return (_layers(base, (*seen, recipe)) if base else []) + [(str(path), layer)]
 
 
-def _parse_override(override: str) -> dict[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"{override!r}: expected key=value")
-    known = keys_and_types()
-    if key not in known:
-        inside = [name for name in known if name.startswith(key + ".")]
-        if inside:
-            raise UserError(f"{key}: a section, not a key; its keys: {', '.join(inside)}")
-        raise UserError(f"{key}: unknown key{_nearest(key, list(known))}")
-    value: Any = _expand(key, text) if _is_text(known[key]) else plain_yaml.scalar(text)
-    if text in ("null", "none", "None") and type(None) in typing.get_args(known[key]):
-        value = None
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def _expand(key: str, text: str) -> str:
-    """Environment variables and ~ in a text value, so that 'data.train=$SCRATCH/...' may be quoted."""
-    expanded = os.path.expanduser(os.path.expandvars(text))
-    missing = re.search(r"\$\{?([A-Za-z_]\w*)\}?", expanded)
-    if missing:
-        raise UserError(f"{key}: the environment variable {missing.group(1)} in {text!r} is not set")
-    return expanded
-
-
-def _is_text(hint: Any) -> bool:
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return hint is str or (is_union and str in typing.get_args(hint))
-
-
-def _merge(config: Any, layer: dict[str, Any], source: str) -> Any:
-    plain_yaml.refuse_interpolation(layer, source)
-    try:
-        return OmegaConf.merge(config, layer)
-    except ConfigKeyError as error:
-        key = str(error.full_key)
-        raise UserError(f"{key}: unknown key{_nearest(key, list(keys_and_types()))} (in {source})") from None
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {_one_line(error)} (in {source})") from None
-    except ValueError as error:
-        raise UserError(f"{_one_line(error)} (in {source})") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n    full_key")[0].split())
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    """`; did you mean X?`, comparing whole keys first, then last parts."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not near:
-        last = word.rsplit(".", 1)[-1]
-        near = [key for key in known if key.rsplit(".", 1)[-1] == last][:1]
-        near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.3)
-    return f"; did you mean {near[0]}?" if near else ";"
+def _no_recipe(recipe: str, path: Path) -> UserError:
+    """What to type instead of a word that is neither a recipe nor a yaml."""
+    if "=" in recipe:
+        return SettingsError(f"{recipe}: the recipe comes first (`amclip recipes` lists them), then key=value words")
+    if (path / "config.yaml").is_file():
+        return LocalSettingsError(f"recipe {recipe}: a run's folder; its settings are {path / 'config.yaml'}")
+    if path.is_dir():
+        return LocalSettingsError(f"recipe {recipe}: a folder; give a recipe's name, or the path of a yaml")
+    if path.is_file():
+        return LocalSettingsError(f"recipe {recipe}: not a yaml by its name; give a .yaml file with `key: value` lines")
+    word, names = recipe.lower().replace("_", "-"), recipe_names()
+    parts = [name for name in names if name.startswith(word + "-") or name.endswith("-" + word)]
+    near = parts[:3] or difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return SettingsError(f"recipe {recipe!r} is not known; {hint}`amclip recipes` lists them")
 
 
 def _check_together(config: TrainConfig) -> None:
-    """What no room can see alone. Raises UserError."""
-    if config.run.steps is not None and config.run.epochs is not None:
-        raise UserError("run.steps and run.epochs: give one of them (the other null)")
+    """What no section can see alone. Raises SettingsError."""
     if config.run.steps is None and config.run.epochs is None:
-        raise UserError("run.steps: give it, or run.epochs")
+        raise SettingsError("run.steps: give it, or run.epochs")
     try:
         grid = config.model.vision.grid
         if config.mask.strategy != "none":
@@ -332,8 +288,8 @@ def _check_together(config: TrainConfig) -> None:
         if needs_teacher(config) and config.teacher.resolution == "half":
             patch_grid(config.model.vision, config.model.vision.image_size // 2)
     except ValueError as error:
-        raise UserError(_one_line(error)) from None
+        raise SettingsError(" ".join(str(error).split())) from None
     if config.loss.o2o_weight > 0 and config.data.num_views != 2:
-        raise UserError(
+        raise SettingsError(
             f"loss.o2o_weight: this loss needs data.num_views=2, not {config.data.num_views}; or set it to 0"
         )

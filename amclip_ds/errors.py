@@ -5,12 +5,26 @@ class AmclipError(Exception):
     """An ending that is reported as one line, without a traceback."""
 
     exit_code = 1
+    is_shared = False
+    """Whether every rank of a run meets it alike, so that rank 0 reports it for all."""
 
 
 class UserError(AmclipError):
     """The user's mistake: the message is one line that names the key or file and the mend."""
 
     exit_code = 2
+
+
+class SettingsError(UserError):
+    """A mistake in a recipe or a key=value word, which all ranks read alike."""
+
+    is_shared = True
+
+
+class LocalSettingsError(SettingsError):
+    """One that only this machine may have: a file or an environment variable that is missing here."""
+
+    is_shared = False
 
 
 class RunStopped(AmclipError):

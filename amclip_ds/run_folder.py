@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from amclip_ds.engine.student import StudentEngine
     from amclip_ds.teacher import Teacher
 
-PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "transformers", "webdataset", "accelerate", "omegaconf",
+PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "transformers", "webdataset", "accelerate",
             "open_clip_torch", "safetensors", "numpy")  # fmt: skip
 
 

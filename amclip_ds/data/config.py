@@ -56,8 +56,9 @@ class DataConfig:
                 raise ValueError(f"data.{name}: {getattr(self, name)} is below {least}")
         if not 0 <= self.max_skip_rate <= 1:
             raise ValueError(f"data.max_skip_rate: {self.max_skip_rate} is outside [0, 1]")
-        if self.timeout_s <= 0:
-            raise ValueError(f"data.timeout_s: {self.timeout_s} is not above 0")
+        for name in ("timeout_s", "stage_gb"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"data.{name}: {getattr(self, name)} is not above 0")
         if not self.captions:
             raise ValueError("data.captions: names no source of captions")
         check_sources(self.captions)

@@ -72,6 +72,9 @@ class TextConfig:
     def __post_init__(self) -> None:
         if self.activation not in ("quick_gelu", "gelu"):
             raise ValueError(f"model.text.activation: {self.activation!r} is neither quick_gelu nor gelu")
+        for key in ("width", "depth", "heads", "mlp_ratio", "vocab_size"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"model.text.{key}: {getattr(self, key)} must be positive")
         if self.width % self.heads:
             raise ValueError(f"model.text.heads: {self.heads} does not divide model.text.width {self.width}")
         if not 0 <= self.eos_token_id < self.vocab_size:

@@ -101,3 +101,136 @@ def test_the_batch_falls_onto_the_world(world_size: int, per_gpu: int, plan: tup
 def test_a_batch_that_does_not_divide_shows_the_arithmetic() -> None:
     with pytest.raises(UserError, match=r"100 = 3 ranks x 33 \+ 1 does not divide; use 99, or 2 ranks"):
         config.plan_batch(config.BatchConfig(global_size=100), 3)
+
+
+NO_NUMBERS = ("-1", "nan", "inf", "-inf", "1e400", "1" + "0" * 40, "many", "", "true", "[1]", "{a: 1}", "0x10")
+
+
+@pytest.mark.parametrize("text", NO_NUMBERS)
+def test_what_is_no_fit_number_is_refused_in_every_numeric_key(text: str) -> None:
+    """And zero, wherever it is not refused, loads without a traceback."""
+    fine = {("0x10", "data.weights"), (NO_NUMBERS[5], "data.weights"), (NO_NUMBERS[5], "guards.spike_deviations")}
+    for key, hint in config.keys_and_types().items():
+        is_list = str(hint).startswith("list[float]")
+        if "int" not in str(hint) and "float" not in str(hint):
+            continue
+        for value, may_load in ((text, (text, key) in fine), ("0", True)):
+            try:
+                config.load("aclip-tiny", [f"{key}=[{value},{value}]" if is_list else f"{key}={value}"])
+            except UserError as error:
+                assert "\n" not in str(error) and key.split(".")[0] in str(error)
+            else:
+                assert may_load or "list" in str(hint), (key, value)
+
+
+@pytest.mark.parametrize(
+    "words, steps, epochs",
+    [
+        (["run.steps=5000"], 5000, None),
+        (["run.epochs=3"], None, 3.0),
+        (["run.steps=null", "run.epochs=3"], None, 3.0),
+        (["run.epochs=null", "run.steps=7"], 7, None),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["aclip-vits16", "aclip-tiny"])  # one has epochs, the other steps
+def test_a_length_that_is_given_replaces_the_recipe_s(
+    words: list[str], steps: int | None, epochs: float | None, recipe: str
+) -> None:
+    run = config.load(recipe, words).run
+    assert (run.steps, run.epochs) == (steps, epochs)
+
+
+def test_a_length_replaces_that_of_the_yaml_it_is_based_on(tmp_path: Path) -> None:
+    base, mine = tmp_path / "base.yaml", tmp_path / "mine.yaml"
+    base.write_text("recipe: aclip-vits16\nrun: {steps: 10}\n")
+    mine.write_text(f"recipe: {base}\nrun: {{epochs: 2}}\n")
+    assert (config.load(str(base)).run.steps, config.load(str(base)).run.epochs) == (10, None)
+    assert (config.load(str(mine)).run.steps, config.load(str(mine)).run.epochs) == (None, 2.0)
+    assert config.load(str(mine), ["run.steps=4"]).run.epochs is None
+    dumped = tmp_path / "config.yaml"  # a resume, or a new run of an old one's settings
+    dumped.write_text(config.dump(config.load(str(mine))))
+    assert config.load(str(dumped), ["run.steps=4"]).run.epochs is None
+
+
+def test_both_lengths_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run.steps and run.epochs: give one"):
+        config.load("aclip-tiny", ["run.steps=5", "run.epochs=1"])
+    (tmp_path / "both.yaml").write_text("recipe: aclip-tiny\nrun: {steps: 5, epochs: 1}\n")
+    with pytest.raises(UserError, match="give one of them.*both.yaml"):
+        config.load(str(tmp_path / "both.yaml"))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["data.train=/x/00000.tar", "data.train=/x/00001.tar"], "write 'data.train=/x/{00000..00001}.tar'"),
+        ([f"data.train=/x/{n:05d}.tar" for n in range(9, 12)], "write 'data.train=/x/{00009..00011}.tar'"),
+        (["data.train=/x/a.tar", "data.train=/x/b.tar"], "write 'data.train=/x/{a,b}.tar'"),
+        (["optim.lr=1", "optim.lr=2"], "optim.lr is given 2 times: optim.lr=1 and optim.lr=2; give it once"),
+        (["run.seed=1", "run.seed=1"], "run.seed is given 2 times"),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_the_quotes(words: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        config.load("aclip-tiny", words)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("run:\n", None),  # an empty section sets nothing
+        ("run: 5\n", "run: 5 is no section"),
+        ("- 1\n", "expected `key: value` lines"),
+        ("optim: {lr: 1, lr: 2}\n", "'lr' stands twice in one map (line 2)"),
+        ("optim.lr: 1\n", "optim.lr: nest it in a yaml"),
+        ("data: {captions: txt}\n", "takes a list of texts"),
+        ("data: {captions: [[txt]]}\n", "data.captions: ['txt'] does not fit"),
+        ("data: {captions: [{a: b}]}\n", "data.captions: {'a': 'b'} does not fit"),
+        ("optim: {betas: [0.9, x]}\n", "optim.betas: 'x' does not fit; it takes a number"),
+        ("run: {seed: 2021-01-01}\n", "run.seed: "),
+        ("run: {out: ${oc.env:HOME}}\n", "not a yaml file"),
+        ("run: {out: '${oc.env:HOME}'}\n", "filled in only"),
+        ("a: &a [1]\nb: *a\n", "a: unknown key"),
+        ("a: &a [*a]\n", "holds itself"),
+        ("a: &a [1]\n" + "".join(f"{c}: &{c} [{f'*{p},' * 10}]\n" for p, c in zip("abcdefg", "bcdefgh")), "more than"),
+        ("[" * 3000, "not a yaml file"),
+        ("run: !!python/object/apply:os.system ['true']\n", "not a yaml file"),
+        ("run: {seed: 1}\n--- \nrun: {seed: 2}\n", "not a yaml file"),
+        ("recipe: [1]\n", "recipe: [1] is no name"),
+        ("run: {name: x}\n", "run.name: unknown key; did you mean run.out?"),
+        ("1: 2\n", "1: unknown key"),
+    ],
+)  # fmt: skip
+def test_a_yaml_of_another_shape(text: str, said: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text if text.startswith(("recipe", "- ")) else f"recipe: aclip-tiny\n{text}")
+    if said is None:
+        assert config.load(str(file)).run.steps == 1000
+    else:
+        with pytest.raises(UserError) as error:
+            config.load(str(file))
+        assert said in str(error.value) and "mine.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_kinds_of_recipe_files(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\x00\xff\xfe")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "mine.json").write_text("{}")
+    (tmp_path / "circle.yaml").write_text(f"recipe: {tmp_path}/circle.yaml\n")
+    (tmp_path / "folder.yaml").mkdir()
+    for name, said in (("binary.yaml", "not UTF-8"), ("run", "config.yaml"), ("mine.json", "not a yaml by its name"),
+                       ("circle.yaml", "based on itself"), ("none.yaml", "no such file"), ("", "a folder"),
+                       ("folder.yaml", "folder.yaml")):  # fmt: skip
+        with pytest.raises(UserError) as error:
+            config.load(str(tmp_path / name))
+        assert said in str(error.value), str(error.value)
+    for name, said in {
+        "aclip": "did you mean aclip-tiny",
+        "vitb16": "clip-vitb16",
+        "aclip_ViTB16": "aclip-vitb16",
+        "optim.lr=1": "the recipe comes first",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            config.load(name)

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "engine": MIDDLE,
     "teacher": MIDDLE,
     "resilience": MIDDLE,
-    "config": UPPER,
+    "config": UPPER | {"configfile"},
     "step": MIDDLE | {"config"},
     "checkpoint": MIDDLE | {"checkpoint", "config"},
     "evaluate": MIDDLE | {"evaluate", "checkpoint", "config"},

@@ -1,0 +1,295 @@
+"""A configuration as text: layers of yaml and `key=value` words over typed defaults, and what is said of a mistake.
+
+Knows no key by name: which there are, and what fits, follows from the dataclass that it is given. Values are typed by
+the key's declaration, never guessed from their looks; nothing in a file is resolved or expanded, `$VAR` and `~` only in
+values typed on the command line. Every mistake is a SettingsError of one line that names the key.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import yaml
+
+from amclip_ds import plain_yaml, synonyms
+from amclip_ds.errors import LocalSettingsError, SettingsError, UserError
+
+Config = TypeVar("Config")
+Values = dict[str, Any]  # dotted key -> value, of its declared type
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+LARGEST = 2**63 - 1
+
+
+def keys_and_types(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key -> its declared type."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        hint = hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            found |= keys_and_types(typing.cast(type, hint), f"{prefix}{item.name}.")
+        else:
+            found[prefix + item.name] = hint
+    return found
+
+
+def build(kind: type[Config], values: Values, sources: Mapping[str, str], prefix: str = "") -> Config:
+    """The dataclass with `values` in place of its defaults. sources: key -> where its value was written.
+
+    Raises SettingsError with what a section's own check says.
+    """
+    arguments: dict[str, Any] = {}
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+        key = prefix + item.name
+        if dataclasses.is_dataclass(hints[item.name]):
+            arguments[item.name] = build(hints[item.name], values, sources, f"{key}.")
+        elif key in values:
+            arguments[item.name] = values[key]
+    try:
+        return kind(**arguments)
+    except (ValueError, OverflowError) as error:
+        text = " ".join(str(error).split())
+        source = sources.get(text.split(":", 1)[0])
+        raise SettingsError(text + (f" (in {source})" if source else "")) from None
+
+
+def dump(config: Any) -> str:
+    """The resolved settings as yaml."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def explain(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Each key with its value and what it means, from the docstrings beside the fields."""
+    docs = field_docs(type(node))
+    for item in dataclasses.fields(node):
+        value = getattr(node, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from explain(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value, docs.get(item.name, "")
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """Field name -> the string literal that follows it in the source of a dataclass."""
+    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(kind)).body[0]).body
+    docs = {}
+    for statement, after in zip(body, body[1:]):
+        is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and is_doc:
+            docs[statement.target.id] = " ".join(str(typing.cast(ast.Constant, after.value).value).split())  # type: ignore[attr-defined]
+    return docs
+
+
+def read_layer(layer: Any, known: Mapping[str, Any], source: str, prefix: str = "") -> Values:
+    """A yaml's nested sections as dotted keys, each value of its declared type. An empty section sets nothing."""
+    if layer is None:
+        return {}
+    if not isinstance(layer, dict):
+        what = f"{prefix[:-1]}: {_shown(layer)}" if prefix else _shown(layer)
+        raise SettingsError(f"{what} is no section: expected `key: value` lines (in {source})")
+    values: Values = {}
+    for name, value in layer.items():
+        key = f"{prefix}{name}"
+        if any(other.startswith(key + ".") for other in known):
+            values |= read_layer(value, known, source, key + ".")
+        elif key not in known:
+            raise SettingsError(f"{unknown(key, known)} (in {source})")
+        elif "." in str(name):
+            section, _, last = key.rpartition(".")
+            raise SettingsError(f"{key}: nest it in a yaml: `{last}:` below `{section}:` (in {source})")
+        else:
+            values[key] = coerce(key, known[key], value, f" (in {source})")
+    return values
+
+
+def read_overrides(words: Sequence[str], known: Mapping[str, Any]) -> Values:
+    """`key=value` words of a command line. Raises SettingsError, also for a key that is given twice."""
+    texts: dict[str, list[str]] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise SettingsError(f"{word!r}: expected key=value")
+        texts.setdefault(key, []).append(text)
+    values: Values = {}
+    for key, given in texts.items():
+        if key not in known:
+            inside = [name for name in known if name.startswith(key + ".")]
+            if inside:
+                raise SettingsError(f"{key}: a section, not a key; its keys: {', '.join(inside)}")
+            raise SettingsError(unknown(key, known))
+        if len(given) > 1:
+            raise SettingsError(_twice(key, given))
+        values[key] = _typed(key, known[key], given[0])
+    return values
+
+
+def _twice(key: str, given: list[str]) -> str:
+    """Most often a shell has made several words of one."""
+    told = f"{key} is given {len(given)} times: {key}={given[0]} and {key}={given[-1]}"
+    whole = unexpand(given)
+    if whole is None:
+        return f"{told}; give it once"
+    return f"{told}; a shell expands braces outside quotes: write '{key}={whole}'"
+
+
+def unexpand(given: Sequence[str]) -> str | None:
+    """The braces that a shell made `given` of: ['a0.tar', 'a1.tar'] -> 'a{0..1}.tar'; None if they are no such row."""
+    before = os.path.commonprefix(list(given))
+    after = os.path.commonprefix([text[len(before) :][::-1] for text in given])[::-1]
+    middles = [text[len(before) : len(text) - len(after)] for text in given]
+    if len(set(given)) < len(given) or not (before or after):
+        return None
+    digits = len(before) - len(before.rstrip("0123456789"))  # 00000..00003 share their first zeros
+    before, middles = before[: len(before) - digits], [before[len(before) - digits :] + text for text in middles]
+    if all(text.isdecimal() for text in middles):
+        numbers = [int(text) for text in middles]
+        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+            return f"{before}{{{middles[0]}..{middles[-1]}}}{after}"
+    return f"{before}{{{','.join(middles)}}}{after}"
+
+
+def _typed(key: str, hint: Any, text: str) -> Any:
+    """A command line's text as what the key takes."""
+    base, optional = _parts(hint)
+    if optional and text in ("null", "none", "None"):
+        return None
+    if base is str:
+        return _expand(key, text)
+    if typing.get_origin(base) is list:
+        if not text.startswith("["):
+            raise SettingsError(f"{key}: {text!r} does not fit; it takes {fits(key, hint)}")
+        try:
+            return coerce(key, hint, plain_yaml.parse(text, key))
+        except UserError:
+            raise SettingsError(f"{key}: {text!r} does not fit; it takes {fits(key, hint)}") from None
+    return coerce(key, hint, text)
+
+
+def coerce(key: str, hint: Any, value: Any, where: str = "") -> Any:
+    """The value as the type that the key declares. Raises SettingsError that says what would fit."""
+    base, optional = _parts(hint)
+    if value is None and optional:
+        return None
+    if typing.get_origin(base) is list:
+        (item,) = typing.get_args(base)
+        if isinstance(value, list | tuple):
+            return [coerce(key, item, one, where) for one in value]
+    else:
+        try:
+            return {bool: _boolean, int: _whole, float: _number, str: _text}[base](value)
+        except ValueError:
+            pass
+    raise SettingsError(f"{key}: {_shown(value)} does not fit; it takes {fits(key, hint)}{where}")
+
+
+def fits(key: str, hint: Any) -> str:
+    """What a key takes, in words."""
+    base, optional = _parts(hint)
+    if typing.get_origin(base) is list:
+        item = fits(key, typing.get_args(base)[0]).removeprefix("a ")
+        words = (
+            f"a list of {item}s, in brackets and quotes: '{key}=[A,B]'"
+            if item != "text"
+            else (f"a list of texts, in brackets and quotes: '{key}=[A,B]'")
+        )
+    else:
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[base]
+    return f"{words}, or null" if optional else words
+
+
+def _parts(hint: Any) -> tuple[Any, bool]:
+    """`int | None` -> (int, True)."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (base,) = (part for part in typing.get_args(hint) if part is not type(None))
+        return base, True
+    return hint, False
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in BOOLEANS and not isinstance(value, float):
+        return BOOLEANS[str(value).lower()]
+    raise ValueError
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool | float) or not isinstance(value, int | str):
+        raise ValueError
+    if isinstance(value, str) and not re.fullmatch(r"[+-]?[0-9][0-9_]*", value.strip()):
+        raise ValueError
+    number = int(value)
+    if abs(number) > LARGEST:
+        raise ValueError
+    return number
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError from None
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError
+    text = str(value)
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
+        raise ValueError
+    return text
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _expand(key: str, text: str) -> str:
+    """Environment variables and ~ in a text value, so that 'data.train=$SCRATCH/...' may be quoted."""
+    expanded = os.path.expanduser(os.path.expandvars(_checked_text(key, text)))
+    missing = re.search(r"\$\{?([A-Za-z_]\w*)\}?", expanded)
+    if missing:
+        raise LocalSettingsError(f"{key}: the environment variable {missing.group(1)} in {text!r} is not set")
+    plain_yaml.refuse_interpolation(expanded, key)  # config.yaml, which it will stand in, has none
+    return expanded
+
+
+def _checked_text(key: str, text: str) -> str:
+    try:
+        return _text(text)
+    except ValueError:
+        raise SettingsError(f"{key}: {_shown(text)} does not fit: a line end or a control character") from None
+
+
+def unknown(word: str, known: Mapping[str, Any]) -> str:
+    """What is said of a key that there is not: another trainer's word, a key of that last name, or a misspelling."""
+    if normal := next((key for key in known if key == synonyms.normalise(word)), None):
+        return f"{word}: unknown key; did you mean {normal}? Keys are written as here, without dashes"
+    suggestion = synonyms.suggest(word) or nearest(word, list(known))
+    return f"{word}: unknown key; {suggestion or '`amclip recipes RECIPE` lists all keys'}"
+
+
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """`did you mean X?`: of dotted names first the whole, then those with that last part; None if nothing is near."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+    if not near:
+        last = word.rsplit(".", 1)[-1]
+        near = [key for key in known if key.rsplit(".", 1)[-1] == last][:3]
+    if not near:
+        near = difflib.get_close_matches(word, known, n=1, cutoff=0.65)
+    return f"did you mean {' or '.join(near)}?" if near else None
