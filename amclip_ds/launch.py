@@ -77,6 +77,14 @@ def run_ranks(
     return failure
 
 
+def is_alone() -> bool:
+    """Whether this process is the whole world, by what its launcher left in the environment; needs no torch."""
+    try:
+        return discover(os.environ).world_size == 1
+    except UserError:  # reported where the ranks meet
+        return False
+
+
 def is_first_rank() -> bool:
     """Whether this process is rank 0, or alone, by what its launcher left in the environment; needs no torch."""
     try:

@@ -24,7 +24,7 @@ def check(shards: str, out: Path, index: int, count: int, flags: list[str]) -> i
     """
     from amclip_ds import cli
 
-    found = [shard for part in sources.split_sources(shards) for shard in sources.expand(part, "SHARDS", True)]
+    found = sources.expand_shards(shards, "SHARDS", allow_pipe="--allow-pipe" in flags)
     mine = slice_of(found, index, count)
     if not mine:
         raise UserError(f"--array: {count} tasks for {len(found)} shard(s); take at most {len(found)}")
@@ -32,7 +32,7 @@ def check(shards: str, out: Path, index: int, count: int, flags: list[str]) -> i
     report = report_file(out, index, count)
     report.unlink(missing_ok=True)
     partial = report.with_suffix(".part")
-    code = cli.main(["data", "check", "::".join(mine), "--json", str(partial), *flags])
+    code = cli.main(["data", "check", *mine, "--json", str(partial), *flags])
     if not partial.exists():
         return code
     partial.replace(report)

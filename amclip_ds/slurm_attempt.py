@@ -141,12 +141,9 @@ def end(args: argparse.Namespace) -> str:
 
 def check_shards(config: Any, num_nodes: int) -> list[str]:
     """Every shard is there and every node has one to read. Returns them. Raises UserError."""
-    from amclip_ds.data.sources import expand, split_sources
+    from amclip_ds.data.sources import training_sources
 
-    sources = split_sources(config.data.train or "")
-    shards = [shard for source in sources for shard in expand(source, allow_pipe=config.data.allow_pipe)]
-    if not shards:
-        raise UserError("data.train: give the shards to train on (a folder, a glob or {00000..00099}.tar)")
+    shards = [shard for shards in training_sources(config.data) for shard in shards]
     if len(shards) < num_nodes:
         raise UserError(
             f"data.train: {len(shards)} shard(s) for {num_nodes} nodes; take at most {len(shards)} node(s), or cut the"

@@ -13,6 +13,7 @@ from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
+from amclip_ds.data.sources import check_inputs, is_remote
 from amclip_ds.errors import UserError
 from amclip_ds.files import write_atomically
 from amclip_ds.slurm_attempt import check_shards
@@ -67,6 +68,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         if value < 1:
             raise UserError(f"{name}: {value} is below 1")
     world_size = args.nodes * per_node
+    check_inputs(config.data, config.eval.data)
     plan = Plan(config, args.nodes, world_size, args.chain, [], {})
     plan.found.append(describe_batch(config, world_size))
     plan.found.append(check_memory(config, world_size, args.gpu_memory))
@@ -103,7 +105,7 @@ def sample_shards(shards: list[str]) -> str:
 
     sample = sorted({0, len(shards) // 2, len(shards) - 1})[:SAMPLED_SHARDS]
     for path in (shards[index] for index in sample):
-        if "://" in path or path.startswith("pipe:"):
+        if is_remote(path):
             continue
         try:
             with tarfile.open(path) as tar:

@@ -5,7 +5,8 @@
   amclip data check /data/cc12m             before sbatch: what training would trip over; the exit code says go or no
   amclip data stats /data/cc12m --out stats  distributions: sizes, aspects, captions, tokens
 
-SHARDS is a folder, a glob, braces, or several of them joined by `::`; local paths or URLs (http, https, s3, gs).
+SHARDS is a folder, a glob, braces, a list (a text file, one shard a line), or several of them joined by `::`; local
+paths or URLs (http, https, s3, gs).
 `amclip data ACTION --help` teaches each action.
 """
 
@@ -87,6 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if "shards" in args:
+        from amclip_ds.data.sources import expand_shards
+
+        args.shards = [shard for spec in args.shards for shard in expand_shards(spec, "SHARDS", args.allow_pipe)]
     return args.act(args)
 
 
@@ -100,7 +105,7 @@ def _add(
 
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", metavar="SHARDS", help="a folder, a glob, braces; several joined by ::")
+    parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a folder, a glob, braces, a list.txt, URLs")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument("--allow-pipe", action="store_true", help="let SHARDS run shell commands (pipe:...)")
 
@@ -127,16 +132,15 @@ def _index(args: argparse.Namespace) -> int:
     from amclip_ds.data.progress import progress
     from amclip_ds.data.tar import printable
 
-    shards = _expand(args)
-    folder = args.out or index.default_folder(tuple(shards))
-    with progress("indexing shards", len(shards)) as advance:
-        made = index.build_index(shards, folder, _workers(args), lambda entry: advance())
+    folder = args.out or index.default_folder(tuple(args.shards))
+    with progress("indexing shards", len(args.shards)) as advance:
+        made = index.build_index(args.shards, folder, _workers(args), lambda entry: advance())
     problems = [(shard.path, problem) for shard in made.shards for problem in shard.problems]
     for path, problem in problems[:20]:
         print(f"  {path}: {problem['kind']} ({problem['count']}): {printable(problem['key'])}")
     if len(problems) > 20:
         print(f"  and {len(problems) - 20} more; amclip data check SHARDS lists them all")
-    print(f"{len(made)} samples in {len(shards)} shards, fingerprint {made.fingerprint()}")
+    print(f"{len(made)} samples in {len(args.shards)} shards, fingerprint {made.fingerprint()}")
     print(folder)
     return 0
 
@@ -184,21 +188,13 @@ def _look(args: argparse.Namespace, word: str, config: Any) -> "Report":
     from amclip_ds.data.check import check
     from amclip_ds.data.progress import progress
 
-    shards = _expand(args)
-    with progress(f"{word} shards", len(shards)) as advance:
-        return check(shards, config, _workers(args), lambda report: advance())
+    with progress(f"{word} shards", len(args.shards)) as advance:
+        return check(args.shards, config, _workers(args), lambda report: advance())
 
 
 def _settings(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     captions = tuple(args.captions.split(",")) if args.captions else None
     return {k: v for k, v in {"sample": args.sample, "captions": captions, **more}.items() if v is not None}
-
-
-def _expand(args: argparse.Namespace) -> list[str]:
-    from amclip_ds.data import sources
-
-    parts = sources.split_sources(args.shards)
-    return [shard for part in parts for shard in sources.expand(part, "SHARDS", allow_pipe=args.allow_pipe)]
 
 
 def _workers(args: argparse.Namespace) -> int:

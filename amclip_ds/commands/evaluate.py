@@ -38,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from amclip_ds.data.inputs import check_foreign
+
+    for spec in args.data:
+        check_foreign(spec, "--data")
     if args.procs is not None:
         from amclip_ds.launch import run_ranks
 

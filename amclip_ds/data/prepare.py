@@ -11,8 +11,7 @@ from amclip_ds.data.config import DataConfig
 from amclip_ds.data.index import Index, build_index, default_folder
 from amclip_ds.data.parallel import num_cores
 from amclip_ds.data.progress import progress
-from amclip_ds.data.reader import refuse_pipes_at_training
-from amclip_ds.data.sources import expand, split_sources
+from amclip_ds.data.sources import training_sources
 from amclip_ds.errors import UserError
 
 T = TypeVar("T")
@@ -72,17 +71,9 @@ class _Background:
 
 
 def _find_sources(config: DataConfig, say: Callable[[str], None], index_dir: str | Path | None) -> Sources:
-    parts = split_sources(config.train)
-    if not parts:
-        raise UserError("data.train: names no shards; give a folder, a glob or '/data/{00000..00099}.tar'")
-    if config.weights is not None and len(config.weights) != len(parts):
-        raise UserError(f"data.weights: {len(config.weights)} numbers for {len(parts)} sources in data.train")
-    shards, source_of_shard = [], []
-    for number, part in enumerate(parts):
-        found = expand(part, "data.train", config.allow_pipe)
-        shards += found
-        source_of_shard += [number] * len(found)
-    refuse_pipes_at_training(shards)
+    found = training_sources(config)
+    shards = [shard for part in found for shard in part]
+    source_of_shard = [number for number, part in enumerate(found) for _ in part]
     return Sources(shards, source_of_shard, str(_find_index(config, shards, say, index_dir)))
 
 

@@ -270,13 +270,6 @@ def _download(url: str, file: Any) -> None:
         raise OSError(f"{file.tell()} of {expected} bytes came")
 
 
-def refuse_pipes_at_training(shards: list[str]) -> None:
-    """A pipe cannot be read by offset. Raises UserError."""
-    for shard in shards:
-        if shard.startswith("pipe:"):
-            raise UserError(f"data.train: {shard!r}: a pipe has no offsets; write it to a file, or give the URL itself")
-
-
 def _together(places: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
     """(start, stop, places inside) of the requests that read all places."""
     start = stop = -1

@@ -1,58 +1,210 @@
-"""SHARDS as a person writes them: a folder, a glob, braces, several joined by `::`; local paths, URLs, `pipe:`."""
+"""SHARDS as a person writes them -> the shards, each accepted or refused in its last form. Loads no torch.
+
+    SHARDS = SOURCE::SOURCE...    SOURCE = folder | glob | braces | list.txt | @list | URL | pipe:COMMAND
+
+Every command takes its shards from `expand_shards` or `expand_sources`. What they return is a local path without a
+scheme, a URL of one of the SCHEMES or, where the user allowed it, `pipe:COMMAND`; `accept` alone decides, and it sees
+each string after braces, globs and lists are expanded. A list is a file: it names paths and URLs, never a command.
+"""
 
 import glob
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import braceexpand
 
+from amclip_ds.data import inputs
+from amclip_ds.data.config import DataConfig
 from amclip_ds.errors import UserError
+from amclip_ds.files import describe, read_bytes
+
+SCHEMES = {  # scheme -> what reads it: module, package
+    "http": ("aiohttp", "aiohttp"),
+    "https": ("aiohttp", "aiohttp"),
+    "s3": ("s3fs", "s3fs"),
+    "s3a": ("s3fs", "s3fs"),
+    "gs": ("gcsfs", "gcsfs"),
+    "gcs": ("gcsfs", "gcsfs"),
+    "az": ("adlfs", "adlfs"),
+    "abfs": ("adlfs", "adlfs"),
+    "abfss": ("adlfs", "adlfs"),
+}
+CHAINS = ("simplecache", "filecache", "blockcache", "cached", "zip", "tar", "memory")  # fsspec's first links of a chain
+LISTS = (".txt", ".list", ".lst")
+MAX_SHARDS = 1 << 20
+MAX_LIST_BYTES = 256 << 20
+HIDDEN = "***"  # what stands in a record for a secret
+_SCHEME = re.compile(r"(?:([a-z][a-z0-9+.-]*)://|(pipe):)", re.IGNORECASE)
+
+
+def scheme_of(shard: str) -> str:
+    """`http`, `s3`, `pipe` and so on, in lower case; empty for a local path."""
+    match = _SCHEME.match(shard)
+    return (match.group(1) or match.group(2)).lower() if match else ""
 
 
 def is_remote(shard: str) -> bool:
     """True for a URL (http, https, s3, gs, ...) and for `pipe:`."""
-    return "://" in shard or shard.startswith("pipe:")
+    return bool(scheme_of(shard))
 
 
 def split_sources(spec: str) -> list[str]:
     """The parts that `::` joins."""
-    return [part for part in spec.split("::") if part]
+    return [spec] if os.path.isfile(spec) else [part for part in spec.split("::") if part]
+
+
+def expand_sources(
+    spec: str, key: str = "data.train", allow_pipe: bool = False, captioned: bool = True
+) -> list[list[str]]:
+    """Every shard, by the source that `::` joins it to. Raises UserError, naming the key and the first shard that is
+    missing, of an unknown scheme, no tar, or, where they are to be `captioned`, a tar of labels alone.
+    """
+    found = [_expand(part, key, allow_pipe) for part in split_sources(spec)]
+    if sum(map(len, found)) > MAX_SHARDS:
+        raise UserError(f"{key}: more than {MAX_SHARDS} shards; pack them larger")
+    inputs.check_contents([shard for shards in found for shard in shards if not is_remote(shard)], key, captioned)
+    return found
 
 
 def expand_shards(spec: str, key: str = "data.train", allow_pipe: bool = False) -> list[str]:
-    """Every shard of all sources that `::` joins, in order. Raises UserError."""
-    return [shard for source in split_sources(spec) for shard in expand(source, key, allow_pipe)]
+    """Every shard of all sources, in order. Raises UserError."""
+    return [shard for shards in expand_sources(spec, key, allow_pipe) for shard in shards]
 
 
-def expand(spec: str, key: str = "data.train", allow_pipe: bool = False) -> list[str]:
-    """Every shard of one source, in order. Raises UserError, naming the key and the first shard that is missing."""
-    if spec.startswith("pipe:"):
-        if not allow_pipe:
-            raise UserError(f"{key}: {spec!r} runs a shell command; data.allow_pipe=true allows it")
-        return list(braceexpand.braceexpand(spec))
-    try:
-        written = list(braceexpand.braceexpand(spec))
-    except ValueError as error:
-        raise UserError(f"{key}: {spec!r}: {error}") from None
-    shards = [shard for part in written for shard in _expand_path(part, key)]
-    if not shards:
-        raise UserError(f"{key}: {spec!r} names no shard")
+def training_sources(config: DataConfig) -> list[list[str]]:
+    """The shards to train on, by source, as far as names and first bytes tell. Raises UserError."""
+    if not split_sources(config.train):
+        raise UserError("data.train: give the shards to train on: a folder, a glob or '/data/{00000..00099}.tar'")
+    found = expand_sources(config.train, "data.train", config.allow_pipe)
+    if config.weights is not None and len(config.weights) != len(found):
+        raise UserError(f"data.weights: {len(config.weights)} numbers for {len(found)} sources in data.train")
+    for shard in (shard for shards in found for shard in shards if scheme_of(shard) == "pipe"):
+        raise UserError(f"data.train: {shard!r}: a pipe has no offsets; write it to a file, or give the URL itself")
+    return found
+
+
+def check_inputs(data: DataConfig, eval_data: str | None) -> None:
+    """What can be known of a run's data before torch and DeepSpeed are loaded. Raises UserError."""
+    training_sources(data)
+    for spec in (eval_data or "").split("::"):
+        inputs.check_foreign(spec, "eval.data")
+
+
+def expand_local(spec: str, key: str) -> list[str]:
+    """Every shard, all of them files of this machine. Raises UserError."""
+    shards = [shard for shards in expand_sources(spec, key, captioned=False) for shard in shards]
+    for shard in filter(is_remote, shards):
+        raise UserError(f"{key}: {shard!r} is a URL; it is read from local files: download it")
     return shards
 
 
-def _expand_path(part: str, key: str) -> list[str]:
-    if is_remote(part):
-        return [part]
-    path = Path(part)
+def accept(shard: str, key: str, allow_pipe: bool = False) -> str:
+    """THE decision about one shard in its last form. Returns how it is read. Raises UserError."""
+    scheme = scheme_of(shard)
+    if scheme == "pipe":
+        if not allow_pipe:
+            raise UserError(f"{key}: {shard!r} runs a shell command; {_how_to_allow(key)}")
+        return f"pipe:{shard[len('pipe:') :]}"
+    if scheme == "file":
+        return _accept_local(_path_of(shard, key), key)
+    if not scheme:
+        return _accept_local(os.path.expanduser(shard), key)
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{name}://" for name in ("file", *SCHEMES))
+        raise UserError(f"{key}: {shard!r}: {scheme}:// is not read; known are {known} and local paths")
+    if "::" in shard:
+        raise UserError(f"{key}: {shard!r} is a chain of URLs, which is not read; give the tar's own URL")
+    if HIDDEN in shard:
+        raise UserError(f"{key}: {shard!r} is from a record, which leaves secrets out; give the whole URL again")
+    module, package = SCHEMES[scheme]
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{key}: {shard!r} needs {package} (pip install {package})")
+    path = urlsplit(shard).path
+    if path.lower().endswith(LISTS):
+        raise UserError(f"{key}: {shard!r}: a list of shards is read from a local file; download it")
+    inputs.check_name(path, shard, key)
+    return scheme + shard[len(scheme) :]
+
+
+def _accept_local(path: str, key: str) -> str:
+    if not os.path.exists(path):
+        raise UserError(f"{key}: no such shard: {path}")
+    if os.path.isdir(path):
+        raise UserError(f"{key}: {path} is a folder; give it alone, or the tars in it: '{path}/*.tar'")
+    if not os.path.isfile(path):
+        raise UserError(f"{key}: {path} is not an ordinary file")
+    inputs.check_name(path, path, key)
+    return f"./{path}" if is_remote(path) else path  # a file may be called `pipe:rm x.tar`
+
+
+def _path_of(url: str, key: str) -> str:
+    """The local path of a `file://` URL."""
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise UserError(f"{key}: {url!r} names the machine {parts.netloc!r}; a local file is file:///path, or its path")
+    return unquote(url[len("file://") + len(parts.netloc) :])
+
+
+def _how_to_allow(key: str) -> str:
+    if key.startswith("data.train") and ", line" not in key:
+        return "data.allow_pipe=true allows it"
+    return "--allow-pipe allows it" if key == "SHARDS" else "write its output to a file, and name that"
+
+
+def _expand(source: str, key: str, allow_pipe: bool) -> list[str]:
+    """Every shard of one source, in order."""
+    if source in CHAINS:
+        raise UserError(f"{key}: '{source}::' begins a chain of URLs, which is not read; give the tar's own URL")
+    if os.path.isfile(source):  # whatever its name looks like
+        return _expand_text(source, key, allow_pipe)
+    try:
+        written = list(islice(braceexpand.braceexpand(source), MAX_SHARDS + 1))
+    except ValueError as error:
+        raise UserError(f"{key}: {source!r}: {error}") from None
+    shards = [shard for text in written for shard in _expand_text(text, key, allow_pipe)]
+    if not shards:
+        raise UserError(f"{key}: {source!r} names no shard")
+    return shards
+
+
+def _expand_text(text: str, key: str, allow_pipe: bool) -> list[str]:
+    """The shards of a folder, a list or a glob; else the one shard."""
+    if is_remote(text):
+        return [_accept_local(text, key) if os.path.isfile(text) else accept(text, key, allow_pipe)]
+    if text.startswith("@") and not os.path.exists(text):
+        return list(_read_list(Path(text[1:]).expanduser(), key))
+    path = Path(text).expanduser()
     if path.is_dir():
-        found = sorted(str(file) for file in path.rglob("*.tar") if not file.name.startswith("."))
+        return [_accept_local(found, key) for found in inputs.tars_of(path, key)]
+    if path.suffix.lower() in LISTS and path.exists():
+        return list(_read_list(path, key))
+    if glob.has_magic(str(path)) and not path.exists():
+        found = sorted(glob.glob(str(path), recursive=True))
         if not found:
-            raise UserError(f"{key}: no .tar file in the folder {part}")
-        return found
-    if glob.has_magic(part) and not path.exists():
-        found = sorted(glob.glob(part, recursive=True))
-        if not found:
-            raise UserError(f"{key}: {part!r} matches no file")
-        return found
-    if not path.is_file():
-        raise UserError(f"{key}: no such shard: {part}")
-    return [part]
+            raise UserError(f"{key}: {text!r} matches no file")
+        return [_accept_local(match, key) for match in found]
+    return [accept(text, key, allow_pipe)]
+
+
+def _read_list(file: Path, key: str) -> Iterator[str]:
+    """The shards of a list: one a line, as it is written; a relative path is relative to the list."""
+    try:
+        lines = read_bytes(file, MAX_LIST_BYTES).decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"{key}: the list {file}: {describe(error)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}: the list {file} is not UTF-8 text (byte {error.start})") from None
+    named = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+    named = [(number, line) for number, line in named if line and not line.startswith("#")]
+    if not named:
+        raise UserError(f"{key}: the list {file} names no shard")
+    for number, line in named:
+        where = f"{key}: {file}, line {number}"
+        if line.lower().endswith(LISTS):
+            raise UserError(f"{where}: {line!r}: a list names shards, not other lists")
+        yield accept(line if is_remote(line) else str(file.parent / Path(line).expanduser()), where)

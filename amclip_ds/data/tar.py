@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from amclip_ds.data.kinds import HEAD, kind_of
+
 BLOCK = 512
 WITHOUT_CONTENT = (
     tarfile.LNKTYPE,
@@ -71,7 +73,9 @@ def scan(file: BinaryIO, size: int) -> Iterator[Member | Damage]:
                 raise tarfile.HeaderError("negative size")
         except (tarfile.HeaderError, ValueError) as error:
             following = _next_header(file, offset + BLOCK, size)
-            yield Damage("header", offset, f"at byte {offset}: {error}", following - offset)
+            what = kind_of(block) if offset == 0 else ""
+            cause = f"is {what}" if what else f"at byte {offset}: {error}"
+            yield Damage("header", offset, cause, following - offset)
             offset, long_name = following, ""
             continue
         if header.type in WITHOUT_CONTENT:
@@ -92,7 +96,10 @@ def scan(file: BinaryIO, size: int) -> Iterator[Member | Damage]:
         if header.type != tarfile.GNUTYPE_LONGLINK:  # it may stand between a long name and its member
             long_name = ""
     if not ended:
-        yield Damage("truncated", offset, "has no end mark, was cut short" if size else "is empty: 0 bytes")
+        file.seek(0)
+        what = kind_of(file.read(HEAD)) if offset == 0 else ""
+        cause = f"is {what}" if what else "has no end mark, was cut short"
+        yield Damage("truncated", offset, cause if size else "is empty: 0 bytes")
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from amclip_ds.data.sources import is_remote
 from amclip_ds.engine.bandwidth import measure_collectives, measure_pairs, name_outliers
 from amclip_ds.engine.runtime import Runtime
 from amclip_ds.errors import AmclipError, UserError
@@ -174,7 +175,7 @@ def write_probe(folder: Path, rank: int) -> str:
 
 def look_for(shards: Sequence[str]) -> list[str]:
     """Those of an even sample of the shards that cannot be read here; pipes and addresses are not looked at."""
-    files = [shard for shard in shards if "://" not in shard and not shard.startswith("pipe:")]
+    files = [shard for shard in shards if not is_remote(shard)]
     step = max(1, len(files) // SAMPLED_SHARDS)
     return [shard for shard in files[::step] if not os.access(shard, os.R_OK)]
 

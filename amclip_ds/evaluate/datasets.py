@@ -143,12 +143,12 @@ def _shards_of(folder: Path, spec: str, split: str) -> list[str]:
     if not root.is_dir():
         if (folder / "dataset_type.txt").is_file():
             raise UserError(f"--data {spec}: has no split {split!r}")
-        return sources.expand(spec, key="--data")
+        return sources.expand_local(spec, "--data")
     counted = root / "nshards.txt"
     if not counted.is_file():
         if (folder / "dataset_type.txt").is_file() and split == "test":
             raise UserError(f"{counted}: missing; it holds the number of tars in {root}")
-        return sources.expand(str(root), key="--data")
+        return sources.expand_local(str(root), "--data")
     text = read_text(counted, 1000).strip()
     if not re.fullmatch("[1-9][0-9]{0,5}", text):
         raise UserError(f"{counted}: {text[:40]!r} is not a number of tars")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amclip_ds.config import TrainConfig
 from amclip_ds.data import photometric
-from amclip_ds.data.sources import expand, is_remote
+from amclip_ds.data.sources import expand_local, split_sources
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.datasets import RETRIEVAL, open_set
 from amclip_ds.evaluate.encoder import resize_and_crop, tokenizer
@@ -110,11 +110,8 @@ def _first_shard_at_hand(config: TrainConfig) -> str | None:
     """The first training shard, where it is a readable file."""
     if not config.data.train:
         return None
-    first = config.data.train.split("::")[0]
-    if is_remote(first):
-        return None
     try:
-        shard = expand(first)[0]
+        shard = expand_local(split_sources(config.data.train)[0], "data.train")[0]
         open_set(shard, task=RETRIEVAL)
     except UserError:
         return None
