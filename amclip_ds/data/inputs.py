@@ -30,11 +30,10 @@ def check_name(path: str, shown: str, key: str) -> None:
 
 def check_contents(paths: list[str], key: str, captioned: bool) -> None:
     """Raises UserError where local files, each of some looked into, begin as something else or, where they are to be
-    `captioned`, hold labels without captions. Where one tar is among them, the others are damage, which training can go round.
+    `captioned`, hold labels without captions. Where a tar is among them, the others are damage, which training bears.
     """
-    kinds = [
-        _kind_inside(paths[place], captioned) for place in sorted({0, len(paths) // 2, len(paths) - 1} if paths else ())
-    ]
+    places = sorted({0, len(paths) // 2, len(paths) - 1}) if paths else ()
+    kinds = [_kind_inside(paths[place], captioned) for place in places]
     if kinds and all(kinds):
         raise UserError(f"{key}: {printable(paths[0])} {kinds[0]}")
 
