@@ -2,8 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
-import hashlib
 import os
 import random
 import shutil
@@ -12,11 +10,10 @@ import tempfile
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from amclip_ds.data.sources import is_remote
-from amclip_ds.errors import UserError
+from amclip_ds.data.stage import Stage
 
 T = TypeVar("T")
 Request = tuple[str, int, int]
@@ -41,7 +38,7 @@ class ShardReader:
     ) -> None:
         self._files: OrderedDict[str, int] = OrderedDict()
         self._systems: dict[str, tuple[Any, str]] = {}
-        self._stage = Stage(Path(stage_dir), stage_bytes) if stage_dir else None
+        self._stage = Stage(stage_dir, stage_bytes) if stage_dir else None
         self._on_retry = on_retry or (lambda shard, cause: None)
 
     def read(self, requests: Iterable[Request]) -> dict[Request, bytes | OSError]:
@@ -144,66 +141,12 @@ class ShardReader:
 
     def _file(self, shard: str) -> int:
         if shard not in self._files:
-            local = self._stage.get(shard) if self._stage else shard
-            self._files[shard] = os.open(local, os.O_RDONLY | os.O_CLOEXEC)
+            copy = self._stage.open(shard) if self._stage else None
+            self._files[shard] = os.open(shard, os.O_RDONLY | os.O_CLOEXEC) if copy is None else copy
             if len(self._files) > MAX_OPEN:
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(shard)
         return self._files[shard]
-
-
-class Stage:
-    """Copies of shards on a node-local disk, within a budget; the least recently used copy goes first.
-
-    One process copies a shard; those that want it meanwhile read the original.
-    """
-
-    def __init__(self, folder: Path, budget: int) -> None:
-        self._folder, self._budget = folder, budget
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.stage_dir: {folder} cannot be made: {error.strerror}") from None
-
-    def get(self, shard: str) -> str:
-        """The path to read: the copy, or the shard itself where there is none yet, no room, or no luck."""
-        source = os.stat(shard)
-        named = f"{shard} {source.st_size} {source.st_mtime_ns}".encode()
-        copy = self._folder / f"{hashlib.blake2b(named, digest_size=8).hexdigest()}-{Path(shard).name}"
-        if copy.exists():
-            os.utime(copy)
-            return str(copy)
-        if source.st_size > self._budget:
-            return shard
-        partial = copy.with_name(f".{copy.name}.{os.getpid()}")
-        try:
-            with (self._folder / f".{copy.name}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not copy.exists():
-                    if not self._make_room(source.st_size):
-                        return shard
-                    shutil.copyfile(shard, partial)
-                    partial.rename(copy)
-            return str(copy)
-        except OSError:  # another process is at it, or the disk is full: the original serves
-            partial.unlink(missing_ok=True)
-            return shard
-
-    def _make_room(self, size: int) -> bool:
-        held = []
-        for file in self._folder.iterdir():
-            with contextlib.suppress(OSError):  # another process may remove it at the same moment
-                if not file.name.endswith(".lock"):
-                    stat = file.stat()
-                    held.append((stat.st_mtime, stat.st_size, file))
-        used = sum(bytes_held for _, bytes_held, _ in held)
-        for _, bytes_held, file in sorted(held):
-            if used + size <= self._budget:
-                break
-            if not file.name.startswith("."):  # a dot: being copied
-                used -= bytes_held
-                file.unlink(missing_ok=True)
-        return used + size <= self._budget
 
 
 def _told(error: BaseException) -> str:

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from amclip_ds.data import reader
-from amclip_ds.data.reader import GAP, ShardReader, Stage, retry
-from amclip_ds.errors import UserError
+from amclip_ds.data.reader import GAP, ShardReader, retry
 
 
 @pytest.fixture
@@ -82,55 +81,3 @@ def test_retry_gives_up_with_the_last_cause(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(OSError, match=r"attempt 2 \(3 attempts\)"):
         retry(fail, told.append, attempts=3)
     assert len(told) == 3
-
-
-def test_staged_shards_are_read_from_the_copy(shard: str, tmp_path: Path) -> None:
-    staged = ShardReader(str(tmp_path / "stage"), 1 << 30)
-    assert staged.read_many(shard, [(3, 2)]) == [b"\x03\x04"]
-    [copy] = [path for path in (tmp_path / "stage").iterdir() if not path.name.startswith(".")]
-    assert copy.read_bytes() == Path(shard).read_bytes()
-    os.unlink(shard)
-    assert staged.read_many(shard, [(9, 1)]) == [b"\x09"], "the copy is what is open"
-
-
-def test_a_changed_shard_is_copied_anew(shard: str, tmp_path: Path) -> None:
-    stage = Stage(tmp_path / "stage", 1 << 30)
-    first = stage.get(shard)
-    Path(shard).write_bytes(b"other")
-    os.utime(shard, ns=(5, 5))
-    assert stage.get(shard) != first and Path(stage.get(shard)).read_bytes() == b"other"
-
-
-def test_the_budget_holds_and_the_least_recently_used_copy_goes(tmp_path: Path) -> None:
-    shards = []
-    for number in range(4):
-        path = tmp_path / f"{number}.tar"
-        path.write_bytes(bytes(1000))
-        shards.append(str(path))
-    stage = Stage(tmp_path / "stage", 2500)
-    copies = [stage.get(shards[0]), stage.get(shards[1])]
-    os.utime(copies[1], (1, 1))
-    third = stage.get(shards[2])
-    held = {str(path) for path in (tmp_path / "stage").iterdir() if not path.name.startswith(".")}
-    assert held == {copies[0], third}
-    large = tmp_path / "large.tar"
-    large.write_bytes(bytes(3000))
-    assert stage.get(str(large)) == str(large), "what does not fit is read where it lies"
-
-
-def test_while_another_process_copies_the_original_serves(shard: str, tmp_path: Path) -> None:
-    import fcntl
-
-    stage = Stage(tmp_path / "stage", 1 << 30)
-    copy = Path(stage.get(shard))
-    copy.unlink()
-    with (tmp_path / "stage" / f".{copy.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert stage.get(shard) == shard
-    assert stage.get(shard) == str(copy)
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"data\.stage_dir: .*file/stage"):
-        Stage(tmp_path / "file" / "stage", 1)
