@@ -1,11 +1,15 @@
 """The `amclip` command: finds the command's module, lets it parse, runs it, turns errors into exit codes."""
 
-import argparse
+import difflib
 import importlib
+import io
 import logging
+import os
 import sys
 
-from amclip_ds.errors import AmclipError
+from amclip_ds import json_file
+from amclip_ds.arguments import Parser
+from amclip_ds.errors import AmclipError, Preempted, SettingsError
 
 COMMANDS = {  # the word typed -> its module in amclip_ds/commands
     "demo": "demo",
@@ -18,25 +22,24 @@ COMMANDS = {  # the word typed -> its module in amclip_ds/commands
     "checkpoints": "checkpoints",
     "submit": "submit",
 }
-EPILOG = """exit codes: 0 done; 2 a mistake in the command, config or data (one clear line);
-3 the run stopped itself (guards); 75 stopped by a signal after a committed checkpoint: requeue.
-`amclip COMMAND --help` teaches each command."""
+EPILOG = """exit codes: 0 done; 1 a fault of amclip or of the machine (its last lines say which);
+2 a mistake in the command, config or data (one clear line); 3 the run stopped itself (guards);
+75 stopped by a signal after a committed checkpoint: the same command goes on; 130 interrupted
+before there was anything to save. `amclip COMMAND --help` teaches each command."""
+CODE_FAULT, CODE_INTERRUPTED = 1, 130
 
 
-def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+def build_parser(only: str | None = None) -> Parser:
     """The parser; with `only`, that command's arguments alone are filled in, since modules cost time to import."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="amclip",
         description="Pre-train CLIP with attentive token removal (A-CLIP) through DeepSpeed.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for word, module_name in COMMANDS.items():
         module = importlib.import_module(f"amclip_ds.commands.{module_name}")
-        sub = commands.add_parser(
-            word, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        sub = commands.add_parser(word, help=module.HELP, description=module.__doc__)
         if only in (None, word):
             module.add_arguments(sub)
         sub.set_defaults(run=module.run)
@@ -44,23 +47,70 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. Returns its exit code; a mistake is one line on standard error."""
+    """Runs one command. Returns its exit code; a mistake is one line on standard error, of one rank."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0].startswith("--local_rank="):  # the deepspeed launcher's; LOCAL_RANK says it too
+    if argv and argv[0].startswith(("--local_rank=", "--local-rank=")):  # launchers'; LOCAL_RANK says it too
         argv = argv[1:]
-    only = argv[0] if argv and argv[0] in COMMANDS else None
-    parser = build_parser(only)
+    name = f"amclip {argv[0]}" if argv and argv[0] in COMMANDS else "amclip"
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        code = run(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except AmclipError as error:
+        if not error.is_shared or is_first_rank():
+            further = "; the same command goes on from there" if isinstance(error, Preempted) else ""
+            print(f"{name}: {error}{further}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command starts again", file=sys.stderr)
+        return CODE_INTERRUPTED
+    except OSError as error:
+        if output_is_writable():
+            raise
+        if not isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            print(f"{name}: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return CODE_FAULT
+
+
+def run(argv: list[str]) -> int:
+    """Parses and runs; what goes wrong is raised."""
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        raise SettingsError(f"{argv[0]}: no such command; {hint}")
+    parser = build_parser(argv[0] if argv and argv[0] in COMMANDS else None)
     args, rest = parser.parse_known_args(argv)
     if rest and hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
         args.overrides += rest  # key=value words behind an option
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    json_file.check(getattr(args, "json", None))
+    return args.run(args)
+
+
+def is_first_rank() -> bool:
+    """Whether this process reports for all ranks."""
+    from amclip_ds.launch import is_first_rank
+
+    return is_first_rank()
+
+
+def output_is_writable() -> bool:
+    """Whether standard output takes what was printed; one that does not is given up, so that the exit is quiet."""
     try:
-        return args.run(args)
-    except AmclipError as error:
-        print(f"amclip {args.command}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"amclip {args.command}: interrupted", file=sys.stderr)
-        return 130
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, io.UnsupportedOperation):  # closed from the start, or not a file
+        return True
+    try:
+        sys.stdout.flush()
+        os.write(descriptor, b"\n")
+        return True
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

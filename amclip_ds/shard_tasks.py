@@ -59,7 +59,7 @@ def report_file(out: Path, index: int, count: int) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="shard_tasks", description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, prog="shard_tasks", description=__doc__)
     parser.add_argument("shards")
     parser.add_argument("out", type=Path)
     parser.add_argument("index", type=int)

@@ -95,7 +95,9 @@ def begin(args: argparse.Namespace) -> str:
     from amclip_ds.commands import train
     from amclip_ds.run_folder import git_revision
 
-    train_parser = argparse.ArgumentParser(prog="train.sbatch", usage="train.sbatch RECIPE key=value ...")
+    train_parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="train.sbatch", usage="train.sbatch RECIPE key=value ..."
+    )
     train.add_arguments(train_parser)
     wanted = train_parser.parse_intermixed_args(args.train_arguments)
     config = settings.load(wanted.recipe, wanted.overrides)
@@ -192,10 +194,10 @@ def _say(text: str) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="slurm_attempt", description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, prog="slurm_attempt", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in (("begin", begin), ("end", end)):
-        sub = commands.add_parser(name)
+        sub = commands.add_parser(name, allow_abbrev=False)
         sub.set_defaults(function=function)
         sub.add_argument("--job", required=True)
         sub.add_argument("--restart", type=int, default=0)

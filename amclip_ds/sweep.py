@@ -100,10 +100,10 @@ def _word(value: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="sweep", description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, prog="sweep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("overrides", "finish", "table"):
-        sub = commands.add_parser(name)
+        sub = commands.add_parser(name, allow_abbrev=False)
         sub.add_argument("sweep", type=Path)
         if name != "overrides":
             sub.add_argument("out", type=Path)

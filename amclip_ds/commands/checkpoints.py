@@ -12,6 +12,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from amclip_ds import json_file
+from amclip_ds.arguments import whole
+
 HELP = "list, verify, prune, consolidate, import checkpoints"
 ACTIONS = ("list", "verify", "prune", "pin", "unpin", "consolidate", "import")
 
@@ -19,8 +22,10 @@ ACTIONS = ("list", "verify", "prune", "pin", "unpin", "consolidate", "import")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("action", nargs="?", default="list", choices=ACTIONS, help="what to do (list)")
-    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint meant (the newest whole one)")
-    parser.add_argument("--keep-last", type=int, metavar="K", help="prune: in place of the run's checkpoint.keep_last")
+    parser.add_argument("--step", type=whole(0), metavar="N", help="the checkpoint meant (the newest whole one)")
+    parser.add_argument(
+        "--keep-last", type=whole(1), metavar="K", help="prune: in place of the run's checkpoint.keep_last"
+    )
     parser.add_argument("--damaged", action="store_true", help="prune: damaged checkpoints too")
     parser.add_argument("--set-aside", action="store_true", help="prune: also what resumes set aside")
     parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="consolidate: whose")
@@ -40,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action in ("list", "verify"):
         rows = tools.rows(checkpoints, deep=args.action == "verify")
         _print_table(rows, checkpoints)
-        _write_json(args.json, rows)
+        json_file.write(args.json, rows)
         return 2 if args.action == "verify" and not all(row["valid"] for row in rows) else 0
     if args.action == "prune":
         removed = tools.prune(checkpoints, _rules(args), args.damaged, args.set_aside)
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         result = _consolidate(args, checkpoints)
     else:
         result = _import(args, checkpoints)
-    _write_json(args.json, result)
+    json_file.write(args.json, result)
     return 0
 
 
@@ -127,10 +132,3 @@ def _import(args: argparse.Namespace, checkpoints: Path) -> dict[str, Any]:
     path, notes = tools.import_deepspeed(args.source, args.tag, checkpoints, config.load(recipe))
     print("\n".join([*notes, str(path)]))
     return {"checkpoint": str(path), "notes": notes}
-
-
-def _write_json(file: Path | None, content: Any) -> None:
-    import json
-
-    if file is not None:
-        file.write_text(json.dumps(content, indent=1) + "\n")

@@ -11,10 +11,12 @@ paths or URLs (http, https, s3, gs).
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from amclip_ds import json_file
+from amclip_ds.arguments import number, whole
 
 if TYPE_CHECKING:
     from amclip_ds.data.check import Report
@@ -59,13 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     synth = _add(actions, "synth", "make shards of synthetic scenes", SYNTH, _synth)
     synth.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
-    synth.add_argument("--train", type=int, default=20000, metavar="N", help="training scenes (default 20000)")
-    synth.add_argument("--test", type=int, default=2048, metavar="N", help="held-out scenes (default 2048)")
-    synth.add_argument("--image-size", type=int, default=64, metavar="PX", help="side in pixels (default 64)")
-    synth.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default 0)")
-    synth.add_argument("--shard-size", type=int, default=1000, metavar="N", help="scenes a tar (default 1000)")
+    synth.add_argument("--train", type=whole(1), default=20000, metavar="N", help="training scenes (default 20000)")
+    synth.add_argument("--test", type=whole(1), default=2048, metavar="N", help="held-out scenes (default 2048)")
+    synth.add_argument("--image-size", type=whole(1), default=64, metavar="PX", help="side in pixels (default 64)")
+    synth.add_argument("--seed", type=whole(0), default=0, help="another seed, other scenes (default 0)")
+    synth.add_argument("--shard-size", type=whole(1), default=1000, metavar="N", help="scenes a tar (default 1000)")
     synth.add_argument("--coloured-distractors", action="store_true", help="colour the clutter too (a control)")
-    synth.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    synth.add_argument("--workers", type=whole(1), metavar="N", help="processes (default: one per core)")
 
     index = _add(actions, "index", "write where each sample of the shards lies", INDEX, _index)
     _add_shards(index)
@@ -74,15 +76,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = _add(actions, "check", "look for what training would trip over", CHECK, _check)
     _add_shards(check)
     _add_captions(check)
-    check.add_argument("--sample", type=float, default=1.0, metavar="F", help="part of the samples to read (default 1)")
-    check.add_argument("--max-skip-rate", type=float, metavar="F", help="to be skipped or doubled (default 0.02)")
-    check.add_argument("--global-batch", type=int, default=4096, metavar="N", help="to tell an epoch's steps")
+    check.add_argument(
+        "--sample", type=number(0, 1), default=1.0, metavar="F", help="part of the samples to read (default 1)"
+    )
+    check.add_argument(
+        "--max-skip-rate", type=number(0, 1), metavar="F", help="to be skipped or doubled (default 0.02)"
+    )
+    check.add_argument("--global-batch", type=whole(1), default=4096, metavar="N", help="to tell an epoch's steps")
     check.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
 
     stats = _add(actions, "stats", "distributions of sizes and captions, with pictures", STATS, _stats)
     _add_shards(stats)
     _add_captions(stats)
-    stats.add_argument("--sample", type=float, default=1.0, metavar="F", help="part of the samples to read (default 1)")
+    stats.add_argument(
+        "--sample", type=number(0, 1), default=1.0, metavar="F", help="part of the samples to read (default 1)"
+    )
     stats.add_argument("--out", type=Path, metavar="DIR", help="draw the pictures there")
     stats.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
 
@@ -98,15 +106,14 @@ def run(args: argparse.Namespace) -> int:
 def _add(
     actions: Any, word: str, short: str, text: str, act: Callable[[argparse.Namespace], int]
 ) -> argparse.ArgumentParser:
-    how = {"help": short, "description": text, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = actions.add_parser(word, **how)
+    parser = actions.add_parser(word, help=short, description=text)
     parser.set_defaults(act=act)
     return parser
 
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a folder, a glob, braces, a list.txt, URLs")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--workers", type=whole(1), metavar="N", help="processes (default: one per core)")
     parser.add_argument("--allow-pipe", action="store_true", help="let SHARDS run shell commands (pipe:...)")
 
 
@@ -155,7 +162,7 @@ def _check(args: argparse.Namespace) -> int:
     _print_problems(report)
     _print_tokens(tokens)
     _print_epoch(epoch)
-    _write_json(args.json, found)
+    json_file.write(args.json, found)
     print(f"{report.verdict()}: {'submit' if report.ok else 'do not submit'}")
     return 0 if report.ok else 2
 
@@ -177,7 +184,7 @@ def _stats(args: argparse.Namespace) -> int:
     Console().print(table)
     print("formats: " + ", ".join(f"{name} {count}" for name, count in numbers["formats"].items()))
     print(f"captions over {stats.CONTEXT_LENGTH} tokens, trimmed in training: {numbers['trimmed_captions']:.1%}")
-    _write_json(args.json, numbers)
+    json_file.write(args.json, numbers)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         print(stats.draw(report, args.out / "stats.png"))
@@ -254,15 +261,3 @@ def _for_table(text: str, longest: int = 80) -> str:
     from amclip_ds.data.tar import printable
 
     return escape(printable(text)[:longest])
-
-
-def _write_json(file: Path | None, content: dict[str, Any]) -> None:
-    from amclip_ds.errors import UserError
-    from amclip_ds.files import write_atomically
-
-    if file is None:
-        return
-    try:
-        write_atomically(file, json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--json {file}: cannot be written: {error.strerror}") from None

@@ -13,6 +13,8 @@ eval.jsonl.
 import argparse
 import sys
 
+from amclip_ds.arguments import whole
+
 HELP = "evaluate a run, a checkpoint or an export"
 TASKS = ("zeroshot_classification", "retrieval", "linear_probe", "knn")
 
@@ -29,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="prompt templates (the folder's own)")  # fmt: skip
     parser.add_argument("--classnames", default="folder", metavar="folder|imagenet|FILE",
                         help="class names (the folder's own)")  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images in one forward (64)")
+    parser.add_argument("--batch-size", type=whole(1), default=64, metavar="N", help="images in one forward (64)")
     parser.add_argument("--preprocess", choices=("ours", "library"), default="ours",
                         help="whose pixels an export sees: ours (default), or its own library's")  # fmt: skip
-    parser.add_argument("--procs", type=int, metavar="N", help="start N processes on this machine")
+    parser.add_argument("--procs", type=whole(1), metavar="N", help="start N processes on this machine")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers, in CLIP_benchmark's names")
     parser.add_argument("--no-append", action="store_true", help="do not append to the run's eval.jsonl")
 

@@ -11,38 +11,37 @@ slurm/README.md.
 
 import argparse
 
+from amclip_ds import json_file
+from amclip_ds.arguments import whole
+
 HELP = "check a recipe, then sbatch it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name (amclip recipes) or the path of a yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the recipe")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
+    parser.add_argument("--nodes", type=whole(1), default=1, metavar="N", help="nodes (1)")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs on each, a task for each GPU")
-    size.add_argument("--tasks-per-node", type=int, metavar="N", help="tasks on each node without GPUs (1)")
+    size.add_argument("--gpus-per-node", type=whole(1), metavar="N", help="GPUs on each, a task for each GPU")
+    size.add_argument("--tasks-per-node", type=whole(1), metavar="N", help="tasks on each node without GPUs (1)")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of a GPU, as 80GB: refuses what cannot fit")
     parser.add_argument("--time", metavar="T", help="time limit of a job, as sbatch reads it")
     parser.add_argument("--partition", metavar="P")
     parser.add_argument("--account", metavar="A")
-    parser.add_argument("--chain", type=int, default=1, metavar="K", help="submit K jobs, one after another")
+    parser.add_argument("--chain", type=whole(1), default=1, metavar="K", help="submit K jobs, one after another")
     parser.add_argument("--sbatch", action="append", default=[], metavar="FLAG", help="another sbatch flag; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="write the script and the command, submit nothing")
     parser.add_argument("--json", metavar="FILE", help="also write what was found and submitted")
 
 
 def run(args: argparse.Namespace) -> int:
-    import json
-    from pathlib import Path
-
     from amclip_ds import submit
 
     plan = submit.make_plan(args)
     for line in plan.lines():
         print(line)
     jobs = [] if args.dry_run else submit.submit(plan)
-    if args.json:
-        Path(args.json).write_text(json.dumps(plan.facts() | {"jobs": jobs}, indent=1) + "\n")
+    json_file.write(args.json, plan.facts() | {"jobs": jobs})
     dry = f"dry run: nothing submitted; bash {plan.folder}/submit.sh does it"
     print(dry if args.dry_run else " ".join(map(str, jobs)))
     return 0

@@ -10,13 +10,15 @@ The last line printed is the run's folder. Started again with the same arguments
 import argparse
 import sys
 
+from amclip_ds.arguments import whole
+
 HELP = "train a recipe"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name (amclip recipes) or the path of a yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the recipe")
-    parser.add_argument("--procs", type=int, metavar="N", help="start N processes on this machine")
+    parser.add_argument("--procs", type=whole(1), metavar="N", help="start N processes on this machine")
     parser.add_argument(
         "--resume", default="auto", metavar="auto|PATH|never",
         help="auto (default): go on from the newest checkpoint, fresh only if there is none",

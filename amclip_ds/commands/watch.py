@@ -9,6 +9,8 @@ goes on where it was. It ends when the run has ended and its last checkpoint is 
 import argparse
 from pathlib import Path
 
+from amclip_ds.arguments import number, whole
+
 HELP = "evaluate each new checkpoint beside a run"
 
 
@@ -18,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=("student", "teacher", "both"), default="both", help="which weights (both)"
     )
-    parser.add_argument("--every-s", type=float, default=10.0, metavar="S", help="seconds between two looks (10)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images in one forward (64)")
+    parser.add_argument("--every-s", type=number(0.1), default=10.0, metavar="S", help="seconds between two looks (10)")
+    parser.add_argument("--batch-size", type=whole(1), default=64, metavar="N", help="images in one forward (64)")
     parser.add_argument("--once", action="store_true", help="evaluate what is there now, then end")
 
 

@@ -1,15 +1,14 @@
 """`amclip eval`: opens the source, runs the tasks with all ranks, prints a table, writes JSON, appends to the run."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from amclip_ds import json_file
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import DistributedComm, on_main
-from amclip_ds.errors import UserError
 from amclip_ds.evaluate.encoder import Encoder
 from amclip_ds.evaluate.rows import append_new
 from amclip_ds.evaluate.source import Located, locate, open_encoder
@@ -20,8 +19,6 @@ FILE_WIDTH = 140  # columns of the table where no terminal says otherwise
 
 def evaluate(args: argparse.Namespace) -> int:
     """Returns the exit code. Collective: every rank of the world must call."""
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size: {args.batch_size} is below 1")
     with ExitStack() as stack:
         runtime = engine_runtime.start()
         stack.callback(engine_runtime.stop, runtime)
@@ -40,12 +37,8 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def _hand_over(rows: list[dict[str, Any]], located: Located, args: argparse.Namespace) -> None:
     print_table(rows)
-    if args.json:
-        named = [{"model": str(located.path), "pretrained": row["weights"], "language": "en"} | row for row in rows]
-        try:
-            Path(args.json).write_text(json.dumps(named, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--json {args.json}: cannot be written: {error.strerror}") from None
+    named = [{"model": str(located.path), "pretrained": row["weights"], "language": "en"} | row for row in rows]
+    json_file.write(args.json, named)
     if located.run is not None and not args.no_append:
         appended = append_new(located.run, rows)
         print(f"{appended} of {len(rows)} rows appended to {located.run}/eval.jsonl"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
+from amclip_ds import json_file
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.libraries import open_library
 from amclip_ds.evaluate.source import Located, build_towers, locate
 from amclip_ds.export import hugging_face, onnx, open_clip, timm
 from amclip_ds.export.card import write_card
 from amclip_ds.export.proof import ExportMismatch, Proof, gather_samples, prove
-from amclip_ds.files import write_atomically
 from amclip_ds.model.amclip import AClip
 
 WRITERS = {"open_clip": open_clip.write, "hf": hugging_face.write, "timm": timm.write, "onnx": onnx.write}
@@ -31,8 +31,7 @@ def export(args: argparse.Namespace) -> int:
     proof = write_proved(args.format, module, located, args.weights, args.out, args.proof)
     for line in proof.lines():
         print(line)
-    if args.json:
-        write_atomically(Path(args.json), json.dumps(proof.facts(), indent=1) + "\n")
+    json_file.write(args.json, proof.facts())
     print(args.out)
     return 0
 

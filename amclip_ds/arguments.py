@@ -1,0 +1,85 @@
+"""How a command line is read: exact options only, and every mistake is one line that names what to type instead."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from amclip_ds.errors import SettingsError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, without abbreviations (`--gpus` is not `--gpus-per-node`); its errors are SettingsErrors."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter} | how)
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message} (`{self.prog} --help` lists what there is)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but an option that there is not is answered before its value is taken for a word."""
+        if self._subparsers is None:
+            self._refuse_strangers(list(args or []))
+        return super().parse_known_args(args, namespace)
+
+    def _refuse_strangers(self, words: list[str]) -> None:
+        words = words[: words.index("--")] if "--" in words else words
+        told = {}
+        for before, word in zip(["", *words], words):
+            option = word.split("=", 1)[0]
+            is_option = re.match(r"--?[A-Za-z]", word) and option not in self._option_string_actions
+            if is_option and before == "--sbatch":
+                raise SettingsError(f"--sbatch {word}: write --sbatch={word}")
+            if is_option:
+                told[option] = f"{option}: unknown option; {self._suggest(option, word)}"
+        if told:
+            raise SettingsError("; ".join(told.values()))
+
+    def _suggest(self, option: str, word: str) -> str:
+        """An option of this command, or the key that it means where the command takes keys."""
+        options = [name for name in self._option_string_actions if name.startswith("--")]
+        alike = [name for name in options if name.replace("-", "_") == "--" + option.lstrip("-").replace("-", "_")]
+        alike = alike or [name for name in options if name.startswith(option)]
+        if alike:
+            return f"did you mean {alike[0]}?"
+        if any(action.dest == "overrides" for action in self._actions):
+            from amclip_ds import config, synonyms
+
+            keys, key = config.keys_and_types(), option.lstrip("-")
+            if key in keys:
+                return f"keys are written without dashes: {key}={word.partition('=')[2] or 'VALUE'}"
+            if suggestion := synonyms.suggest(key):
+                return suggestion
+            options += [*keys]
+        near = difflib.get_close_matches(option, options, n=1, cutoff=0.7)
+        return f"did you mean {near[0]}?" if near else f"`{self.prog} --help` lists what there is"
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """For `type=`: a whole number from `least`."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d{1,15}", text.strip()):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return int(text)
+
+    return read
+
+
+def number(least: float, most: float = 1e9) -> Callable[[str], float]:
+    """For `type=`: a number from `least` to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is outside [{least:g}, {most:g}]")
+        return value
+
+    return read
