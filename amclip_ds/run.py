@@ -99,6 +99,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     runtime = engine_runtime.start(deterministic=config.run.deterministic)
     stack.callback(engine_runtime.stop, runtime)
     stack.enter_context(leaving_together(runtime))
+    on_main(partial(settings.check_buildable, config))
     comm = DistributedComm()
     plan = settings.plan_batch(config.batch, runtime.world_size)
 

@@ -22,6 +22,7 @@ from amclip_ds.engine.collectives import on_main
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import write_atomically
 from amclip_ds.jsonl import append_line, read
+from amclip_ds.preconditions import check_folder
 from amclip_ds.resilience.ownership import Owner, OwnershipLost
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def open_folder(config: TrainConfig) -> tuple[Path, int]:
     that leaves none has crashed.
     """
     folder = Path(config.run.out)
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         attempt = next_attempt(folder)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds import config as settings
+from amclip_ds import preconditions
 from amclip_ds.config import TrainConfig
-from amclip_ds.data.sources import check_inputs, is_remote
+from amclip_ds.data.sources import is_remote
 from amclip_ds.errors import UserError
 from amclip_ds.files import write_atomically
 from amclip_ds.slurm_attempt import check_shards
@@ -68,11 +69,15 @@ def make_plan(args: argparse.Namespace) -> Plan:
         if value < 1:
             raise UserError(f"{name}: {value} is below 1")
     world_size = args.nodes * per_node
-    check_inputs(config.data, config.eval.data)
+    preconditions.check(config)
     plan = Plan(config, args.nodes, world_size, args.chain, [], {})
     plan.found.append(describe_batch(config, world_size))
+    shards = check_shards(config, args.nodes)
+    plan.found.append(sample_shards(shards))
+    check_epoch(config, shards)
+    settings.check_buildable(config)
+    check_start(config)
     plan.found.append(check_memory(config, world_size, args.gpu_memory))
-    plan.found.append(sample_shards(check_shards(config, args.nodes)))
     write_script(plan, args)
     return plan
 
@@ -114,6 +119,38 @@ def sample_shards(shards: list[str]) -> str:
         except (OSError, tarfile.TarError) as error:
             raise UserError(f"data.train: {path}: {' '.join(str(error).split())}") from None
     return f"data: {len(shards)} shards, {len(sample)} of them opened (`amclip data check` reads all)"
+
+
+def check_epoch(config: TrainConfig, shards: list[str]) -> None:
+    """Counts samples, in the headers of local shards, until there are enough for a batch. Raises UserError if not."""
+    from amclip_ds.data.index import scan_shard
+
+    if config.data.resampled or config.data.weights is not None or any(is_remote(path) for path in shards):
+        return  # an epoch is then no plain count, or counting is no matter of seconds
+    found = 0
+    for path in shards:
+        found += scan_shard(path)[0].samples
+        if found >= config.batch.global_size:
+            return
+    raise UserError(
+        f"data.train: an epoch has {found} samples, batch.global_size needs {config.batch.global_size}; give more data"
+        f" or a smaller batch"
+    )
+
+
+def check_start(config: TrainConfig) -> None:
+    """Whether the weights of model.init_from fit the model. Raises UserError."""
+    if not config.model.init_from or any(Path(config.run.out, "checkpoints").glob("step_*")):
+        return
+    import torch
+
+    from amclip_ds.model import start
+    from amclip_ds.model.amclip import AClip
+
+    with torch.device("meta"):
+        model = AClip(config.model, config.heads, config.loss)
+    for name, parameter in model.named_parameters():
+        start.loaded_tensor(config.model.init_from, name, parameter.shape)
 
 
 def write_script(plan: Plan, args: argparse.Namespace) -> None:

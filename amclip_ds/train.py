@@ -3,7 +3,6 @@
 from contextlib import ExitStack
 from typing import Any
 
-from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
 from amclip_ds.engine.collectives import on_main
@@ -22,7 +21,6 @@ FAILED, MADE_UP = "evaluation_failed", "evaluation_made_up"  # incidents; after 
 
 def train(config: TrainConfig, resume: str = "auto") -> int:
     """Trains as configured; returns the exit code. Collective: every rank of the world must call."""
-    settings.check_buildable(config)
     with ExitStack() as stack:
         run = assemble(config, resume, stack)
         state = run.state

@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from amclip_ds import config
-    from amclip_ds.data.sources import check_inputs
+    from amclip_ds import config, preconditions
     from amclip_ds.launch import is_alone, is_first_rank, run_ranks
     from amclip_ds.resilience import preemption
 
@@ -35,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         preemption.listen()  # before anything slow: no signal may be lost, or end what cannot save yet
     settings = config.load(args.recipe, args.overrides)
     if args.procs is not None or is_alone():
-        check_inputs(settings.data, settings.eval.data)
+        preconditions.check(settings)
     if args.procs is not None:
         config.plan_batch(settings.batch, args.procs)  # a mistake is told once, not by every rank
         argv = ["train", args.recipe, *args.overrides, "--resume", args.resume]

@@ -158,6 +158,7 @@ def on_all(work: Callable[[], T]) -> T:
 def _for_others(error: Exception) -> AmclipError:
     """What the other ranks are told of an error: something that surely travels."""
     if isinstance(error, AmclipError):
+        error.is_shared = True  # rank 0 reports it for all
         return error
     return AmclipError(f"rank {my_rank()}: {type(error).__name__}: {error}")
 

@@ -13,13 +13,15 @@ from amclip_ds.cli import main
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Four small tars."""
+    """Four small tars, each with a batch's samples."""
     folder = tmp_path / "shards"
     folder.mkdir()
     (tmp_path / "0.txt").write_text("a caption")
     for number in range(4):
         with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
-            tar.add(tmp_path / "0.txt", "0.txt")
+            for sample in range(64):
+                tar.add(tmp_path / "0.txt", f"{sample}.jpg")
+                tar.add(tmp_path / "0.txt", f"{sample}.txt")
     return folder
 
 
@@ -57,6 +59,10 @@ def test_a_chain_goes_by_a_name_of_its_own(shards: Path, capsys: pytest.CaptureF
         (["--nodes", "0"], "--nodes: 0 is below 1"),
         (["--gpu-memory", "10MB"], "--gpu-memory 10MB: the model state alone is"),
         (["--gpu-memory", "much"], "--gpu-memory: 'much' is no size"),
+        (["batch.global_size=512"], "an epoch has 256 samples, batch.global_size needs 512"),
+        (["model.init_from=/nowhere"], "model.init_from: no such file or folder: /nowhere"),
+        (["model.vision.name=vit_bse_patch16_224"], "model.vision.name: timm has no 'vit_bse_patch16_224'"),
+        (["--gpus", "8"], "--gpus: unknown option; did you mean --gpus-per-node?"),
         (["optim.lrr=1"], "optim.lrr: unknown key"),
     ],
 )

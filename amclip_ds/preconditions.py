@@ -1,0 +1,48 @@
+"""What is known of a run before torch is loaded, ranks meet and shards are indexed; `train` and `submit` ask here."""
+
+import importlib.util
+from pathlib import Path
+
+from amclip_ds.config import TrainConfig
+from amclip_ds.data.sources import check_inputs
+from amclip_ds.engine.ds_config import read_ds_config
+from amclip_ds.errors import UserError
+
+OURS = {"attempts.jsonl", "metrics.jsonl", "versions.json", "checkpoints", "slurm", "index"}  # one of them: a run
+BESIDE = {"config.yaml", "owner.json", "STOP"}  # what may be there without one, as may a batch system's output
+OUTPUT = (".out", ".err", ".log")
+
+
+def check(config: TrainConfig) -> None:
+    """Raises UserError for a start that could only fail later: run folder, data, DeepSpeed's file, weights, W&B."""
+    check_folder(Path(config.run.out))
+    read_ds_config(config.engine)
+    check_inputs(config.data, config.eval.data)
+    check_init(config)
+    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError("log.wandb_project: wandb is not installed: pip install 'amclip_ds[track]', or null")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError for a folder that holds something and is no run: a run's files would be mixed with it."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise UserError(f"run.out: {folder} is a file, or lies below one; name a folder") from None
+    except OSError as error:
+        raise UserError(f"run.out: {folder} cannot be read: {error.strerror}") from None
+    strange = [name for name in names if name not in BESIDE and not name.startswith(".") and not name.endswith(OUTPUT)]
+    if strange and not OURS & set(names):
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise UserError(
+            f"run.out: {folder} holds other things ({strange[0]!r}{more}) and no run; name a new or an empty folder"
+        )
+
+
+def check_init(config: TrainConfig) -> None:
+    """Raises UserError where model.init_from points nowhere; a run that goes on needs it no more."""
+    source = config.model.init_from
+    if source and not any(Path(config.run.out, "checkpoints").glob("step_*")) and not Path(source).exists():
+        raise UserError(f"model.init_from: no such file or folder: {source}")
