@@ -154,7 +154,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         config=config, runtime=runtime, comm=comm, plan=plan, folder=folder, attempt=attempt, stops=stops,
         watchdog=watchdog, state=state, data=data, total_steps=total_steps, record=record, student=student,
         teacher=teacher, schedules=Schedules(config.optim, config.teacher, total_steps), guards=guards,
-        ledger=Ledger(config.data.max_skip_rate, gather_objects), meter=meter, keeper=keeper,
+        ledger=Ledger(config.data.max_skip_rate, gather_objects, data.account), meter=meter, keeper=keeper,
     )  # fmt: skip
 
 

@@ -221,20 +221,23 @@ def _epoch(report: "Report", global_batch: int, workers: int) -> dict[str, Any]:
 
 
 def _print_problems(report: "Report") -> None:
-    from rich.console import Console
-    from rich.table import Table
+    """A line a shard and a line a problem in it, then the sums by problem; plain lines, so that a pipe or a narrow
+    terminal cuts no name."""
+    from amclip_ds.data.grouping import ADVICE
+    from amclip_ds.data.tar import printable
 
-    table = Table("shard", "ok", "read", "skipped", "lost", "problems: how many, the first one's key")
     for shard in report.shards:
-        found = [f"{kind}: {count}, {_for_table(key)}" for kind, (key, count) in shard.problems.items()]
-        if found:
-            ok = "yes" if shard.is_ok(report.config.max_skip_rate) else "NO"
-            numbers = [str(value) for value in (shard.read, shard.skipped, shard.lost)]
-            table.add_row(_for_table(shard.path, 1000), ok, *numbers, "\n".join(found))
-    if table.row_count:
-        Console().print(table)
+        if shard.problems:
+            ok = "ok" if shard.is_ok(report.config.max_skip_rate) else "NOT ok"
+            print(f"{printable(shard.path)}: {ok}, read {shard.read}, skipped {shard.skipped}, lost {shard.lost}")
+        for kind, (key, count) in shard.problems.items():
+            print(f"  {kind}: {count}, {printable(key)}")
+    for kind, count, key, path in report.worst():
+        advice = f"; {ADVICE[kind]}" if kind in ADVICE else ""
+        print(f"{kind}: {count} in all, the first {printable(key)} in {printable(path)}{advice}")
     for cause, count in report.causes().most_common(10):
-        print(f"  {count} {'image' if count == 1 else 'images'}: {cause}")
+        print(f"  {count} {'sample' if count == 1 else 'samples'}: {cause}")
+    print(report.account())
 
 
 def _print_tokens(tokens: dict[str, Any]) -> None:
@@ -252,12 +255,3 @@ def _print_epoch(epoch: dict[str, Any]) -> None:
         f" {epoch['global_batch']}; {hours} to read and decode on {epoch['workers']} cores"
         f" ({epoch['samples_per_core_second']:.0f} samples/s a core)"
     )
-
-
-def _for_table(text: str, longest: int = 80) -> str:
-    """A stranger's name, harmless to the terminal and to rich."""
-    from rich.markup import escape
-
-    from amclip_ds.data.tar import printable
-
-    return escape(printable(text)[:longest])

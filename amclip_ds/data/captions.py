@@ -1,7 +1,6 @@
 """From a sample's text and json members to token ids: which caption, what its text is, how it is encoded."""
 
 import functools
-import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +9,8 @@ import numpy as np
 import regex
 import torch
 from torch import Tensor
+
+from amclip_ds.data.plain_text import BadText, decode, lines, parse_object, visible
 
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # the encoder's pattern without special tokens
 LONGEST_TEXT, LONGEST_WORD = 1 << 16, 1000  # characters
@@ -71,25 +72,36 @@ def trim(token_ids: Tensor, bucket: int) -> Tensor:
     return token_ids[:, : min(token_ids.shape[1], -(-longest // bucket) * bucket)].contiguous()
 
 
+def members_read(sources: Sequence[str]) -> tuple[bool, bool]:
+    """Whether these sources read a sample's text member, and its json member."""
+    alternatives = [part for source in sources for part in source.split("|")]
+    return "txt" in alternatives, any(part != "txt" for part in alternatives)
+
+
 def candidates(text: bytes | None, fields: bytes | None, sources: Sequence[str], per_line: bool) -> list[str]:
     """Every caption a sample offers, in the order of `sources`.
 
     A source is `txt`, `json:FIELD` (a text or a list of texts), a template of json fields such as
     `{title}. {description}`, or alternatives joined by `|`, of which the first that yields something counts.
-    Raises ValueError for text that is not UTF-8 or json that cannot be read.
+    Raises BadText if there is none, for text that is not UTF-8 and for json that cannot be read.
     """
     parsed: dict[str, Any] | None = None
     found: list[str] = []
+    are_blank = False
     for source in sources:
         for alternative in source.split("|"):
             if alternative == "txt":
-                options = _lines(text, per_line)
+                written = _from_text(text, per_line)
             else:
-                parsed = _parse(fields) if parsed is None else parsed
-                options = _from_json(parsed, alternative)
+                parsed = (parse_object(fields) if fields else {}) if parsed is None else parsed
+                written = _from_json(parsed, alternative)
+            options = visible(written)
             if options:
                 found += options
                 break
+            are_blank = are_blank or bool(written)
+    if not found:
+        raise BadText("empty caption" if are_blank else "no caption", f"no text in {', '.join(sources)}")
     return found
 
 
@@ -98,31 +110,18 @@ def choose(options: Sequence[str], random: np.random.Generator) -> str:
     return options[int(random.integers(len(options)))]
 
 
-def _lines(text: bytes | None, per_line: bool) -> list[str]:
+def _from_text(text: bytes | None, per_line: bool) -> list[str]:
     if text is None:
         return []
-    whole = text.decode("utf-8")
-    return [line.strip() for line in (whole.splitlines() if per_line else [whole]) if line.strip()]
-
-
-def _parse(fields: bytes | None) -> dict[str, Any]:
-    if fields is None:
-        return {}
-    try:
-        parsed = json.loads(fields.decode("utf-8"))
-    except RecursionError:
-        raise ValueError("the json member is nested too deeply") from None
-    if not isinstance(parsed, dict):
-        raise ValueError("the json member is not an object")
-    return parsed
+    whole = decode(text)
+    return lines(whole) if per_line else [whole]
 
 
 def _from_json(parsed: dict[str, Any], source: str) -> list[str]:
     if source.startswith("json:"):
         value = parsed.get(source.removeprefix("json:"))
-        values = value if isinstance(value, list) else [value]
-        return [item.strip() for item in values if isinstance(item, str) and item.strip()]
+        return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
     names = re.findall(r"\{(\w+)\}", source)
     if any(not isinstance(parsed.get(name), str | int | float) for name in names):
         return []
-    return [re.sub(r"\{(\w+)\}", lambda match: str(parsed[match.group(1)]), source).strip()]
+    return [re.sub(r"\{(\w+)\}", lambda match: str(parsed[match.group(1)]), source)]

@@ -1,7 +1,8 @@
 """Looks at every sample of a set of shards before a run, and accounts for each: read, skipped or lost.
 
 expected = read + skipped + lost, always. Expected is what a `sizes.json` or img2dataset's `NAME_stats.json` beside the
-shards promises, else what the tar itself shows: samples begun, and those that damage has visibly swallowed.
+shards promises, else what the tar itself shows: samples begun, images that no sample has, and samples that damage has
+visibly swallowed.
 """
 
 import functools
@@ -20,18 +21,41 @@ import numpy as np
 from amclip_ds.data import captions as caption_sources
 from amclip_ds.data import index, reader
 from amclip_ds.data.config import DataConfig, check_sources
+from amclip_ds.data.grouping import IMAGE_TYPES, Group, group, left_out_name, scattered
 from amclip_ds.data.images import BadImage, open_image
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.parallel import Died, run_over
-from amclip_ds.data.tar import BLOCK, Damage, Member, scan, split_name
+from amclip_ds.data.plain_text import BadText
+from amclip_ds.data.tar import BLOCK, Damage, Member, scan
 from amclip_ds.errors import UserError
 from amclip_ds.files import read_json
 
 TRAINING = DataConfig()  # what training would do unless told otherwise
 # What a sample can be skipped for, in the order looked at; what makes it lost; what is only worth knowing.
-SKIPPED = ("no image", "too large", "broken image", "no caption", "empty caption", "not utf-8", "bad json")
+SKIPPED = (
+    "surplus image",
+    "no image",
+    "too large",
+    "sparse",
+    "broken image",
+    "not adjacent",
+    "no caption",
+    "empty caption",
+    "not utf-8",
+    "bad json",
+)
 LOST = ("unreadable", "empty", "truncated", "header", "name", "swallowed", "fewer than promised", "crash")
-NOTED = ("zeros", "duplicate", "duplicate key", "mended image", "too small", "aspect", "hostile name")
+NOTED = (
+    "zeros",
+    "duplicate",
+    "duplicate key",
+    "mended image",
+    "too small",
+    "aspect",
+    "hostile name",
+    "link",
+    "hidden image",
+)
 SMALL_SIDE = 32
 DECODED_SIDE = 224  # a large JPEG is decoded at the reduced scale that leaves at least this
 EXTREME_ASPECT = 5.0
@@ -77,7 +101,9 @@ class ShardReport:
 
     path: str
     samples: int = 0
-    """in the tar, whether looked at or not"""
+    """in the tar, whether looked at or not; each surplus image counts as one"""
+    images: int = 0
+    """in the tar, whether looked at or not: those of samples, and the surplus"""
     expected: int = 0
     read: int = 0
     skipped: int = 0
@@ -105,6 +131,10 @@ class ShardReport:
         bad = self.skipped + self.problems.get("duplicate", ("", 0))[1]
         return not any(kind in self.problems for kind in LOST) and bad <= max_skip_rate * self.expected
 
+    def surplus(self) -> int:
+        """Images in the tar that no sample has."""
+        return self.problems.get("surplus image", ("", 0))[1]
+
 
 @dataclass
 class Report:
@@ -114,16 +144,19 @@ class Report:
     shards: list[ShardReport]
 
     def total(self, name: str) -> int:
-        """Sum over the shards of expected, read, skipped, lost, samples or num_bytes."""
+        """Sum over the shards of expected, read, skipped, lost, samples, images or num_bytes."""
         return sum(getattr(shard, name) for shard in self.shards)
 
     @property
     def ok(self) -> bool:
         """Whether to submit."""
         rate = self.config.max_skip_rate
-        bad = self.total("skipped") + sum(shard.problems.get("duplicate", ("", 0))[1] for shard in self.shards)
-        return self.total("read") > 0 and self.total("lost") == 0 and bad <= rate * self.total("expected") and not any(
-            kind in shard.problems for shard in self.shards for kind in LOST
+        bad = self.total("skipped") + self.problems()["duplicate"]
+        surplus = sum(shard.surplus() for shard in self.shards)  # of all headers, where only a part is looked at
+        is_lost = self.total("lost") > 0 or any(kind in shard.problems for shard in self.shards for kind in LOST)
+        return (
+            self.total("read") > 0 and not is_lost
+            and bad <= rate * self.total("expected") and surplus <= rate * self.total("images")
         )  # fmt: skip
 
     def problems(self) -> Counter[str]:
@@ -136,6 +169,14 @@ class Report:
     def causes(self) -> Counter[str]:
         """Why images could not be read, with counts."""
         return sum((shard.causes for shard in self.shards), Counter())
+
+    def worst(self) -> list[tuple[str, int, str, str]]:
+        """(kind, how many, the first one's key, its shard), the most frequent first."""
+        first: dict[str, tuple[str, str]] = {}
+        for shard in self.shards:
+            for kind, (key, _) in shard.problems.items():
+                first.setdefault(kind, (key, shard.path))
+        return [(kind, count, *first[kind]) for kind, count in self.problems().most_common()]
 
     def measured(self) -> np.ndarray:
         """A row for each sample read, of all shards."""
@@ -157,6 +198,13 @@ class Report:
         numbers = ", ".join(f"{name} {self.total(name)}" for name in ("expected", "read", "skipped", "lost"))
         return f"{len(self.shards)} shards, {numbers}{part}"
 
+    def account(self) -> str:
+        """What became of the images in the tars, in one line."""
+        surplus = sum(shard.surplus() for shard in self.shards)
+        unusable = self.total("images") - self.total("read") - surplus
+        others = "unusable" if self.config.sample == 1 else "unusable or not looked at"
+        return f"{self.total('images')} images = {self.total('read')} read + {surplus} surplus + {unusable} {others}"
+
     def as_json(self) -> dict[str, Any]:
         """The record that scripts read (design: `data check --json`)."""
         shards = [
@@ -168,7 +216,8 @@ class Report:
             }
             for shard in self.shards
         ]  # fmt: skip
-        totals = {name: self.total(name) for name in ("expected", "read", "skipped", "lost", "samples", "num_bytes")}
+        names = ("expected", "read", "skipped", "lost", "samples", "images", "num_bytes")
+        totals = {name: self.total(name) for name in names}
         more = {"ok": self.ok, "samples_per_core_second": self.samples_per_core_second(), "config": asdict(self.config)}
         return {"shards": shards} | totals | more
 
@@ -209,17 +258,6 @@ def check_shard(config: CheckConfig, num_texts: int, shard: str) -> ShardReport:
     return report
 
 
-@dataclass
-class _Group:
-    """Consecutive members with the same key: a sample."""
-
-    key: str
-    members: dict[str, Member]
-    """suffix -> member"""
-    at_damage: bool
-    """a neighbour of damage: what is missing here is lost, not left out"""
-
-
 class _Pass:
     """One reading of one shard."""
 
@@ -232,51 +270,52 @@ class _Pass:
     def run(self, size: int) -> None:
         report = self._report
         groups = self._groups(size)
-        report.samples = len(groups)
-        if not groups and not report.problems:
+        if not groups and not any(kind in report.problems for kind in LOST):
             report.add("empty", "no members")
-        for key, count in Counter(group.key for group in groups).items():
+        for key, count in Counter(one.key for one in groups).items():
             if count > 1:
                 report.add("duplicate key", key, count - 1)
-        for group in groups:
-            if group.at_damage or self._config.sample >= 1 or self._random.random() < self._config.sample:
-                self._look_at(group)
+        for one in groups:
+            surplus = [image for _, image in one.images()[1:]]
+            report.samples += 1 + len(surplus)
+            report.images += bool(one.images()) + len(surplus)
+            if surplus:
+                report.add("surplus image", surplus[0].name, len(surplus))
+            if one.at_damage or self._config.sample >= 1 or self._random.random() < self._config.sample:
+                report.skipped += len(surplus)
+                self._look_at(one)
         report.measured = np.array(self._rows, dtype=MEASURED)
         report.keys = zlib.compress("\n".join(key.replace("\n", " ") for key in self._keys).encode(*UTF8))
 
-    def _groups(self, size: int) -> list[_Group]:
-        """The samples of the tar; counts as lost what damage has swallowed whole."""
-        groups: list[_Group] = []
+    def _groups(self, size: int) -> list[Group]:
+        """The samples of the tar, without those groups whose image lies elsewhere in it; counts as lost what damage has
+        swallowed whole."""
+        groups: list[Group] = []
         damages: list[tuple[int, Damage]] = []
-        for item in scan(self._file, size):
-            if isinstance(item, Damage):
-                self._report.add(item.kind, item.cause)
+        for item in group(scan(self._file, size)):
+            if isinstance(item, Group):
+                groups.append(item)
+            elif isinstance(item, Damage):
+                self._report.add(item.kind, str(item))
                 damages.append((len(groups), item))
-                if groups:
-                    groups[-1].at_damage = True
-                continue
-            key, suffix = split_name(item.name)
-            if not key:
-                continue
-            after_damage = bool(damages) and damages[-1][0] == len(groups)
-            if not groups or groups[-1].key != key or suffix in groups[-1].members:
-                groups.append(_Group(key, {}, after_damage))
-            elif after_damage:
-                groups[-1].at_damage = True
-            groups[-1].members[suffix] = item
+            elif kind := left_out_name(item):
+                self._report.add(kind, item.name)
         self._count_swallowed(groups, damages)
-        return groups
+        self._scattered = scattered(groups)
+        if self._scattered:
+            self._report.add("not adjacent", min(self._scattered), len(self._scattered))
+        return [one for one in groups if one.key not in self._scattered or one.images()]
 
-    def _count_swallowed(self, groups: list[_Group], damages: list[tuple[int, Damage]]) -> None:
+    def _count_swallowed(self, groups: list[Group], damages: list[tuple[int, Damage]]) -> None:
         """Counts as lost the samples of which damage has left nothing: by its size, and at least one, unless a sample
         beside it lacks a member, which explains it."""
         if not groups:
             return
-        usual = Counter(tuple(sorted(group.members)) for group in groups).most_common(1)[0][0]
-        sizes = [sum(BLOCK + -(-m.size // BLOCK) * BLOCK for m in group.members.values()) for group in groups]
+        usual = Counter(tuple(sorted(one.members)) for one in groups).most_common(1)[0][0]
+        sizes = [sum(BLOCK + -(-m.size // BLOCK) * BLOCK for m in one.members.values()) for one in groups]
         for place, damage in damages:
             around = groups[max(0, place - 1) : place + 1]
-            incomplete = sum(bool(set(usual) - set(group.members)) for group in around)
+            incomplete = sum(bool(set(usual) - set(one.members)) for one in around)
             swallowed = round(damage.num_bytes / statistics.median(sizes)) - incomplete
             if damage.kind in ("header", "truncated") and not incomplete:
                 swallowed = max(swallowed, 1)
@@ -286,47 +325,50 @@ class _Pass:
                 self._report.lost += swallowed
                 self._report.add("swallowed", f"by damage at byte {damage.offset}", swallowed)
 
-    def _look_at(self, group: _Group) -> None:
+    def _look_at(self, one: Group) -> None:
         report = self._report
-        problem, row = self._problem_of(group)
-        if problem == "no image" and group.at_damage:
+        problem, row = self._problem_of(one)
+        if problem == "no image" and one.at_damage:
             report.lost += 1
-            report.add("swallowed", group.key)
+            report.add("swallowed", one.key)
+        elif problem == "no caption" and one.key in self._scattered:
+            report.skipped += 1  # told already: its caption is not adjacent
         elif problem:
             report.skipped += 1
-            report.add(problem, group.key)
+            report.add(problem, one.key)
         else:
             report.read += 1
             self._rows.append(row)
-            self._keys.append(group.key)
-        if is_hostile(group.key):
-            report.add("hostile name", group.key)
+            self._keys.append(one.key)
+        if is_hostile(one.key):
+            report.add("hostile name", one.key)
 
-    def _problem_of(self, group: _Group) -> tuple[str, tuple]:
+    def _problem_of(self, one: Group) -> tuple[str, tuple]:
         """Why a sample would be skipped ("" if it would not), and its row of measurements."""
-        suffix = next((s for s in group.members if is_image(s)), None)
-        if suffix is None:
+        images = one.images()
+        if not images:
             return "no image", ()
-        image = group.members[suffix]
-        if index.is_oversized(image, list(group.members.values())):
-            return "too large", ()
+        kind, image = images[0]
+        if why := one.unreadable():
+            return why, ()
         try:
-            height, width, digest = self._image(group.key, image)
+            height, width, digest = self._image(one.key, image)
+            options = self._captions(one)
         except BadImage as error:
             if error.kind == "too large":
                 return "too large", ()
             self._report.causes[str(error)] += 1
             return "broken image", ()
-        problem, options = self._captions(group)
-        if problem:
-            return problem, ()
+        except BadText as error:
+            self._report.causes[str(error)] += 1
+            return error.kind, ()
         if min(width, height) < SMALL_SIDE:
-            self._report.add("too small", group.key)
+            self._report.add("too small", one.key)
         if max(width, height) > EXTREME_ASPECT * min(width, height):
-            self._report.add("aspect", group.key)
+            self._report.add("aspect", one.key)
         self._keep_text(options)
-        kind = index.IMAGE_TYPES[f".{suffix.rpartition('.')[2]}"]
-        return "", (digest, width, height, image.size, kind, min(len(options), 65535), len(options[0]))
+        row = (digest, width, height, image.size, IMAGE_TYPES[kind], min(len(options), 65535), len(options[0]))
+        return "", row
 
     def _image(self, key: str, image: Member) -> tuple[int, int, int]:
         """(height, width, hash), decoded as training does if asked. Raises BadImage."""
@@ -342,23 +384,12 @@ class _Pass:
         digest = hashlib.blake2b(content, digest_size=8).digest()
         return source.height, source.width, int.from_bytes(digest, "little")
 
-    def _captions(self, group: _Group) -> tuple[str, list[str]]:
-        """The captions a sample offers, or why there are none."""
-        text, fields = group.members.get("txt"), group.members.get("json")
-        if not text and not fields:
-            return "no caption", []
-        raw_text, raw_fields = (self._read(member) if member else None for member in (text, fields))
-        try:
-            options = caption_sources.candidates(
-                raw_text, raw_fields, self._config.captions, self._config.caption_per_line
-            )
-        except UnicodeDecodeError:
-            return "not utf-8", []
-        except ValueError:
-            return "bad json", []
-        if options:
-            return "", options
-        return ("empty caption" if text else "no caption"), []
+    def _captions(self, one: Group) -> list[str]:
+        """The captions a sample offers. Raises BadText."""
+        read = caption_sources.members_read(self._config.captions)
+        members = [one.member(kind) if is_read else None for kind, is_read in zip(("txt", "json"), read)]
+        text, fields = (self._read(member) if member else None for member in members)
+        return caption_sources.candidates(text, fields, self._config.captions, self._config.caption_per_line)
 
     def _keep_text(self, options: list[str]) -> None:
         """A few captions, each sample's first with equal chance (reservoir sampling)."""
@@ -374,11 +405,6 @@ class _Pass:
 
 
 UTF8 = ("utf-8", "surrogateescape")
-
-
-def is_image(suffix: str) -> bool:
-    """Whether a member's suffix names an image, as the index sees it: by what follows its last dot."""
-    return f".{suffix.rpartition('.')[2]}" in index.IMAGE_TYPES
 
 
 def is_hostile(key: str) -> bool:

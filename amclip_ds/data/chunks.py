@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from amclip_ds.data import captions, photometric
-from amclip_ds.data.images import BadImage
 from amclip_ds.data.index import Index, Sample
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.order import EpochOrder, Mixture
@@ -207,9 +206,9 @@ class ChunkMaker:
 
     def _places(self, sample: Sample) -> list[tuple[int, int]]:
         """(offset, size) of the members that training reads."""
-        text = sample.text if any("txt" in source.split("|") for source in self.spec.sources) else None
-        needs_json = any(part != "txt" for source in self.spec.sources for part in source.split("|"))
-        return [place for place in (sample.image, text, sample.json if needs_json else None) if place]
+        reads_text, reads_json = captions.members_read(self.spec.sources)
+        places = (sample.image, sample.text if reads_text else None, sample.json if reads_json else None)
+        return [place for place in places if place]
 
     def _fill(self, chunk: Chunk, place: int, wanted: _Wanted, contents: Contents, epoch: int) -> bool:
         """Puts a sample into its place. False, with an incident, if it cannot be used."""
@@ -218,15 +217,13 @@ class ChunkMaker:
         try:
             members = [self._content(contents, wanted.shard, at) for at in (sample.image, sample.text, sample.json)]
             options = captions.candidates(members[1], members[2], spec.sources, spec.per_line)
-            if not options:
-                raise BadSample("no caption", f"no text in {', '.join(spec.sources)}")
             text = captions.choose(options, random)
             made = make_views(
                 members[0] or b"", random, spec.num_views, spec.image_size, spec.teacher_size, spec.compat,
                 spec.max_pixels,
             )  # fmt: skip
-        except (BadSample, BadImage, ValueError, OSError) as error:
-            kind = getattr(error, "kind", "unreadable" if isinstance(error, OSError) else "bad caption")
+        except (ValueError, OSError) as error:  # BadImage, BadText, or what a decoder raises on odd bytes
+            kind = getattr(error, "kind", "unreadable")
             chunk.incidents.append(_incident(kind, wanted.shard, sample.key, str(error), "replaced"))
             return False
         if made.mended:
@@ -263,14 +260,6 @@ class ChunkMaker:
         if len(self._tokens) > CAPTIONS_REMEMBERED:
             self._tokens.popitem(last=False)
         return tokens
-
-
-class BadSample(ValueError):
-    """A sample that cannot be trained on, for a reason other than its image."""
-
-    def __init__(self, kind: str, cause: str) -> None:
-        super().__init__(cause)
-        self.kind = kind
 
 
 def _incident(kind: str, shard: str, key: str, cause: str, action: str) -> dict[str, str]:

@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,16 +18,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from amclip_ds.data import reader
+from amclip_ds.data.grouping import IMAGE_TYPES, MAX_IMAGE_BYTES, Group, group, left_out_name
 from amclip_ds.data.images import header_size
 from amclip_ds.data.parallel import Died, run_over
 from amclip_ds.data.sources import is_remote
-from amclip_ds.data.tar import BLOCK, Damage, Member, scan, split_name
+from amclip_ds.data.tar import BLOCK, Damage, Member, scan
 from amclip_ds.errors import UserError
 from amclip_ds.files import describe, open_regular, read_json
 
 VERSION = 1
 MAX_META = 64 << 20  # 200 bytes a shard
-IMAGE_TYPES = {".jpg": 1, ".jpeg": 1, ".png": 2, ".webp": 3}
 RECORD = np.dtype(
     [
         ("image_block", "<u4"), ("image_size", "<u4"), ("text_block", "<u4"), ("text_size", "<u4"),
@@ -36,7 +35,6 @@ RECORD = np.dtype(
         ("format", "u1"), ("flags", "u1"), ("key_offset", "<u4"),
     ]
 )  # fmt: skip
-MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 1 << 28, 1 << 20  # of a member; none larger is read
 HAS_TEXT, HAS_JSON, BAD_HEADER = 1, 2, 4
 HEADER_BYTES = 1 << 16  # an image's header with its EXIF block
 LONG_HEADER_BYTES = 1 << 22  # one that carries a colour profile of a printer, or a preview
@@ -236,64 +234,74 @@ def scan_shard(shard: str) -> tuple[ShardEntry, bytes, bytes]:
 
 
 def _scan_open_shard(shard: str, file: BinaryIO, size: int, mtime_ns: int) -> tuple[ShardEntry, bytes, bytes]:
-    rows, keys, problems = [], [], Counter[tuple[str, str]]()
-    key_bytes = 0
-    for key, members in _samples(scan(file, size), lambda damage: problems.update([(damage.kind, damage.cause)])):
-        images = [m for m in members if Path(m.name).suffix.lower() in IMAGE_TYPES]
-        if not images:
-            problems[("no image", key)] += 1
-            continue
-        if is_oversized(images[0], members):
-            problems[("too large", key)] += 1
-            continue
-        record = _record(file, key_bytes, images[0], members)
-        if record is None:
-            problems[("too far", key)] += 1
-            continue
-        rows.append(record)
-        keys.append(key.encode("utf-8", "surrogateescape"))
-        key_bytes += len(keys[-1])
-        if not record["flags"] & (HAS_TEXT | HAS_JSON):
-            problems[("no caption", key)] += 1
-    listed = [{"kind": kind, "key": key, "count": count} for (kind, key), count in problems.items()]
-    entry = ShardEntry(shard, size, mtime_ns, fingerprint(file, size), len(rows), listed, key_bytes)
-    return entry, np.array(rows, dtype=RECORD).tobytes(), b"".join(keys)
-
-
-def _samples(
-    found: Iterable[Member | Damage], on_damage: Callable[[Damage], None]
-) -> Iterator[tuple[str, list[Member]]]:
-    """Consecutive members with the same key are a sample (webdataset's rule), until a suffix comes again."""
-    key = ""
-    members: list[Member] = []
-    suffixes: set[str] = set()
-    for item in found:
+    found = _Found()
+    for item in group(scan(file, size)):
         if isinstance(item, Damage):
-            on_damage(item)
-            continue
-        this_key, suffix = split_name(item.name)
-        if not this_key:
-            continue
-        if members and (this_key != key or suffix in suffixes):
-            yield key, members
-            members, suffixes = [], set()
-        key = this_key
-        members.append(item)
-        suffixes.add(suffix)
-    if members:
-        yield key, members
+            found.problem(item.kind, str(item))
+        elif isinstance(item, Group):
+            found.enter(file, item)
+        elif kind := left_out_name(item):
+            found.problem(kind, item.name)
+    found.name_the_incomplete()
+    listed = [{"kind": kind, "key": key, "count": count} for kind, (key, count) in found.problems.items()]
+    keys = b"".join(found.keys)
+    entry = ShardEntry(shard, size, mtime_ns, fingerprint(file, size), len(found.rows), listed, len(keys))
+    return entry, np.array(found.rows, dtype=RECORD).tobytes(), keys
 
 
-def is_oversized(image: Member, members: list[Member]) -> bool:
-    """Whether reading the sample would take more memory than any honest one (a sparse file can claim terabytes)."""
-    texts = [member for member in members if member.name.lower().endswith((".txt", ".json"))]
-    return image.size > MAX_IMAGE_BYTES or any(member.size > MAX_TEXT_BYTES for member in texts)
+class _Found:
+    """What one pass over a shard has found so far."""
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+        self.keys: list[bytes] = []
+        self.problems: dict[str, tuple[str, int]] = {}
+        """kind -> (key of the first, count)"""
+        self._key_bytes = 0
+        self._without_image: list[str] = []
+        self._without_caption: list[str] = []
+
+    def problem(self, kind: str, key: str, count: int = 1) -> None:
+        first, before = self.problems.get(kind, (key, 0))
+        self.problems[kind] = (first, before + count)
+
+    def enter(self, file: BinaryIO, one: Group) -> None:
+        images = one.images()
+        if not images:
+            self._without_image.append(one.key)
+            return
+        if len(images) > 1:
+            self.problem("surplus image", images[1][1].name, len(images) - 1)
+        if why := one.unreadable():
+            self.problem(why, one.key)
+            return
+        row = _record(file, self._key_bytes, one)
+        if row is None:
+            self.problem("too far", one.key)
+            return
+        self.rows.append(row)
+        self.keys.append(one.key.encode("utf-8", "surrogateescape"))
+        self._key_bytes += len(self.keys[-1])
+        if not row["flags"] & (HAS_TEXT | HAS_JSON):
+            self._without_caption.append(one.key)
+
+    def name_the_incomplete(self) -> None:
+        """Once all members are known: what lacks an image or a caption, and what merely lies apart from it."""
+        elsewhere = set(self._without_image)
+        if elsewhere:
+            elsewhere &= {key.decode("utf-8", "surrogateescape") for key in self.keys}
+        for kind, keys in (("no image", self._without_image), ("no caption", self._without_caption)):
+            for key in keys:
+                if key not in elsewhere:
+                    self.problem(kind, key)
+        if elsewhere:
+            self.problem("not adjacent", min(elsewhere), len(elsewhere))
 
 
-def _record(file: BinaryIO, key_offset: int, image: Member, members: list[Member]) -> Any:
+def _record(file: BinaryIO, key_offset: int, one: Group) -> Any:
     """One row of samples.bin; None for a member beyond 2 TiB, which 32-bit block numbers cannot name."""
-    text = next((m for m in members if m.name.lower().endswith(".txt")), None)
-    fields = next((m for m in members if m.name.lower().endswith(".json")), None)
+    kind, image = one.images()[0]
+    text, fields = one.member("txt"), one.member("json")
     if any(m.offset // BLOCK >= 1 << 32 or m.size >= 1 << 32 for m in (image, text, fields) if m):
         return None
     width, height = image_size(file, image)
@@ -303,7 +311,7 @@ def _record(file: BinaryIO, key_offset: int, image: Member, members: list[Member
         if member:
             row[f"{name}_block"], row[f"{name}_size"] = member.offset // BLOCK, member.size
     row["width"], row["height"], row["flags"] = min(width, 65535), min(height, 65535), flags
-    row["format"], row["key_offset"] = IMAGE_TYPES[Path(image.name).suffix.lower()], key_offset
+    row["format"], row["key_offset"] = IMAGE_TYPES[kind], key_offset
     return row
 
 

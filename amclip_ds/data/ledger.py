@@ -1,4 +1,4 @@
-"""What became of the samples: read, skipped, mended, by shard and cause; and when too many are lost to go on."""
+"""What became of the images: left out by indexing, read, skipped, mended, by shard and cause; when it is too many."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -6,12 +6,66 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from amclip_ds.data.batch import Batch
-from amclip_ds.errors import RunStopped
+from amclip_ds.data.grouping import ADVICE
+from amclip_ds.data.index import HAS_JSON, HAS_TEXT, Index
+from amclip_ds.data.tar import printable
+from amclip_ds.errors import RunStopped, UserError
 
 Gather = Callable[[Any], list[Any]]
 SKIPPED = "replaced"  # the action of an incident that cost a sample its place
 ALWAYS_BORNE = 16  # skipped samples that stop no run, however few were read so far
+WITHOUT_PLACE = ("surplus image", "too large", "sparse", "too far")  # images that no sample order can reach
 BLOCK = 1 << 16  # samples after which what was read long ago is forgotten by the rate
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of the shards' images before the first step: images = samples + left out."""
+
+    samples: int
+    left_out: dict[str, int]
+    """cause -> images that are in the tars and in no sample"""
+    scattered: int
+    """samples without a caption whose caption lies elsewhere in the tar"""
+    first: dict[str, str]
+    """cause -> the first one's name and shard"""
+
+    @property
+    def images(self) -> int:
+        """In the tars."""
+        return self.samples + sum(self.left_out.values())
+
+    def check(self, max_skip_rate: float) -> None:
+        """Raises UserError where packing has hidden more than this part of the images."""
+        for kind, count in (("surplus image", self.left_out.get("surplus image", 0)), ("not adjacent", self.scattered)):
+            if count > max_skip_rate * self.images:
+                raise UserError(
+                    f"data.train: {kind}: {count} of {self.images} images cannot be trained on, above"
+                    f" data.max_skip_rate={max_skip_rate:g}; the first is {self.first[kind]}; {ADVICE[kind]}"
+                )
+
+    def __str__(self) -> str:
+        causes = "".join(f" + {count} {kind}" for kind, count in self.left_out.items())
+        return f"{self.images} images in the shards = {self.samples} samples{causes}"
+
+
+def account_of(index: Index, shards: list[int]) -> Account:
+    """The account of these shards, by their numbers in the index; each counts once."""
+    left_out: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    samples = scattered = 0
+    for number in dict.fromkeys(shards):
+        entry = index.shards[number]
+        samples += entry.samples
+        for problem in entry.problems:
+            kind = problem["kind"]
+            first.setdefault(kind, f"{printable(problem['key'])} in {entry.path}")
+            if kind in WITHOUT_PLACE:
+                left_out[kind] += problem["count"]
+            elif kind == "not adjacent":
+                flags = index.records["flags"][index.starts[number] : index.starts[number + 1]]
+                scattered += min(problem["count"], int((flags & (HAS_TEXT | HAS_JSON) == 0).sum()))
+    return Account(samples, dict(left_out), scattered, first)
 
 
 @dataclass
@@ -28,6 +82,11 @@ class Counts:
     by_shard_and_kind: Counter[tuple[str, str]] = field(default_factory=Counter)
     """what was skipped"""
 
+    @property
+    def tried(self) -> int:
+        """Samples looked at: each place's own, and every one that was to stand in for a bad one and was bad too."""
+        return self.seen + self.skipped
+
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
             self.seen + other.seen, self.skipped + other.skipped, self.mended + other.mended,
@@ -39,12 +98,16 @@ class Counts:
 class Ledger:
     """This rank's account of the samples, settled with the others' now and then.
 
-    max_skip_rate: part of the samples that may be skipped, looked at over the last BLOCK to 2 BLOCK samples.
+    max_skip_rate: part of the samples tried that may be unusable, looked at over the last BLOCK to 2 BLOCK samples;
+    `amclip data check` counts the same part of the same samples before a run.
+    images: what became of the shards' images before the first step.
     gather: gives every rank the list of all ranks' values (alone: a list of one), so that all decide alike.
     """
 
-    def __init__(self, max_skip_rate: float, gather: Gather = lambda value: [value]) -> None:
-        self._max_skip_rate, self._gather = max_skip_rate, gather
+    def __init__(
+        self, max_skip_rate: float, gather: Gather = lambda value: [value], images: Account | None = None
+    ) -> None:
+        self._max_skip_rate, self._gather, self._images = max_skip_rate, gather, images
         self._local = Counts()
         self._before, self._recent, self.total = Counts(), Counts(), Counts()
         """of all ranks: the block before this one, this block, the whole run since its start"""
@@ -67,9 +130,9 @@ class Ledger:
         self.total += interval
         self._recent += interval
         window = self._before + self._recent
-        if window.skipped > max(ALWAYS_BORNE, self._max_skip_rate * window.seen):
+        if window.skipped > max(ALWAYS_BORNE, self._max_skip_rate * window.tried):
             raise RunStopped(
-                f"data.max_skip_rate: {window.skipped} of {window.seen} samples were unusable, above"
+                f"data.max_skip_rate: {window.skipped} of {window.tried} samples were unusable, above"
                 f" {self._max_skip_rate:.1%}; worst: {worst_shards(window)}; `amclip data check` tells all"
             )
         if self._recent.seen >= BLOCK:
@@ -83,9 +146,10 @@ class Ledger:
             kinds[kind] += count
         causes = f" ({', '.join(f'{kind} {count}' for kind, count in kinds.most_common())})" if kinds else ""
         total = self.total
+        images = f"; {self._images}" if self._images else ""
         return (
             f"data: {total.seen} samples trained on, {total.skipped} skipped and replaced{causes},"
-            f" {total.mended} mended, {total.retried} reads repeated, {total.read_bytes / 1e9:.2f} GB read"
+            f" {total.mended} mended, {total.retried} reads repeated, {total.read_bytes / 1e9:.2f} GB read{images}"
         )
 
 

@@ -23,6 +23,7 @@ from amclip_ds.data.batch import Batch
 from amclip_ds.data.chunks import Chunk, ChunkMaker, ChunkSpec, Failed, join
 from amclip_ds.data.config import DataConfig
 from amclip_ds.data.index import Index
+from amclip_ds.data.ledger import account_of
 from amclip_ds.data.order import EpochOrder, Mixture
 from amclip_ds.data.photometric import Photometric
 from amclip_ds.data.prepare import Once, Sources, and_more, find_sources
@@ -32,6 +33,7 @@ from amclip_ds.errors import AmclipError, UserError
 
 CHUNK = 64  # samples a worker makes at a time, at most
 LOOK_AFTER_S = 5.0
+HAVE_A_PLACE = ("no caption", "not adjacent")  # such a sample is in the order: it is replaced, and told then
 CPU = torch.device("cpu")
 
 
@@ -75,6 +77,10 @@ class TrainingData:
             stage_bytes=int(config.stage_gb * 1e9),
         )  # fmt: skip
         self._known_damage = _damage(index, members) if rank == 0 else []
+        self.account = account_of(index, members)
+        self.account.check(config.max_skip_rate)
+        if self.account.left_out:
+            self._say(f"data: {self.account}")
         counts = index.counts[members]
         self.samples_per_epoch = EpochOrder(counts, mixture, seed, 0, config.open_shards, config.shuffle_window).length
         self.steps_per_epoch = self.samples_per_epoch // global_batch
@@ -201,7 +207,7 @@ def _damage(index: Index, members: list[int]) -> list[dict[str, str]]:
         {"kind": problem["kind"], "shard": index.shards[number].path, "key": printable(problem["key"]),
          "cause": f"{problem['count']} x, found by indexing", "action": "left out of every epoch"}
         for number in dict.fromkeys(members) for problem in index.shards[number].problems
-        if problem["kind"] != "no caption"  # such a sample has its place in the order: it is replaced, and told then
+        if problem["kind"] not in HAVE_A_PLACE
     ]  # fmt: skip
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from amclip_ds.data import index
 from amclip_ds.data.check import Report, token_lengths
+from amclip_ds.data.grouping import IMAGE_TYPES
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 CONTEXT_LENGTH = 77
@@ -15,13 +15,13 @@ CONTEXT_LENGTH = 77
 def summarise(report: Report) -> dict[str, Any]:
     """{samples, formats, trimmed_captions, distributions: {name: {percentiles, mean}}, problems}."""
     columns = distributions(report)
-    names = {number: suffix for suffix, number in reversed(index.IMAGE_TYPES.items())}
+    names = {number: suffix for suffix, number in reversed(IMAGE_TYPES.items())}
     kinds, counts = np.unique(report.measured()["format"], return_counts=True)
     return {
         "samples": report.total("read"),
         "shards": len(report.shards),
         "bytes": report.total("num_bytes"),
-        "formats": {names[int(kind)].removeprefix("."): int(count) for kind, count in zip(kinds, counts)},
+        "formats": {names[int(kind)]: int(count) for kind, count in zip(kinds, counts)},
         "trimmed_captions": summarise_tokens(report)["trimmed"],
         "percentiles": list(PERCENTILES),
         "distributions": {name: _summary(values) for name, values in columns.items()},

@@ -8,26 +8,20 @@ from typing import BinaryIO
 from amclip_ds.data.kinds import HEAD, kind_of
 
 BLOCK = 512
-WITHOUT_CONTENT = (
-    tarfile.LNKTYPE,
-    tarfile.SYMTYPE,
-    tarfile.CHRTYPE,
-    tarfile.BLKTYPE,
-    tarfile.DIRTYPE,
-    tarfile.FIFOTYPE,
+LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
+WITHOUT_CONTENT = (*LINKS, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.XGLTYPE,
 )
-WITHOUT_CONTENT = (
-    tarfile.LNKTYPE,
-    tarfile.SYMTYPE,
-    tarfile.CHRTYPE,
-    tarfile.BLKTYPE,
-    tarfile.DIRTYPE,
-    tarfile.FIFOTYPE,
-)
-MAX_NAME_BYTES = 1 << 16  # a longer "long name" is damage, not a name
+MAX_NAME_BYTES = 1 << 16  # a longer name is damage, not a name
+MAX_PAX_BYTES = 1 << 20  # of a pax header: it may carry extended attributes, of 64 KiB each
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A regular file in a tar."""
 
@@ -35,6 +29,15 @@ class Member:
     offset: int
     """of its content, in bytes from the start of the tar"""
     size: int
+    is_sparse: bool = False
+    """its content lies there without its holes: not the file's bytes"""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A hard or symbolic link: a name without content."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,26 @@ class Damage:
     kind: str
     """header | truncated | name | zeros"""
     offset: int
+    """where, in bytes from the start of the tar"""
     cause: str
+    """the same words for the same fault, wherever it lies"""
     num_bytes: int = 0
     """how much lies between the last member before and the next one behind it"""
 
+    def __str__(self) -> str:
+        return f"at byte {self.offset}: {self.cause}"
 
-def scan(file: BinaryIO, size: int) -> Iterator[Member | Damage]:
-    """The regular members of a tar of `size` bytes, in order; links, devices and folders are left out.
+
+def scan(file: BinaryIO, size: int) -> Iterator[Member | Link | Damage]:
+    """The regular members of a tar of `size` bytes, in order, as tarfile reads them, and its links; devices and folders
+    are left out.
 
     A damaged header is told and skipped to the next valid one; so are zeros between members (joined tars, or a hole),
     behind which other readers see nothing, a member cut off by the end of the file, and a missing end mark.
     """
-    offset, long_name, ended, zeros_from = 0, "", False, 0
+    offset, ended, zeros_from = 0, False, 0
+    shared: dict[str, str] = {}  # what pax headers say of all members that follow, and of the next one
+    own: dict[str, str] = {}
     while offset + BLOCK <= size:
         file.seek(offset)
         block = file.read(BLOCK)
@@ -65,40 +76,43 @@ def scan(file: BinaryIO, size: int) -> Iterator[Member | Damage]:
             offset += BLOCK
             continue
         if ended:
-            yield Damage("zeros", offset, f"before byte {offset}: joined tars, or a hole", offset - zeros_from)
+            yield Damage("zeros", offset, "zeros before it: joined tars, or a hole", offset - zeros_from)
             ended = False
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            if header.size < 0:
-                raise tarfile.HeaderError("negative size")
+            facts = {} if header.type in EXTENSIONS else shared | own
+            stored = _stored_size(header, facts)
         except (tarfile.HeaderError, ValueError) as error:
             following = _next_header(file, offset + BLOCK, size)
             what = kind_of(block) if offset == 0 else ""
-            cause = f"is {what}" if what else f"at byte {offset}: {error}"
-            yield Damage("header", offset, cause, following - offset)
-            offset, long_name = following, ""
+            yield Damage("header", offset, f"is {what}" if what else str(error), following - offset)
+            offset, own = following, {}
             continue
-        if header.type in WITHOUT_CONTENT:
-            header.size = 0  # whatever it says: a link cannot hide the members behind it
-        content, following = offset + BLOCK, offset + BLOCK + -(-header.size // BLOCK) * BLOCK
-        if content + header.size > size:
-            yield Damage("truncated", offset, f"{header.name!r} needs {header.size} bytes, {size - content} are left")
+        content = offset + BLOCK + (_sparse_maps(file, offset, size) if header.type == tarfile.GNUTYPE_SPARSE else 0)
+        if content + stored > size:
+            yield Damage("truncated", offset, "a member goes on behind the end of the file")
             return
-        offset = following
-        if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
-            name = _long_name(file, content, header)
-            if name is None:
-                yield Damage("name", content, "unreadable long name")
-            long_name = name or ""
+        start, offset = offset, content + -(-stored // BLOCK) * BLOCK
+        if header.type in EXTENSIONS:
+            records = _records(file, content, header)
+            if records is None:
+                yield Damage("name", start, "an unreadable long name or pax header")
+            elif header.type == tarfile.XGLTYPE:
+                shared |= records
+            else:
+                own = records | own  # of two headers for one member, tarfile believes the first
             continue
-        if header.isreg() and not header.issparse():
-            yield Member(long_name or header.name, content, header.size)
-        if header.type != tarfile.GNUTYPE_LONGLINK:  # it may stand between a long name and its member
-            long_name = ""
+        name = facts.get("GNU.sparse.name") or facts.get("path") or header.name
+        if header.type in LINKS:
+            yield Link(name)
+        elif header.isreg():
+            is_sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in facts)
+            yield Member(name, content, stored, is_sparse)
+        own = {}
     if not ended:
         file.seek(0)
         what = kind_of(file.read(HEAD)) if offset == 0 else ""
-        cause = f"is {what}" if what else "has no end mark, was cut short"
+        cause = f"is {what}" if what else "no end mark, was cut short"
         yield Damage("truncated", offset, cause if size else "is empty: 0 bytes")
 
 
@@ -117,31 +131,64 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
-def _long_name(file: BinaryIO, offset: int, header: tarfile.TarInfo) -> str | None:
-    """The name that a GNU long-name or pax header gives to the next member; "" if a pax header gives none."""
-    if header.size > MAX_NAME_BYTES:
+def _stored_size(header: tarfile.TarInfo, facts: dict[str, str]) -> int:
+    """The bytes that a member takes in the tar. Raises ValueError for a size that is none."""
+    if header.type in WITHOUT_CONTENT:
+        return 0  # whatever it says: a link cannot hide the members behind it
+    said = facts.get("size", "")
+    if said and not (said.isascii() and said.isdigit() and len(said) < 20):
+        raise ValueError("a pax size that is no number")
+    size = int(said) if said else header.size
+    if size < 0:
+        raise ValueError("negative size")
+    return size
+
+
+def _sparse_maps(file: BinaryIO, offset: int, size: int) -> int:
+    """The bytes between an old GNU sparse header and its content: further blocks of its map, each saying if one more
+    follows. Of a file cut short, more than are there."""
+    file.seek(offset + 482)
+    more, length = file.read(1), 0
+    while more not in (b"", b"\0") and offset + length < size:
+        length += BLOCK
+        file.seek(offset + length + 504)
+        more = file.read(1)
+    return length
+
+
+def _records(file: BinaryIO, offset: int, header: tarfile.TarInfo) -> dict[str, str] | None:
+    """What a GNU long-name or pax header says of the next member, by pax's keywords; None if it cannot be read."""
+    if header.type == tarfile.GNUTYPE_LONGLINK:
+        return {}
+    is_pax = header.type != tarfile.GNUTYPE_LONGNAME
+    if header.size > (MAX_PAX_BYTES if is_pax else MAX_NAME_BYTES):
         return None
     file.seek(offset)
     content = file.read(header.size)
-    if header.type == tarfile.GNUTYPE_LONGNAME:
-        return content.rstrip(b"\0").decode("utf-8", "surrogateescape")
-    while content:
-        length, space, _ = content.partition(b" ")
-        if not space or not length.isdigit() or not 0 < int(length) <= len(content):
+    if not is_pax:
+        return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+    records: dict[str, str] = {}
+    place = 0
+    while place < len(content):
+        space = content.find(b" ", place, place + 20)
+        length = content[place:space]
+        if space < 0 or not length.isdigit() or not space - place + 1 < int(length) <= len(content) - place:
             return None
-        record, content = content[len(length) + 1 : int(length) - 1], content[int(length) :]
-        if record.startswith(b"path="):
-            return record.removeprefix(b"path=").decode("utf-8", "surrogateescape")
-    return ""
+        keyword, equals, value = content[space + 1 : place + int(length) - 1].partition(b"=")
+        place += int(length)
+        key = keyword.decode("utf-8", "surrogateescape")
+        if equals and (key in ("path", "size") or key.startswith("GNU.sparse.")):
+            records[key] = value.decode("utf-8", "surrogateescape")
+    return None if len(records.get("path", "")) > MAX_NAME_BYTES else records
 
 
 def _next_header(file: BinaryIO, offset: int, size: int) -> int:
-    """The first offset from here on with a valid ustar header; the end of the file if there is none."""
+    """The first offset from here on with a valid header; the end of the file if there is none."""
     while offset + BLOCK <= size:
         file.seek(offset)
         chunk = file.read(1 << 20)
         for start in range(0, len(chunk) - BLOCK + 1, BLOCK):
-            if chunk[start + 257 : start + 262] == b"ustar":
+            if chunk[start + 257 : start + 262] == b"ustar" or _may_be_v7(chunk[start : start + BLOCK]):
                 try:
                     tarfile.TarInfo.frombuf(chunk[start : start + BLOCK], "utf-8", "surrogateescape")
                     return offset + start
@@ -149,3 +196,8 @@ def _next_header(file: BinaryIO, offset: int, size: int) -> int:
                     continue
         offset += max(BLOCK, len(chunk) // BLOCK * BLOCK)
     return size
+
+
+def _may_be_v7(block: bytes) -> bool:
+    """Whether a block has the empty end of a header from before ustar."""
+    return block[0] != 0 and not any(block[257:])

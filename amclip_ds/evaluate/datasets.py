@@ -8,7 +8,6 @@ never the images; every mistake in it is a UserError that names the file.
 """
 
 import io
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,9 +17,10 @@ from pathlib import Path
 from PIL import Image
 
 from amclip_ds.data import sources
+from amclip_ds.data.grouping import ADVICE, MAX_IMAGE_BYTES, Group, group, left_out_name, scattered
 from amclip_ds.data.images import BadImage, open_image
-from amclip_ds.data.index import MAX_IMAGE_BYTES
-from amclip_ds.data.tar import Damage, printable, scan
+from amclip_ds.data.plain_text import BadText, decode, lines, parse_object, visible
+from amclip_ds.data.tar import Damage, Member, printable, scan
 from amclip_ds.errors import UserError
 from amclip_ds.files import describe, is_regular, open_regular, read_text
 
@@ -168,62 +168,73 @@ def _read_tars(shards: Sequence[str], task: str) -> tuple[Sample, ...]:
 
 
 def _read_tar(shard: str, task: str) -> list[Sample]:
-    """The samples of one tar, in order. Raises UserError if it is empty or damaged, or a sample lacks its part."""
-    groups: dict[str, dict[str, tuple[int, int]]] = {}
-    path = Path(shard)
+    """The samples of one tar, in order. Raises UserError if it is empty or damaged, if a sample lacks its part, and for
+    an image that is in no sample."""
+    path, groups = Path(shard), []
     with path.open("rb") as file:
-        for member in scan(file, path.stat().st_size):
-            if isinstance(member, Damage):
-                raise UserError(f"{shard}: damaged at byte {member.offset}: {member.cause}")
-            directory, _, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            if stem:
-                groups.setdefault(f"{directory}/{stem}", {})[extension.lower()] = (member.offset, member.size)
+        for item in group(scan(file, path.stat().st_size)):
+            if isinstance(item, Damage):
+                raise UserError(f"{shard}: damaged at byte {item.offset}: {item.cause}")
+            if isinstance(item, Group):
+                groups.append(item)
+            elif kind := left_out_name(item):
+                raise UserError(f"{shard}: {printable(item.name)}: {ADVICE[kind]}")
         if not groups:
             raise UserError(f"{shard}: an empty tar")
-        return [_sample(file, shard, key.lstrip("/"), members, task) for key, members in groups.items()]
+        for key in sorted(scattered(groups))[:1]:
+            raise UserError(f"{shard}: {printable(key)}: {ADVICE['not adjacent']}")
+        return [_sample(file, shard, one, task) for one in groups]
 
 
-def _sample(file: io.BufferedReader, shard: str, key: str, members: dict[str, tuple[int, int]], task: str) -> Sample:
-    image = next((members[extension] for extension in IMAGES if extension in members), None)
-    if image is None:
+def _sample(file: io.BufferedReader, shard: str, one: Group, task: str) -> Sample:
+    key, images = printable(one.key.lstrip("/")), [image for _, image in one.images()]
+    if not images:
         raise UserError(f"{shard}: {key} has no image ({', '.join(IMAGES)})")
+    if len(images) > 1:
+        raise UserError(f"{shard}: {key} has {len(images)} images, {images[1].name} too; {ADVICE['surplus image']}")
+    if any(member.is_sparse for member in one.members.values()):
+        raise UserError(f"{shard}: {key}: {ADVICE['sparse']}")
+    place = images[0].offset, images[0].size
     if task == RETRIEVAL:
-        captions = tuple(_captions(file, shard, key, members))
+        captions = tuple(_captions(file, shard, key, one))
         if not captions:
             raise UserError(f"{shard}: {key} has no caption (.txt, or .json with `captions`)")
-        return Sample(shard, *image, key, captions=captions)
-    if "cls" not in members:
+        return Sample(shard, *place, key, captions=captions)
+    label = one.member("cls")
+    if label is None:
         raise UserError(f"{shard}: {key} has no label (.cls)")
-    text = _text(file, shard, key, members["cls"])
-    if not text.strip().isdigit():
+    text = _text(shard, key, _content(file, shard, key, label)).strip()
+    if not re.fullmatch("[0-9]{1,9}", text):
         raise UserError(f"{shard}: {key}.cls holds {text[:40]!r}, not a label")
-    return Sample(shard, *image, key, label=int(text))
+    return Sample(shard, *place, key, label=int(text))
 
 
-def _captions(file: io.BufferedReader, shard: str, key: str, members: dict[str, tuple[int, int]]) -> list[str]:
+def _captions(file: io.BufferedReader, shard: str, key: str, one: Group) -> list[str]:
     """Every line of the .txt (CLIP_benchmark's way); without one, the json's `captions` or `caption`."""
-    if "txt" in members:
-        return [line.strip() for line in _text(file, shard, key, members["txt"]).splitlines() if line.strip()]
-    if "json" not in members:
+    if text := one.member("txt"):
+        return visible(lines(_text(shard, key, _content(file, shard, key, text))))
+    if (member := one.member("json")) is None:
         return []
     try:
-        fields = json.loads(_text(file, shard, key, members["json"]))
-        found = fields.get("captions", fields.get("caption", []))
-    except (ValueError, AttributeError) as error:
+        fields = parse_object(_content(file, shard, key, member))
+    except BadText as error:
         raise UserError(f"{shard}: {key}.json cannot be read: {error}") from None
-    return [text.strip() for text in ([found] if isinstance(found, str) else found) if text.strip()]
+    found = fields.get("captions", fields.get("caption", []))
+    return visible([text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)])
 
 
-def _text(file: io.BufferedReader, shard: str, key: str, place: tuple[int, int]) -> str:
-    offset, size = place
-    if size > MAX_TEXT:
-        raise UserError(f"{shard}: {key} has a text of {size} bytes")
-    file.seek(offset)
+def _text(shard: str, key: str, content: bytes) -> str:
     try:
-        return file.read(size).decode("utf-8")
-    except UnicodeDecodeError:
+        return decode(content)
+    except BadText:
         raise UserError(f"{shard}: {key} has a text that is not UTF-8") from None
+
+
+def _content(file: io.BufferedReader, shard: str, key: str, member: Member) -> bytes:
+    if member.size > MAX_TEXT:
+        raise UserError(f"{shard}: {key} has a text of {member.size} bytes")
+    file.seek(member.offset)
+    return file.read(member.size)
 
 
 def _image_root(folder: Path, split: str) -> Path:

@@ -52,7 +52,6 @@ TEXT, FIELDS = (
         (["json:captions"], True, ["c", "d"]),
         (["json:title"], True, ["T"]),
         (["{title}. {text} {n}"], True, ["T. x 3"]),
-        (["{title} {absent}"], True, []),
         (["json:absent|json:e|txt"], False, ["one\n two"]),
         (["txt|json:title"], False, ["one\n two"]),
         (["txt", "json:title"], True, ["one", "two", "T"]),
