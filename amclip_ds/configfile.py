@@ -21,6 +21,7 @@ import yaml
 
 from amclip_ds import plain_yaml, synonyms
 from amclip_ds.errors import LocalSettingsError, SettingsError, UserError
+from amclip_ds.redact import redact_all
 
 Config = TypeVar("Config")
 Values = dict[str, Any]  # dotted key -> value, of its declared type
@@ -63,8 +64,8 @@ def build(kind: type[Config], values: Values, sources: Mapping[str, str], prefix
 
 
 def dump(config: Any) -> str:
-    """The resolved settings as yaml."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    """The resolved settings as yaml, without secrets."""
+    return yaml.safe_dump(redact_all(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
 def explain(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -1,5 +1,7 @@
 """The ways a command ends early, each with its exit code (README, "Exit codes")."""
 
+from amclip_ds.redact import redact
+
 
 class AmclipError(Exception):
     """An ending that is reported as one line, without a traceback."""
@@ -7,6 +9,9 @@ class AmclipError(Exception):
     exit_code = 1
     is_shared = False
     """Whether every rank of a run meets it alike, so that rank 0 reports it for all."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(str(message)))
 
 
 class UserError(AmclipError):

@@ -17,6 +17,7 @@ from typing import Any
 
 from amclip_ds.errors import UserError
 from amclip_ds.files import describe, open_regular, open_to_append
+from amclip_ds.redact import redact
 
 STEP: dict[str, type] = {"step": int}
 """What every row of metrics.jsonl, eval.jsonl and sample_ids.jsonl has."""
@@ -32,8 +33,8 @@ MAX_METRICS = 1 << 30  # of a million steps
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Appends one JSON line with a single write, so that several processes may append to the same file.
 
-    A value that is not finite becomes null, since strict JSON has no NaN. Raises OSError where not all of it was
-    written; what was, is a torn line, and the next row begins a line of its own.
+    A value that is not finite becomes null, since strict JSON has no NaN; secrets in strings become ***. Raises OSError
+    where not all of it was written; what was, is a torn line, and the next row begins a line of its own.
     """
     line = json.dumps(_strict(row), ensure_ascii=False) + "\n"
     _append(path, line.encode("utf-8", "backslashreplace"))  # half of a surrogate pair stays a JSON escape
@@ -60,6 +61,8 @@ def _strict(value: Any) -> Any:
         return {key: _strict(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_strict(inner) for inner in value]
+    if isinstance(value, str):
+        return redact(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -16,6 +16,7 @@ from amclip_ds import jsonl
 from amclip_ds.errors import UserError
 from amclip_ds.files import read_json
 from amclip_ds.jsonl import append_line
+from amclip_ds.redact import redact
 
 STEPPED = ("metrics", "sample_ids", "eval")  # the files whose rows carry a step
 TOLD = ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")  # of an evaluation, on the screen
@@ -86,6 +87,7 @@ class Record:
         """One line on the screen and in out.log. Rank 0 only; others are silent."""
         if self._log is None:
             return
+        text = redact(text)
         self._log.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n")
         if self._progress:
             self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)

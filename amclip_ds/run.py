@@ -25,6 +25,7 @@ from amclip_ds.model import start
 from amclip_ds.model.config import needs_noise, num_units
 from amclip_ds.optim import Schedules
 from amclip_ds.record import Record
+from amclip_ds.redact import redact_all
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.resilience.ownership import owning
 from amclip_ds.resilience.preemption import Preemption, leaving_together
@@ -123,7 +124,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     record = stack.enter_context(Record(
         folder, config.log, rank=runtime.rank, world_size=runtime.world_size, attempt=attempt, total_steps=total_steps,
         samples_per_epoch=data.samples_per_epoch, first_step=found.manifest.step if found else 0,
-        run_config=asdict(config),
+        run_config=redact_all(asdict(config)),
     ))  # fmt: skip
     record.say(describe(config, runtime, plan, data, total_steps))
     if runtime.world_size > 1:

@@ -23,6 +23,7 @@ from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import write_atomically
 from amclip_ds.jsonl import append_line, read
 from amclip_ds.preconditions import check_folder
+from amclip_ds.redact import redact_all
 from amclip_ds.resilience.ownership import Owner, OwnershipLost
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ def describe_versions() -> str:
     versions = {name: _version(name) for name in PACKAGES}
     facts = {
         "amclip_ds": _version("amclip_ds"), "python": platform.python_version(),
-        "platform": platform.platform(), "cuda": torch.version.cuda, "git": git_revision(), "command": sys.argv,
+        "platform": platform.platform(), "cuda": torch.version.cuda, "git": git_revision(),
+        "command": redact_all(sys.argv),
     }  # fmt: skip
     return json.dumps(facts | versions, indent=1) + "\n"
 

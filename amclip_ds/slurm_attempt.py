@@ -19,6 +19,7 @@ from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import write_atomically
 from amclip_ds.jsonl import append_line, read_lines
 from amclip_ds.record import read_verdict
+from amclip_ds.redact import redact
 
 STOP_FILE = "a STOP file"  # how resilience/preemption.py begins the reason of a stop that a person asked for
 CODE_DONE, CODE_MISTAKE, CODE_STOPPED, CODE_PREEMPTED = 0, 2, 3, 75
@@ -190,7 +191,7 @@ class RunEnded(AmclipError):
 
 
 def _say(text: str) -> None:
-    print(f"train.sbatch: {text}", file=sys.stderr, flush=True)
+    print(f"train.sbatch: {redact(text)}", file=sys.stderr, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from amclip_ds.config import TrainConfig
 from amclip_ds.data.sources import is_remote
 from amclip_ds.errors import UserError
 from amclip_ds.files import write_atomically
+from amclip_ds.redact import redact, redact_all
 from amclip_ds.slurm_attempt import check_shards
 
 HOME = Path(__file__).resolve().parents[1]
@@ -51,13 +52,19 @@ class Plan:
 
     def lines(self) -> list[str]:
         """What to tell the person who submits."""
-        return [*self.found, f"run folder: {self.config.run.out}", self.shell_line()]
+        lines = [*self.found, f"run folder: {self.config.run.out}", redact(self.shell_line())]
+        if self.holds_secrets():
+            lines.append(f"the whole command, with its secrets, is in {self.folder}/submit.sh (mode 0600)")
+        return lines
+
+    def holds_secrets(self) -> bool:
+        return redact(self.shell_line()) != self.shell_line()
 
     def facts(self) -> dict[str, Any]:
         """The same for a program."""
         return {
             "run": self.config.run.out, "nodes": self.nodes, "world_size": self.world_size, "chain": self.chain,
-            "command": self.command, "environment": self.environment, "found": self.found,
+            "command": redact_all(self.command), "environment": self.environment, "found": self.found,
         }  # fmt: skip
 
 
@@ -169,7 +176,9 @@ def write_script(plan: Plan, args: argparse.Namespace) -> None:
         shutil.copyfile(TEMPLATE, script)
         write_atomically(plan.folder / "config.yaml", settings.dump(plan.config))
         lines = ["#!/bin/bash", f"cd {shlex.quote(str(Path.cwd()))} || exit", *([plan.shell_line()] * plan.chain)]
-        write_atomically(plan.folder / "submit.sh", "\n".join(lines) + "\n")
+        write_atomically(
+            plan.folder / "submit.sh", "\n".join(lines) + "\n", mode=0o600 if plan.holds_secrets() else 0o644
+        )
     except OSError as error:
         raise UserError(f"run.out: {plan.folder} cannot be written: {error.strerror}") from None
 

@@ -15,6 +15,7 @@ from amclip_ds import plain_yaml
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import read_json, write_atomically
 from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read_lines
+from amclip_ds.redact import redact
 
 MAX_RUNS = 10_000  # Slurm's arrays end at 1,001 where nobody changed it
 
@@ -90,7 +91,7 @@ def render(rows: list[dict[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else redact(str(value))
 
 
 def _word(value: Any) -> str:

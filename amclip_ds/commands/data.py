@@ -225,16 +225,19 @@ def _print_problems(report: "Report") -> None:
     terminal cuts no name."""
     from amclip_ds.data.grouping import ADVICE
     from amclip_ds.data.tar import printable
+    from amclip_ds.redact import redact
 
     for shard in report.shards:
         if shard.problems:
             ok = "ok" if shard.is_ok(report.config.max_skip_rate) else "NOT ok"
-            print(f"{printable(shard.path)}: {ok}, read {shard.read}, skipped {shard.skipped}, lost {shard.lost}")
+            print(
+                f"{printable(redact(shard.path))}: {ok}, read {shard.read}, skipped {shard.skipped}, lost {shard.lost}"
+            )
         for kind, (key, count) in shard.problems.items():
             print(f"  {kind}: {count}, {printable(key)}")
     for kind, count, key, path in report.worst():
         advice = f"; {ADVICE[kind]}" if kind in ADVICE else ""
-        print(f"{kind}: {count} in all, the first {printable(key)} in {printable(path)}{advice}")
+        print(f"{kind}: {count} in all, the first {printable(key)} in {printable(redact(path))}{advice}")
     for cause, count in report.causes().most_common(10):
         print(f"  {count} {'sample' if count == 1 else 'samples'}: {cause}")
     print(report.account())

@@ -29,6 +29,7 @@ from amclip_ds.data.plain_text import BadText
 from amclip_ds.data.tar import BLOCK, Damage, Member, scan
 from amclip_ds.errors import UserError
 from amclip_ds.files import read_json
+from amclip_ds.redact import redact_all
 
 TRAINING = DataConfig()  # what training would do unless told otherwise
 # What a sample can be skipped for, in the order looked at; what makes it lost; what is only worth knowing.
@@ -219,7 +220,7 @@ class Report:
         names = ("expected", "read", "skipped", "lost", "samples", "images", "num_bytes")
         totals = {name: self.total(name) for name in names}
         more = {"ok": self.ok, "samples_per_core_second": self.samples_per_core_second(), "config": asdict(self.config)}
-        return {"shards": shards} | totals | more
+        return redact_all({"shards": shards} | totals | more)
 
 
 def check(

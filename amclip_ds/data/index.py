@@ -25,6 +25,7 @@ from amclip_ds.data.sources import is_remote
 from amclip_ds.data.tar import BLOCK, Damage, Member, scan
 from amclip_ds.errors import UserError
 from amclip_ds.files import describe, open_regular, read_json
+from amclip_ds.redact import redact
 
 VERSION = 1
 MAX_META = 64 << 20  # 200 bytes a shard
@@ -45,6 +46,7 @@ class ShardEntry:
     """What the pass found in one shard."""
 
     path: str
+    """without the secrets of a URL"""
     size: int
     mtime_ns: int
     fingerprint: str
@@ -122,12 +124,12 @@ class Index:
 
     def find(self, shards: list[str]) -> list[int]:
         """Each shard's number in the index: by its path, else by a name that is there once. Raises UserError."""
-        by_path = {shard.path: number for number, shard in enumerate(self.shards)}
+        by_path = {redact(shard.path): number for number, shard in enumerate(self.shards)}
         by_name: dict[str, list[int]] = {}
         for number, shard in enumerate(self.shards):
-            by_name.setdefault(Path(shard.path).name, []).append(number)
+            by_name.setdefault(Path(redact(shard.path)).name, []).append(number)
         found = []
-        for path in shards:
+        for path in map(redact, shards):
             alike = by_name.get(Path(path).name, [])
             if path not in by_path and len(alike) != 1:
                 raise UserError(f"data.index: {self.folder} does not hold {path}; make it again: amclip data index")
@@ -144,7 +146,8 @@ class Index:
         """A hash of what the samples are: equal for equal data, wherever it lies."""
         digest = hashlib.blake2b(digest_size=16)
         for shard in self.shards:
-            digest.update(f"{Path(shard.path).name} {shard.size} {shard.fingerprint} {shard.samples}\n".encode())
+            name = Path(redact(shard.path)).name
+            digest.update(f"{name} {shard.size} {shard.fingerprint} {shard.samples}\n".encode())
         return digest.hexdigest()
 
     def stale_shards(self, paths: list[str] | None = None, numbers: list[int] | None = None) -> list[str]:
@@ -218,7 +221,7 @@ def _scanned(shards: list[str], workers: int) -> Iterator[tuple[ShardEntry, byte
     for shard, found in zip(shards, run_over(scan_shard, shards, workers)):
         if isinstance(found, Died):
             problem = {"kind": "unreadable", "key": str(found), "count": 1}
-            yield ShardEntry(shard, 0, 0, "", 0, [problem]), b"", b""
+            yield ShardEntry(redact(shard), 0, 0, "", 0, [problem]), b"", b""
         else:
             yield found
 
@@ -230,7 +233,7 @@ def scan_shard(shard: str) -> tuple[ShardEntry, bytes, bytes]:
             return _scan_open_shard(shard, file, size, mtime_ns)
     except OSError as error:
         problem = {"kind": "unreadable", "key": error.strerror or str(error), "count": 1}
-        return ShardEntry(shard, 0, 0, "", 0, [problem]), b"", b""
+        return ShardEntry(redact(shard), 0, 0, "", 0, [problem]), b"", b""
 
 
 def _scan_open_shard(shard: str, file: BinaryIO, size: int, mtime_ns: int) -> tuple[ShardEntry, bytes, bytes]:
@@ -245,7 +248,7 @@ def _scan_open_shard(shard: str, file: BinaryIO, size: int, mtime_ns: int) -> tu
     found.name_the_incomplete()
     listed = [{"kind": kind, "key": key, "count": count} for kind, (key, count) in found.problems.items()]
     keys = b"".join(found.keys)
-    entry = ShardEntry(shard, size, mtime_ns, fingerprint(file, size), len(found.rows), listed, len(keys))
+    entry = ShardEntry(redact(shard), size, mtime_ns, fingerprint(file, size), len(found.rows), listed, len(keys))
     return entry, np.array(found.rows, dtype=RECORD).tobytes(), keys
 
 
@@ -372,5 +375,5 @@ def _fingerprint_of(path: str) -> str:
 @functools.cache
 def default_folder(shards: tuple[str, ...]) -> Path:
     """Where the index of these shards is looked for: beside the first one, or in the working folder for remote ones."""
-    name = f"amclip-index-{hashlib.blake2b(repr(shards).encode(), digest_size=6).hexdigest()}"
+    name = f"amclip-index-{hashlib.blake2b(repr(tuple(map(redact, shards))).encode(), digest_size=6).hexdigest()}"
     return (Path() if is_remote(shards[0]) else Path(shards[0]).parent) / name

@@ -13,6 +13,7 @@ from amclip_ds.data.parallel import num_cores
 from amclip_ds.data.progress import progress
 from amclip_ds.data.sources import training_sources
 from amclip_ds.errors import UserError
+from amclip_ds.redact import redact
 
 T = TypeVar("T")
 Once = Callable[[Callable[[], T]], T]
@@ -38,7 +39,7 @@ def find_sources(
     def look() -> Sources | None:
         """On one rank; answers now and then, so that no rank waits longer than a collective may take."""
         if not builder:
-            builder.append(_Background(lambda: _find_sources(config, say, index_dir)))
+            builder.append(_Background(lambda: _find_sources(config, lambda text: say(redact(text)), index_dir)))
         return builder[0].result(BUILD_TELLS_EVERY_S)
 
     while (sources := once(look)) is None:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from amclip_ds.data.sources import is_remote
 from amclip_ds.data.stage import Stage
+from amclip_ds.redact import redact
 
 T = TypeVar("T")
 Request = tuple[str, int, int]
@@ -150,7 +151,7 @@ class ShardReader:
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return redact(f"{type(error).__name__}: {error}")
 
 
 def _options(url: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from amclip_ds.data import inputs
 from amclip_ds.data.config import DataConfig
 from amclip_ds.errors import UserError
 from amclip_ds.files import describe, read_bytes
+from amclip_ds.redact import HIDDEN
 
 SCHEMES = {  # scheme -> what reads it: module, package
     "http": ("aiohttp", "aiohttp"),
@@ -38,7 +39,6 @@ CHAINS = ("simplecache", "filecache", "blockcache", "cached", "zip", "tar", "mem
 LISTS = (".txt", ".list", ".lst")
 MAX_SHARDS = 1 << 20
 MAX_LIST_BYTES = 256 << 20
-HIDDEN = "***"  # what stands in a record for a secret
 _SCHEME = re.compile(r"(?:([a-z][a-z0-9+.-]*)://|(pipe):)", re.IGNORECASE)
 
 

@@ -6,6 +6,7 @@ from amclip_ds import config as settings
 from amclip_ds.evaluate.source import Located
 from amclip_ds.export.proof import Proof
 from amclip_ds.jsonl import EVALUATION, read_lines
+from amclip_ds.redact import redact
 
 LOADING = {
     "open_clip": """```python
@@ -70,7 +71,7 @@ def write_card(fmt: str, located: Located, weights: str, proof: Proof) -> str:
         "## Loading", "", LOADING[fmt], "",
         f"Images: {config.model.vision.image_size} px, shortest side resized (bilinear), centre crop, ImageNet mean"
         " and deviation.", "", TEXTS[fmt], "",
-        "## Data", "", f"`data.train={config.data.train}`", "",
+        "## Data", "", f"`data.train={redact(config.data.train)}`", "",
         "FILL IN: what the data are, under which licence, what is known to be wrong with them.", "",
         "## Numbers", "", *_numbers(located, weights), "",
         "## Proof of this export", "",

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "amclip_ds"
 # Each room and what it may import of this package; errors and the readers of files serve everybody.
-EVERYBODY = {"errors", "json_file", "files", "jsonl", "safetensors_header", "plain_yaml"}
+EVERYBODY = {"errors", "redact", "json_file", "files", "jsonl", "safetensors_header", "plain_yaml"}
 BOTTOM = {"model", "loss", "data", "optim"}
 MIDDLE = BOTTOM | {"engine", "teacher", "resilience", "record"}
 UPPER = MIDDLE | {"step", "checkpoint", "evaluate", "export", "config", "launch", "submit"}
