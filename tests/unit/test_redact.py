@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds import config, submit
+from amclip_ds import config
 from amclip_ds.cli import main
 from amclip_ds.data import reader
 from amclip_ds.data.index import Index, build_index, default_folder
+from amclip_ds.data.sources import check_inputs
 from amclip_ds.errors import UserError
 from amclip_ds.jsonl import append_line
 from amclip_ds.redact import redact, redact_all
@@ -99,7 +100,7 @@ def test_no_file_of_a_run_holds_the_secret(tmp_path: Path, monkeypatch: pytest.M
     assert SECRET not in describe_versions() and config.dump(settings) == config.dump(settings)
     again = config.load(str(folder / "config.yaml"))
     with pytest.raises(UserError, match="from a record, which leaves secrets out; give the whole URL again"):
-        submit.check_inputs(again.data, None)
+        check_inputs(again.data, None)
 
 
 def test_an_index_holds_no_secret_and_serves_whatever_the_secret_is(
