@@ -126,11 +126,11 @@ def _rank_variables(rank: int, procs: int, port: int) -> dict[str, str]:
 
 @contextmanager
 def _forwarding(ranks: _Ranks) -> Iterator[None]:
-    """While it lasts, the first USR1, TERM or INT goes to every rank once; later ones are only counted as the same."""
+    """While it lasts, the first USR1, TERM or INT goes to every rank; of later ones INT alone, which may quit a start."""
 
     def forward(number: int, _: FrameType | None) -> None:
-        if ranks.asked_at is None:
-            ranks.asked_at = time.monotonic()
+        if ranks.asked_at is None or number == signal.SIGINT:
+            ranks.asked_at = ranks.asked_at or time.monotonic()
             for process in list(ranks.running.values()):
                 if process.poll() is None:
                     process.send_signal(number)

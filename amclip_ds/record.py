@@ -4,6 +4,8 @@ Every file is appended to and flushed line by line. A resume calls `supersede` f
 checkpoint's step to *.superseded.jsonl, so that no step stands twice.
 """
 
+import re
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +16,7 @@ from typing import Any
 
 from amclip_ds import jsonl
 from amclip_ds.errors import UserError
-from amclip_ds.files import read_json
+from amclip_ds.files import is_regular, read_json, read_text, write_atomically
 from amclip_ds.jsonl import append_line
 from amclip_ds.redact import redact
 
@@ -36,6 +38,19 @@ class LogConfig:
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise ValueError(f"log.every_steps: {self.every_steps} is below 1")
+
+
+def run_id(folder: Path) -> str:
+    """What names this run and no other, in every attempt: kept in RUN/run_id, so that it outlives a rename.
+
+    Two runs of one recipe, in folders of one name, must not go on in each other's place at Weights & Biases. Rank 0.
+    """
+    file = folder / "run_id"
+    if not is_regular(file):
+        first = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', folder.name)[:80]}-{secrets.token_hex(4)}"
+        old = folder.name if (folder / "wandb").is_dir() else first  # begun before there were such files
+        write_atomically(file, old + "\n")
+    return read_text(file).strip()
 
 
 def read_verdict(run: Path) -> dict[str, Any] | None:
@@ -183,7 +198,7 @@ class Record:
             import wandb
 
             run = wandb.init(project=self.config.wandb_project, name=self.folder.name, dir=self.folder,
-                             id=self.folder.name, resume="allow", config=run_config)  # fmt: skip
+                             id=run_id(self.folder), resume="allow", config=run_config)  # fmt: skip
             self._sinks.append(lambda step, row: run.log(row, step=step))
             self._closers.append(run.finish)
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 REASONS = ("run.time_limit", "the end of the Slurm job", "a STOP file", "SIGINT", "SIGTERM", "SIGUSR1", "ownership")
 STDERR = 2
+CODE_INTERRUPTED = 130
 LOOK_EVERY_S = 0.5  # for the STOP file: a stat a step would be felt on a parallel file system
 OWN_LAUNCHERS = ("alone", "--procs")  # the others turn 75 into a code of their own
 
@@ -41,7 +42,9 @@ class Arrivals:
     def __init__(self, forced_exit_s: float) -> None:
         self.first: str | None = None
         """The name of the first one."""
-        self.count = 0
+        self.count = self.interrupts = 0
+        self.is_starting = True
+        """Whether no step is behind this process: there is nothing yet that a second Ctrl-C could lose."""
         self.forced_exit_s = forced_exit_s
         self.is_closed = self.is_armed = False
         self._reader, self._writer = os.pipe()
@@ -60,12 +63,17 @@ class Arrivals:
         os.close(self._reader)
 
     def note(self, name: str) -> None:
-        """Counts one arrival; the first starts the forced-exit timer."""
+        """Counts one arrival; the first starts the forced-exit timer, a second Ctrl-C during the start quits."""
         self.count += 1
+        self.interrupts += name == "SIGINT"
+        if self.is_starting and self.interrupts > 1:
+            _say("interrupted before the first step, nothing is lost; the same command starts again")
+            os._exit(CODE_INTERRUPTED)  # whatever the main thread is in: an import, a meeting, an index
         if self.first is None:
             self.first = name
             self.arm()
-            print(f"amclip train: {name}: saving and stopping after this step", file=sys.stderr, flush=True)
+            again = "; Ctrl-C again quits at once" if self.is_starting and name == "SIGINT" else ""
+            _say(f"{name}: saving and stopping after {'the first' if self.is_starting else 'this'} step{again}")
 
     def arm(self) -> None:
         """Starts the forced-exit timer, or starts it anew with the present `forced_exit_s`."""
@@ -149,6 +157,7 @@ class Preemption:
         import torch
         import torch.distributed as dist
 
+        self._arrivals.is_starting = False
         own = self._own_reason()
         world = self._runtime.world_size
         code = -1 if own is None else REASONS.index(own) * world + self._runtime.rank
@@ -221,6 +230,10 @@ def leaving_together(runtime: "Runtime") -> Iterator[None]:
                 dist.barrier()
         if runtime.launcher in OWN_LAUNCHERS:
             raise
+
+
+def _say(text: str) -> None:
+    print(f"amclip train: {text}", file=sys.stderr, flush=True)
 
 
 def _leave_a_note(number: int, frame: FrameType | None) -> None:

@@ -8,7 +8,7 @@ import pytest
 from amclip_ds.errors import RunStopped
 from amclip_ds.files import write_atomically
 from amclip_ds.jsonl import append_line, read_lines
-from amclip_ds.record import LogConfig, Record, supersede
+from amclip_ds.record import LogConfig, Record, run_id, supersede
 from amclip_ds.run_folder import next_attempt, write_verdict_at_end
 
 ROW = {
@@ -114,3 +114,14 @@ def test_an_attempt_keeps_its_number_whatever_became_of_the_rows(tmp_path: Path)
     assert next_attempt(tmp_path) == 3  # the torn one was a start too
     (tmp_path / "attempts.jsonl").write_text('{"attempt": 7}\n{"attempt": "8"}\n')
     assert next_attempt(tmp_path) == 8
+
+
+def test_a_run_s_id_is_its_own_and_stays(tmp_path: Path) -> None:
+    """Two folders of one name are two runs; an attempt, or a folder that is renamed, is the same one."""
+    first, second = tmp_path / "a" / "clip", tmp_path / "b" / "clip"
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+    ids = run_id(first), run_id(second)
+    assert ids[0] != ids[1] and ids[0].startswith("clip-") and run_id(first) == ids[0]
+    first.rename(tmp_path / "renamed")
+    assert run_id(tmp_path / "renamed") == ids[0]
