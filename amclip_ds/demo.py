@@ -1,25 +1,33 @@
 """`amclip demo`: synthetic shards -> a tiny A-CLIP trained by DeepSpeed -> accuracies, pictures, OUT/demo.json."""
 
 import json
+import os
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from amclip_ds import config as settings
 from amclip_ds import picture, scenes
 from amclip_ds.data import synthetic
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.encoder import TowerEncoder
 from amclip_ds.files import write_atomically
-from amclip_ds.jsonl import EVALUATION, read_lines
+from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read_lines
 from amclip_ds.launch import run_ranks
+from amclip_ds.model.text import TextTower
+from amclip_ds.model.vision import VisionTower
 
 TEST_SCENES = 2048
 LOOKED_AT = 512  # scenes over which the kept share of the object is averaged
 SEED = 0
+TELL_EVERY_S = 30.0
 
 
 def demo(out: Path, steps: int, num_scenes: int, procs: int | None, setup_seconds: float) -> int:
@@ -32,9 +40,11 @@ def demo(out: Path, steps: int, num_scenes: int, procs: int | None, setup_second
         synthetic.write_dataset(shards, num_train=num_scenes, num_test=TEST_SCENES, image_size=64, seed=SEED)
     procs = procs or max(1, torch.cuda.device_count()) if torch.cuda.is_available() else procs or 2
     precision, why = choose_precision()
-    print(f"2/4  training aclip-tiny, {steps} steps, {procs} processes, ZeRO-2, {precision} ({why})")
+    about = describe_duration(steps * seconds_of_step(procs))
+    print(f"2/4  training aclip-tiny, {steps} steps, {procs} processes, ZeRO-2, {precision} ({why}): about {about}")
     began = time.monotonic()
-    code = run_ranks(train_command(shards, run, steps, precision), procs, str(run), listens=True)
+    with telling_progress(run, steps):
+        code = run_ranks(train_command(shards, run, steps, precision), procs, str(run), listens=True)
     train_seconds = time.monotonic() - began
     if code:
         return code
@@ -46,8 +56,9 @@ def demo(out: Path, steps: int, num_scenes: int, procs: int | None, setup_second
     print("4/4  drawing")
     picture.draw_masks(looks, out / "masks.png")
     picture.draw_curves(run, out / "curves.png")
+    colour, shape = scenes.part_accuracies(encoder, shards)
     result = final_accuracies(run) | {
-        "classes": len(synthetic.CLASSES), "acc1_shape": scenes.shape_accuracy(encoder, shards),
+        "classes": len(synthetic.CLASSES), "acc1_colour": colour, "acc1_shape": shape,
         "object_kept_attentive": looks.object_kept("attentive"), "object_kept_random": looks.object_kept("random"),
         "seconds": time.monotonic() - start + setup_seconds, "setup_seconds": setup_seconds,
         "train_seconds": train_seconds, "precision": precision, "steps": steps, "run": str(run),
@@ -84,8 +95,65 @@ def choose_precision() -> tuple[str, str]:
         return "bf16", "GPU"
     seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.bfloat16, torch.float32)}
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    precision = "bf16" if ratio > 1.2 else "fp32"
-    return precision, f"this CPU multiplies bf16 matrices at {ratio:.1f} times its fp32 speed"
+    return ("bf16" if ratio > 1.2 else "fp32"), f"this CPU is {describe_ratio(ratio)} in bf16 as in fp32"
+
+
+def describe_ratio(ratio: float) -> str:
+    """1.5: '1.5 times as fast'; 0.02: '1/50 as fast'."""
+    return f"1/{1 / ratio:.0f} as fast" if ratio < 0.67 else f"{ratio:.1f} times as fast"
+
+
+def seconds_of_step(procs: int, tries: int = 2) -> float:
+    """A rough step of the demo here and now: both towers, forward and backward, over one rank's share; data, teacher,
+    heads and optimizer take about as much again."""
+    config = settings.load("aclip-tiny")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // procs))  # as the ranks will have
+    vision, text = VisionTower(config.model.vision).to(device), TextTower(config.model.text).to(device)
+    size, views = config.model.vision.image_size, config.data.num_views
+    samples = max(2, config.batch.global_size // procs)
+    images = torch.zeros(views * samples, 3, size, size, device=device)
+    words = torch.full((samples, 16), config.model.text.eos_token_id, device=device)
+    times = []
+    for _ in range(tries):
+        began = time.perf_counter()
+        (vision(images).sum() + text(words).sum()).backward()
+        times.append(time.perf_counter() - began)
+    torch.set_num_threads(before)
+    return 2 * min(times)
+
+
+def describe_duration(seconds: float) -> str:
+    """'40 s', '7 min', '1.5 h'."""
+    for unit, size, digits in (("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+@contextmanager
+def telling_progress(run: Path, steps: int) -> Iterator[None]:
+    """Where no terminal shows the live line: now and then how many steps there are behind, and how long is left."""
+    over = threading.Event()
+
+    def tell() -> None:
+        began, first = time.monotonic(), 0
+        while not over.wait(TELL_EVERY_S):
+            rows = read_lines(run / "metrics.jsonl", STEP, MAX_METRICS)
+            step = rows[-1]["step"] if rows else 0
+            if not first:
+                began, first = time.monotonic(), step  # imports and the first steps are no measure
+            elif first < step < steps:
+                left = (time.monotonic() - began) / (step - first) * (steps - step)
+                print(f"     step {step} of {steps}, about {describe_duration(left)} left", flush=True)
+
+    if not sys.stdout.isatty():
+        threading.Thread(target=tell, name="progress", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 20) -> float:
@@ -115,7 +183,8 @@ def tell(out: Path, result: dict[str, Any]) -> None:
         f" {result['precision']}:"
         f"\n  top-1 on {classes} classes of held-out scenes: student {result['acc1_student']:.1%}"
         f" ({times['student']:.1f} x chance), teacher {result['acc1_teacher']:.1%} ({times['teacher']:.1f} x chance)"
-        f"\n  shape alone: {result['acc1_shape']:.1%} (chance {1 / 8:.1%})"
+        f"\n  of these, the student has the right colour in {result['acc1_colour']:.1%}, the right shape in"
+        f" {result['acc1_shape']:.1%} (chance {1 / 8:.1%} each)"
         f"\n  object tokens kept: attentive {result['object_kept_attentive']:.2f},"
         f" random {result['object_kept_random']:.2f}"
         f"\n\n  {out}/masks.png   what the masks keep on held-out scenes"
@@ -124,3 +193,8 @@ def tell(out: Path, result: dict[str, Any]) -> None:
         f"\n  {result['run']}/  the run: config.yaml, metrics.jsonl, eval.jsonl, tensorboard/, weights"
         f"\n\nAll of it took {result['seconds']:.0f} s, set-up included. Next: `amclip train --help`, README."
     )
+
+
+if __name__ == "__main__":
+    print("python -m amclip_ds.demo runs nothing; type: python -m amclip_ds demo (or amclip demo)", file=sys.stderr)
+    sys.exit(2)

@@ -126,7 +126,7 @@ def _rank_variables(rank: int, procs: int, port: int) -> dict[str, str]:
 
 @contextmanager
 def _forwarding(ranks: _Ranks) -> Iterator[None]:
-    """While it lasts, the first USR1, TERM or INT goes to every rank; of later ones INT alone, which may quit a start."""
+    """While it lasts, the first USR1, TERM or INT goes to every rank, of later ones INT alone: it may quit a start."""
 
     def forward(number: int, _: FrameType | None) -> None:
         if ranks.asked_at is None or number == signal.SIGINT:

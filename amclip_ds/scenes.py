@@ -108,14 +108,15 @@ def patches_inside(object_boxes: Tensor, view_boxes: Tensor, grid: int) -> Tenso
     return (in_rows[..., :, None] & in_columns[..., None, :]).flatten(-2)
 
 
-def shape_accuracy(encoder: TowerEncoder, folder: Path, batch_size: int = 128) -> float:
-    """Top-1 of the shape alone: how often the class chosen among all (colour and shape) has the right shape."""
+def part_accuracies(encoder: TowerEncoder, folder: Path, batch_size: int = 128) -> tuple[float, float]:
+    """(colour, shape): how often the class chosen among all (`a COLOUR SHAPE`) has the right one."""
     data, comm = open_set(str(folder)), SingleProcess()
     classifier = build_classifier(encoder, data.classnames, data.templates, batch_size, comm)
     chosen = (encode_images(encoder, data.samples, batch_size, comm) @ classifier.T).argmax(-1)
-    shapes = [name.split()[-1] for name in data.classnames]
-    right = [shapes[int(label)] == shapes[sample.label] for label, sample in zip(chosen, data.samples)]
-    return sum(right) / len(right)
+    parts = [name.split()[-2:] for name in data.classnames]
+    pairs = [(parts[int(label)], parts[sample.label]) for label, sample in zip(chosen, data.samples)]
+    colour, shape = (sum(ours[part] == theirs[part] for ours, theirs in pairs) / len(pairs) for part in (0, 1))
+    return colour, shape
 
 
 def load_modules(run: Path) -> tuple[TrainConfig, AClip, TeacherModel]:

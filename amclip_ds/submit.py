@@ -218,3 +218,10 @@ def read_size(text: str) -> float:
         raise UserError(f"--gpu-memory: {text!r} is no size; write it as 80GB")
     base = 1024 if match.group(3) else 1000
     return float(match.group(1)) * base ** " KMGT".index(match.group(2).upper() or " ")
+
+
+if __name__ == "__main__":
+    print(
+        "python -m amclip_ds.submit runs nothing; type: python -m amclip_ds submit (or amclip submit)", file=sys.stderr
+    )
+    sys.exit(2)

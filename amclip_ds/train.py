@@ -1,5 +1,6 @@
 """The run on one screen: assemble, loop, save, stop when asked, evaluate, hand over the weights."""
 
+import sys
 from contextlib import ExitStack
 from typing import Any
 
@@ -119,3 +120,8 @@ def evaluation_is_missing(run: Run) -> bool:
             return False
 
     return run.state.step > 0 and evaluation_is_due(run) and on_main(is_missing)
+
+
+if __name__ == "__main__":
+    print("python -m amclip_ds.train runs nothing; type: python -m amclip_ds train (or amclip train)", file=sys.stderr)
+    sys.exit(2)

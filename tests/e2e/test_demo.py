@@ -8,7 +8,7 @@ from PIL import Image
 from tests.e2e.conftest import Amclip
 
 NUMBERS = {
-    "seconds", "setup_seconds", "train_seconds", "classes", "acc1_student", "acc1_teacher", "acc1_shape",
+    "seconds", "setup_seconds", "train_seconds", "classes", "acc1_student", "acc1_teacher", "acc1_colour", "acc1_shape",
     "object_kept_attentive", "object_kept_random", "run",
 }  # fmt: skip
 
