@@ -102,6 +102,25 @@ def test_a_sampled_check_reads_a_part_and_still_sees_damaged_tars(shards: Path) 
     assert [shard.read for shard in again.shards] == [shard.read for shard in report.shards]
 
 
+def test_nothing_is_cut_in_a_narrow_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names longer than the terminal, many problems: every name is whole; equal problems are summed up."""
+    monkeypatch.setenv("COLUMNS", "40")
+    folder = tmp_path / ("a folder with a name of more than eighty characters " * 2)
+    folder.mkdir()
+    for name in ("the first shard of many", "the second shard of many"):
+        (folder / f"{name}.tar").write_bytes(
+            tar_of([("k" * 90 + f".{suffix}", b"x") for suffix in ("jpg", "txt")] + sample(1, txt=b" "))
+        )
+    assert cli.main(["data", "check", str(folder), "--workers", "1"]) == 2
+    printed = capsys.readouterr().out
+    for name in ("the first shard of many", "the second shard of many"):
+        assert f"{folder / name}.tar: NOT ok, read 0, skipped 2, lost 0\n" in printed
+    assert f"  broken image: 1, {'k' * 90}\n" in printed
+    assert f"empty caption: 2 in all, the first 000001 in {folder / 'the first shard of many'}.tar\n" in printed
+
+
 def test_duplicates_across_shards_and_within(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(tar_of(samples(range(4)) + sample(8, jpg=picture(1)) + sample(9, jpg=picture(1))))
     (tmp_path / "1.tar").write_bytes(tar_of(sample(10) + sample(11, jpg=picture(2)) + sample(12, jpg=picture(10))))

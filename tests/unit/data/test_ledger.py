@@ -1,5 +1,6 @@
 """The ledger: what is counted, when a run stops, that all ranks decide alike; the verdict on what a run waits for."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,14 @@ import torch
 
 from amclip_ds.data import ledger as ledger_module
 from amclip_ds.data.batch import Batch
+from amclip_ds.data.check import CheckConfig, check
+from amclip_ds.data.config import DataConfig
 from amclip_ds.data.ledger import ALWAYS_BORNE, Ledger
+from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.photometric import Photometric
 from amclip_ds.data.verdict import judge
 from amclip_ds.errors import RunStopped
+from tests.unit.data.damaged import sample, samples, tar_of
 
 
 def batch_of(size: int, *incidents: tuple[str, str]) -> Batch:
@@ -60,6 +65,45 @@ def test_the_limit_is_exact(skipped: int, stops: bool, monkeypatch: pytest.Monke
         pytest.raises(RunStopped, ledger.settle)
     else:
         ledger.settle()
+
+
+def test_the_rate_is_of_the_samples_tried_and_never_above_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 places, 74 tries were bad, one or more for a place: 74 of 138, as half of the samples are bad."""
+    monkeypatch.setattr(ledger_module, "ALWAYS_BORNE", 0)
+    half = batch_of(64, *[("unreadable", "a.tar")] * 74)
+    ledger = Ledger(0.6)
+    ledger.account(half)
+    ledger.settle()
+    ledger = Ledger(0.5)
+    ledger.account(half)
+    with pytest.raises(RunStopped, match="74 of 138 samples were unusable, above 50.0%"):
+        ledger.settle()
+    ledger = Ledger(0.999)
+    ledger.account(batch_of(1, *[("unreadable", "a.tar")] * 900))
+    ledger.settle()
+    assert ledger.total.skipped < ledger.total.tried == 901
+
+
+def test_half_the_samples_unusable_pass_a_limit_of_60_percent_in_check_and_training(tmp_path: Path) -> None:
+    """One definition of the rate; limits of 0.4 refuse in both."""
+    shard = tmp_path / "0.tar"
+    bad = [file for number in range(200, 400) for file in sample(number, jpg=b"no image")]
+    shard.write_bytes(tar_of([*samples(range(200)), *bad]))
+    for limit, passes in ((0.6, True), (0.4, False)):
+        assert check([str(shard)], CheckConfig(max_skip_rate=limit), 1).ok == passes
+        data = TrainingData(
+            DataConfig(train=str(shard), workers=0, max_skip_rate=limit), seed=0, global_batch=64, rank=0, world_size=1,
+            image_size=16, teacher_size=None, num_units=0, context_length=77, compat="paper", say=lambda text: None,
+        )  # fmt: skip
+        ledger, stream = Ledger(limit), data.batches()
+        for _ in range(data.steps_per_epoch):
+            ledger.account(next(stream))
+        data.close()
+        if passes:
+            ledger.settle()
+            assert 0.4 < ledger.total.skipped / ledger.total.tried < 0.6
+        else:
+            pytest.raises(RunStopped, ledger.settle)
 
 
 def test_a_few_at_the_start_stop_nothing() -> None:
