@@ -8,14 +8,12 @@ batch, on any number of ranks and workers, and batches that were only prefetched
 import contextlib
 import hashlib
 import json
-import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from amclip_ds.data import captions
 from amclip_ds.data.ahead import made_ahead
@@ -28,11 +26,10 @@ from amclip_ds.data.order import EpochOrder, Mixture
 from amclip_ds.data.photometric import Photometric
 from amclip_ds.data.prepare import Once, Sources, and_more, find_sources
 from amclip_ds.data.tar import printable
-from amclip_ds.data.workers import become_worker, end_workers, start_worker_server
+from amclip_ds.data.workers import Fault, Place, Workers, start_worker_server
 from amclip_ds.errors import AmclipError, UserError
 
 CHUNK = 64  # samples a worker makes at a time, at most
-LOOK_AFTER_S = 5.0
 HAVE_A_PLACE = ("no caption", "not adjacent")  # such a sample is in the order: it is replaced, and told then
 CPU = torch.device("cpu")
 
@@ -126,7 +123,7 @@ class TrainingData:
             incidents=incidents + chunk.incidents, read_bytes=chunk.read_bytes,
         )  # fmt: skip
 
-    def _places(self, epoch: int, step: int) -> Iterator[tuple[int, int, int]]:
+    def _places(self, epoch: int, step: int) -> Iterator[Place]:
         """(epoch, start, stop) of this rank's chunks from a step on, without end."""
         size = min(CHUNK, self._local)
         while True:
@@ -145,34 +142,25 @@ class TrainingData:
             finally:
                 maker.close()
             return
-        loader = DataLoader(
-            _Chunks(self._spec), batch_size=None, sampler=self._places(epoch, step), num_workers=self.config.workers,
-            prefetch_factor=self.config.prefetch, multiprocessing_context="forkserver",
-            timeout=min(LOOK_AFTER_S, self.config.timeout_s), worker_init_fn=become_worker,
-            generator=torch.Generator(),  # not the process's own, whose state a resume restores
-        )  # fmt: skip
-        stream = iter(loader)
-        try:
-            while True:
-                yield self._received(stream)
-        finally:
-            end_workers(stream)
+        deaths: list[dict[str, str]] = []
 
-    def _received(self, stream: Iterator[Chunk | Failed]) -> Chunk | Failed:
-        """The next chunk. Looks after the workers now and then: torch sees a dead one only when a wait runs out."""
-        deadline = time.monotonic() + self.config.timeout_s
-        while True:
-            try:
-                return next(stream)
-            except (RuntimeError, OSError, EOFError) as error:  # a worker died, or a wait ran out
-                cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-                if "timed out" not in cause:
-                    return Failed(
-                        AmclipError(f"data.train: a worker process died ({cause}); no memory, or /dev/shm full")
-                    )
-                if time.monotonic() > deadline:
-                    limit = f"data.timeout_s={self.config.timeout_s:g} s"
-                    return Failed(AmclipError(f"data.train: no sample came within {limit}"))
+        def died(cause: str) -> None:
+            deaths.append({"kind": "worker_died", "shard": "", "key": "", "cause": cause,
+                           "action": "another one makes the same samples"})  # fmt: skip
+
+        config = self.config
+        with contextlib.closing(Workers(
+            ChunkMaker(self._spec).make, self._places(epoch, step), number=config.workers, ahead=config.prefetch,
+            timeout_s=config.timeout_s, died=died,
+        )) as workers:  # fmt: skip
+            while True:
+                chunk = workers.next()
+                if isinstance(chunk, Fault):
+                    raise AmclipError(chunk.cause)
+                if deaths and isinstance(chunk, Chunk):
+                    chunk.incidents.extend(deaths)
+                    deaths.clear()
+                yield chunk
 
     def _fingerprint(self, samples: str) -> str:
         """What the order follows from, apart from the seed: the same value, the same sequence of samples."""
@@ -215,13 +203,3 @@ def _good(chunk: Chunk | Failed) -> Chunk:
     if isinstance(chunk, Failed):
         raise chunk.error
     return chunk
-
-
-class _Chunks(Dataset):
-    """The workers' side: place -> chunk."""
-
-    def __init__(self, spec: ChunkSpec) -> None:
-        self._maker = ChunkMaker(spec)
-
-    def __getitem__(self, place: tuple[int, int, int]) -> Chunk | Failed:
-        return self._maker.make(*place)

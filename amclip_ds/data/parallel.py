@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +29,13 @@ def run_over(work: Callable[[Item], Result], items: Sequence[Item], processes: i
     while done < len(items):
         # A broken pool fails every unfinished item alike. The next one runs again alone, which shows whether it is the
         # guilty one; the rest get a new pool.
-        with _pool(work, min(processes, len(items) - done)) as pool:
+        try:
+            pool = _pool(work, min(processes, len(items) - done))
+        except OSError as error:  # its locks lie in /dev/shm, which may be full
+            print(f"data: no worker processes ({error.strerror}; is /dev/shm full?): one after another", file=sys.stderr)
+            yield from map(work, items[done:])
+            return
+        with pool:
             futures = [pool.submit(work, item) for item in items[done:]]
             try:
                 for future in futures:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "amclip_ds"
-# Each room and what it may import of this package; errors and the readers of files serve everybody.
-EVERYBODY = {"errors", "redact", "json_file", "files", "jsonl", "safetensors_header", "plain_yaml"}
+# Each room and what it may import of this package; these serve everybody.
+EVERYBODY = {"errors", "files", "json_file", "jsonl", "plain_yaml", "redact", "safetensors_header", "signals"}
 BOTTOM = {"model", "loss", "data", "optim"}
 MIDDLE = BOTTOM | {"engine", "teacher", "resilience", "record"}
 UPPER = MIDDLE | {"step", "checkpoint", "evaluate", "export", "config", "launch", "submit"}

@@ -26,6 +26,7 @@ from amclip_ds.data.index import Index
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.prepare import find_sources
 from amclip_ds.data.reader import ShardReader
+from amclip_ds.data.workers import Fault, Workers
 from amclip_ds.errors import AmclipError, UserError
 from tests.conftest import ROOT
 from tests.unit.data.shards import UNEVEN, jpeg, open_data, write_shards, write_tar
@@ -38,7 +39,6 @@ WORLDS = [
     for world_size in (1, 2, 3, 4)
     for workers in (0, 1, 3)
 ]
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # 3 workers on fewer cores: on purpose
 
 
 @pytest.fixture(scope="module")
@@ -398,16 +398,80 @@ def test_signals_to_the_group_do_not_reach_workers(uneven: Path) -> None:
         assert all(worker.is_running() for worker in workers)
 
 
-def test_a_dead_worker_is_an_error_not_a_hang(uneven: Path) -> None:
-    with contextlib.closing(open_data(uneven, workers=2, prefetch=1)) as data:
-        stream = data.batches(None)
-        next(stream)
-        began = time.monotonic()
-        workers_of(data)[0].kill()
-        with pytest.raises(AmclipError, match="a worker process died"):
-            for _ in range(100):
-                next(stream)
-        assert time.monotonic() - began < 60
+def test_killed_workers_are_replaced_and_the_stream_is_the_same_to_the_bit(uneven: Path) -> None:
+    def some(data: TrainingData, kill_after: set[int]) -> list[Batch]:
+        batches, stream = [], data.batches(None)
+        for number in range(TWO_EPOCHS):
+            if number in kill_after:
+                for worker in workers_of(data)[: 1 + number % 2]:
+                    worker.kill()
+            if kill_after and number == 9:  # the server that they are forked from as well
+                os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
+            batches.append(next(stream))
+        return batches
+
+    with contextlib.closing(open_data(uneven, workers=0)) as data:
+        expected = some(data, kill_after=set())
+    with contextlib.closing(open_data(uneven, workers=2, prefetch=2)) as data:
+        found = some(data, kill_after={1, 4, 9})
+    for one, other in zip(expected, found, strict=True):
+        assert one.cursor == other.cursor
+        for name in ("views_uint8", "teacher_uint8", "boxes", "mask_noise", "token_ids", "sample_ids"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert np.array_equal(one.photometric.table, other.photometric.table)
+    told = [row for batch in found for row in batch.incidents]
+    assert {row["kind"] for row in told} == {"worker_died"}
+    assert any("SIGKILL" in row["cause"] for row in told)
+
+
+def test_a_place_that_kills_every_worker_is_an_error_not_a_loop() -> None:
+    with contextlib.closing(
+        Workers(dies_at_the_third, iter(PLACES), number=2, ahead=1, timeout_s=60, died=print)
+    ) as workers:
+        assert [workers.next(), workers.next()] == [(0, 0, 1), (0, 1, 2)]
+        with pytest.raises(AmclipError, match=r"a worker process died \(exit 7\), the 3rd one over the same samples"):
+            workers.next()
+
+
+PLACES = [(0, number, number + 1) for number in range(8)]
+
+
+def dies_at_the_third(*place: int) -> tuple[int, ...]:
+    if place == PLACES[2]:
+        os._exit(7)
+    return place
+
+
+def test_a_fault_in_a_worker_is_no_death() -> None:
+    with contextlib.closing(Workers(faulty, iter(PLACES), number=1, ahead=1, timeout_s=60, died=pytest.fail)) as made:
+        assert made.next() == Fault("data.train: a worker failed: ZeroDivisionError: division by zero")
+
+
+def faulty(*place: int) -> float:
+    return 1 / place[0]
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="no unshare")
+def test_a_full_dev_shm_is_none_of_the_loaders_business(uneven: Path, tmp_path: Path) -> None:
+    """A container's /dev/shm, smaller still: 64 kB, and full. Chunks of 600 kB come all the same."""
+    program = tmp_path / "small.py"
+    program.write_text(
+        "import contextlib\n"
+        "from amclip_ds.data.parallel import run_over\n"
+        "from tests.unit.data.shards import open_data\n"
+        "if __name__ == '__main__':\n"
+        "    print(*run_over(abs, [-1, -2, -3], 2))\n"
+        f"    with contextlib.closing(open_data({str(uneven)!r}, workers=2, image_size=128)) as data:\n"
+        "        stream = data.batches(None)\n"
+        "        print(sum(int(next(stream).views_uint8.sum()) > 0 for _ in range(8)))\n"
+    )
+    shell = 'mount -t tmpfs -o size=64k none /dev/shm && { cat /dev/zero >/dev/shm/full 2>/dev/null; exec "$@"; }'
+    argv = ["unshare", "-rm", "sh", "-c", shell, "sh"]
+    if subprocess.run([*argv, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    done = subprocess.run([*argv, sys.executable, program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0 and done.stdout.split() == ["1", "2", "3", "8"], done.stderr
 
 
 def test_a_file_system_that_hangs_is_an_error_within_the_time_limit(tmp_path: Path) -> None:
