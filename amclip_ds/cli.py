@@ -2,14 +2,13 @@
 
 import difflib
 import importlib
-import io
 import logging
-import os
 import sys
 
 from amclip_ds import json_file
 from amclip_ds.arguments import Parser
-from amclip_ds.errors import AmclipError, Preempted, SettingsError
+from amclip_ds.errors import INTERRUPTED, AmclipError, Preempted, SettingsError
+from amclip_ds.output import kept_from_ending_the_work
 
 COMMANDS = {  # the word typed -> its module in amclip_ds/commands
     "demo": "demo",
@@ -26,7 +25,6 @@ EPILOG = """exit codes: 0 done; 1 a fault of amclip or of the machine (its last 
 2 a mistake in the command, config or data (one clear line); 3 the run stopped itself (guards);
 75 stopped by a signal after a committed checkpoint: the same command goes on; 130 interrupted
 before there was anything to save. `amclip COMMAND --help` teaches each command."""
-CODE_FAULT, CODE_INTERRUPTED = 1, 130
 
 
 def build_parser(only: str | None = None) -> Parser:
@@ -46,6 +44,7 @@ def build_parser(only: str | None = None) -> Parser:
     return parser
 
 
+@kept_from_ending_the_work
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns its exit code; a mistake is one line on standard error, of one rank."""
     argv = sys.argv[1:] if argv is None else argv
@@ -54,10 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     name = f"amclip {argv[0]}" if argv and argv[0] in COMMANDS else "amclip"
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        code = run(argv)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return code
+        return run(argv)
     except AmclipError as error:
         if not error.is_shared or is_first_rank():
             further = "; the same command goes on from there" if isinstance(error, Preempted) else ""
@@ -65,13 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command starts again", file=sys.stderr)
-        return CODE_INTERRUPTED
-    except OSError as error:
-        if output_is_writable():
-            raise
-        if not isinstance(error, BrokenPipeError):  # `| head` has seen enough
-            print(f"{name}: standard output cannot be written: {error.strerror}", file=sys.stderr)
-        return CODE_FAULT
+        return INTERRUPTED
 
 
 def run(argv: list[str]) -> int:
@@ -95,21 +85,6 @@ def is_first_rank() -> bool:
     from amclip_ds.launch import is_first_rank
 
     return is_first_rank()
-
-
-def output_is_writable() -> bool:
-    """Whether standard output takes what was printed; one that does not is given up, so that the exit is quiet."""
-    try:
-        descriptor = sys.stdout.fileno()
-    except (AttributeError, io.UnsupportedOperation):  # closed from the start, or not a file
-        return True
-    try:
-        sys.stdout.flush()
-        os.write(descriptor, b"\n")
-        return True
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        return False
 
 
 if __name__ == "__main__":

@@ -1,4 +1,15 @@
-"""The ways a command ends early, each with its exit code (README, "Exit codes")."""
+"""The ways a command ends early, and the exit codes, which are defined here alone (README, "Exit codes")."""
+
+DONE = 0
+FAULT = 1
+"""Of ours, or of the machine."""
+MISTAKE = 2
+"""The user's."""
+STOPPED_ITSELF = 3
+TO_REQUEUE = 75
+"""Stopped from outside, after a committed checkpoint: started again, it goes on."""
+INTERRUPTED = 130
+"""Before there was anything to save."""
 
 from amclip_ds.redact import redact
 
@@ -6,7 +17,7 @@ from amclip_ds.redact import redact
 class AmclipError(Exception):
     """An ending that is reported as one line, without a traceback."""
 
-    exit_code = 1
+    exit_code = FAULT
     is_shared = False
     """Whether every rank of a run meets it alike, so that rank 0 reports it for all."""
 
@@ -17,7 +28,7 @@ class AmclipError(Exception):
 class UserError(AmclipError):
     """The user's mistake: the message is one line that names the key or file and the mend."""
 
-    exit_code = 2
+    exit_code = MISTAKE
 
 
 class SettingsError(UserError):
@@ -35,10 +46,10 @@ class LocalSettingsError(SettingsError):
 class RunStopped(AmclipError):
     """The run stopped itself (guards, data limits): requeueing would only repeat it."""
 
-    exit_code = 3
+    exit_code = STOPPED_ITSELF
 
 
 class Preempted(AmclipError):
     """Stopped by a signal or a limit, after a committed checkpoint: requeue."""
 
-    exit_code = 75
+    exit_code = TO_REQUEUE

@@ -19,16 +19,15 @@ from pathlib import Path
 from types import FrameType
 
 from amclip_ds.engine.placement import discover, free_port
-from amclip_ds.errors import UserError
+from amclip_ds.errors import MISTAKE, STOPPED_ITSELF, TO_REQUEUE, UserError
 from amclip_ds.record import read_verdict
+from amclip_ds.signals import STOPPING, heeded
 
-FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
 GRACE_S = 5.0  # what the others get to notice by themselves that a rank is gone
 GRACE_WHEN_STOPPING_S = 30.0  # likewise while they may be committing a checkpoint
 TAIL_BYTES = 4000
-CODE_STOPPED = 75  # errors.Preempted
-CODES = (2, 3, CODE_STOPPED)
+AGREED = (MISTAKE, STOPPED_ITSELF, TO_REQUEUE)  # codes with which all ranks leave alike
 
 
 @dataclass
@@ -70,7 +69,7 @@ def run_ranks(
                 _kill(process)
         _tell_first_failure(ranks.ended, outputs)
     failure = next((_as_code(status) for status in ranks.ended.values() if status), 0)
-    if set(ranks.ended.values()) == {failure} and failure in CODES:
+    if set(ranks.ended.values()) == {failure} and failure in AGREED:
         return failure  # agreed by all; after the loss of a folder, the verdict there is another trainer's
     if verdict_file is not None and _identity(verdict_file) != before:
         return (read_verdict(verdict_file.parent) or {"code": failure})["code"]
@@ -108,7 +107,7 @@ def _start(argv: list[str], variables: dict[str, str], output: Path | None, list
     def prepare() -> None:
         die_with_parent(parent)
         if listens:
-            signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
     with open(output or os.devnull, "wb") as file:
         return subprocess.Popen(
@@ -126,7 +125,7 @@ def _rank_variables(rank: int, procs: int, port: int) -> dict[str, str]:
 
 @contextmanager
 def _forwarding(ranks: _Ranks) -> Iterator[None]:
-    """While it lasts, the first USR1, TERM or INT goes to every rank, of later ones INT alone: it may quit a start."""
+    """While it lasts, the first signal goes to every rank, of later ones INT alone: it may quit a start."""
 
     def forward(number: int, _: FrameType | None) -> None:
         if ranks.asked_at is None or number == signal.SIGINT:
@@ -135,7 +134,7 @@ def _forwarding(ranks: _Ranks) -> Iterator[None]:
                 if process.poll() is None:
                     process.send_signal(number)
 
-    old = {number: signal.signal(number, forward) for number in FORWARDED}
+    old = {number: signal.signal(number, forward) for number in heeded()}
     try:
         yield
     finally:
@@ -153,7 +152,7 @@ def _wait(ranks: _Ranks, forced_exit_s: float) -> None:
                 del ranks.running[rank]
                 _kill(process)  # what it left behind
         now = time.monotonic()
-        if failed_at is None and any(status not in (0, CODE_STOPPED) for status in ranks.ended.values()):
+        if failed_at is None and any(status not in (0, TO_REQUEUE) for status in ranks.ended.values()):
             failed_at = now  # a rank that has saved and left is no failure: the others may still be at it
         grace = GRACE_S if ranks.asked_at is None else GRACE_WHEN_STOPPING_S
         late = failed_at is not None and now > failed_at + grace

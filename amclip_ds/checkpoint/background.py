@@ -4,7 +4,6 @@ import contextlib
 import json
 import mmap
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from amclip_ds.checkpoint import failpoints, writer
 from amclip_ds.checkpoint.files import PlannedFile
+from amclip_ds.signals import held_back
 
 PAGE = 4096
 PROGRAM = Path(writer.__file__)
@@ -107,14 +107,11 @@ class WriterProcess:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, writer.IGNORED)  # it inherits this until it ignores them
-        try:
+        with held_back():
             self._process = subprocess.Popen(
                 [sys.executable, "-S", "-E", str(PROGRAM), str(os.getpid())], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, pass_fds=[descriptor],
             )  # fmt: skip
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         assert self._process.stdin and self._process.stdout
         os.set_blocking(self._process.stdout.fileno(), False)
         self._answer = b""

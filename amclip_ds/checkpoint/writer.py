@@ -4,8 +4,8 @@ As a program (`writer.py PID`, the trainer's) it reads one job a line from stand
     {"fd": memory, "folder": "...", "files": [{"path", "offset", "length"}], "armed": [...]}
     -> {"files": {path: {"bytes", "sha256"}}} or {"error": "..."}
 The memory is the trainer's snapshot (a memfd), so nothing is copied between the two. Only the standard library is
-imported: the process costs neither a second nor memory. It ignores the signals that stop a run, since a save under way
-is finished, and dies with its trainer.
+imported: the process costs neither a second nor memory. It is started with the signals held back that stop a run,
+since a save under way is finished, and dies with its trainer.
 """
 
 import ctypes
@@ -27,7 +27,6 @@ else:  # run as a program: without the package, whose import costs seconds
 
 CHUNK = 16 << 20
 PR_SET_PDEATHSIG = 1
-IGNORED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 def write_file(path: Path, pieces: Iterable[memoryview | bytes]) -> dict[str, Any]:
@@ -107,9 +106,6 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
 
 def main(trainer: int) -> None:
     """Serves jobs until standard input ends. trainer: the process that started this one."""
-    for number in IGNORED:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != trainer:  # it ended before the request

@@ -32,7 +32,7 @@ def run_over(work: Callable[[Item], Result], items: Sequence[Item], processes: i
         try:
             pool = _pool(work, min(processes, len(items) - done))
         except OSError as error:  # its locks lie in /dev/shm, which may be full
-            print(f"data: no worker processes ({error.strerror}; is /dev/shm full?): one after another", file=sys.stderr)
+            print(f"data: no worker processes ({error.strerror}; /dev/shm full?): one by one", file=sys.stderr)
             yield from map(work, items[done:])
             return
         with pool:

@@ -22,6 +22,7 @@ import struct
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import weakref
 from collections import deque
@@ -41,6 +42,7 @@ PLACE = struct.Struct("<3q")
 HEAD = struct.Struct("<q")  # bytes of the pickle at the memory's start
 ALIGNED = 64
 DEATHS_BORNE = 3  # over one place: it is the place then, or the machine
+START_ATTEMPTS = 4
 FAREWELL_S = 5.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE_BUFFER = 1 << 17
@@ -118,19 +120,25 @@ class Workers:
         self._end()
 
     def _start(self) -> _Worker:
-        start_worker_server()  # it may have been killed too
         ours, theirs = socket.socketpair()
         ours.settimeout(self._timeout_s)
-        context = multiprocessing.get_context("forkserver")
-        process = context.Process(target=_work, args=(theirs, self._make), daemon=True)
         with theirs:
-            try:
-                process.start()
-            except (OSError, EOFError) as error:
-                ours.close()
-                raise AmclipError(f"data.workers: no worker process can be started: {error}") from None
+            process = self._start_process(theirs)
         self._processes.append(process)
         return _Worker(process, ours)
+
+    def _start_process(self, theirs: socket.socket) -> BaseProcess:
+        for attempt in range(START_ATTEMPTS):
+            start_worker_server()  # it may have been killed too; killed just now, it seems to live for a moment
+            context = multiprocessing.get_context("forkserver")
+            process = context.Process(target=_work, args=(theirs, self._make), daemon=True)
+            try:
+                process.start()
+                return process
+            except (OSError, EOFError) as error:
+                cause = error
+                time.sleep(attempt)
+        raise AmclipError(f"data.workers: no worker process can be started: {cause}")
 
     def _ask(self, worker: _Worker, place: Place) -> None:
         worker.asked.append(place)

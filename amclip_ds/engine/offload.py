@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from amclip_ds.engine.collectives import on_all
-from amclip_ds.engine.runtime import Runtime, extensions_dir
+from amclip_ds.engine.runtime import Runtime, build_environment, extensions_dir
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.optim import OptimConfig
 
@@ -84,12 +84,10 @@ def _compile(announce: bool) -> None:
         print(f"compiling DeepSpeed's {OP} op into {place} (once; at most {BUILD_LIMIT_S:.0f} s)", flush=True)
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=place.parent) as folder:
-        # This environment's ninja before the system's, whatever started us.
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         log = Path(folder, "log")
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-c", BUILD], env=os.environ | {"TORCH_EXTENSIONS_DIR": folder, "PATH": path},
+                [sys.executable, "-c", BUILD], env=build_environment(folder),
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             try:

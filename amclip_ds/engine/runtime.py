@@ -104,6 +104,12 @@ def extensions_dir() -> Path:
     return Path(sys.prefix) / "torch_extensions"
 
 
+def build_environment(folder: str) -> dict[str, str]:
+    """The variables for a compilation in `folder`: with this environment's ninja, whatever started us."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return os.environ | {"TORCH_EXTENSIONS_DIR": folder, "PATH": path}
+
+
 def _init_process_group(place: Placement, port: int, device: "torch.device", timeout_s: float) -> None:
     """The meeting itself; its failures as one line. Collective: every rank must call."""
     import logging

@@ -17,7 +17,7 @@ import torch
 from amclip_ds import config as settings
 from amclip_ds.checkpoint import manifest, retention
 from amclip_ds.config import TrainConfig
-from amclip_ds.errors import UserError
+from amclip_ds.errors import TO_REQUEUE, UserError
 from amclip_ds.evaluate import rows
 from amclip_ds.evaluate.datasets import EvalSet, open_set
 from amclip_ds.evaluate.source import locate, open_encoder
@@ -27,7 +27,6 @@ from amclip_ds.loss.comm import SingleProcess
 from amclip_ds.record import read_verdict
 
 PIN = "pinned by amclip watch\n"
-REQUEUED = 75  # the run will go on
 
 
 def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, every_s: float, once: bool) -> int:
@@ -93,7 +92,7 @@ def _left_to_training(config: TrainConfig, run: Path, step: int, sets: list[Eval
 def _has_ended(run: Path) -> bool:
     """Whether the run has left a verdict other than that it will be requeued."""
     verdict = read_verdict(run)
-    return verdict is not None and verdict["code"] != REQUEUED
+    return verdict is not None and verdict["code"] != TO_REQUEUE
 
 
 def _wait_for(path: Path, every_s: float, once: bool) -> None:

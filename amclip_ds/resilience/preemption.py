@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING
 from amclip_ds.errors import Preempted
 from amclip_ds.resilience.config import PreemptionConfig, read_duration
 from amclip_ds.resilience.ownership import Owner, OwnershipLost
+from amclip_ds.signals import STOPPING, heeded
 
 if TYPE_CHECKING:
     from amclip_ds.engine.runtime import Runtime
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-REASONS = ("run.time_limit", "the end of the Slurm job", "a STOP file", "SIGINT", "SIGTERM", "SIGUSR1", "ownership")
+NAMES = tuple(number.name for number in STOPPING)
+REASONS = ("run.time_limit", "the end of the Slurm job", "a STOP file", *NAMES, "ownership")  # the weightiest last
 STDERR = 2
 CODE_INTERRUPTED = 130
 LOOK_EVERY_S = 0.5  # for the STOP file: a stat a step would be felt on a parallel file system
@@ -50,15 +51,15 @@ class Arrivals:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._old_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._old = {number: signal.signal(number, _leave_a_note) for number in SIGNALS}
+        self._old = {number: signal.signal(number, _leave_a_note) for number in heeded()}
         os.register_at_fork(after_in_child=self._in_child)
         threading.Thread(target=self._note, name="signals", daemon=True).start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a launcher may have held them back until now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # a launcher may have held them back until now
 
     def _note(self) -> None:
         while arrived := os.read(self._reader, 64):
             for number in arrived:
-                if number in SIGNALS:
+                if number in self._old:
                     self.note(signal.Signals(number).name)
         os.close(self._reader)
 
@@ -81,7 +82,7 @@ class Arrivals:
         faulthandler.dump_traceback_later(self.forced_exit_s, exit=True, file=STDERR)
 
     def _in_child(self) -> None:
-        """A process that a rank forks (a loader's worker) ignores the signals, and writes none into the rank's pipe."""
+        """A process that a rank forks ignores the signals, and writes none into the rank's pipe."""
         if not self.is_closed:
             ignore_signals()
 
@@ -104,7 +105,8 @@ _arrivals: Arrivals | None = None  # signals are the process's, so this is too
 
 
 def listen(forced_exit_s: float = PreemptionConfig.forced_exit_s) -> Arrivals:
-    """From here on USR1, TERM and INT are noted and end nothing. Main thread only; a second call changes the timer."""
+    """From here on USR1, TERM, INT and HUP (under nohup not the last) are noted and end nothing. Main thread only; a
+    second call changes the timer."""
     global _arrivals
     if _arrivals is None:
         _arrivals = Arrivals(forced_exit_s)
@@ -116,9 +118,9 @@ def listen(forced_exit_s: float = PreemptionConfig.forced_exit_s) -> Arrivals:
 
 
 def ignore_signals() -> None:
-    """For processes that a rank starts (loader workers, the checkpoint's writer): the rank decides when they end."""
+    """For a process that a rank forks: the rank decides when it ends."""
     signal.set_wakeup_fd(-1)
-    for number in SIGNALS:
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -87,7 +87,7 @@ def end_it(folder: Path, settings: dict[str, Any], beats: dict[int, dict[str, An
         write_whole(own, json.dumps({"host": settings["host"], "ranks": reports}))
         nodes = wait_for_others(hangs, name, settings["num_nodes"])
     except OSError as error:  # the file system may be what hangs or is gone: what this node knows must still be told
-        print(f"watchdog: {hangs} cannot be written: {error}", file=sys.stderr, flush=True)
+        say(f"watchdog: {hangs} cannot be written: {error}")
         nodes = {settings["node"]: {"host": settings["host"], "ranks": reports}}
     everybody = sorted((item for node in nodes.values() for item in node["ranks"]), key=lambda item: item["rank"])
     silent = settings["num_nodes"] - len(nodes)
@@ -179,10 +179,8 @@ def describe(ranks: list[dict[str, Any]], culprits: list[int], why: str) -> str:
 
 def tell(settings: dict[str, Any], ranks: list[dict[str, Any]], culprits: list[int], cause: str, hangs: Path) -> None:
     """The job's log and incidents.jsonl, by one node for all."""
-    print(f"watchdog: {cause}\nwatchdog: the stacks of all ranks, also in {hangs}:", file=sys.stderr)
-    for item in ranks:
-        print(text_of(item), end="", file=sys.stderr)
-    sys.stderr.flush()
+    say(f"watchdog: {cause}\nwatchdog: the stacks of all ranks, also in {hangs}:")
+    say("".join(map(text_of, ranks)).rstrip("\n"))
     first = next(item for item in ranks if item["rank"] in culprits)
     row = {
         "time": round(time.time(), 3), "attempt": settings["attempt"], "step": first["step"], "rank": first["rank"],
@@ -193,7 +191,15 @@ def tell(settings: dict[str, Any], ranks: list[dict[str, Any]], culprits: list[i
         os.write(descriptor, (json.dumps(row) + "\n").encode())
         os.close(descriptor)
     except OSError as error:
-        print(f"watchdog: incidents.jsonl cannot be written: {error}", file=sys.stderr, flush=True)
+        say(f"watchdog: incidents.jsonl cannot be written: {error}")
+
+
+def say(text: str) -> None:
+    """Into the job's log, where that can be written: a closed one must not keep the ranks from being ended."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        return
 
 
 def text_of(item: dict[str, Any]) -> str:
@@ -249,8 +255,6 @@ def kill(pid: int, number: int) -> None:
 
 
 if __name__ == "__main__":
-    for ignored in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(ignored, signal.SIG_IGN)  # a rank's end, not a signal, ends the watch
     ending = watch(Path(sys.argv[1]))
     shutil.rmtree(sys.argv[1], ignore_errors=True)  # the ranks are gone, or have closed their files
     sys.exit(ending)

@@ -33,6 +33,7 @@ from amclip_ds.record import Record
 from amclip_ds.resilience import watch_ranks
 from amclip_ds.resilience.config import WatchdogConfig
 from amclip_ds.resilience.watch_ranks import BEAT, DONE, STACKS_SIGNAL
+from amclip_ds.signals import held_back
 
 SLOW_FACTOR = 1.5  # a straggler's own work takes so many times the others' median
 SLOW_SHARE = 0.25  # and costs at least so much of a step
@@ -157,10 +158,11 @@ class Watchdog:
             "num_nodes": self._runtime.num_nodes, "host": socket.gethostname(), "poll_s": poll_s,
         }  # fmt: skip
         (self._place / "settings.json").write_text(json.dumps(settings))
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", watch_ranks.__file__, str(self._place)], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        with held_back():  # a rank's end, not a signal, ends the watch
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", watch_ranks.__file__, str(self._place)], stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )  # fmt: skip
 
 
 class OwnTime:

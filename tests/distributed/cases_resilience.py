@@ -8,10 +8,10 @@ from pathlib import Path
 
 from amclip_ds.engine import runtime
 from amclip_ds.errors import Preempted
-from amclip_ds.resilience import preemption
 from amclip_ds.resilience.ownership import OwnershipConfig, OwnershipLost, claim, owning
-from amclip_ds.resilience.preemption import Preemption, PreemptionConfig
+from amclip_ds.resilience.preemption import Preemption, PreemptionConfig, leaving_together
 from amclip_ds.resilience.watchdog import OwnTime
+from amclip_ds.signals import STOPPING
 
 
 def loop(stops: Preemption, disturb: dict[int, object], steps: int = 30) -> tuple[int, str | None]:
@@ -45,7 +45,7 @@ def stop_case(folder: str, to: list[int], how: str, times: int = 1) -> dict:
     with Preemption(PreemptionConfig(), Path(folder), started, None, end, limit) as stops:
         step, reason = loop(stops, disturb, 300)
         count = stops._arrivals.count
-    handlers = [signal.getsignal(number) for number in preemption.SIGNALS]
+    handlers = [signal.getsignal(number) for number in STOPPING]
     runtime.stop(started)
     return {"step": step, "reason": reason, "count": count, "handlers": handlers}
 
@@ -58,7 +58,7 @@ def children_case(folder: str) -> dict:
         child.start()
         assert child.pid
         time.sleep(0.3)
-        for number in preemption.SIGNALS:
+        for number in STOPPING:
             os.kill(child.pid, number)
         time.sleep(0.3)
         alive = child.is_alive()
@@ -125,7 +125,7 @@ def leaving_case(launcher: str) -> str:
     os.environ["AMCLIP_LAUNCHER"] = launcher
     started = runtime.start(60)
     try:
-        with preemption.leaving_together(started):
+        with leaving_together(started):
             raise Preempted("stop")
         return "left with 0"
     except Preempted as error:
