@@ -1,5 +1,7 @@
 """The ways a command ends early, and the exit codes, which are defined here alone (README, "Exit codes")."""
 
+from amclip_ds.redact import redact
+
 DONE = 0
 FAULT = 1
 """Of ours, or of the machine."""
@@ -10,8 +12,6 @@ TO_REQUEUE = 75
 """Stopped from outside, after a committed checkpoint: started again, it goes on."""
 INTERRUPTED = 130
 """Before there was anything to save."""
-
-from amclip_ds.redact import redact
 
 
 class AmclipError(Exception):

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from amclip_ds.errors import Preempted
+from amclip_ds.errors import INTERRUPTED, Preempted
 from amclip_ds.resilience.config import PreemptionConfig, read_duration
 from amclip_ds.resilience.ownership import Owner, OwnershipLost
 from amclip_ds.signals import STOPPING, heeded
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 NAMES = tuple(number.name for number in STOPPING)
 REASONS = ("run.time_limit", "the end of the Slurm job", "a STOP file", *NAMES, "ownership")  # the weightiest last
 STDERR = 2
-CODE_INTERRUPTED = 130
 LOOK_EVERY_S = 0.5  # for the STOP file: a stat a step would be felt on a parallel file system
 OWN_LAUNCHERS = ("alone", "--procs")  # the others turn 75 into a code of their own
 
@@ -69,7 +68,7 @@ class Arrivals:
         self.interrupts += name == "SIGINT"
         if self.is_starting and self.interrupts > 1:
             _say("interrupted before the first step, nothing is lost; the same command starts again")
-            os._exit(CODE_INTERRUPTED)  # whatever the main thread is in: an import, a meeting, an index
+            os._exit(INTERRUPTED)  # whatever the main thread is in: an import, a meeting, an index
         if self.first is None:
             self.first = name
             self.arm()
