@@ -169,9 +169,10 @@ def _typed(key: str, hint: Any, text: str) -> Any:
         if not text.startswith("["):
             raise SettingsError(f"{key}: {text!r} does not fit; it takes {fits(key, hint)}")
         try:
-            return coerce(key, hint, plain_yaml.parse(text, key))
+            items = plain_yaml.parse(text, key)
         except UserError:
             raise SettingsError(f"{key}: {text!r} does not fit; it takes {fits(key, hint)}") from None
+        return coerce(key, hint, items)
     return coerce(key, hint, text)
 
 
@@ -290,7 +291,8 @@ def nearest(word: str, known: Sequence[str]) -> str | None:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
     if not near:
         last = word.rsplit(".", 1)[-1]
-        near = [key for key in known if key.rsplit(".", 1)[-1] == last][:3]
+        near = [key for key in known if key.rsplit(".", 1)[-1] == last]
+        near = near if len(near) == 1 or last == word else []  # data.name is neither model.vision.name nor optim.name
     if not near:
         near = difflib.get_close_matches(word, known, n=1, cutoff=0.65)
-    return f"did you mean {' or '.join(near)}?" if near else None
+    return f"did you mean {' or '.join(near[:3])}?" if near else None

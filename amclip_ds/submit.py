@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,10 @@ def sbatch_flags(plan: Plan, args: argparse.Namespace) -> list[str]:
 
 def job_name(run: str) -> str:
     """A name for the run's jobs, of characters that squeue shows."""
-    return "amclip-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", os.path.relpath(run)).strip("-.")
+    path = os.path.relpath(run)
+    shown = re.sub(r"[^A-Za-z0-9_.-]+", "-", path).strip("-.")
+    is_whole = shown == path.replace("/", "-")
+    return f"amclip-{shown}" if is_whole else f"amclip-{shown}-{zlib.crc32(path.encode(errors='surrogateescape')):08x}"
 
 
 def submit(plan: Plan) -> list[int]:

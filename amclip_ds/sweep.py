@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from amclip_ds import plain_yaml
+from amclip_ds import config as settings
+from amclip_ds import configfile, plain_yaml
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import read_json, write_atomically
 from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read_lines
@@ -38,7 +39,25 @@ def overrides_of(path: Path, index: int) -> list[str]:
     runs = read_sweep(path)
     if not 0 <= index < len(runs):
         raise UserError(f"sweep {path} has {len(runs)} runs: --array=0-{len(runs) - 1}, there is no run {index}")
-    return [f"{key}={_word(value)}" for key, value in runs[index].items()]
+    words = [f"{key}={_word(value)}" for key, value in runs[index].items()]
+    check_words(path, index, words)
+    return words
+
+
+def check_words(path: Path, index: int, words: list[str]) -> None:
+    """Raises UserError for what would not reach the run as one word, or not be taken there.
+
+    A word a line goes to sweep.sbatch, so a line end would make two of one; and `$NAME` would be filled in, which no
+    file may ask for.
+    """
+    for word in words:
+        if not word.isprintable() or "$" in word:
+            what = "a `$`, which only a command line may have" if "$" in word else "a line end or control character"
+            raise UserError(f"sweep {path}: run {index}: {word!r} holds {what}")
+    try:
+        configfile.read_overrides(words, settings.keys_and_types())
+    except UserError as error:
+        raise UserError(f"sweep {path}: run {index}: {error}") from None
 
 
 def finish(path: Path, out: Path, index: int, code: int) -> bool:

@@ -42,6 +42,7 @@ def main() -> int:
             "optim.warmup_steps=0", "data.workers=0", "log.tensorboard=false",
             "watchdog.step_timeout_s=null", *args.set,  # on a few cores a step takes minutes
         ]  # fmt: skip
+        words = list({word.partition("=")[0]: word for word in words}.values())  # --set has the last word
         state = model_state_of(settings.load(args.recipe, words), args.procs)
         free = psutil.virtual_memory().available / GB
         print(f"{args.recipe}, {args.deepspeed}, {args.procs} processes, batch {args.batch}; {free:.1f} GB free")

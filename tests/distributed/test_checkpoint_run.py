@@ -10,6 +10,7 @@ import pytest
 from amclip_ds.checkpoint import manifest
 from amclip_ds.data.synthetic import write_dataset
 from amclip_ds.jsonl import read_lines
+from tests.e2e.trainers import last_of_each
 from tests.harness import run_ranks
 from tests.unit.checkpoint.damage import flip
 
@@ -28,7 +29,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def amclip(*argv: str, ranks: int = 1) -> tuple[int, str]:
-    results = run_ranks("tests.e2e.cases:command", world_size=ranks, timeout_s=400, argv=["train", "aclip-tiny", *argv])
+    words = last_of_each(["train", "aclip-tiny", *argv])
+    results = run_ranks("tests.e2e.cases:command", world_size=ranks, timeout_s=400, argv=words)
     assert len({code for code, _ in results}) == 1, results
     return results[0]
 

@@ -16,12 +16,18 @@ STEPS = 24
 
 def tiny(scenes: Path, out: Path, *more: str) -> list[str]:
     """RECIPE key=value ... of a short, repeatable run: ZeRO-2, fp32."""
-    return [
+    words = [
         "aclip-tiny", f"data.train={scenes}/train", f"run.out={out}", f"run.steps={STEPS}", "batch.global_size=24",
         "engine.deepspeed=zero2_fp32.json", "data.workers=1", "log.every_steps=1", "log.tensorboard=false",
         "optim.warmup_steps=5", "checkpoint.every_steps=8", "checkpoint.keep_last=20", "run.deterministic=true",
         "run.log_sample_ids=true", *more,
     ]  # fmt: skip
+    return last_of_each(words)
+
+
+def last_of_each(words: list[str]) -> list[str]:
+    """The words, of each key the last one: a command line takes a key once."""
+    return list({word.partition("=")[0]: word for word in words}.values())
 
 
 class Trainer:

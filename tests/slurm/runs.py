@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.e2e.trainers import last_of_each
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,12 +34,13 @@ def make_data(folder: Path) -> None:
 
 def tiny(data: Path, out: Path | str, *more: str) -> list[str]:
     """RECIPE key=value ... of a run of a few seconds: ZeRO-2, bf16, gloo."""
-    return [
+    words = [
         "aclip-tiny", f"data.train={data}/train", f"eval.data={data}", f"run.out={out}", f"run.steps={STEPS}",
         "engine.deepspeed=zero2_bf16.json", "batch.global_size=24", "batch.per_gpu=12", "data.workers=1",
         "log.every_steps=1", "checkpoint.every_steps=10", "checkpoint.keep_last=20", "run.deterministic=true",
         "optim.warmup_steps=5", "log.tensorboard=false", *more,
     ]  # fmt: skip
+    return last_of_each(words)
 
 
 def submit_train(cluster: Cluster, cwd: Path, words: list[str], *flags: str, env: dict[str, str] | None = None) -> int:

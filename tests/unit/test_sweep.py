@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds import sweep
+from amclip_ds import config, sweep
 from amclip_ds.errors import UserError
 
 
@@ -30,6 +30,34 @@ def test_a_list_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_what_is_no_sweep_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sweep"):
         sweep.read_sweep(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('- {data.train: "/a.tar\\nrun.seed=5"}', "a line end or control character"),
+        ('- {run.out: "a\\tb"}', "a line end or control character"),
+        ('- {"run.seed=1\\nrun.out": 2}', "a line end or control character"),
+        ("- {run.out: $HOME/x}", "which only a command line may have"),
+        ("- {optim.lrr: 1}", "optim.lrr: unknown key; did you mean optim.lr?"),
+        ("- {optim.lr: fast}", "optim.lr: 'fast' does not fit"),
+        ("- {optim: {lr: 1}}", "optim: a section, not a key"),
+        ("- {learning_rate: 1}", "did you mean optim.lr?"),
+        ("grid: {optim.betas: [[0.9, x]]}", "optim.betas: 'x' does not fit"),
+    ],
+)
+def test_a_value_that_is_no_one_word_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        sweep.overrides_of(written(tmp_path, text), 0)
+    assert said in str(error.value) and "run 0" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_spaces_quotes_commas_and_equals_reach_the_run(tmp_path: Path) -> None:
+    """The twin; as sweep.sbatch takes them, a line each."""
+    path = written(tmp_path, "- {data.train: \"/my 'data',a=b/{0..1}.tar\", data.captions: ['{a}. {b}', txt]}")
+    words = "\n".join(sweep.overrides_of(path, 0)).split("\n")
+    loaded = config.load("aclip-tiny", words)
+    assert loaded.data.train == "/my 'data',a=b/{0..1}.tar" and loaded.data.captions == ["{a}. {b}", "txt"]
 
 
 def test_an_array_larger_than_the_sweep_is_refused(tmp_path: Path) -> None:
