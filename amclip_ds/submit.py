@@ -114,35 +114,43 @@ def check_memory(config: TrainConfig, world_size: int, gpu_memory: str | None) -
 
 def sample_shards(shards: list[str]) -> str:
     """Opens the first, the middle and the last shard. Raises UserError naming the one that is no good."""
-    import tarfile
+    from amclip_ds.data.reader import open_shard
+    from amclip_ds.data.tar import Damage, Member, scan
 
     sample = sorted({0, len(shards) // 2, len(shards) - 1})[:SAMPLED_SHARDS]
     for path in (shards[index] for index in sample):
         if is_remote(path):
             continue
         try:
-            with tarfile.open(path) as tar:
-                if tar.next() is None:
-                    raise UserError(f"data.train: {path} is empty")
-        except (OSError, tarfile.TarError) as error:
-            raise UserError(f"data.train: {path}: {' '.join(str(error).split())}") from None
+            with open_shard(path) as (file, size, _):
+                found = next((item for item in scan(file, size) if isinstance(item, Member | Damage)), None)
+        except OSError as error:
+            raise UserError(f"data.train: {path}: {error.strerror or error}") from None
+        if not isinstance(found, Member):
+            raise UserError(f"data.train: {path}: {found.cause if found else 'is empty'}")
     return f"data: {len(shards)} shards, {len(sample)} of them opened (`amclip data check` reads all)"
 
 
 def check_epoch(config: TrainConfig, shards: list[str]) -> None:
-    """Counts samples, in the headers of local shards, until there are enough for a batch. Raises UserError if not."""
+    """Counts samples, in the headers of local shards, until there are enough for a batch. Raises UserError if not, and
+    where the account of those shards hides too many images."""
+    from amclip_ds.data.account import account_of
     from amclip_ds.data.index import scan_shard
 
     if config.data.resampled or config.data.weights is not None or any(is_remote(path) for path in shards):
         return  # an epoch is then no plain count, or counting is no matter of seconds
-    found = 0
+    entries = []
     for path in shards:
-        found += scan_shard(path)[0].samples
-        if found >= config.batch.global_size:
-            return
+        entries.append(scan_shard(path)[0])
+        if sum(entry.samples for entry in entries) >= config.batch.global_size:
+            break
+    account = account_of(entries)
+    account.check(config.data.max_skip_rate)
+    if account.samples >= config.batch.global_size:
+        return
     raise UserError(
-        f"data.train: an epoch has {found} samples, batch.global_size needs {config.batch.global_size}; give more data"
-        f" or a smaller batch"
+        f"data.train: an epoch has {account.samples} samples, batch.global_size needs"
+        f" {config.batch.global_size}; give more data or a smaller batch"
     )
 
 

@@ -20,6 +20,7 @@ ADVICE = {
     "not adjacent": "members of a sample are not adjacent: pack with tar --sort=name",
     "sparse": "stored without its holes: pack without tar --sparse",
     "link": "links have no content: pack with tar --dereference --hard-dereference",
+    "not utf-8": "texts are UTF-8, or have a byte-order mark: convert them",
     "hidden image": "a name that begins with a dot belongs to no sample: rename it",
     "zeros": "other readers stop there: pack again, or join with tar --concatenate",
 }

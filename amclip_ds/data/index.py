@@ -293,12 +293,11 @@ class _Found:
         elsewhere = set(self._without_image)
         if elsewhere:
             elsewhere &= {key.decode("utf-8", "surrogateescape") for key in self.keys}
-        for kind, keys in (("no image", self._without_image), ("no caption", self._without_caption)):
-            for key in keys:
-                if key not in elsewhere:
-                    self.problem(kind, key)
-        if elsewhere:
-            self.problem("not adjacent", min(elsewhere), len(elsewhere))
+        for key in self._without_image:
+            if key not in elsewhere:
+                self.problem("no image", key)
+        for key in self._without_caption:
+            self.problem("not adjacent" if key in elsewhere else "no caption", key)
 
 
 def _record(file: BinaryIO, key_offset: int, one: Group) -> Any:

@@ -1,71 +1,18 @@
-"""What became of the images: left out by indexing, read, skipped, mended, by shard and cause; when it is too many."""
+"""What became of the samples: read, skipped, mended, by shard and cause; and when too many are lost to go on."""
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from amclip_ds.data.account import Account
 from amclip_ds.data.batch import Batch
-from amclip_ds.data.grouping import ADVICE
-from amclip_ds.data.index import HAS_JSON, HAS_TEXT, Index
-from amclip_ds.data.tar import printable
-from amclip_ds.errors import RunStopped, UserError
+from amclip_ds.errors import RunStopped
 
 Gather = Callable[[Any], list[Any]]
 SKIPPED = "replaced"  # the action of an incident that cost a sample its place
 ALWAYS_BORNE = 16  # skipped samples that stop no run, however few were read so far
-WITHOUT_PLACE = ("surplus image", "too large", "sparse", "too far")  # images that no sample order can reach
 BLOCK = 1 << 16  # samples after which what was read long ago is forgotten by the rate
-
-
-@dataclass(frozen=True)
-class Account:
-    """What became of the shards' images before the first step: images = samples + left out."""
-
-    samples: int
-    left_out: dict[str, int]
-    """cause -> images that are in the tars and in no sample"""
-    scattered: int
-    """samples without a caption whose caption lies elsewhere in the tar"""
-    first: dict[str, str]
-    """cause -> the first one's name and shard"""
-
-    @property
-    def images(self) -> int:
-        """In the tars."""
-        return self.samples + sum(self.left_out.values())
-
-    def check(self, max_skip_rate: float) -> None:
-        """Raises UserError where packing has hidden more than this part of the images."""
-        for kind, count in (("surplus image", self.left_out.get("surplus image", 0)), ("not adjacent", self.scattered)):
-            if count > max_skip_rate * self.images:
-                raise UserError(
-                    f"data.train: {kind}: {count} of {self.images} images cannot be trained on, above"
-                    f" data.max_skip_rate={max_skip_rate:g}; the first is {self.first[kind]}; {ADVICE[kind]}"
-                )
-
-    def __str__(self) -> str:
-        causes = "".join(f" + {count} {kind}" for kind, count in self.left_out.items())
-        return f"{self.images} images in the shards = {self.samples} samples{causes}"
-
-
-def account_of(index: Index, shards: list[int]) -> Account:
-    """The account of these shards, by their numbers in the index; each counts once."""
-    left_out: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    samples = scattered = 0
-    for number in dict.fromkeys(shards):
-        entry = index.shards[number]
-        samples += entry.samples
-        for problem in entry.problems:
-            kind = problem["kind"]
-            first.setdefault(kind, f"{printable(problem['key'])} in {entry.path}")
-            if kind in WITHOUT_PLACE:
-                left_out[kind] += problem["count"]
-            elif kind == "not adjacent":
-                flags = index.records["flags"][index.starts[number] : index.starts[number + 1]]
-                scattered += min(problem["count"], int((flags & (HAS_TEXT | HAS_JSON) == 0).sum()))
-    return Account(samples, dict(left_out), scattered, first)
 
 
 @dataclass

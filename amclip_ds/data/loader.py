@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from amclip_ds.data import captions
+from amclip_ds.data.account import account_of
 from amclip_ds.data.ahead import made_ahead
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.chunks import Chunk, ChunkMaker, ChunkSpec, Failed, join
 from amclip_ds.data.config import DataConfig
 from amclip_ds.data.index import Index
-from amclip_ds.data.ledger import account_of
 from amclip_ds.data.order import EpochOrder, Mixture
 from amclip_ds.data.photometric import Photometric
 from amclip_ds.data.prepare import Once, Sources, and_more, find_sources
@@ -74,7 +74,7 @@ class TrainingData:
             stage_bytes=int(config.stage_gb * 1e9),
         )  # fmt: skip
         self._known_damage = _damage(index, members) if rank == 0 else []
-        self.account = account_of(index, members)
+        self.account = account_of(index.shards[number] for number in dict.fromkeys(members))
         self.account.check(config.max_skip_rate)
         if self.account.left_out:
             self._say(f"data: {self.account}")
@@ -171,7 +171,8 @@ class TrainingData:
 
     def _check_enough(self) -> None:
         if self.samples_per_epoch == 0:
-            raise UserError(f"data.train: no sample with an image in {self.shards[0]}{and_more(self.shards)}")
+            raise UserError(f"data.train: no sample with an image in {self.shards[0]}{and_more(self.shards)}"
+                            f"{self.account.why_empty()}")  # fmt: skip
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"data.train: an epoch has {self.samples_per_epoch} samples, batch.global_size needs"

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from amclip_ds import cli
+from amclip_ds.data.account import account_of
 from amclip_ds.data.check import CheckConfig, Report, check
 from amclip_ds.data.config import DataConfig
 from amclip_ds.data.grouping import ADVICE, Group, group, scattered
 from amclip_ds.data.index import Index, build_index
-from amclip_ds.data.ledger import Ledger, account_of
+from amclip_ds.data.ledger import Ledger
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.tar import Damage, scan
 from amclip_ds.errors import UserError
@@ -186,7 +187,7 @@ def test_odd_names(name: str, tmp_path: Path) -> None:
     assert len(index) == read + problems.get("broken image", 0)
     images = sum(not item[0].rpartition("/")[2].startswith(".") and item[0].lower()[-4:] in
                  (".jpg", "jpeg", ".png") for item in files)  # fmt: skip
-    assert report.total("images") == images == account_of(index, [0]).images
+    assert report.total("images") == images == account_of(index.shards).images
 
 
 def test_a_sample_over_two_shards_is_two_halves(tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_many_members_of_one_key_take_seconds(count: int, tmp_path: Path) -> Non
     report = checked(tmp_path / "0.tar")
     assert report.total("images") == count and report.problems()["surplus image"] == count - 1
     index = build_index([str(tmp_path / "0.tar")], tmp_path / "index", 1)
-    assert account_of(index, [0]).images == count
+    assert account_of(index.shards).images == count
 
 
 def mixture(folder: Path) -> Path:
