@@ -289,10 +289,13 @@ def unknown(word: str, known: Mapping[str, Any]) -> str:
 def nearest(word: str, known: Sequence[str]) -> str | None:
     """`did you mean X?`: of dotted names first the whole, then those with that last part; None if nothing is near."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+    last = word.rsplit(".", 1)[-1]
     if not near:
-        last = word.rsplit(".", 1)[-1]
         near = [key for key in known if key.rsplit(".", 1)[-1] == last]
         near = near if len(near) == 1 or last == word else []  # data.name is neither model.vision.name nor optim.name
-    if not near:
-        near = difflib.get_close_matches(word, known, n=1, cutoff=0.65)
+    if not near:  # within a section, names alone: what they share of the section would make anything near
+        section = word.rpartition(".")[0]
+        names = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section or not section}
+        longer = [name for name in names if name.startswith(last + "_")]
+        near = [names[name] for name in longer or difflib.get_close_matches(last, names, n=1, cutoff=0.7)]
     return f"did you mean {' or '.join(near[:3])}?" if near else None
