@@ -33,19 +33,26 @@ MAX_METRICS = 1 << 30  # of a million steps
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Appends one JSON line with a single write, so that several processes may append to the same file.
 
-    A value that is not finite becomes null, since strict JSON has no NaN; secrets in strings become ***. Raises OSError
-    where not all of it was written; what was, is a torn line, and the next row begins a line of its own.
+    Raises OSError where not all of it was written; what was, is a torn line, and the next row begins a line of its own.
     """
+    append(path, encode(row))
+
+
+def encode(row: dict[str, Any]) -> bytes:
+    """The row as a line. A value that is not finite becomes null, since strict JSON has no NaN; secrets in strings
+    become ***."""
     line = json.dumps(_strict(row), ensure_ascii=False) + "\n"
-    _append(path, line.encode("utf-8", "backslashreplace"))  # half of a surrogate pair stays a JSON escape
+    return line.encode("utf-8", "backslashreplace")  # half of a surrogate pair stays a JSON escape
 
 
-def _append(path: Path, content: bytes) -> None:
+def append(path: Path, content: bytes) -> None:
+    """Appends whole lines. Raises OSError as `append_line` does; a row of which only the end of its line is missing
+    counts as written, since the next one brings it."""
     descriptor = open_to_append(path)
     try:
         content = _end_of_torn_line(descriptor) + content
         written = os.write(descriptor, content)
-        while written < len(content):  # the disk is full (this raises), or a signal came between
+        while written < len(content) - 1:  # the disk is full (this raises), or a signal came between
             written += os.write(descriptor, content[written:])
     finally:
         os.close(descriptor)

@@ -1,7 +1,7 @@
 """What a run writes down: metrics.jsonl, eval.jsonl, incidents.jsonl, out.log, TensorBoard, and the live line.
 
-Every file is appended to and flushed line by line. A resume calls `supersede` first, which moves rows past the
-checkpoint's step to *.superseded.jsonl, so that no step stands twice.
+Every file is appended to line by line, and none of them can end the run (backlog.py). A resume calls `supersede`
+first, which moves rows past the checkpoint's step to *.superseded.jsonl, so that no step stands twice.
 """
 
 import re
@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from amclip_ds import jsonl
+from amclip_ds import jsonl, tensorboard_events
+from amclip_ds.backlog import Backlog
 from amclip_ds.errors import UserError
 from amclip_ds.files import is_regular, read_json, read_text, write_atomically
-from amclip_ds.jsonl import append_line
 from amclip_ds.redact import redact
 
 STEPPED = ("metrics", "sample_ids", "eval")  # the files whose rows carry a step
@@ -71,8 +71,49 @@ def supersede(folder: Path, step: int) -> dict[str, int]:
     return {f"{name}.jsonl": count for name, count in counts.items() if count}
 
 
+class WandbRun:
+    """A run at Weights & Biases. Whatever fails there is an incident, once, and costs what it failed on.
+
+    incident(kind, cause, action=...): where it is recorded.
+    """
+
+    def __init__(self, project: str, folder: Path, run_config: dict[str, Any], incident: Callable[..., None]) -> None:
+        self._incident = incident
+        self._is_failing = False
+        self._run: Any = None
+
+        def begin() -> None:
+            import wandb
+
+            self._run = wandb.init(project=project, name=folder.name, dir=folder, id=run_id(folder), resume="allow",
+                                   config=run_config)  # fmt: skip
+
+        self._attempt(begin)
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        """One step's numbers."""
+        if self._run is not None:
+            self._attempt(lambda: self._run.log(numbers, step=step))
+
+    def finish(self) -> None:
+        """Ends the run there."""
+        if self._run is not None:
+            self._attempt(self._run.finish)
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+            self._is_failing = False
+        except Exception as error:  # a library of another house, over a network
+            if not self._is_failing:
+                cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                print(f"amclip: Weights & Biases failed ({cause}); training goes on", file=sys.stderr, flush=True)
+                self._incident("wandb", cause, action="training goes on")
+            self._is_failing = True
+
+
 class Record:
-    """A run's pen. On ranks other than 0 only incidents are written.
+    """A run's pen, which cannot end the run: see backlog.py. On ranks other than 0 only incidents are written.
 
     folder: the run's folder, existing. total_steps: for the progress line. samples_per_epoch: likewise.
     """
@@ -84,13 +125,14 @@ class Record:
         self.folder, self.config, self.rank, self.world_size, self.attempt = folder, config, rank, world_size, attempt
         self.total_steps, self.samples_per_epoch = total_steps, samples_per_epoch
         self.is_main = rank == 0
-        self.step = first_step
-        self._sinks: list[Callable[[int, dict[str, float]], None]] = []
-        self._closers: list[Callable[[], None]] = []
-        self._log = (folder / "out.log").open("a", buffering=1) if self.is_main else None
+        self.step = self._first_step = first_step
+        self._backlog = Backlog(lambda cause, outcome: self.incident("record_held", cause, action=outcome))
+        self._events = folder / "tensorboard" / tensorboard_events.file_name()
+        self._wandb: WandbRun | None = None
         self._progress: Any = None
         if self.is_main:
-            self._open_trackers(run_config or {})
+            if config.wandb_project:
+                self._wandb = WandbRun(config.wandb_project, folder, run_config or {}, self.incident)
             if sys.stdout.isatty():
                 self._open_progress(first_step)
 
@@ -100,10 +142,10 @@ class Record:
 
     def say(self, text: str) -> None:
         """One line on the screen and in out.log. Rank 0 only; others are silent."""
-        if self._log is None:
+        if not self.is_main:
             return
         text = redact(text)
-        self._log.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n")
+        self._note(text)
         if self._progress:
             self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
@@ -114,13 +156,11 @@ class Record:
         self.step = row["step"]
         if not self.is_main:
             return
-        append_line(self.folder / "metrics.jsonl", row)
-        numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
-        for sink in self._sinks:
-            sink(row["step"], numbers)
+        self._append("metrics.jsonl", row)
+        self._track(row["step"], row)
         line = self._line(row) + (f" | {note}" if note else "")
-        if self._progress and self._log is not None:
-            self._log.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
+        if self._progress:
+            self._note(line)
             self._progress.update(self._task, completed=row["step"], loss=row["loss"], rate=row["samples_per_s"])
         else:
             self.say(line)
@@ -128,22 +168,20 @@ class Record:
     def sample_ids(self, step: int, ids: list[int]) -> None:
         """The sample ids of one step, in global order."""
         if self.is_main:
-            append_line(self.folder / "sample_ids.jsonl", {"step": step, "ids": ids})
+            self._append("sample_ids.jsonl", {"step": step, "ids": ids})
 
     def evaluation(self, rows: Iterable[dict[str, Any]]) -> None:
         """Rows of an evaluation: eval.jsonl and the trackers."""
         for row in rows if self.is_main else ():
-            append_line(self.folder / "eval.jsonl", row)
+            self._append("eval.jsonl", row)
             told = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items() if name in TOLD)
             self.say(f"Eval Step: {row['step']} {row['dataset']} {row['weights']}: {told}")
-            scores = {f"eval/{row['weights']}/{row['dataset']}/{k}": float(v) for k, v in row["metrics"].items()
-                      if isinstance(v, int | float)}  # fmt: skip
-            for sink in self._sinks:
-                sink(row["step"], scores)
+            prefix = f"eval/{row['weights']}/{row['dataset']}"
+            self._track(row["step"], {f"{prefix}/{name}": value for name, value in row["metrics"].items()})
 
     def incident(self, kind: str, cause: str, *, shard: str = "", key: str = "", action: str = "") -> None:
         """Something that should not have happened, and what was done about it. Any rank."""
-        append_line(self.folder / "incidents.jsonl", {
+        self._append("incidents.jsonl", {
             "time": round(time.time(), 3), "attempt": self.attempt, "step": self.step, "rank": self.rank,
             "kind": kind, "shard": shard, "key": key, "cause": cause, "action": action,
         })  # fmt: skip
@@ -153,17 +191,19 @@ class Record:
         for row in rows:
             self.incident(**{"action": "replaced by another sample"} | row)  # type: ignore[arg-type]
 
+    def replace(self, path: Path, text: str) -> None:
+        """Makes `text` the whole content of a small file of the run, when the disk takes it."""
+        self._backlog.replace(path, text)
+
     def close(self) -> None:
-        """Ends the live line and closes every file."""
-        for closer in self._closers:
-            closer()
-        self._closers.clear()
+        """Ends the live line, and waits a little for what the disk has not taken."""
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
         if self._progress:
             self._progress.stop()
             self._progress = None
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        self._backlog.close()
 
     def __enter__(self) -> "Record":
         return self
@@ -182,25 +222,21 @@ class Record:
             f" O2O: {row['loss_o2o']:.4f} O2E: {row['loss_o2e']:.4f} Loss: {row['loss']:.4f}"
         )
 
-    def _open_trackers(self, run_config: dict[str, Any]) -> None:
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        self._backlog.append(self.folder / name, jsonl.encode(row))
+
+    def _note(self, text: str) -> None:
+        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n"
+        self._backlog.append(self.folder / "out.log", line.encode("utf-8", "backslashreplace"))
+
+    def _track(self, step: int, values: dict[str, Any]) -> None:
+        """The numbers among the values, for TensorBoard and W&B."""
+        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
         if self.config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
-
-            def to_tensorboard(step: int, row: dict[str, float]) -> None:
-                for name, value in row.items():
-                    writer.add_scalar(name, value, step)
-
-            self._sinks.append(to_tensorboard)
-            self._closers.append(writer.close)
-        if self.config.wandb_project:
-            import wandb
-
-            run = wandb.init(project=self.config.wandb_project, name=self.folder.name, dir=self.folder,
-                             id=run_id(self.folder), resume="allow", config=run_config)  # fmt: skip
-            self._sinks.append(lambda step, row: run.log(row, step=step))
-            self._closers.append(run.finish)
+            event = tensorboard_events.scalars(step, numbers)
+            self._backlog.append(self._events, event, head=tensorboard_events.head(self._first_step + 1))
+        if self._wandb is not None:
+            self._wandb.log(step, numbers)
 
     def _open_progress(self, first_step: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -150,7 +150,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     ))  # fmt: skip
     with watchdog.during("resume"):
         keeper.resume(found, state)
-        on_main(partial(write_settings, folder, config))
+        if runtime.is_main:
+            write_settings(folder, config, record.replace)
     return Run(
         config=config, runtime=runtime, comm=comm, plan=plan, folder=folder, attempt=attempt, stops=stops,
         watchdog=watchdog, state=state, data=data, total_steps=total_steps, record=record, student=student,

@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from amclip_ds import config as settings
+from amclip_ds.backlog import Backlog
 from amclip_ds.config import TrainConfig
 from amclip_ds.engine.collectives import on_main
 from amclip_ds.errors import AmclipError, UserError
@@ -46,22 +47,19 @@ def open_folder(config: TrainConfig) -> tuple[Path, int]:
         folder.mkdir(parents=True, exist_ok=True)
         attempt = next_attempt(folder)
         (folder / "exit.json").unlink(missing_ok=True)
+        if not (folder / "config.yaml").exists():
+            write_settings(folder, config, write_atomically)
     except OSError as error:
         raise UserError(f"run.out: {folder} cannot be written: {error.strerror}") from None
-    if not (folder / "config.yaml").exists():
-        write_settings(folder, config)
     return folder, attempt
 
 
-def write_settings(folder: Path, config: TrainConfig) -> None:
+def write_settings(folder: Path, config: TrainConfig, write: Callable[[Path, str], None]) -> None:
     """RUN/config.yaml and versions.json. Again at every start, but after the resume: one that is refused for what its
-    settings would change must not leave them in the run's name. Raises UserError. Rank 0 only.
+    settings would change must not leave them in the run's name. Raises what `write` does. Rank 0 only.
     """
-    try:
-        write_atomically(folder / "config.yaml", settings.dump(config))
-        write_atomically(folder / "versions.json", describe_versions())
-    except OSError as error:
-        raise UserError(f"run.out: {folder} cannot be written: {error.strerror}") from None
+    write(folder / "config.yaml", settings.dump(config))
+    write(folder / "versions.json", describe_versions())
 
 
 def next_attempt(folder: Path) -> int:
@@ -103,9 +101,14 @@ def write_verdict_at_end(
 
 
 def write_verdict(folder: Path, code: int, step: int, attempt: int, reason: str) -> None:
-    """RUN/exit.json: what a launcher's status cannot be trusted to tell. Rank 0 only, after the last commit."""
+    """RUN/exit.json: what a launcher's status cannot be trusted to tell. Rank 0 only, after the last commit.
+
+    Waits a little for a disk that does not take it; without it, the processes' own statuses count.
+    """
     verdict = {"code": code, "step": step, "attempt": attempt, "reason": reason}
-    write_atomically(folder / "exit.json", json.dumps(verdict) + "\n")
+    backlog = Backlog(lambda cause, outcome: None)
+    backlog.replace(folder / "exit.json", json.dumps(verdict) + "\n")
+    backlog.close()
 
 
 def describe_versions() -> str:

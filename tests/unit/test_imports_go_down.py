@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "loss": {"loss"},
     "data": {"data"},
     "optim": {"optim"},
-    "record": set(),
+    "record": {"backlog", "tensorboard_events"},
     "launch": {"record", "engine"},
     "engine": MIDDLE,
     "teacher": MIDDLE,
