@@ -19,6 +19,10 @@ def check(config: TrainConfig) -> None:
     read_ds_config(config.engine)
     check_inputs(config.data, config.eval.data)
     check_init(config)
+    if config.eval.data and not goes_on(config):
+        from amclip_ds.evaluate.datasets import check_sets  # it needs numpy
+
+        check_sets(config.eval.data)
     if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError("log.wandb_project: wandb is not installed: pip install 'amclip_ds[track]', or null")
 
@@ -41,8 +45,13 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def goes_on(config: TrainConfig) -> bool:
+    """Whether there is a checkpoint: what a run began with, or is evaluated on, must not keep it from going on."""
+    return any(Path(config.run.out, "checkpoints").glob("step_*"))
+
+
 def check_init(config: TrainConfig) -> None:
     """Raises UserError where model.init_from points nowhere; a run that goes on needs it no more."""
     source = config.model.init_from
-    if source and not any(Path(config.run.out, "checkpoints").glob("step_*")) and not Path(source).exists():
+    if source and not goes_on(config) and not Path(source).exists():
         raise UserError(f"model.init_from: no such file or folder: {source}")

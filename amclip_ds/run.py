@@ -20,6 +20,8 @@ from amclip_ds.engine.placement import SlurmJob
 from amclip_ds.engine.preflight import preflight
 from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.student import StudentEngine
+from amclip_ds.errors import UserError
+from amclip_ds.evaluate.datasets import check_sets
 from amclip_ds.meter import Meter
 from amclip_ds.model import start
 from amclip_ds.model.config import needs_noise, num_units
@@ -119,6 +121,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     with watchdog.during("verify"):
         found = look(folder, resume, config, ranks)
     with watchdog.during("index"):
+        evaluated_on = on_main(partial(check_evaluation, config, is_resumed=found is not None))
         data = stack.enter_context(closing(open_data(config, runtime)))
     total_steps = config.run.steps or round((config.run.epochs or 0) * data.steps_per_epoch)
     record = stack.enter_context(Record(
@@ -127,6 +130,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         run_config=redact_all(asdict(config)),
     ))  # fmt: skip
     record.say(describe(config, runtime, plan, data, total_steps))
+    for line in evaluated_on:
+        record.say(line)
     if runtime.world_size > 1:
         preflight(runtime, config_text=settings.dump(config), shards=data.shards, folder=folder, say=record.say)
 
@@ -158,6 +163,17 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         teacher=teacher, schedules=Schedules(config.optim, config.teacher, total_steps), guards=guards,
         ledger=Ledger(config.data.max_skip_rate, gather_objects, data.account), meter=meter, keeper=keeper,
     )  # fmt: skip
+
+
+def check_evaluation(config: TrainConfig, *, is_resumed: bool) -> list[str]:
+    """What eval.data was understood as, a line a set. Raises UserError for a mistake in it, but never for a run that
+    goes on: there it costs the evaluations alone."""
+    try:
+        return [f"evaluation on {line}" for line in check_sets(config.eval.data)]
+    except UserError as error:
+        if not is_resumed:
+            raise
+        return [f"no evaluation: {error}; training goes on"]
 
 
 def build_engines(config: TrainConfig, runtime: Runtime) -> tuple[StudentEngine, Teacher | None]:

@@ -70,7 +70,7 @@ class Plan:
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Checks the recipe, the batch, the memory and a sample of the shards; writes RUN/slurm. Raises UserError."""
+    """Checks recipe, batch, memory, a sample of the shards and eval.data; writes RUN/slurm. Raises UserError."""
     config = settings.load(args.recipe, args.overrides)
     per_node = args.gpus_per_node or args.tasks_per_node or 1
     for name, value in (("--nodes", args.nodes), ("--chain", args.chain), ("tasks per node", per_node)):
@@ -86,6 +86,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     settings.check_buildable(config)
     check_start(config)
     plan.found.append(check_memory(config, world_size, args.gpu_memory))
+    plan.found += describe_evaluation(config)
     write_script(plan, args)
     return plan
 
@@ -95,6 +96,13 @@ def describe_batch(config: TrainConfig, world_size: int) -> str:
     share = settings.plan_batch(config.batch, world_size)
     accumulated = f", accumulated over {share.splits} splits of {share.micro}" if share.splits > 1 else ""
     return f"batch: {config.batch.global_size} = {world_size} ranks x {share.local}{accumulated}"
+
+
+def describe_evaluation(config: TrainConfig) -> list[str]:
+    """What eval.data was understood as. Raises UserError."""
+    from amclip_ds.evaluate.datasets import check_sets
+
+    return [f"evaluation: {line}" for line in check_sets(config.eval.data)]
 
 
 def check_memory(config: TrainConfig, world_size: int, gpu_memory: str | None) -> str:
@@ -156,7 +164,7 @@ def check_epoch(config: TrainConfig, shards: list[str]) -> None:
 
 def check_start(config: TrainConfig) -> None:
     """Whether the weights of model.init_from fit the model. Raises UserError."""
-    if not config.model.init_from or any(Path(config.run.out, "checkpoints").glob("step_*")):
+    if not config.model.init_from or preconditions.goes_on(config):
         return
     import torch
 

@@ -113,7 +113,7 @@ def evaluation_is_missing(run: Run) -> bool:
             incidents = read_lines(run.folder / "incidents.jsonl", STEP | {"kind": str})
             if any(row["step"] == run.state.step and row["kind"] in (FAILED, MADE_UP) for row in incidents):
                 return False
-            sets = [open_set(spec) for spec in specs_of(run.config)]
+            sets = [open_set(spec, key="eval.data") for spec in specs_of(run.config)]
             return bool(rows.missing(run.folder, run.state.step, sets, weights))
         except UserError as error:
             run.record.say(f"whether step {run.state.step} is evaluated cannot be found out: {error}; training goes on")

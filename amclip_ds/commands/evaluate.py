@@ -5,7 +5,8 @@
   amclip eval runs/aclip-vitb16/checkpoints/step_00010000 --data /eval/imagenet1k --templates openai-80 --procs 8
   amclip eval exported/open_clip --data /eval/imagenet1k --json numbers.json
 
-DIR is CLIP_benchmark's WebDataset layout, an image folder (a folder a class), or tars of image and text for retrieval.
+DIR is CLIP_benchmark's WebDataset layout, an image folder (a folder a class, wnids too, with train and val above them
+or not), images beside a list of NAME,LABEL, or tars of image and text for retrieval; what was understood is printed.
 The numbers are the same on any number of ranks (torchrun, srun, or --procs N). A run's numbers are also appended to its
 eval.jsonl.
 """
@@ -21,16 +22,19 @@ TASKS = ("zeroshot_classification", "retrieval", "linear_probe", "knn")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a run's folder, a checkpoint's, or an export's")
-    parser.add_argument("--data", action="append", required=True, metavar="DIR", help="what to evaluate on; repeatable")
+    parser.add_argument("--data", action="append", metavar="DIR",
+                        help="what to evaluate on; repeatable (the run's eval.data)")  # fmt: skip
     parser.add_argument("--weights", choices=("student", "teacher", "both"), default="both",
                         help="which weights (both; a source that has no teacher: the student)")  # fmt: skip
     parser.add_argument("--task", action="append", choices=("auto", *TASKS),
                         help="repeatable; auto (default): what the folder's dataset_type.txt says")  # fmt: skip
-    parser.add_argument("--split", default="test", metavar="NAME", help="the split's folder (test)")
+    parser.add_argument(
+        "--split", default="", metavar="NAME", help="the split's folder (test; where there is none, val)"
+    )
     parser.add_argument("--templates", default="folder", metavar="folder|openai-7|openai-80|FILE",
-                        help="prompt templates (the folder's own)")  # fmt: skip
+                        help="prompt templates (the folder's own; of an image folder openai-7)")  # fmt: skip
     parser.add_argument("--classnames", default="folder", metavar="folder|imagenet|FILE",
-                        help="class names (the folder's own)")  # fmt: skip
+                        help="class names (the folder's own; wnids are known)")  # fmt: skip
     parser.add_argument("--batch-size", type=whole(1), default=64, metavar="N", help="images in one forward (64)")
     parser.add_argument("--preprocess", choices=("ours", "library"), default="ours",
                         help="whose pixels an export sees: ours (default), or its own library's")  # fmt: skip
@@ -42,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from amclip_ds.data.inputs import check_foreign
 
-    for spec in args.data:
+    for spec in args.data or ():
         check_foreign(spec, "--data")
     if args.procs is not None:
         from amclip_ds.launch import run_ranks

@@ -224,7 +224,8 @@ def _walk_jpeg(content: bytes) -> _Jpeg:
 
 def _bare_png(content: bytes) -> bytes:
     """The chunks that make the picture: no texts, profiles and frames of an animation, whatever size they unpack to."""
-    view, kept, place = memoryview(content), [content[:8]], 8
+    kept: list[bytes | memoryview] = [content[:8]]
+    view, place = memoryview(content), 8
     for count in range(1, MAX_PARTS):
         end = place + 12 + int.from_bytes(content[place : place + 4], "big")
         name = content[place + 4 : place + 8]

@@ -3,12 +3,16 @@
 import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from amclip_ds import json_file
+from amclip_ds.data.sources import split_sources
 from amclip_ds.engine import runtime as engine_runtime
-from amclip_ds.engine.collectives import DistributedComm, on_main
+from amclip_ds.engine.collectives import DistributedComm, on_all, on_main
+from amclip_ds.errors import UserError
+from amclip_ds.evaluate.datasets import check_distinct
 from amclip_ds.evaluate.encoder import Encoder
 from amclip_ds.evaluate.rows import append_new
 from amclip_ds.evaluate.source import Located, locate, open_encoder
@@ -24,15 +28,30 @@ def evaluate(args: argparse.Namespace) -> int:
         stack.callback(engine_runtime.stop, runtime)
         located = on_main(lambda: locate(Path(args.source)))
         names = located.weights if args.weights == "both" else (args.weights,)
-        opened = [open_for(task, spec, args.split, args.classnames, args.templates)
-                  for spec in args.data for task in args.task or ["auto"]]  # fmt: skip
+        specs, key = _specs_of(args, located)
+        opened = on_all(lambda: [open_for(task, spec, args.split, args.classnames, args.templates, key)
+                                 for spec in specs for task in args.task or ["auto"]])  # fmt: skip
+        check_distinct([data for _, data, _ in opened], key)
+        if runtime.is_main:
+            print(f"{located.path}: {located.kind}, step {located.step}; {', '.join(names)}", flush=True)
+            for line in dict.fromkeys(data.describe() for _, data, _ in opened):
+                print(line, flush=True)
         comm, rows = DistributedComm(), []
         for name in names:
             encoder: Encoder = open_encoder(located, name, runtime.device, args.preprocess)
+            encoder.say = partial(print, flush=True)
             for task, data, train in opened:
                 rows.append(run_task(task, encoder, data, args.batch_size, comm, located.step, train))
         on_main(lambda: _hand_over(rows, located, args))
     return 0
+
+
+def _specs_of(args: argparse.Namespace, located: Located) -> tuple[list[str], str]:
+    """What to evaluate on, and what the user named it by: --data, else the run's own eval.data. Raises UserError."""
+    own = (located.config.eval.data or "") if located.config else ""
+    if not args.data and not own:
+        raise UserError("--data: name a data set; the source has no eval.data")
+    return (args.data, "--data") if args.data else (split_sources(own), "eval.data")
 
 
 def _hand_over(rows: list[dict[str, Any]], located: Located, args: argparse.Namespace) -> None:

@@ -3,16 +3,18 @@
     DIR/classnames.txt  zeroshot_classification_templates.txt  dataset_type.txt
     DIR/test/nshards.txt  0.tar ...      key.{webp,png,jpg,jpeg} with key.cls (a label) or key.txt (a caption a line)
 
-An image folder has a folder a class, in DIR or in DIR/test. Opening a set reads the tars' headers, labels and captions,
-never the images; every mistake in it is a UserError that names the file.
+folders.py has the other layouts: a folder a class, with or without splits, and lists. Opening a set reads the tars'
+headers, labels and captions, never the images; every mistake in it is a UserError that names the file. A layout that is
+not understood is refused, never guessed, and EvalSet.describe says what was understood.
 """
 
-import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -22,15 +24,13 @@ from amclip_ds.data.images import BadImage, open_image
 from amclip_ds.data.plain_text import BadText, decode, lines, parse_object, visible
 from amclip_ds.data.tar import Damage, Member, printable, scan
 from amclip_ds.errors import UserError
+from amclip_ds.evaluate import folders, names
 from amclip_ds.files import describe, is_regular, open_regular, read_text
 
 CLASSIFICATION, RETRIEVAL = "zeroshot_classification", "retrieval"
 IMAGES = ("webp", "png", "jpg", "jpeg")
 MAX_PIXELS = 128 << 20  # a header that claims more is not decoded
 MAX_TEXT = 1 << 20  # bytes of a label or a text
-MAX_LINES = 16 << 20  # bytes of a list of class names or templates
-OPENAI_7 = "openai-7"
-"""CLIP's choice of 7 of its 80 ImageNet prompts (its notebook), which SLIP and A-CLIP report with."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class EvalSet:
     templates: tuple[str, ...] = ()
     """with `{c}` for the class name"""
     folder: str = field(default="", compare=False)
+    note: str = field(default="", compare=False)
+    """which prompts, and what else was understood"""
 
     @property
     def images(self) -> str:
@@ -89,66 +91,187 @@ class EvalSet:
         white, as training does."""
         return "plain" if self.samples[0].plain else "upright"
 
+    def describe(self) -> str:
+        """What was understood, in a line."""
+        opened = f"images opened {'as CLIP_benchmark does' if self.images == 'plain' else 'upright'}"
+        if self.task == RETRIEVAL:
+            captions = sum(len(sample.captions) for sample in self.samples)
+            parts = [f"{len(self)} images, {captions} captions", opened]
+        else:
+            occur = len({sample.label for sample in self.samples})
+            some = f" ({occur} of them occur)" if occur < len(self.classnames) else ""
+            names = [printable(name) for name in self.classnames[:3]] + ["..."] * (len(self.classnames) > 3)
+            parts = [
+                f"{len(self.classnames)} classes{some}: {', '.join(names)}",
+                f"{len(self)} images",
+                self.note,
+                opened,
+            ]
+        return f"{printable(self.folder)}: {'; '.join(part for part in parts if part)}"
+
     def __len__(self) -> int:
         return len(self.samples)
 
 
 @lru_cache(maxsize=8)
 def open_set(
-    spec: str, split: str = "test", task: str = "auto", classnames: str = "folder", templates: str = "folder"
-) -> EvalSet:
-    """Opens what `--data` names. Raises UserError for anything missing, empty or inconsistent.
+    spec: str, split: str = "", task: str = "auto", classnames: str = "folder", templates: str = "folder",
+    key: str = "--data",
+) -> EvalSet:  # fmt: skip
+    """Opens a data set. Raises UserError that begins with `key` for what is missing, empty, inconsistent or unclear.
 
+    split: "": test, or else what the folder has beside the training split.
     task: auto (what dataset_type.txt or the samples say), zeroshot_classification or retrieval.
     classnames: folder | imagenet | a file, one a line. templates: folder | openai-7 | openai-80 | a file | none.
+    key: what the user named it by; only `--data` of `amclip eval` has those other options beside it.
     """
+    try:
+        return _open_set(spec, split, task, classnames, templates, key)
+    except UserError as error:
+        raise UserError(f"{key}: {str(error).removeprefix(f'{key}: ')}") from None
+    except (OSError, ValueError) as error:  # a folder that may not be read, a name that no file system takes
+        raise UserError(f"{key}: {printable(spec)}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def open_sets(specs: Sequence[str], key: str) -> list[EvalSet]:
+    """Opens several whose rows can be told apart. Raises UserError."""
+    found = [open_set(spec, key=key) for spec in specs]
+    check_distinct(found, key)
+    return found
+
+
+def check_distinct(sets: Sequence[EvalSet], key: str) -> None:
+    """Refuses two folders of one name, since a row of eval.jsonl has the name alone. Raises UserError."""
+    seen: dict[str, str] = {}
+    for data in sets:
+        other = seen.setdefault(data.name, data.folder)
+        if Path(other).resolve() != Path(data.folder).resolve():
+            raise UserError(f"{key}: {other} and {data.folder} are both called {data.name}: rename or link one")
+
+
+def check_sets(spec: str | None, key: str = "eval.data") -> list[str]:
+    """Opens every set that `::` joins and decodes its first image. Returns a line about each. Raises UserError.
+
+    What can be known before a run: layouts, labels, class names, templates, headers of tars. No torch.
+    """
+    sets = open_sets(sources.split_sources(spec or ""), key)
+    for data in sets:
+        try:
+            data.samples[0].read()
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+    return [data.describe() for data in sets]
+
+
+def _open_set(spec: str, split: str, task: str, classnames: str, templates: str, key: str) -> EvalSet:
     folder = Path(spec)
-    task = _task_of(folder, spec) if task == "auto" else task
-    whole = folder.resolve()
-    name = f"{whole.parent.name}_{whole.name}" if whole.name == split else whole.name.removesuffix(".tar")
-    if folder.is_dir() and _is_image_folder(folder, split):
-        if task == RETRIEVAL:
-            raise UserError(f"--data {spec}: an image folder has no captions; --task zeroshot_classification")
-        samples, names = _read_image_folder(_image_root(folder, split), folder)
+    found, shards = None, []
+    if folders.is_list(folder):
+        found, home = folders.read_list(folder), folder.parent
+    elif not folder.is_dir() or _has_tars(folder):
+        shards, home = _shards_of(folder, spec, split, key), folder
     else:
-        samples, names = _read_tars(_shards_of(folder, spec, split), task), None
+        found, home = folders.find(folder, split, classnames != "folder"), folder
+        if found is None:
+            raise UserError(f"{spec}: neither tars nor images in it")
+    task = _task_of(folder, found is not None or classnames != "folder") if task == "auto" else task
+    name = _name_of(folder)
+    if task == RETRIEVAL:
+        if found is not None:
+            raise UserError(f"{spec}: images without captions; they can be classified alone")
+        return _checked(EvalSet(name, task, _read_tars(shards, task), folder=spec), spec)
+    hint = ", or --classnames FILE" if key == "--data" else ""
+    if found is not None:
+        labels, chosen = names.number_labels(found.labels, home, classnames, hint)
+        samples = _samples_of(found, labels)
+    else:
+        samples = _read_tars(shards, task)
+        chosen = names.class_names(folder, classnames, hint)
+        _check_labels(samples, chosen, folder)
         if _is_suite(folder):
             samples = tuple(replace(sample, plain=True) for sample in samples)
-    if task == RETRIEVAL:
-        return EvalSet(name, task, samples, folder=spec)
-    chosen = _classnames(folder, names, classnames)
-    _check_labels(samples, chosen, folder)
-    return EvalSet(name, task, samples, chosen, () if templates == "none" else _templates(folder, templates), spec)
+    prompts: tuple[str, ...] = ()
+    if templates != "none":
+        hint = f", or --templates {names.OPENAI_7}" if key == "--data" else ""
+        prompts = names.templates(home, templates, names.OPENAI_7 if found is not None else "", hint)
+    note = "; ".join(part for part in (found.note if found else "", names.describe(prompts)) if part)
+    return _checked(EvalSet(name, task, samples, chosen, prompts, spec, note), spec)
+
+
+def _checked(data: EvalSet, spec: str) -> EvalSet:
+    """Refuses what any model scores perfectly on."""
+    if len(data) < 2:
+        raise UserError(f"{spec}: one image alone; nothing can be measured on it")
+    if data.task == CLASSIFICATION and len({sample.label for sample in data.samples}) < 2:
+        only = data.classnames[data.samples[0].label]
+        raise UserError(f"{spec}: all {len(data)} images are of one class, {only!r}; nothing can be measured on it")
+    return data
+
+
+def _name_of(folder: Path) -> str:
+    """What its rows call it: the folder's name, with the one above it where that is a split's."""
+    whole = folder.resolve()
+    if whole.name.lower() in folders.SPLITS and whole.parent.name:
+        return f"{whole.parent.name}_{whole.name}"
+    return whole.name.removesuffix(".tar")
+
+
+def _samples_of(found: folders.Found, labels: dict[str, int]) -> tuple[Sample, ...]:
+    samples = []
+    for path, word in zip(found.images, found.labels):
+        size = path.stat().st_size if is_regular(path) else -1
+        if size < 0:
+            raise UserError(f"{path}: not an ordinary file")
+        samples.append(Sample(str(path), 0, size, path.name, label=labels[word]))
+    return tuple(samples)
 
 
 def _is_suite(folder: Path) -> bool:
     """Whether it has the files of CLIP_benchmark's layout."""
-    return any((folder / name).is_file() for name in ("dataset_type.txt", "classnames.txt"))
+    return any(is_regular(folder / name) for name in ("dataset_type.txt", "classnames.txt"))
 
 
-def _task_of(folder: Path, spec: str) -> str:
+def _task_of(folder: Path, has_labels: bool) -> str:
     file = folder / "dataset_type.txt"
-    if not file.is_file():
-        has_names = folder.is_dir() and ((folder / "classnames.txt").is_file() or _is_image_folder(folder, "test"))
-        return CLASSIFICATION if has_names else RETRIEVAL
+    if has_labels or not is_regular(file):
+        return CLASSIFICATION if has_labels or is_regular(folder / "classnames.txt") else RETRIEVAL
+    folders.check_inside(file, folder)
     said = read_text(file).strip().lower()
     if said not in ("classification", "retrieval"):
         raise UserError(f"{file}: {said[:80]!r} is neither classification nor retrieval")
     return CLASSIFICATION if said == "classification" else RETRIEVAL
 
 
-def _shards_of(folder: Path, spec: str, split: str) -> list[str]:
+def _has_tars(folder: Path) -> bool:
+    """Whether a folder or a split in it holds tars, or says that it should."""
+    return is_regular(folder / "dataset_type.txt") or bool(_splits_with_tars(folder)) or _holds_tars(folder)
+
+
+def _holds_tars(folder: Path) -> bool:
+    return is_regular(folder / "nshards.txt") or any(not path.name.startswith(".") for path in folder.glob("*.tar"))
+
+
+def _splits_with_tars(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _holds_tars(path))
+
+
+def _shards_of(folder: Path, spec: str, split: str, key: str) -> list[str]:
     """The tars of a split: as many as nshards.txt says, or, without it, every tar there is."""
-    root = folder / split
-    if not root.is_dir():
-        if (folder / "dataset_type.txt").is_file():
-            raise UserError(f"--data {spec}: has no split {split!r}")
-        return sources.expand_local(spec, "--data")
+    if not folder.is_dir():
+        if split:
+            raise UserError(f"{spec}: tars without splits; name the folder that holds {split!r}")
+        return sources.expand_local(spec, key)
+    holding = _splits_with_tars(folder)
+    chosen = folders.choose_split(folder, split, holding)
+    root = folder / chosen
+    if not chosen and is_regular(folder / "dataset_type.txt"):
+        raise UserError(f"{spec}: has no split 'test' with tars in it")
     counted = root / "nshards.txt"
-    if not counted.is_file():
-        if (folder / "dataset_type.txt").is_file() and split == "test":
+    if not is_regular(counted):
+        if is_regular(folder / "dataset_type.txt") and chosen == "test":
             raise UserError(f"{counted}: missing; it holds the number of tars in {root}")
-        return sources.expand_local(str(root), "--data")
+        return sources.expand_local(str(root), key)
+    folders.check_inside(counted, folder)
     text = read_text(counted, 1000).strip()
     if not re.fullmatch("[1-9][0-9]{0,5}", text):
         raise UserError(f"{counted}: {text[:40]!r} is not a number of tars")
@@ -170,9 +293,9 @@ def _read_tars(shards: Sequence[str], task: str) -> tuple[Sample, ...]:
 def _read_tar(shard: str, task: str) -> list[Sample]:
     """The samples of one tar, in order. Raises UserError if it is empty or damaged, if a sample lacks its part, and for
     an image that is in no sample."""
-    path, groups = Path(shard), []
-    with path.open("rb") as file:
-        for item in group(scan(file, path.stat().st_size)):
+    groups = []
+    with open_regular(Path(shard)) as file:
+        for item in group(scan(file, os.fstat(file.fileno()).st_size)):
             if isinstance(item, Damage):
                 raise UserError(f"{shard}: damaged at byte {item.offset}: {item.cause}")
             if isinstance(item, Group):
@@ -186,7 +309,7 @@ def _read_tar(shard: str, task: str) -> list[Sample]:
         return [_sample(file, shard, one, task) for one in groups]
 
 
-def _sample(file: io.BufferedReader, shard: str, one: Group, task: str) -> Sample:
+def _sample(file: BinaryIO, shard: str, one: Group, task: str) -> Sample:
     key, images = printable(one.key.lstrip("/")), [image for _, image in one.images()]
     if not images:
         raise UserError(f"{shard}: {key} has no image ({', '.join(IMAGES)})")
@@ -209,7 +332,7 @@ def _sample(file: io.BufferedReader, shard: str, one: Group, task: str) -> Sampl
     return Sample(shard, *place, key, label=int(text))
 
 
-def _captions(file: io.BufferedReader, shard: str, key: str, one: Group) -> list[str]:
+def _captions(file: BinaryIO, shard: str, key: str, one: Group) -> list[str]:
     """Every line of the .txt (CLIP_benchmark's way); without one, the json's `captions` or `caption`."""
     if text := one.member("txt"):
         return visible(lines(_text(shard, key, _content(file, shard, key, text))))
@@ -230,81 +353,11 @@ def _text(shard: str, key: str, content: bytes) -> str:
         raise UserError(f"{shard}: {key} has a text that is not UTF-8") from None
 
 
-def _content(file: io.BufferedReader, shard: str, key: str, member: Member) -> bytes:
+def _content(file: BinaryIO, shard: str, key: str, member: Member) -> bytes:
     if member.size > MAX_TEXT:
         raise UserError(f"{shard}: {key} has a text of {member.size} bytes")
     file.seek(member.offset)
     return file.read(member.size)
-
-
-def _image_root(folder: Path, split: str) -> Path:
-    return folder / split if (folder / split).is_dir() else folder
-
-
-def _is_image_folder(folder: Path, split: str) -> bool:
-    """Whether there is a folder with an image in it, and no tar beside it."""
-    root = _image_root(folder, split)
-    if any(root.glob("*.tar")) or (root / "nshards.txt").exists():
-        return False
-    return any(_images_in(path) for path in root.iterdir() if path.is_dir())
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in (*IMAGES, "bmp", "ppm"))
-
-
-def _read_image_folder(root: Path, folder: Path) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
-    """Classes are the folders in the order of their names, as torchvision numbers them."""
-    classes = sorted(path for path in root.iterdir() if path.is_dir())
-    samples = []
-    for label, path in enumerate(classes):
-        images = _images_in(path)
-        if not images:
-            raise UserError(f"{path}: a class without images")
-        for image in images:
-            key = str(image.relative_to(root))
-            samples.append(Sample(str(image), 0, image.stat().st_size, key, label=label))
-    return tuple(samples), tuple(path.name for path in classes)
-
-
-def _classnames(folder: Path, found: tuple[str, ...] | None, choice: str) -> tuple[str, ...]:
-    if choice == "imagenet" or (choice == "folder" and _are_imagenet_ids(found)):
-        from open_clip import IMAGENET_CLASSNAMES
-
-        return tuple(IMAGENET_CLASSNAMES)
-    file = folder / "classnames.txt" if choice == "folder" else Path(choice)
-    if choice == "folder" and found is not None and not file.is_file():
-        return tuple(name.replace("_", " ") for name in found)
-    return _lines(file, "one class name a line, in the order of the labels")
-
-
-def _are_imagenet_ids(found: tuple[str, ...] | None) -> bool:
-    return found is not None and len(found) == 1000 and all(name[:1] == "n" and name[1:].isdigit() for name in found)
-
-
-def _templates(folder: Path, choice: str) -> tuple[str, ...]:
-    if choice in (OPENAI_7, "openai-80"):
-        from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
-
-        functions = SIMPLE_IMAGENET_TEMPLATES if choice == OPENAI_7 else OPENAI_IMAGENET_TEMPLATES
-        return tuple(function("{c}") for function in functions)
-    file = folder / "zeroshot_classification_templates.txt" if choice == "folder" else Path(choice)
-    if choice == "folder" and not file.is_file():
-        raise UserError(f"{file}: missing; write one prompt a line with {{c}} in it, or --templates {OPENAI_7}")
-    templates = _lines(file, "one prompt a line, with {c} for the class name")
-    for template in templates:
-        if "{c}" not in template:
-            raise UserError(f"{file}: {template[:60]!r} has no {{c}} for the class name")
-    return templates
-
-
-def _lines(file: Path, holds: str) -> tuple[str, ...]:
-    if not file.is_file():
-        raise UserError(f"{file}: missing; it holds {holds}")
-    lines = tuple(line.strip() for line in read_text(file, MAX_LINES).splitlines() if line.strip())
-    if not lines:
-        raise UserError(f"{file}: empty; it holds {holds}")
-    return lines
 
 
 def _check_labels(samples: Sequence[Sample], classnames: tuple[str, ...], folder: Path) -> None:

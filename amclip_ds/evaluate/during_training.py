@@ -34,9 +34,9 @@ def evaluate_engines(
                              runtime.device) for name, engine in engines.items()]  # fmt: skip
     for spec in specs_of(config):
         try:  # what is raised here is raised on every rank alike: the collectives stay in step
-            data = on_all(partial(open_set, spec))
+            data = on_all(partial(open_set, spec, key="eval.data"))
             for encoder in encoders:
                 rows.append(short(run_task(data.task, encoder, data, config.eval.batch_size, DistributedComm(), step)))
         except AmclipError as error:
-            failures.append(f"{spec}: {error}")
+            failures.append(f"{spec}: {str(error).removeprefix('eval.data: ')}")
     return rows, failures

@@ -9,6 +9,7 @@ comes out of the same forward call whoever computes it: the numbers do not depen
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, Protocol, cast
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from amclip_ds.data import photometric
 from amclip_ds.data.captions import build_tokenizer, trim
+from amclip_ds.data.progress import progress
 from amclip_ds.engine.collectives import on_all
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.datasets import Sample
@@ -35,6 +37,8 @@ class Encoder(Protocol):
     weights: str
     """student | teacher"""
     image_size: int
+    say: Callable[[str], None] | None
+    """where it is told how far the encoding is; None: nowhere"""
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """One RGB image -> what `image` stacks."""
@@ -55,6 +59,8 @@ class Encoder(Protocol):
 
 class TowerEncoder:
     """Our own towers, behind an engine's or a module's `forward(phase, ...)`."""
+
+    say: Callable[[str], None] | None = None
 
     def __init__(self, forward: Callable[..., Any], weights: str, image_size: int, context_length: int,
                  device: torch.device) -> None:  # fmt: skip
@@ -145,9 +151,23 @@ def encode_images(
     batches = _deal(len(samples), batch_size, comm)
     with warnings.catch_warnings():  # the readers' own calls of it cross each other: what they leave ends here
         loaded = _load_ahead([[samples[number] for number in batch] for batch in batches], load)
-        rows = [work(batch, images) for batch, images in zip(batches, loaded)]
+        rows = []
+        with _telling(encoder, "images", len(samples), comm) as advance:
+            for batch, images in zip(batches, loaded):
+                rows.append(work(batch, images))
+                advance(comm.world_size * len(batch))
     on_all(partial(_raise_first, errors))
     return _collect(rows, len(samples), batch_size, comm)
+
+
+@contextmanager
+def _telling(encoder: Encoder, what: str, total: int, comm: Comm) -> Iterator[Callable[..., None]]:
+    """Yields what to call with the number of images or texts that were done since."""
+    if encoder.say is None or comm.rank:
+        yield lambda count: None
+        return
+    with progress(f"{encoder.weights}: {what}", total, encoder.say) as advance:
+        yield advance
 
 
 def _read(sample: Sample, size: int) -> Image.Image:
@@ -163,9 +183,11 @@ def _read(sample: Sample, size: int) -> Image.Image:
 def encode_texts(encoder: Encoder, texts: Sequence[str], batch_size: int, comm: Comm) -> Tensor:
     """Embeddings of all texts [N, E], on every rank. Collective: every rank must call."""
     rows = []
-    for batch in _deal(len(texts), batch_size, comm):
-        padded = [texts[number] for number in batch] + [""] * (batch_size - len(batch))
-        rows.append(encoder.text(padded)[: len(batch)])
+    with _telling(encoder, "texts", len(texts), comm) as advance:
+        for batch in _deal(len(texts), batch_size, comm):
+            padded = [texts[number] for number in batch] + [""] * (batch_size - len(batch))
+            rows.append(encoder.text(padded)[: len(batch)])
+            advance(comm.world_size * len(batch))
     return _collect(rows, len(texts), batch_size, comm)
 
 

@@ -4,7 +4,7 @@ Shapes: B batch, E embedding, D width of the tower, T tokens.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Library:
 
     is_tower_alone = False
     """Whether there is no text tower, and the embedding is the tower's own feature."""
+    say: Callable[[str], None] | None = None
 
     def __init__(self, weights: str, image_size: int, device: torch.device, own_pixels: bool) -> None:
         self.weights, self.image_size, self.device, self.own_pixels = weights, image_size, device, own_pixels

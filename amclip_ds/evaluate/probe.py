@@ -44,6 +44,7 @@ class FeatureView:
     def __init__(self, encoder: Encoder) -> None:
         self.preprocess, self.image_size, self.image = encoder.preprocess, encoder.image_size, encoder.features
         self.weights, self.text, self.features = encoder.weights, encoder.text, encoder.features
+        self.say = encoder.say
 
 
 def linear_probe(encoder: Encoder, train: EvalSet, test: EvalSet, batch_size: int, comm: Comm,

@@ -33,13 +33,18 @@ def run_task(
     return row | {"images": data.images}
 
 
-def open_for(task: str, spec: str, split: str, classnames: str, templates: str) -> tuple[str, EvalSet, EvalSet | None]:
+def open_for(
+    task: str, spec: str, split: str, classnames: str, templates: str, key: str
+) -> tuple[str, EvalSet, EvalSet | None]:
     """(task, the split to evaluate, the split that probes learn from). `auto` becomes what the set is for."""
     if task not in PROBES:
-        data = open_set(spec, split, task, classnames, templates)
+        data = open_set(spec, split, task, classnames, templates, key)
         return data.task, data, None
-    data = open_set(spec, split, CLASSIFICATION, classnames, "none")
-    return task, data, open_set(spec, "train", CLASSIFICATION, classnames, "none")
+    data = open_set(spec, split, CLASSIFICATION, classnames, "none", key)
+    train = open_set(spec, "train", CLASSIFICATION, classnames, "none", key)
+    if train.samples == data.samples:
+        raise UserError(f"--task {task}: {spec} has one split; a probe learns from `train` and is tested on another")
+    return task, data, train
 
 
 def short(row: dict[str, Any]) -> dict[str, Any]:

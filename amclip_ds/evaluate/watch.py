@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,9 +18,10 @@ import torch
 from amclip_ds import config as settings
 from amclip_ds.checkpoint import manifest, retention
 from amclip_ds.config import TrainConfig
+from amclip_ds.data.sources import split_sources
 from amclip_ds.errors import TO_REQUEUE, UserError
 from amclip_ds.evaluate import rows
-from amclip_ds.evaluate.datasets import EvalSet, open_set
+from amclip_ds.evaluate.datasets import EvalSet, open_sets
 from amclip_ds.evaluate.source import locate, open_encoder
 from amclip_ds.evaluate.tasks import run_task, short
 from amclip_ds.files import read_bytes
@@ -27,51 +29,80 @@ from amclip_ds.loss.comm import SingleProcess
 from amclip_ds.record import read_verdict
 
 PIN = "pinned by amclip watch\n"
+Failed = dict[tuple[tuple[Path, int], str, str], str]  # (a checkpoint's identity, weights, set) -> why
 
 
 def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, every_s: float, once: bool) -> int:
     """Returns 0 when the run has ended and nothing is left to evaluate. Raises UserError."""
-    _wait_for(run / "config.yaml", every_s, once)
+    _wait_for(run, every_s, once)
     config = settings.load(str(run / "config.yaml"))
-    specs = data or (config.eval.data or "").split("::")
-    if not specs[0]:
+    if not data and not config.eval.data:
         raise UserError("--data: name a data set; the run has no eval.data")
-    sets = [open_set(spec) for spec in specs]
+    sets = open_sets(data or split_sources(config.eval.data or ""), "watch --data" if data else "eval.data")
+    for one in sets:
+        print(one.describe(), flush=True)
     _remove_stale_pins(run)
     refused: set[tuple[Path, int]] = set()
+    failed: Failed = {}
+    is_idle = False
     while True:
         has_ended = _has_ended(run)  # asked before the look: what was committed until then is seen by it
         for step, path in manifest.list_steps(run / "checkpoints"):
             identity = _identity(path)
             if identity is None or identity in refused or not retention.is_whole(path):
                 continue
-            missing = rows.missing(run, step, sets, _wanted(path, weights))
+            missing = _untried(rows.missing(run, step, sets, _wanted(path, weights)), identity, failed)
             if missing and not _left_to_training(config, run, step, sets, has_ended):
+                is_idle = False
                 try:
-                    _evaluate(run, path, missing, batch_size)
-                except UserError as error:
+                    for (name, dataset), error in _evaluate(run, path, missing, batch_size).items():
+                        failed[identity, name, dataset] = error
+                except UserError as damage:
                     if _identity(path) == identity:  # damaged, not just deleted meanwhile
-                        print(f"{path.name}: {error}", flush=True)
+                        print(f"{path.name}: {damage}", flush=True)
                         refused.add(identity)
         if once or has_ended:
-            return 0
+            break
+        if not is_idle:
+            print(f"waiting for the next checkpoint in {run / 'checkpoints'} (Ctrl-C ends this)", flush=True)
+        is_idle = True
         time.sleep(every_s)
+    if failed:
+        raise UserError(f"{len(failed)} evaluations could not be made, the first: {next(iter(failed.values()))}")
+    return 0
 
 
-def _evaluate(run: Path, path: Path, missing: dict[str, list[EvalSet]], batch_size: int) -> None:
-    """Appends a checkpoint's missing rows; {weights: sets}. Raises UserError where it cannot be read."""
+def _untried(missing: dict[str, list[EvalSet]], identity: tuple[Path, int], failed: Failed) -> dict[str, list[EvalSet]]:
+    """Those that have not failed before."""
+    left = {name: [one for one in sets if (identity, name, one.name) not in failed] for name, sets in missing.items()}
+    return {name: some for name, some in left.items() if some}
+
+
+def _evaluate(run: Path, path: Path, missing: dict[str, list[EvalSet]], batch_size: int) -> dict[tuple[str, str], str]:
+    """Appends a checkpoint's missing rows; {weights: sets}. Returns and prints what failed: (weights, set) -> why.
+
+    Raises UserError where the checkpoint cannot be read.
+    """
+    failures: dict[tuple[str, str], str] = {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, sets in missing.items():
-        began = time.monotonic()
         with _pinned(path):
             located = locate(path)
             encoder = open_encoder(located, name, device)
-        made = [run_task(data.task, encoder, data, batch_size, SingleProcess(), located.step) for data in sets]
-        rows.append_new(run, made)
-        for row in map(short, made):
+            encoder.say = partial(print, flush=True)
+        for data in sets:
+            began = time.monotonic()
+            try:
+                row = short(run_task(data.task, encoder, data, batch_size, SingleProcess(), located.step))
+            except UserError as error:
+                failures[name, data.name] = str(error)
+                print(f"{path.name} {name} {data.name}: {error}", flush=True)
+                continue
+            rows.append_new(run, [row])
             metric = next(iter(row["metrics"]))
-            print(f"{path.name} {name} {row['dataset']}: {metric} {row['metrics'][metric]:.4f}"
-                  f" ({time.monotonic() - began:.1f} s)", flush=True)  # fmt: skip
+            value, seconds = row["metrics"][metric], time.monotonic() - began
+            print(f"{path.name} {name} {row['dataset']}: {metric} {value:.4f} ({seconds:.1f} s)", flush=True)
+    return failures
 
 
 def _wanted(path: Path, weights: str) -> list[str]:
@@ -95,10 +126,22 @@ def _has_ended(run: Path) -> bool:
     return verdict is not None and verdict["code"] != TO_REQUEUE
 
 
-def _wait_for(path: Path, every_s: float, once: bool) -> None:
-    while not path.is_file():
+def _wait_for(run: Path, every_s: float, once: bool) -> None:
+    """Waits for a run that has not begun, and says so. Raises UserError where none can come to be."""
+    config = run / "config.yaml"
+    above = run.absolute().parent
+    if not above.is_dir() or (run.exists() and not run.is_dir()):
+        raise UserError(
+            f"{run}: {'not a folder' if run.exists() else f'missing, and so is {above}'}; name a run's folder"
+        )
+    inside = sorted(path.parent for path in run.glob("*/config.yaml") if path.parent.name != "slurm")
+    if inside and not config.is_file():
+        raise UserError(f"{run}: no run, but {inside[0]} is one")
+    if not config.is_file() and not once:
+        print(f"waiting for {config}: the run has not begun (Ctrl-C ends this)", flush=True)
+    while not config.is_file():
         if once:
-            raise UserError(f"{path}: missing; is {path.parent} a run's folder?")
+            raise UserError(f"{config}: missing; is {run} a run's folder?")
         time.sleep(every_s)
 
 

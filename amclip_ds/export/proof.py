@@ -97,10 +97,7 @@ def gather_samples(spec: str | None, config: TrainConfig) -> Samples:
         spec = _first_shard_at_hand(config)
     if spec is None:
         return _made_samples(config.model.vision.image_size)
-    try:
-        found = open_set(spec, task=RETRIEVAL).samples
-    except UserError as error:
-        raise UserError(f"--proof: {error}") from None
+    found = open_set(spec, task=RETRIEVAL, key="--proof").samples
     chosen = found[:: max(1, len(found) // NUM_SAMPLES)][:NUM_SAMPLES]
     return Samples([sample.read() for sample in chosen], [sample.captions[0] for sample in chosen],
                    f"{len(chosen)} images and captions of {spec}")  # fmt: skip
