@@ -4,15 +4,19 @@
         owner.claim.check()     # rank 0 or its writer, right before a commit: OwnershipLost if another took over
 
 No flock, which Lustre may not have. A claim is a file `.owner-N` that is created exclusively; the highest N owns, and
-taking over removes the lower ones, and the last one stays when its owner leaves, so that one who was stopped meanwhile
-sees that others came. owner.json carries the heartbeat for people and for later claimants. An owner counts
-as gone when its process is (same machine), when the same Slurm job was started again, or when its heartbeat stands
-still for `ownership.stale_s`, watched with one's own clock, so that clocks of machines are never compared.
+taking over writes TAKEN over the lower ones, which stay, so that no number is ever given twice and one who was stopped
+meanwhile sees that others came. owner.json carries the heartbeat for people and for later claimants.
+
+An owner counts as gone when its process is (same machine), when the same Slurm job was started again, or when there was
+no sign of it for `ownership.stale_s`, neither its claim nor a heartbeat: by the times of files for what has passed, and
+for the last three heartbeats by one's own clock. What owner.json says of an older claim says nothing of the highest.
 """
 
+import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -24,11 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds.errors import RunStopped, UserError
-from amclip_ds.files import write_atomically
+from amclip_ds.files import open_regular, read_bytes, read_json, write_atomically
 from amclip_ds.resilience.config import OwnershipConfig
 from amclip_ds.resilience.watch_ranks import process_state, start_time
 
-PREFIX = ".owner-"
+CLAIM = re.compile(r"\.owner-([0-9]{6,15})")
+WATCHED_BEATS = 3  # at least so many are waited for: on some file systems the time of a file is its writer's clock
+TAKEN = "taken over\n"
+FACTS = {"claim": int, "restart": int, "attempt": int, "pid": int, "started": int, "job": str, "host": str,
+         "machine": str, "released": bool, "heartbeat": float}  # fmt: skip
 
 
 class OwnershipLost(RunStopped):
@@ -48,11 +56,11 @@ class Claim:
         A folder that vanished whole is nobody else's: that is the next write's error to tell.
         """
         try:
-            return self.path.read_text() == self.token
+            return read_bytes(self.path, 100, follow=False).decode(errors="replace") == self.token
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):
                 return True  # the disk's trouble, not another trainer
-            return not _claims(self.path.parent)
+            return not _any_claim(self.path.parent)
 
     def check(self) -> None:
         """Raises OwnershipLost if the folder is another trainer's by now. Call right before a commit."""
@@ -127,7 +135,7 @@ def claim(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        last = max((_number(path) for path in _claims(folder)), default=0)
+        last = max(_claims(folder), default=0)
         if last:
             _wait_until_gone(folder, last, config, job, restart, say)
         held = _create(folder, last + 1)
@@ -156,12 +164,12 @@ def owning(
 
 
 def read_owner(folder: Path) -> dict[str, Any] | None:
-    """RUN/owner.json, or None if there is none that can be read."""
+    """RUN/owner.json, or None if there is none that can be read. Facts of another type than ours are left out."""
     try:
-        owner = json.loads((folder / "owner.json").read_text())
-        return owner if isinstance(owner, dict) else None
-    except (OSError, json.JSONDecodeError):
+        facts = read_json(folder / "owner.json", dict)
+    except UserError:
         return None
+    return {name: value for name, kind in FACTS.items() if type(value := facts.get(name)) is kind}
 
 
 def _wait_until_gone(
@@ -175,11 +183,10 @@ def _wait_until_gone(
     seen = read_owner(folder) or {}
     if seen.get("claim") == last and _is_gone(seen, job, restart):
         return
-    age = _age_s(folder)
-    if age < config.stale_s:
-        say(f"{folder} belongs to {describe(seen)}: waiting up to {config.stale_s - age:.0f} s for its heartbeat")
+    wait_s = max(config.stale_s - _age_s(folder, last), WATCHED_BEATS * config.heartbeat_s)
+    say(f"{folder} belongs to {describe(seen)}: waiting up to {wait_s:.0f} s for its heartbeat")
     watched_since = time.monotonic()
-    while age + (time.monotonic() - watched_since) < config.stale_s:
+    while time.monotonic() - watched_since < wait_s:
         time.sleep(min(0.2, config.heartbeat_s / 4))
         now = read_owner(folder) or seen
         if now.get("claim") == last and _is_gone(now, job, restart):
@@ -207,40 +214,74 @@ def _is_gone(owner: dict[str, Any], job: str, restart: int) -> bool:
 
 
 def _create(folder: Path, number: int) -> Claim:
-    """Claim file `number`, created exclusively; the lower ones go. Raises UserError if another was quicker."""
-    held = Claim(folder / f"{PREFIX}{number:06d}", secrets.token_hex(8))
+    """Claim file `number`, created exclusively; the lower ones are taken. Raises UserError if another was quicker."""
+    held = Claim(_path_of(folder, number), secrets.token_hex(8))
     try:
-        descriptor = os.open(held.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        _write_new(held.path, held.token)
     except FileExistsError:
         raise UserError(f"run.out: {folder} was taken by another trainer that started at the same moment") from None
-    with os.fdopen(descriptor, "w") as file:
-        file.write(held.token)
-        file.flush()
-        os.fsync(file.fileno())
-    for path in _claims(folder):
-        if _number(path) < number:
-            path.unlink(missing_ok=True)
+    for lower in sorted(_claims(folder)):
+        if lower < number:
+            _take(_path_of(folder, lower))
     return held
 
 
-def _claims(folder: Path) -> list[Path]:
-    return [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+def _take(path: Path) -> None:
+    """Ends a claim by a rename: one who is about to write into the file that was there writes into nothing."""
+    with contextlib.suppress(FileNotFoundError):
+        if read_bytes(path, 100, follow=False) == TAKEN.encode():
+            return
+    partial = path.with_name(f".taken-{secrets.token_hex(8)}")
+    _write_new(partial, TAKEN)
+    os.replace(partial, path)
 
 
-def _number(path: Path) -> int:
-    return int(path.name.removeprefix(PREFIX))
+def _write_new(path: Path, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _age_s(folder: Path) -> float:
-    """Seconds since the last heartbeat, by the clock of the file system: two files' times are compared."""
-    probe = folder / f".owner-probe-{os.getpid()}"
+def _claims(folder: Path) -> list[int]:
+    return [int(found[1]) for name in os.listdir(folder) if (found := CLAIM.fullmatch(name))]
+
+
+def _any_claim(folder: Path) -> bool:
     try:
-        probe.write_text("")
-        return max(0.0, probe.stat().st_mtime - (folder / "owner.json").stat().st_mtime)
-    except FileNotFoundError:
-        return 0.0
+        return bool(_claims(folder))
+    except OSError:
+        return False
+
+
+def _path_of(folder: Path, number: int) -> Path:
+    return folder / f".owner-{number:06d}"
+
+
+def _age_s(folder: Path, last: int) -> float:
+    """Seconds since the last sign of claim `last`, by the clock of the file system: times of files are compared.
+
+    Its own time counts as well as the heartbeat's: who has just claimed has not beaten yet. Each file is opened, which
+    makes NFS ask the server for its time.
+    """
+    probe = folder / f".owner-probe-{secrets.token_hex(8)}"
+    try:
+        _write_new(probe, "")
+        now, signs = _written_at(probe), [_written_at(_path_of(folder, last)), _written_at(folder / "owner.json")]
     finally:
         probe.unlink(missing_ok=True)
+    if now is None or signs[0] is None:  # the claim has just been taken
+        return 0.0
+    return max(0.0, now - max(sign for sign in signs if sign is not None))
+
+
+def _written_at(path: Path) -> float | None:
+    try:
+        with open_regular(path, follow=False) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _machine() -> str:
