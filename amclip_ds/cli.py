@@ -3,7 +3,13 @@
 import difflib
 import importlib
 import logging
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from amclip_ds import json_file
 from amclip_ds.arguments import Parser
@@ -21,6 +27,7 @@ COMMANDS = {  # the word typed -> its module in amclip_ds/commands
     "checkpoints": "checkpoints",
     "submit": "submit",
 }
+AGAIN_S = 3.0
 EPILOG = """exit codes: 0 done; 1 a fault of amclip or of the machine (its last lines say which);
 2 a mistake in the command, config or data (one clear line); 3 the run stopped itself (guards);
 75 stopped by a signal after a committed checkpoint: the same command goes on; 130 interrupted
@@ -53,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     name = f"amclip {argv[0]}" if argv and argv[0] in COMMANDS else "amclip"
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        return run(argv)
+        with interruptible(name):
+            return run(argv)
     except AmclipError as error:
         if not error.is_shared or is_first_rank():
             further = "; the same command goes on from there" if isinstance(error, Preempted) else ""
@@ -78,6 +86,37 @@ def run(argv: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     json_file.check(getattr(args, "json", None))
     return args.run(args)
+
+
+@contextmanager
+def interruptible(name: str) -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, again after some seconds, since libraries swallow one while they are imported;
+    a second Ctrl-C ends the process at once. What listens by itself (`train`, launchers) replaces this.
+    """
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    heard = 0
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        nonlocal heard
+        heard += number == signal.SIGINT
+        if heard > 1:
+            print(f"{name}: interrupted; the same command starts again", file=sys.stderr, flush=True)
+            os._exit(INTERRUPTED)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def is_first_rank() -> bool:
