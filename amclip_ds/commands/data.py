@@ -21,6 +21,7 @@ from amclip_ds.arguments import number, whole
 if TYPE_CHECKING:
     from amclip_ds.data.check import Report
 
+LONGEST_KEY = 400  # of a stranger's name, in characters, on the terminal
 HELP = "make synthetic shards; index, check and picture real ones"
 SYNTH = """Makes cluttered scenes with one captioned object each: 8 shapes x 8 colours, so chance is 1/64.
 
@@ -235,10 +236,10 @@ def _print_problems(report: "Report") -> None:
                 f"{printable(redact(shard.path))}: {ok}, read {shard.read}, skipped {shard.skipped}, lost {shard.lost}"
             )
         for kind, (key, count) in shard.problems.items():
-            print(f"  {kind}: {count}, {printable(key)}")
+            print(f"  {kind}: {count}, {printable(key)[:LONGEST_KEY]}")
     for kind, count, key, path in report.worst():
         advice = f"; {ADVICE[kind]}" if kind in ADVICE else ""
-        print(f"{kind}: {count} in all, the first {printable(key)} in {printable(redact(path))}{advice}")
+        print(f"{kind}: {count} in all, the first {printable(key)[:LONGEST_KEY]} in {printable(redact(path))}{advice}")
     for cause, count in report.causes().most_common(10):
         print(f"  {count} {'sample' if count == 1 else 'samples'}: {cause}")
     print(report.account())

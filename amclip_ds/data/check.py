@@ -56,6 +56,7 @@ NOTED = (
     "hostile name",
     "link",
     "hidden image",
+    "surplus caption",
 )
 SMALL_SIDE = 32
 DECODED_SIDE = 224  # a large JPEG is decoded at the reduced scale that leaves at least this
@@ -282,6 +283,8 @@ class _Pass:
             report.images += bool(one.images()) + len(surplus)
             if surplus:
                 report.add("surplus image", surplus[0].name, len(surplus))
+            elif texts := one.of_types("txt")[1:]:  # beside surplus images each text is another image's
+                report.add("surplus caption", texts[0][1].name, len(texts))
             if one.at_damage or self._config.sample >= 1 or self._random.random() < self._config.sample:
                 report.skipped += len(surplus)
                 self._look_at(one)

@@ -20,6 +20,7 @@ from amclip_ds.data.reader import Request, ShardReader
 from amclip_ds.data.tar import printable
 from amclip_ds.data.views import Views, make_views
 from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.files import describe
 
 Contents = dict[Request, bytes | OSError]
 MAX_REPLACED = 64  # bad samples in a row, each standing in for the last, before the stream counts as empty
@@ -224,7 +225,8 @@ class ChunkMaker:
             )  # fmt: skip
         except (ValueError, OSError) as error:  # BadImage, BadText, or what a decoder raises on odd bytes
             kind = getattr(error, "kind", "unreadable")
-            chunk.incidents.append(_incident(kind, wanted.shard, sample.key, str(error), "replaced"))
+            cause = describe(error) if isinstance(error, OSError) else str(error)  # no names in it: causes are counted
+            chunk.incidents.append(_incident(kind, wanted.shard, sample.key, cause, "replaced"))
             return False
         if made.mended:
             chunk.incidents.append(_incident("mended", wanted.shard, sample.key, made.mended, "decoded all the same"))

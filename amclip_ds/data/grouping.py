@@ -20,6 +20,7 @@ ADVICE = {
     "not adjacent": "members of a sample are not adjacent: pack with tar --sort=name",
     "sparse": "stored without its holes: pack without tar --sparse",
     "link": "links have no content: pack with tar --dereference --hard-dereference",
+    "surplus caption": "one text is read of a sample: write its captions into one .txt, a line each",
     "not utf-8": "texts are UTF-8, or have a byte-order mark: convert them",
     "hidden image": "a name that begins with a dot belongs to no sample: rename it",
     "zeros": "other readers stop there: pack again, or join with tar --concatenate",
@@ -39,11 +40,11 @@ class Group:
 
     def images(self) -> list[tuple[str, Member]]:
         """(its type, member) of every image: the sample's own first, then the surplus."""
-        return self._of_types(*IMAGE_TYPES)
+        return self.of_types(*IMAGE_TYPES)
 
     def member(self, kind: str) -> Member | None:
         """The member of a type (txt, json, cls), if there is one."""
-        found = self._of_types(kind)
+        found = self.of_types(kind)
         return found[0][1] if found else None
 
     def unreadable(self) -> str:
@@ -58,9 +59,10 @@ class Group:
         is_large = any(m.size > MAX_IMAGE_BYTES for m in images) or any(m.size > MAX_TEXT_BYTES for m in texts)
         return "too large" if is_large else ""
 
-    def _of_types(self, *kinds: str) -> list[tuple[str, Member]]:
+    def of_types(self, *kinds: str) -> list[tuple[str, Member]]:
+        """(type, member) of these types: exact suffixes first, in the tar's order otherwise."""
         found = [(s, m) for s, m in self.members.items() if s.rpartition(".")[2] in kinds]
-        found.sort(key=lambda of: of[0] not in kinds)  # exact suffixes first, the tar's order among them
+        found.sort(key=lambda of: of[0] not in kinds)
         return [(suffix.rpartition(".")[2], member) for suffix, member in found]
 
 

@@ -168,6 +168,7 @@ ODD = {
     "two spellings of one letter": ([("é.jpg", picture(0)), ("e\u0301.txt", b"a")], 1, {}),
     "an image of another kind too": ([("a.jpg", picture(0)), ("a.png", picture(1, kind="PNG")), ("a.txt", b"a")], 1,
                                      {"surplus image": 1}),
+    "several texts": ([("a.jpg", picture(0)), ("a.0.txt", b"a"), ("a.1.txt", b"b")], 1, {"surplus caption": 1}),
     "a mask": ([("a.seg.png", picture(1, kind="PNG")), ("a.jpg", picture(0)), ("a.txt", b"a")], 1,
                {"surplus image": 1}),
     "empty members": ([("a.jpg", b""), ("a.txt", b""), *sample(1)], 1, {"broken image": 1}),
