@@ -314,7 +314,11 @@ def _sample(file: BinaryIO, shard: str, one: Group, task: str) -> Sample:
     if not images:
         raise UserError(f"{shard}: {key} has no image ({', '.join(IMAGES)})")
     if len(images) > 1:
-        raise UserError(f"{shard}: {key} has {len(images)} images, {images[1].name} too; {ADVICE['surplus image']}")
+        other = printable(images[1].name)
+        raise UserError(f"{shard}: {key} has {len(images)} images, {other} too; {ADVICE['surplus image']}")
+    for kind in ("txt", "json", "cls"):
+        if kind not in one.members and len(one.of_types(kind)) > 1:
+            raise UserError(f"{shard}: {key} has several .{kind} members and none is {key}.{kind}: which one counts?")
     if any(member.is_sparse for member in one.members.values()):
         raise UserError(f"{shard}: {key}: {ADVICE['sparse']}")
     place = images[0].offset, images[0].size

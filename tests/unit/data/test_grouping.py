@@ -274,6 +274,14 @@ def test_an_evaluation_set_with_more_images_than_samples_is_refused(tmp_path: Pa
         open_set(str(put(tmp_path, files)), task="retrieval")
 
 
+def test_an_evaluation_set_does_not_guess_which_text_counts(tmp_path: Path) -> None:
+    files = [*sample(0, txt=None), ("000000.a.txt", b"a"), ("000000.b.txt", b"b")]
+    with pytest.raises(UserError, match=r"000000 has several \.txt members and none is 000000\.txt"):
+        open_set(str(put(tmp_path, files)), task="retrieval")
+    files = [*sample(0), ("000000.a.txt", b"a"), *sample(1)]
+    assert open_set(str(put(tmp_path, files, "1.tar")), task="retrieval").samples[0].captions == ("picture number 0",)
+
+
 @pytest.mark.parametrize("label, said", [("²", "not a label"), ("٣", "not a label"), ("9" * 5000, "not a label")])
 def test_a_label_is_a_number_of_ascii_digits(label: str, said: str, tmp_path: Path) -> None:
     put(tmp_path, sample(0, cls=label.encode()))
