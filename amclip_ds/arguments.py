@@ -13,7 +13,8 @@ class Parser(argparse.ArgumentParser):
     """argparse's, without abbreviations (`--gpus` is not `--gpus-per-node`); its errors are SettingsErrors."""
 
     def __init__(self, **how: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter} | how)
+        usual: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(**usual | how)
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"{message} (`{self.prog} --help` lists what there is)")

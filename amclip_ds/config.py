@@ -183,6 +183,11 @@ def recipe_names() -> list[str]:
     return [f"{method}-{size}" for method in methods for size in sizes]
 
 
+def shipped_towers() -> set[str]:
+    """The vision towers of the recipes, whose names need no looking up."""
+    return {plain_yaml.read(path)["model"]["vision"]["name"] for path in (RECIPES / "sizes").glob("*.yaml")}
+
+
 def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
     """The typed settings of a recipe (a name, or the path of a yaml) with `key=value` overrides laid over it.
 

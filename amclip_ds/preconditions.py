@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.sources import check_inputs
 from amclip_ds.engine.ds_config import read_ds_config
@@ -13,12 +14,16 @@ BESIDE = {"config.yaml", "owner.json", "STOP"}  # what may be there without one,
 OUTPUT = (".out", ".err", ".log")
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, resume: str = "auto") -> None:
     """Raises UserError for a start that could only fail later: run folder, data, DeepSpeed's file, weights, W&B."""
     check_folder(Path(config.run.out))
     read_ds_config(config.engine)
+    if config.model.vision.name not in settings.shipped_towers():
+        settings.check_buildable(config)  # only timm knows the name, and it loads torch
     check_inputs(config.data, config.eval.data)
     check_init(config)
+    if resume not in ("auto", "never") and not Path(resume).exists():
+        raise UserError(f"--resume {resume}: no such checkpoint; auto (the default) takes the newest of run.out")
     if config.eval.data and not goes_on(config):
         from amclip_ds.evaluate.datasets import check_sets  # it needs numpy
 

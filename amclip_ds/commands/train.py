@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         preemption.listen()  # before anything slow: no signal may be lost, or end what cannot save yet
     settings = config.load(args.recipe, args.overrides)
     if args.procs is not None or is_alone():
-        preconditions.check(settings)
+        preconditions.check(settings, args.resume)
     if args.procs is not None:
         config.plan_batch(settings.batch, args.procs)  # a mistake is told once, not by every rank
         argv = ["train", args.recipe, *args.overrides, "--resume", args.resume]

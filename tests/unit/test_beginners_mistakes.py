@@ -64,6 +64,8 @@ MISTAKES = [  # what is typed -> what the line must hold. SHARDS, RUN, FULL, YAM
     (f"{TRAIN} model.init_from=/nowhere", "model.init_from: no such file or folder"),
     (f"{TRAIN} model.vision.image_size=60", "model.vision.image_size: 60"),
     (f"{TRAIN} mask.unit=3", "mask.unit: 3 does not divide"),
+    (f"{TRAIN} --resume latest", "--resume latest: no such checkpoint; auto (the default)"),
+    (f"{TRAIN} --resume /nowhere/step_00000010", "--resume /nowhere/step_00000010: no such checkpoint"),
     (f"{TRAIN} --procs 0", "--procs: 0 is below 1"),
     (f"{TRAIN} --procs -2", "--procs: -2 is below 1"),
     (f"{TRAIN} --procs two", "not a whole number"),
