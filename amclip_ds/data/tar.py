@@ -17,7 +17,9 @@ EXTENSIONS = (
     tarfile.SOLARIS_XHDTYPE,
     tarfile.XGLTYPE,
 )
+SPARSE, SPARSE_NAME = "GNU.sparse", "GNU.sparse.name"
 MAX_NAME_BYTES = 1 << 16  # a longer name is damage, not a name
+MAX_SHARED_NAME = 1 << 10  # bytes of a name that a global header gives to every member: it costs nothing to write
 MAX_PAX_BYTES = 1 << 20  # of a pax header: it may carry extended attributes, of 64 KiB each
 
 
@@ -102,11 +104,11 @@ def scan(file: BinaryIO, size: int) -> Iterator[Member | Link | Damage]:
             else:
                 own = records | own  # of two headers for one member, tarfile believes the first
             continue
-        name = facts.get("GNU.sparse.name") or facts.get("path") or header.name
+        name = facts.get(SPARSE_NAME) or facts.get("path") or header.name
         if header.type in LINKS:
             yield Link(name)
         elif header.isreg():
-            is_sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in facts)
+            is_sparse = header.type == tarfile.GNUTYPE_SPARSE or SPARSE in facts
             yield Member(name, content, stored, is_sparse)
         own = {}
     if not ended:
@@ -177,9 +179,12 @@ def _records(file: BinaryIO, offset: int, header: tarfile.TarInfo) -> dict[str, 
         keyword, equals, value = content[space + 1 : place + int(length) - 1].partition(b"=")
         place += int(length)
         key = keyword.decode("utf-8", "surrogateescape")
-        if equals and (key in ("path", "size") or key.startswith("GNU.sparse.")):
+        if equals and key in ("path", "size", SPARSE_NAME):
             records[key] = value.decode("utf-8", "surrogateescape")
-    return None if len(records.get("path", "")) > MAX_NAME_BYTES else records
+        elif equals and key.startswith("GNU.sparse."):
+            records[SPARSE] = "yes"
+    longest = MAX_SHARED_NAME if header.type == tarfile.XGLTYPE else MAX_NAME_BYTES
+    return None if any(len(value) > longest for value in records.values()) else records
 
 
 def _next_header(file: BinaryIO, offset: int, size: int) -> int:

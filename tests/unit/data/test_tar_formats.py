@@ -193,6 +193,15 @@ def test_a_pax_size_that_is_none_is_damage(size: str, tmp_path: Path) -> None:
     assert [item.kind for item in damage] == ["header"] and [name for name, *_ in members] == ["b.jpg"]
 
 
+def test_a_global_header_cannot_blow_names_up() -> None:
+    """A long name that is written once and holds for 100,000 members, and 50,000 keys that each would carry along."""
+    many = b"".join(pax_record(f"GNU.sparse.{number}", "x") for number in range(30_000))
+    for content in (pax_record("path", "n" * 60_000 + ".jpg"), pax_record("GNU.sparse.name", "n" * 60_000), many):
+        members, damage = ours_of(extended(b"g", content) + plain("a.jpg", TEXT) * 2000 + bytes(2 * BLOCK))
+        assert len(members) == 2000 and {member.name for member in members} == {"a.jpg"}
+        assert [item.kind for item in damage] == ([] if content is many else ["name"])
+
+
 def test_a_damaged_header_of_a_v7_tar_costs_one_member(tmp_path: Path) -> None:
     """Without the mark of later formats the next header is found by its checksum."""
     content = bytearray(tar_of(samples(range(4))))
