@@ -22,8 +22,9 @@ from amclip_ds.data import captions as caption_sources
 from amclip_ds.data import index, reader
 from amclip_ds.data.config import DataConfig, check_sources
 from amclip_ds.data.grouping import IMAGE_TYPES, Group, group, left_out_name, scattered
-from amclip_ds.data.images import BadImage, open_image
+from amclip_ds.data.images import ARE_READ, BadImage, open_image
 from amclip_ds.data.keyed_random import keyed
+from amclip_ds.data.kinds import IMAGES
 from amclip_ds.data.parallel import Died, run_over
 from amclip_ds.data.plain_text import BadText
 from amclip_ds.data.tar import BLOCK, Damage, Member, scan
@@ -351,6 +352,8 @@ class _Pass:
         """Why a sample would be skipped ("" if it would not), and its row of measurements."""
         images = one.images()
         if not images:
+            for kind, _ in one.of_types(*IMAGES)[:1]:
+                self._report.causes[f"has a .{kind}; {ARE_READ}"] += 1
             return "no image", ()
         kind, image = images[0]
         if why := one.unreadable():

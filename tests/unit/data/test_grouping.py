@@ -191,6 +191,15 @@ def test_odd_names(name: str, tmp_path: Path) -> None:
     assert report.total("images") == images == account_of(index.shards).images
 
 
+def test_an_image_of_a_kind_that_is_not_read_is_named(tmp_path: Path) -> None:
+    files = [("a.gif", b"GIF89a"), ("a.txt", b"a"), ("b.TIFF", b"II*\0"), *samples(range(3))]
+    report = checked(put(tmp_path, files))
+    assert report.problems() == {"no image": 2} and report.total("read") == 3
+    assert report.causes() == {
+        "has a .gif; JPEG, PNG, WebP are read": 1, "has a .tiff; JPEG, PNG, WebP are read": 1,
+    }  # fmt: skip
+
+
 def test_a_sample_over_two_shards_is_two_halves(tmp_path: Path) -> None:
     put(tmp_path, [*samples([0]), ("000001.jpg", picture(1))])
     put(tmp_path, [("000001.txt", b"words"), *samples([2])], "1.tar")
