@@ -58,14 +58,16 @@ class Parser(argparse.ArgumentParser):
         return f"did you mean {near[0]}?" if near else f"`{self.prog} --help` lists what there is"
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """For `type=`: a whole number from `least`."""
+def whole(least: int, most: int = 10**12) -> Callable[[str], int]:
+    """For `type=`: a whole number from `least` to `most`."""
 
     def read(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d{1,15}", text.strip()):
+        if not re.fullmatch(r"[+-]?[0-9]{1,15}", text.strip()):
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
         if int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"{text} is above {most}")
         return int(text)
 
     return read

@@ -146,7 +146,9 @@ def plan_batch(batch: BatchConfig, world_size: int) -> BatchPlan:
     """Shares the global batch out. Raises UserError, with the arithmetic, where it does not divide."""
     local, rest = divmod(batch.global_size, world_size)
     if rest or local == 0:
-        below = max((n for n in range(1, world_size + 1) if batch.global_size % n == 0), default=1)
+        below = max(
+            (n for n in range(1, min(world_size, batch.global_size) + 1) if batch.global_size % n == 0), default=1
+        )
         near = max(1, round(batch.global_size / world_size)) * world_size
         raise SettingsError(
             f"batch.global_size: {batch.global_size} = {world_size} ranks x {local} + {rest} does not divide;"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from amclip_ds.arguments import Parser
 from amclip_ds.engine.placement import free_port
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import write_atomically
@@ -96,9 +97,7 @@ def begin(args: argparse.Namespace) -> str:
     from amclip_ds.commands import train
     from amclip_ds.run_folder import git_revision
 
-    train_parser = argparse.ArgumentParser(
-        allow_abbrev=False, prog="train.sbatch", usage="train.sbatch RECIPE key=value ..."
-    )
+    train_parser = Parser(prog="train.sbatch", usage="train.sbatch RECIPE key=value ...")
     train.add_arguments(train_parser)
     wanted = train_parser.parse_intermixed_args(args.train_arguments)
     config = settings.load(wanted.recipe, wanted.overrides)

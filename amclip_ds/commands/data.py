@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     synth.add_argument("--seed", type=whole(0), default=0, help="another seed, other scenes (default 0)")
     synth.add_argument("--shard-size", type=whole(1), default=1000, metavar="N", help="scenes a tar (default 1000)")
     synth.add_argument("--coloured-distractors", action="store_true", help="colour the clutter too (a control)")
-    synth.add_argument("--workers", type=whole(1), metavar="N", help="processes (default: one per core)")
+    synth.add_argument("--workers", type=whole(1, 1024), metavar="N", help="processes (default: one per core)")
 
     index = _add(actions, "index", "write where each sample of the shards lies", INDEX, _index)
     _add_shards(index)
@@ -115,7 +115,7 @@ def _add(
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a folder, a glob, braces, a list.txt, URLs")
-    parser.add_argument("--workers", type=whole(1), metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--workers", type=whole(1, 1024), metavar="N", help="processes (default: one per core)")
     parser.add_argument("--allow-pipe", action="store_true", help="let SHARDS run shell commands (pipe:...)")
 
 

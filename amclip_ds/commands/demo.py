@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder (default out/demo)")
     parser.add_argument("--steps", type=whole(1), default=900, help="optimizer steps (default 900, about 5 minutes)")
     parser.add_argument("--scenes", type=whole(1), default=20000, help="training scenes (default 20000)")
-    parser.add_argument("--procs", type=whole(1), default=None, help="processes (default: one per GPU, or 2 on a CPU)")
+    parser.add_argument(
+        "--procs", type=whole(1, 1024), default=None, help="processes (default: one per GPU, or 2 on a CPU)"
+    )
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
 
 

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=whole(1), default=64, metavar="N", help="images in one forward (64)")
     parser.add_argument("--preprocess", choices=("ours", "library"), default="ours",
                         help="whose pixels an export sees: ours (default), or its own library's")  # fmt: skip
-    parser.add_argument("--procs", type=whole(1), metavar="N", help="start N processes on this machine")
+    parser.add_argument("--procs", type=whole(1, 1024), metavar="N", help="start N processes on this machine")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers, in CLIP_benchmark's names")
     parser.add_argument("--no-append", action="store_true", help="do not append to the run's eval.jsonl")
 

@@ -18,7 +18,7 @@ HELP = "train a recipe"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name (amclip recipes) or the path of a yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the recipe")
-    parser.add_argument("--procs", type=whole(1), metavar="N", help="start N processes on this machine")
+    parser.add_argument("--procs", type=whole(1, 1024), metavar="N", help="start N processes on this machine")
     parser.add_argument(
         "--resume", default="auto", metavar="auto|PATH|never",
         help="auto (default): go on from the newest checkpoint, fresh only if there is none",

@@ -67,6 +67,8 @@ MISTAKES = [  # what is typed -> what the line must hold. SHARDS, RUN, FULL, YAM
     (f"{TRAIN} --resume latest", "--resume latest: no such checkpoint; auto (the default)"),
     (f"{TRAIN} --resume /nowhere/step_00000010", "--resume /nowhere/step_00000010: no such checkpoint"),
     (f"{TRAIN} --procs 0", "--procs: 0 is below 1"),
+    (f"{TRAIN} --procs 99999999", "--procs: 99999999 is above 1024"),
+    ("submit aclip-tiny data.train=SHARDS run.out=RUN --nodes 99999", "does not divide"),
     (f"{TRAIN} --procs -2", "--procs: -2 is below 1"),
     (f"{TRAIN} --procs two", "not a whole number"),
     (f"{TRAIN} --procs 2 batch.global_size=33", "33 = 2 ranks x 16 + 1"),
