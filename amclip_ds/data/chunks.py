@@ -57,7 +57,7 @@ class ChunkSpec:
 
 @dataclass
 class Chunk:
-    """The samples of positions [start, start + B) of an epoch. Tensors travel by shared memory, the rest is small."""
+    """The samples of positions [start, start + B) of an epoch. A worker sends it as memory of its own (workers.py)."""
 
     views: Tensor
     """[V, B, 3, S, S] uint8"""
