@@ -74,8 +74,8 @@ class Backlog:
                 file.size = 0
             self._hold(path, text.encode(), lambda path, content: files.write_atomically(path, content.decode()))
 
-    def close(self, patience_s: float = PATIENCE_S) -> None:
-        """Waits until everything is written, or as long as that; then says what is lost."""
+    def close(self, patience_s: float = PATIENCE_S) -> bool:
+        """Waits until everything is written, or as long as that; then says what is lost. Whether all is written."""
         deadline = time.monotonic() + patience_s
         with self._lock:
             while True:
@@ -86,8 +86,10 @@ class Backlog:
             for trouble in self._troubles.values():
                 left = Counter({path.name: len(self._files[path].waiting) for path in trouble.files})
                 _say(f"{trouble.cause} to the end; lost: {_counts(trouble.lost + left)}")
+            is_all_written = not self._troubles
             self._files.clear()
             self._troubles.clear()
+            return is_all_written
 
     def _hold(self, path: Path, content: bytes, add: Callable[[Path, bytes], None]) -> None:
         with self._lock:

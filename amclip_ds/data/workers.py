@@ -188,17 +188,14 @@ def _kill_all(processes: list[BaseProcess]) -> None:
 def _work(ours: socket.socket, make: Callable[..., Any]) -> None:
     """Makes what it is asked for until the other side is closed."""
     _become_worker()
-    with ours:
+    with ours, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody wants any more
         while len(place := ours.recv(PLACE.size, socket.MSG_WAITALL)) == PLACE.size:
             try:
                 made = make(*PLACE.unpack(place))
             except Exception as error:  # a fault of ours: it must not look like a process that was killed
                 traceback.print_exc()
                 made = Fault(f"data.train: a worker failed: {type(error).__name__}: {error}")
-            try:
-                _send(ours, made)
-            except (BrokenPipeError, ConnectionResetError):  # nobody wants it any more
-                return
+            _send(ours, made)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from amclip_ds.backlog import Backlog
+from amclip_ds.errors import AmclipError
 from amclip_ds.evaluate.datasets import EvalSet
 from amclip_ds.evaluate.tasks import short
-from amclip_ds.jsonl import EVALUATION, append_line, read_lines
+from amclip_ds.jsonl import EVALUATION, encode, read_lines
 
 KEY = ("step", "weights", "dataset", "task")  # what two rows may not share
 
@@ -18,10 +20,13 @@ def new(run: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def append_new(run: Path, rows: Sequence[dict[str, Any]]) -> int:
-    """Appends the new ones of the rows. Returns how many."""
+    """Appends the new ones of the rows. Returns how many. Raises AmclipError where the disk does not take them."""
     found = new(run, rows)
+    backlog = Backlog(lambda cause, outcome: None)
     for row in found:
-        append_line(run / "eval.jsonl", short(row))
+        backlog.append(run / "eval.jsonl", encode(short(row)))
+    if not backlog.close():
+        raise AmclipError(f"{run}/eval.jsonl cannot be written: the rows of this evaluation are not in it")
     return len(found)
 
 

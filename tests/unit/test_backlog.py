@@ -75,7 +75,7 @@ def test_memory_has_a_bound_and_what_is_lost_is_counted(
 
     gone = Backlog(lambda *what: told.append(what))
     gone.append(tmp_path / "no" / "metrics.jsonl", rows(1)[0])
-    gone.close(patience_s=0)
+    assert not gone.close(patience_s=0)
     assert "to the end; lost: 1 of metrics.jsonl" in capsys.readouterr().err and len(told) == 1
 
 

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "config": UPPER | {"configfile"},
     "step": MIDDLE | {"config"},
     "checkpoint": MIDDLE | {"checkpoint", "config"},
-    "evaluate": MIDDLE | {"evaluate", "checkpoint", "config"},
+    "evaluate": MIDDLE | {"backlog", "evaluate", "checkpoint", "config"},
     "export": MIDDLE | {"export", "evaluate", "checkpoint", "config"},
     "meter": MIDDLE | {"step"},
     "scenes": MIDDLE | {"config", "evaluate", "step"},
