@@ -19,7 +19,7 @@ from amclip_ds import config as settings
 from amclip_ds.checkpoint import manifest, retention
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.sources import split_sources
-from amclip_ds.errors import TO_REQUEUE, UserError
+from amclip_ds.errors import TO_REQUEUE, AmclipError, UserError
 from amclip_ds.evaluate import rows
 from amclip_ds.evaluate.datasets import EvalSet, open_sets
 from amclip_ds.evaluate.source import locate, open_encoder
@@ -61,6 +61,10 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
                     if _identity(path) == identity:  # damaged, not just deleted meanwhile
                         print(f"{path.name}: {damage}", flush=True)
                         refused.add(identity)
+                except AmclipError as fault:  # of the disk: made again when it may be well
+                    if once:
+                        raise
+                    print(f"{path.name}: {fault}; tried again in {every_s:g} s", flush=True)
         if once or has_ended:
             break
         if not is_idle:
