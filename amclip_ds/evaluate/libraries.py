@@ -1,31 +1,82 @@
 """Models of other libraries behind the Encoder interface: what an export is worth when its own library runs it.
 
+A library never sees the folder. Its classes are built from values that export_folder.py has checked, with code of the
+installed library alone, and take the tensors of safetensors files that fit: nothing of a stranger's is executed,
+fetched, or believed.
+
 Shapes: B batch, E embedding, D width of the tower, T tokens.
 """
 
-import json
-from collections.abc import Callable, Sequence
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from amclip_ds import safetensors_header
 from amclip_ds.data import photometric
-from amclip_ds.errors import UserError
+from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.encoder import resize_and_crop, resized_size
+from amclip_ds.evaluate.export_folder import (
+    MAX_VOCABULARY,
+    ONNX_INPUTS,
+    read_hugging_face,
+    read_onnx,
+    read_open_clip,
+    read_timm,
+    refuse_elsewhere,
+)
+from amclip_ds.evaluate.foreign_tokenizer import ForeignTokenizer
+from amclip_ds.evaluate.onnx_graph import open_graph
+from amclip_ds.files import read_json
+from amclip_ds.model.weight_files import weight_files
+
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+HF_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+TIMM_WEIGHTS = ("model.safetensors",)
+SLACK = 1 << 20  # weights that a model may have beyond twice the file's: positions of a larger image
 
 
 def open_library(path: Path, kind: str, weights: str, device: torch.device, preprocess: str = "ours") -> "Library":
-    """kind: open_clip | hf | timm | onnx. preprocess: ours | library, whose pixels `preprocess` makes."""
-    return BUILDERS[kind](path, weights, device, preprocess == "library")
+    """kind: open_clip | hf | timm | onnx. preprocess: ours | library, whose pixels `preprocess` makes.
+
+    Raises UserError for what may not be loaded, and for a model that does not give finite embeddings of one width;
+    whatever the library raises comes through.
+    """
+    library = BUILDERS[kind](path, weights, device, preprocess == "library")
+    library.path = path
+    library.try_out()
+    return library
+
+
+def fitting_files(folder: Path, names: Sequence[str], model: nn.Module) -> list[Path]:
+    """The safetensors for a model that was built on `meta`, which costs no memory. Raises UserError.
+
+    A config that asks for much more than the files hold is refused before the model is made.
+    """
+    files = weight_files(folder, names)
+    held = sum(math.prod(entry.shape) for file in files for entry in safetensors_header.read(file).entries.values())
+    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if wanted > 2 * held + SLACK:
+        raise UserError(f"{folder}: its config describes {wanted} weights, {files[0].name} holds {held}")
+    return files
+
+
+def _tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 class Library:
     """What they share: our pixels or the library's, unit vectors."""
 
+    path: Path
     is_tower_alone = False
     """Whether there is no text tower, and the embedding is the tower's own feature."""
     say: Callable[[str], None] | None = None
@@ -37,6 +88,16 @@ class Library:
         """Ours: uint8 [3, H, H]; the library's: float32 [3, H, H]."""
         return self.own_pixels_of(image) if self.own_pixels else resize_and_crop(image, self.image_size)
 
+    def try_out(self) -> None:
+        """Two images and two texts. Raises UserError where what comes is no embedding."""
+        made = [self.features(torch.zeros(2, 3, self.image_size, self.image_size, dtype=torch.uint8))]
+        made += [] if self.is_tower_alone else [self.text(["a", "two words"])]
+        widths = [tuple(rows.shape[1:]) for rows in made if rows.shape[0] == 2]
+        if len(widths) != len(made) or len(set(widths)) != 1 or len(widths[0]) != 1:
+            raise UserError(f"{self.path}: gives embeddings of the shapes {[list(rows.shape) for rows in made]}")
+        if not all(bool(rows.isfinite().all()) for rows in made):
+            raise UserError(f"{self.path}: gives embeddings that are not finite")
+
     @torch.no_grad()
     def image(self, images: Tensor) -> Tensor:
         """[B, 3, H, H] -> [B, E]."""
@@ -45,14 +106,27 @@ class Library:
     @torch.no_grad()
     def text(self, texts: Sequence[str]) -> Tensor:
         """Texts -> [B, E]."""
-        return F.normalize(self.embed_ids(self.tokenise(list(texts)).to(self.device)).float(), dim=-1)
+        with self._blamed():
+            return F.normalize(self.embed_ids(self.tokenise(list(texts)).to(self.device)).float(), dim=-1)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """[B, 3, H, H] -> [B, E], for probes: the embedding before it is normalised."""
         images = images.to(self.device)
         pixels = photometric.normalise(images) if images.dtype == torch.uint8 else images
-        return self.embed_pixels(pixels).float()
+        with self._blamed():
+            return self.embed_pixels(pixels).float()
+
+    @contextlib.contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """What a library raises over a stranger's model is that model's fault."""
+        try:
+            yield
+        except AmclipError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{self.path}: the model fails: {type(error).__name__} {reason}") from None
 
     def own_pixels_of(self, image: Image.Image) -> Tensor:
         """The library's preprocessing: float32 [3, H, H]."""
@@ -86,12 +160,27 @@ class OpenClipModel(Library):
 
     def __init__(self, path: Path, weights: str, device: torch.device, own_pixels: bool = False) -> None:
         import open_clip
+        from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
+        from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        name = f"local-dir:{path}"
-        self.model, self.transform = open_clip.create_model_from_pretrained(name, device=device, precision="fp32")
-        self.model.eval()
-        self.tokenizer = open_clip.get_tokenizer(name)
+        facts = read_open_clip(path)
+        kind = open_clip.CustomTextCLIP if facts.is_custom_text else open_clip.CLIP
+        with torch.device("meta"):
+            skeleton = kind(**copy.deepcopy(facts.model))
+        file = fitting_files(path, OPEN_CLIP_WEIGHTS, skeleton)[0]
+        self.model = kind(**facts.model)
+        open_clip.factory.load_checkpoint(self.model, str(file), strict=True)
+        self.model.to(device).eval()
         size = self.model.visual.image_size
+        self.transform = image_transform_v2(PreprocessCfg(**facts.preprocess | {"size": size}), is_train=False)
+        length = self.model.context_length
+        self.tokenizer: Any
+        if facts.has_tokenizer_file:
+            clean = get_clean_fn(facts.tokenizer.get("clean", "whitespace"))
+            encode = ForeignTokenizer(path / "tokenizer.json", length, _pad_id(path), self.model.vocab_size)
+            self.tokenizer = lambda texts: encode([clean(text) for text in texts])
+        else:
+            self.tokenizer = SimpleTokenizer(context_length=length, **facts.tokenizer)
         super().__init__(weights, size[0] if isinstance(size, tuple | list) else size, device, own_pixels)
 
     def own_pixels_of(self, image: Image.Image) -> Tensor:
@@ -111,15 +200,42 @@ class HuggingFaceModel(Library):
     """A folder for AutoModel.from_pretrained: a CLIPModel or a VisionTextDualEncoderModel."""
 
     def __init__(self, path: Path, weights: str, device: torch.device, own_pixels: bool = False) -> None:
-        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+        import transformers as library
 
-        self.model, report = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        facts = read_hugging_face(path)
+        text = library.CLIPTextConfig(**facts.text)
+        vision_kind = library.ViTConfig if facts.vision_type == "vit" else library.CLIPVisionConfig
+        vision = vision_kind(**facts.vision)
+        if facts.is_clip:
+            kind, towers = library.CLIPModel, {"vision_config": vision.to_dict(), "text_config": text.to_dict()}
+            config = library.CLIPConfig(**towers, **facts.model)
+        else:
+            kind = library.VisionTextDualEncoderModel
+            config = library.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, **facts.model)
+        with torch.device("meta"):
+            skeleton = kind(copy.deepcopy(config))
+        self.model, report = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=_tensors(fitting_files(path, HF_WEIGHTS, skeleton)),
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
         wrong = sorted(map(str, [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]))
         if wrong:
             raise UserError(f"{path}: transformers finds no place, or no weight, for {', '.join(wrong[:4])}")
         self.model.to(device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.processor = AutoImageProcessor.from_pretrained(path)
+        pixels = dict(facts.pixels)
+        name = pixels.pop("image_processor_type", pixels.pop("feature_extractor_type", "CLIPImageProcessor"))
+        processor = library.ViTImageProcessor if name.startswith("ViT") else library.CLIPImageProcessor
+        self.processor: Any = processor(**pixels)
+        config = self.model.config.text_config
+        self.tokenizer = ForeignTokenizer(
+            path / "tokenizer.json", config.max_position_embeddings, _pad_id(path), config.vocab_size
+        )
         super().__init__(weights, self.model.config.vision_config.image_size, device, own_pixels)
 
     def own_pixels_of(self, image: Image.Image) -> Tensor:
@@ -134,9 +250,7 @@ class HuggingFaceModel(Library):
         return _pooled(self.model.get_image_features(pixel_values=pixels))
 
     def tokenise(self, texts: list[str]) -> Tensor:
-        length = self.model.config.text_config.max_position_embeddings
-        batch = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return batch["input_ids"]
+        return self.tokenizer(texts)
 
     def embed_ids(self, ids: Tensor) -> Tensor:
         """What follows the first end token is masked, as the tokenizer's own mask does."""
@@ -159,10 +273,25 @@ class TimmModel(Library):
         import timm
         from timm.data import create_transform, resolve_model_data_config
 
-        self.model = timm.create_model(f"local-dir:{path}", pretrained=True).to(device).eval()
-        facts = resolve_model_data_config(self.model)
-        self.transform: Any = create_transform(**facts, is_training=False)
-        super().__init__(weights, facts["input_size"][-1], device, own_pixels)
+        facts = read_timm(path)
+        if not timm.is_model(facts.architecture):
+            raise UserError(f"{path / 'config.json'}: architecture: timm has no {facts.architecture!r}")
+
+        def make() -> Any:
+            args: dict[str, Any] = copy.deepcopy(facts.model_args)
+            return timm.create_model(
+                facts.architecture, pretrained=False, pretrained_cfg=copy.deepcopy(facts.pixels), **args
+            )
+
+        with torch.device("meta"):
+            skeleton = make()
+        tensors = _tensors(fitting_files(path, TIMM_WEIGHTS, skeleton))
+        self.model = make()
+        self.model.load_state_dict(tensors, strict=True)
+        self.model.to(device).eval()
+        pixels = resolve_model_data_config(self.model)
+        self.transform: Any = create_transform(**pixels, is_training=False)
+        super().__init__(weights, pixels["input_size"][-1], device, own_pixels)
 
     def own_pixels_of(self, image: Image.Image) -> Tensor:
         return self.transform(image)
@@ -171,30 +300,16 @@ class TimmModel(Library):
         return self.model(pixels)
 
 
-ONNX_FACTS = "clip_onnx.json"  # what lies beside image.onnx and text.onnx, and the input of each
-ONNX_INPUTS = {"image": "pixel_values", "text": "input_ids"}
-
-
 class OnnxModel(Library):
     """A folder of ONNX graphs, run by onnxruntime; the preprocessing that it describes is ours."""
 
     def __init__(self, path: Path, weights: str, device: torch.device, own_pixels: bool = False) -> None:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise UserError(f"{path}: onnxruntime runs it; pip install 'amclip_ds[onnx]'") from None
-        from tokenizers import Tokenizer
-
-        self.facts = json.loads((path / ONNX_FACTS).read_text())
-        usable = onnxruntime.get_available_providers()
+        self.facts = read_onnx(path)
         wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
-        providers = [name for name in [*wanted, "CPUExecutionProvider"] if name in usable]
-        self._image, self._text = (
-            onnxruntime.InferenceSession(path / f"{name}.onnx", providers=providers) for name in ONNX_INPUTS
+        self._image, self._text = (open_graph(path / f"{name}.onnx", wanted) for name in ONNX_INPUTS)
+        self.tokenizer = ForeignTokenizer(
+            path / "tokenizer.json", self.facts["context_length"], self.facts["eos_token_id"], MAX_VOCABULARY
         )
-        self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        self.tokenizer.enable_truncation(self.facts["context_length"])
-        self.tokenizer.enable_padding(length=self.facts["context_length"], pad_id=self.facts["eos_token_id"])
         super().__init__(weights, self.facts["image_size"], torch.device("cpu"), own_pixels)
 
     def own_pixels_of(self, image: Image.Image) -> Tensor:
@@ -204,7 +319,7 @@ class OnnxModel(Library):
         return torch.from_numpy(self._image.run(None, {ONNX_INPUTS["image"]: pixels.numpy()})[0])
 
     def tokenise(self, texts: list[str]) -> Tensor:
-        return torch.tensor([encoding.ids for encoding in self.tokenizer.encode_batch(texts)])
+        return self.tokenizer(texts)
 
     def embed_ids(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(self._text.run(None, {ONNX_INPUTS["text"]: ids.numpy()})[0])
@@ -213,6 +328,19 @@ class OnnxModel(Library):
         return self.facts["logit_scale"]
 
 
-BUILDERS: dict[str, Any] = {
-    "open_clip": OpenClipModel, "hf": HuggingFaceModel, "timm": TimmModel, "onnx": OnnxModel,
-}  # fmt: skip
+def _pad_id(folder: Path) -> int:
+    """The id of the pad token that tokenizer_config.json names; 0 where it names none."""
+    path = folder / "tokenizer_config.json"
+    facts = read_json(path, dict) if path.is_file() else {}
+    refuse_elsewhere(path, facts)
+    for side in ("padding_side", "truncation_side"):
+        if facts.get(side, "right") != "right":
+            raise UserError(f"{path}: {side}: {str(facts[side])[:40]!r} is not 'right'")
+    pad = facts.get("pad_token")
+    name = pad.get("content") if isinstance(pad, dict) else pad
+    tokens = read_json(folder / "tokenizer.json", dict)
+    known = {token.get("content"): token.get("id") for token in tokens.get("added_tokens") or []}
+    return int(known.get(name) or 0)
+
+
+BUILDERS: dict[str, Any] = {"open_clip": OpenClipModel, "hf": HuggingFaceModel, "timm": TimmModel, "onnx": OnnxModel}

@@ -15,17 +15,13 @@ from torch import Tensor, nn
 
 from amclip_ds.data.photometric import MEAN, STD
 from amclip_ds.errors import UserError
+from amclip_ds.evaluate.foreign_tokenizer import PUNCTUATION
 from amclip_ds.export.open_clip import activation_of, blocks_of, fold_patch_bias
 from amclip_ds.model import foreign
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# What ftfy does to punctuation, as far as a tokenizer's own normalizers can: curly quotes and ligatures. Dashes stay.
-PUNCTUATION = {
-    "[\u02bc\u2018-\u201b]": "'", "[\u201c-\u201f]": '"',
-    "\ufb00": "ff", "\ufb01": "fi", "\ufb02": "fl", "\ufb03": "ffi", "\ufb04": "ffl",
-}  # fmt: skip
 
 
 def write(folder: Path, module: AClip, model: ModelConfig) -> None:

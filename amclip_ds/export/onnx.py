@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from amclip_ds.data.photometric import MEAN, STD
 from amclip_ds.errors import UserError
-from amclip_ds.evaluate.libraries import ONNX_FACTS, ONNX_INPUTS
+from amclip_ds.evaluate.export_folder import ONNX_FACTS, ONNX_INPUTS
 from amclip_ds.export.hugging_face import build_tokenizer
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig

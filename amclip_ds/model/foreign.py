@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 Read = Callable[[str], Tensor]
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from amclip_ds import safetensors_header
 from amclip_ds.errors import UserError
 from amclip_ds.model import foreign
+from amclip_ds.model.weight_files import refuse_pickle, weight_files
 
 Pieces = list[tuple[int, str, str]]
 """Where a tensor of a checkpoint lies: (first element of the flattened tensor, file, key in it), in order."""
@@ -161,24 +162,20 @@ def describe(source: str, names: Iterable[str]) -> list[str]:
 
 
 def _files_of(path: Path, weights: str) -> list[Path]:
-    if path.suffix in foreign.PICKLES:
-        raise UserError(f"model.init_from: {path} is a pickle, which may run code; convert it to safetensors")
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"model.init_from: no such file or folder: {path}")
-    if (path / "manifest.json").is_file():  # a checkpoint
-        folders = ("model",) if weights == "student" else ("model", "ema")
-        files = [file for folder in folders for file in sorted((path / folder).glob("*.safetensors"))]
-    elif (path / f"{weights}.safetensors").is_file():  # a run
-        files = [path / f"{weights}.safetensors"]
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    if not files:
-        pickles = [file.name for file in path.iterdir() if file.suffix in foreign.PICKLES]
-        also = f"; {pickles[0]} is a pickle, which may run code: convert it to safetensors" if pickles else ""
-        raise UserError(f"model.init_from: no safetensors in {path}{also}")
-    return files
+    try:
+        refuse_pickle(path)
+        if path.is_file():
+            return [path]
+        if not path.is_dir():
+            raise UserError(f"no such file or folder: {path}")
+        if (path / "manifest.json").is_file():  # a checkpoint
+            averaged = sorted((path / "ema").glob("*.safetensors")) if weights == "teacher" else []
+            return [*weight_files(path, ("model/*.safetensors",)), *averaged]
+        if (path / f"{weights}.safetensors").is_file():  # a run
+            return [path / f"{weights}.safetensors"]
+        return weight_files(path, ("*.safetensors",))
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
 
 
 def _keys(file: Path) -> list[str]:
