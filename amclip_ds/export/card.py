@@ -51,7 +51,7 @@ TEXTS = {
 training it was plain text.""",
     "hf": f"{CLEANING} {CROP} {LITERALS}",
     "timm": "The vision tower alone: no projection, no text tower.",
-    "onnx": f"{CLEANING} {LITERALS}",
+    "onnx": CLEANING,
 }
 
 

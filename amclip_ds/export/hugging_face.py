@@ -151,4 +151,17 @@ def build_tokenizer() -> Any:
     ])  # fmt: skip
     ends = (END, clip.eot_token_id), (START, clip.sot_token_id)
     tokenizer.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False, trim_offsets=False)
+    tokenizer.decoder = build_decoder()
     return tokenizer
+
+
+def build_decoder(dropped: tuple[str, ...] = ()) -> Any:
+    """Ids back to words with a space between; a letter may be spread over several tokens, so their bytes come first.
+
+    dropped: tokens without a text, for a tokenizer that does not know them to be special.
+    """
+    from tokenizers import Regex, decoders
+
+    ends = [decoders.Replace(token, "") for token in dropped]
+    words = decoders.Replace(Regex("</w>$"), ""), decoders.Replace("</w>", " ")
+    return decoders.Sequence([decoders.ByteLevel(), *ends, *words])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from amclip_ds.data.photometric import MEAN, STD
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.export_folder import ONNX_FACTS, ONNX_INPUTS
-from amclip_ds.export.hugging_face import build_tokenizer
+from amclip_ds.export.hugging_face import END, START, build_decoder, build_tokenizer
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
 
@@ -55,7 +55,9 @@ def write(folder: Path, module: AClip, model: ModelConfig) -> None:
         "logit_scale": float(module.logit_scale.detach().float().exp()),
     }  # fmt: skip
     (folder / ONNX_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
-    build_tokenizer().save(str(folder / "tokenizer.json"))
+    tokenizer = build_tokenizer()
+    tokenizer.decoder = build_decoder(dropped=(START, END))  # special ones would be read inside a text, too
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def _write_graph(path: Path, module: nn.Module, example: Tensor, source: str, result: str) -> None:

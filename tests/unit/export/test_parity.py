@@ -177,6 +177,21 @@ def test_golden_tokens_through_transformers(exported: Path, shared_dir: Path) ->
     assert num_equal >= len(rows) - 4
 
 
+@pytest.mark.parametrize("fmt", ["hf", "onnx"])
+def test_ids_are_decoded_to_words(fmt: str, exported: Path, shared_dir: Path) -> None:
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    file = Tokenizer.from_file(str(exported / fmt / "tokenizer.json"))
+    decode = AutoTokenizer.from_pretrained(exported / fmt).decode if fmt == "hf" else file.decode
+    for text in ("a red boat", "", "naïve café 東京 🚤", "</ w >"):
+        assert decode(file.encode(text).ids, skip_special_tokens=True) == text
+    for row in map(json.loads, (shared_dir / "data" / "golden_tokens.jsonl").read_text().splitlines()):
+        if row["text"].isascii() and "<|" not in row["text"]:
+            said = decode(file.encode(row["text"]).ids, skip_special_tokens=True)
+            assert "".join(said.split()) == "".join(row["text"].lower().split())
+
+
 def test_the_pipeline_works_offline(exported: Path, tiny, real_pairs: str) -> None:
     from transformers import pipeline
 
