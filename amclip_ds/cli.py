@@ -13,6 +13,7 @@ from types import FrameType
 
 from amclip_ds import json_file
 from amclip_ds.arguments import Parser
+from amclip_ds.display import printable
 from amclip_ds.errors import INTERRUPTED, AmclipError, Preempted, SettingsError
 from amclip_ds.output import kept_from_ending_the_work
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     except AmclipError as error:
         if not error.is_shared or is_first_rank():
             further = "; the same command goes on from there" if isinstance(error, Preempted) else ""
-            print(f"{name}: {error}{further}", file=sys.stderr)
+            print(printable(f"{name}: {error}{further}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command starts again", file=sys.stderr)

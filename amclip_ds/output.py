@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
+from amclip_ds import display
 from amclip_ds.errors import FAULT
 
 RECORDED_ELSEWHERE = ("train", "watch", "demo")  # commands whose work is in files
@@ -67,7 +68,7 @@ def _steady(stream: TextIO | None, descriptor: int) -> TextIO:
     if stream is not None:
         with contextlib.suppress(OSError):
             stream.flush()
-    return io.TextIOWrapper(
+    return display.Screen(
         io.BufferedWriter(_SteadyFile(descriptor)), encoding=getattr(stream, "encoding", "utf-8"),
         errors="backslashreplace", line_buffering=is_terminal or descriptor == 2,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from amclip_ds import jsonl, tensorboard_events
+from amclip_ds import display, jsonl, tensorboard_events
 from amclip_ds.backlog import Backlog
 from amclip_ds.errors import UserError
 from amclip_ds.files import is_regular, read_json, read_text, write_atomically
@@ -147,7 +147,7 @@ class Record:
         text = redact(text)
         self._note(text)
         if self._progress:
-            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._progress.console.print(display.printable(text), highlight=False, markup=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
@@ -226,7 +226,7 @@ class Record:
         self._backlog.append(self.folder / name, jsonl.encode(row))
 
     def _note(self, text: str) -> None:
-        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n"
+        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {display.printable(text)}\n"
         self._backlog.append(self.folder / "out.log", line.encode("utf-8", "backslashreplace"))
 
     def _track(self, step: int, values: dict[str, Any]) -> None:
@@ -244,6 +244,7 @@ class Record:
         self._progress = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
             TextColumn("{task.fields[rate]:.0f} samples/s"), TimeRemainingColumn(),
+            console=display.console(),
         )  # fmt: skip
         self._progress.start()
         self._task = self._progress.add_task("train", total=self.total_steps, completed=first_step, loss=0.0, rate=0.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds.data import sources
+from amclip_ds.display import printable
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import read_json, write_atomically
 
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return check(args.shards, args.out, args.index, args.count, flags)
     except AmclipError as error:
-        print(f"data.sbatch: {error}")
+        print(printable(f"data.sbatch: {error}"))
         return error.exit_code
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds.arguments import Parser
+from amclip_ds.display import printable
 from amclip_ds.engine.placement import free_port
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import write_atomically
@@ -190,7 +191,7 @@ class RunEnded(AmclipError):
 
 
 def _say(text: str) -> None:
-    print(f"train.sbatch: {redact(text)}", file=sys.stderr, flush=True)
+    print(printable(f"train.sbatch: {redact(text)}"), file=sys.stderr, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds import configfile, plain_yaml
+from amclip_ds.display import one_line, printable
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import read_json, write_atomically
 from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read_lines
@@ -110,7 +111,7 @@ def render(rows: list[dict[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else redact(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else one_line(redact(str(value)))
 
 
 def _word(value: Any) -> str:
@@ -136,11 +137,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "overrides":
             print(*overrides_of(args.sweep, args.index), sep="\n")
         elif args.command == "table":
-            print(render(table(args.sweep, args.out)), end="")
+            print(printable(render(table(args.sweep, args.out))), end="")
         elif finish(args.sweep, args.out, args.index, args.code):
             print(f"sweep over; {args.out}/sweep.txt:\n{(args.out / 'sweep.txt').read_text()}", end="")
     except AmclipError as error:
-        print(f"sweep.sbatch: {error}")
+        print(printable(f"sweep.sbatch: {error}"))
         return error.exit_code
     return 0
 

@@ -65,19 +65,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_table(rows: list[dict[str, Any]], checkpoints: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from amclip_ds import display
 
-    table = Table("step", "age", "size", "world", "stage", "precision", "pinned", "valid", title=str(checkpoints))
+    cells = []
     for row in rows:
         known = row["age_s"] is not None
-        size = f"{row['bytes'] / 1e6:.1f} MB" if known else "?"
-        table.add_row(
-            str(row["step"]), _age(row["age_s"]) if known else "?", size, str(row["world_size"] or "?"),
-            "?" if row["stage"] is None else str(row["stage"]), row["precision"] or "?",
-            "yes" if row["pinned"] else "", "yes" if row["valid"] else "NO",
-        )  # fmt: skip
-    Console().print(table)
+        cells.append(
+            (
+                row["step"],
+                _age(row["age_s"]) if known else "?",
+                f"{row['bytes'] / 1e6:.1f} MB" if known else "?",
+                row["world_size"] or "?",
+                "?" if row["stage"] is None else row["stage"],
+                row["precision"] or "?",
+                "yes" if row["pinned"] else "",
+                "yes" if row["valid"] else "NO",
+            )
+        )
+    columns = ("step", "age", "size", "world", "stage", "precision", "pinned", "valid")
+    display.print_table(columns, cells, title=str(checkpoints))
     for row in rows:
         if row["problem"]:
             print(f"damaged: {row['problem']}")

@@ -170,9 +170,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
+    from amclip_ds import display
     from amclip_ds.data import stats
     from amclip_ds.data.check import CheckConfig
 
@@ -180,10 +178,11 @@ def _stats(args: argparse.Namespace) -> int:
     numbers = stats.summarise(report)
     shown = [place for place, part in enumerate(stats.PERCENTILES) if part in (1, 25, 50, 75, 99)]
     columns = [f"{stats.PERCENTILES[place]}%" for place in shown]
-    table = Table("", *columns, "mean", title=f"{numbers['samples']} samples: percentiles")
-    for name, row in numbers["distributions"].items():
-        table.add_row(name, *(f"{row['percentiles'][place]:.4g}" for place in shown), f"{row['mean']:.4g}")
-    Console().print(table)
+    cells = [
+        (name, *(f"{row['percentiles'][place]:.4g}" for place in shown), f"{row['mean']:.4g}")
+        for name, row in numbers["distributions"].items()
+    ]
+    display.print_table(("", *columns, "mean"), cells, title=f"{numbers['samples']} samples: percentiles")
     print("formats: " + ", ".join(f"{name} {count}" for name, count in numbers["formats"].items()))
     print(f"captions over {stats.CONTEXT_LENGTH} tokens, trimmed in training: {numbers['trimmed_captions']:.1%}")
     json_file.write(args.json, numbers)

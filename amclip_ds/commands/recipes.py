@@ -17,10 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    from amclip_ds import config
+    from amclip_ds import config, display
 
     if args.recipe is None:
         print("\n".join(config.recipe_names()))
@@ -29,8 +26,7 @@ def run(args: argparse.Namespace) -> int:
     if args.yaml:
         print(config.dump(resolved), end="")
         return 0
-    table = Table("key", "value", "meaning", title=args.recipe)
-    for key, value, meaning in config.explain(resolved):
-        table.add_row(key, "null" if value is None else str(value), meaning)
-    Console().print(table)
+    explained = config.explain(resolved)
+    cells = [(key, "null" if value is None else value, meaning) for key, value, meaning in explained]
+    display.print_table(("key", "value", "meaning"), cells, title=args.recipe)
     return 0

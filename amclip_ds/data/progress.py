@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from amclip_ds import display
+
 TELL_EVERY_S = 30.0
 
 
@@ -14,7 +16,8 @@ def progress(what: str, total: int, say: Callable[[str], None] = print) -> Itera
     if sys.stdout.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        columns = TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=display.console()) as bar:
             task = bar.add_task(what, total=total)
             yield lambda count=1: bar.advance(task, count)
         return

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from amclip_ds import json_file
+from amclip_ds import display, json_file
 from amclip_ds.data.sources import split_sources
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import DistributedComm, on_all, on_main
@@ -66,22 +66,32 @@ def _hand_over(rows: list[dict[str, Any]], located: Located, args: argparse.Name
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """The numbers with their 95% intervals, and the most frequent mistakes."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("data set", "task", "weights", "step", "metric", "value", "95% interval", "samples", "images")
+    cells = []
     for row in rows:
         for metric, value in row["metrics"].items():
             low, high = row.get("intervals", {}).get(metric, (None, None))
             between = "" if low is None else f"{low:.4f} - {high:.4f}"
             mark = " *" if metric == row.get("main_metric") and metric != "acc1" else ""
-            table.add_row(row["dataset"], row["task"], row["weights"], str(row["step"]), metric + mark, f"{value:.4f}",
-                          between, str(row["num_samples"]), row["images"])  # fmt: skip
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=FILE_WIDTH)
-    console.print(table)
+            cells.append(
+                (
+                    row["dataset"],
+                    row["task"],
+                    row["weights"],
+                    row["step"],
+                    metric + mark,
+                    f"{value:.4f}",
+                    between,
+                    row["num_samples"],
+                    row["images"],
+                )
+            )
+    columns = ("data set", "task", "weights", "step", "metric", "value", "95% interval", "samples", "images")
+    display.print_table(columns, cells, width=FILE_WIDTH)
     for row in rows:
         for pair in row.get("confusions", [])[:3]:
-            console.print(f"{row['dataset']}, {row['weights']}: {pair['true']} taken for {pair['predicted']}"
-                          f" {pair['count']} of {pair['of']} times", highlight=False, markup=False)  # fmt: skip
+            print(
+                display.printable(
+                    f"{row['dataset']}, {row['weights']}: {pair['true']} taken for {pair['predicted']}"
+                    f" {pair['count']} of {pair['of']} times"
+                )
+            )

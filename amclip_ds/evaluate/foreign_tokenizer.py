@@ -26,9 +26,8 @@ PARTS = {
     "pre_tokenizer": {"Split", "ByteLevel", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Metaspace", "Digits",
                       "Punctuation"},
     "post_processor": {"RobertaProcessing", "BertProcessing", "TemplateProcessing", "ByteLevel"},
-    "decoder": {"ByteLevel", "BPEDecoder", "WordPiece", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"},
 }  # fmt: skip
-LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
+LISTS = ("normalizers", "pretokenizers", "processors")
 MODELS = ("BPE", "WordPiece", "WordLevel", "Unigram")
 MAX_REPLACEMENT = 64  # characters
 
@@ -64,7 +63,7 @@ def _build(path: Path) -> Any:
         raise UserError(f"{path}: not JSON: {' '.join(str(error).split())[:200]}") from None
     _check(path, content)
     try:
-        return Tokenizer.from_str(json.dumps(content | {"truncation": None, "padding": None}))
+        return Tokenizer.from_str(json.dumps(content | dict.fromkeys(("truncation", "padding", "decoder"))))
     except BaseException as error:  # the Rust behind it panics, which is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise

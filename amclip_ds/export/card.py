@@ -3,6 +3,7 @@
 from typing import Any
 
 from amclip_ds import config as settings
+from amclip_ds.display import code, code_block, one_line
 from amclip_ds.evaluate.source import Located
 from amclip_ds.export.proof import Proof
 from amclip_ds.jsonl import EVALUATION, read_lines
@@ -64,21 +65,21 @@ def write_card(fmt: str, located: Located, weights: str, proof: Proof) -> str:
     lines = [
         "---", "license: unknown  # FILL IN: of the weights, which the licence of the data may limit",
         f"library_name: {library}", "tags: [clip, a-clip, zero-shot-image-classification]", "---", "",
-        f"# {config.model.vision.name}, A-CLIP, {weights}", "",
-        f"Pre-trained by amclip_ds with `mask.strategy={config.mask.strategy}`"
+        f"# {code(config.model.vision.name)}, A-CLIP, {weights}", "",
+        f"Pre-trained by amclip_ds with {code(f'mask.strategy={config.mask.strategy}')}"
         f" (keep ratio {config.mask.keep_ratio}), {located.step} steps of {config.batch.global_size} pairs;"
         f" these are the {weights}'s weights{averaged}, fp32.", "",
         "## Loading", "", LOADING[fmt], "",
         f"Images: {config.model.vision.image_size} px, shortest side resized (bilinear), centre crop, ImageNet mean"
         " and deviation.", "", TEXTS[fmt], "",
-        "## Data", "", f"`data.train={redact(config.data.train)}`", "",
+        "## Data", "", code(f"data.train={redact(config.data.train)}"), "",
         "FILL IN: what the data are, under which licence, what is known to be wrong with them.", "",
         "## Numbers", "", *_numbers(located, weights), "",
         "## Proof of this export", "",
         "Unit embeddings of the exported model, run by its library, against those of the model as it was trained:", "",
-        *(f"    {line}" for line in proof.lines()), "",
+        *code_block("\n".join(map(one_line, proof.lines()))), "",
         "## Use", "", "FILL IN: what it is meant for, what it is not fit for.", "",
-        "## Settings", "", "```yaml", settings.dump(config).rstrip(), "```", "",
+        "## Settings", "", *code_block(settings.dump(config).rstrip(), "yaml"), "",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -90,6 +91,12 @@ def _numbers(located: Located, weights: str) -> list[str]:
         return ["None recorded; `amclip eval` makes them."]
     table = ["| data set | task | metric | value | samples |", "|---|---|---|---|---|"]
     for row in mine:
-        table += [f"| {row['dataset']} | {row['task']} | {name} | {value:.4f} | {row.get('num_samples', '?')} |"
+        table += [f"| {code(row['dataset'])} | {code(row['task'])} | {code(name)} | {value:.4f} | {_count(row)} |"
                   for name, value in row["metrics"].items() if isinstance(value, int | float)]  # fmt: skip
     return table
+
+
+def _count(row: dict[str, Any]) -> str:
+    """How many samples a row is of."""
+    count = row.get("num_samples")
+    return str(count) if isinstance(count, int) else "?"

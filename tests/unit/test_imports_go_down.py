@@ -7,7 +7,17 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "amclip_ds"
 # Each room and what it may import of this package; these serve everybody.
-EVERYBODY = {"errors", "files", "json_file", "jsonl", "plain_yaml", "redact", "safetensors_header", "signals"}
+EVERYBODY = {
+    "errors",
+    "files",
+    "json_file",
+    "jsonl",
+    "plain_yaml",
+    "redact",
+    "safetensors_header",
+    "signals",
+    "display",
+}
 BOTTOM = {"model", "loss", "data", "optim"}
 MIDDLE = BOTTOM | {"engine", "teacher", "resilience", "record"}
 UPPER = MIDDLE | {"step", "checkpoint", "evaluate", "export", "config", "launch", "submit"}

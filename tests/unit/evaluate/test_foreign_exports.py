@@ -343,7 +343,7 @@ def test_a_graph_s_memory_is_bounded(export) -> None:
     model.graph.node.append(onnx.helper.make_node("ReduceSum", ["all"], ["zero"], keepdims=0))
     model.graph.node.append(onnx.helper.make_node("Add", ["before", "zero"], [wanted]))
     onnx.save(model, folder / "image.onnx")
-    assert "requested bytes of 40000000000" in refused(folder)
+    assert "Available memory of" in refused(folder)
 
 
 # ---- the twins: what the libraries themselves write

@@ -1,0 +1,90 @@
+"""Texts of other people on a screen and in a model card: class names, captions, file names, keys, settings.
+
+What such a text holds is shown, never obeyed: no escape sequence reaches a terminal, no mark turns the direction of a
+line, and nothing becomes markup, a link, a table's cell or the end of a code block.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO
+
+# Control characters but newline and tab; marks of direction; line and paragraph separators; byte order mark; tags.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+                    "\ud800-\udfff\U000e0000-\U000e0fff]")  # fmt: skip
+
+
+def printable(text: object) -> str:
+    """The text with what a terminal would obey written out: `\\x1b`, `\\u202e`."""
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def one_line(text: object) -> str:
+    """The same with newlines and tabs written out as well."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def code(text: object) -> str:
+    """A code span of markdown, good in a table too: nothing in it is markup."""
+    shown = one_line(text).replace("|", "\\|")
+    fence = _fence(shown, 1)
+    pad = " " if "`" in shown or not shown.strip() else ""
+    return f"{fence}{pad}{shown}{pad}{fence}"
+
+
+def code_block(text: object, language: str = "") -> list[str]:
+    """The lines of a fenced block that the text cannot end."""
+    shown = printable(text)
+    fence = _fence(shown, 3)
+    return [fence + language, *shown.split("\n"), fence]
+
+
+def _fence(text: str, least: int) -> str:
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None, width: int | None = None
+) -> None:
+    """A table on standard output. width: columns where no terminal has its own."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, title=None if title is None else Text(one_line(title)))
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    screen = console()
+    screen.print(table, width=None if screen.is_terminal else width)
+
+
+def console() -> Any:
+    """rich's console on standard output. Its own colours pass a Screen; what it is given must be `printable`."""
+    import sys
+
+    from rich.console import Console
+
+    return Console(file=_Raw(sys.stdout) if isinstance(sys.stdout, Screen) else None, markup=False, highlight=False)
+
+
+class Screen(io.TextIOWrapper):
+    """A standard stream through which every text goes as `printable` shows it."""
+
+    def write(self, text: str) -> int:
+        """What is written, in characters of the text given."""
+        super().write(printable(text))
+        return len(text)
+
+    def write_raw(self, text: str) -> int:
+        """For sequences of our own."""
+        return super().write(text)
+
+
+class _Raw:
+    """A Screen's other side."""
+
+    def __init__(self, screen: TextIO) -> None:
+        self._screen: Any = screen
+        self.write = self._screen.write_raw
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._screen, name)
