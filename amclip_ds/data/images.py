@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 MAX_PIXELS = 89_478_485
 MAX_SCANS = 200  # an honest progressive JPEG has about ten; each is a pass over all pixels
 MAX_PARTS = 1 << 17  # segments of a JPEG, chunks of a PNG; each costs a decoder some time and may be empty
+STRIP = 1 << 20  # pixels that are laid on white at once
 FORMATS = ("JPEG", "PNG", "WEBP")
 ARE_READ = "JPEG, PNG, WebP are read"
 SIGNATURES = {
@@ -293,14 +294,22 @@ def _decode(image: Image.Image, colours: Callable[[Image.Image], Image.Image], f
 def as_rgb(image: Image.Image) -> Image.Image:
     """A loaded image's colours as a viewer shows them on white."""
     if image.mode.startswith("I"):  # 16 bits of gray
-        values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "CMYK":
         return _cmyk_as_rgb(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Some rows at a time: the copies that it takes are many times the image."""
+    shown, rows = Image.new("RGB", image.size), max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        white = Image.new("RGBA", part.size, "white")
+        shown.paste(Image.alpha_composite(white, part).convert("RGB"), (0, top))
+    return shown
 
 
 def _cmyk_as_rgb(image: Image.Image) -> Image.Image:

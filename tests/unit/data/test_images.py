@@ -181,3 +181,14 @@ def test_evaluation_opens_upright_or_plain() -> None:
     ordinary = jpeg(width=50, height=40)
     theirs = Image.open(io.BytesIO(ordinary)).convert("RGB")
     assert open_image(ordinary).picture().tobytes() == theirs.tobytes() == open_image(ordinary).picture(True).tobytes()
+
+
+def test_what_is_transparent_is_laid_on_white_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    for mode in ("RGBA", "LA"):
+        channels = len(mode)
+        image = Image.fromarray(random.integers(0, 255, (37, 50, channels), dtype=np.uint8), mode)
+        whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+        for strip in (1, 64, 777, 1 << 20):
+            monkeypatch.setattr("amclip_ds.data.images.STRIP", strip)
+            assert np.array_equal(pixels(encode(image, "PNG")), np.asarray(whole)), (mode, strip)
