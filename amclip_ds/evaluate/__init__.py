@@ -13,7 +13,7 @@ class EvalConfig:
 
     data: str | None = None
     """Folders to evaluate on, joined by `::`: CLIP_benchmark's layout (classnames.txt, test/0.tar, ...), an image
-    folder, or tars of pairs for retrieval; null: none."""
+    folder (a folder a class, wnids too; below `val` or not), or tars of pairs for retrieval; null: none."""
     every_steps: int | None = None
     """Evaluate every so many steps; null: after the last step alone."""
     batch_size: int = 64

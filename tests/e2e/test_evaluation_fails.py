@@ -30,6 +30,9 @@ def test_a_failed_evaluation_is_an_incident_that_watch_makes_good(scenes: Path, 
     assert code == 0, printed
     assert read_lines(run / "incidents.jsonl") == incidents
 
+    code, printed = amclip("watch", str(run), "--once")  # it says so, and does not blame the checkpoints
+    assert code == 2 and "2 evaluations could not be made, the first: " in printed and "0.tar" in printed, printed
+
     tar.write_bytes(whole)
     code, printed = amclip("watch", str(run), "--once")
     assert code == 0, printed

@@ -137,3 +137,32 @@ def test_the_classifier_is_kept_and_is_the_mean_of_its_prompts(tmp_path: Path) -
         parts = [model.text([template.replace("{c}", name)])[0] for template in data.templates]
         mean = torch.stack(parts).mean(0)
         assert torch.allclose(row, mean / mean.norm(), atol=1e-6)
+
+
+def test_how_far_it_is_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amclip_ds.data.progress.TELL_EVERY_S", 0.0)
+    data, model, told = open_set(str(write_set(tmp_path / "set"))), tiny_encoder(), []
+    zero_shot.evaluate(model, data, 8, SingleProcess())
+    model = tiny_encoder()
+    model.say = told.append
+    zero_shot.evaluate(model, data, 8, SingleProcess())
+    assert [line.split(",")[0] for line in told] == [
+        "student: texts: 8 of 10", "student: images: 8 of 21", "student: images: 16 of 21",
+    ]  # fmt: skip
+
+
+def test_the_runs_own_sets_are_the_default() -> None:
+    from argparse import Namespace
+
+    from amclip_ds import config
+    from amclip_ds.evaluate.command import _specs_of
+    from amclip_ds.evaluate.source import Located
+
+    def of(settings: config.TrainConfig | None, data: list[str] | None) -> tuple[list[str], str]:
+        return _specs_of(Namespace(data=data), Located(Path("run"), "run", ("student",), 1, None, settings))
+
+    own = config.load("clip-tiny", ["eval.data=/a::/b", "data.train=x"])
+    assert of(own, None) == (["/a", "/b"], "eval.data") and of(own, ["/c"]) == (["/c"], "--data")
+    for settings in (None, config.load("clip-tiny", ["data.train=x"])):
+        with pytest.raises(UserError, match="--data: name a data set"):
+            of(settings, None)
