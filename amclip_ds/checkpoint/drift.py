@@ -10,14 +10,18 @@ from typing import Any
 from amclip_ds import plain_yaml
 from amclip_ds.errors import UserError
 
-# Keys, or whole sections, that decide where and how fast a run computes, what it keeps and shows, but not its numbers.
-# The data is compared by the index's hash, the stage and precision by the engines' own account.
-FREE = (
-    "run.out", "run.time_limit", "run.log_sample_ids", "run.deterministic", "batch.per_gpu", "teacher.placement",
-    "model.init_from", "engine", "checkpoint", "log", "eval", "guards.max_skipped", "guards.max_rewinds", "watchdog",
-    "preemption", "ownership", "data.train", "data.index", "data.workers", "data.allow_pipe", "data.max_skip_rate",
-    "data.prefetch",
-)  # fmt: skip
+# Whole sections and keys that decide where and how fast a run computes, what it keeps, waits for and shows, but none of
+# its numbers (but for the order of roundings). The data is compared by the index's hash, the stage and precision by the
+# engines' own account. tests/unit/checkpoint/test_drift.py lists the others: a new key belongs into one of the two.
+FREE_SECTIONS = ("checkpoint", "log", "eval", "watchdog", "preemption", "ownership")
+FREE = {
+    *("run.out", "run.time_limit", "run.log_sample_ids", "run.deterministic"),
+    *("batch.per_gpu", "engine.deepspeed", "engine.compile", "engine.allow_untested", "teacher.placement"),
+    *("model.init_from", "model.vision.checkpoint_every", "model.text.checkpoint_every", "loss.chunk"),
+    *("guards.max_skipped", "guards.max_rewinds"),
+    *("data.train", "data.index", "data.workers", "data.prefetch", "data.timeout_s", "data.stage_dir", "data.stage_gb"),
+    *("data.allow_pipe", "data.max_skip_rate", "data.text_bucket"),
+}
 HASH_KEYS = {"data": "data.train", "tokenizer": "data.tokenizer"}  # a hash of the manifest -> the key that names it
 
 
@@ -43,7 +47,7 @@ def compare(saved: dict[str, str], present: dict[str, str]) -> list[Change]:
 
 
 def is_free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in FREE)
+    return key in FREE or key.partition(".")[0] in FREE_SECTIONS
 
 
 def changes_between(
@@ -76,10 +80,7 @@ def refuse_or_allow(changes: list[Change], allowed: list[str]) -> list[Change]:
 def flatten(config: str) -> dict[str, str]:
     """A config.yaml as dotted key -> value. Raises UserError."""
     tree = plain_yaml.parse(config, "the checkpoint's config.yaml") or {}
-    try:
-        return {key: _text(value) for key, value in _leaves(tree, "")}
-    except ValueError as error:
-        raise UserError(f"the checkpoint's config.yaml cannot be read: {' '.join(str(error).split())[:200]}") from None
+    return {key: _text(value) for key, value in _leaves(tree, "")}
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -91,9 +92,5 @@ def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _text(value: Any) -> str:
-    """A leaf as text; lists are of scalars only."""
-    if isinstance(value, list):
-        if any(isinstance(item, list | dict) for item in value):
-            raise ValueError("a list inside a list")
-        return "[" + ", ".join(map(str, value)) + "]"
-    return str(value)
+    """A leaf as text; what is in a list is no key of its own."""
+    return "[" + ", ".join(map(_text, value)) + "]" if isinstance(value, list) else str(value)
