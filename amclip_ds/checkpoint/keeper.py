@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from amclip_ds import config as settings
-from amclip_ds.checkpoint import drift, load, retention
+from amclip_ds.checkpoint import drift, load, retention, trainer_json
 from amclip_ds.checkpoint import state as engines_state
 from amclip_ds.checkpoint.load import Found
 from amclip_ds.checkpoint.ranks import Ranks
@@ -128,7 +128,7 @@ class Keeper:
         return state
 
     def _fill(self, found: Found, progress: Progress) -> None:
-        run = _checked_run(found)
+        run = {name: found.small["run"][name] for name in trainer_json.RUN}
         state = engines_state.ready_to_fill(self._student, self._teacher, bool(found.moments))
         load.fill(found, state, self._ranks)
         engines_state.bring_up_to_date(self._student, self._teacher, found.small)
@@ -179,19 +179,6 @@ class Keeper:
             self._record.say(f"{kind}: {cause}; {action}")
             if self._ranks.is_main:
                 self._record.incident(kind, cause, action=action)
-
-
-def _checked_run(found: Found) -> dict[str, Any]:
-    """The counters of a checkpoint. Raises UserError for what is none: a well-hashed file of another kind of run."""
-    run = found.small.get("run")
-    counters = ("step", "updates", "samples_seen", "epoch")
-    if not isinstance(run, dict) or not all(type(run.get(name)) is int and run[name] >= 0 for name in counters):
-        raise UserError(f"{found.path}/trainer.json: holds no counters of a run")
-    if not isinstance(run.get("cursor"), dict | None) or not isinstance(run.get("guards"), dict):
-        raise UserError(f"{found.path}/trainer.json: holds no place in the data, or no guards")
-    if not isinstance(found.small.get("optimizer"), dict):
-        raise UserError(f"{found.path}/trainer.json: holds no counters of the optimizer")
-    return {name: run[name] for name in (*counters, "cursor", "guards")}
 
 
 def _tokenizer_hash() -> str:

@@ -79,6 +79,8 @@ _MEND = "; checkpoint.fallback=true goes on from the newest valid one, --resume 
 def _look_around(folder: Path) -> tuple[list[Path], list[tuple[str, str, str]], str | None]:
     try:
         return _candidates(folder)
+    except UserError as error:
+        return [], [], str(error)
     except OSError as error:
         return [], [], f"{error.filename or folder}: cannot be read: {error.strerror}"
 
@@ -122,7 +124,7 @@ def verified(path: Path, ranks: Ranks) -> Found:
     try:
         held = manifest.read(path)
         manifest.check_sizes(path, held)
-        small = manifest.read_json(path / "trainer.json")
+        small = manifest.read_trainer(path, held)
         found = Found(path, held, Index(path, held), small, manifest.read_config(path))
     except DamagedError as error:
         problem = str(error)
@@ -223,5 +225,5 @@ def _restore_random_state(found: Found, rank: int) -> None:
     path = found.path / f"rng/rank{rank:04d}.json"
     try:
         set_random_state(manifest.read_json(path))
-    except (DamagedError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (DamagedError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path}: not a random state: {error}") from None

@@ -12,6 +12,7 @@ docs/checkpoint-format.md says it for other programs. Nothing here is collective
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -20,18 +21,23 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds import files, plain_yaml
-from amclip_ds.checkpoint import tensorfile
+from amclip_ds.checkpoint import tensorfile, trainer_json
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.checkpoint.writer import sha256_of
 from amclip_ds.errors import UserError
-from amclip_ds.safetensors_header import PIECE, Entry
+from amclip_ds.safetensors_header import MAX_DIMENSIONS, PIECE, Entry
 
 FORMAT, VERSION = "amclip_ds checkpoint", 1
 NAME = "manifest.json"
 FILES = re.compile(
-    r"(model|optim|ema)/rank\d{4,6}\.safetensors|rng/rank\d{4,6}\.json|replicated\.safetensors|trainer\.json|config\.yaml"
+    r"(model|optim|ema)/rank[0-9]{4,6}\.safetensors|rng/rank[0-9]{4,6}\.json"
+    r"|replicated\.safetensors|trainer\.json|config\.yaml"
 )
-STEP_FOLDER = re.compile(r"step_(\d{8,12})")
+ALWAYS = {"replicated.safetensors", "trainer.json", "config.yaml"}
+STEP_FOLDER = re.compile(r"step_([0-9]{8,12})")
+KIND = re.compile(r"[a-z_0-9]{1,64}")
+MAX_STEP, MAX_WORLD = 10**12 - 1, 10**6
+PRECISIONS = ("float32", "bfloat16", "float16")
 FOLDER_OF_KIND = {
     "master": "model",
     "frozen": "model",
@@ -92,6 +98,9 @@ def read(folder: Path) -> Manifest:
     for name in manifest.files:
         if not FILES.fullmatch(name):
             raise DamagedError(f"{path}: names {name[:200]!r}, which is no file of a checkpoint")
+    missing = ALWAYS - manifest.files.keys()
+    if missing:
+        raise DamagedError(f"{path}: names no {sorted(missing)[0]}, which every checkpoint has")
     if folder.name != folder_name(manifest.step) and STEP_FOLDER.fullmatch(folder.name):
         raise DamagedError(f"{path}: is of step {manifest.step}, not of {folder.name}")
     return manifest
@@ -148,7 +157,17 @@ def verify(folder: Path) -> Manifest:
     Index(folder, manifest)  # first: it costs nothing
     for name in manifest.files:
         check_hash(folder, manifest, name)
+    read_trainer(folder, manifest)
     return manifest
+
+
+def read_trainer(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """trainer.json, checked as the generators' files are. Raises DamagedError."""
+    for name in manifest.files:
+        if name.startswith("rng/"):
+            trainer_json.check_random(folder / name, read_json(folder / name))
+    path = folder / "trainer.json"
+    return trainer_json.check_trainer(path, read_json(path), manifest.step)
 
 
 @dataclass(frozen=True)
@@ -217,13 +236,15 @@ def folder_name(step: int) -> str:
 
 
 def list_steps(checkpoints: Path) -> list[tuple[int, Path]]:
-    """The committed folders, oldest first, valid or not."""
+    """The committed folders, oldest first, valid or not. Raises UserError where it is no folder that can be read."""
     try:
         names = os.listdir(checkpoints)
     except FileNotFoundError:
         return []
-    found = [(int(match[1]), checkpoints / match[0]) for name in names if (match := STEP_FOLDER.fullmatch(name))]
-    return sorted(found)
+    except OSError as error:
+        raise UserError(f"{checkpoints}: cannot be read: {error.strerror}") from None
+    steps = [(int(match[1]), match[0]) for name in names if (match := STEP_FOLDER.fullmatch(name))]
+    return sorted((step, checkpoints / name) for step, name in steps if name == folder_name(step))
 
 
 def _own_hash(content: dict[str, Any]) -> str:
@@ -231,23 +252,38 @@ def _own_hash(content: dict[str, Any]) -> str:
 
 
 def _check_fields(manifest: Manifest) -> None:
-    """Raises ValueError or TypeError where a field has not the type it should have."""
-    for number in (manifest.step, manifest.stage, manifest.attempt):
-        _need(type(number) is int and number >= 0)
-    _need(type(manifest.world_size) is int and manifest.world_size >= 1)
-    _need(isinstance(manifest.precision, str) and isinstance(manifest.time, int | float))
-    for facts in manifest.files.values():
-        _need(type(facts["bytes"]) is int and facts["bytes"] >= 0)
-        _need(re.fullmatch(r"[0-9a-f]{64}", facts["sha256"]) is not None)
-    for names in manifest.tensors.values():
-        _need(all(type(numel) is int and numel >= 0 for numel in names.values()))
-    for shape in manifest.shapes.values():
-        _need(isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape))
-    for texts in (manifest.hashes, manifest.versions):
-        _need(isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values()))
-    _need(isinstance(manifest.drift, list) and all(isinstance(line, str) for line in manifest.drift))
+    """Raises ValueError, naming the field, where one has not the type and range it should have."""
+    is_count, is_map_of, is_list_of = trainer_json.is_count, trainer_json.is_map_of, trainer_json.is_list_of
+    checks: dict[str, trainer_json.Check] = {
+        "step": lambda value: is_count(value) and value <= MAX_STEP,
+        "world_size": lambda value: is_count(value) and 1 <= value <= MAX_WORLD,
+        "stage": lambda value: is_count(value) and value <= 3,
+        "attempt": is_count,
+        "precision": lambda value: value in PRECISIONS,
+        "time": lambda value: trainer_json.is_finite(value) and value >= 0,
+        "files": is_map_of(_is_file),
+        "tensors": is_map_of(is_map_of(is_count)),
+        "shapes": is_map_of(is_list_of(is_count, MAX_DIMENSIONS)),
+        "hashes": is_map_of(_is_text),
+        "versions": is_map_of(_is_text),
+        "drift": is_list_of(_is_text, 10**6),
+    }
+    for name, check in checks.items():
+        if not check(getattr(manifest, name)):
+            raise ValueError(f"{name} has not the type or range it should have")
+    for kind, names in manifest.tensors.items():
+        if not KIND.fullmatch(kind):
+            raise ValueError(f"tensors names the kind {kind[:80]!r}")
+        for name, numel in names.items() if kind in FOLDER_OF_KIND else ():
+            if name not in manifest.shapes or math.prod(manifest.shapes[name]) != numel:
+                raise ValueError(f"{kind} {name[:200]!r} has {numel} elements, and not that shape")
 
 
-def _need(condition: bool) -> None:
-    if not condition:
-        raise ValueError("a field has not the type it should have")
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_file(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"bytes", "sha256"} or not trainer_json.is_count(value["bytes"]):
+        return False
+    return isinstance(value["sha256"], str) and re.fullmatch("[0-9a-f]{64}", value["sha256"]) is not None

@@ -5,6 +5,7 @@ Rank 0 only, always; nothing here is collective.
 
 import contextlib
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from amclip_ds.checkpoint.writer import describe, sync_folder
 
 PINNED = "pinned"  # a file in a checkpoint's folder that keeps it for good
 GOING, COMING, ASIDE = ".del-", ".tmp-", "superseded-"
+OURS = re.compile(r"(\.del-|\.tmp-|superseded-)step_[0-9]{8,12}(-[0-9]{1,6})?")
+"""Names that saves, purges and resumes give to folders; nothing else beside the checkpoints is ever removed."""
 
 
 def purge(checkpoints: Path, config: CheckpointConfig, newest: int, say: Callable[[str], None]) -> threading.Thread:
@@ -94,15 +97,29 @@ def write_latest(checkpoints: Path, name: str | None) -> None:
 def tidy(checkpoints: Path) -> None:
     """Removes what a killed save or purge left behind."""
     with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(checkpoints):
-            if name.startswith((GOING, COMING)):
-                shutil.rmtree(checkpoints / name, ignore_errors=True)
+        for path in set_aside_as(checkpoints, GOING) + set_aside_as(checkpoints, COMING):
+            with contextlib.suppress(OSError):
+                remove(path)
+
+
+def set_aside_as(checkpoints: Path, prefix: str) -> list[Path]:
+    """What lies there under one of our names with that prefix. Raises OSError."""
+    names = sorted(name for name in os.listdir(checkpoints) if name.startswith(prefix) and OURS.fullmatch(name))
+    return [checkpoints / name for name in names]
+
+
+def remove(path: Path) -> None:
+    """Removes a folder of the run; of a link, the link alone, wherever it points. Raises OSError."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _remove_all(paths: list[Path], say: Callable[[str], None]) -> None:
     for path in paths:
         failpoints.reached("purge_middle")
         try:
-            shutil.rmtree(path)
+            remove(path)
         except OSError as error:
             say(f"checkpoint: {path} could not be removed: {describe(error)}")

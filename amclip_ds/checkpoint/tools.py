@@ -1,6 +1,5 @@
 """What `amclip checkpoints` does, without ranks: list, verify, prune, pin, consolidate, import."""
 
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -62,6 +61,8 @@ def folder_of(run: Path) -> Path:
         return run / "checkpoints"
     if manifest.list_steps(run):
         return run
+    if (run / "checkpoints").exists():
+        raise UserError(f"{run}/checkpoints: not a folder")
     if run.is_dir():
         return run / "checkpoints"
     raise UserError(f"{run}: no such folder")
@@ -86,15 +87,17 @@ def prune(checkpoints: Path, config: CheckpointConfig, remove_damaged: bool, rem
     remove_damaged: also those whose manifest or sizes are wrong, once a whole one is there. remove_aside: also what
     resumes set aside.
     """
+    if checkpoints.is_symlink():
+        raise UserError(f"{checkpoints}: a link out of the run; to prune there, name {checkpoints.resolve()}")
     steps = manifest.list_steps(checkpoints)
     going = [path for _, path in retention.superfluous(checkpoints, config)]
     if remove_damaged and any(retention.is_whole(path) for _, path in steps):
         going += [path for _, path in steps if not retention.is_whole(path)]
     try:
         moved = [retention.set_aside(path, retention.GOING) for path in going]
-        aside = sorted(checkpoints.glob(retention.ASIDE + "*")) if remove_aside else []
+        aside = retention.set_aside_as(checkpoints, retention.ASIDE) if remove_aside and checkpoints.is_dir() else []
         for path in [*moved, *aside]:
-            shutil.rmtree(path)
+            retention.remove(path)
     except OSError as error:
         raise UserError(f"{error.filename or checkpoints}: {error.strerror}") from None
     return going + aside

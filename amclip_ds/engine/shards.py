@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from amclip_ds.engine.collectives import gather_objects
+from amclip_ds.errors import UserError
 from amclip_ds.model.init import persistent_buffers
 
 
@@ -100,7 +101,10 @@ def optimizer_counters(engine: Any) -> dict[str, float]:
 
 
 def set_optimizer_counters(engine: Any, counters: Mapping[str, float]) -> None:
-    """Writes what `optimizer_counters` read."""
+    """Writes what `optimizer_counters` read. Raises UserError where a counter that this optimizer has is not there."""
+    missing = optimizer_counters(engine).keys() - counters.keys()
+    if missing:
+        raise UserError(f"the checkpoint is of another optimizer: its trainer.json has no {sorted(missing)[0]}")
     for state in base_optimizer(engine).state.values():
         for key in counters.keys() & state.keys():
             if torch.is_tensor(state[key]):

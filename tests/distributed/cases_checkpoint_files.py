@@ -39,6 +39,13 @@ def value(step: int, kind: str, name: str) -> torch.Tensor:
     return torch.arange(SIZES[name]) * 1e-3 + step + 1000 * KINDS.index(kind)
 
 
+def toy_counters(step: int) -> dict[str, Any]:
+    """trainer.json of a run that skipped nothing."""
+    guards = {"window": [0.5], "skipped_in_a_row": 0, "skipped": 0, "rewinds": 0}
+    run = {"step": step, "updates": step, "samples_seen": 8 * step, "epoch": 0, "guards": guards}
+    return {"run": run | {"cursor": {"epoch": 0, "step": step}}, "optimizer": {"step": float(step)}}
+
+
 def toy_state(step: int, rank: int, world_size: int) -> CheckpointState:
     """Parameters cut over the ranks as ZeRO cuts them: some ranks hold nothing of a small one."""
     sharded: dict[str, dict[str, Shard]] = {}
@@ -51,7 +58,7 @@ def toy_state(step: int, rank: int, world_size: int) -> CheckpointState:
                 sharded.setdefault(kind, {})[name] = Shard(part, start, part.numel(), numel)
     return CheckpointState(
         sharded=sharded, shapes={name: [numel] for name, numel in SIZES.items()},
-        replicated={"buffer": torch.full((3,), float(step))}, small={"run": {"step": step}}, stage=2, config="a: 1\n",
+        replicated={"buffer": torch.full((3,), float(step))}, small=toy_counters(step), stage=2, config="a: 1\n",
     )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def test_wrong_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Captu
         ([str(run), "pin", "--step", "7"], "--step 7"),
         ([str(run), "consolidate"], "--out"),
         ([str(run), "import"], "--source"),
-        ([str(run), "prune", "--keep-last", "0"], "keep_last"),
+        ([str(run), "prune", "--keep-last", "0"], "keep-last"),
     ):
         assert main(["checkpoints", *argv]) == 2
         error = capsys.readouterr().err
