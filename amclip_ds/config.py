@@ -269,8 +269,8 @@ def _layers(recipe: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict[str
 
 def _no_recipe(recipe: str, path: Path) -> UserError:
     """What to type instead of a word that is neither a recipe nor a yaml."""
-    if "=" in recipe:
-        return SettingsError(f"{recipe}: the recipe comes first (`amclip recipes` lists them), then key=value words")
+    if "=" in recipe or not recipe:
+        return SettingsError(f"{recipe!r}: the recipe comes first (`amclip recipes` lists them), then key=value words")
     if (path / "config.yaml").is_file():
         return LocalSettingsError(f"recipe {recipe}: a run's folder; its settings are {path / 'config.yaml'}")
     if path.is_dir():

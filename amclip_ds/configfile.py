@@ -251,6 +251,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError
     text = str(value)
+    text.encode()  # bytes of an argument that are no UTF-8 raise UnicodeEncodeError, a ValueError
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
         raise ValueError
     return text
@@ -275,7 +276,9 @@ def _checked_text(key: str, text: str) -> str:
     try:
         return _text(text)
     except ValueError:
-        raise SettingsError(f"{key}: {_shown(text)} does not fit: a line end or a control character") from None
+        raise SettingsError(
+            f"{key}: {_shown(text)} does not fit: a line end, a control character, or no UTF-8"
+        ) from None
 
 
 def unknown(word: str, known: Mapping[str, Any]) -> str:
@@ -283,6 +286,7 @@ def unknown(word: str, known: Mapping[str, Any]) -> str:
     if normal := next((key for key in known if key == synonyms.normalise(word)), None):
         return f"{word}: unknown key; did you mean {normal}? Keys are written as here, without dashes"
     suggestion = synonyms.suggest(word) or nearest(word, list(known))
+    word = word if word.isprintable() and word else repr(word)
     return f"{word}: unknown key; {suggestion or '`amclip recipes RECIPE` lists all keys'}"
 
 

@@ -1,6 +1,7 @@
 """What is known of a run before torch is loaded, ranks meet and shards are indexed; `train` and `submit` ask here."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 from amclip_ds import config as settings
@@ -37,6 +38,9 @@ def check_folder(folder: Path) -> None:
     try:
         names = sorted(path.name for path in folder.iterdir())
     except FileNotFoundError:
+        above = next(path for path in folder.absolute().parents if path.exists())
+        if not os.access(above, os.W_OK):
+            raise UserError(f"run.out: {folder} cannot be written: {above} is not yours to write in") from None
         return
     except NotADirectoryError:
         raise UserError(f"run.out: {folder} is a file, or lies below one; name a folder") from None

@@ -75,6 +75,7 @@ MISTAKES = [  # what is typed -> what the line must hold. SHARDS, RUN, FULL, YAM
     ("train aclip-tiny data.train=SHARDS run.out=FULL", "holds other things"),
     ("train YAML.empty run.stepz=1", "did you mean run.steps?"),
     ("train YAML.twice", "stands twice"),
+    ("train YAML.escape", "'a\\x1b[31m': unknown key"),
     ("train YAML.typo", "optim.lrr: unknown key; did you mean optim.lr?"),
     ("submit aclip-tiny --nodes 2 --gpus 8", "did you mean --gpus-per-node?"),
     ("submit aclip-tiny --nodes 0", "--nodes: 0 is below 1"),
@@ -94,7 +95,12 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "full").mkdir()
     (folder / "full" / "thesis.tex").touch()
-    for name, text in {"empty": "run:\n", "twice": "optim: {lr: 1, lr: 2}\n", "typo": "optim: {lrr: 1}\n"}.items():
+    for name, text in {
+        "empty": "run:\n",
+        "twice": "optim: {lr: 1, lr: 2}\n",
+        "typo": "optim: {lrr: 1}\n",
+        "escape": '"a\\e[31m": 1\n',
+    }.items():
         (folder / f"{name}.yaml").write_text("recipe: aclip-tiny\n" + text)
     make_shard(folder / "0.tar")
     words = {"SHARDS": str(folder / "0.tar"), "RUN": str(folder / "run"), "FULL": str(folder / "full")}
