@@ -26,7 +26,10 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
         run = assemble(config, resume, stack)
         state = run.state
         if evaluation_is_missing(run):
-            run.record.incident(MADE_UP, f"none was made at step {state.step}", action="made before training goes on")
+            if run.runtime.is_main:
+                run.record.incident(
+                    MADE_UP, f"none was made at step {state.step}", action="made before training goes on"
+                )
             evaluate(run)
 
         for batch in run.batches():

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 from amclip_ds.config import TrainConfig
+from amclip_ds.data.sources import split_sources
 from amclip_ds.engine.collectives import DistributedComm, on_all
 from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.student import StudentEngine
@@ -16,7 +17,7 @@ from amclip_ds.teacher import Teacher
 
 def specs_of(config: TrainConfig) -> list[str]:
     """What eval.data names, set by set."""
-    return config.eval.data.split("::") if config.eval.data else []
+    return split_sources(config.eval.data) if config.eval.data else []
 
 
 def evaluate_engines(

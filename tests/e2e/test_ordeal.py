@@ -28,14 +28,13 @@ def test_a_run_goes_through_everything(steps: int, scenes: Path, tmp_path: Path)
     assert calm["steps"] == ordeal["steps"] == list(range(1, steps + 1))
     assert calm["losses"] == ordeal["losses"] and calm["ids"] == ordeal["ids"]
 
-    stopped = next(step for step in ordeal["committed"] if step % (2 * part))
-    assert 15 * part < stopped <= 16 * part
-    due = set(range(2 * part, steps + 1, 2 * part)) - {4 * part}  # at that one the disk was full
-    assert set(ordeal["committed"]) == due | {stopped}
+    due = set(range(2 * part, steps + 1, 2 * part)) - {4 * part, 14 * part}  # at those two the disk was full
+    others = set(ordeal["committed"]) - due
+    assert due <= set(ordeal["committed"]) and all(15 * part <= step < 17 * part for step in others)  # SIGHUP's
     assert ordeal["verdict"]["code"] == 0 and ordeal["verdict"]["step"] == steps
     assert ordeal["evaluated"] == [4 * part, 12 * part, 16 * part, steps]
     kinds = {kind for kind, *_ in ordeal["incidents"]}
     assert {"record_held", "checkpoint_failed", "evaluation_failed", "worker_died"} <= kinds
     held = [action for kind, _, _, action in ordeal["incidents"] if kind == "record_held"]
-    assert len(held) >= 2 and all("nothing is lost" in action for action in held)
+    assert len(held) == 2 and all("nothing is lost" in action for action in held)
     assert {"student.safetensors", "tensorboard"} <= set(ordeal["files"])
