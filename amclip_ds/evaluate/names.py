@@ -142,6 +142,7 @@ def _of_imagenet(wnids: Sequence[str], folder: Path, choice: str, hint: str) -> 
             f" write {folder / 'classnames.txt'}, a name a line in the order of the wnids{hint}"
         )
     classes = list(known) if choice == "imagenet" else wnids
+    _check_distinct([known[wnid] for wnid in classes], [f"{folder}: {wnid!r}" for wnid in classes])
     return {wnid: label for label, wnid in enumerate(classes)}, tuple(known[wnid] for wnid in classes)
 
 

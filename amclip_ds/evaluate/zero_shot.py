@@ -3,6 +3,7 @@
 Shapes: N images, C classes, P prompts a class, E embedding.
 """
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -64,6 +65,11 @@ def describe(predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray, secon
         metrics.classification_metrics(predicted, rank, targets, num_classes, second), len(targets),
         metrics.classification_intervals(predicted, rank, targets, num_classes),
         main_metric=metrics.MAIN_METRIC.get(data.name.removeprefix("wds_").removeprefix("vtab-"), "acc1"),
-        per_class={name: [int(hit), int(total)] for name, hit, total in zip(data.classnames, hits, totals)},
+        per_class=dict(zip(_told_apart(data.classnames), np.stack([hits, totals], 1).tolist())),
         confusions=metrics.confusion_pairs(predicted, targets, data.classnames),
     )  # fmt: skip
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """ImageNet has two classes called `missile` and two called `sunglasses`: those get their label too."""
+    return [f"{name} ({label})" if names.count(name) > 1 else name for label, name in enumerate(names)]

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from amclip_ds import config, preconditions
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import names
 from amclip_ds.evaluate.datasets import EvalSet, check_sets, open_set
-from amclip_ds.evaluate.tasks import open_for
+from amclip_ds.evaluate.tasks import open_for, run_task
+from amclip_ds.loss.comm import SingleProcess
 from tests.unit.data.shards import jpeg, write_tar
-from tests.unit.evaluate.test_encoder import write_set
+from tests.unit.evaluate.test_encoder import tiny_encoder, write_set
 
 PICTURE = jpeg()
 WNIDS = ("n01440764", "n02102040", "n03888257")  # three of Imagenette
@@ -318,3 +320,22 @@ def test_what_can_be_known_at_the_start_is(tmp_path: Path) -> None:
     assert len(check_sets(f"{good}::{good}")) == 2
     with pytest.raises(UserError, match="^eval.data: .*no such"):
         check_sets(str(tmp_path / "nowhere"))
+
+
+def test_a_mistake_in_eval_data_ends_a_start_and_no_run_that_goes_on(tmp_path: Path) -> None:
+    pairs = {f"{n}.{end}": data for n in range(3) for end, data in (("jpg", PICTURE), ("txt", b"words"))}
+    bad = make(tmp_path / "imagenet", classes("val"))
+    run, shard = tmp_path / "run", write_tar(tmp_path / "0.tar", pairs)
+    made = config.load("clip-tiny", [f"data.train={shard}", f"run.out={run}", f"eval.data={bad}", "run.steps=4"])
+    with pytest.raises(UserError, match="^eval.data: .*3 images without labels"):
+        preconditions.check(made)
+    (run / "checkpoints" / "step_00000002").mkdir(parents=True)
+    preconditions.check(made)
+
+
+def test_two_classes_of_one_name_keep_their_counts(tmp_path: Path) -> None:
+    root = make(tmp_path / "both", classes("n03773504", "n04008634"))  # both are called missile
+    assert "two classes of one name" in refused(root)
+    data = open_set(str(root), classnames="imagenet")
+    row = run_task(data.task, tiny_encoder(), data, 64, SingleProcess())
+    assert sum(total for _, total in row["per_class"].values()) == 6 and len(row["per_class"]) == 1000
