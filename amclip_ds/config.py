@@ -158,6 +158,18 @@ def plan_batch(batch: BatchConfig, world_size: int) -> BatchPlan:
     return BatchPlan(local=local, micro=micro, splits=local // micro)
 
 
+def count_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """The run's length in optimizer steps. Raises SettingsError where it comes to none."""
+    if config.run.steps is not None:
+        return config.run.steps
+    steps = round((config.run.epochs or 0) * steps_per_epoch)
+    if steps < 1:
+        raise SettingsError(
+            f"run.epochs: {config.run.epochs} of an epoch of {steps_per_epoch} steps is no step; take more"
+        )
+    return steps
+
+
 def needs_teacher(config: TrainConfig) -> bool:
     """Whether anything of the run looks at the teacher: its scores, or its features."""
     return needs_scores(config.mask.strategy) or config.loss.o2e_weight > 0

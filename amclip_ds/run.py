@@ -123,7 +123,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     with watchdog.during("index"):
         evaluated_on = on_main(partial(check_evaluation, config, is_resumed=found is not None))
         data = stack.enter_context(closing(open_data(config, runtime)))
-    total_steps = config.run.steps or round((config.run.epochs or 0) * data.steps_per_epoch)
+    total_steps = settings.count_steps(config, data.steps_per_epoch)
     record = stack.enter_context(Record(
         folder, config.log, rank=runtime.rank, world_size=runtime.world_size, attempt=attempt, total_steps=total_steps,
         samples_per_epoch=data.samples_per_epoch, first_step=found.manifest.step if found else 0,

@@ -234,3 +234,14 @@ def test_other_kinds_of_recipe_files(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=said):
             config.load(name)
+
+
+@pytest.mark.parametrize("words, steps", [(["run.steps=7"], 7), (["run.epochs=0.5"], 4), (["run.epochs=3"], 27)])
+def test_the_length_in_steps(words: list[str], steps: int) -> None:
+    assert config.count_steps(config.load("aclip-tiny", words), steps_per_epoch=9) == steps
+
+
+def test_a_length_of_no_step_is_refused() -> None:
+    """Else a run would end at once, well, and hand over untrained weights."""
+    with pytest.raises(UserError, match="run.epochs: 0.01 of an epoch of 9 steps is no step"):
+        config.count_steps(config.load("aclip-tiny", ["run.epochs=0.01"]), steps_per_epoch=9)
