@@ -122,7 +122,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         found = look(folder, resume, config, ranks)
     with watchdog.during("index"):
         evaluated_on = on_main(partial(check_evaluation, config, is_resumed=found is not None))
-        data = stack.enter_context(closing(open_data(config, runtime)))
+        data = stack.enter_context(closing(open_data(config, runtime, found is not None)))
     total_steps = settings.count_steps(config, data.steps_per_epoch)
     record = stack.enter_context(Record(
         folder, config.log, rank=runtime.rank, world_size=runtime.world_size, attempt=attempt, total_steps=total_steps,
@@ -151,7 +151,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
 
     keeper = stack.enter_context(Keeper(
         folder, config, ranks, student=student, teacher=teacher, guards=guards, record=record, attempt=attempt,
-        data_fingerprint=data.fingerprint, before_commit=owner.check if owner else lambda: None, pausing=saving,
+        data_fingerprint=data.fingerprint, data_contents=data.contents,
+        before_commit=owner.check if owner else lambda: None, pausing=saving,
     ))  # fmt: skip
     with watchdog.during("resume"):
         keeper.resume(found, state)
@@ -186,7 +187,7 @@ def build_engines(config: TrainConfig, runtime: Runtime) -> tuple[StudentEngine,
                             seed=config.run.seed, student=student, device=runtime.device)  # fmt: skip
 
 
-def open_data(config: TrainConfig, runtime: Runtime) -> TrainingData:
+def open_data(config: TrainConfig, runtime: Runtime, resumes: bool = False) -> TrainingData:
     """This rank's part of the training stream."""
     vision, mask = config.model.vision, config.mask
     teacher_size = vision.image_size // (2 if config.teacher.resolution == "half" else 1)
@@ -196,7 +197,7 @@ def open_data(config: TrainConfig, runtime: Runtime) -> TrainingData:
         teacher_size=teacher_size if settings.needs_teacher(config) else None,
         num_units=num_units(vision.grid, mask.unit) if needs_noise(mask.strategy) else 0,
         context_length=config.model.text.context_length, compat=config.compat, once=on_main,
-        index_dir=config.run.out, device=runtime.device,
+        index_dir=config.run.out, device=runtime.device, resumes=resumes,
     )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def sample_shards(shards: list[str]) -> str:
         if is_remote(path):
             continue
         try:
-            with open_shard(path) as (file, size, _):
+            with open_shard(path) as (file, size, *_):
                 found = next((item for item in scan(file, size) if isinstance(item, Member | Damage)), None)
         except OSError as error:
             raise UserError(f"data.train: {path}: {error.strerror or error}") from None
@@ -149,7 +149,7 @@ def check_epoch(config: TrainConfig, shards: list[str]) -> None:
         return  # an epoch is then no plain count, or counting is no matter of seconds
     entries = []
     for path in shards:
-        entries.append(scan_shard(path)[0])
+        entries.append(scan_shard(path).entry)
         if sum(entry.samples for entry in entries) >= config.batch.global_size:
             break
     account = account_of(entries)

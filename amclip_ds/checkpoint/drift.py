@@ -20,9 +20,13 @@ FREE = {
     *("model.init_from", "model.vision.checkpoint_every", "model.text.checkpoint_every", "loss.chunk"),
     *("guards.max_skipped", "guards.max_rewinds"),
     *("data.train", "data.index", "data.workers", "data.prefetch", "data.timeout_s", "data.stage_dir", "data.stage_gb"),
-    *("data.allow_pipe", "data.max_skip_rate", "data.text_bucket"),
+    *("data.allow_pipe", "data.max_skip_rate", "data.on_change", "data.text_bucket"),
 }
-HASH_KEYS = {"data": "data.train", "tokenizer": "data.tokenizer"}  # a hash of the manifest -> the key that names it
+HASH_KEYS = {  # a hash of the manifest -> the key that names it
+    "data": "data.train",
+    "contents": "data.train",
+    "tokenizer": "data.tokenizer",
+}
 
 
 @dataclass(frozen=True)

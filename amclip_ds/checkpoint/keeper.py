@@ -64,13 +64,15 @@ class Keeper:
 
     def __init__(
         self, folder: Path, config: TrainConfig, ranks: Ranks, *, student: "StudentEngine", teacher: "Teacher | None",
-        guards: Guards, record: Record, attempt: int, data_fingerprint: str,
+        guards: Guards, record: Record, attempt: int, data_fingerprint: str, data_contents: str,
         before_commit: Callable[[], None] = lambda: None,
         pausing: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:  # fmt: skip
         self._folder, self._config, self._ranks, self._record = folder, config, ranks, record
         self._student, self._teacher, self._guards, self._attempt = student, teacher, guards, attempt
         self._hashes = {"data": data_fingerprint, "tokenizer": _tokenizer_hash()}
+        if data_contents:
+            self._hashes["contents"] = data_contents
         self._config_text = settings.dump(config)
         self._drift: list[str] = []
         self._saver = Saver(
@@ -143,7 +145,10 @@ class Keeper:
         )
         for change in changes:
             self._record.say(f"differs from the checkpoint: {change}" + ("" if change.is_free else " (mathematics)"))
-        overridden = drift.refuse_or_allow(changes, self._config.checkpoint.allow_drift)
+        allowed = self._config.checkpoint.allow_drift
+        if self._config.data.on_change == "report":
+            allowed = [*allowed, "data.train"]
+        overridden = drift.refuse_or_allow(changes, allowed)
         for change in overridden if self._ranks.is_main else ():
             self._record.incident("drift", str(change), key=change.key, action="allowed by checkpoint.allow_drift")
         new = [f"step {found.manifest.step}: {change}" for change in overridden]

@@ -251,7 +251,7 @@ def check_shard(config: CheckConfig, num_texts: int, shard: str) -> ShardReport:
     """Checks one shard."""
     report, began = ShardReport(shard), time.perf_counter()
     try:
-        with reader.open_shard(shard) as (file, size, _):
+        with reader.open_shard(shard) as (file, size, *_):
             report.num_bytes = size
             _Pass(config, num_texts, report, file).run(size)
     except OSError as error:

@@ -4,7 +4,7 @@ What a chunk holds is a pure function of (seed, epoch, step, rank's slice): no s
 Shapes: V views, B samples of the chunk, S side of a view, s of the teacher's crop, U units of tokens, T context length.
 """
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from amclip_ds.data import captions, photometric
+from amclip_ds.data import contents as contents_of
 from amclip_ds.data.index import Index, Sample
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.order import EpochOrder, Mixture
-from amclip_ds.data.reader import Request, ShardReader
+from amclip_ds.data.reader import Request, ShardChanged, ShardReader
 from amclip_ds.data.tar import printable
 from amclip_ds.data.views import Views, make_views
-from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.errors import AmclipError, RunStopped, UserError
 from amclip_ds.files import describe
 
 Contents = dict[Request, bytes | OSError]
 MAX_REPLACED = 64  # bad samples in a row, each standing in for the last, before the stream counts as empty
 CAPTIONS_REMEMBERED = 1 << 14
+CHANGES_TOLD = 16  # of a shard, by each worker: the whole shard may be another
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class ChunkSpec:
     max_pixels: int
     stage_dir: str
     stage_bytes: int
+    on_change: str
+    """`refuse` or `report`: data.on_change"""
 
 
 @dataclass
@@ -103,6 +107,7 @@ class ChunkMaker:
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
         self._tokens: OrderedDict[str, np.ndarray] = OrderedDict()
         self._retries: list[dict[str, str]] = []
+        self._changed: Counter[str] = Counter()
         self._asked: deque[tuple[int, int, int]] = deque(maxlen=4)
         """windows (epoch, group, window) that were asked for lately"""
 
@@ -137,7 +142,11 @@ class ChunkMaker:
         if self._index is None:
             self._index = Index(self.spec.index)
             self._tokenizer = captions.build_tokenizer()
-            self._reader = ShardReader(self.spec.stage_dir or None, self.spec.stage_bytes, self._retried)
+            self._reader = ShardReader(self.spec.stage_dir or None, self.spec.stage_bytes, self._retried, self._sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        assert self._index is not None
+        return {path: self._index.shards[n].size for path, n in zip(self.spec.paths, self.spec.members)}
 
     def _retried(self, shard: str, cause: str) -> None:
         self._retries.append(_incident("retried", shard, "", cause, "read again"))
@@ -217,12 +226,16 @@ class ChunkMaker:
         random = keyed(spec.seed, "sample", epoch, sample.sample_id, wanted.copy)
         try:
             members = [self._content(contents, wanted.shard, at) for at in (sample.image, sample.text, sample.json)]
+            members = self._as_indexed(wanted, members, chunk)
             options = captions.candidates(members[1], members[2], spec.sources, spec.per_line)
             text = captions.choose(options, random)
             made = make_views(
                 members[0] or b"", random, spec.num_views, spec.image_size, spec.teacher_size, spec.compat,
                 spec.max_pixels,
             )  # fmt: skip
+        except ShardChanged as error:
+            self._report_change(wanted, str(error), "replaced", chunk)
+            return False
         except (ValueError, OSError) as error:  # BadImage, BadText, or what a decoder raises on odd bytes
             kind = getattr(error, "kind", "unreadable")
             cause = describe(error) if isinstance(error, OSError) else str(error)  # no names in it: causes are counted
@@ -234,6 +247,33 @@ class ChunkMaker:
         chunk.token_ids[place] = self._encode(text)
         chunk.sample_ids[place] = sample.sample_id
         return True
+
+    def _as_indexed(self, wanted: _Wanted, members: list[bytes | None], chunk: Chunk) -> list[bytes | None]:
+        """The members, which are what the index noted, perhaps at a second reading. Raises RunStopped where they are
+        not; with data.on_change=report it is an incident, and they are taken as they are."""
+        sample, key = wanted.sample, printable(wanted.sample.key)
+        differing = _differing(sample, members)
+        if not differing:
+            return members
+        places = [place if members[i] is not None else None for i, place in enumerate(_members_of(sample))]
+        again = self._reader.read_afresh(wanted.shard, places)
+        if not (still := _differing(sample, again)):  # a bad moment of a disk or a network, or a bad copy
+            self._retried(wanted.shard, f"the {differing} of {key} came wrong, and right at a second reading")
+            return again
+        cause = f"the {still} of {key} is not what was indexed: the shard changed since"
+        self._report_change(wanted, cause, "trained on all the same", chunk)
+        return again
+
+    def _report_change(self, wanted: _Wanted, cause: str, action: str, chunk: Chunk) -> None:
+        """An incident, where data.on_change allows it. Raises RunStopped where it does not."""
+        if self.spec.on_change == "refuse":
+            raise RunStopped(
+                f"data.train: {wanted.shard}: {cause}; put the old shard back, or index it anew (amclip data index) for"
+                f" a new run; data.on_change=report trains on what there is, and reports it"
+            )
+        self._changed[wanted.shard] += 1
+        if self._changed[wanted.shard] <= CHANGES_TOLD or action == "replaced":  # the ledger counts what is replaced
+            chunk.incidents.append(_incident("changed", wanted.shard, wanted.sample.key, cause, action))
 
     def _put(self, chunk: Chunk, place: int, made: Views, random: np.random.Generator) -> None:
         spec = self.spec
@@ -262,6 +302,18 @@ class ChunkMaker:
         if len(self._tokens) > CAPTIONS_REMEMBERED:
             self._tokens.popitem(last=False)
         return tokens
+
+
+def _members_of(sample: Sample) -> tuple[tuple[int, int] | None, ...]:
+    return sample.image, sample.text, sample.json
+
+
+def _differing(sample: Sample, members: list[bytes | None]) -> str:
+    """Which of the members that were read is not what was indexed: image, text or json; empty if all are."""
+    noted = sample.checksums or (0, 0, 0)
+    pairs = zip(contents_of.MEMBERS, members, noted)
+    return next((name for name, content, known in pairs if content is not None and known
+                 and contents_of.checksum(content) != known), "")  # fmt: skip
 
 
 def _incident(kind: str, shard: str, key: str, cause: str, action: str) -> dict[str, str]:

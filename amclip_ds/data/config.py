@@ -43,6 +43,8 @@ class DataConfig:
     """The run stops (code 3) when more than this part of the samples had to be replaced by others."""
     allow_pipe: bool = False
     """True: `pipe:COMMAND` sources may run a shell command (`amclip data index` and `check` alone; no training)."""
+    on_change: str = "refuse"
+    """What a shard does that is no longer what was indexed: `refuse` stops the run (code 3), `report` trains on."""
     stage_dir: str = ""
     """A node-local folder that shards are copied to before they are read; empty: they are read where they are."""
     stage_gb: float = 100.0
@@ -54,6 +56,8 @@ class DataConfig:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}: {getattr(self, name)} is below {least}")
+        if self.on_change not in ("refuse", "report"):
+            raise ValueError(f"data.on_change: {self.on_change!r} is neither 'refuse' nor 'report'")
         if not 0 <= self.max_skip_rate <= 1:
             raise ValueError(f"data.max_skip_rate: {self.max_skip_rate} is outside [0, 1]")
         for name in ("timeout_s", "stage_gb"):

@@ -1,7 +1,8 @@
 """The index of a set of shards: where each sample's members lie, and what its image header says. One pass makes it.
 
-A folder of three files: `meta.json` (version, shards with size, mtime, fingerprint, counts and damage), `samples.bin`
-(34 bytes a sample, read by memory map) and `keys.bin`. A shard that changed is noticed by size and mtime.
+A folder of four files: `meta.json` (version, shards with size, mtime, fingerprint, counts and damage), `samples.bin`
+(34 bytes a sample, read by memory map), `keys.bin`, and `content.bin` with the checksums of each sample's members
+(contents.py), by which a shard that changed is noticed, whatever its size and time (changes.py).
 """
 
 import contextlib
@@ -11,20 +12,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from amclip_ds.data import reader
+from amclip_ds.data.contents import CONTENT, checksum_in, digest
 from amclip_ds.data.grouping import IMAGE_TYPES, MAX_IMAGE_BYTES, Group, group, left_out_name
 from amclip_ds.data.images import header_size
 from amclip_ds.data.parallel import Died, run_over
 from amclip_ds.data.sources import is_remote
 from amclip_ds.data.tar import BLOCK, Damage, Member, scan
 from amclip_ds.errors import UserError
-from amclip_ds.files import describe, open_regular, read_json
+from amclip_ds.files import describe, open_regular, read_json, write_atomically
 from amclip_ds.redact import redact
 
 VERSION = 1
@@ -55,6 +57,19 @@ class ShardEntry:
     problems: list[dict[str, Any]] = field(default_factory=list)
     """{kind, key, count}: members and samples that cannot be trained on"""
     key_bytes: int = 0
+    contents: str = ""
+    """a hash of what all members of its samples hold"""
+    etag: str = ""
+    """of a remote shard: what its server calls this content, where it is exact about it"""
+
+
+class Scanned(NamedTuple):
+    """What one pass over a shard found: its entry, and its rows of samples.bin, keys.bin and content.bin."""
+
+    entry: ShardEntry
+    records: bytes
+    keys: bytes
+    contents: bytes
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,8 @@ class Sample:
     """(offset, size)"""
     text: tuple[int, int] | None
     json: tuple[int, int] | None
+    checksums: tuple[int, ...] | None = None
+    """of image, text and json as they were indexed; None from an index that did not note them"""
 
 
 class Index:
@@ -90,6 +107,9 @@ class Index:
         self._key_starts = np.concatenate([[0], np.cumsum([shard.key_bytes for shard in self.shards])]).astype(np.int64)
         if not len(self.records) == meta.get("samples") == self.starts[-1] or len(self._keys) != self._key_starts[-1]:
             raise UserError(f"data.index: {folder}/samples.bin is cut short; make it again: amclip data index")
+        self.contents = _map(folder / "content.bin", CONTENT) if (folder / "content.bin").exists() else None
+        if self.contents is not None and len(self.contents) != len(self.records):
+            raise UserError(f"data.index: {folder}/content.bin is cut short; make it again: amclip data index")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -110,6 +130,7 @@ class Index:
             sample_id, self.shards[shard].path, self.key(sample_id), place("image"),
             place("text") if record["flags"] & HAS_TEXT else None,
             place("json") if record["flags"] & HAS_JSON else None,
+            None if self.contents is None else tuple(map(int, self.contents[sample_id])),
         )  # fmt: skip
 
     def key(self, sample_id: int) -> str:
@@ -150,30 +171,21 @@ class Index:
             digest.update(f"{name} {shard.size} {shard.fingerprint} {shard.samples}\n".encode())
         return digest.hexdigest()
 
-    def stale_shards(self, paths: list[str] | None = None, numbers: list[int] | None = None) -> list[str]:
-        """Local shards whose size or mtime is no longer what was indexed, with what changed; by default all of them.
+    def contents_fingerprint(self) -> str:
+        """A hash of what all members hold; empty from an index that did not note it."""
+        if self.contents is None or not all(shard.contents for shard in self.shards):
+            return ""
+        return hashlib.blake2b("\n".join(s.contents for s in self.shards).encode(), digest_size=16).hexdigest()
 
-        paths, numbers: where the shards of these numbers lie now; of one that lies elsewhere than it was indexed the
-        content's fingerprint counts, not the mtime.
-        """
-        changed = []
-        for path, number in zip(paths or [s.path for s in self.shards], numbers or range(len(self.shards))):
-            shard = self.shards[number]
-            if is_remote(path):
-                continue
-            try:
-                now = os.stat(path)
-                same = now.st_size == shard.size
-                if path == shard.path:
-                    same = same and now.st_mtime_ns == shard.mtime_ns
-                else:
-                    same = same and _fingerprint_of(path) == shard.fingerprint
-            except OSError:
-                changed.append(f"{path}: gone")
-                continue
-            if not same:
-                changed.append(f"{path}: changed since it was indexed")
-        return changed
+    def note_times(self, entries: dict[int, ShardEntry]) -> None:
+        """Takes over size, time and ETag of shards whose content was found to be the same, so that they need not be
+        looked into again; in the file too, where it can be written."""
+        for number, entry in entries.items():
+            self.shards[number] = replace(
+                self.shards[number], mtime_ns=entry.mtime_ns, etag=entry.etag or self.shards[number].etag
+            )
+        with contextlib.suppress(OSError):
+            write_atomically(self.folder / "meta.json", _meta_of(self.shards))
 
 
 def build_index(
@@ -187,21 +199,29 @@ def build_index(
         raise UserError(f"data.index: {folder} cannot be written: {error.strerror}") from None
     entries = []
     try:
-        with (partial / "samples.bin").open("wb") as samples, (partial / "keys.bin").open("wb") as keys:
-            for entry, records, key_bytes in _scanned(shards, workers):
-                samples.write(records)
-                keys.write(key_bytes)
-                entries.append(entry)
-                on_shard(entry)
-        total = sum(entry.samples for entry in entries)
-        meta = {"version": VERSION, "samples": total, "shards": [asdict(entry) for entry in entries]}
-        (partial / "meta.json").write_text(json.dumps(meta))
+        with (
+            (partial / "samples.bin").open("wb") as samples,
+            (partial / "keys.bin").open("wb") as keys,
+            (partial / "content.bin").open("wb") as contents_file,
+        ):
+            for scanned in _scanned(shards, workers):
+                samples.write(scanned.records)
+                keys.write(scanned.keys)
+                contents_file.write(scanned.contents)
+                entries.append(scanned.entry)
+                on_shard(scanned.entry)
+        (partial / "meta.json").write_text(_meta_of(entries))
         _replace(partial, folder)
     except OSError as error:
         raise UserError(f"data.index: {folder} cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Index(folder)
+
+
+def _meta_of(entries: list[ShardEntry]) -> str:
+    total = sum(entry.samples for entry in entries)
+    return json.dumps({"version": VERSION, "samples": total, "shards": [asdict(entry) for entry in entries]})
 
 
 def _replace(partial: Path, folder: Path) -> None:
@@ -217,26 +237,30 @@ def _replace(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _scanned(shards: list[str], workers: int) -> Iterator[tuple[ShardEntry, bytes, bytes]]:
+def _scanned(shards: list[str], workers: int) -> Iterator[Scanned]:
     for shard, found in zip(shards, run_over(scan_shard, shards, workers)):
         if isinstance(found, Died):
-            problem = {"kind": "unreadable", "key": str(found), "count": 1}
-            yield ShardEntry(redact(shard), 0, 0, "", 0, [problem]), b"", b""
+            yield _unreadable(shard, str(found))
         else:
             yield found
 
 
-def scan_shard(shard: str) -> tuple[ShardEntry, bytes, bytes]:
-    """One shard's entry, its records and its keys. A shard that cannot be read becomes an entry with a problem."""
+def scan_shard(shard: str) -> Scanned:
+    """One pass over a shard. One that cannot be read becomes an entry with a problem."""
     try:
-        with reader.open_shard(shard) as (file, size, mtime_ns):
-            return _scan_open_shard(shard, file, size, mtime_ns)
+        with reader.open_shard(shard) as opened:
+            return _scan_open_shard(shard, opened)
     except OSError as error:
-        problem = {"kind": "unreadable", "key": error.strerror or str(error), "count": 1}
-        return ShardEntry(redact(shard), 0, 0, "", 0, [problem]), b"", b""
+        return _unreadable(shard, error.strerror or str(error))
 
 
-def _scan_open_shard(shard: str, file: BinaryIO, size: int, mtime_ns: int) -> tuple[ShardEntry, bytes, bytes]:
+def _unreadable(shard: str, cause: str) -> Scanned:
+    problem = {"kind": "unreadable", "key": cause, "count": 1}
+    return Scanned(ShardEntry(redact(shard), 0, 0, "", 0, [problem]), b"", b"", b"")
+
+
+def _scan_open_shard(shard: str, opened: reader.Opened) -> Scanned:
+    file, size, mtime_ns, etag = opened
     found = _Found()
     for item in group(scan(file, size)):
         if isinstance(item, Damage):
@@ -248,8 +272,12 @@ def _scan_open_shard(shard: str, file: BinaryIO, size: int, mtime_ns: int) -> tu
     found.name_the_incomplete()
     listed = [{"kind": kind, "key": key, "count": count} for kind, (key, count) in found.problems.items()]
     keys = b"".join(found.keys)
-    entry = ShardEntry(redact(shard), size, mtime_ns, fingerprint(file, size), len(found.rows), listed, len(keys))
-    return entry, np.array(found.rows, dtype=RECORD).tobytes(), keys
+    checksums = np.array(found.checksums, dtype=CONTENT).tobytes()
+    entry = ShardEntry(
+        redact(shard), size, mtime_ns, fingerprint(file, size), len(found.rows), listed, len(keys), digest(checksums),
+        etag,
+    )  # fmt: skip
+    return Scanned(entry, np.array(found.rows, dtype=RECORD).tobytes(), keys, checksums)
 
 
 class _Found:
@@ -258,6 +286,7 @@ class _Found:
     def __init__(self) -> None:
         self.rows: list[Any] = []
         self.keys: list[bytes] = []
+        self.checksums: list[tuple[int, ...]] = []
         self.problems: dict[str, tuple[str, int]] = {}
         """kind -> (key of the first, count)"""
         self._key_bytes = 0
@@ -283,6 +312,8 @@ class _Found:
             self.problem("too far", one.key)
             return
         self.rows.append(row)
+        members = images[0][1], one.member("txt"), one.member("json")
+        self.checksums.append(tuple(checksum_in(file, member) for member in members))
         self.keys.append(one.key.encode("utf-8", "surrogateescape"))
         self._key_bytes += len(self.keys[-1])
         if not row["flags"] & (HAS_TEXT | HAS_JSON):
@@ -357,6 +388,7 @@ def _entries_of(folder: Path, meta: dict[str, Any]) -> list[ShardEntry]:
             counts = entry.size, entry.samples, entry.key_bytes
             is_typed = all(type(count) is int and 0 <= count < 1 << 62 for count in counts)
             is_typed = is_typed and type(entry.mtime_ns) is int
+            is_typed = is_typed and isinstance(entry.contents, str) and isinstance(entry.etag, str)
             if not is_typed or not isinstance(entry.path, str) or not isinstance(entry.fingerprint, str):
                 raise TypeError("a field of another type")
             if not all(isinstance(p, dict) and type(p.get("count")) is int for p in entry.problems):
@@ -366,7 +398,7 @@ def _entries_of(folder: Path, meta: dict[str, Any]) -> list[ShardEntry]:
         raise UserError(f"data.index: {folder}/meta.json: no list of shards ({error}); make it again") from None
 
 
-def _fingerprint_of(path: str) -> str:
+def fingerprint_of(path: str) -> str:
     with open(path, "rb") as file:
         return fingerprint(file, os.fstat(file.fileno()).st_size)
 

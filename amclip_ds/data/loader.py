@@ -42,6 +42,7 @@ class TrainingData:
     once: does a work on rank 0 and gives every rank its result (engine.collectives.on_main), so that one rank alone
     looks at the shards and builds a missing index; without it every process does so by itself. Collective through it.
     index_dir: where a missing index is put (the run folder: others train on the same shards); None: beside the shards.
+    resumes: whether a checkpoint was trained on these shards, so that what has changed in them since is refused.
     device: where the batches go next; for a GPU, images lie in page-locked memory.
     """
 
@@ -49,7 +50,7 @@ class TrainingData:
         self, config: DataConfig, *, seed: int, global_batch: int, rank: int, world_size: int, image_size: int,
         teacher_size: int | None, num_units: int, context_length: int, compat: str,
         say: Callable[[str], None] = print, once: Once | None = None, index_dir: str | Path | None = None,
-        device: torch.device = CPU,
+        device: torch.device = CPU, resumes: bool = False,
     ) -> None:  # fmt: skip
         self._device = device
         self.config, self.global_batch = config, global_batch
@@ -60,7 +61,7 @@ class TrainingData:
         self._first = rank * self._local
         if config.workers:
             start_worker_server()
-        sources = find_sources(config, say, once or (lambda work: work()), index_dir)
+        sources = find_sources(config, say, once or (lambda work: work()), index_dir, resumes)
         self.shards = sources.shards
         self.index = index = Index(sources.index)
         members = index.find(sources.shards)
@@ -71,7 +72,7 @@ class TrainingData:
             image_size=image_size, teacher_size=teacher_size, num_units=num_units, context_length=context_length,
             compat=compat, photometric=config.photometric, sources=tuple(config.captions),
             per_line=config.caption_per_line, max_pixels=config.max_pixels, stage_dir=config.stage_dir,
-            stage_bytes=int(config.stage_gb * 1e9),
+            stage_bytes=int(config.stage_gb * 1e9), on_change=config.on_change,
         )  # fmt: skip
         self._known_damage = _damage(index, members) if rank == 0 else []
         self.account = account_of(index.shards[number] for number in dict.fromkeys(members))
@@ -82,6 +83,7 @@ class TrainingData:
         self.samples_per_epoch = EpochOrder(counts, mixture, seed, 0, config.open_shards, config.shuffle_window).length
         self.steps_per_epoch = self.samples_per_epoch // global_batch
         self.fingerprint = self._fingerprint(index.fingerprint())
+        self.contents = index.contents_fingerprint()
         self._check_enough()
         self._streams: list[Generator[Batch, None, None]] = []
 

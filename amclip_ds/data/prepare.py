@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from amclip_ds.data.changes import changed_shards
 from amclip_ds.data.config import DataConfig
 from amclip_ds.data.index import Index, build_index, default_folder
 from amclip_ds.data.parallel import num_cores
@@ -31,15 +32,21 @@ class Sources:
 
 
 def find_sources(
-    config: DataConfig, say: Callable[[str], None], once: Once, index_dir: str | Path | None = None
-) -> Sources:
+    config: DataConfig, say: Callable[[str], None], once: Once, index_dir: str | Path | None = None,
+    resumes: bool = False,
+) -> Sources:  # fmt: skip
     """The shards, checked, with an index that fits them, made where it is missing. Raises UserError."""
     builder: list[_Background] = []
+
+    def redacted(text: str) -> None:
+        say(redact(text))
 
     def look() -> Sources | None:
         """On one rank; answers now and then, so that no rank waits longer than a collective may take."""
         if not builder:
-            builder.append(_Background(lambda: _find_sources(config, lambda text: say(redact(text)), index_dir)))
+            builder.append(
+                _Background(lambda: _find_sources(config, lambda text: say(redact(text)), index_dir, resumes))
+            )
         return builder[0].result(BUILD_TELLS_EVERY_S)
 
     while (sources := once(look)) is None:
@@ -71,17 +78,20 @@ class _Background:
         return self._outcome[0] if self._outcome else None
 
 
-def _find_sources(config: DataConfig, say: Callable[[str], None], index_dir: str | Path | None) -> Sources:
+def _find_sources(
+    config: DataConfig, say: Callable[[str], None], index_dir: str | Path | None, resumes: bool
+) -> Sources:
     found = training_sources(config)
     shards = [shard for part in found for shard in part]
     source_of_shard = [number for number, part in enumerate(found) for _ in part]
-    return Sources(shards, source_of_shard, str(_find_index(config, shards, say, index_dir)))
+    return Sources(shards, source_of_shard, str(_find_index(config, shards, say, index_dir, resumes)))
 
 
 def _find_index(
-    config: DataConfig, shards: list[str], say: Callable[[str], None], index_dir: str | Path | None
+    config: DataConfig, shards: list[str], say: Callable[[str], None], index_dir: str | Path | None, resumes: bool
 ) -> Path:
-    """The folder of an index that fits the shards as they are now."""
+    """The folder of an index that fits the shards as they are now. Raises UserError, also where shards have changed
+    that a checkpoint was trained on and data.on_change refuses it."""
     once_each = tuple(dict.fromkeys(shards))
     beside = default_folder(once_each)
     if config.index:
@@ -98,6 +108,11 @@ def _find_index(
                 stale = stale_index(place, list(once_each))
                 if not stale:
                     return place
+                if resumes and config.on_change == "refuse":
+                    raise UserError(
+                        f"data.train: {stale}; the checkpoint was trained on what it was: put that back, or start a new"
+                        f" run; data.on_change=report goes on with what there is now"
+                    )
                 say(f"data: {stale}; the index is made again")
     usable = [place for place in places if _writable(place.parent)]
     if not usable:
@@ -110,10 +125,13 @@ def stale_index(folder: Path, shards: list[str]) -> str:
     """Why an index does not fit these shards as they are now; empty if it does."""
     try:
         index = Index(folder)
-        stale = index.stale_shards(shards, index.find(shards))
+        stale = changed_shards(index, shards, index.find(shards), num_cores() if len(shards) >= MANY_SHARDS else 1)
     except UserError as error:
         return str(error).removeprefix("data.index: ")
-    return f"{stale[0]}{and_more(stale)}" if stale else ""
+    if not stale:
+        return ""
+    path, what, detail = stale[0]
+    return f"{path}: {what}{and_more(stale)}" + (f": {detail}" if detail else "")
 
 
 def _build(shards: list[str], folder: Path, processes: int, say: Callable[[str], None]) -> None:
@@ -122,7 +140,7 @@ def _build(shards: list[str], folder: Path, processes: int, say: Callable[[str],
         index = build_index(shards, folder, processes, lambda entry: advance())
     unreadable = [s for s in index.shards if any(problem["kind"] == "unreadable" for problem in s.problems)]
     if unreadable:
-        for name in ("meta.json", "samples.bin", "keys.bin"):
+        for name in ("meta.json", "samples.bin", "keys.bin", "content.bin"):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
         raise UserError(f"data.train: {unreadable[0].path} cannot be read: {unreadable[0].problems[0]['key']}"

@@ -4,15 +4,14 @@ import contextlib
 import errno
 import os
 import random
-import shutil
 import subprocess
 import tempfile
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from amclip_ds.data.sources import is_remote
+from amclip_ds.data.sources import is_remote, scheme_of
 from amclip_ds.data.stage import Stage
 from amclip_ds.redact import redact
 
@@ -27,18 +26,41 @@ PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)  # what a net
 GAP = 1 << 18  # members closer than this are read in one go: a skipped 256 KiB costs less than another request
 
 
+class Refused(OSError):
+    """An answer that another request would only repeat."""
+
+
+class ShardChanged(OSError):
+    """A shard that is another than was indexed."""
+
+
+class Opened(NamedTuple):
+    """A shard that can be passed over once."""
+
+    file: BinaryIO
+    size: int
+    mtime_ns: int
+    """0 for a remote one"""
+    etag: str
+    """what a remote one's server calls this content, where it is exact about it"""
+
+
 class ShardReader:
     """Opened shards, most recently used kept. One per process.
 
     stage_dir: a node-local folder that shards are copied to before they are read, up to stage_bytes.
     on_retry: called with (shard, cause) for every request that had to be repeated.
+    sizes: of shards as they were indexed: one that is of another size now is told as changed, not as unreadable.
     """
 
     def __init__(
-        self, stage_dir: str | None = None, stage_bytes: int = 0, on_retry: Callable[[str, str], None] | None = None
-    ) -> None:
+        self, stage_dir: str | None = None, stage_bytes: int = 0, on_retry: Callable[[str, str], None] | None = None,
+        sizes: Mapping[str, int] = {},
+    ) -> None:  # fmt: skip
+        self._sizes = sizes
         self._files: OrderedDict[str, int] = OrderedDict()
-        self._systems: dict[str, tuple[Any, str]] = {}
+        self._systems: dict[str, Any] = {}
+        self._without_ranges: set[str] = set()
         self._stage = Stage(stage_dir, stage_bytes) if stage_dir else None
         self._on_retry = on_retry or (lambda shard, cause: None)
 
@@ -70,6 +92,16 @@ class ShardReader:
             found.append(content)
         return found
 
+    def read_afresh(self, shard: str, places: Sequence[tuple[int, int] | None]) -> list[bytes | None]:
+        """The contents at these places of the shard itself, opened anew; its copy is dropped. Raises OSError."""
+        if shard in self._files:
+            os.close(self._files.pop(shard))
+        if self._stage and not is_remote(shard):
+            self._stage.drop(shard)
+            self._files[shard] = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+        found = iter(self.read_many(shard, [place for place in places if place]))
+        return [next(found) if place else None for place in places]
+
     def will_need(self, shard: str, start: int, stop: int) -> None:
         """Asks the kernel to read a range ahead, in large sequential reads; nothing for a remote shard."""
         if not is_remote(shard) and hasattr(os, "posix_fadvise"):
@@ -90,7 +122,8 @@ class ShardReader:
                 content = os.pread(self._file(shard), size, offset)
                 if len(content) == size:
                     return content
-                return OSError(f"{len(content)} of {size} bytes came")
+                changed = self._other_size(shard, os.fstat(self._file(shard)).st_size)
+                return changed or OSError(f"{len(content)} of {size} bytes came")
             except OSError as error:
                 if error.errno not in PASSING or attempt + 1 == LOCAL_ATTEMPTS:
                     return error
@@ -102,13 +135,17 @@ class ShardReader:
 
     def _read_remote(self, shard: str, spans: list[tuple[int, int]]) -> list[bytes | OSError]:
         """All ranges at once; those that fail are repeated one by one."""
-        system, path = self._remote(shard)
+        system = self._remote(shard)
         starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
         try:
-            answers = system.cat_ranges([path] * len(spans), starts, stops, on_error="return")
+            answers = system.cat_ranges([shard] * len(spans), starts, stops, on_error="return")
         except Exception as error:  # fsspec's back ends raise their own kinds: any of them may be a moment's failure
             answers = [error] * len(spans)
-        answers = [_range_of(content, start, stop) for content, (start, stop) in zip(answers, spans)]
+        if shard in system.whole and shard not in self._without_ranges:
+            self._without_ranges.add(shard)
+            self._on_retry(shard, "the server ignores ranges: it sends the whole shard for each read")
+        if changed := self._other_size(shard, system.facts.get(shard, (-1, ""))[0]):
+            return [changed] * len(spans)
         return [
             content
             if isinstance(content, bytes) and len(content) == stop - start
@@ -117,12 +154,14 @@ class ShardReader:
         ]
 
     def _read_again(self, shard: str, start: int, stop: int, first: Any) -> bytes | OSError:
+        if isinstance(first, Refused):
+            return first
         said = f"{len(first)} of {stop - start} bytes came" if isinstance(first, bytes) else _told(first)
         self._on_retry(shard, said)
-        system, path = self._remote(shard)
+        system = self._remote(shard)
 
         def request() -> bytes:
-            content = _range_of(system.cat_file(path, start=start, end=stop), start, stop)
+            content = system.cat_file(shard, start=start, end=stop)
             if len(content) != stop - start:
                 raise OSError(f"{len(content)} of {stop - start} bytes came")
             return content
@@ -133,12 +172,20 @@ class ShardReader:
         except OSError as error:
             return error
 
-    def _remote(self, shard: str) -> tuple[Any, str]:
-        if shard not in self._systems:
-            import fsspec
+    def _other_size(self, shard: str, size: int) -> "ShardChanged | None":
+        """The error of a shard that is not as long as when it was indexed; None where it is, or nobody knows."""
+        indexed = self._sizes.get(shard, size)
+        if size in (-1, indexed):
+            return None
+        return ShardChanged(f"has {size} bytes now, {indexed} when it was indexed")
 
-            self._systems[shard] = fsspec.core.url_to_fs(shard, **_options(shard))
-        return self._systems[shard]
+    def _remote(self, shard: str) -> Any:
+        scheme = scheme_of(shard)
+        if scheme not in self._systems:
+            from amclip_ds.data.remote import open_system
+
+            self._systems[scheme] = open_system(shard, SILENCE_S)
+        return self._systems[scheme]
 
     def _file(self, shard: str) -> int:
         if shard not in self._files:
@@ -154,26 +201,13 @@ def _told(error: BaseException) -> str:
     return redact(f"{type(error).__name__}: {error}")
 
 
-def _options(url: str) -> dict[str, Any]:
-    """What fsspec's back end is told: over http a silent server is given up after a while, and asked again."""
-    if not url.startswith(("http://", "https://")):
-        return {"use_listings_cache": False}
-    import aiohttp
-
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
-    return {"use_listings_cache": False, "client_kwargs": {"timeout": timeout}}
-
-
-def _range_of(content: Any, start: int, stop: int) -> Any:
-    """The range asked for, where a server without ranges sent the whole file."""
-    return content[start:stop] if isinstance(content, bytes) and len(content) >= stop > stop - start else content
-
-
 def retry(request: Callable[[], T], on_failure: Callable[[str], None], attempts: int = ATTEMPTS) -> T:
     """Repeats a remote request with growing pauses. Raises OSError, with the last cause, when it never succeeds."""
     for attempt in range(attempts):
         try:
             return request()
+        except Refused:
+            raise
         except Exception as error:  # fsspec's back ends raise their own kinds: any of them may be a moment's failure
             cause = _told(error)
             on_failure(cause)
@@ -184,34 +218,42 @@ def retry(request: Callable[[], T], on_failure: Callable[[str], None], attempts:
 
 
 @contextlib.contextmanager
-def open_shard(shard: str) -> Iterator[tuple[BinaryIO, int, int]]:
-    """(file, size, mtime_ns) of a shard for one pass over it; a remote one is fetched to a temporary file first."""
+def open_shard(shard: str) -> Iterator[Opened]:
+    """A shard for one pass over it; a remote one is fetched to a temporary file first."""
     if not is_remote(shard):
         with open(shard, "rb", buffering=1 << 20) as file:
             stat = os.fstat(file.fileno())
-            yield file, stat.st_size, stat.st_mtime_ns
+            yield Opened(file, stat.st_size, stat.st_mtime_ns, "")
         return
     with tempfile.TemporaryFile() as file:
+        etag = ""
         if shard.startswith("pipe:"):
             done = subprocess.run(shard.removeprefix("pipe:"), shell=True, stdout=file, check=False)
             if done.returncode:
                 raise OSError(f"the command ended with {done.returncode}")
         else:
-            retry(lambda: _download(shard, file), lambda cause: None)
-        size = file.seek(0, os.SEEK_END)
-        yield file, size, 0
+            etag = retry(lambda: _download(shard, file), lambda cause: None)
+        yield Opened(file, file.seek(0, os.SEEK_END), 0, etag)
 
 
-def _download(url: str, file: Any) -> None:
-    import fsspec
+def _download(url: str, file: Any) -> str:
+    """Writes a remote shard to a file from its start. Returns its ETag."""
+    from amclip_ds.data.remote import open_system
 
     file.seek(0)
     file.truncate()
-    with fsspec.open(url, "rb", block_size=0, **_options(url)) as source:
-        expected = getattr(source, "size", None)
-        shutil.copyfileobj(source, file, 1 << 20)
-    if expected is not None and file.tell() != expected:
-        raise OSError(f"{file.tell()} of {expected} bytes came")
+    return open_system(url, SILENCE_S).download(url, file)[1]
+
+
+def identity_of(url: str) -> tuple[int, str]:
+    """(size, ETag) of a remote shard as its server tells them; (-1, "") where it does not, or does not answer."""
+    from amclip_ds.data.remote import open_system
+
+    try:
+        found = retry(lambda: open_system(url, SILENCE_S).info(url), lambda cause: None, attempts=2)
+        return int(found["size"]), str(found["ETag"])
+    except OSError:
+        return -1, ""
 
 
 def _together(places: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:

@@ -4,6 +4,7 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +13,8 @@ from typing import Any
 Where = tuple[str, int, int]
 """file, first byte, last byte + 1"""
 Fault = Callable[[int, Where], str]
-"""(number of the request, what it asks for) -> "" | 500 | 404 | reset | silent | slow | short | cut | whole"""
+"""(number of the request, what it asks for) -> "" | 500 | 404 | reset | silent | slow | short | cut | whole | gzip |
+other range | redirect to ADDRESS"""
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: closing sends RST
 
 
@@ -65,6 +67,15 @@ class FaultyServer:
                 fault = outer._next_fault((self.path[1:], start, stop))
                 if fault in ("500", "404"):
                     return self._head(int(fault), 0)
+                if fault.startswith("redirect to "):
+                    self.send_response(302)
+                    self.send_header("Location", fault.removeprefix("redirect to "))
+                    self.send_header("Content-Length", "0")
+                    return self.end_headers()
+                if fault == "other range":
+                    start, stop = start + 1, stop + 1
+                if asked and start >= len(content):
+                    return self._head(416, 0, f"bytes */{len(content)}")
                 if fault == "reset":
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                     self.close_connection = True
@@ -78,9 +89,8 @@ class FaultyServer:
                 body = content[start:stop]
                 if fault == "short":  # a complete answer of too few bytes
                     body = body[: len(body) // 2]
-                self._head(
-                    206 if asked else 200, len(body), f"bytes {start}-{stop - 1}/{len(content)}" if asked else ""
-                )
+                place = f"bytes {start}-{stop - 1}/{len(content)}" if asked else ""
+                self._head(206 if asked else 200, len(body), place, encoding="gzip" if fault == "gzip" else "")
                 if fault == "cut":  # the connection ends within the answer
                     self.wfile.write(body[: len(body) // 2])
                     self.close_connection = True
@@ -93,8 +103,12 @@ class FaultyServer:
                     return None
                 self.wfile.write(body)
 
-            def _head(self, status: int, length: int, content_range: str = "") -> None:
+            def _head(self, status: int, length: int, content_range: str = "", encoding: str = "") -> None:
                 self.send_response(status)
+                if encoding:
+                    self.send_header("Content-Encoding", encoding)
+                if self.path[1:] in outer.files:
+                    self.send_header("ETag", f'"{zlib.crc32(outer.files[self.path[1:]]):08x}"')
                 self.send_header("Content-Length", str(length))
                 self.send_header("Accept-Ranges", "bytes")
                 if content_range:

@@ -1,7 +1,6 @@
 """The index: what it says of each sample, its size on disk, half a million samples, staleness."""
 
 import json
-import os
 import resource
 import time
 from pathlib import Path
@@ -116,19 +115,6 @@ def test_half_a_million_samples_open_and_seek_quickly_in_little_memory(tmp_path:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
     on_disk = sum((tmp_path / "index" / name).stat().st_size for name in ("samples.bin", "meta.json"))
     assert on_disk < 40 * len(index)
-
-
-def test_a_stale_shard_is_noticed_by_size_or_mtime(tmp_path: Path) -> None:
-    paths = write_shards(tmp_path, (3, 3, 3))
-    index = build_index(paths, tmp_path / "index", workers=1)
-    assert index.stale_shards() == []
-    os.utime(paths[0], ns=(0, 1))
-    with open(paths[1], "ab") as file:
-        file.write(bytes(512))
-    os.unlink(paths[2])
-    assert [line.split(": ")[1] for line in index.stale_shards()] == [
-        "changed since it was indexed", "changed since it was indexed", "gone",
-    ]  # fmt: skip
 
 
 def test_the_fingerprint_follows_the_content_not_the_place(tmp_path: Path) -> None:

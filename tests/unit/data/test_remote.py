@@ -123,3 +123,60 @@ def test_indexing_and_checking_repeat_downloads(local: Path, tmp_path: Path) -> 
         server.fault = lambda number, _: "500"
         report = check(urls, CheckConfig(), processes=1)
     assert not report.ok and report.problems()["unreadable"] == 3
+
+
+# What servers do to offsets
+
+
+def read_one(server: FaultyServer) -> tuple[bytes | OSError, list[str]]:
+    told: list[str] = []
+    request = (f"{server.url}/00000.tar", 512, 100)
+    return reader.ShardReader(on_retry=lambda shard, cause: told.append(cause)).read([request])[request], told
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        ("gzip", "Content-Encoding: gzip, in which offsets are others"),
+        ("other range", "asked for byte 512, the server sent 'bytes 513-"),
+        ("redirect to file:///etc/passwd", "redirects to 'file:///etc/passwd', which is no http address"),
+        ("redirect to ftp://127.0.0.1/x.tar", "which is no http address"),
+        ("redirect to /00000.tar", "more than 10 redirects"),
+    ],
+)
+def test_what_another_request_would_only_repeat_is_named_at_once(fault: str, said: str) -> None:
+    with FaultyServer(SHARDS, lambda number, where: fault) as server:
+        content, told = read_one(server)
+        report = check([f"{server.url}/00000.tar"], CheckConfig(), processes=1) if fault != "other range" else None
+    assert isinstance(content, OSError) and said in str(content) and not told
+    if report is not None:
+        assert said in report.as_json()["shards"][0]["problems"][0]["key"]
+
+
+def test_redirects_of_http_are_followed() -> None:
+    with (
+        FaultyServer(SHARDS) as target,
+        FaultyServer(SHARDS, lambda number, where: f"redirect to {target.url}/00000.tar") as server,
+    ):
+        content, told = read_one(server)
+    assert content == SHARDS["00000.tar"][512:612] and not told
+
+
+def test_https_is_not_left() -> None:
+    from amclip_ds.data import remote
+
+    with pytest.raises(reader.Refused, match="redirects from https to 'http://host/a.tar"):
+        remote._redirected("https://host/a.tar", "http://host/a.tar?token=x")
+    assert remote._redirected("https://host/a/b.tar", "../c.tar") == "https://host/c.tar"
+    assert remote._redirected("http://user:pass@host/b.tar", "https://other/c.tar") == "https://other/c.tar"
+
+
+def test_a_server_that_ignores_ranges_is_named_once() -> None:
+    with FaultyServer(SHARDS, lambda number, where: "whole") as server:
+        told: list[str] = []
+        shards = reader.ShardReader(on_retry=lambda shard, cause: told.append(cause))
+        for offset in (0, 512, 1024):
+            assert shards.read_many(f"{server.url}/00000.tar", [(offset, 10)]) == [
+                SHARDS["00000.tar"][offset : offset + 10]
+            ]
+    assert told == ["the server ignores ranges: it sends the whole shard for each read"]
