@@ -187,8 +187,11 @@ def tell(settings: dict[str, Any], ranks: list[dict[str, Any]], culprits: list[i
         "kind": "hang", "shard": "", "key": first["phase"], "cause": cause, "action": f"all ranks ended; {hangs}",
     }  # fmt: skip
     try:
-        descriptor = os.open(Path(settings["run"]) / "incidents.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        os.write(descriptor, (json.dumps(row) + "\n").encode())
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # as jsonl.append_line
+        descriptor = os.open(Path(settings["run"]) / "incidents.jsonl", flags, 0o644)
+        size = os.fstat(descriptor).st_size
+        is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, b"\n" * is_torn + json.dumps(row).encode() + b"\n")
         os.close(descriptor)
     except OSError as error:
         say(f"watchdog: incidents.jsonl cannot be written: {error}")

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from amclip_ds.signals import held_back
 
 SLOW_FACTOR = 1.5  # a straggler's own work takes so many times the others' median
 SLOW_SHARE = 0.25  # and costs at least so much of a step
+RESTARTS = 20  # of the watching process, in one run
 SLOW_INTERVALS = 2  # in so many logged intervals in a row
 
 
@@ -52,6 +54,8 @@ class Watchdog:
         self._memory: mmap.mmap | None = None
         self._phase, self._step = "start", 0
         self._is_warm = False
+        self._is_closing = False
+        self._ended: list[tuple[str, str]] = []  # what is to be recorded of the watching process
         self._own = OwnTime(runtime)
         if config.step_timeout_s is None:
             return
@@ -61,7 +65,9 @@ class Watchdog:
         if runtime.world_size > 1:
             dist.barrier()  # every rank of this node can be watched
         if runtime.local_rank == 0:
-            self._start(folder, attempt, ranks, poll_s=min(1.0, config.step_timeout_s / 20))
+            self._write_settings(folder, attempt, ranks, poll_s=min(1.0, config.step_timeout_s / 20))
+            self._process = self._start()
+            threading.Thread(target=self._keep_it_alive, name="watchdog", daemon=True).start()
 
     def phase(self, name: str, step: int) -> None:
         """A sign of life: from now on this rank is in `name`, with `step` steps behind it."""
@@ -106,6 +112,10 @@ class Watchdog:
 
         Compares what each rank took, since the last call, from a step's beginning to its first collective.
         """
+        while self._ended:
+            cause, action = self._ended.pop(0)
+            record.say(f"{cause}; {action}")
+            record.incident("watchdog", cause, action=action)
         for rank, cause in self._own.compare():
             record.say(cause)
             if rank == self._runtime.rank:
@@ -115,6 +125,7 @@ class Watchdog:
         """Ends the watch of this rank; the watching process ends once all ranks of the node have."""
         if self._memory is None:
             return
+        self._is_closing = True
         self.phase(DONE, self._step)
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -152,17 +163,39 @@ class Watchdog:
         self._pid = os.getpid()
         self._started = watch_ranks.start_time(self._pid)
 
-    def _start(self, folder: Path, attempt: int, ranks: list[int], poll_s: float) -> None:
+    def _write_settings(self, folder: Path, attempt: int, ranks: list[int], poll_s: float) -> None:
         settings = {
             "run": str(folder.resolve()), "attempt": attempt, "ranks": ranks, "node": self._runtime.node_rank,
             "num_nodes": self._runtime.num_nodes, "host": socket.gethostname(), "poll_s": poll_s,
         }  # fmt: skip
         (self._place / "settings.json").write_text(json.dumps(settings))
+
+    def _start(self) -> subprocess.Popen:
         with held_back():  # a rank's end, not a signal, ends the watch
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", watch_ranks.__file__, str(self._place)], stdin=subprocess.DEVNULL,
+            return subprocess.Popen(
+                [sys.executable, "-I", "-S", watch_ranks.__file__, str(self._place)],
+                stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-            )  # fmt: skip
+            )
+
+    def _keep_it_alive(self) -> None:
+        """Starts the watching process again where it was killed: a hang that comes later must be noticed too.
+
+        A thread of its own, since the training thread may be the one that hangs.
+        """
+        for left in reversed(range(RESTARTS + 1)):
+            assert self._process is not None
+            status = self._process.wait()
+            if self._is_closing:
+                return
+            is_possible = left > 0 and (self._place / "settings.json").exists()
+            action = "started again" if is_possible else "no hang is noticed any more"
+            cause = f"the watching process ended by itself (status {status})"
+            print(f"watchdog: {cause}; {action}", file=sys.stderr, flush=True)
+            self._ended.append((cause, action))
+            if not is_possible:
+                return
+            self._process = self._start()
 
 
 class OwnTime:
