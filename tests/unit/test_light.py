@@ -41,3 +41,8 @@ def test_the_torchvision_fix_waits_for_torchvision() -> None:
     code = "import amclip_ds\nimport torchvision.transforms\n" + REPORT
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "'torchvision'" in done.stdout
+
+
+def test_a_module_that_is_no_command_says_what_to_type() -> None:
+    done = subprocess.run([sys.executable, "-m", "amclip_ds.submit", "aclip-tiny"], capture_output=True, text=True)
+    assert done.returncode == 2 and "python -m amclip_ds submit" in done.stderr
