@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds import config
+from amclip_ds import cli, config
 from amclip_ds.errors import UserError
 
 METHODS = ("clip", "flip", "random2x", "aclip", "aclip-eff")
@@ -245,3 +245,19 @@ def test_a_length_of_no_step_is_refused() -> None:
     """Else a run would end at once, well, and hand over untrained weights."""
     with pytest.raises(UserError, match="run.epochs: 0.01 of an epoch of 9 steps is no step"):
         config.count_steps(config.load("aclip-tiny", ["run.epochs=0.01"]), steps_per_epoch=9)
+
+
+@pytest.mark.parametrize("rank, words, is_reported", [
+    (0, ["aclip-tiny", "optim.lrr=1"], True),
+    (1, ["aclip-tiny", "optim.lrr=1"], False),  # rank 0 reports what all ranks read alike
+    (1, ["/nowhere.yaml"], True),  # which this machine alone may lack
+    (1, ["aclip-tiny", "data.train=$NOT_SET_ANYWHERE/x.tar"], True),
+])  # fmt: skip
+def test_a_mistake_is_reported_by_one_rank(
+    rank: int, words: list[str], is_reported: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    assert cli.main(["recipes", *words]) == 2
+    assert bool(capsys.readouterr().err) == is_reported
