@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from amclip_ds import json_file
-from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.errors import UserError
 from amclip_ds.evaluate.libraries import open_library
 from amclip_ds.evaluate.source import Located, build_towers, locate
 from amclip_ds.export import hugging_face, onnx, open_clip, timm
@@ -64,8 +64,6 @@ def load_back(folder: Path, fmt: str, weights: str) -> object:
     """The export as its library loads it. Raises ExportMismatch where the library refuses it."""
     try:
         return open_library(folder, fmt, weights, torch.device("cpu"))
-    except AmclipError:
-        raise
     except Exception as error:  # whatever the library raises, the export is worth nothing
         reason = " ".join(str(error).split())[:300]
         raise ExportMismatch(

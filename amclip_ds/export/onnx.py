@@ -39,6 +39,7 @@ def write(folder: Path, module: AClip, model: ModelConfig) -> None:
     """Writes both graphs, clip_onnx.json and tokenizer.json. Raises UserError where torch's exporter is not there."""
     try:
         import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"--format onnx: needs {error.name}; pip install 'amclip_ds[onnx]'") from None

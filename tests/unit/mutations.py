@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 TREES = (".json", ".yaml")
+LARGEST = 1 << 28  # bytes; a sparse file of an earlier mutation is not read here
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3.5, 1e308, -0.0, 2**31, 2**63, 2**70, float("nan"), float("inf"), "", "x", "../..",
     "\x1b[2J",
@@ -30,7 +31,9 @@ def mutate(folder: Path, number: int) -> str:
 
 
 def _once(folder: Path, rng: random.Random) -> str:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and path.stat().st_size < LARGEST
+    )
     if not files:
         return "nothing left"
     small = [path for path in files if path.suffix in TREES]
@@ -169,7 +172,11 @@ def _place(path: Path, rng: random.Random) -> str:
     way = rng.choice(
         ("gone", "folder", "pipe", "link out", "link to itself", "device", "sparse", "swapped", "unreadable")
     )
-    others = sorted(other for other in path.parent.iterdir() if other.is_file() and other != path)
+    others = sorted(
+        other
+        for other in path.parent.iterdir()
+        if other.is_file() and not other.is_symlink() and other != path and other.stat().st_size < LARGEST
+    )
     if way == "swapped" and others:
         other = rng.choice(others)
         content = other.read_bytes()
