@@ -7,7 +7,7 @@ line, and nothing becomes markup, a link, a table's cell or the end of a code bl
 import io
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 # Control characters but newline and tab; marks of direction; line and paragraph separators; byte order mark; tags.
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
@@ -63,7 +63,8 @@ def console() -> Any:
 
     from rich.console import Console
 
-    return Console(file=_Raw(sys.stdout) if isinstance(sys.stdout, Screen) else None, markup=False, highlight=False)
+    raw: Any = _Raw(sys.stdout) if isinstance(sys.stdout, Screen) else None
+    return Console(file=raw, markup=False, highlight=False)
 
 
 class Screen(io.TextIOWrapper):
@@ -82,9 +83,9 @@ class Screen(io.TextIOWrapper):
 class _Raw:
     """A Screen's other side."""
 
-    def __init__(self, screen: TextIO) -> None:
-        self._screen: Any = screen
-        self.write = self._screen.write_raw
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+        self.write = screen.write_raw
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._screen, name)

@@ -6,7 +6,7 @@ build from these values alone: they never see the folder, so nothing in it can n
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ ACTIVATION = one_of("gelu", "quick_gelu", "gelu_new", "gelu_pytorch_tanh", "gelu
                     "linear", "selu")  # fmt: skip
 EPSILON = number(1e-12, 1e-2)
 TIMM_NAME = texts(r"[a-z][a-z0-9_]{1,80}(\.[a-z0-9_]{1,80})?")
-Known = Mapping[str, Check]
+Known = dict[str, Check]
 
 
 def known_values(
@@ -300,8 +300,8 @@ def read_hugging_face(folder: Path) -> HuggingFaceFacts:
                                    at=f"{side}_config.", strict=False))  # fmt: skip
         towers[-1].pop("is_decoder", None)
     _check_tokens(file, towers[0].get("image_size", 224), towers[0].get("patch_size", 16 if types[0] == "vit" else 32))
-    facts = {key: model[key] for key in ("projection_dim", "logit_scale_init_value") if key in model}
-    return HuggingFaceFacts(is_clip, types[0], facts, *towers, _read_pixels(folder))
+    facts: dict[str, Any] = {key: model[key] for key in ("projection_dim", "logit_scale_init_value") if key in model}
+    return HuggingFaceFacts(is_clip, types[0], facts, towers[0], towers[1], _read_pixels(folder))
 
 
 def _read_pixels(folder: Path) -> dict[str, Any]:

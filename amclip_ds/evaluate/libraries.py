@@ -207,8 +207,9 @@ class HuggingFaceModel(Library):
         vision_kind = library.ViTConfig if facts.vision_type == "vit" else library.CLIPVisionConfig
         vision = vision_kind(**facts.vision)
         if facts.is_clip:
-            kind, towers = library.CLIPModel, {"vision_config": vision.to_dict(), "text_config": text.to_dict()}
-            config = library.CLIPConfig(**towers, **facts.model)
+            kind: Any = library.CLIPModel
+            towers: dict[str, Any] = {"vision_config": vision.to_dict(), "text_config": text.to_dict()}
+            config: Any = library.CLIPConfig(**towers, **facts.model)
         else:
             kind = library.VisionTextDualEncoderModel
             config = library.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, **facts.model)
