@@ -31,13 +31,13 @@ SYNTH = """Makes cluttered scenes with one captioned object each: 8 shapes x 8 c
 The same arguments give the same bytes on every machine. DIR holds train/*.tar and, in CLIP_benchmark's layout, test/
 with classnames.txt and templates; each sample is key.jpg, key.txt, key.cls and key.json with the object's box.
 """
-INDEX = """Reads the headers of every tar once and writes where each sample lies (under 40 bytes each, beside its key).
+INDEX = """Reads every tar once and writes where each sample lies and what it holds (46 bytes each, beside its key).
 
   amclip data index '/data/cc12m/{00000..01242}.tar' --out /data/cc12m-index
   amclip train aclip-vitb16 data.train=/data/cc12m data.index=/data/cc12m-index
 
-Without --out the index lies beside the shards, where training finds it by itself. A shard that changes later makes the
-index stale, which training notices.
+Without --out the index lies beside the shards, where training finds it by itself. Training compares each member that it
+reads with the checksum noted here: a shard that changed is named, and refused (data.on_change); a touch is nothing.
 """
 CHECK = """Reads every sample as training would and accounts for each: expected = read + skipped + lost.
 

@@ -10,7 +10,7 @@ class DataConfig:
     """What is trained on, and how it is read."""
 
     train: str = ""
-    """SHARDS: a folder, a glob, braces ('/data/{00000..00099}.tar'), URLs; several sources joined by `::`."""
+    """SHARDS: a folder, a glob, braces ('/data/{00000..00099}.tar'), a list.txt, URLs; several sources joined by `::`."""
     index: str | None = None
     """Folder of the index that `amclip data index` made; null: looked for beside the shards, made where missing."""
     weights: list[float] | None = None
@@ -46,7 +46,7 @@ class DataConfig:
     on_change: str = "refuse"
     """What a shard does that is no longer what was indexed: `refuse` stops the run (code 3), `report` trains on."""
     stage_dir: str = ""
-    """A node-local folder that shards are copied to before they are read; empty: they are read where they are."""
+    """A node-local folder; shards are copied into one of this user's alone in it (amclip-UID) before they are read."""
     stage_gb: float = 100.0
     """What the copies in data.stage_dir may take, in GB."""
 
