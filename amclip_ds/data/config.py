@@ -10,7 +10,7 @@ class DataConfig:
     """What is trained on, and how it is read."""
 
     train: str = ""
-    """SHARDS: a folder, a glob, braces ('/data/{00000..00099}.tar'), a list.txt, URLs; several sources joined by `::`."""
+    """SHARDS: a folder, a glob, braces ('/data/{00000..00099}.tar'), a list.txt, URLs; sources joined by `::`."""
     index: str | None = None
     """Folder of the index that `amclip data index` made; null: looked for beside the shards, made where missing."""
     weights: list[float] | None = None
