@@ -36,5 +36,5 @@ def test_a_run_goes_through_everything(steps: int, scenes: Path, tmp_path: Path)
     kinds = {kind for kind, *_ in ordeal["incidents"]}
     assert {"record_held", "checkpoint_failed", "evaluation_failed", "worker_died"} <= kinds
     held = [action for kind, _, _, action in ordeal["incidents"] if kind == "record_held"]
-    assert len(held) == 2 and all("nothing is lost" in action for action in held)
+    assert len(held) >= 2 and all("nothing is lost" in action for action in held)
     assert {"student.safetensors", "tensorboard"} <= set(ordeal["files"])
