@@ -8,6 +8,7 @@ from typing import BinaryIO
 from amclip_ds.data.kinds import HEAD, kind_of
 
 BLOCK = 512
+ZEROS = 1 << 20
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 WITHOUT_CONTENT = (*LINKS, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
 EXTENSIONS = (
@@ -75,7 +76,7 @@ def scan(file: BinaryIO, size: int) -> Iterator[Member | Link | Damage]:
         if block.count(0) == BLOCK:
             zeros_from = zeros_from if ended else offset
             ended = True
-            offset += BLOCK
+            offset = _after_zeros(file, offset + BLOCK, size)
             continue
         if ended:
             yield Damage("zeros", offset, "zeros before it: joined tars, or a hole", offset - zeros_from)
@@ -116,6 +117,17 @@ def scan(file: BinaryIO, size: int) -> Iterator[Member | Link | Damage]:
         what = kind_of(file.read(HEAD)) if offset == 0 else ""
         cause = f"is {what}" if what else "no end mark, was cut short"
         yield Damage("truncated", offset, cause if size else "is empty: 0 bytes")
+
+
+def _after_zeros(file: BinaryIO, offset: int, size: int) -> int:
+    """Where the first block lies that holds anything; a hole of gigabytes is passed in megabytes."""
+    while offset + BLOCK <= size:
+        file.seek(offset)
+        chunk = file.read(ZEROS)
+        if chunk.count(0) != len(chunk) or len(chunk) < BLOCK:
+            return offset + (len(chunk) - len(chunk.lstrip(b"\0"))) // BLOCK * BLOCK
+        offset += len(chunk) // BLOCK * BLOCK
+    return offset
 
 
 def split_name(name: str) -> tuple[str, str]:
