@@ -21,7 +21,7 @@ from amclip_ds.checkpoint.manifest import Manifest
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.state import CheckpointState
 from amclip_ds.checkpoint.writer import describe, sync_folder, write_file
-from amclip_ds.errors import AmclipError, Preempted, RunStopped
+from amclip_ds.errors import AmclipError, Preempted, RunStopped, UserError
 
 POLL_S = 0.02
 SPARE_BYTES = 1 << 20  # for the manifest and the folders themselves
@@ -203,6 +203,7 @@ class Saver:
                 if (self.checkpoints / manifest.folder_name(step)).exists():
                     verdict = "exists"
                 else:
+                    self._notice_a_gone_run(step)
                     self.checkpoints.mkdir(parents=True, exist_ok=True)
                     if folder.exists():
                         shutil.rmtree(folder)
@@ -217,6 +218,15 @@ class Saver:
         if verdict not in (None, "exists"):
             raise SaveFailed(f"checkpoint of step {step}: {verdict}")
         return verdict is None
+
+    def _notice_a_gone_run(self, step: int) -> None:
+        run = self.checkpoints.parent
+        if self.newest is None or run.exists():
+            return
+        cause = f"{run} is gone: renamed or removed, with checkpoint {manifest.folder_name(self.newest)}"
+        action = f"made again; the run goes on there, its next checkpoint is of step {step}"
+        self._say(f"{cause}; {action}")
+        self._incident("folder_gone", cause, action)
 
     def _start_writing(self, folder: Path, planned: list[PlannedFile]) -> None:
         if self._snapshot.grow(background.size_of(planned)) and self._writer:
@@ -321,7 +331,7 @@ class Saver:
             if self._purge:
                 self._purge.join()
             self._purge = retention.purge(self.checkpoints, self.config, flight.step, self._say)
-        except OSError as error:  # the checkpoint stands; what follows it is housekeeping
+        except (OSError, UserError) as error:  # the checkpoint stands; what follows it is housekeeping
             self._say(f"checkpoint {target.name} is committed, but: {describe(error)}")
         return None
 

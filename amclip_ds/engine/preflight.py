@@ -27,6 +27,7 @@ ANSWER_TIMEOUT_S = 120.0  # every rank must show up within this; imports on a co
 CLOCK_SKEW_S = 2.0
 USED_GPU_SHARE = 0.1
 SAMPLED_SHARDS = 16
+PACKAGE = Path(__file__).resolve().parents[1]
 MIB = 2**20
 MUST_AGREE = {
     "code": "install the same checkout everywhere",
@@ -152,9 +153,8 @@ def judge(facts: Sequence[Facts]) -> Verdict:
     return verdict
 
 
-def code_hash() -> str:
-    """A hash of every source file of this package: the same code on every node."""
-    package = Path(__file__).resolve().parents[1]
+def code_hash(package: Path = PACKAGE) -> str:
+    """A hash of every source file of a package: the same code on every node."""
     files = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".yaml", ".json"))
     return _hash(b"\0".join(str(path.relative_to(package)).encode() + path.read_bytes() for path in files))
 

@@ -1,6 +1,10 @@
 """Slices of shards and the joining of their reports."""
 
-from amclip_ds.shard_tasks import join, slice_of
+import json
+from pathlib import Path
+
+from amclip_ds.shard_tasks import check, join, slice_of
+from tests.unit.data.shards import write_shards
 
 
 def test_slices_share_all_shards_out() -> None:
@@ -16,3 +20,14 @@ def test_a_bad_slice_makes_the_whole_bad() -> None:
     assert not joined["ok"] and [shard["path"] for shard in joined["shards"]] == ["a", "b"]
     assert joined["expected"] == 7 == joined["read"] + joined["skipped"] + joined["lost"]
     assert join([good, good])["ok"]
+
+
+def test_the_last_task_to_end_joins_all_and_a_damaged_shard_decides(tmp_path: Path) -> None:
+    shards, out = write_shards(tmp_path / "shards", sizes=(4, 3, 2)), tmp_path / "out"
+    source = str(tmp_path / "shards")
+    assert check(source, out, 1, 2, []) == 0 and not (out / "check.json").exists()
+    assert check(source, out, 0, 2, []) == 0
+    joined = json.loads((out / "check.json").read_text())
+    assert joined["ok"] and joined["read"] == 9 and len(joined["shards"]) == 3
+    Path(shards[2]).write_bytes(Path(shards[2]).read_bytes()[:1000])
+    assert check(source, out, 0, 2, []) == 2 and not json.loads((out / "check.json").read_text())["ok"]

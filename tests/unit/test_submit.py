@@ -77,7 +77,9 @@ def test_a_broken_shard_is_named(shards: Path, capsys: pytest.CaptureFixture[str
     assert submitted(shards)[0] == 2 and "00003.tar" in capsys.readouterr().err
 
 
-def test_sbatchs_own_words_are_told(shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sbatchs_own_words_are_told(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A refusal of sbatch (here a program of that name) is one line with its reason."""
     (tmp_path / "bin").mkdir()
     fake = tmp_path / "bin" / "sbatch"
@@ -86,3 +88,5 @@ def test_sbatchs_own_words_are_told(shards: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", f"{fake.parent}:/usr/bin:/bin")
     argv = ["submit", "aclip-tiny", f"data.train={shards}", f"run.out={tmp_path}/run", "run.steps=5"]
     assert main(argv) == 2
+    assert "invalid partition specified: gold" in (error := capsys.readouterr().err)
+    assert len(error.strip().splitlines()) == 1

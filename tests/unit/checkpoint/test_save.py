@@ -255,3 +255,16 @@ def test_which_checkpoint_a_resume_means(tmp_path: Path) -> None:
         load.find(folder, "auto", False, Ranks())
     with pytest.raises(UserError, match="every checkpoint is damaged"):  # never a silent fresh start
         load.find(folder, "auto", True, Ranks())
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_run_whose_folder_was_renamed_goes_on_and_says_where(asynchronous: bool, tmp_path: Path) -> None:
+    run, told = tmp_path / "run", Told()
+    with told.saver(run / "checkpoints", asynchronous=asynchronous) as saver:
+        saver.save(1, toy_state(1, 0, 1), wait=True)
+        run.rename(tmp_path / "moved")
+        saver.save(2, toy_state(2, 0, 1), wait=True)
+    assert steps_in(tmp_path / "moved" / "checkpoints") == [1] and steps_in(run / "checkpoints") == [2]
+    assert manifest.verify(run / "checkpoints" / "step_00000002").step == 2
+    [(kind, cause, _)] = told.incidents
+    assert kind == "folder_gone" and f"{run} is gone" in cause and "step_00000001" in cause

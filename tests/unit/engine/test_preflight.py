@@ -1,5 +1,6 @@
 """What the facts of all ranks mean, and how a slow node is told from a slow partner."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,4 +87,14 @@ def test_probes_of_disk_shards_and_code(tmp_path: Path) -> None:
     there.touch()
     assert look_for([str(there), "https://host/1.tar", "pipe:cat 2.tar"]) == []
     assert look_for([str(there), str(tmp_path / "1.tar")]) == [str(tmp_path / "1.tar")]
-    assert code_hash() == code_hash() and len(code_hash()) == 12
+
+
+def test_another_code_has_another_hash(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "step.py").write_text("x = 1\n")
+    hashes = [code_hash(tmp_path / "one"), code_hash(Path(shutil.copytree(tmp_path / "one", tmp_path / "two")))]
+    (tmp_path / "two" / "step.py").write_text("x = 2\n")
+    hashes.append(code_hash(tmp_path / "two"))
+    (tmp_path / "one" / "step.py").rename(tmp_path / "one" / "steps.py")
+    hashes.append(code_hash(tmp_path / "one"))
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
