@@ -16,16 +16,9 @@ from amclip_ds.data.config import DataConfig
 from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import LocalSettingsError, SettingsError, UserError
 from amclip_ds.evaluate import EvalConfig
-from amclip_ds.loss import LossConfig
-from amclip_ds.model.config import (
-    HeadsConfig,
-    MaskConfig,
-    ModelConfig,
-    TeacherConfig,
-    needs_scores,
-    num_units,
-    patch_grid,
-)
+from amclip_ds.masks import NONE, MaskConfig
+from amclip_ds.masks.units import num_units
+from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig, TeacherConfig, patch_grid
 from amclip_ds.optim import OptimConfig
 from amclip_ds.record import LogConfig
 from amclip_ds.resilience.config import (
@@ -170,11 +163,6 @@ def count_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return steps
 
 
-def needs_teacher(config: TrainConfig) -> bool:
-    """Whether anything of the run looks at the teacher: its scores, or its features."""
-    return needs_scores(config.mask.strategy) or config.loss.o2e_weight > 0
-
-
 def check_buildable(config: TrainConfig) -> None:
     """Reads DeepSpeed's file and builds the vision tower's skeleton, without weights. Raises UserError where either is
     not possible: the cheap mistakes come to light before ranks meet and shards are indexed."""
@@ -302,9 +290,9 @@ def _check_together(config: TrainConfig) -> None:
         raise SettingsError("run.steps: give it, or run.epochs")
     try:
         grid = config.model.vision.grid
-        if config.mask.strategy != "none":
+        if config.mask.strategy != NONE:
             num_units(grid, config.mask.unit)
-        if needs_teacher(config) and config.teacher.resolution == "half":
+        if config.teacher.resolution == "half":
             patch_grid(config.model.vision, config.model.vision.image_size // 2)
     except ValueError as error:
         raise SettingsError(" ".join(str(error).split())) from None

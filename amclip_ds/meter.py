@@ -57,7 +57,7 @@ class Meter:
         local = {"loss": float(result.loss)} | {name: float(part) for name, part in result.parts.items()}
         local |= {"data_wait_s": self._wait_s / steps, "step_s": elapsed / steps}
         local["communication_s"] = COMMUNICATION.take() / steps
-        row = mean_over_ranks(local, self._device)
+        row: dict[str, Any] = dict(mean_over_ranks(local, self._device))
         row["samples_per_s"] = self._global_batch / row["step_s"]
         row |= {
             "lr": result.lr, "momentum": result.momentum, "logit_scale": float(result.logit_scale),

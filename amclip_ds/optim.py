@@ -99,6 +99,10 @@ class Schedules:
         """The teacher's momentum before the update that follows `updates` applied ones."""
         return momentum_at(updates, self.total_updates, self.teacher.momentum, self.teacher.final_momentum)
 
+    def progress(self, updates: int) -> float:
+        """How much of the run `updates` applied ones are, 0 to 1."""
+        return min(1.0, updates / max(1, self.total_updates))
+
 
 def momentum_at(updates: int, total_updates: int, momentum: float, final_momentum: float = 1.0) -> float:
     """A cosine over the whole run, without warm-up."""

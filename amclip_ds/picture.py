@@ -54,7 +54,7 @@ def draw_curves(run: Path, file: Path) -> None:
     )
     figure, (losses, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 3.6))
     steps = [row["step"] for row in metrics]
-    for name in ("loss", "loss_contrastive", "loss_o2o", "loss_o2e"):
+    for name in dict.fromkeys(key for row in metrics for key in row if key == "loss" or key.startswith("loss_")):
         losses.plot(steps, [row.get(name) for row in metrics], label=name, linewidth=1)
     losses.set_title("losses")
     for weights in ("student", "teacher"):

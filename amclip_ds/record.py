@@ -112,6 +112,12 @@ class WandbRun:
             self._is_failing = True
 
 
+def _term(key: str) -> str:
+    """How the greppable line calls a term of the loss; empty for what is none."""
+    name = key.removeprefix("loss_") if key.startswith("loss_") else ""
+    return name.upper() if len(name) <= 3 else name.capitalize()
+
+
 class Record:
     """A run's pen, which cannot end the run: see backlog.py. On ranks other than 0 only incidents are written.
 
@@ -212,14 +218,14 @@ class Record:
         self.close()
 
     def _line(self, row: dict[str, Any]) -> str:
+        terms = " ".join(f"{name}: {row[key]:.4f}" for key in row if (name := _term(key)))
         seen = row["samples_seen"] % self.samples_per_epoch
         return (
             f"Train Epoch: {row['epoch']}"
             f" [{seen}/{self.samples_per_epoch} ({100 * seen / self.samples_per_epoch:.0f}%)]"
             f" Step: {row['step']}/{self.total_steps} Data (t): {row['data_wait_s']:.3f} Batch (t): {row['step_s']:.3f}"
             f" {row['samples_per_s']:.1f}/s, {row['samples_per_s'] / self.world_size:.1f}/s/gpu LR: {row['lr']:.6f}"
-            f" Logit Scale: {row['logit_scale']:.3f} Contrastive: {row['loss_contrastive']:.4f}"
-            f" O2O: {row['loss_o2o']:.4f} O2E: {row['loss_o2e']:.4f} Loss: {row['loss']:.4f}"
+            f" Logit Scale: {row['logit_scale']:.3f} {terms} Loss: {row['loss']:.4f}"
         )
 
     def _append(self, name: str, row: dict[str, Any]) -> None:

@@ -23,8 +23,8 @@ from amclip_ds.engine.student import StudentEngine
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import check_sets
 from amclip_ds.meter import Meter
+from amclip_ds.method import Method, method_of
 from amclip_ds.model import start
-from amclip_ds.model.config import needs_noise, num_units
 from amclip_ds.optim import Schedules
 from amclip_ds.record import Record
 from amclip_ds.redact import redact_all
@@ -70,6 +70,7 @@ class Run:
     config: TrainConfig
     runtime: Runtime
     comm: DistributedComm
+    method: Method
     plan: BatchPlan
     folder: Path
     attempt: int
@@ -104,7 +105,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     stack.enter_context(leaving_together(runtime))
     on_main(partial(settings.check_buildable, config))
     comm = DistributedComm()
-    plan = settings.plan_batch(config.batch, runtime.world_size)
+    plan, method = settings.plan_batch(config.batch, runtime.world_size), method_of(config)
 
     job = engine_runtime.current_job() if runtime.is_main else SlurmJob()
     owner = stack.enter_context(owning(Path(config.run.out), config.ownership, job=job.job, restart=job.restart))
@@ -122,7 +123,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         found = look(folder, resume, config, ranks)
     with watchdog.during("index"):
         evaluated_on = on_main(partial(check_evaluation, config, is_resumed=found is not None))
-        data = stack.enter_context(closing(open_data(config, runtime, found is not None)))
+        data = stack.enter_context(closing(open_data(config, method, runtime, found is not None)))
     total_steps = settings.count_steps(config, data.steps_per_epoch)
     record = stack.enter_context(Record(
         folder, config.log, rank=runtime.rank, world_size=runtime.world_size, attempt=attempt, total_steps=total_steps,
@@ -137,7 +138,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
 
     # A resumed run's weights are its checkpoint's: where the first ones came from need not exist any more.
     fresh = config if found is None else replace(config, model=replace(config.model, init_from=None))
-    student, teacher = build_engines(fresh, runtime)
+    student, teacher = build_engines(fresh, method, runtime)
     if config.model.init_from and found is None:
         for line in start.describe(config.model.init_from, dict(student.module.named_parameters())):
             record.say(line)
@@ -159,8 +160,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         if runtime.is_main:
             write_settings(folder, config, record.replace)
     return Run(
-        config=config, runtime=runtime, comm=comm, plan=plan, folder=folder, attempt=attempt, stops=stops,
-        watchdog=watchdog, state=state, data=data, total_steps=total_steps, record=record, student=student,
+        config=config, runtime=runtime, comm=comm, method=method, plan=plan, folder=folder, attempt=attempt,
+        stops=stops, watchdog=watchdog, state=state, data=data, total_steps=total_steps, record=record, student=student,
         teacher=teacher, schedules=Schedules(config.optim, config.teacher, total_steps), guards=guards,
         ledger=Ledger(config.data.max_skip_rate, gather_objects, data.account), meter=meter, keeper=keeper,
     )  # fmt: skip
@@ -177,25 +178,26 @@ def check_evaluation(config: TrainConfig, *, is_resumed: bool) -> list[str]:
         return [f"no evaluation: {error}; training goes on"]
 
 
-def build_engines(config: TrainConfig, runtime: Runtime) -> tuple[StudentEngine, Teacher | None]:
-    """The student, and the teacher where anything looks at it. Collective: every rank must call."""
-    student = StudentEngine(config.model, config.heads, config.loss, config.optim, config.engine,
+def build_engines(config: TrainConfig, method: Method, runtime: Runtime) -> tuple[StudentEngine, Teacher | None]:
+    """The student, and the teacher where anything reads it. Collective: every rank must call."""
+    student = StudentEngine(config.model, method.objectives, config.optim, config.engine,
                             seed=config.run.seed, runtime=runtime)  # fmt: skip
-    if not settings.needs_teacher(config):
+    if not method.needs_teacher:
         return student, None
-    return student, Teacher(config.teacher, config.model, config.heads, config.loss, compat=config.compat,
-                            seed=config.run.seed, student=student, device=runtime.device)  # fmt: skip
+    return student, Teacher(config.teacher, config.model, method.objectives,
+                            averages_text_ends=config.compat == "paper", student=student,
+                            device=runtime.device)  # fmt: skip
 
 
-def open_data(config: TrainConfig, runtime: Runtime, resumes: bool = False) -> TrainingData:
+def open_data(config: TrainConfig, method: Method, runtime: Runtime, resumes: bool = False) -> TrainingData:
     """This rank's part of the training stream."""
-    vision, mask = config.model.vision, config.mask
+    vision = config.model.vision
     teacher_size = vision.image_size // (2 if config.teacher.resolution == "half" else 1)
     return TrainingData(
         config.data, seed=config.run.seed, global_batch=config.batch.global_size, rank=runtime.rank,
         world_size=runtime.world_size, image_size=vision.image_size,
-        teacher_size=teacher_size if settings.needs_teacher(config) else None,
-        num_units=num_units(vision.grid, mask.unit) if needs_noise(mask.strategy) else 0,
+        teacher_size=teacher_size if method.needs_teacher else None,
+        num_units=method.draws,
         context_length=config.model.text.context_length, compat=config.compat, once=on_main,
         index_dir=config.run.out, device=runtime.device, resumes=resumes,
     )  # fmt: skip

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from amclip_ds import config as settings
 from amclip_ds import safetensors_header
+from amclip_ds.comm import SingleProcess
 from amclip_ds.config import TrainConfig
+from amclip_ds.data.batch import Batch
 from amclip_ds.data.index import Index
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.photometric import normalise
@@ -24,11 +26,15 @@ from amclip_ds.data.reader import ShardReader
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.encoder import TowerEncoder, encode_images
 from amclip_ds.evaluate.zero_shot import build_classifier
-from amclip_ds.loss.comm import SingleProcess
+from amclip_ds.masks import MaskConfig
+from amclip_ds.masks.selection import select
+from amclip_ds.masks.units import num_units
+from amclip_ds.method import method_of
 from amclip_ds.model.amclip import AClip
-from amclip_ds.model.config import num_units
+from amclip_ds.model.names import present_name
 from amclip_ds.model.teacher_model import TeacherModel
-from amclip_ds.step import choose_tokens, look
+from amclip_ds.objectives import builder
+from amclip_ds.step import selection
 
 
 @dataclass
@@ -58,7 +64,6 @@ class Looks:
 @torch.no_grad()
 def look_at(config: TrainConfig, teacher: TeacherModel, shards: Path, num_scenes: int) -> Looks:
     """The first scenes of the training order over `shards`, seen by the teacher."""
-    config = dataclasses.replace(config, mask=dataclasses.replace(config.mask, strategy="attentive"))
     vision = config.model.vision
     with closing(
         TrainingData(
@@ -71,18 +76,27 @@ def look_at(config: TrainConfig, teacher: TeacherModel, shards: Path, num_scenes
     ) as data:  # fmt: skip
         batch = next(data.batches(None))
         facts = read_facts(data.index, batch.sample_ids.tolist())
-    comm = SingleProcess()
-    _, attentive = look(batch, teacher, config, comm)  # type: ignore[arg-type]  # a module has the engine's forward
-    assert attentive is not None and batch.teacher_uint8 is not None
-    _, scores = teacher("scores", images=normalise(batch.teacher_uint8), comm=comm)
-    random = dataclasses.replace(config, mask=dataclasses.replace(config.mask, strategy="random"))
-    kept_at_random = choose_tokens(batch, None, random)
-    assert kept_at_random is not None
+    assert batch.teacher_uint8 is not None
+    images = normalise(batch.teacher_uint8)
+    scores = teacher.observe(images, frozenset({"cls", "scores"}), SingleProcess()).scores
+    assert scores is not None
+    kept = {name: kept_by(dataclasses.replace(config.mask, strategy=name), batch, scores, vision.grid)
+            for name in ("attentive", "random")}  # fmt: skip
     boxes = torch.tensor([fact["box"] for fact in facts], dtype=torch.float32)
     return Looks(
-        batch.views_uint8, batch.teacher_uint8, scores, {"attentive": attentive, "random": kept_at_random},
+        batch.views_uint8, batch.teacher_uint8, scores, kept,
         patches_inside(boxes, batch.boxes[:-1], vision.grid), [fact["captions"][0] for fact in facts],
     )  # fmt: skip
+
+
+def kept_by(mask: MaskConfig, batch: Batch, scores: Tensor, grid: int) -> Tensor:
+    """The tokens that a mask keeps of every view, [V, B, K]."""
+    views = tuple(range(len(batch.views_uint8)))
+    chosen = selection(mask, views, batch, scores, grid, progress=1.0)
+    assert chosen is not None
+    kept = select(mask, chosen.inputs)
+    assert kept is not None
+    return kept.unflatten(0, (len(views), -1))
 
 
 def read_facts(index: Index, sample_ids: list[int]) -> list[dict]:
@@ -122,10 +136,11 @@ def part_accuracies(encoder: TowerEncoder, folder: Path, batch_size: int = 128) 
 def load_modules(run: Path) -> tuple[TrainConfig, AClip, TeacherModel]:
     """The settings, student and teacher that a finished run left in its folder."""
     config = settings.load(str(run / "config.yaml"))
-    student = AClip(config.model, config.heads, config.loss)
-    teacher = TeacherModel(config.model, config.heads, config.loss)
+    built = builder(method_of(config).objectives)
+    student, teacher = AClip(config.model, built), TeacherModel(config.model, built)
     for name, module in (("student", student), ("teacher", teacher)):
         safetensors_header.read(run / f"{name}.safetensors")
-        module.load_state_dict(load_file(run / f"{name}.safetensors"))
+        held = load_file(run / f"{name}.safetensors")
+        module.load_state_dict({present_name(key): tensor for key, tensor in held.items()})
         module.eval()
     return config, student, teacher

@@ -1,6 +1,6 @@
-"""One optimisation step, in the paper's order: schedules, teacher's look, keep_indices, student, losses, step, teacher.
+"""One optimisation step, in the paper's order: schedules, teacher's look, student and its masks, losses, step, teacher.
 
-Shapes: V views, B this rank's samples, N patches of the teacher's grid, K kept tokens.
+This is the only place that takes one. Shapes: V views, B this rank's samples, K kept tokens.
 """
 
 from dataclasses import dataclass
@@ -8,17 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amclip_ds.config import TrainConfig
+from amclip_ds.comm import Comm
 from amclip_ds.data import photometric
 from amclip_ds.data.batch import Batch
-from amclip_ds.engine.grad_cache import forward_backward
 from amclip_ds.engine.student import SKIPPED, StudentEngine
-from amclip_ds.loss.comm import Comm
-from amclip_ds.model import masking, scoring
-from amclip_ds.model.config import needs_scores
+from amclip_ds.grad_cache import forward_backward
+from amclip_ds.masks import NONE, MaskConfig, MaskInputs, needs_of
+from amclip_ds.masks.selection import Selection
+from amclip_ds.method import Method
+from amclip_ds.model import scoring
+from amclip_ds.model.features import Losses, StudentInputs, ViewGroup
+from amclip_ds.model.teacher_model import Observed
+from amclip_ds.objectives import RECORDED
 from amclip_ds.optim import Schedules
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.teacher import Teacher
+
+NOTHING_OBSERVED = Observed({}, None)
 
 
 @dataclass
@@ -27,18 +33,22 @@ class StepResult:
 
     loss: Tensor
     parts: dict[str, Tensor]
+    """every term, unweighted, as loss_NAME"""
     lr: float
     momentum: float
     grad_norm: float
     applied: bool
     logit_scale: Tensor
-    kept_tokens: int
+    keep_indices: list[Tensor | None]
+    """by view [B, K] ascending; None: every token stayed"""
+    kept_tokens: int | list[int]
+    """of each view, a list where they differ"""
     sample_ids: Tensor
 
 
 def train_step(
-    batch: Batch, student: StudentEngine, teacher: Teacher | None, schedules: Schedules, updates: int,
-    config: TrainConfig, comm: Comm, micro: int, guards: Guards,
+    batch: Batch, student: StudentEngine, teacher: Teacher | None, schedules: Schedules, updates: int, method: Method,
+    comm: Comm, micro: int, guards: Guards,
 ) -> StepResult:  # fmt: skip
     """Trains on one batch (this rank's part of the global one). Collective: every rank must call.
 
@@ -49,41 +59,71 @@ def train_step(
     lr = schedules.lr(updates)
     student.set_lr(lr)
 
-    views = photometric.apply(batch.views_uint8, batch.photometric)
-    target, keep_indices = look(batch, teacher, config, comm)
-    loss, parts, logit_scale = forward_backward(
-        student, views, keep_indices, batch.token_ids, target, config.loss, comm, micro, config.compat, guards.admit
-    )
+    observed = NOTHING_OBSERVED
+    if teacher is not None and batch.teacher_uint8 is not None:
+        observed = teacher.observe(photometric.normalise(batch.teacher_uint8), method.wants, comm)
+    inputs = student_inputs(batch, observed.scores, method, schedules.progress(updates))
+    losses, kept = forward_backward(student, inputs, observed.targets, comm, micro, guards.admit)
     outcome = student.step() if guards.admitted else SKIPPED
 
     momentum = schedules.momentum(updates + 1)
     if outcome.applied:
         student.clamp_logit_scale()
+        student.commit(comm)
         if teacher is not None:
             teacher.update(momentum)
             teacher.publish(whole=False)
-    num_patches = config.model.vision.grid**2
+    keep_indices = by_view(inputs, kept)
     return StepResult(
-        loss=loss, parts=parts, lr=lr, momentum=momentum, grad_norm=outcome.grad_norm, applied=outcome.applied,
-        logit_scale=logit_scale, kept_tokens=num_patches if keep_indices is None else keep_indices.shape[-1],
-        sample_ids=batch.sample_ids,
+        loss=losses.total.detach(), parts=recorded(losses), lr=lr,
+        momentum=momentum, grad_norm=outcome.grad_norm, applied=outcome.applied, logit_scale=losses.logit_scale,
+        keep_indices=keep_indices, kept_tokens=count_kept(keep_indices, method.grid**2), sample_ids=batch.sample_ids,
     )  # fmt: skip
 
 
-@torch.no_grad()
-def look(batch: Batch, teacher: Teacher | None, config: TrainConfig, comm: Comm) -> tuple[Tensor | None, Tensor | None]:
-    """The teacher's pass over its crop: (online-to-EMA target [B, C] or None, keep_indices [V, B, K] or None)."""
-    target = scores = None
-    if teacher is not None and batch.teacher_uint8 is not None:
-        pixels = photometric.normalise(batch.teacher_uint8)
-        target, scores = teacher.forward("scores", images=pixels, comm=comm)
-    return target, choose_tokens(batch, scores, config)
+def recorded(losses: Losses) -> dict[str, Tensor]:
+    """Every term as loss_NAME; those of RECORDED first, 0 where their objective is not built."""
+    terms = dict.fromkeys(RECORDED, losses.total.new_zeros(())) | losses.terms
+    return {f"loss_{name}": term for name, term in terms.items()}
 
 
-def choose_tokens(batch: Batch, scores: Tensor | None, config: TrainConfig) -> Tensor | None:
-    """keep_indices [V, B, K] of the views' patch tokens, or None where every token stays."""
+def student_inputs(batch: Batch, scores: Tensor | None, method: Method, progress: float) -> StudentInputs:
+    """What the student reads: the views, changed and normalised, by group, with what their masks go by."""
+    views = photometric.apply(batch.views_uint8, batch.photometric)
+    groups = []
+    for mask, places in method.groups():
+        images = views if len(places) == len(views) else views[list(places)]
+        groups.append(ViewGroup(places, images, selection(mask, places, batch, scores, method.grid, progress)))
+    return StudentInputs(tuple(groups), batch.token_ids)
+
+
+def selection(
+    mask: MaskConfig, views: tuple[int, ...], batch: Batch, scores: Tensor | None, grid: int, progress: float
+) -> Selection | None:
+    """How the tokens of some views are chosen. scores: the teacher's, [B, n] of its crop."""
+    if mask.strategy == NONE:
+        return None
+    needs, chosen = needs_of(mask), list(views)
+    noise = batch.mask_noise[chosen].flatten(0, 1) if "noise" in needs else None
     unit_scores = None
-    grid = config.model.vision.grid
-    if scores is not None and needs_scores(config.mask.strategy):
-        unit_scores = scoring.scores_to_views(scores, batch.boxes, grid=grid, unit=config.mask.unit)
-    return masking.select(config.mask, grid, scores=unit_scores, noise=batch.mask_noise)
+    if "scores" in needs:
+        assert scores is not None
+        boxes = batch.boxes[[*chosen, -1]]
+        unit_scores = scoring.scores_to_views(scores, boxes, grid=grid, unit=mask.unit).flatten(0, 1)
+    at = torch.tensor(progress, device=batch.token_ids.device)
+    return Selection(mask, MaskInputs(grid, mask.unit, len(views), noise=noise, scores=unit_scores, progress=at))
+
+
+def by_view(inputs: StudentInputs, kept: list[Tensor | None]) -> list[Tensor | None]:
+    """keep_indices [B, K] of each view, in the order of data.views."""
+    found: dict[int, Tensor | None] = {}
+    for group, rows in zip(inputs.groups, kept):
+        for place, view in enumerate(group.views):
+            found[view] = None if rows is None else rows[place]
+    return [found[view] for view in sorted(found)]
+
+
+def count_kept(keep_indices: list[Tensor | None], num_patches: int) -> int | list[int]:
+    """Kept tokens of a view; a list where views differ."""
+    counts = [num_patches if kept is None else kept.shape[-1] for kept in keep_indices]
+    return counts[0] if len(set(counts)) == 1 else counts

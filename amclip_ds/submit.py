@@ -168,11 +168,13 @@ def check_start(config: TrainConfig) -> None:
         return
     import torch
 
+    from amclip_ds.method import method_of
     from amclip_ds.model import start
     from amclip_ds.model.amclip import AClip
+    from amclip_ds.objectives import builder
 
     with torch.device("meta"):
-        model = AClip(config.model, config.heads, config.loss)
+        model = AClip(config.model, builder(method_of(config).objectives))
     for name, parameter in model.named_parameters():
         start.loaded_tensor(config.model.init_from, name, parameter.shape)
 

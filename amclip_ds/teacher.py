@@ -1,38 +1,38 @@
 """The EMA teacher: fp32 shards aligned with the student's masters, averaged without communication, then published."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from amclip_ds.comm import Comm
 from amclip_ds.engine import shards
 from amclip_ds.engine.shards import Shard
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.engine.teacher_placement import place_teacher
-from amclip_ds.loss import LossConfig
-from amclip_ds.model.config import HeadsConfig, ModelConfig, TeacherConfig
+from amclip_ds.model.config import ModelConfig, TeacherConfig
 from amclip_ds.model.init import persistent_buffers
-from amclip_ds.model.teacher_model import mirrored_names
-
-SEEN_IN_TRAINING = ("vision.", "heads.")  # what phase `scores` reads
+from amclip_ds.model.teacher_model import OBSERVING, Observed, TeacherModel, mirrored_names
+from amclip_ds.objectives import Chosen
 
 
 class Teacher:
     """The average of the student's fp32 masters, and the copy of it that looks at images.
 
-    Names the student trains are averaged; frozen ones were copied once, by the common start; `compat: release` leaves
-    some text parameters at the student's current values (method.md section 6; mirrored_names).
+    Names the student trains are averaged; frozen ones were copied once, by the common start; without averages_text_ends
+    some text parameters stay at the student's current values (method.md section 6; mirrored_names).
     """
 
     def __init__(
-        self, config: TeacherConfig, model: ModelConfig, heads: HeadsConfig, loss: LossConfig, *, compat: str,
-        seed: int, student: StudentEngine, device: torch.device,
+        self, config: TeacherConfig, model: ModelConfig, objectives: Chosen, *, averages_text_ends: bool = True,
+        student: StudentEngine, device: torch.device,
     ) -> None:  # fmt: skip
-        self.placed = place_teacher(config.placement, model, heads, loss, seed, student, device)
+        self.placed = place_teacher(config.placement, model, objectives, student, device)
         self._student = student
         self._is_whole = True  # student and teacher start alike
         names = {name for name, _ in self.placed.module.named_parameters()}
-        mirrored = mirrored_names(names, compat)
+        mirrored = mirrored_names(names, averages_text_ends)
         self._averaged = [name for name in self.masters() if name in names and name not in mirrored]
         self._mirrored = [name for name in self.masters() if name in mirrored]
         masters = self.masters()
@@ -57,21 +57,34 @@ class Teacher:
     def publish(self, whole: bool = True) -> None:
         """Brings the weights of the teacher's forward up to date. Collective: every rank must call.
 
-        whole False: only what a training step looks through (vision tower and heads); its texts are read by evaluations
-        alone, and sending the text tower after every step would double the traffic.
+        whole False: only what a training step looks through (vision tower and copies of heads); its texts
+        are read by evaluations alone, and sending the text tower after every step would double the traffic.
         """
         masters = self.masters()
         published = self._ema | {name: masters[name] for name in self._mirrored}
         self._is_whole = whole
         if not whole:
-            published = {name: shard for name, shard in published.items() if name.startswith(SEEN_IN_TRAINING)}
+            published = {name: shard for name, shard in published.items() if name.startswith(OBSERVING)}
         self.placed.publish(published, whole)
 
     @torch.no_grad()
-    def forward(self, phase: str, **inputs: Any) -> Any:
-        """TeacherModel.forward, without gradient. Collective: every rank must call."""
-        assert phase == "scores" or self._is_whole, f"{phase} reads weights that publish(whole=False) left behind"
-        return self.placed.forward(phase, **inputs)
+    def observe(self, images: Tensor, wants: frozenset[str], comm: Comm) -> Observed:
+        """TeacherModel.observe, without gradient. Collective: every rank must call."""
+        return self.placed(TeacherModel.observe, images, wants, comm)
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """TeacherModel.embed_images. Collective: every rank must call."""
+        return self._whole(TeacherModel.embed_images, images)
+
+    @torch.no_grad()
+    def embed_texts(self, token_ids: Tensor) -> Tensor:
+        """TeacherModel.embed_texts. Collective: every rank must call."""
+        return self._whole(TeacherModel.embed_texts, token_ids)
+
+    def _whole(self, method: Callable[..., Any], *inputs: Any) -> Any:
+        assert self._is_whole, f"{method.__name__} reads weights that publish(whole=False) left behind"
+        return self.placed(method, *inputs)
 
     def ema_shards(self) -> dict[str, Shard]:
         """This rank's fp32 shards of the average, by name; writing to them changes the teacher at the next publish."""

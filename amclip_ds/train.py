@@ -33,7 +33,7 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
             evaluate(run)
 
         for batch in run.batches():
-            result = train_step(batch, run.student, run.teacher, run.schedules, state.updates, config, run.comm,
+            result = train_step(batch, run.student, run.teacher, run.schedules, state.updates, run.method, run.comm,
                                 run.plan.micro, run.guards)  # fmt: skip
             state.advance(batch, result, config.batch.global_size)
             stop = run.stops.agreed(is_last=state.step == run.total_steps)

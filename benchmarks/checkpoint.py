@@ -31,8 +31,10 @@ from amclip_ds.checkpoint.save import Saver
 from amclip_ds.checkpoint.state import CheckpointState
 from amclip_ds.engine.placement import free_port
 from amclip_ds.engine.shards import Shard
+from amclip_ds.method import method_of
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.teacher_model import TeacherModel
+from amclip_ds.objectives import builder
 
 EVERY_S = 15 * 60.0
 
@@ -41,8 +43,8 @@ def shapes_of(size: str) -> tuple[dict[str, list[int]], set[str]]:
     """Trained parameters of aclip-SIZE, and which of them the teacher averages."""
     config = settings.load(f"aclip-{size}")
     with torch.device("meta"):
-        student = AClip(config.model, config.heads, config.loss)
-        teacher = TeacherModel(config.model, config.heads, config.loss)
+        built = builder(method_of(config).objectives)
+        student, teacher = AClip(config.model, built), TeacherModel(config.model, built)
     shapes = {name: list(p.shape) for name, p in student.named_parameters() if p.requires_grad}
     return shapes, {name for name, _ in teacher.named_parameters()} & shapes.keys()
 

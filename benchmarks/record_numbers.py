@@ -2,6 +2,7 @@
 
     python benchmarks/record_numbers.py record CHECKOUT numbers.json [--full] [--only aclip]
     python benchmarks/record_numbers.py compare A B        each a file that `record` wrote, or a checkout
+    python benchmarks/record_numbers.py goes-on A B        checkouts: does B go on from A's checkpoint of step 10 as A?
 
 A cell is a method x ZeRO stage x precision x ranks x GradCache splits: 20 steps of METHOD-tiny on synthetic scenes, or
 on photographs. Recorded are each step's loss and terms, gradient norm and kept tokens (exact, as hexadecimal floats),
@@ -27,7 +28,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 METHODS = ("aclip", "aclip-eff", "clip", "flip", "random2x")
-STEPS, BATCH = 20, 16
+STEPS, HALF, BATCH = 20, 10, 16
 EXACT = ("loss", "loss_contrastive", "loss_o2o", "loss_o2e", "grad_norm", "lr", "momentum", "logit_scale",
          "kept_tokens", "step_applied", "samples_seen", "updates")  # fmt: skip
 # What a later checkout calls a tensor -> what it was called before: only the name moved.
@@ -99,7 +100,8 @@ def serve(requests: list[dict[str, Any]]) -> None:
         codes = run_ranks(request, out)
         said = out.with_suffix(".0.log").read_text()[-2000:]
         found = read_numbers(out) if not any(codes) else {"failed": f"exit codes {codes}\n{said}"}
-        shutil.rmtree(out, ignore_errors=True)
+        if not request["kept"]:
+            shutil.rmtree(out, ignore_errors=True)
         print(json.dumps({"cell": request["name"], "seconds": round(time.monotonic() - began, 1), "numbers": found}),
               flush=True)  # fmt: skip
 
@@ -140,9 +142,8 @@ def one_rank(request: dict[str, Any], out: Path, rank: int) -> int:
 
 def watch_kept_tokens(chosen: Any) -> None:
     """Every keep_indices by which the student's tokens are removed goes into the hash."""
-    module = __import__("sys").modules
-    mask = next(held.TokenMask for name in ("amclip_ds.masks", "amclip_ds.masks.tokens", "amclip_ds.model.masking",
-                "amclip_ds.model.vision") if hasattr(held := module.get(name), "TokenMask"))  # fmt: skip
+    rooms = [sys.modules.get(name) for name in ("amclip_ds.masks.selection", "amclip_ds.model.masking")]
+    mask = next(room.TokenMask for room in rooms if room is not None)
     forward = mask.forward
 
     def watched(self: Any, x: Any, keep_indices: Any) -> Any:
@@ -197,42 +198,54 @@ def earlier(name: str) -> str:
 # --- outside: which checkout, which data, what differs
 
 
-def record(checkout: Path, wanted: list[Cell], data: Path) -> dict[str, Any]:
-    """Runs the cells in a checkout. data: a folder for the scenes, which must be the same for what is compared."""
+def record(
+    checkout: Path, wanted: list[Cell], data: Path, folder: Path, resume: Path | None = None, kept: bool = False
+) -> dict[str, Any]:
+    """Runs the cells in a checkout. data: a folder for the scenes, which must be the same for what is compared.
+
+    folder: where the runs lie, one a cell; kept: they stay. resume: such a folder, from whose checkpoints of step HALF
+    the cells go on.
+    """
     scenes = data / "scenes"
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if not (scenes / "train").is_dir():
-        command = [
-            sys.executable,
-            "-m",
-            "amclip_ds",
-            "data",
-            "synth",
-            "--out",
-            str(scenes),
-            "--train",
-            "512",
-            "--test",
-            "0",
-        ]
-        subprocess.run(command, env=environment, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
+        synth = ["-m", "amclip_ds", "data", "synth", "--out", str(scenes), "--train", "512", "--test", "0"]
+        subprocess.run([sys.executable, *synth], env=environment, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
     shared = os.environ.get("AMCLIP_SHARED", str(HERE.parents[2] / "shared"))
     of = {True: f"{shared}/data/openstax/train", False: f"{scenes}/train"}
+    requests = []
+    for index, cell in enumerate(wanted):
+        out = folder / str(index)
+        start = "never" if resume is None else str(resume / str(index) / "checkpoints" / f"step_{HALF:08d}")
+        overrides = [*cell.overrides(out, of[cell.photographs]), *([f"checkpoint.every_steps={HALF}"] if kept else [])]
+        requests.append({"name": cell.name, "recipe": f"{cell.method}-tiny", "ranks": cell.ranks, "resume": start,
+                         "out": str(out), "overrides": overrides, "kept": kept})  # fmt: skip
+    todo = folder / "requests.json"
+    todo.write_text(json.dumps(requests))
     numbers: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="numbers-") as folder:
-        requests = [
-            {"name": cell.name, "recipe": f"{cell.method}-tiny", "ranks": cell.ranks, "resume": "never",
-             "out": f"{folder}/{index}", "overrides": cell.overrides(Path(folder, str(index)), of[cell.photographs])}
-            for index, cell in enumerate(wanted)
-        ]  # fmt: skip
-        command = [sys.executable, str(HERE), "--serve", json.dumps(requests)]
-        with subprocess.Popen(command, env=environment, cwd=checkout, stdout=subprocess.PIPE, text=True) as server:
-            for line in server.stdout or ():
-                with contextlib.suppress(json.JSONDecodeError):
-                    done = json.loads(line)
-                    numbers[done["cell"]] = done["numbers"]
-                    print(f"{done['seconds']:6.1f} s  {done['cell']}  {done['numbers'].get('failed', '')}", flush=True)
+    command = [sys.executable, str(HERE), "--serve", str(todo)]
+    with subprocess.Popen(command, env=environment, cwd=checkout, stdout=subprocess.PIPE, text=True) as server:
+        for line in server.stdout or ():
+            with contextlib.suppress(json.JSONDecodeError):
+                done = json.loads(line)
+                numbers[done["cell"]] = done["numbers"]
+                print(f"{done['seconds']:6.1f} s  {done['cell']}  {done['numbers'].get('failed', '')}", flush=True)
     return numbers
+
+
+def going_on(checkouts: list[Path], wanted: list[Cell], data: Path) -> list[dict[str, Any]]:
+    """What the first checkout gives without a break, and the second from the first one's checkpoint of step HALF."""
+    with tempfile.TemporaryDirectory(prefix="numbers-") as folder:
+        places = [Path(folder, name) for name in ("whole", "rest")]
+        for place in places:
+            place.mkdir()
+        whole = record(checkouts[0], wanted, data, places[0], kept=True)
+        rest = record(checkouts[1], wanted, data, places[1], resume=places[0])
+    for numbers in (*whole.values(), *rest.values()):
+        if "rows" in numbers:
+            numbers["rows"] = numbers["rows"][HALF - STEPS :]
+            del numbers["keep"]
+    return [whole, rest]
 
 
 def first_difference(one: Any, other: Any, at: str = "") -> str | None:
@@ -257,12 +270,15 @@ def readable(value: Any) -> str:
 
 
 def numbers_of(source: Path, wanted: list[Cell], data: Path) -> dict[str, Any]:
-    return json.loads(source.read_text()) if source.is_file() else record(source, wanted, data)
+    if source.is_file():
+        return json.loads(source.read_text())
+    with tempfile.TemporaryDirectory(prefix="numbers-") as folder:
+        return record(source.resolve(), wanted, data, Path(folder))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=("record", "compare"))
+    parser.add_argument("do", choices=("record", "compare", "goes-on"))
     parser.add_argument("first", type=Path, help="a checkout (or, to compare, a file that record wrote)")
     parser.add_argument("second", type=Path, help="the file to write, or what to compare with")
     parser.add_argument("--full", action="store_true", help="all cells")
@@ -271,9 +287,12 @@ def main() -> int:
     args = parser.parse_args()
     wanted = [cell for cell in cells(args.full) if re.search(args.only, cell.name)]
     if args.do == "record":
-        args.second.write_text(json.dumps(record(args.first.resolve(), wanted, args.data), indent=0) + "\n")
+        args.second.write_text(json.dumps(numbers_of(args.first, wanted, args.data), indent=0) + "\n")
         return 0
-    one, other = (numbers_of(source, wanted, args.data) for source in (args.first, args.second))
+    if args.do == "goes-on":
+        one, other = going_on([args.first.resolve(), args.second.resolve()], wanted, args.data)
+    else:
+        one, other = (numbers_of(source, wanted, args.data) for source in (args.first, args.second))
     names = [cell.name for cell in wanted if cell.name in one and cell.name in other]
     differences = {name: first_difference(one[name], other[name]) for name in names}
     for name, difference in differences.items():
@@ -284,6 +303,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        serve(json.loads(sys.argv[2]))
+        serve(json.loads(Path(sys.argv[2]).read_text()))
     else:
         sys.exit(main())

@@ -13,8 +13,8 @@ import time
 import torch
 import torch.nn.functional as F
 
+from amclip_ds.comm import SingleProcess
 from amclip_ds.evaluate import retrieval
-from amclip_ds.loss.comm import SingleProcess
 
 
 def main() -> None:

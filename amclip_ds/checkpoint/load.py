@@ -7,7 +7,7 @@ Any world size and ZeRO stage: a rank reads the elements it holds, wherever they
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.engine.shards import Shard
 from amclip_ds.errors import UserError
 from amclip_ds.files import describe, read_bytes
+from amclip_ds.model.names import present_buffer, present_name
 
 
 @dataclass
@@ -137,7 +138,18 @@ def verified(path: Path, ranks: Ranks) -> Found:
     except DamagedError as error:
         problem = str(error)
     _raise_first(ranks.gather(problem))
-    return found
+    return under_present_names(found)
+
+
+def under_present_names(found: Found) -> Found:
+    """The checkpoint with the names that an older version gave replaced by those of today."""
+    held = found.manifest
+    tensors = {
+        kind: {present_name(name): count for name, count in names.items()} for kind, names in held.tensors.items()
+    }
+    shapes = {present_name(name): shape for name, shape in held.shapes.items()}
+    found.index.pieces = {(kind, present_name(name)): at for (kind, name), at in found.index.pieces.items()}
+    return replace(found, manifest=replace(held, tensors=tensors, shapes=shapes))
 
 
 def _raise_first(problems: list[str | None]) -> None:
@@ -158,6 +170,7 @@ def fill(found: Found, state: CheckpointState, ranks: Ranks) -> None:
         raise UserError(f"{found.path}: of another optimizer: its {', '.join(sorted(left))} has no place here")
     try:
         entries, begin = tensorfile.read_header(found.path / "replicated.safetensors")
+        entries = {present_buffer(name): entry for name, entry in entries.items()}
         replicated = {"entries": entries, "begin": begin}
         problem = _misfit(found, state, entries)
     except DamagedError as error:

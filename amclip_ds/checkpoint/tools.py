@@ -21,9 +21,11 @@ from amclip_ds.engine.deepspeed_folder import DeepSpeedFolder, read_deepspeed_fo
 from amclip_ds.engine.ds_config import read_ds_config
 from amclip_ds.engine.shards import Shard
 from amclip_ds.errors import UserError
+from amclip_ds.method import method_of
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.init import persistent_buffers
 from amclip_ds.model.teacher_model import TeacherModel, mirrored_names
+from amclip_ds.objectives import builder
 
 
 def rows(checkpoints: Path, deep: bool) -> list[dict[str, Any]]:
@@ -165,7 +167,7 @@ def _sources(path: Path, held: Manifest, which: str) -> dict[str, str]:
         config = drift.flatten(files.read_text(path / "config.yaml", plain_yaml.MAX_BYTES, follow=False))
     except UserError as error:
         raise UserError(f"damaged checkpoint: {error}") from None
-    mirrored = mirrored_names(trained, config.get("compat", "paper"))
+    mirrored = mirrored_names(trained, config.get("compat", "paper") == "paper")
     return (
         dict.fromkeys(held.tensors["ema"], "ema")
         | dict.fromkeys(held.tensors.get("ema_frozen", {}), "ema_frozen")
@@ -199,10 +201,11 @@ def import_deepspeed(source: Path, tag: str | None, checkpoints: Path, config: T
 
     config: of the run that shall go on from it. Returns the checkpoint and what a person should know. Raises UserError.
     """
-    theirs = read_deepspeed_folder(source, tag)
+    theirs, method = read_deepspeed_folder(source, tag), method_of(config)
     with torch.device("meta"):
-        module = AClip(config.model, config.heads, config.loss)
-        teacher = TeacherModel(config.model, config.heads, config.loss) if settings.needs_teacher(config) else None
+        built = builder(method.objectives)
+        module = AClip(config.model, built)
+        teacher = TeacherModel(config.model, built) if method.needs_teacher else None
     shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
     given = {name: list(value.shape) for kind in ("master", "frozen") for name, value in theirs.tensors[kind].items()}
     for name in sorted(shapes.keys() | given.keys()):
@@ -233,7 +236,7 @@ def _state_of(
     replicated = {f"student.{name}": buffer for name, buffer in buffers.items()}
     if teacher is not None:
         names = [name for name, _ in teacher.named_parameters()]
-        mirrored = mirrored_names(names, config.compat)
+        mirrored = mirrored_names(names, config.compat == "paper")
         sharded["ema"] = {n: sharded["master"][n] for n in names if n in sharded["master"] and n not in mirrored}
         sharded["ema_frozen"] = {n: sharded["frozen"][n] for n in names if n in sharded["frozen"]}
         replicated |= {f"teacher.{name}": buffers[name] for name in persistent_buffers(teacher)}

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from amclip_ds import method
 from amclip_ds.engine import shards
 from amclip_ds.engine.ds_config import EngineConfig, is_offloaded, read_ds_config, stage_of
 from amclip_ds.engine.student import StudentEngine
-from amclip_ds.loss import LossConfig
 from amclip_ds.model.amclip import AClip
-from amclip_ds.model.config import HeadsConfig, MaskConfig, ModelConfig, needs_scores
 from amclip_ds.model.teacher_model import TeacherModel
+from amclip_ds.objectives import builder
 from amclip_ds.optim import OptimConfig, parameter_groups
 
 if TYPE_CHECKING:
@@ -29,13 +29,9 @@ MOMENTS = {"adamw": 2, "lamb": 2, "lion": 1, "muon": 1, "sgd": 1, "adafactor": 0
 FP32 = 4
 
 
-class Settings(Protocol):
+class Settings(method.Settings, Protocol):
     """What decides the size of the state: a TrainConfig has it all."""
 
-    model: ModelConfig
-    heads: HeadsConfig
-    loss: LossConfig
-    mask: MaskConfig
     optim: OptimConfig
     engine: EngineConfig
     teacher: "TeacherConfig"
@@ -92,13 +88,14 @@ def model_state_of(config: Settings, world_size: int, rank: int | None = None) -
 
 def sizes_of(config: Settings, world_size: int, stage: int, small: int) -> Sizes:
     """Counts a config's models without allocating them. small: ZeRO-3's persistence threshold, in elements."""
+    chosen = method.method_of(config)
     with torch.device("meta"):
-        student = AClip(config.model, config.heads, config.loss)
+        student = AClip(config.model, builder(chosen.objectives))
     trained = {name: p.numel() for name, p in student.named_parameters() if p.requires_grad}
     teacher: dict[str, int] = {}
-    if needs_scores(config.mask.strategy) or config.loss.o2e_weight > 0:
+    if chosen.needs_teacher:
         with torch.device("meta"):
-            module = TeacherModel(config.model, config.heads, config.loss)
+            module = TeacherModel(config.model, builder(chosen.objectives))
         teacher = {name: p.numel() for name, p in module.named_parameters()}
     groups = [group["names"] for group in parameter_groups(student.named_parameters(), config.optim)]
     return Sizes(

@@ -10,16 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from amclip_ds.comm import Comm
 from amclip_ds.engine import shards
 from amclip_ds.engine.compile import compile_blocks
 from amclip_ds.engine.ds_config import EngineConfig, is_offloaded, read_ds_config, stage_of
 from amclip_ds.engine.offload import build_cpu_adam
 from amclip_ds.engine.runtime import Runtime
 from amclip_ds.errors import UserError
-from amclip_ds.loss import LossConfig
 from amclip_ds.model.amclip import AClip
-from amclip_ds.model.config import HeadsConfig, ModelConfig
-from amclip_ds.model.init import init_tensor, initialise, persistent_buffers
+from amclip_ds.model.config import ModelConfig
+from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets, Terms
+from amclip_ds.model.init import Start, init_tensor, initialise, persistent_buffers
+from amclip_ds.objectives import Chosen, builder, start_of
 from amclip_ds.optim import WHOLE_TENSOR, OptimConfig, build_optimizer, parameter_groups
 
 LOGIT_SCALE_RANGE = (0.0, math.log(100.0))
@@ -40,8 +42,8 @@ class StudentEngine:
     """AClip under DeepSpeed. Collective throughout: every rank must call everything."""
 
     def __init__(
-        self, model: ModelConfig, heads: HeadsConfig, loss: LossConfig, optim: OptimConfig, engine: EngineConfig,
-        *, seed: int, runtime: Runtime,
+        self, model: ModelConfig, objectives: Chosen, optim: OptimConfig, engine: EngineConfig, *, seed: int,
+        runtime: Runtime,
     ) -> None:  # fmt: skip
         import deepspeed
 
@@ -65,8 +67,9 @@ class StudentEngine:
             self.ds_config["bf16"] = ds["bf16"] | {"check_grad_overflow": True}
         self.clip = optim.clip_grad_norm
         with build_context(self.stage, self.ds_config):
-            module = AClip(model, heads, loss)
-        start_weights(module, seed, model, loss.kind, self.stage)
+            module = AClip(model, builder(objectives))
+        self.start = start_of(seed, model, objectives)
+        start_weights(module, self.start, self.stage)
         if engine.compile:
             compile_blocks([module.vision.blocks, module.text.encoder.layers], self.stage)
         groups = parameter_groups(module.named_parameters(), optim)
@@ -85,16 +88,38 @@ class StudentEngine:
         for buffer in module.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.float()
-        exact_masters(self.engine, seed, model, loss.kind, self.dtype)
+        exact_masters(self.engine, self.start, self.dtype)
+        if self.stage == 3:
+            gather_with_the_model(module)
 
     @property
     def module(self) -> nn.Module:
         """The AClip inside."""
         return self.engine.module
 
-    def forward(self, phase: str, **inputs: Any) -> Any:
-        """AClip.forward through the engine."""
-        return self.engine(phase, **inputs)
+    def encode(self, inputs: StudentInputs, targets: Targets) -> Encoded:
+        """AClip.encode through the engine."""
+        return self.engine(AClip.encode, inputs, targets)
+
+    def losses(
+        self, cls: Tensor, eot: Tensor, targets: Targets, sample_terms: Terms, sample_loss: Tensor | None, comm: Comm
+    ) -> Losses:
+        """AClip.losses through the engine."""
+        return self.engine(AClip.losses, cls, eot, targets, sample_terms, sample_loss, comm)
+
+    def encode_and_losses(
+        self, inputs: StudentInputs, targets: Targets, comm: Comm
+    ) -> tuple[Losses, tuple[Tensor | None, ...]]:
+        """AClip.encode_and_losses through the engine: a graph that spans two of its forwards is not to be had."""
+        return self.engine(AClip.encode_and_losses, inputs, targets, comm)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """AClip.embed_images through the engine."""
+        return self.engine(AClip.embed_images, images)
+
+    def embed_texts(self, token_ids: Tensor) -> Tensor:
+        """AClip.embed_texts through the engine."""
+        return self.engine(AClip.embed_texts, token_ids)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of this rank's loss, averaged over the ranks."""
@@ -141,6 +166,12 @@ class StudentEngine:
         return StepOutcome(True, float(norm))
 
     @torch.no_grad()
+    def commit(self, comm: Comm) -> None:
+        """What the objectives do after an applied step. Collective."""
+        for objective in self.module.objectives.values():  # type: ignore[operator,union-attr]
+            objective.commit(comm)
+
+    @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Clamps the fp32 master of logit_scale, and the copy the forward reads, to [0, ln 100]."""
         parameter: Any = self.module.logit_scale
@@ -182,16 +213,16 @@ def build_context(stage: int, ds_config: dict[str, Any]) -> contextlib.AbstractC
 
 
 @torch.no_grad()
-def start_weights(module: nn.Module, seed: int, model: ModelConfig, loss_kind: str, stage: int) -> None:
+def start_weights(module: nn.Module, start: Start, stage: int) -> None:
     """Our keyed initialisation; at stage 3 each rank fills its own shard, one parameter in memory at a time."""
     if stage < 3:
-        initialise(module, seed, model, loss_kind)
+        initialise(module, start)
         return
     parameter: Any  # ZeRO-3 gives it ds_* attributes
     for name, parameter in module.named_parameters():
-        fill_shard(parameter, init_tensor(name, parameter.ds_shape, seed, model, loss_kind))
+        fill_shard(parameter, init_tensor(name, parameter.ds_shape, start))
     for name, buffer in persistent_buffers(module).items():
-        value = init_tensor(name, buffer.shape, seed, model, loss_kind)
+        value = init_tensor(name, buffer.shape, start)
         buffer.data = value.to(buffer.device)
 
 
@@ -205,14 +236,23 @@ def fill_shard(parameter: Any, whole: Tensor) -> None:
 
 
 @torch.no_grad()
-def exact_masters(engine: Any, seed: int, model: ModelConfig, loss_kind: str, dtype: torch.dtype) -> None:
+def exact_masters(engine: Any, start: Start, dtype: torch.dtype) -> None:
     """Gives bf16 engines masters with the full fp32 start instead of its bf16 rounding."""
     if dtype == torch.float32:
         return
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
     for name, shard in shards.master_shards(engine).items():
-        whole = init_tensor(name, shapes[name], seed, model, loss_kind).reshape(-1)
+        whole = init_tensor(name, shapes[name], start).reshape(-1)
         shard.tensor.copy_(whole[shard.start : shard.start + shard.length])
+
+
+def gather_with_the_model(module: AClip) -> None:
+    """At ZeRO-3: an objective's own parameters are there whenever the model runs, not in its forward alone."""
+    import deepspeed
+
+    for objective in module.objectives.values():
+        for parameter in objective.parameters(recurse=False):
+            deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:

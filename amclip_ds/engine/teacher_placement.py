@@ -4,7 +4,7 @@ The average itself is fp32 and sharded like the student's masters (teacher.py); 
 compute dtype. Everything here is collective: every rank must call.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from amclip_ds.engine.communication_time import COMMUNICATION
 from amclip_ds.engine.shards import Shard
 from amclip_ds.engine.student import StudentEngine, build_context, start_weights
 from amclip_ds.errors import UserError
-from amclip_ds.loss import LossConfig
-from amclip_ds.model.config import HeadsConfig, ModelConfig
+from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.teacher_model import TeacherModel
+from amclip_ds.objectives import Chosen, builder
 
 Layout = list[tuple[str, int, int]]
 """What a rank holds: (name, start, length), in the order it sends them."""
@@ -27,10 +27,9 @@ Layout = list[tuple[str, int, int]]
 class Replicated:
     """The whole teacher on every rank, refreshed by one coalesced all-gather (stage 0: by a copy)."""
 
-    def __init__(self, model: ModelConfig, heads: HeadsConfig, loss: LossConfig, seed: int, student: StudentEngine,
-                 device: torch.device) -> None:  # fmt: skip
-        module = TeacherModel(model, heads, loss)
-        start_weights(module, seed, model, loss.kind, stage=0)
+    def __init__(self, model: ModelConfig, objectives: Chosen, student: StudentEngine, device: torch.device) -> None:
+        module = TeacherModel(model, builder(objectives))
+        start_weights(module, student.start, stage=0)
         self.module: nn.Module = module.to(device)
         for parameter in self.module.parameters():
             parameter.data = parameter.data.to(student.dtype)
@@ -38,9 +37,9 @@ class Replicated:
         self.whole_on_every_rank = student.stage == 0 or dist.get_world_size() == 1
         self._layouts: dict[bool, list[Layout]] = {}
 
-    def forward(self, phase: str, **inputs: Any) -> Any:
-        """TeacherModel.forward."""
-        return self.module(phase, **inputs)
+    def __call__(self, method: Callable[..., Any], *inputs: Any) -> Any:
+        """A method of TeacherModel over the inputs."""
+        return self.module(method, *inputs)
 
     @torch.no_grad()
     def publish(self, published: Mapping[str, Shard], whole: bool = True) -> None:
@@ -82,8 +81,7 @@ class Replicated:
 class Sharded:
     """The teacher as ZeRO-3 shards that align with the student's: publishing is a copy, without communication."""
 
-    def __init__(self, model: ModelConfig, heads: HeadsConfig, loss: LossConfig, seed: int, student: StudentEngine,
-                 device: torch.device) -> None:  # fmt: skip
+    def __init__(self, model: ModelConfig, objectives: Chosen, student: StudentEngine, device: torch.device) -> None:
         import deepspeed
 
         ds = {key: value for key, value in student.ds_config.items() if key != "gradient_clipping"}
@@ -91,17 +89,17 @@ class Sharded:
         ds["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0,
                                    "stage3_prefetch_bucket_size": 0}  # fmt: skip
         with build_context(3, ds):
-            module = TeacherModel(model, heads, loss)
-        start_weights(module, seed, model, loss.kind, stage=3)
+            module = TeacherModel(model, builder(objectives))
+        start_weights(module, student.start, stage=3)
         self._engine, *_ = deepspeed.initialize(model=module, config=ds, dist_init_required=False)
         self.module: nn.Module = module
         for buffer in module.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.float()
 
-    def forward(self, phase: str, **inputs: Any) -> Any:
-        """TeacherModel.forward through its engine."""
-        return self._engine(phase, **inputs)
+    def __call__(self, method: Callable[..., Any], *inputs: Any) -> Any:
+        """A method of TeacherModel over the inputs, through its engine."""
+        return self._engine(method, *inputs)
 
     @torch.no_grad()
     def publish(self, published: Mapping[str, Shard], whole: bool = True) -> None:
@@ -112,9 +110,8 @@ class Sharded:
 
 
 def place_teacher(
-    placement: str, model: ModelConfig, heads: HeadsConfig, loss: LossConfig, seed: int, student: StudentEngine,
-    device: torch.device,
-) -> Replicated | Sharded:  # fmt: skip
+    placement: str, model: ModelConfig, objectives: Chosen, student: StudentEngine, device: torch.device
+) -> Replicated | Sharded:
     """Builds the teacher's copy where teacher.placement says. Raises UserError for what the stage cannot hold."""
     if placement == "sharded" and student.stage < 3:
         raise UserError(
@@ -122,4 +119,4 @@ def place_teacher(
             f" use teacher.placement=auto"
         )
     sharded = placement == "sharded" or (placement == "auto" and student.stage == 3)
-    return (Sharded if sharded else Replicated)(model, heads, loss, seed, student, device)
+    return (Sharded if sharded else Replicated)(model, objectives, student, device)

@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from amclip_ds.comm import Comm
 from amclip_ds.data import photometric
 from amclip_ds.data.captions import build_tokenizer, trim
 from amclip_ds.data.progress import progress
 from amclip_ds.engine.collectives import on_all
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.datasets import Sample
-from amclip_ds.loss.comm import Comm
 
 TEXT_BUCKET = 8  # tokens; texts of a batch are cut to its longest, rounded up to this
 MAX_RESIZED = 1 << 26  # pixels of an image whose shorter side was brought to the model's size
@@ -57,15 +57,27 @@ class Encoder(Protocol):
         ...
 
 
+class Towers(Protocol):
+    """What embeds images and texts."""
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised -> [B, E] fp32 rows of unit length."""
+        ...
+
+    def embed_texts(self, token_ids: Tensor) -> Tensor:
+        """[B, T] -> [B, E] likewise."""
+        ...
+
+
 class TowerEncoder:
-    """Our own towers, behind an engine's or a module's `forward(phase, ...)`."""
+    """Our own towers: a module, or an engine around one."""
 
     say: Callable[[str], None] | None = None
 
-    def __init__(self, forward: Callable[..., Any], weights: str, image_size: int, context_length: int,
+    def __init__(self, towers: Towers, weights: str, image_size: int, context_length: int,
                  device: torch.device) -> None:  # fmt: skip
-        """forward: AClip.forward or TeacherModel.forward, of the module or of an engine around it."""
-        self._forward, self.weights, self.image_size = forward, weights, image_size
+        """towers: AClip, TeacherModel, or the engine of one."""
+        self._towers, self.weights, self.image_size = towers, weights, image_size
         self.context_length, self.device = context_length, device
 
     def preprocess(self, image: Image.Image) -> Tensor:
@@ -75,19 +87,19 @@ class TowerEncoder:
     @torch.no_grad()
     def image(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, H] -> [B, E]."""
-        return self._forward("image", images=photometric.normalise(images.to(self.device)))
+        return self._towers.embed_images(photometric.normalise(images.to(self.device)))
 
     @torch.no_grad()
     def text(self, texts: Sequence[str]) -> Tensor:
         """Texts -> [B, E]."""
         ids = trim(token_ids(tuple(texts), self.context_length), TEXT_BUCKET)
-        return self._forward("text", token_ids=ids.to(self.device))
+        return self._towers.embed_texts(ids.to(self.device))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, H] -> CLS feature [B, D]; of a module only, since engines have no such phase."""
-        vision = cast(Any, self._forward).vision
-        return vision(photometric.normalise(images.to(self.device))).float()
+        """uint8 [B, 3, H, H] -> CLS feature [B, D]; of a module only, since no engine gives it."""
+        vision = cast(Any, self._towers).vision
+        return vision(photometric.normalise(images.to(self.device))).cls.float()
 
 
 @lru_cache(maxsize=1)

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from amclip_ds.comm import Comm
 from amclip_ds.errors import AmclipError
 from amclip_ds.evaluate import metrics
 from amclip_ds.evaluate.datasets import EvalSet
 from amclip_ds.evaluate.encoder import Encoder, encode_images, encode_texts, share_rows
-from amclip_ds.loss.comm import Comm
 
 KS = (1, 5, 10)
 QUERIES, CANDIDATES = 1024, 16384  # a block of scores: 64 MB

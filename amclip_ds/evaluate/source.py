@@ -16,9 +16,8 @@ from amclip_ds.config import TrainConfig
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.encoder import Encoder, TowerEncoder
 from amclip_ds.files import read_json
-from amclip_ds.loss import LossConfig
 from amclip_ds.model.amclip import AClip
-from amclip_ds.model.config import HeadsConfig, ModelConfig
+from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.start import Source, fit
 
 EXPORTS = {
@@ -26,7 +25,6 @@ EXPORTS = {
     "config.json": "hf",
     "clip_onnx.json": "onnx",
 }  # a file in the folder -> what kind it is
-TOWERS_ALONE = LossConfig(o2o_weight=0.0, o2e_weight=0.0)
 
 
 @dataclass
@@ -113,12 +111,12 @@ def build_towers(located: Located, weights: str, device: torch.device | None = N
 
 
 def fill_towers(model: ModelConfig, sources: list[Source], device: torch.device | None = None) -> AClip:
-    """An AClip without heads whose parameters come from the first source that has each. Raises UserError."""
+    """An AClip without objectives whose parameters come from the first source that has each. Raises UserError."""
     from accelerate import init_empty_weights
     from accelerate.utils import set_module_tensor_to_device
 
     with init_empty_weights():  # parameters on `meta`: they are made once, from the file
-        module = AClip(model, HeadsConfig(), TOWERS_ALONE)
+        module = AClip(model)
     for name, parameter in list(module.named_parameters()):
         tensor = next((tensor for source in sources if (tensor := source.read(name)) is not None), None)
         if tensor is None and name == "vision.patch_embed.proj.bias":

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from amclip_ds.comm import Comm
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import CLASSIFICATION, RETRIEVAL, EvalSet, open_set
 from amclip_ds.evaluate.encoder import Encoder
-from amclip_ds.loss.comm import Comm
 
 PROBES = ("linear_probe", "knn")
 DETAILS = ("per_class", "confusions")

@@ -17,6 +17,7 @@ import torch
 
 from amclip_ds import config as settings
 from amclip_ds.checkpoint import manifest, retention
+from amclip_ds.comm import SingleProcess
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.sources import split_sources
 from amclip_ds.errors import TO_REQUEUE, AmclipError, UserError
@@ -25,7 +26,6 @@ from amclip_ds.evaluate.datasets import EvalSet, open_sets
 from amclip_ds.evaluate.source import locate, open_encoder
 from amclip_ds.evaluate.tasks import run_task, short
 from amclip_ds.files import read_bytes
-from amclip_ds.loss.comm import SingleProcess
 from amclip_ds.record import read_verdict
 
 PIN = "pinned by amclip watch\n"

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amclip_ds.comm import Comm
 from amclip_ds.evaluate import metrics
 from amclip_ds.evaluate.datasets import CLASSIFICATION, EvalSet
 from amclip_ds.evaluate.encoder import Encoder, encode_images, encode_texts
-from amclip_ds.loss.comm import Comm
 
 _classifiers: WeakKeyDictionary[Any, dict[Any, Tensor]] = WeakKeyDictionary()
 

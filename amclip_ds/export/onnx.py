@@ -23,16 +23,16 @@ from amclip_ds.model.config import ModelConfig
 OPSET = 20
 
 
-class Phase(nn.Module):
+class Embedding(nn.Module):
     """One of AClip's two embeddings as a module of one argument."""
 
-    def __init__(self, module: AClip, phase: str) -> None:
+    def __init__(self, module: AClip, what: str) -> None:
         super().__init__()
-        self.module, self.phase = module, phase
+        self.module, self.what = module, what
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, H] or token ids [B, T] -> unit embeddings [B, E]."""
-        return self.module(self.phase, **{"images" if self.phase == "image" else "token_ids": x})
+        return self.module.embed_images(x) if self.what == "image" else self.module.embed_texts(x)
 
 
 def write(folder: Path, module: AClip, model: ModelConfig) -> None:
@@ -46,9 +46,9 @@ def write(folder: Path, module: AClip, model: ModelConfig) -> None:
     size, length = model.vision.image_size, model.text.context_length
     ids = torch.zeros(2, length, dtype=torch.long)
     ids[:, -1] = model.text.eos_token_id
-    for phase, example in (("image", torch.zeros(2, 3, size, size)), ("text", ids)):
+    for what, example in (("image", torch.zeros(2, 3, size, size)), ("text", ids)):
         _write_graph(
-            folder / f"{phase}.onnx", Phase(module, phase).eval(), example, ONNX_INPUTS[phase], f"{phase}_embeds"
+            folder / f"{what}.onnx", Embedding(module, what).eval(), example, ONNX_INPUTS[what], f"{what}_embeds"
         )
     facts: dict[str, Any] = {
         "image_size": size, "resize": "shortest side, bilinear with antialiasing", "crop": "centre", "rescale": 1 / 255,

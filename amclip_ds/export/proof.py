@@ -129,7 +129,7 @@ def prove(module: AClip, model: ModelConfig, library: Any, samples: Samples) -> 
     size = model.vision.image_size
     pixels = photometric.normalise(torch.stack([resize_and_crop(image, size) for image in samples.images]))
     image = _unit(_batched(lambda x: module.vision(x), pixels)) if library.is_tower_alone else _batched(
-        lambda x: module("image", images=x), pixels)  # fmt: skip
+        lambda x: module.embed_images(x), pixels)  # fmt: skip
     agreements = [_agree("images, same pixels", image, _unit(_batched(library.embed_pixels, pixels)), "equal")]
     own = _unit(_batched(library.embed_pixels, torch.stack([library.own_pixels_of(i) for i in samples.images])))
     alike = torch.tensor([library.crops_as_we_do(i) for i in samples.images])
@@ -140,7 +140,7 @@ def prove(module: AClip, model: ModelConfig, library: Any, samples: Samples) -> 
     if library.is_tower_alone:
         return Proof(samples.origin, agreements, None, None)
     ids = tokenizer()(samples.texts, model.text.context_length)
-    text = _batched(lambda x: module("text", token_ids=x), ids)
+    text = _batched(lambda x: module.embed_texts(x), ids)
     agreements.insert(1, _agree("texts, same token ids", text, _unit(_batched(library.embed_ids, ids)), "equal"))
     own_ids = library.tokenise(samples.texts)
     end = model.text.eos_token_id

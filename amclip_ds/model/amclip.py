@@ -1,101 +1,207 @@
-"""The student: both towers, the projections, the heads and the logit scale, behind one forward.
+"""The student: both towers, the projections, the objectives with their heads, and the logit scale, as one module.
 
-Shapes: V views, B samples, D vision width, W text width, E embedding, P output of the heads.
+Shapes: V views, B samples, D vision width, W text width, E embedding.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amclip_ds.loss import LossConfig
-from amclip_ds.loss.comm import Comm, SingleProcess
-from amclip_ds.loss.outputs import Outputs
-from amclip_ds.model.config import HeadsConfig, ModelConfig
-from amclip_ds.model.heads import build_o2e_predictor, build_o2e_projector, build_o2o
+from amclip_ds.comm import Comm
+from amclip_ds.model.config import ModelConfig
+from amclip_ds.model.features import Encoded, Features, Losses, StudentInputs, Targets, Terms, ViewGroup
 from amclip_ds.model.text import TextTower
 from amclip_ds.model.vision import VisionTower
 
 
-class TowerFeatures(NamedTuple):
-    """A tuple, as Outputs is, for ZeRO-3's hooks."""
+@dataclass(frozen=True)
+class Sizes:
+    """What an objective's heads are built for."""
 
-    cls: Tensor
-    """[V * B, D], view-major."""
-    eot: Tensor
-    """[B, W]"""
+    vision_width: int
+    text_width: int
+    embed_dim: int
+    grid: int
+    """patches along a side of a view"""
+    patch: int
+    """side of a patch in pixels"""
+    context_length: int
+    vocab_size: int
+
+
+def no_objectives(sizes: Sizes) -> Mapping[str, nn.Module]:
+    """Towers and projections alone, as an evaluation reads them."""
+    return {}
 
 
 class AClip(nn.Module):
-    """One module with one forward, so that one engine has one gradient norm, one skip decision and one step.
+    """One module with one forward, so that one engine has one gradient norm, one skip decision and one step."""
 
-    Heads exist only where their loss has a weight.
-    """
-
-    def __init__(self, model: ModelConfig, heads: HeadsConfig, loss: LossConfig) -> None:
+    def __init__(
+        self, model: ModelConfig, build_objectives: Callable[[Sizes], Mapping[str, nn.Module]] = no_objectives
+    ) -> None:
+        """build_objectives: makes the objectives (objectives.Objective), in the order of their terms' sum."""
         super().__init__()
         self.vision = VisionTower(model.vision)
         self.text = TextTower(model.text)
         self.image_projection = nn.Linear(self.vision.width, model.embed_dim, bias=False)
         self.text_projection = nn.Linear(self.text.width, model.embed_dim, bias=False)
-        self.heads = nn.ModuleDict()
-        if loss.o2o_weight > 0:
-            self.heads["o2o"] = build_o2o(self.vision.width, heads)
-        if loss.o2e_weight > 0:
-            self.heads["o2e_projector"] = build_o2e_projector(self.vision.width, heads)
-            self.heads["o2e_predictor"] = build_o2e_predictor(heads)
+        self.objectives = nn.ModuleDict(build_objectives(sizes_of(self.vision, model)))
         self.logit_scale = nn.Parameter(torch.zeros(1))  # (1,): a 0-d parameter crashes deepspeed.initialize
-        self.logit_bias = nn.Parameter(torch.zeros(1)) if loss.kind == "sigmoid" else None
+        self.logit_bias = nn.Parameter(torch.zeros(1)) if "logit_bias" in self.features() else None
 
-    def forward(
-        self,
-        phase: str,
-        *,
-        images: Tensor | None = None,
-        keep_indices: Tensor | None = None,
-        token_ids: Tensor | None = None,
-        cls: Tensor | None = None,
-        eot: Tensor | None = None,
-        comm: Comm | None = None,
-    ) -> TowerFeatures | Outputs | Tensor:
-        """phase: what to compute.
+    def features(self) -> frozenset[str]:
+        """What the objectives read, all together."""
+        return frozenset().union(*(objective.features for objective in self._objectives().values()))
 
-        towers: images [V * B, 3, H, W] view-major, keep_indices [V * B, K] or None, token_ids [B, T] -> TowerFeatures
-        heads:  cls [V * B, D], eot [B, W] -> Outputs. Collective (batch norm): every rank must call
-        all:    towers, then heads. Collective: every rank must call
-        image:  images [B, 3, H, W] -> normalised embeddings [B, E] fp32
-        text:   token_ids [B, T] -> normalised embeddings [B, E] fp32
+    def forward(self, method: Callable[..., Any], *inputs: Any) -> Any:
+        """The engine's entry: `method` of this class over the inputs (an engine's hooks watch forward alone)."""
+        return method(self, *inputs)
+
+    def encode(self, inputs: StudentInputs, targets: Targets) -> Encoded:
+        """Both towers over some samples, and the per-sample terms, which read tokens. targets: of the same samples."""
+        wanted = self.features()
+        outputs = [self.vision(group.images.flatten(0, 1), group.selection, group.keep_indices)
+                   for group in inputs.groups]  # fmt: skip
+        tokens = by_view(inputs.groups, [output.tokens for output in outputs])
+        kept = tuple(output.keep_indices for output in outputs)
+        features = Features(cls=class_tokens(tokens, outputs), token_ids=inputs.token_ids)
+        if "patches" in wanted:
+            features = features._replace(
+                patches=tuple(view[:, 1:] for view in tokens), keep_indices=tuple(by_view(inputs.groups, kept))
+            )
+        if "tokens" in wanted:
+            text_tokens, eot = self.text.encode(inputs.token_ids)
+            features = features._replace(tokens=text_tokens, eot=eot)
+        else:
+            features = features._replace(eot=self.text(inputs.token_ids))
+        terms, weighted = self._per_sample(features, targets)
+        assert features.cls is not None and features.eot is not None
+        return Encoded(features.cls, features.eot, kept, terms, weighted)
+
+    def losses(
+        self, cls: Tensor, eot: Tensor, targets: Targets, sample_terms: Terms, sample_loss: Tensor | None, comm: Comm
+    ) -> Losses:
+        """The loss of this rank's whole batch. Collective: every rank must call.
+
+        sample_terms, sample_loss: the per-sample terms of the batch and their weighted sum, from encode.
         """
-        if phase == "towers":
-            return TowerFeatures(self.vision(images, keep_indices), self.text(token_ids))
-        if phase == "heads":
-            assert cls is not None and eot is not None
-            return self._heads(cls, eot, comm or SingleProcess())
-        if phase == "all":
-            return self._heads(self.vision(images, keep_indices), self.text(token_ids), comm or SingleProcess())
-        if phase == "image":
-            return normalise(self.image_projection(self.vision(images)))
-        if phase == "text":
-            return normalise(self.text_projection(self.text(token_ids)))
-        raise ValueError(f"phase: {phase!r} is none of towers, heads, all, image, text")
+        found: dict[str, Terms] = {}
+        for name in self._order():
+            objective = self._objectives()[name]
+            found[name] = objective(self._features_of_batch(objective, cls, eot), targets.get(name, ()), comm)
+        total, terms = sample_loss, dict(sample_terms)
+        for name, objective in self._objectives().items():
+            for term, value in found[name].items():
+                weighted = objective.weight_of(term) * value
+                total = weighted if total is None else total + weighted
+                terms[term] = value.detach()
+        assert total is not None, "no objective gave a term"
+        return Losses(total, terms, cls.detach(), eot.detach(), self.logit_scale.detach().float().exp())
 
-    def _heads(self, cls: Tensor, eot: Tensor, comm: Comm) -> Outputs:
-        B = eot.shape[0]
-        o2o = o2e = None
-        if "o2o" in self.heads:
-            o2o = self.heads["o2o"](cls, comm.all_reduce_sum).unflatten(0, (-1, B))
-        if "o2e_projector" in self.heads:
-            projected = self.heads["o2e_projector"](cls, comm.all_reduce_sum)
-            o2e = self.heads["o2e_predictor"](projected, comm.all_reduce_sum).unflatten(0, (-1, B))
-        return Outputs(
-            image_embeds=normalise(self.image_projection(cls)).unflatten(0, (-1, B)),
-            text_embeds=normalise(self.text_projection(eot)),
-            o2o=o2o,
-            o2e=o2e,
-            logit_scale=self.logit_scale.float().exp(),
-            logit_bias=None if self.logit_bias is None else self.logit_bias.float(),
-        )
+    def encode_and_losses(
+        self, inputs: StudentInputs, targets: Targets, comm: Comm
+    ) -> tuple[Losses, tuple[Tensor | None, ...]]:
+        """encode, then losses, of a batch that is held whole; and the groups' keep_indices. Collective."""
+        encoded = self.encode(inputs, targets)
+        losses = self.losses(encoded.cls, encoded.eot, targets, encoded.terms, encoded.weighted, comm)
+        return losses, encoded.kept
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised, every token -> embeddings [B, E], fp32 rows of unit length."""
+        return normalise(self.image_projection(self.vision(images).cls))
+
+    def embed_texts(self, token_ids: Tensor) -> Tensor:
+        """[B, T] -> embeddings [B, E], fp32 rows of unit length."""
+        return normalise(self.text_projection(self.text(token_ids)))
+
+    def _objectives(self) -> dict[str, Any]:
+        return dict(self.objectives.items())
+
+    def _order(self) -> list[str]:
+        """The order of their forwards: those on the embeddings last.
+
+        Autograd sums a feature's gradients beginning with its last reader: the order is part of the numbers.
+        """
+        objectives = self._objectives()
+        return sorted(objectives, key=lambda name: "image_embeds" in objectives[name].features)
+
+    def _per_sample(self, features: Features, targets: Targets) -> tuple[Terms, Tensor | None]:
+        terms: Terms = {}
+        total = None
+        for name, objective in self._objectives().items():
+            found = objective.per_sample(given(features, objective), targets.get(name, ()))
+            for term, value in found.items():
+                weighted = objective.weight_of(term) * value
+                total = weighted if total is None else total + weighted
+                terms[term] = value.detach()
+        return terms, total
+
+    def _features_of_batch(self, objective: Any, cls: Tensor, eot: Tensor) -> Features:
+        """What an objective's forward reads; the embeddings are made here, of its views."""
+        wanted = objective.features
+        cls = of_views(cls, objective.chosen_views)
+        features = Features(cls=cls, eot=eot)
+        if "image_embeds" in wanted:
+            rows = normalise(self.image_projection(cls.flatten(0, 1)))
+            features = features._replace(image_embeds=rows.unflatten(0, cls.shape[:2]))
+        if "text_embeds" in wanted:
+            features = features._replace(text_embeds=normalise(self.text_projection(eot)))
+        if "image_embeds" in wanted or "text_embeds" in wanted:
+            features = features._replace(logit_scale=self.logit_scale.float().exp())
+        if "logit_bias" in wanted:
+            assert self.logit_bias is not None
+            features = features._replace(logit_bias=self.logit_bias.float())
+        return features
+
+
+def by_view(groups: tuple[ViewGroup, ...], held: Sequence[Tensor | None]) -> list[Any]:
+    """What each group's rows are, [v * B, ...], view by view in the order of data.views, [B, ...]."""
+    found: dict[int, Tensor | None] = {}
+    for group, rows in zip(groups, held):
+        parts = [None] * len(group.views) if rows is None else rows.unflatten(0, (len(group.views), -1)).unbind(0)
+        found |= dict(zip(group.views, parts))
+    return [found[view] for view in sorted(found)]
+
+
+def class_tokens(tokens: list[Tensor], outputs: list[Any]) -> Tensor:
+    """[V, B, D]; of one group a view of its output, without a copy."""
+    if len(outputs) == 1:
+        return outputs[0].tokens.unflatten(0, (len(tokens), -1))[:, :, 0]
+    return torch.stack([view[:, 0] for view in tokens])
+
+
+def of_views(cls: Tensor, views: tuple[int, ...] | None) -> Tensor:
+    """[V, B, D] of some views; of all of them in order: the tensor as it is."""
+    return cls if views is None or views == tuple(range(cls.shape[0])) else cls[list(views)]
+
+
+def given(features: Features, objective: Any) -> Features:
+    """What an objective's per_sample reads: the features that it names, of its views."""
+    views, wanted = objective.chosen_views, objective.features
+    assert features.cls is not None
+    chosen = tuple(range(features.cls.shape[0])) if views is None else views
+    patches: Any = features.patches
+    kept: Any = features.keep_indices
+    is_by_patch = "patches" in wanted
+    return Features(
+        cls=of_views(features.cls, views) if "cls" in wanted else None, eot=features.eot if "eot" in wanted else None,
+        patches=tuple(patches[view] for view in chosen) if is_by_patch else None,
+        keep_indices=tuple(kept[view] for view in chosen) if is_by_patch else None,
+        tokens=features.tokens if "tokens" in wanted else None,
+        token_ids=features.token_ids if "tokens" in wanted else None,
+    )  # fmt: skip
+
+
+def sizes_of(vision: VisionTower, model: ModelConfig) -> Sizes:
+    return Sizes(
+        vision_width=vision.width, text_width=model.text.width, embed_dim=model.embed_dim, grid=vision.grid,
+        patch=vision.patch_size, context_length=model.text.context_length, vocab_size=model.text.vocab_size,
+    )  # fmt: skip
 
 
 def normalise(x: Tensor) -> Tensor:

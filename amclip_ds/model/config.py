@@ -1,10 +1,7 @@
-"""The keys of `model`, `heads`, `mask` and `teacher`, and the arithmetic of patches that follows from them."""
+"""The keys of `model`, `heads`, `loss` and `teacher`. Loads no torch."""
 
-import math
 import re
 from dataclasses import dataclass, field
-
-MASK_STRATEGIES = ("none", "random", "attentive", "attentive_inverse")  # masking.py has what each does
 
 
 @dataclass
@@ -123,21 +120,28 @@ class HeadsConfig:
 
 
 @dataclass
-class MaskConfig:
-    strategy: str = "attentive"
-    """none | random | attentive | attentive_inverse (removes what the teacher attends to: the paper's ablation)."""
-    keep_ratio: float = 0.5
-    """Fraction of the patch tokens kept, in (0, 1]. At 0.5 a 14 x 14 grid with unit 2 keeps 100 of 196 tokens."""
-    unit: int = 2
-    """Side of the block of tokens kept or removed together; must divide the patch grid."""
+class LossConfig:
+    kind: str = "softmax"
+    """softmax: CLIP's InfoNCE | sigmoid: SigLIP's pairwise loss (adds a learned logit_bias)."""
+    contrastive_weight: float = 1.0
+    """Weight of the mean over views of the image-text loss."""
+    o2o_weight: float = 1.0
+    """Weight of the online-to-online loss (SimCLR between the two views); 0 leaves its head out."""
+    o2e_weight: float = 2.0
+    """Weight of the online-to-EMA loss (BYOL against the teacher); 0 leaves its head out."""
+    o2o_temperature: float = 0.1
+    """Temperature of the online-to-online loss."""
+    chunk: int = 0
+    """Rows of logits held at a time by the softmax loss, forward and backward; 0: all rows at once."""
 
     def __post_init__(self) -> None:
-        if self.strategy not in MASK_STRATEGIES:
-            raise ValueError(f"mask.strategy: {self.strategy!r} is none of {', '.join(MASK_STRATEGIES)}")
-        if not 0.0 < self.keep_ratio <= 1.0:
-            raise ValueError(f"mask.keep_ratio: {self.keep_ratio} is outside (0, 1]")
-        if self.unit < 1:
-            raise ValueError(f"mask.unit: {self.unit} must be at least 1")
+        if self.kind not in ("softmax", "sigmoid"):
+            raise ValueError(f"loss.kind: {self.kind!r} is neither softmax nor sigmoid")
+        for key in ("contrastive_weight", "o2o_weight", "o2e_weight", "chunk"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"loss.{key}: {getattr(self, key)} must be 0 or more")
+        if self.o2o_temperature <= 0:
+            raise ValueError(f"loss.o2o_temperature: {self.o2o_temperature} must be positive")
 
 
 @dataclass
@@ -185,32 +189,3 @@ def grid_of(image_size: int, patch: int) -> int:
     if image_size % patch:
         raise ValueError(f"model.vision.image_size: {image_size} is not a multiple of the patch size {patch}")
     return image_size // patch
-
-
-def needs_scores(strategy: str) -> bool:
-    """Whether the strategy goes by the teacher's scores."""
-    return strategy in ("attentive", "attentive_inverse")
-
-
-def needs_noise(strategy: str) -> bool:
-    """Whether the strategy goes by a random draw per unit."""
-    return strategy == "random"
-
-
-def num_units(grid: int, unit: int) -> int:
-    """Blocks of unit x unit tokens in a grid x grid map. Raises ValueError where the unit does not divide the grid."""
-    if grid % unit:
-        raise ValueError(f"mask.unit: {unit} does not divide the patch grid of {grid} x {grid}")
-    return (grid // unit) ** 2
-
-
-def num_kept_units(units: int, keep_ratio: float) -> int:
-    """Units kept of `units`: the next whole number, which is the published int(49 r) + 1 at its 49 blocks."""
-    return max(1, math.ceil(units * keep_ratio - 1e-9))  # 0.1 * 30 is 3.0000000000000004
-
-
-def num_kept(config: MaskConfig, grid: int) -> int:
-    """Patch tokens kept of grid x grid (CLS comes on top of them)."""
-    if config.strategy == "none":
-        return grid * grid
-    return num_kept_units(num_units(grid, config.unit), config.keep_ratio) * config.unit**2

@@ -1,4 +1,4 @@
-"""The self-supervised heads on the CLS feature: online-to-online (SimCLR) and online-to-EMA (BYOL)."""
+"""The heads that self-supervised objectives put on features."""
 
 from collections.abc import Callable
 
@@ -25,15 +25,3 @@ class MLPHead(nn.Module):
         for layer in self.layers:
             x = layer(x, all_reduce_sum) if isinstance(layer, BatchNorm) else layer(x)
         return x
-
-
-def build_o2o(width: int, config: HeadsConfig) -> MLPHead:
-    return MLPHead([width, config.hidden_dim, config.hidden_dim, config.output_dim], config, bias=True)
-
-
-def build_o2e_projector(width: int, config: HeadsConfig) -> MLPHead:
-    return MLPHead([width, config.hidden_dim, config.output_dim], config, bias=False)
-
-
-def build_o2e_predictor(config: HeadsConfig) -> MLPHead:
-    return MLPHead([config.output_dim, config.hidden_dim, config.output_dim], config, bias=False)

@@ -8,40 +8,56 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from amclip_ds.model import start
+from amclip_ds.errors import UserError
 from amclip_ds.model.config import ModelConfig
+from amclip_ds.model.names import first_name
+from amclip_ds.model.start import loaded_tensor
 
 SINCOS_SCALE = 0.3
 LAYER_SCALE = 1e-5
-LOGIT_SCALE = {"softmax": math.log(1 / 0.07), "sigmoid": math.log(10.0)}
+LOGIT_SCALE = math.log(1 / 0.07)
 LOGIT_BIAS = -10.0
 
 Shape = Sequence[int]
 Rule = Callable[[np.random.Generator, Shape, ModelConfig], Tensor]
+"""(the parameter's own generator, its shape, model) -> its first value, fp32"""
 
 
-def init_tensor(name: str, shape: Shape, seed: int, model: ModelConfig, loss_kind: str = "softmax") -> Tensor:
-    """The initial value of one parameter or buffer of AClip or TeacherModel, whole, fp32 (counters int64), on the CPU.
+@dataclass(frozen=True)
+class Start:
+    """What decides the first weights."""
 
-    model.init_from's where that source holds it. Raises KeyError for a name without a rule, UserError for a source that
-    does not fit.
+    seed: int
+    model: ModelConfig
+    logit_scale: float = LOGIT_SCALE
+    rules: tuple[tuple[str, Rule], ...] = ()
+    """the objectives' own: pattern of the whole name -> rule; they come before RULES"""
+
+
+def init_tensor(name: str, shape: Shape, start: Start) -> Tensor:
+    """The first value of one parameter or buffer of AClip or TeacherModel, whole, fp32 (counters int64), on the CPU.
+
+    model.init_from's where that source holds it. Raises UserError for a name without a rule, and for a source that does
+    not fit.
     """
-    loaded = start.loaded_tensor(model.init_from, name, shape) if model.init_from else None
+    model = start.model
+    loaded = loaded_tensor(model.init_from, name, shape) if model.init_from else None
     if loaded is not None:
         return loaded
     if name == "logit_scale":
-        return torch.full(tuple(shape), LOGIT_SCALE[loss_kind])
+        return torch.full(tuple(shape), start.logit_scale)
     if name == "logit_bias":
         return torch.full(tuple(shape), LOGIT_BIAS)
-    for pattern, rule in RULES:
+    for pattern, rule in (*start.rules, *RULES):
         if re.fullmatch(pattern, name):
-            return rule(generator(seed, name), shape, model)
-    raise KeyError(f"no rule to initialise {name}")
+            return rule(generator(start.seed, first_name(name)), shape, model)
+    raise UserError(f"no rule to initialise {name}; an objective's `init` gives one")
 
 
 def generator(seed: int, name: str) -> np.random.Generator:
@@ -51,7 +67,7 @@ def generator(seed: int, name: str) -> np.random.Generator:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, seed: int, model: ModelConfig, loss_kind: str = "softmax") -> None:
+def initialise(module: nn.Module, start: Start) -> None:
     """Initialises every parameter and persistent buffer of an AClip or TeacherModel in place, at any dtype or device.
 
     Everything is filled with NaN first, so that whatever is forgotten shows: raises RuntimeError naming it.
@@ -61,7 +77,7 @@ def initialise(module: nn.Module, seed: int, model: ModelConfig, loss_kind: str 
         if tensor.is_floating_point():
             tensor.fill_(float("nan"))
     for name, tensor in tensors.items():
-        tensor.copy_(init_tensor(name, tensor.shape, seed, model, loss_kind))
+        tensor.copy_(init_tensor(name, tensor.shape, start))
     check_initialised(tensors)
 
 
@@ -78,7 +94,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module.named_buffers() if name in state}
 
 
-def _constant(value: float) -> Rule:
+def constant(value: float) -> Rule:
     return lambda draw, shape, model: torch.full(tuple(shape), value)
 
 
@@ -86,7 +102,7 @@ def _counter(draw: np.random.Generator, shape: Shape, model: ModelConfig) -> Ten
     return torch.zeros(tuple(shape), dtype=torch.long)
 
 
-def _normal(std: float | Callable[[ModelConfig], float]) -> Rule:
+def normal(std: float | Callable[[ModelConfig], float]) -> Rule:
     """timm's truncated normal cuts at +-2, which is 100 deviations of 0.02: a plain normal."""
 
     def rule(draw: np.random.Generator, shape: Shape, model: ModelConfig) -> Tensor:
@@ -101,7 +117,7 @@ def _normal_by_fan_in(draw: np.random.Generator, shape: Shape, model: ModelConfi
     return torch.from_numpy(draw.standard_normal(size=tuple(shape), dtype=np.float32)).mul_(shape[1] ** -0.5)
 
 
-def _uniform_by_fan_in(draw: np.random.Generator, shape: Shape, model: ModelConfig) -> Tensor:
+def uniform_by_fan_in(draw: np.random.Generator, shape: Shape, model: ModelConfig) -> Tensor:
     """torch's default for the weights of linear and convolution layers: +- fan_in ** -0.5."""
     bound = math.prod(shape[1:]) ** -0.5
     return torch.from_numpy(draw.random(size=tuple(shape), dtype=np.float32)).mul_(2 * bound).sub_(bound)
@@ -109,13 +125,13 @@ def _uniform_by_fan_in(draw: np.random.Generator, shape: Shape, model: ModelConf
 
 def _head_weight(draw: np.random.Generator, shape: Shape, model: ModelConfig) -> Tensor:
     """A linear's weight is a matrix, a norm's a vector."""
-    return torch.ones(tuple(shape)) if len(shape) == 1 else _uniform_by_fan_in(draw, shape, model)
+    return torch.ones(tuple(shape)) if len(shape) == 1 else uniform_by_fan_in(draw, shape, model)
 
 
 def _positions(draw: np.random.Generator, shape: Shape, model: ModelConfig) -> Tensor:
     """[1, (1 +) N, D]: normal, or 0.3 x the 2-D sine-cosine table with a CLS row of zeros."""
     if model.vision.position_init == "normal":
-        return _normal(0.02)(draw, shape, model)
+        return normal(0.02)(draw, shape, model)
     from timm.layers import build_sincos2d_pos_embed
 
     _, length, width = shape
@@ -128,36 +144,36 @@ def _text_std(power: Callable[[int, int], float]) -> Callable[[ModelConfig], flo
     return lambda model: power(model.text.width, model.text.depth)
 
 
-_TEXT_ATTENTION = _normal(_text_std(lambda width, depth: width**-0.5))
-_TEXT_OUTPUT = _normal(_text_std(lambda width, depth: width**-0.5 * (2 * depth) ** -0.5))
-_TEXT_HIDDEN = _normal(_text_std(lambda width, depth: (2 * width) ** -0.5))
-_ZEROS = _constant(0.0)
-_ONES = _constant(1.0)
+_TEXT_ATTENTION = normal(_text_std(lambda width, depth: width**-0.5))
+_TEXT_OUTPUT = normal(_text_std(lambda width, depth: width**-0.5 * (2 * depth) ** -0.5))
+_TEXT_HIDDEN = normal(_text_std(lambda width, depth: (2 * width) ** -0.5))
+_ZEROS = constant(0.0)
+_ONES = constant(1.0)
 
 
 RULES: list[tuple[str, Rule]] = [
-    (r"vision\.cls_token", _normal(0.02)),
+    (r"vision\.cls_token", normal(0.02)),
     (r"vision\.pos_embed", _positions),
-    (r"vision\.patch_embed\.proj\.weight", _uniform_by_fan_in),
+    (r"vision\.patch_embed\.proj\.weight", uniform_by_fan_in),
     (
         r"vision\.patch_embed\.proj\.bias",
-        _normal(0.02),
+        normal(0.02),
     ),  # the spread of torch's +- (3 * 16 * 16) ** -0.5; it stays frozen
-    (r"vision\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight", _normal(0.02)),
+    (r"vision\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight", normal(0.02)),
     (r"vision\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.bias", _ZEROS),
-    (r"vision\.blocks\.\d+\.ls[12]\.gamma", _constant(LAYER_SCALE)),
-    (r"text\.embeddings\.token_embedding\.weight", _normal(0.02)),
-    (r"text\.embeddings\.position_embedding\.weight", _normal(0.01)),
+    (r"vision\.blocks\.\d+\.ls[12]\.gamma", constant(LAYER_SCALE)),
+    (r"text\.embeddings\.token_embedding\.weight", normal(0.02)),
+    (r"text\.embeddings\.position_embedding\.weight", normal(0.01)),
     (r"text\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj\.weight", _TEXT_ATTENTION),
     (r"text\.encoder\.layers\.\d+\.(self_attn\.out_proj|mlp\.fc2)\.weight", _TEXT_OUTPUT),
     (r"text\.encoder\.layers\.\d+\.mlp\.fc1\.weight", _TEXT_HIDDEN),
     (r"text\.encoder\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.fc[12])\.bias", _ZEROS),
     (r"(image|text)_projection\.weight", _normal_by_fan_in),
-    (r"heads\.\w+\.layers\.\d+\.weight", _head_weight),
-    (r"heads\.\w+\.layers\.\d+\.running_mean", _ZEROS),
-    (r"heads\.\w+\.layers\.\d+\.running_var", _ONES),
-    (r"heads\.\w+\.layers\.\d+\.num_batches_tracked", _counter),
-    (r"heads\.\w+\.layers\.\d+\.bias", _ZEROS),
+    (r"objectives\..+\.weight", _head_weight),
+    (r"objectives\..+\.running_mean", _ZEROS),
+    (r"objectives\..+\.running_var", _ONES),
+    (r"objectives\..+\.num_batches_tracked", _counter),
+    (r"objectives\..+\.bias", _ZEROS),
     (r".*norm[^.]*\.weight", _ONES),
     (r".*norm[^.]*\.bias", _ZEROS),
 ]

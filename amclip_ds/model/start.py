@@ -15,6 +15,7 @@ from torch import Tensor
 from amclip_ds import safetensors_header
 from amclip_ds.errors import UserError
 from amclip_ds.model import foreign
+from amclip_ds.model.names import first_name, present_name
 from amclip_ds.model.weight_files import refuse_pickle, weight_files
 
 Pieces = list[tuple[int, str, str]]
@@ -39,6 +40,7 @@ class Source:
             self._index_pieces(weights)
         elif "vision.cls_token" in self._files:
             self.format = "amclip_ds"
+            self._files = {present_name(key): file for key, file in self._files.items()}
         else:
             recognised = foreign.recognise(self._files)
             if recognised is None:
@@ -77,7 +79,7 @@ class Source:
     def _read_key(self, key: str) -> Tensor:
         try:
             with safe_open(self._files[key], "pt") as file:
-                tensor = file.get_tensor(key)
+                tensor = file.get_tensor(key if key in file.keys() else first_name(key))  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"model.init_from: {self._files[key]}: {error}") from None
         return tensor.float() if tensor.is_floating_point() else tensor
@@ -89,7 +91,7 @@ class Source:
             if piece is None:
                 raise UserError(f"model.init_from: {file}: {key[:200]!r} is no name of a piece of a checkpoint")
             if piece[1] in by_kind:
-                by_kind[piece[1]].setdefault(piece[2], []).append((int(piece[3]), file, key))
+                by_kind[piece[1]].setdefault(present_name(piece[2]), []).append((int(piece[3]), file, key))
         if not by_kind[KINDS[weights][0]]:
             raise UserError(f"{self.path}: holds no {weights}")
         for kind in reversed(KINDS[weights]):  # the preferred kind has the last word

@@ -1,69 +1,93 @@
 """The teacher as a module: the parts of the student that it averages, under the same names.
 
-Shapes: B samples, N patches, P output of the heads, E embedding.
+Shapes: B samples, N patches of the teacher's crop, E embedding.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from amclip_ds.loss import LossConfig
-from amclip_ds.loss.comm import Comm, SingleProcess
-from amclip_ds.model.amclip import normalise
-from amclip_ds.model.config import HeadsConfig, ModelConfig
-from amclip_ds.model.heads import build_o2e_projector
+from amclip_ds.comm import Comm
+from amclip_ds.model.amclip import Sizes, no_objectives, normalise, sizes_of
+from amclip_ds.model.config import ModelConfig
+from amclip_ds.model.features import Seen, Targets
 from amclip_ds.model.text import TextTower
 from amclip_ds.model.vision import VisionTower
+
+OBSERVING = ("vision.", "objectives.")  # the parameters that `observe` reads; texts are for evaluations alone
+
+
+class Observed(NamedTuple):
+    """What a look at the teacher's crop gave, as a tuple for ZeRO-3's hooks."""
+
+    targets: Targets
+    scores: Tensor | None
+    """[B, N] fp32"""
 
 
 class TeacherModel(nn.Module):
     """Never trained by gradient: every parameter has requires_grad False."""
 
-    def __init__(self, model: ModelConfig, heads: HeadsConfig, loss: LossConfig) -> None:
+    def __init__(
+        self, model: ModelConfig, build_objectives: Callable[[Sizes], Mapping[str, nn.Module]] = no_objectives
+    ) -> None:
+        """build_objectives: as AClip's; of each, the submodules that it wants averaged become the teacher's."""
         super().__init__()
         self.vision = VisionTower(model.vision)
         self.text = TextTower(model.text)
         self.image_projection = nn.Linear(self.vision.width, model.embed_dim, bias=False)
         self.text_projection = nn.Linear(self.text.width, model.embed_dim, bias=False)
-        self.heads = nn.ModuleDict()
-        if loss.o2e_weight > 0:
-            self.heads["o2e_projector"] = build_o2e_projector(self.vision.width, heads)
+        self.objectives = nn.ModuleDict()
+        self._observers: dict[str, Any] = {}  # what is left of each objective: its `observe` and its options
+        for name, objective in build_objectives(sizes_of(self.vision, model)).items():
+            self._take(name, objective)
         self.requires_grad_(False)
 
+    def _take(self, name: str, objective: Any) -> None:
+        if not objective.targets and not objective.averaged:
+            return
+        copies = nn.ModuleDict({part: getattr(objective, part) for part in objective.averaged})
+        if copies:
+            self.objectives[name] = copies
+        for held in (objective._modules, objective._parameters, objective._buffers):
+            held.clear()
+        self._observers[name] = objective
+
     def train(self, mode: bool = True) -> "TeacherModel":
-        """The projector's batch norm always normalises by the batch: its statistics are its own, not averaged."""
+        """The copies' batch norm always normalises by the batch: its statistics are its own, not averaged."""
         super().train(mode)
-        self.heads.train(True)
+        self.objectives.train(True)
         return self
 
-    def forward(
-        self, phase: str, *, images: Tensor | None = None, token_ids: Tensor | None = None, comm: Comm | None = None
-    ) -> tuple[Tensor | None, Tensor] | Tensor:
-        """phase: what to compute. Call it under torch.no_grad().
+    def forward(self, method: Callable[..., Any], *inputs: Any) -> Any:
+        """The engine's entry: `method` of this class over the inputs. Call it under torch.no_grad()."""
+        return method(self, *inputs)
 
-        scores: images [B, 3, h, w] -> (online-to-EMA target [B, P] or None, scores [B, N] fp32).
-                Collective (batch norm): every rank must call
-        image:  images [B, 3, H, W] -> normalised embeddings [B, E] fp32
-        text:   token_ids [B, T] -> normalised embeddings [B, E] fp32
-        """
-        if phase == "scores":
-            cls, scores = self.vision(images, with_scores=True)
-            if "o2e_projector" not in self.heads:
-                return None, scores
-            return self.heads["o2e_projector"](cls, (comm or SingleProcess()).all_reduce_sum), scores
-        if phase == "image":
-            return normalise(self.image_projection(self.vision(images)))
-        if phase == "text":
-            return normalise(self.text_projection(self.text(token_ids)))
-        raise ValueError(f"phase: {phase!r} is none of scores, image, text")
+    def observe(self, images: Tensor, wants: frozenset[str], comm: Comm) -> Observed:
+        """images [B, 3, h, w] normalised. wants: of cls, patches, scores. Collective: every rank must call."""
+        output = self.vision(images, with_scores="scores" in wants)
+        patches = output.tokens[:, 1:] if "patches" in wants else None
+        seen = Seen(output.cls, patches, output.scores)
+        copies = {name: nn.ModuleDict() for name in self._observers} | dict(self.objectives.items())
+        targets = {name: observer.observe(copies[name], seen, comm) for name, observer in self._observers.items()}
+        return Observed(targets, output.scores)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised -> embeddings [B, E], fp32 rows of unit length."""
+        return normalise(self.image_projection(self.vision(images).cls))
+
+    def embed_texts(self, token_ids: Tensor) -> Tensor:
+        """[B, T] -> embeddings [B, E], fp32 rows of unit length."""
+        return normalise(self.text_projection(self.text(token_ids)))
 
 
-def mirrored_names(names: Iterable[str], compat: str) -> set[str]:
+def mirrored_names(names: Iterable[str], averages_text_ends: bool) -> set[str]:
     """The teacher's parameters that are the student's current ones instead of an average.
 
-    release: the published code leaves the EMA text side with the online token embedding, positions and last norm.
-    paper: none.
+    averages_text_ends False: as the published code, which leaves the EMA text side with the online token embedding,
+    positions and last norm. True: none.
     """
-    if compat == "paper":
+    if averages_text_ends:
         return set()
     return {name for name in names if name.startswith(("text.embeddings.", "text.final_layer_norm."))}

@@ -50,7 +50,15 @@ class TextTower(nn.Module):
         Attention is causal, so the tokens after the end token change nothing: texts may be trimmed to the longest of a
         batch. A row without an end token is the caller's mistake and is read at its first place.
         """
-        B, T = token_ids.shape
+        return self.final_layer_norm(self._at_end(self._run_blocks(token_ids), token_ids))
+
+    def encode(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """token_ids [B, T] -> every token after the last norm [B, T, W], and the feature at the first end token."""
+        tokens = self.final_layer_norm(self._run_blocks(token_ids))
+        return tokens, self._at_end(tokens, token_ids)
+
+    def _run_blocks(self, token_ids: Tensor) -> Tensor:
+        T = token_ids.shape[1]
         context_length = self.embeddings.position_embedding.num_embeddings
         if context_length < T:
             raise ValueError(f"model.text.context_length: a text of {T} tokens is longer than {context_length}")
@@ -61,5 +69,8 @@ class TextTower(nn.Module):
                 x = checkpoint(layer, x, None, is_causal=True, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, None, is_causal=True)
+        return x
+
+    def _at_end(self, x: Tensor, token_ids: Tensor) -> Tensor:
         end = (token_ids == self.eos_token_id).int().argmax(dim=-1)
-        return self.final_layer_norm(x[torch.arange(B, device=x.device), end])
+        return x[torch.arange(x.shape[0], device=x.device), end]

@@ -5,14 +5,14 @@ it costs seconds.
 """
 
 import difflib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from amclip_ds.masks.selection import Selection, TokenMask
 from amclip_ds.model.config import VisionConfig, grid_of
-from amclip_ds.model.masking import TokenMask
 from amclip_ds.model.scoring import run_block_with_cls_row
 
 
@@ -80,6 +80,22 @@ def built_patch_size(config: VisionConfig) -> int:
         return build_vit(config).patch_embed.patch_size[0]
 
 
+class VisionOutput(NamedTuple):
+    """What leaves the tower, as a tuple for ZeRO-3's hooks."""
+
+    tokens: Tensor
+    """[B, 1 + K, D] after the last norm, the class token first"""
+    keep_indices: Tensor | None
+    """[B, K] the patches that stayed; None: all"""
+    scores: Tensor | None
+    """[B, N] fp32, where asked for"""
+
+    @property
+    def cls(self) -> Tensor:
+        """[B, D]"""
+        return self.tokens[:, 0]
+
+
 class VisionTower(nn.Module):
     """A timm ViT's modules under their own names, with token removal and CLS-row scores in the forward."""
 
@@ -102,26 +118,30 @@ class VisionTower(nn.Module):
             self.patch_embed.requires_grad_(False)
 
     def forward(
-        self, images: Tensor, keep_indices: Tensor | None = None, with_scores: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """images [B, 3, H, W] (any size the patch divides), keep_indices [B, K] -> CLS feature [B, D].
+        self, images: Tensor, selection: Selection | None = None, keep_indices: Tensor | None = None,
+        with_scores: bool = False,
+    ) -> VisionOutput:  # fmt: skip
+        """images [B, 3, H, W] of any size the patch divides.
 
-        with_scores: also scores [B, N] fp32, the mean over all blocks and heads of how much CLS attends to each patch;
-        the CLS column is dropped after the softmax and not renormalised.
+        selection chooses the tokens that stay, unless keep_indices [B, K] says which; neither: all stay.
+        with_scores: also how much CLS attends to each patch, the mean over all blocks and heads; the CLS column is
+        dropped after the softmax and not renormalised.
         """
-        x = self._embed(images, keep_indices)
+        x, keep_indices = self._embed(images, selection, keep_indices)
         if not with_scores:
-            return self.norm(self._run_blocks(x))[:, 0]
+            return VisionOutput(self.norm(self._run_blocks(x)), keep_indices, None)
         rows = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
         num_heads = 0
         for block in self.blocks:
             x, row = run_block_with_cls_row(block, x)
             rows = rows + row
             num_heads += block.attn.num_heads
-        return self.norm(x)[:, 0], rows[:, 1:] / num_heads
+        return VisionOutput(self.norm(x), keep_indices, rows[:, 1:] / num_heads)
 
-    def _embed(self, images: Tensor, keep_indices: Tensor | None) -> Tensor:
-        """Patchify, add positions, remove tokens, prepend CLS: [B, 1 + K, D]."""
+    def _embed(
+        self, images: Tensor, selection: Selection | None, keep_indices: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Patchify, add positions, choose and remove tokens, prepend CLS: [B, 1 + K, D], and what stays."""
         x = self.patch_embed(images.to(self.cls_token.dtype))  # [B, h, w, D]
         B, height, width, _ = x.shape
         prefix = int(self.cls_has_position)
@@ -130,9 +150,12 @@ class VisionTower(nn.Module):
             from timm.layers import resample_abs_pos_embed
 
             positions = resample_abs_pos_embed(positions, [height, width], [self.grid, self.grid], prefix)
-        x = self.token_mask(x.flatten(1, 2) + positions[:, prefix:], keep_indices)
+        x = x.flatten(1, 2) + positions[:, prefix:]
+        if keep_indices is None and selection is not None:
+            keep_indices = selection.keep_indices(x, images)
+        x = self.token_mask(x, keep_indices)
         cls = self.cls_token + positions[:, :1] if self.cls_has_position else self.cls_token
-        return self.norm_pre(torch.cat([cls.expand(B, -1, -1), x], dim=1))
+        return self.norm_pre(torch.cat([cls.expand(B, -1, -1), x], dim=1)), keep_indices
 
     def _run_blocks(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.blocks):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from amclip_ds.engine.collectives import gather_objects, gather_rows, my_rank
 from amclip_ds.errors import RunStopped
-from amclip_ds.loss.outputs import Outputs
+from amclip_ds.model.features import Losses
 from amclip_ds.resilience.config import GuardsConfig
 
 TO_DEVIATION = 1.4826  # a median absolute deviation times this is a normal's standard deviation
@@ -56,20 +56,20 @@ class Guards:
         self._bad_rows: list[int] = []
         self._bad_ranks: list[int] = []
 
-    def admit(self, loss: Tensor, outputs: Outputs) -> bool:
+    def admit(self, losses: Losses) -> bool:
         """Whether this loss may be differentiated; the same on every rank. Collective: every rank must call.
 
-        loss: of this rank. outputs: its embeddings tell which of its samples are not finite; the losses cannot, since
+        losses: of this rank. Its features tell which of its samples are not finite; the terms cannot, since
         one bad sample reaches every rank's through the gathered negatives.
         """
-        self._bad_rows = bad_rows(outputs)
-        everywhere = gather_rows([float(loss.detach()), float(len(self._bad_rows))], loss.device)
-        losses = [row[0] for row in everywhere]
+        self._bad_rows = bad_rows(losses)
+        everywhere = gather_rows([float(losses.total.detach()), float(len(self._bad_rows))], losses.total.device)
+        totals = [row[0] for row in everywhere]
         self._bad_ranks = [rank for rank, row in enumerate(everywhere) if row[1]]
-        self._mean = sum(losses) / len(losses)  # in rank order on every rank: the same bits
+        self._mean = sum(totals) / len(totals)  # in rank order on every rank: the same bits
         self.reason = self._spike = None
-        if not all(math.isfinite(value) for value in losses) or self._bad_ranks:
-            ranks = self._bad_ranks or [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
+        if not all(math.isfinite(value) for value in totals) or self._bad_ranks:
+            ranks = self._bad_ranks or [rank for rank, value in enumerate(totals) if not math.isfinite(value)]
             self.reason = f"non-finite loss, from {_listed('rank', ranks)}"
             self._bad_ranks = ranks
         else:
@@ -161,9 +161,9 @@ class Guards:
         return "; ".join(parts)
 
 
-def bad_rows(outputs: Outputs) -> list[int]:
-    """This rank's samples of which some embedding is not finite."""
-    finite = outputs.image_embeds.detach().isfinite().all(-1).all(0) & outputs.text_embeds.detach().isfinite().all(-1)
+def bad_rows(losses: Losses) -> list[int]:
+    """This rank's samples of which some feature is not finite."""
+    finite = losses.cls.isfinite().all(-1).all(0) & losses.eot.isfinite().all(-1)
     return (~finite).nonzero().flatten().tolist()
 
 

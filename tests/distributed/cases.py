@@ -1,31 +1,36 @@
 """What the engine tests run on forked ranks: real engines over a fixed stream of random samples.
 
-`Run` is the step of amclip_ds/step.py over samples that are made here, so that every world and split sees the same
+`Run` takes steps by amclip_ds/step.py over samples that are made here, so that every world and split sees the same
 ones; the cases below it are functions for tests/harness.py.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from amclip_ds.data.batch import Batch
+from amclip_ds.data.photometric import normalise
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import DistributedComm
-from amclip_ds.engine.grad_cache import forward_backward
-from amclip_ds.engine.student import SKIPPED, EngineConfig, StepOutcome, StudentEngine
-from amclip_ds.loss import LossConfig
-from amclip_ds.loss.outputs import Outputs
-from amclip_ds.model import masking, scoring
-from amclip_ds.model.amclip import ModelConfig
-from amclip_ds.model.heads import HeadsConfig
-from amclip_ds.model.masking import MaskConfig
-from amclip_ds.model.text import TextConfig
-from amclip_ds.model.vision import VisionConfig
+from amclip_ds.engine.ds_config import EngineConfig
+from amclip_ds.engine.student import StudentEngine
+from amclip_ds.grad_cache import forward_backward
+from amclip_ds.masks import MaskConfig, MaskInputs
+from amclip_ds.masks.selection import select
+from amclip_ds.method import Method
+from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig, TeacherConfig, TextConfig, VisionConfig
+from amclip_ds.model.features import Losses
+from amclip_ds.objectives import chosen
 from amclip_ds.optim import OptimConfig, Schedules
-from amclip_ds.resilience.guards import Guards, GuardsConfig
-from amclip_ds.teacher import Teacher, TeacherConfig
+from amclip_ds.resilience.config import GuardsConfig
+from amclip_ds.resilience.guards import Guards
+from amclip_ds.step import student_inputs, train_step
+from amclip_ds.teacher import Teacher
+from tests.distributed.batches import local_part, made_batch, noise_of, watch
 
 GLOBAL_BATCH = 8
 VOCABULARY, CONTEXT = 100, 16
@@ -58,7 +63,7 @@ def recipe_model() -> tuple[ModelConfig, HeadsConfig]:
     return recipe.model, recipe.heads
 
 
-def global_batch(step: int, model: ModelConfig, size: int = GLOBAL_BATCH) -> dict[str, Tensor]:
+def global_batch(step: int, model: ModelConfig, size: int = GLOBAL_BATCH) -> Batch:
     """The samples of a step, the same in every world; what random masks go by is keyed by sample like the rest.
 
     Two batches in turn, so that there is something to learn: on ever new noise the features collapse to one point, and
@@ -70,15 +75,9 @@ def global_batch(step: int, model: ModelConfig, size: int = GLOBAL_BATCH) -> dic
     tokens = torch.randint(1, text.eos_token_id, (size, CONTEXT), generator=g)
     tokens[:, 10] = text.eos_token_id
     tokens[:, 11:] = 0
-    boxes = torch.zeros(3, size, 4)
-    boxes[:] = torch.tensor([0.0, 0.0, side, side])
-    return {
-        "views": coarse_images(2 * size, side, g).unflatten(0, (2, size)),
-        "teacher": coarse_images(size, side, g),
-        "noise": torch.rand(2, size, units, generator=g),
-        "tokens": tokens,
-        "boxes": boxes,
-    }
+    views = coarse_images(2 * size, side, g).unflatten(0, (2, size))
+    teacher = coarse_images(size, side, g)
+    return made_batch(views, teacher, torch.rand(2, size, units, generator=g), tokens)
 
 
 def coarse_images(count: int, side: int, generator: torch.Generator) -> Tensor:
@@ -89,12 +88,10 @@ def coarse_images(count: int, side: int, generator: torch.Generator) -> Tensor:
     return torch.nn.functional.interpolate(coarse, size=side, mode="nearest") * 1.5 + 0.3 * fine
 
 
-def local_part(batch: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
-    """This rank's rows."""
-    size = len(batch["teacher"]) // world_size
-    rows = slice(rank * size, (rank + 1) * size)
-    by_view = {"views", "noise", "boxes", "keep"}
-    return {name: value[:, rows] if name in by_view else value[rows] for name, value in batch.items()}
+def pixels(images_uint8: Tensor | None) -> Tensor:
+    """As the teacher reads them."""
+    assert images_uint8 is not None
+    return normalise(images_uint8)
 
 
 class Run:
@@ -114,61 +111,65 @@ class Run:
         self.model = tiny_model(depth, checkpoint_every)
         if recipe:
             self.model, heads = recipe_model()
-        self.loss = LossConfig(**(loss or {}))
         sgd = {"name": "sgd", "lr": 0.05, "warmup_steps": 0, "weight_decay": 0.0}
         optim_config = OptimConfig(**(sgd | (optim or {})))
         teacher_config = TeacherConfig(momentum=momentum[0], final_momentum=momentum[1], placement=placement)
-        self.student = StudentEngine(self.model, heads, self.loss, optim_config,
+        self.objectives = chosen(LossConfig(**(loss or {})), heads)
+        self.student = StudentEngine(self.model, self.objectives, optim_config,
                                      EngineConfig(deepspeed=ds, compile=compile), seed=seed,
                                      runtime=self.runtime)  # fmt: skip
-        self.teacher = Teacher(teacher_config, self.model, heads, self.loss, compat="paper", seed=seed,
-                               student=self.student, device=self.runtime.device)  # fmt: skip
+        self.teacher = Teacher(teacher_config, self.model, self.objectives, student=self.student,
+                               device=self.runtime.device)  # fmt: skip
         self.schedules = Schedules(optim_config, teacher_config, steps)
-        self.mask = MaskConfig(strategy=strategy)
+        self.mask, self.looked_at = MaskConfig(strategy=strategy), list[MaskInputs]()
         self.guards = Guards(GuardsConfig(**(guards or {})))
         self.batch_size = batch_size
         self.micro = batch_size // self.runtime.world_size // accumulation
         self.updates = 0
 
-    def batch(self, step: int, keep: Tensor | None = None) -> dict[str, Tensor]:
+    def batch(self, step: int, keep: Tensor | None = None) -> Batch:
         """This rank's part. keep: keep_indices of the global batch [V, B, K] to replay."""
-        whole = global_batch(step, self.model, self.batch_size) | ({} if keep is None else {"keep": keep})
+        whole = global_batch(step, self.model, self.batch_size)
+        if keep is not None:
+            whole = replace(whole, mask_noise=noise_of(keep, self.model.vision.grid))
         return local_part(whole, self.runtime.rank, self.runtime.world_size)
 
-    def look(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The teacher's target, its scores seen from the views [V, B, U], and what they and the mask choose."""
-        grid = self.model.vision.grid
-        target, scores = self.teacher.forward("scores", images=batch["teacher"], comm=self.comm)
-        unit_scores = scoring.scores_to_views(scores, batch["boxes"], grid=grid, unit=2)
-        return target, unit_scores, masking.select(self.mask, grid, scores=unit_scores, noise=batch["noise"])
+    def method(self, replays: bool = False) -> Method:
+        """The run's, with a mask that is watched; replays: the noise says what stays."""
+        self.looked_at.clear()
+        name = watch("given" if replays else self.mask.strategy, self.looked_at.append)
+        return Method(self.objectives, (MaskConfig(strategy=name),) * 2, self.model.vision.grid)
 
-    def gradients(
-        self, batch: dict[str, Tensor], target: Tensor, keep: Tensor,
-        admit: Callable[[Tensor, Outputs], bool] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Leaves the batch's gradients in the engine; returns the loss."""
-        value, _, _ = forward_backward(
-            self.student, batch["views"], keep, batch["tokens"], target, self.loss, self.comm, self.micro, "paper",
-            admit or self.guards.admit,
-        )  # fmt: skip
-        return value
+    def scores(self) -> Tensor:
+        """[V, b, U]: the teacher's scores of the last step, seen from the views."""
+        pieces = [inputs.scores.unflatten(0, (2, -1)) for inputs in self.looked_at if inputs.scores is not None]
+        return torch.cat(pieces, dim=1)
 
-    def step(self, step: int, keep: Tensor | None = None, batch: dict[str, Tensor] | None = None,
-             admit: Callable[[Tensor, Outputs], bool] | None = None) -> dict[str, Any]:  # fmt: skip
-        """One step as amclip_ds/step.py takes it."""
-        self.student.set_lr(self.schedules.lr(self.updates))
+    def gradients(self, batch: Batch) -> Losses:
+        """Leaves the batch's gradients in the engine, and takes no step."""
+        method = self.method()
+        observed = self.teacher.observe(pixels(batch.teacher_uint8), method.wants, self.comm)
+        inputs = student_inputs(batch, observed.scores, method, progress=0.0)
+        losses, _ = forward_backward(self.student, inputs, observed.targets, self.comm, self.micro)
+        return losses
+
+    def step(self, step: int, keep: Tensor | None = None, batch: Batch | None = None) -> dict[str, Any]:
+        """One step; `keep` of the result is what the run's own mask chooses, also where another choice was replayed."""
         batch = self.batch(step, keep) if batch is None else batch
-        target, unit_scores, chosen = self.look(batch)
-        loss = self.gradients(batch, target, batch.get("keep", chosen), admit)
-        outcome: StepOutcome = self.student.step() if self.guards.admitted else SKIPPED
-        if outcome.applied:
-            self.updates += 1
-            self.student.clamp_logit_scale()
-            self.teacher.update(self.schedules.momentum(self.updates))
-            self.teacher.publish()
-        mean = self.comm.all_reduce_sum(loss.detach().clone()) / self.comm.world_size
-        return {"loss": float(mean), "norm": outcome.grad_norm, "applied": outcome.applied, "keep": chosen,
-                "scores": unit_scores}  # fmt: skip
+        method = self.method(replays=keep is not None)
+        result = train_step(batch, self.student, self.teacher, self.schedules, self.updates, method, self.comm,
+                            self.micro, self.guards)  # fmt: skip
+        self.updates += int(result.applied)
+        mean = self.comm.all_reduce_sum(result.loss.clone()) / self.comm.world_size
+        scores = self.scores()
+        own = torch.stack([kept for kept in result.keep_indices if kept is not None])
+        if keep is not None:
+            inputs = MaskInputs(method.grid, self.mask.unit, 2, noise=None, scores=scores.flatten(0, 1))
+            selected = select(self.mask, inputs)
+            assert selected is not None
+            own = selected.unflatten(0, (2, -1))
+        return {"loss": float(mean), "norm": result.grad_norm, "applied": result.applied, "keep": own,
+                "scores": scores}  # fmt: skip
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Whole fp32 student and teacher on rank 0."""

@@ -14,20 +14,22 @@ from amclip_ds.checkpoint import state as state_module
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.save import Saver
 from amclip_ds.checkpoint.state import CheckpointState
+from amclip_ds.data.batch import Batch
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine import shards
 from amclip_ds.engine.collectives import DistributedComm
-from amclip_ds.engine.grad_cache import forward_backward
-from amclip_ds.engine.student import EngineConfig, StudentEngine
-from amclip_ds.loss import LossConfig
-from amclip_ds.model import masking, scoring
-from amclip_ds.model.amclip import ModelConfig
-from amclip_ds.model.heads import HeadsConfig
-from amclip_ds.model.masking import MaskConfig
-from amclip_ds.model.text import TextConfig
-from amclip_ds.model.vision import VisionConfig
+from amclip_ds.engine.ds_config import EngineConfig
+from amclip_ds.engine.student import StudentEngine
+from amclip_ds.masks import MaskConfig
+from amclip_ds.method import Method
+from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig, TeacherConfig, TextConfig, VisionConfig
+from amclip_ds.objectives import chosen
 from amclip_ds.optim import OptimConfig, Schedules
-from amclip_ds.teacher import Teacher, TeacherConfig
+from amclip_ds.resilience.config import GuardsConfig
+from amclip_ds.resilience.guards import Guards
+from amclip_ds.step import train_step
+from amclip_ds.teacher import Teacher
+from tests.distributed.batches import local_part, made_batch
 
 GLOBAL_BATCH, GRID, TOTAL = 12, 4, 40
 HEADS = {"hidden_dim": 37, "output_dim": 13}
@@ -44,21 +46,15 @@ def odd_model() -> ModelConfig:
     )  # fmt: skip
 
 
-def stream(step: int, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+def stream(step: int, rank: int, world_size: int) -> Batch:
     """This rank's rows of a step's samples, which are the same in every world."""
     g = torch.Generator().manual_seed(7000 + step)
     tokens = torch.randint(1, 98, (GLOBAL_BATCH, 16), generator=g)
     tokens[:, 10], tokens[:, 11:] = 99, 0
-    size = GLOBAL_BATCH // world_size
-    rows = slice(rank * size, (rank + 1) * size)
-    boxes = torch.tensor([0.0, 0.0, 32.0, 32.0]).expand(3, size, 4)
-    return {
-        "views": torch.randn(2, GLOBAL_BATCH, 3, 32, 32, generator=g)[:, rows],
-        "teacher": torch.randn(GLOBAL_BATCH, 3, 32, 32, generator=g)[rows],
-        "noise": torch.rand(2, GLOBAL_BATCH, (GRID // 2) ** 2, generator=g)[:, rows],
-        "tokens": tokens[rows],
-        "boxes": boxes,
-    }
+    views = torch.randn(2, GLOBAL_BATCH, 3, 32, 32, generator=g)
+    teacher = torch.randn(GLOBAL_BATCH, 3, 32, 32, generator=g)
+    noise = torch.rand(2, GLOBAL_BATCH, (GRID // 2) ** 2, generator=g)
+    return local_part(made_batch(views, teacher, noise, tokens), rank, world_size)
 
 
 @dataclass
@@ -76,41 +72,30 @@ class Rig:
     def __post_init__(self) -> None:
         self.runtime = engine_runtime.start(deterministic=True)
         self.comm, self.ranks = DistributedComm(), Ranks(timeout_s=60)
-        model, heads, self.loss = odd_model(), HeadsConfig(**HEADS), LossConfig()
+        objectives = chosen(LossConfig(), HeadsConfig(**HEADS))
         optim = OptimConfig(name=self.optim, lr=0.01, warmup_steps=5, layer_decay=self.layer_decay, weight_decay=0.1)
         teacher = TeacherConfig(momentum=0.9, final_momentum=0.99, placement=self.placement)
-        self.student = StudentEngine(model, heads, self.loss, optim, EngineConfig(deepspeed=self.ds), seed=0,
+        self.student = StudentEngine(odd_model(), objectives, optim, EngineConfig(deepspeed=self.ds), seed=0,
                                      runtime=self.runtime)  # fmt: skip
-        self.teacher = Teacher(teacher, model, heads, self.loss, compat="paper", seed=0, student=self.student,
-                               device=self.runtime.device)  # fmt: skip
+        self.teacher = Teacher(teacher, odd_model(), objectives, student=self.student, device=self.runtime.device)
+        self.method = Method(objectives, (MaskConfig(strategy=self.strategy),) * 2, GRID)
+        self.guards = Guards(GuardsConfig())
         self.schedules = Schedules(optim, teacher, TOTAL)
 
     def train(self, steps: int) -> list[tuple[str, ...]]:
         """Steps on; per step the loss, gradient norm, learning rate, momentum and random draws, every bit of them."""
         rows = []
         for _ in range(steps):
-            lr = self.schedules.lr(self.updates)
-            self.student.set_lr(lr)
-            batch = stream(self.updates, self.runtime.rank, self.runtime.world_size)
-            batch = {name: tensor.to(self.runtime.device) for name, tensor in batch.items()}
-            target, scores = self.teacher.forward("scores", images=batch["teacher"], comm=self.comm)
-            unit_scores = scoring.scores_to_views(scores, batch["boxes"], grid=GRID, unit=2)
-            noise_or_scores = {"scores": unit_scores, "noise": batch["noise"]}
-            keep = masking.select(MaskConfig(strategy=self.strategy), GRID, **noise_or_scores)
-            value, _, _ = forward_backward(
-                self.student, batch["views"], keep, batch["tokens"], target, self.loss, self.comm, micro=self.micro
-            )
-            outcome = self.student.step()
-            assert outcome.applied
-            self.student.clamp_logit_scale()
-            momentum = self.schedules.momentum(self.updates + 1)
-            self.teacher.update(momentum)
-            self.teacher.publish()
+            batch = stream(self.updates, self.runtime.rank, self.runtime.world_size).to(self.runtime.device)
+            result = train_step(batch, self.student, self.teacher, self.schedules, self.updates, self.method,
+                                self.comm, self.micro, self.guards)  # fmt: skip
+            assert result.applied
             self.updates += 1
-            mean = self.comm.all_reduce_sum(value.clone().double()) / self.comm.world_size
+            mean = self.comm.all_reduce_sum(result.loss.clone().double()) / self.comm.world_size
             on_device = torch.rand(1, device=self.runtime.device).item()  # draws that only a restored state repeats
             drawn = f"{torch.rand(1).item()} {on_device} {np.random.rand()} {random.random()}"
-            rows.append((float(mean).hex(), float(outcome.grad_norm).hex(), lr.hex(), momentum.hex(), drawn))
+            exact = [value.hex() for value in (float(mean), float(result.grad_norm), result.lr, result.momentum)]
+            rows.append((*exact, drawn))
         return rows
 
     def state(self) -> CheckpointState:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.communication_time import COMMUNICATION
 from amclip_ds.errors import AmclipError
-from amclip_ds.loss.outputs import Outputs
-from amclip_ds.model.heads import HeadsConfig
+from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets
 from amclip_ds.model.teacher_model import TeacherModel
-from tests.distributed.cases import Run, global_batch, local_part, running
+from amclip_ds.objectives import builder
+from tests.distributed.batches import both, local_part
+from tests.distributed.cases import Run, global_batch, pixels, running
 
 
 def ema(ds: str, steps: int, momentum: float = 0.999, placement: str = "auto") -> dict[str, Any]:
@@ -36,13 +38,14 @@ def ema(ds: str, steps: int, momentum: float = 0.999, placement: str = "auto") -
                     dense[name].lerp_(master, 1 - momentum)
                     low[name].lerp_(master.bfloat16(), 1 - momentum)
         held = run.teacher.full_state()
-        images = global_batch(0, run.model)["teacher"]
-        published = run.teacher.forward("image", images=images)
+        images = pixels(global_batch(0, run.model).teacher_uint8)
+        run.teacher.publish()
+        published = run.teacher.embed_images(images)
         seen = _dense_embeddings(run, dense, images) if dense else published
         run.teacher.update(0.5)
-        before = run.teacher.forward("image", images=images)
+        before = run.teacher.embed_images(images)
         run.teacher.publish()
-        after = run.teacher.forward("image", images=images)
+        after = run.teacher.embed_images(images)
         if run.runtime.rank:
             return {}
         return {
@@ -76,11 +79,11 @@ def misaligned(ds: str, in_order: bool = True) -> list[str]:
 
 def _dense_embeddings(run: Run, weights: dict[str, Tensor], images: Tensor) -> Tensor:
     """What an unsharded teacher with these weights sees, in the dtype of the published one."""
-    module = TeacherModel(run.model, HeadsConfig(hidden_dim=64, output_dim=16), run.loss)
+    module = TeacherModel(run.model, builder(run.objectives))
     module.load_state_dict(weights, strict=False)
     module.to(run.student.dtype)
     with torch.no_grad():
-        return module("image", images=images)
+        return module.embed_images(images)
 
 
 def gradients_by_split(ds: str, breaks: str | None = None) -> dict[int, dict[str, Tensor]]:
@@ -91,18 +94,15 @@ def gradients_by_split(ds: str, breaks: str | None = None) -> dict[int, dict[str
     """
     found = {}
     with running(ds, optim={"momentum": 0.0}) as run:
-        halves = [
-            local_part(global_batch(step, run.model), run.runtime.rank, run.runtime.world_size) for step in (0, 1)
-        ]
-        batch = {name: torch.cat([half[name] for half in halves], dim=1 if name in ("views", "noise", "boxes") else 0)
-                 for name in halves[0]}  # fmt: skip
-        target, _, keep = run.look(batch)
-        local = batch["tokens"].shape[0]
+        halves = [local_part(global_batch(step, run.model), run.runtime.rank, run.runtime.world_size)
+                  for step in (0, 1)]  # fmt: skip
+        batch = both(*halves)
+        local = batch.token_ids.shape[0]
         for split in [split for split in (1, 2, 4, 8) if split <= local]:
             run.micro = local // split
             if split > 1 and breaks:
                 _break(run, breaks, split)
-            run.gradients(batch, target, keep)
+            run.gradients(batch)
             found[split] = {name: _whole_gradient(p) for name, p in run.student.module.named_parameters()
                             if p.requires_grad}  # fmt: skip
             run.student.set_lr(0.0)
@@ -130,14 +130,17 @@ def _break(run: Run, what: str, split: int) -> None:
 
         student.backward = all_but_the_last  # type: ignore[method-assign]
     if what == "masks":
-        forward = type(student).forward
+        encode = type(student).encode
 
-        def other_tokens(phase: str, **inputs: Any) -> Any:
-            if phase == "towers" and torch.is_grad_enabled():
-                inputs["keep_indices"] = (inputs["keep_indices"] + 1) % run.model.vision.grid**2
-            return forward(student, phase, **inputs)
+        def other_tokens(inputs: StudentInputs, targets: Targets) -> Encoded:
+            if torch.is_grad_enabled():
+                [group] = inputs.groups
+                assert group.keep_indices is not None
+                shifted = (group.keep_indices + 1) % run.model.vision.grid**2
+                inputs = inputs._replace(groups=(group._replace(keep_indices=shifted),))
+            return encode(student, inputs, targets)
 
-        student.forward = other_tokens  # type: ignore[method-assign]
+        student.encode = other_tokens  # type: ignore[method-assign]
 
 
 def not_finite(ds: str, accumulation: int = 1) -> dict[str, Any]:
@@ -159,18 +162,23 @@ def not_finite(ds: str, accumulation: int = 1) -> dict[str, Any]:
         run.guards.account(step, run.step(step)["applied"], ids)
     before = run.state()
 
-    def poison(loss: Tensor, outputs: Outputs) -> bool:
-        admitted = run.guards.admit(loss, outputs)
-        if runtime.rank == last:
-            outputs.image_embeds.register_hook(lambda grad: grad * math.nan)
-        return admitted
+    admit = run.guards.admit
 
-    bad_gradient = run.step(7, admit=poison)
+    def poison(losses: Losses) -> bool:
+        if runtime.rank == last:
+            losses.total.register_hook(lambda grad: grad * math.nan)
+        return admit(losses)
+
+    run.guards.admit = poison  # type: ignore[method-assign]
+    bad_gradient = run.step(7)
+    run.guards.admit = admit  # type: ignore[method-assign]
     run.guards.account(2, bad_gradient["applied"], ids)
     after_gradient, counted = run.state(), (run.guards.skipped, run.updates)
     bad_batch = run.batch(8)
     if runtime.rank == last:
-        bad_batch["views"][:, 1] = math.nan  # all of it: one pixel may lie in a token that is removed
+        spoilt = bad_batch.views_uint8.float()
+        spoilt[:, 1] = math.nan  # all of it: one pixel may lie in a token that is removed
+        bad_batch = replace(bad_batch, views_uint8=spoilt)
     bad_loss = run.step(8, batch=bad_batch)
     reason = run.guards.reason
     run.guards.account(3, bad_loss["applied"], ids)

@@ -7,11 +7,11 @@ import torch
 from amclip_ds import config as settings
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import on_all, on_main
-from amclip_ds.engine.student import StudentEngine
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import encoder
 from amclip_ds.evaluate.during_training import evaluate_engines
-from amclip_ds.teacher import Teacher
+from amclip_ds.method import method_of
+from amclip_ds.run import build_engines
 
 
 def evaluate(ds: str, data: str, slices: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
@@ -25,10 +25,8 @@ def evaluate(ds: str, data: str, slices: bool = False) -> tuple[list[dict[str, A
     config = settings.load("aclip-tiny", [
         f"eval.data={data}", "eval.batch_size=4", f"engine.deepspeed={ds}", "heads.hidden_dim=32",
     ])  # fmt: skip
-    student = StudentEngine(config.model, config.heads, config.loss, config.optim, config.engine, seed=0,
-                            runtime=runtime)  # fmt: skip
-    teacher = Teacher(config.teacher, config.model, config.heads, config.loss, compat="paper", seed=0, student=student,
-                      device=runtime.device)  # fmt: skip
+    student, teacher = build_engines(config, method_of(config), runtime)
+    assert teacher is not None
     teacher.publish()
     rows, failures = evaluate_engines(student, teacher, config, runtime, step=3)
     engine_runtime.stop(runtime)

@@ -40,14 +40,14 @@ def blocked_loader(argv: list[str], rank: int, after: int) -> None:
 
 def endless_step(argv: list[str], rank: int, after: int) -> None:
     """The command, with a step that one rank never leaves."""
-    from amclip_ds.model import masking
+    from amclip_ds.masks import selection
 
-    select, calls = masking.select, itertools.count()
+    select, calls = selection.select, itertools.count()
 
     def endless(*words: Any, **named: Any) -> Any:
         while next(calls) >= after and os.environ["RANK"] == str(rank):
             time.sleep(1)
         return select(*words, **named)
 
-    masking.select = endless
+    selection.select = endless
     main(argv)

@@ -2,7 +2,9 @@
 
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from amclip_ds.loss import LossConfig
-from amclip_ds.loss.comm import SingleProcess
-from amclip_ds.loss.self_supervised import online_to_online
-from amclip_ds.loss.total import total_loss
-from amclip_ds.model.amclip import AClip, ModelConfig
-from amclip_ds.model.heads import HeadsConfig
-from amclip_ds.model.masking import MaskConfig, select
+from amclip_ds import objectives, step
+from amclip_ds.comm import Comm, SingleProcess
+from amclip_ds.data import photometric
+from amclip_ds.engine.student import StepOutcome
+from amclip_ds.masks import MaskConfig
+from amclip_ds.method import Method
+from amclip_ds.model.amclip import AClip
+from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig, TeacherConfig, TextConfig, VisionConfig
+from amclip_ds.model.features import Features
+from amclip_ds.model.names import present_name
 from amclip_ds.model.scoring import scores_to_views
-from amclip_ds.model.teacher_model import TeacherModel, mirrored_names
-from amclip_ds.model.text import TextConfig
-from amclip_ds.model.vision import VisionConfig
-from amclip_ds.optim import OptimConfig, build_optimizer, parameter_groups
+from amclip_ds.model.teacher_model import Observed, TeacherModel, mirrored_names
+from amclip_ds.objectives.simclr import online_to_online
+from amclip_ds.optim import OptimConfig, Schedules, build_optimizer, parameter_groups
+from amclip_ds.resilience.config import GuardsConfig
+from amclip_ds.resilience.guards import Guards
+from tests.distributed.batches import made_batch
 
 LN_100 = 4.605170185988092
 
@@ -79,7 +86,7 @@ def our_names(oracle_name: str) -> list[str]:
     for pattern, ours in STUDENT_NAMES:
         found = re.fullmatch(pattern, oracle_name)
         if found:
-            name = found.expand(ours)
+            name = present_name(found.expand(ours))
             return [name.replace("{qkv}", part) for part in "qkv"] if "{qkv}" in name else [name]
     raise KeyError(f"no counterpart for {oracle_name}")
 
@@ -196,7 +203,8 @@ class Replay:
 def build(oracle: Oracle) -> tuple[AClip, TeacherModel]:
     """Our student and teacher with the oracle's first weights."""
     model, heads, loss, _, _ = settings(oracle)
-    student, teacher = AClip(model, heads, loss), TeacherModel(model, heads, loss)
+    built = objectives.builder(objectives.chosen(loss, heads, pairs_views=False))
+    student, teacher = AClip(model, built), TeacherModel(model, built)
     student.load_state_dict(to_ours(oracle.under("init/"), teacher=False))
     teacher.load_state_dict(to_ours(oracle.under("init/"), teacher=True), strict=False)
     mirror(student, teacher)
@@ -206,7 +214,7 @@ def build(oracle: Oracle) -> tuple[AClip, TeacherModel]:
 @torch.no_grad()
 def mirror(student: nn.Module, teacher: nn.Module) -> None:
     online = dict(student.named_parameters())
-    names = mirrored_names(dict(teacher.named_parameters()), "release")
+    names = mirrored_names(dict(teacher.named_parameters()), averages_text_ends=False)
     for name, parameter in teacher.named_parameters():
         if name in names:
             parameter.copy_(online[name])
@@ -231,59 +239,138 @@ def inputs(oracle: Oracle) -> tuple[Tensor, Tensor]:
     return views, teacher_images
 
 
-def replay(oracle: Oracle) -> Replay:
-    """All the oracle's steps, in the paper's order, under compat release."""
-    model, _, loss_config, mask, optim = settings(oracle)
-    student, teacher = build(oracle)
-    views, teacher_images = inputs(oracle)
-    boxes = oracle.tensors["pos"].transpose(0, 1)
-    groups = parameter_groups(student.named_parameters(), optim)
-    optimizer = build_optimizer(groups, optim)
-    result = Replay()
-    result.decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
-    result.frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
-    for index in range(oracle.steps):
-        if index:
-            average(student, teacher, oracle.meta["config"]["momentum"])
-        mirror(student, teacher)
-        with torch.no_grad():
-            target, scores = teacher("scores", images=teacher_images)
-        grid = student.vision.grid
-        keep = select(mask, grid, scores_to_views(scores, boxes, grid, mask.unit))
-        outputs = student("all", images=views, keep_indices=keep.flatten(0, 1), token_ids=oracle.tensors["text"])
-        loss, terms = total_loss(outputs, target, loss_config, SingleProcess(), compat="release")
-        fixed = online_to_online(outputs.o2o, loss_config.o2o_temperature, SingleProcess(), compat="paper")
-        optimizer.zero_grad()
+class PlainStudent:
+    """What a step asks of the student's engine, by a module and torch's optimizer alone."""
+
+    def __init__(self, module: AClip, optim: OptimConfig) -> None:
+        self.module = module
+        self.groups = parameter_groups(module.named_parameters(), optim)
+        self.optimizer = build_optimizer(self.groups, optim)
+        self.encode_and_losses = module.encode_and_losses
+        self.grads: dict[str, Tensor] = {}
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def backward(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
         loss.backward()
+        self.grads = {name: p.grad.clone() for name, p in self.module.named_parameters() if p.grad is not None}
+
+    def step(self) -> StepOutcome:
+        self.optimizer.step()
+        return StepOutcome(True, 0.0)
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        self.module.logit_scale.clamp_(0, LN_100)
+
+    def commit(self, comm: Comm) -> None:
+        pass
+
+
+class PlainTeacher:
+    """Likewise the teacher; the published code averages and mirrors before a step, so the last update is left out."""
+
+    def __init__(self, module: TeacherModel, student: AClip, updates: int) -> None:
+        self.module, self.student, self.updates = module, student, updates
+        self.observed = Observed({}, None)
+
+    @torch.no_grad()
+    def observe(self, images: Tensor, wants: frozenset[str], comm: Comm) -> Observed:
+        self.observed = self.module.observe(images, wants, comm)
+        return self.observed
+
+    def update(self, momentum: float) -> None:
+        self.updates -= 1
+        if self.updates >= 0:
+            average(self.student, self.module, momentum)
+
+    def publish(self, whole: bool) -> None:
+        if self.updates >= 0:
+            mirror(self.student, self.module)
+
+
+class Outputs:
+    """What the objectives see and what leaves their heads in a step."""
+
+    def __init__(self, student: AClip) -> None:
+        self.seen: dict[str, Any] = {}
+        parts: Any = student.objectives
+        parts["contrastive"].register_forward_pre_hook(lambda _, inputs: self.keep("features", inputs[0]))
+        parts["simclr"].head.register_forward_hook(lambda _, inputs, out: self.keep("o2o", out.detach()))
+        parts["byol"].predictor.register_forward_hook(lambda _, inputs, out: self.keep("o2e", out.detach()))
+
+    def keep(self, name: str, value: Any) -> None:
+        self.seen[name] = value
+
+    def in_the_oracles_layout(self, target: Tensor) -> dict[str, Tensor]:
+        features: Features = self.seen["features"]
+        assert features.image_embeds is not None and features.text_embeds is not None
+        assert features.logit_scale is not None
+        return {
+            "image_embed": features.image_embeds.detach().flatten(0, 1), "text_embed": features.text_embeds.detach(),
+            "image_ssl_embed": self.seen["o2o"], "byol_feats": self.seen["o2e"], "byol_feats_e": target,
+            "logit_scale": features.logit_scale.detach().reshape(()),
+        }  # fmt: skip
+
+
+def replay(oracle: Oracle) -> Replay:
+    """All the oracle's steps by amclip_ds/step.py, in the paper's order, under compat release."""
+    model, heads, loss_config, mask, optim = settings(oracle)
+    module, teacher_module = build(oracle)
+    images, teacher_images = inputs(oracle)
+    boxes = oracle.tensors["pos"].transpose(0, 1)
+    views = images.unflatten(0, (2, -1))
+    batch = made_batch(views, teacher_images, torch.zeros(2, views.shape[1], 0), oracle.tensors["text"])
+    batch = replace(batch, views_uint8=views, teacher_uint8=teacher_images, boxes=boxes)
+    optim = replace(optim, warmup_steps=0, final_lr=optim.lr)
+    momentum = oracle.meta["config"]["momentum"]
+    student = PlainStudent(module, optim)
+    teacher = PlainTeacher(teacher_module, module, updates=oracle.steps - 1)
+    outputs = Outputs(module)
+    method = Method(objectives.chosen(loss_config, heads, pairs_views=False), (mask,) * 2, module.vision.grid)
+    schedules = Schedules(optim, TeacherConfig(momentum=momentum, final_momentum=momentum), oracle.steps)
+    result = Replay()
+    result.decayed = {name for group in student.groups if group["weight_decay"] for name in group["names"]}
+    result.frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    for index in range(oracle.steps):
+        with already_normalised():
+            done = step.train_step(
+                batch, student, teacher, schedules, index, method, SingleProcess(),  # type: ignore[arg-type]
+                micro=views.shape[1], guards=Guards(GuardsConfig()),
+            )  # fmt: skip
+        scores, [target] = teacher.observed.scores, teacher.observed.targets["byol"]
+        assert scores is not None
+        projected = outputs.seen["o2o"].unflatten(0, (2, -1))
+        fixed = online_to_online(projected, loss_config.o2o_temperature, SingleProcess())
         result.steps.append(
             Step(
-                teacher_scores=scores,
-                view_scores=scores_to_views(scores, boxes, grid, unit=1),
-                kept=keep,
+                teacher_scores=scores, view_scores=scores_to_views(scores, boxes, method.grid, unit=1),
+                kept=torch.stack([kept for kept in done.keep_indices if kept is not None]),
                 losses={
-                    "loss": loss.item(),
-                    "simclr_loss": terms["loss_o2o"].item(),
-                    "im_byol_loss": terms["loss_o2e"].item(),
-                    "contra_loss": terms["loss_contrastive"].item(),
+                    "loss": done.loss.item(), "simclr_loss": done.parts["loss_o2o"].item(),
+                    "im_byol_loss": done.parts["loss_o2e"].item(), "contra_loss": done.parts["loss_contrastive"].item(),
                     "simclr_loss_fixed_pairing": fixed.item(),
                 },
-                outputs={
-                    "image_embed": outputs.image_embeds.detach().flatten(0, 1),
-                    "text_embed": outputs.text_embeds.detach(),
-                    "image_ssl_embed": outputs.o2o.detach().flatten(0, 1),
-                    "byol_feats": outputs.o2e.detach().flatten(0, 1),
-                    "byol_feats_e": target,
-                    "logit_scale": outputs.logit_scale.detach().reshape(()),
-                },
-                grads={name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None},
+                outputs=outputs.in_the_oracles_layout(target), grads=student.grads,
             )
-        )
-        optimizer.step()
-        with torch.no_grad():
-            student.logit_scale.clamp_(0, LN_100)
-    result.student = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    result.teacher = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+        )  # fmt: skip
+    result.student = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    result.teacher = {name: tensor.clone() for name, tensor in teacher_module.state_dict().items()}
     return result
+
+
+@contextmanager
+def already_normalised() -> Iterator[None]:
+    """The oracle's images are normal numbers, not pixels: the step takes them as they are."""
+    apply, normalise = photometric.apply, photometric.normalise
+    photometric.apply, photometric.normalise = (lambda views, changes: views), (lambda images: images)
+    try:
+        yield
+    finally:
+        photometric.apply, photometric.normalise = apply, normalise
 
 
 def fed_optimizer(oracle: Oracle) -> dict[str, Tensor]:

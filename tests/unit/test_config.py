@@ -6,6 +6,7 @@ import pytest
 
 from amclip_ds import cli, config
 from amclip_ds.errors import UserError
+from amclip_ds.method import method_of
 
 METHODS = ("clip", "flip", "random2x", "aclip", "aclip-eff")
 SIZES = ("tiny", "vits16", "vits16-moco", "vitb16", "vitl16")
@@ -28,10 +29,10 @@ def test_a_change_is_not_lost_in_the_dump(tmp_path: Path) -> None:
 
 def test_what_the_methods_are() -> None:
     clip, flip, aclip, eff = (config.load(f"{name}-vitb16") for name in ("clip", "flip", "aclip", "aclip-eff"))
-    assert (clip.data.num_views, clip.mask.strategy, config.needs_teacher(clip)) == (1, "none", False)
-    assert (flip.data.num_views, flip.mask.strategy, config.needs_teacher(flip)) == (1, "random", False)
+    assert (clip.data.num_views, clip.mask.strategy, method_of(clip).needs_teacher) == (1, "none", False)
+    assert (flip.data.num_views, flip.mask.strategy, method_of(flip).needs_teacher) == (1, "random", False)
     assert (aclip.data.num_views, aclip.loss.o2o_weight, aclip.loss.o2e_weight) == (2, 1.0, 2.0)
-    assert config.needs_teacher(aclip) and eff.teacher.resolution == "half"
+    assert method_of(aclip).needs_teacher and eff.teacher.resolution == "half"
     assert (aclip.optim.lr, aclip.optim.weight_decay, aclip.batch.global_size, aclip.run.epochs) == (
         5e-4,
         0.5,

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "amclip_ds"
 # Each room and what it may import of this package; these serve everybody.
 EVERYBODY = {
     "errors",
+    "comm",
     "files",
     "json_file",
     "jsonl",
@@ -18,12 +19,16 @@ EVERYBODY = {
     "signals",
     "display",
 }
-BOTTOM = {"model", "loss", "data", "optim"}
-MIDDLE = BOTTOM | {"engine", "teacher", "resilience", "record"}
+BOTTOM = {"masks", "model", "objectives", "method", "data", "optim"}
+MIDDLE = BOTTOM | {"engine", "teacher", "resilience", "record", "grad_cache"}
 UPPER = MIDDLE | {"step", "checkpoint", "evaluate", "export", "config", "launch", "submit"}
 MAY_IMPORT = {
-    "model": {"model", "loss"},
-    "loss": {"loss"},
+    "comm": set(),
+    "masks": set(),
+    "model": {"masks"},
+    "objectives": {"model"},
+    "method": {"objectives", "masks", "model", "data"},
+    "grad_cache": BOTTOM | {"engine"},
     "data": {"data"},
     "optim": {"optim"},
     "record": {"backlog", "tensorboard_events"},
@@ -32,7 +37,7 @@ MAY_IMPORT = {
     "teacher": MIDDLE,
     "resilience": MIDDLE,
     "config": UPPER | {"configfile"},
-    "step": MIDDLE | {"config"},
+    "step": MIDDLE,
     "checkpoint": MIDDLE | {"checkpoint", "config"},
     "evaluate": MIDDLE | {"backlog", "evaluate", "checkpoint", "config"},
     "export": MIDDLE | {"export", "evaluate", "checkpoint", "config"},

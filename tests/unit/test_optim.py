@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from amclip_ds import config as settings
+from amclip_ds.method import method_of
 from amclip_ds.model.amclip import AClip
+from amclip_ds.objectives import builder
 from amclip_ds.optim import NAMES, OptimConfig, Schedules, build_optimizer, lr_at, momentum_at, parameter_groups
 from tests.unit.model import tiny
 
@@ -35,7 +37,7 @@ def test_groups_by_true_shape_under_zero_3() -> None:
 def test_what_breaks_the_alignment_comes_last_of_all(layer_decay: float) -> None:
     recipe = settings.load("aclip-vitb16", ["loss.kind=sigmoid"])
     with torch.device("meta"):
-        named = AClip(recipe.model, recipe.heads, recipe.loss).named_parameters()
+        named = AClip(recipe.model, builder(method_of(recipe).objectives)).named_parameters()
     groups = parameter_groups(named, OptimConfig(layer_decay=layer_decay))
     sizes = [p.numel() for group in groups for p in group["params"]]
     odd = [place for place, size in enumerate(sizes) if size % 8]
@@ -53,7 +55,9 @@ def test_layer_decay_and_tower_scales() -> None:
     assert scale["text.final_layer_norm.bias"] == pytest.approx(10)
     assert scale["text.encoder.layers.1.mlp.fc1.weight"] == pytest.approx(10 * 0.5)
     assert scale["text.embeddings.token_embedding.weight"] == pytest.approx(10 * 0.5**3)
-    assert scale["image_projection.weight"] == scale["heads.o2o.layers.0.weight"] == scale["logit_scale"] == 1
+    assert (
+        scale["image_projection.weight"] == scale["objectives.simclr.head.layers.0.weight"] == scale["logit_scale"] == 1
+    )
     assert all(group["lr"] == pytest.approx(1e-3 * group["lr_scale"]) for group in groups)
     plain = parameter_groups(tiny.student().named_parameters(), OptimConfig())
     assert len(plain) == 2 and all(group["lr_scale"] == 1 for group in plain)

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 import amclip_ds  # noqa: F401  first: it mends torchvision
+from amclip_ds.comm import SingleProcess
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.tasks import run_task
-from amclip_ds.loss.comm import SingleProcess
 from tests.unit.data.shards import encode, write_tar
 from tests.unit.data.test_images import OTHERS
 from tests.unit.evaluate.test_encoder import picture, tiny_encoder, write_set

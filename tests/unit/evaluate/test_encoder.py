@@ -3,22 +3,21 @@
 import io
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from amclip_ds.comm import SingleProcess
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import encoder as encoding
 from amclip_ds.evaluate import zero_shot
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.encoder import TowerEncoder, encode_images, encode_texts, resize_and_crop
-from amclip_ds.loss import LossConfig
-from amclip_ds.loss.comm import SingleProcess
 from amclip_ds.model.amclip import AClip, ModelConfig
-from amclip_ds.model.heads import HeadsConfig
-from amclip_ds.model.init import initialise
+from amclip_ds.model.init import Start, initialise
 from amclip_ds.model.text import TextConfig
 from amclip_ds.model.vision import VisionConfig
 from tests.unit.thread_ranks import run_threads
@@ -54,8 +53,8 @@ def tiny_encoder() -> TowerEncoder:
         vision=VisionConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=8, width=32, depth=2, heads=2),
         text=TextConfig(width=32, depth=1, heads=2, activation="gelu"), embed_dim=16,
     )  # fmt: skip
-    module = AClip(config, HeadsConfig(), LossConfig(o2o_weight=0, o2e_weight=0))
-    initialise(module, 0, config)
+    module = AClip(config)
+    initialise(module, Start(0, config))
     return TowerEncoder(module.requires_grad_(False), "student", 32, 77, torch.device("cpu"))
 
 
@@ -79,7 +78,7 @@ def test_any_number_of_ranks_gives_the_same_bits(batch_size: int, world_size: in
     assert alone.shape == (21, 16)
 
     def work(comm):
-        rank_model = TowerEncoder(model._forward, "student", 32, 77, torch.device("cpu"))  # a classifier of its own
+        rank_model = TowerEncoder(model._towers, "student", 32, 77, torch.device("cpu"))  # a classifier of its own
         return (
             encode_images(rank_model, data.samples, batch_size, comm),
             encode_texts(rank_model, texts, batch_size, comm),
@@ -95,9 +94,12 @@ def test_every_rank_makes_the_same_number_of_forward_calls(tmp_path: Path) -> No
 
     def work(comm):
         model, calls = tiny_encoder(), []
-        forward = model._forward
-        model._forward = lambda phase, **inputs: (calls.append((phase, len(next(iter(inputs.values()))))),
-                                                  forward(phase, **inputs))[1]  # fmt: skip
+        towers = model._towers
+        counted = SimpleNamespace(
+            embed_images=lambda x: (calls.append(("image", len(x))), towers.embed_images(x))[1],
+            embed_texts=lambda x: (calls.append(("text", len(x))), towers.embed_texts(x))[1],
+        )
+        model._towers = counted
         zero_shot.evaluate(model, data, 4, comm)
         return calls
 

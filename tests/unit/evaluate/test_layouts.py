@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from amclip_ds import config, preconditions
+from amclip_ds.comm import SingleProcess
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import names
 from amclip_ds.evaluate.datasets import EvalSet, check_sets, open_set
 from amclip_ds.evaluate.tasks import open_for, run_task
-from amclip_ds.loss.comm import SingleProcess
 from tests.unit.data.shards import jpeg, write_tar
 from tests.unit.evaluate.test_encoder import tiny_encoder, write_set
 

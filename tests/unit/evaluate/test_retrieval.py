@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from amclip_ds.comm import SingleProcess
 from amclip_ds.errors import AmclipError
 from amclip_ds.evaluate import retrieval
-from amclip_ds.loss.comm import SingleProcess
 from tests.unit.thread_ranks import run_threads
 
 

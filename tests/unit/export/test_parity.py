@@ -15,12 +15,12 @@ from amclip_ds import config as settings
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.encoder import tokenizer
 from amclip_ds.evaluate.libraries import open_library
-from amclip_ds.evaluate.source import TOWERS_ALONE, Located, fill_towers, locate, open_encoder
+from amclip_ds.evaluate.source import Located, fill_towers, locate, open_encoder
 from amclip_ds.export import command, proof
 from amclip_ds.export.command import write_proved
 from amclip_ds.model import start
 from amclip_ds.model.amclip import AClip
-from amclip_ds.model.init import initialise
+from amclip_ds.model.init import Start, initialise
 
 LIBRARIES = ("open_clip", "hf", "timm")
 FORMATS = (*LIBRARIES, "onnx")
@@ -29,8 +29,8 @@ FORMATS = (*LIBRARIES, "onnx")
 def random_model(recipe: str, seed: int) -> tuple[AClip, Located]:
     """A randomly initialised model of a recipe."""
     config = settings.load(recipe)
-    module = AClip(config.model, config.heads, TOWERS_ALONE)
-    initialise(module, seed, config.model)
+    module = AClip(config.model)
+    initialise(module, Start(seed, config.model))
     with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a wrong place
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in module.named_parameters():
@@ -89,8 +89,8 @@ def test_the_papers_s16_goes_where_it_can(fmt: str, real_pairs: str, tmp_path: P
 def test_clips_own_tower_becomes_a_clip_model(real_pairs: str, tmp_path: Path, monkeypatch) -> None:
     """A tower with a norm before its blocks: open_clip's native form and transformers' CLIPModel."""
     config = settings.load("aclip-tiny", ["model.vision.name=vit_base_patch16_clip_224"])
-    module = AClip(config.model, config.heads, TOWERS_ALONE)
-    initialise(module, 1, config.model)
+    module = AClip(config.model)
+    initialise(module, Start(1, config.model))
     located = Located(Path("none"), "run", ("student",), 0, None, config)
     for fmt in ("hf", "open_clip"):
         module = module.requires_grad_(False).eval()
@@ -104,7 +104,7 @@ def test_a_wrong_weight_deletes_the_export(fmt: str, tiny, real_pairs: str, tmp_
     module, located = tiny
 
     def write_wrong(folder: Path, module: AClip, model) -> None:
-        wrong = AClip(model, located.config.heads, TOWERS_ALONE)
+        wrong = AClip(model)
         wrong.load_state_dict(module.state_dict())
         with torch.no_grad():
             wrong.vision.blocks[1].mlp.fc1.weight[3, 5] += 0.05
@@ -143,7 +143,7 @@ def test_onnx_without_its_packages_is_one_line(tiny, real_pairs: str, tmp_path: 
 def test_open_clip_refuses_what_it_cannot_hold(real_pairs: str, tmp_path: Path) -> None:
     config = settings.load("aclip-vits16-moco")
     config.model.vision = replace(config.model.vision, depth=1)  # small enough to build here
-    module = AClip(config.model, config.heads, TOWERS_ALONE)
+    module = AClip(config.model)
     located = Located(Path("none"), "run", ("student",), 0, None, config)
     with pytest.raises(
         UserError, match="--format open_clip: .*timm tower cannot say.*one activation for both"
@@ -253,8 +253,8 @@ def test_what_was_exported_can_be_imported(fmt: str, exported: Path, tiny) -> No
     back = fill_towers(config.model, [source])
     images = torch.randn(4, 3, 64, 64)
     ids = tokenizer()(["one", "two words"], 77)
-    assert torch.allclose(back("image", images=images), module("image", images=images), atol=1e-6)
-    assert torch.equal(back("text", token_ids=ids), module("text", token_ids=ids))
+    assert torch.allclose(back.embed_images(images), module.embed_images(images), atol=1e-6)
+    assert torch.equal(back.embed_texts(ids), module.embed_texts(ids))
 
 
 def test_an_open_clip_model_through_import_agrees_with_its_own_code(exported: Path, tiny, real_pairs: str) -> None:

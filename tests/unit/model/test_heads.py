@@ -2,9 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from amclip_ds.loss.comm import SingleProcess
+from amclip_ds.comm import SingleProcess
+from amclip_ds.model.amclip import AClip
 from amclip_ds.model.batch_norm import BatchNorm
-from amclip_ds.model.heads import HeadsConfig, build_o2e_predictor, build_o2e_projector, build_o2o
+from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig
+from amclip_ds.model.heads import MLPHead
+from amclip_ds.objectives import builder, chosen
 from tests.unit.thread_ranks import ThreadComm, run_threads
 
 one_rank = SingleProcess().all_reduce_sum
@@ -120,19 +123,15 @@ def test_layer_norm_heads_need_no_other_rank() -> None:
         raise AssertionError("a collective")
 
     x = torch.randn(4, 10)
-    build_o2o(10, HeadsConfig(norm="layer", hidden_dim=8, output_dim=4))(x, refuse)
+    MLPHead([10, 8, 4], HeadsConfig(norm="layer"), bias=True)(x, refuse)
     with pytest.raises(AssertionError, match="a collective"):
-        build_o2o(10, HeadsConfig(hidden_dim=8, output_dim=4))(x, refuse)
+        MLPHead([10, 8, 4], HeadsConfig(), bias=True)(x, refuse)
 
 
 def test_layers_of_the_paper() -> None:
-    config = HeadsConfig()
     with torch.device("meta"):
-        o2o, projector, predictor = (
-            build_o2o(768, config),
-            build_o2e_projector(768, config),
-            build_o2e_predictor(config),
-        )
+        objectives = AClip(ModelConfig(), builder(chosen(LossConfig(), HeadsConfig()))).objectives
+    o2o, projector, predictor = objectives["simclr"].head, objectives["byol"].projector, objectives["byol"].predictor
 
     def linears(head: nn.Module) -> list[tuple[int, int, bool]]:
         return [(m.in_features, m.out_features, m.bias is not None) for m in head.modules() if isinstance(m, nn.Linear)]

@@ -11,7 +11,7 @@ from tests.unit.tensor_memory import TensorMemory
 
 def full_map_scores(tower: VisionTower, images: Tensor) -> Tensor:
     """The published way: every attention matrix of every block, whole."""
-    x = tower._embed(images, None)
+    x, _ = tower._embed(images, None, None)
     maps = []
     for block in tower.blocks:
         attn = block.attn
@@ -32,11 +32,12 @@ def test_scores_are_the_mean_cls_row_of_all_blocks_and_heads(tower: VisionTower)
         for parameter in tower.parameters():
             parameter.mul_(4)  # attention that is not nearly uniform
         images = torch.randn(3, 3, 32, 32)
-        cls, scores = tower(images, with_scores=True)
+        output = tower(images, with_scores=True)
+        cls, scores = output.cls, output.scores
         expected = full_map_scores(tower, images)
         assert expected.std() > 1e-3
         torch.testing.assert_close(scores, expected, atol=1e-8, rtol=1e-5)
-        torch.testing.assert_close(cls, tower(images), atol=1e-6, rtol=1e-6)  # the same feature on both paths
+        torch.testing.assert_close(cls, tower(images).cls, atol=1e-6, rtol=1e-6)  # the same feature on both paths
         with pytest.raises(AssertionError):  # the twin: one block less
             tower.blocks = tower.blocks[:-1]
             torch.testing.assert_close(full_map_scores(tower, images), expected, atol=1e-8, rtol=1e-5)
@@ -44,7 +45,7 @@ def test_scores_are_the_mean_cls_row_of_all_blocks_and_heads(tower: VisionTower)
 
 def test_scores_are_not_renormalised_without_cls(tower: VisionTower) -> None:
     with torch.no_grad():
-        _, scores = tower(torch.randn(2, 3, 32, 32), with_scores=True)
+        scores = tower(torch.randn(2, 3, 32, 32), with_scores=True).scores
     assert (scores.sum(-1) < 1).all() and (scores > 0).all()
 
 

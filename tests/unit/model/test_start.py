@@ -8,15 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from amclip_ds.errors import UserError
-from amclip_ds.loss import LossConfig
 from amclip_ds.model import foreign, start
 from amclip_ds.model.amclip import AClip, ModelConfig
-from amclip_ds.model.heads import HeadsConfig
-from amclip_ds.model.init import init_tensor, initialise
+from amclip_ds.model.init import Start, init_tensor, initialise
 from amclip_ds.model.text import TextConfig
 from amclip_ds.model.vision import VisionConfig
-
-TOWERS = LossConfig(o2o_weight=0, o2e_weight=0)
 
 
 def config(name: str = "vit_tiny_patch16_224", **more) -> ModelConfig:
@@ -28,8 +24,8 @@ def config(name: str = "vit_tiny_patch16_224", **more) -> ModelConfig:
 
 
 def state_of(model: ModelConfig, seed: int = 5) -> dict[str, torch.Tensor]:
-    module = AClip(model, HeadsConfig(), TOWERS)
-    initialise(module, seed, model)
+    module = AClip(model)
+    initialise(module, Start(seed, model))
     return dict(module.state_dict())
 
 
@@ -52,7 +48,7 @@ def test_there_and_back(fmt: str, tmp_path: Path) -> None:
     assert set(source.names()) == set(state) and source.unused_keys() == []
     loaded = ModelConfig(model.vision, model.text, model.embed_dim, init_from=str(tmp_path / "weights.safetensors"))
     for name, tensor in state.items():
-        assert torch.equal(init_tensor(name, tensor.shape, 0, loaded), tensor), name
+        assert torch.equal(init_tensor(name, tensor.shape, Start(0, loaded)), tensor), name
 
 
 def test_one_wrong_rule_would_be_seen(tmp_path: Path) -> None:

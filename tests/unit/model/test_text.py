@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers.models.clip import CLIPTextConfig, CLIPTextModel
 
-from amclip_ds.model.init import initialise
+from amclip_ds.model.init import Start, initialise
 from amclip_ds.model.text import TextConfig, TextTower
 from tests.unit.model import tiny
 from tests.unit.tensor_memory import TensorMemory
@@ -111,7 +111,7 @@ def test_meta_construction_needs_no_buffer() -> None:
     tower.embeddings.position_ids.fill_(10**6)
     holder = torch.nn.Module()
     holder.text = tower
-    initialise(holder, 0, tiny.model_config())
+    initialise(holder, Start(0, tiny.model_config()))
     assert tower(texts()).isfinite().all()
 
 

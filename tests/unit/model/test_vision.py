@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from amclip_ds.model.config import num_kept, patch_grid
-from amclip_ds.model.init import initialise
-from amclip_ds.model.masking import MaskConfig
+from amclip_ds.masks import MaskConfig
+from amclip_ds.masks.units import num_kept
+from amclip_ds.model.config import patch_grid
+from amclip_ds.model.init import Start, initialise
 from amclip_ds.model.vision import VisionConfig, VisionTower, build_vit
 from tests.unit.model import tiny
 from tests.unit.tensor_memory import TensorMemory
@@ -24,10 +25,10 @@ def test_equals_timm(name: str) -> None:
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         expected = vit.forward_features(images)[:, 0]
-        torch.testing.assert_close(tower(images), expected)
+        torch.testing.assert_close(tower(images).cls, expected)
         tower.pos_embed[0, 2, ::2] += 0.1
         with pytest.raises(AssertionError):
-            torch.testing.assert_close(tower(images), expected)
+            torch.testing.assert_close(tower(images).cls, expected)
 
 
 def test_removed_tokens_do_not_exist_and_order_does_not_matter() -> None:
@@ -38,10 +39,10 @@ def test_removed_tokens_do_not_exist_and_order_does_not_matter() -> None:
     changed[0, :, 0:8, 8:16] += 5  # patch 1: removed in the first sample
     shuffled = keep[:, [2, 0, 3, 1]]
     with torch.no_grad():
-        cls = tower(images, keep)
-        torch.testing.assert_close(tower(changed, keep), cls, atol=0, rtol=0)
-        torch.testing.assert_close(tower(images, shuffled), cls)
-        assert not torch.allclose(tower(changed), tower(images))
+        cls = tower(images, keep_indices=keep).cls
+        torch.testing.assert_close(tower(changed, keep_indices=keep).cls, cls, atol=0, rtol=0)
+        torch.testing.assert_close(tower(images, keep_indices=shuffled).cls, cls)
+        assert not torch.allclose(tower(changed).cls, tower(images).cls)
 
 
 def test_tokens_that_reach_the_blocks() -> None:
@@ -52,7 +53,7 @@ def test_tokens_that_reach_the_blocks() -> None:
     images = torch.randn(1, 3, 224, 224)
     kept = num_kept(MaskConfig(keep_ratio=0.5), tower.grid)
     with torch.no_grad():
-        tower(images, torch.arange(kept)[None])
+        tower(images, keep_indices=torch.arange(kept)[None])
         tower(images)
     assert lengths == [101, 197]
 
@@ -62,7 +63,7 @@ def test_frozen_patch_embedding_changes_no_other_gradient() -> None:
     gradients = []
     for frozen in (True, False):
         tower = tower_of(freeze_patch_embed=frozen)
-        tower(images, keep).square().sum().backward()
+        tower(images, keep_indices=keep).cls.square().sum().backward()
         gradients.append({name: parameter.grad for name, parameter in tower.named_parameters()})
     frozen_gradients, free_gradients = gradients
     for name, gradient in frozen_gradients.items():
@@ -79,7 +80,7 @@ def test_recomputed_blocks_give_the_same_gradients_in_less_memory(every: int) ->
     for checkpoint_every in (0, every):
         tower = tower_of(checkpoint_every=checkpoint_every)
         with TensorMemory() as memory:
-            tower(images).square().sum().backward()
+            tower(images).cls.square().sum().backward()
         gradients.append([p.grad for p in tower.parameters() if p.requires_grad])
         peaks.append(memory.peak_bytes)
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
@@ -89,17 +90,19 @@ def test_recomputed_blocks_give_the_same_gradients_in_less_memory(every: int) ->
 def test_another_image_size_interpolates_positions() -> None:
     tower = tower_of()
     with torch.no_grad():
-        cls, scores = tower(torch.randn(2, 3, 16, 16), with_scores=True)
+        output = tower(torch.randn(2, 3, 16, 16), with_scores=True)
+        cls, scores = output.cls, output.scores
         assert cls.shape == (2, 32) and scores.shape == (2, 4)
         flat = tower.pos_embed[:, 1:].mean(dim=1, keepdim=True).expand(-1, 16, -1)
         tower.pos_embed[:, 1:] = flat  # a constant stays itself under interpolation
-        small, constant = tower._embed(torch.zeros(1, 3, 16, 16), None), tower._embed(torch.zeros(1, 3, 32, 32), None)
+        small, constant = (tower._embed(torch.zeros(1, 3, side, side), None, None)[0] for side in (16, 32))
     torch.testing.assert_close(small[:, 1:], constant[:, 1:5])
 
 
 def test_runs_with_bf16_parameters() -> None:
     tower = tower_of().bfloat16()
-    cls, scores = tower(torch.randn(2, 3, 32, 32), with_scores=True)
+    output = tower(torch.randn(2, 3, 32, 32), with_scores=True)
+    cls, scores = output.cls, output.scores
     assert cls.dtype == torch.bfloat16 and scores.dtype == torch.float32
     cls.float().sum().backward()
 
@@ -141,10 +144,10 @@ def test_sizes_by_name(name: str, heads: int) -> None:
 def test_meta_construction_then_initialisation_equals_direct_construction() -> None:
     direct = tiny.student()
     with torch.device("meta"):
-        later = tiny.AClip(tiny.model_config(), tiny.HeadsConfig(hidden_dim=24, output_dim=12), tiny.LossConfig())
+        later = tiny.AClip(tiny.model_config())
     later.to_empty(device="cpu")
-    initialise(later, 0, tiny.model_config())
-    for name, tensor in direct.state_dict().items():
-        assert torch.equal(tensor, later.state_dict()[name]), name
+    initialise(later, Start(0, tiny.model_config()))
+    for name, tensor in later.state_dict().items():
+        assert torch.equal(tensor, direct.state_dict()[name]), name
     images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(direct.vision(images), later.vision(images))
+    assert torch.equal(direct.vision(images).cls, later.vision(images).cls)

@@ -1,12 +1,14 @@
 """Small models for the tests of this room."""
 
-from amclip_ds.loss import LossConfig
-from amclip_ds.model.amclip import AClip, ModelConfig
-from amclip_ds.model.heads import HeadsConfig
+import torch
+from torch import Tensor
+
+from amclip_ds.model.amclip import AClip
+from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig, TextConfig, VisionConfig
+from amclip_ds.model.features import StudentInputs, Targets, ViewGroup
 from amclip_ds.model.init import initialise
 from amclip_ds.model.teacher_model import TeacherModel
-from amclip_ds.model.text import TextConfig
-from amclip_ds.model.vision import VisionConfig
+from amclip_ds.objectives import builder, chosen, start_of
 
 EOS = 99
 
@@ -28,14 +30,27 @@ def model_config(**vision: object) -> ModelConfig:
 def student(
     model: ModelConfig | None = None, loss: LossConfig | None = None, seed: int = 0, norm: str = "batch"
 ) -> AClip:
-    model, loss = model or model_config(), loss or LossConfig()
-    built = AClip(model, HeadsConfig(norm=norm, hidden_dim=24, output_dim=12), loss)
-    initialise(built, seed, model, loss.kind)
+    model = model or model_config()
+    objectives = chosen(loss or LossConfig(), HeadsConfig(norm=norm, hidden_dim=24, output_dim=12))
+    built = AClip(model, builder(objectives))
+    initialise(built, start_of(seed, model, objectives))
     return built
 
 
 def teacher(model: ModelConfig | None = None, loss: LossConfig | None = None, seed: int = 0) -> TeacherModel:
     model = model or model_config()
-    built = TeacherModel(model, HeadsConfig(hidden_dim=24, output_dim=12), loss or LossConfig())
-    initialise(built, seed, model)
+    objectives = chosen(loss or LossConfig(), HeadsConfig(hidden_dim=24, output_dim=12))
+    built = TeacherModel(model, builder(objectives))
+    initialise(built, start_of(seed, model, objectives))
     return built
+
+
+def inputs(images: Tensor, token_ids: Tensor, keep_indices: Tensor | None = None, views: int = 2) -> StudentInputs:
+    """images [V * B, 3, H, W] view-major, of one group; keep_indices [V * B, K] that stay."""
+    group = ViewGroup(tuple(range(views)), images.unflatten(0, (views, -1)), None, keep_indices)
+    return StudentInputs((group,), token_ids)
+
+
+def targets(batch: int) -> Targets:
+    """What a teacher of this size gives."""
+    return {"byol": (torch.randn(batch, 12, generator=torch.Generator().manual_seed(5)),)}

@@ -11,24 +11,24 @@ import pytest
 import torch
 
 from amclip_ds.errors import RunStopped
-from amclip_ds.loss.outputs import Outputs
+from amclip_ds.model.features import Losses
 from amclip_ds.resilience.guards import Guards, GuardsConfig, RewindAsked
 
 IDS = torch.tensor([5, 6, 7])
 
 
-def outputs(bad_rows: tuple[int, ...] = ()) -> Outputs:
-    images, texts = torch.ones(2, 3, 4), torch.ones(3, 4)
+def losses_of(loss: float, bad_rows: tuple[int, ...] = ()) -> Losses:
+    cls, eot = torch.ones(2, 3, 4), torch.ones(3, 4)
     for row in bad_rows:
-        images[1, row, 2] = math.inf
-    return Outputs(images, texts, None, None, torch.ones(1), None)
+        cls[1, row, 2] = math.inf
+    return Losses(torch.tensor(loss), {}, cls, eot, torch.ones(1))
 
 
 def feed(guards: Guards, losses: list[float], first_step: int = 1) -> list[bool]:
     """Steps whose gradients are sound; returns which were applied."""
     applied = []
     for step, loss in enumerate(losses, start=first_step):
-        applied.append(guards.admit(torch.tensor(loss), outputs()))
+        applied.append(guards.admit(losses_of(loss)))
         guards.account(step, applied[-1], IDS)
     return applied
 
@@ -45,16 +45,16 @@ def test_a_loss_that_is_not_finite_is_refused_and_its_samples_named() -> None:
     told: list[Any] = []
     guards = guards_with(told, max_skipped=2)
     for loss, bad in ((math.nan, (0, 2)), (1.0, (1,))):  # a finite loss over a bad sample is refused as well
-        assert guards.admit(torch.tensor(loss), outputs()) == math.isfinite(loss)
-        assert not guards.admit(torch.tensor(loss), outputs(bad)) and not guards.admitted
-    guards.admit(torch.tensor(math.nan), outputs((0, 2)))
+        assert guards.admit(losses_of(loss)) == math.isfinite(loss)
+        assert not guards.admit(losses_of(loss, bad)) and not guards.admitted
+    guards.admit(losses_of(math.nan, (0, 2)))
     guards.account(11, False, IDS)
     assert told == [("non_finite_loss", "step 11: non-finite loss, from rank 0",
                      {"key": "5,7", "action": "skipped on all ranks"})]  # fmt: skip
     assert feed(guards, [1.0]) == [True] and guards.skipped_in_a_row == 0 and guards.skipped == 1
-    guards.admit(torch.tensor(math.nan), outputs((1,)))
+    guards.admit(losses_of(math.nan, (1,)))
     guards.account(13, False, IDS)
-    guards.admit(torch.tensor(math.nan), outputs((1,)))
+    guards.admit(losses_of(math.nan, (1,)))
     with pytest.raises(RunStopped, match="2 steps in a row.*step 14.*rank 0: 6;") as caught:
         guards.account(14, False, IDS)
     assert caught.value.exit_code == 3 and guards.window == [1.0]
@@ -63,7 +63,7 @@ def test_a_loss_that_is_not_finite_is_refused_and_its_samples_named() -> None:
 def test_a_gradient_that_is_not_finite_counts_like_a_loss() -> None:
     told: list[Any] = []
     guards = guards_with(told, max_skipped=1)
-    assert guards.admit(torch.tensor(1.0), outputs())
+    assert guards.admit(losses_of(1.0))
     with pytest.raises(RunStopped, match="non-finite gradient"):
         guards.account(1, False, IDS)
     assert told[0][0] == "non_finite_gradient" and told[0][2]["key"] == "5,6,7"

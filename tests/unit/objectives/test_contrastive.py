@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amclip_ds.loss.comm import SingleProcess
-from amclip_ds.loss.contrastive import cross_entropy, info_nce, sigmoid
+from amclip_ds.comm import SingleProcess
+from amclip_ds.objectives.contrastive import cross_entropy, info_nce
+from amclip_ds.objectives.sigmoid import sigmoid
 from tests.unit.tensor_memory import TensorMemory
 from tests.unit.thread_ranks import ThreadComm, run_threads
 

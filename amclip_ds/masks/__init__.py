@@ -1,0 +1,89 @@
+"""Which patch tokens stay. A mask says how much each unit of tokens deserves to stay; the tower keeps the first K.
+
+A mask is one file here and its line in MASKS. Nothing here loads torch, since reading a configuration imports this
+package: a mask that needs torch's functions imports them inside its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from amclip_ds.masks import attentive, random
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NONE = "none"  # the strategy that keeps every token: no mask
+INPUTS = frozenset({"noise", "noise2", "scores", "patches", "pixels"})
+
+
+class MaskInputs(NamedTuple):
+    """What a mask may look at; a field is None unless its `needs` names it.
+
+    B = views x samples, rows view-major; N patches of a view, U units (blocks of unit x unit patches), D width.
+    """
+
+    grid: int
+    """patches along a side of a view: N = grid x grid"""
+    unit: int
+    """side of a unit in patches: U = (grid / unit) squared, row-major"""
+    num_views: int
+    """views among the rows"""
+    noise: "Tensor | None" = None
+    """[B, U] uniform in [0, 1), keyed by sample"""
+    noise2: "Tensor | None" = None
+    """[B, U] a second, independent draw"""
+    scores: "Tensor | None" = None
+    """[B, U] fp32: how much the teacher attends to each unit, seen from the view"""
+    patches: "Tensor | None" = None
+    """[B, N, D] patch embeddings with their positions, detached, in the dtype of the forward"""
+    pixels: "Tensor | None" = None
+    """[B, N, p * p * 3] fp32: the normalised pixels of each patch, row by row, the channel fastest"""
+    progress: "Tensor | None" = None
+    """0-d, on the device: how much of the run is done, 0 to 1"""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One way to choose tokens."""
+
+    priority: "Callable[[MaskInputs, Any], Tensor]"
+    """(inputs, options) -> [B, U], one number a unit, the larger stays; of equal ones the first unit"""
+    needs: frozenset[str] = frozenset()
+    """the fields of MaskInputs that it reads (grid, unit, num_views and progress are always there)"""
+    options: type | None = None
+    """a dataclass; its keys are mask.NAME.*"""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(self.needs - INPUTS):
+            raise ValueError(f"a mask cannot have {', '.join(unknown)}; there are {', '.join(sorted(INPUTS))}")
+
+
+MASKS: dict[str, Mask] = {
+    "random": Mask(random.priority, needs=frozenset({"noise"})),
+    "attentive": Mask(attentive.priority, needs=frozenset({"scores"})),
+    "attentive_inverse": Mask(attentive.inverse, needs=frozenset({"scores"})),
+}
+
+
+@dataclass
+class MaskConfig:
+    strategy: str = "attentive"
+    """none | random | attentive | attentive_inverse (removes what the teacher attends to: the paper's ablation)."""
+    keep_ratio: float = 0.5
+    """Fraction of the patch tokens kept, in (0, 1]. At 0.5 a 14 x 14 grid with unit 2 keeps 100 of 196 tokens."""
+    unit: int = 2
+    """Side of the block of tokens kept or removed together; must divide the patch grid."""
+
+    def __post_init__(self) -> None:
+        if self.strategy not in (NONE, *MASKS):
+            raise ValueError(f"mask.strategy: {self.strategy!r} is none of {', '.join((NONE, *MASKS))}")
+        if not 0.0 < self.keep_ratio <= 1.0:
+            raise ValueError(f"mask.keep_ratio: {self.keep_ratio} is outside (0, 1]")
+        if self.unit < 1:
+            raise ValueError(f"mask.unit: {self.unit} must be at least 1")
+
+
+def needs_of(config: MaskConfig) -> frozenset[str]:
+    """What the configured mask reads."""
+    return frozenset() if config.strategy == NONE else MASKS[config.strategy].needs

@@ -1,0 +1,103 @@
+"""From a mask's priorities to the tokens that stay, and the module that removes the others.
+
+Shapes: B rows (views x samples), N patches, K kept, U units (blocks of unit x unit patches), D width, p a patch's side.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from amclip_ds.errors import UserError
+from amclip_ds.masks import MASKS, NONE, MaskConfig, MaskInputs
+from amclip_ds.masks.units import num_kept_units, num_units
+
+
+class Selection(NamedTuple):
+    """How the tokens of some views are chosen, as far as it is known before the tower has seen them.
+
+    A tuple, so that ZeRO-3 finds its tensors.
+    """
+
+    config: MaskConfig
+    inputs: MaskInputs
+    """without patches and pixels, which the tower adds"""
+
+    def part(self, samples: slice) -> "Selection":
+        """The selection of some samples, all their views."""
+        by_row = {name: value for name, value in self.inputs._asdict().items()
+                  if isinstance(value, Tensor) and value.dim()}  # fmt: skip
+        views = (self.inputs.num_views, -1)
+        rows: dict[str, Any] = {
+            name: value.unflatten(0, views)[:, samples].flatten(0, 1) for name, value in by_row.items()
+        }
+        return self._replace(inputs=self.inputs._replace(**rows))
+
+    @torch.no_grad()
+    def keep_indices(self, patches_BND: Tensor, images: Tensor) -> Tensor | None:
+        """The tokens that stay, [B, K]; None: all. images: [B, 3, H, W] as the tower sees them."""
+        if self.config.strategy == NONE:
+            return None
+        needs = MASKS[self.config.strategy].needs
+        given: dict[str, Any] = {}
+        if "patches" in needs:
+            given["patches"] = patches_BND.detach()
+        if "pixels" in needs:
+            given["pixels"] = pixels_of(images, self.inputs.grid)
+        return select(self.config, self.inputs._replace(**given))
+
+
+def select(config: MaskConfig, inputs: MaskInputs) -> Tensor | None:
+    """The tokens that stay, [B, K] ascending int64, K the same for every row; None where everything stays.
+
+    Equal priorities: the first unit wins, so that the choice is the same on every machine. Raises UserError for a mask
+    that gives something else than one number a unit.
+    """
+    if config.strategy == NONE:
+        return None
+    priority = MASKS[config.strategy].priority(inputs, getattr(config, config.strategy, None))
+    units = num_units(inputs.grid, config.unit)
+    check_priority(config.strategy, priority, units, inputs)
+    kept = num_kept_units(units, config.keep_ratio)
+    chosen = priority.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
+    return tokens_of_units(chosen, inputs.grid, config.unit).sort(dim=-1).values
+
+
+def check_priority(name: str, priority: Any, units: int, inputs: MaskInputs) -> None:
+    if not isinstance(priority, Tensor):
+        raise UserError(f"mask.strategy: {name} gave a {type(priority).__name__}, not a tensor")
+    given = next((value for value in inputs[3:8] if value is not None), None)
+    rows = priority.shape[0] if given is None else given.shape[0]
+    if priority.shape != (rows, units):
+        raise UserError(f"mask.strategy: {name} gave numbers of shape {list(priority.shape)}; one a unit is needed,"
+                        f" [{rows}, {units}]")  # fmt: skip
+
+
+def tokens_of_units(units: Tensor, grid: int, unit: int) -> Tensor:
+    """The tokens of the given units: [..., k] -> [..., k * unit^2], in no particular order."""
+    side = grid // unit
+    corner = (units // side) * unit * grid + (units % side) * unit
+    within = torch.arange(unit, device=units.device)
+    offsets = (within[:, None] * grid + within[None, :]).flatten()
+    return (corner[..., None] + offsets).flatten(-2)
+
+
+def pixels_of(images: Tensor, grid: int) -> Tensor:
+    """[B, 3, H, W] -> [B, N, p * p * 3] fp32: each patch's pixels row by row, the channel fastest."""
+    B, channels, height, _ = images.shape
+    patch = height // grid
+    cut = images.float().reshape(B, channels, grid, patch, grid, patch)
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(B, grid * grid, patch * patch * channels)
+
+
+def gather_tokens(x_BND: Tensor, keep_indices_BK: Tensor) -> Tensor:
+    """x_BND at keep_indices_BK: [B, K, D]."""
+    return x_BND.gather(1, keep_indices_BK[..., None].expand(-1, -1, x_BND.shape[-1]))
+
+
+class TokenMask(nn.Module):
+    """Removes patch tokens between patch embedding and blocks; removed tokens vanish, there is no mask token."""
+
+    def forward(self, x_BND: Tensor, keep_indices_BK: Tensor | None) -> Tensor:
+        """[B, N, D] -> [B, K, D]; without keep_indices everything stays."""
+        return x_BND if keep_indices_BK is None else gather_tokens(x_BND, keep_indices_BK)

@@ -1,0 +1,136 @@
+"""What the towers read and what leaves them, as tuples and dicts: in those ZeRO-3 finds the tensors it must hook.
+
+Shapes: V views, B samples, D vision width, W text width, E embedding, K kept tokens, T tokens of a text.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amclip_ds.masks.selection import Selection
+
+Terms = dict[str, Tensor]
+"""An objective's terms, each a scalar, unweighted; recorded as loss_NAME."""
+Targets = dict[str, tuple[Tensor, ...]]
+"""Objective -> what the teacher made for it; the first dimension of each tensor is samples."""
+
+
+class ViewGroup(NamedTuple):
+    """Views that the vision tower takes together, since they keep equally many tokens."""
+
+    views: tuple[int, ...]
+    """their places in data.views"""
+    images: Tensor
+    """[v, B, 3, H, W] normalised"""
+    selection: Selection | None
+    """how their tokens are chosen; its rows are view-major. None: every token stays, or keep_indices says"""
+    keep_indices: Tensor | None = None
+    """[v * B, K] tokens that were chosen before, which a second pass must repeat"""
+
+
+class StudentInputs(NamedTuple):
+    """What the student reads of some samples."""
+
+    groups: tuple[ViewGroup, ...]
+    token_ids: Tensor
+    """[B, T]"""
+
+    def part(self, samples: slice, kept: "tuple[Tensor | None, ...] | None" = None) -> "StudentInputs":
+        """The inputs of some samples, all their views. kept: the groups' keep_indices, to be repeated."""
+        groups = []
+        for index, group in enumerate(self.groups):
+            selection = group.selection
+            if kept is not None:
+                selection = None
+            elif selection is not None:
+                selection = selection.part(samples)
+            groups.append(ViewGroup(group.views, group.images[:, samples], selection, kept[index] if kept else None))
+        return StudentInputs(tuple(groups), self.token_ids[samples])
+
+
+class Features(NamedTuple):
+    """What an objective reads; a field is None unless its `features` names it, and views are the objective's."""
+
+    cls: Tensor | None = None
+    """[V, B, D] the class token after the last norm"""
+    eot: Tensor | None = None
+    """[B, W] the text at its end token"""
+    image_embeds: Tensor | None = None
+    """[V, B, E] fp32 rows of unit length"""
+    text_embeds: Tensor | None = None
+    """[B, E] likewise"""
+    patches: tuple[Tensor, ...] | None = None
+    """by view [B, K, D]: the kept patch tokens after the last norm (per_sample alone)"""
+    keep_indices: tuple[Tensor | None, ...] | None = None
+    """with patches, by view: which those are, [B, K]; None: all"""
+    tokens: Tensor | None = None
+    """[B, T, W] the text's tokens after the last norm (per_sample alone)"""
+    token_ids: Tensor | None = None
+    """with tokens: [B, T]"""
+    logit_scale: Tensor | None = None
+    """(1,) fp32, exp'ed; with the embeddings"""
+    logit_bias: Tensor | None = None
+    """(1,) fp32"""
+
+
+class Seen(NamedTuple):
+    """What the teacher saw of its crop; a field is None unless something of the run wants it. N patches of the crop."""
+
+    cls: Tensor | None
+    """[B, D]"""
+    patches: Tensor | None = None
+    """[B, N, D] after the last norm"""
+    scores: Tensor | None = None
+    """[B, N] fp32: how much the class token attends to each patch, the mean over blocks and heads"""
+
+
+class Encoded(NamedTuple):
+    """What leaves the towers for some samples."""
+
+    cls: Tensor
+    """[V, B, D]"""
+    eot: Tensor
+    """[B, W]"""
+    kept: tuple[Tensor | None, ...]
+    """by group of views: keep_indices [v * B, K]; None: every token stayed"""
+    terms: Terms
+    """per-sample terms, each the mean over these samples"""
+    weighted: Tensor | None
+    """their weighted sum; None where no objective has any"""
+
+
+class Losses(NamedTuple):
+    """The loss of this rank's batch; only `total` has a gradient."""
+
+    total: Tensor
+    terms: Terms
+    """every term, unweighted"""
+    cls: Tensor
+    """[V, B, D]: what the guards look through for samples that are not finite"""
+    eot: Tensor
+    """[B, W]"""
+    logit_scale: Tensor
+    """(1,) fp32, exp'ed"""
+
+
+def pieces_of(targets: Targets, samples: slice) -> Targets:
+    """The targets of some samples."""
+    return {name: tuple(tensor[samples] for tensor in held) for name, held in targets.items()}
+
+
+def joined(pieces: list[Encoded]) -> tuple[Tensor, Tensor]:
+    """(cls [V, B, D], eot [B, W]) of pieces of consecutive samples."""
+    return torch.cat([piece.cls for piece in pieces], dim=1), torch.cat([piece.eot for piece in pieces])
+
+
+def averaged(pieces: list[Encoded], sizes: list[int]) -> tuple[Terms, Tensor | None]:
+    """The pieces' terms and their weighted sum, as means over all samples, without gradient."""
+    shares = [size / sum(sizes) for size in sizes]
+    names: Mapping[str, Any] = pieces[0].terms
+    terms = {name: sum(share * piece.terms[name].detach() for share, piece in zip(shares, pieces)) for name in names}
+    if pieces[0].weighted is None:
+        return {}, None
+    weighted = [share * piece.weighted.detach() for share, piece in zip(shares, pieces) if piece.weighted is not None]
+    return terms, torch.stack(weighted).sum()  # type: ignore[return-value]

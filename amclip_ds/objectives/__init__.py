@@ -1,0 +1,63 @@
+"""The objectives: parts of the loss, each one file here and its line in OBJECTIVES; and which of them a run builds."""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from amclip_ds.model.amclip import Sizes
+from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig
+from amclip_ds.model.init import LOGIT_SCALE, Start
+from amclip_ds.objectives import byol, contrastive, simclr
+from amclip_ds.objectives.base import Objective
+from amclip_ds.objectives.byol import BYOL
+from amclip_ds.objectives.contrastive import Contrastive
+from amclip_ds.objectives.sigmoid import Sigmoid
+from amclip_ds.objectives.simclr import SimCLR
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "contrastive": Contrastive,
+    "sigmoid": Sigmoid,
+    "simclr": SimCLR,
+    "byol": BYOL,
+}  # in the order in which their terms are summed
+RECORDED = ("contrastive", "o2o", "o2e")  # terms of which every run has a number, 0 where the objective is not built
+
+Chosen = Mapping[str, Any]
+"""The objectives that a run builds: name -> options, in the order of OBJECTIVES."""
+
+
+def chosen(loss: LossConfig, heads: HeadsConfig, pairs_views: bool = True) -> Chosen:
+    """The objectives that have a weight. pairs_views: simclr.Options."""
+    image_text = "sigmoid" if loss.kind == "sigmoid" else "contrastive"
+    options = {
+        image_text: contrastive.Options(loss.contrastive_weight, loss.chunk),
+        "simclr": simclr.Options(loss.o2o_weight, loss.o2o_temperature, loss.chunk, pairs_views, heads),
+        "byol": byol.Options(loss.o2e_weight, heads),
+    }
+    return {name: options[name] for name in OBJECTIVES if name in options and options[name].weight > 0}
+
+
+def build(objectives: Chosen, sizes: Sizes) -> dict[str, Objective]:
+    """The objectives as modules, in the order of OBJECTIVES."""
+    return {name: OBJECTIVES[name](options, sizes) for name, options in objectives.items()}
+
+
+def builder(objectives: Chosen) -> Callable[[Sizes], dict[str, Objective]]:
+    """What AClip and TeacherModel take: they know the sizes."""
+    return partial(build, objectives)
+
+
+def wants_of(objectives: Chosen) -> frozenset[str]:
+    """What of the teacher their `observe` reads."""
+    return frozenset().union(*(OBJECTIVES[name].targets for name in objectives))
+
+
+def start_of(seed: int, model: ModelConfig, objectives: Chosen) -> Start:
+    """How the first weights of a run are made."""
+    rules, scale = [], LOGIT_SCALE
+    for name in objectives:
+        kind = OBJECTIVES[name]
+        rules += [(rf"objectives\.{re.escape(name)}\.(?:{pattern})", rule) for pattern, rule in kind.init.items()]
+        scale = kind.logit_scale if kind.logit_scale is not None else scale
+    return Start(seed, model, scale, tuple(rules))

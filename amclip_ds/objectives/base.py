@@ -1,0 +1,78 @@
+"""What an objective is: what it reads, which heads it has, what the teacher makes for it, and its terms of the loss."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from amclip_ds.comm import Comm
+from amclip_ds.model.amclip import Sizes
+from amclip_ds.model.features import Features, Seen, Terms
+from amclip_ds.model.init import Rule
+
+FEATURES = frozenset({"cls", "eot", "image_embeds", "text_embeds", "logit_bias", "patches", "tokens"})
+TARGETS = frozenset({"cls", "patches", "scores"})
+
+
+@dataclass
+class Weighted:
+    """The options that every objective has."""
+
+    weight: float = 0.0
+    """Weight of its terms in the loss; 0: it is not built."""
+
+
+class Objective(nn.Module):
+    """One part of the loss. It lives in AClip.objectives, and its heads are its submodules: sharding, first weights,
+    the average and checkpoints see them.
+
+    A subclass says what it reads by the class variables below, and returns terms: name -> scalar, unweighted, recorded
+    as loss_NAME.
+    """
+
+    Options: ClassVar[type] = Weighted
+    """a dataclass with a `weight`; its keys are loss.NAME.*"""
+    features: ClassVar[frozenset[str]] = frozenset()
+    """of FEATURES; patches and tokens are seen by per_sample alone, embeddings by forward alone"""
+    targets: ClassVar[frozenset[str]] = frozenset()
+    """of TARGETS: what `observe` reads of the teacher"""
+    views: ClassVar[tuple[int, ...] | None] = None
+    """the places in data.views that it reads; None: all"""
+    averaged: ClassVar[tuple[str, ...]] = ()
+    """the submodules of which the teacher keeps an average"""
+    init: ClassVar[dict[str, Rule]] = {}
+    """pattern of a parameter's or buffer's name in here -> its first value; what __init__ fills is overwritten"""
+    logit_scale: ClassVar[float | None] = None
+    """where the model's logit_scale starts, if this objective has a say"""
+
+    def __init__(self, options: Any, sizes: Sizes) -> None:
+        super().__init__()
+        self.options = options
+
+    @property
+    def chosen_views(self) -> tuple[int, ...] | None:
+        """The views that it reads: those of its options, else of its class."""
+        chosen = getattr(self.options, "views", None)
+        return tuple(chosen) if chosen else self.views
+
+    def weight_of(self, term: str) -> float:
+        """The weight of one of its terms."""
+        return self.options.weight
+
+    def observe(self, copies: nn.ModuleDict, seen: Seen, comm: Comm) -> tuple[Tensor, ...]:
+        """Its targets, samples first, of what the teacher saw; no gradient. copies: averages of `averaged`, by name.
+
+        Runs where the teacher is: nothing of this module's own may be read. Collective: every rank must call.
+        """
+        return ()
+
+    def per_sample(self, features: Features, targets: tuple[Tensor, ...]) -> Terms:
+        """Terms that are means over samples, of some of them: called once a piece of the batch, without collectives."""
+        return {}
+
+    def forward(self, features: Features, targets: tuple[Tensor, ...], comm: Comm) -> Terms:
+        """Terms of this rank's whole batch. Collective: every rank must call."""
+        return {}
+
+    def commit(self, comm: Comm) -> None:
+        """After each applied step: moves state (buffers) such as centres, alike on every rank. Collective."""

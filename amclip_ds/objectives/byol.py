@@ -1,0 +1,53 @@
+"""Online-to-EMA: BYOL's cosine between the views' predictions and the teacher's projection of its own crop.
+
+Shapes: V views, B samples of this rank, P output of the heads.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amclip_ds.comm import Comm
+from amclip_ds.model.amclip import Sizes
+from amclip_ds.model.config import HeadsConfig
+from amclip_ds.model.features import Features, Seen, Terms
+from amclip_ds.model.heads import MLPHead
+from amclip_ds.objectives.base import Objective, Weighted
+
+
+@dataclass
+class Options(Weighted):
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+
+
+class BYOL(Objective):
+    """Each view's class token, projected and predicted, against the averaged projector's view of the teacher's crop."""
+
+    Options = Options
+    features = frozenset({"cls"})
+    targets = frozenset({"cls"})
+    averaged = ("projector",)
+
+    def __init__(self, options: Any, sizes: Sizes) -> None:
+        super().__init__(options, sizes)
+        heads = options.heads
+        self.projector = MLPHead([sizes.vision_width, heads.hidden_dim, heads.output_dim], heads, bias=False)
+        self.predictor = MLPHead([heads.output_dim, heads.hidden_dim, heads.output_dim], heads, bias=False)
+
+    def observe(self, copies: nn.ModuleDict, seen: Seen, comm: Comm) -> tuple[Tensor, ...]:
+        return (copies["projector"](seen.cls, comm.all_reduce_sum),)
+
+    def forward(self, features: Features, targets: tuple[Tensor, ...], comm: Comm) -> Terms:
+        assert features.cls is not None
+        projected = self.projector(features.cls.flatten(0, 1), comm.all_reduce_sum)
+        predicted = self.predictor(projected, comm.all_reduce_sum).unflatten(0, features.cls.shape[:2])
+        return {"o2e": online_to_ema(predicted, targets[0])}
+
+
+def online_to_ema(predictions_VBP: Tensor, target_BP: Tensor) -> Tensor:
+    """Mean over the V * B rows of 2 - 2 cos(prediction, target); the target is each view's, and gets no gradient."""
+    predictions = F.normalize(predictions_VBP.float(), dim=-1)
+    target = F.normalize(target_BP.detach().float(), dim=-1)
+    return (2 - 2 * (predictions * target).sum(-1)).mean()

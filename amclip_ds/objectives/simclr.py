@@ -1,0 +1,72 @@
+"""Online-to-online: SimCLR's NT-Xent between two views.
+
+Shapes: V views, B samples of this rank, W ranks, P output of the head.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amclip_ds.comm import Comm
+from amclip_ds.model.amclip import Sizes
+from amclip_ds.model.config import HeadsConfig
+from amclip_ds.model.features import Features, Terms
+from amclip_ds.model.heads import MLPHead
+from amclip_ds.objectives.base import Objective, Weighted
+from amclip_ds.objectives.contrastive import cross_entropy
+
+
+@dataclass
+class Options(Weighted):
+    temperature: float = 0.1
+    """Of the softmax over candidates."""
+    chunk: int = 0
+    """Rows of logits held at a time, forward and backward; 0: all."""
+    pairs_views: bool = True
+    """False: each view with itself, as A-CLIP's published code."""
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+
+
+class SimCLR(Objective):
+    """NT-Xent between the two views, through a head on the class token."""
+
+    Options = Options
+    features = frozenset({"cls"})
+
+    def __init__(self, options: Any, sizes: Sizes) -> None:
+        super().__init__(options, sizes)
+        heads = options.heads
+        widths = [sizes.vision_width, heads.hidden_dim, heads.hidden_dim, heads.output_dim]
+        self.head = MLPHead(widths, heads, bias=True)
+
+    def forward(self, features: Features, targets: tuple[Tensor, ...], comm: Comm) -> Terms:
+        assert features.cls is not None
+        projected = self.head(features.cls.flatten(0, 1), comm.all_reduce_sum).unflatten(0, features.cls.shape[:2])
+        options = self.options
+        return {"o2o": online_to_online(projected, options.temperature, comm, options.pairs_views, options.chunk)}
+
+
+def online_to_online(
+    features_VBP: Tensor, temperature: float, comm: Comm, pairs_views: bool = True, chunk: int = 0
+) -> Tensor:
+    """NT-Xent between two views: 2 W B - 1 candidates a row, both directions averaged.
+
+    pairs_views False pairs view 1 with itself, as A-CLIP's published code does: view 2 then gets no gradient.
+    Collective: every rank must call.
+    """
+    if features_VBP.shape[0] != 2:
+        raise ValueError(f"loss.o2o_weight: this loss needs 2 views, not {features_VBP.shape[0]}")
+    B = features_VBP.shape[1]
+    features = F.normalize(features_VBP.float(), dim=-1)
+    gathered = comm.all_gather(features.transpose(0, 1).contiguous()).transpose(0, 1)  # [2, W * B, P]
+    partner = 1 if pairs_views else 0
+    labels = comm.rank * B + torch.arange(B, device=features.device)
+    total = features.new_zeros(())
+    for own, other in ((0, partner), (partner, 0)):
+        candidates = torch.cat([gathered[other], gathered[own]])
+        itself = gathered.shape[1] + labels
+        total = total + cross_entropy(features[own], candidates, labels, 1 / temperature, itself, chunk)
+    return total / 2
