@@ -124,7 +124,7 @@ def _after_zeros(file: BinaryIO, offset: int, size: int) -> int:
     while offset + BLOCK <= size:
         file.seek(offset)
         chunk = file.read(ZEROS)
-        if chunk.count(0) != len(chunk) or len(chunk) < BLOCK:
+        if chunk != bytes(len(chunk)) or len(chunk) < BLOCK:
             return offset + (len(chunk) - len(chunk.lstrip(b"\0"))) // BLOCK * BLOCK
         offset += len(chunk) // BLOCK * BLOCK
     return offset
