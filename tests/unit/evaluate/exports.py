@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from amclip_ds import config as settings
-from amclip_ds.evaluate.source import TOWERS_ALONE
 from amclip_ds.export.command import WRITERS
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.init import initialise
@@ -17,7 +16,7 @@ FORMATS = ("open_clip", "hf", "timm", "onnx")
 def tiny_model(recipe: str = "aclip-tiny", seed: int = 3) -> tuple[AClip, settings.TrainConfig]:
     """A randomly initialised model of a recipe, and the settings."""
     config = settings.load(recipe)
-    module = AClip(config.model, config.heads, TOWERS_ALONE)
+    module = AClip(config.model)
     initialise(module, seed, config.model)
     with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a wrong place
         generator = torch.Generator().manual_seed(seed)
