@@ -1,7 +1,5 @@
 """Reads the headers of a tar without its contents, and goes on behind a damaged header instead of stopping silently."""
 
-import errno
-import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,11 +121,6 @@ def scan(file: BinaryIO, size: int) -> Iterator[Member | Link | Damage]:
 
 def _after_zeros(file: BinaryIO, offset: int, size: int) -> int:
     """Where the first block lies that holds anything; a hole of gigabytes is passed in megabytes."""
-    try:
-        offset = max(offset, os.lseek(file.fileno(), offset, os.SEEK_DATA) // BLOCK * BLOCK)
-    except OSError as error:  # a file in memory, or of a system that knows no holes
-        if error.errno == errno.ENXIO:
-            return size // BLOCK * BLOCK
     while offset + BLOCK <= size:
         file.seek(offset)
         chunk = file.read(ZEROS)

@@ -17,7 +17,7 @@ def tiny_model(recipe: str = "aclip-tiny", seed: int = 3) -> tuple[AClip, settin
     """A randomly initialised model of a recipe, and the settings."""
     config = settings.load(recipe)
     module = AClip(config.model)
-    initialise(module, seed, config.model)
+    initialise(module, seed)
     with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a wrong place
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in module.named_parameters():
