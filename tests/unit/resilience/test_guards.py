@@ -12,7 +12,7 @@ import torch
 
 from amclip_ds.errors import RunStopped
 from amclip_ds.model.features import Losses
-from amclip_ds.resilience.guards import Guards, GuardsConfig, RewindAsked
+from amclip_ds.resilience.guards import Guards, GuardsConfig, RewindAsked, bad_rows
 
 IDS = torch.tensor([5, 6, 7])
 
@@ -22,6 +22,12 @@ def losses_of(loss: float, bad_rows: tuple[int, ...] = ()) -> Losses:
     for row in bad_rows:
         cls[1, row, 2] = math.inf
     return Losses(torch.tensor(loss), {}, cls, eot, torch.ones(1))
+
+
+def test_a_text_that_is_not_finite_is_found_as_an_image_is() -> None:
+    found = losses_of(math.nan)
+    found.eot[2, 1] = math.nan
+    assert bad_rows(found) == [2] and bad_rows(losses_of(1.0)) == []
 
 
 def feed(guards: Guards, losses: list[float], first_step: int = 1) -> list[bool]:
