@@ -6,6 +6,7 @@ Every mistake is a UserError of one line that names the key and, where it is mis
 """
 
 import difflib
+from collections import ChainMap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,35 +197,34 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfi
     Of run.steps and run.epochs the one that is given last holds: on the command line, else in the outermost yaml.
     """
     known = keys_and_types()
-    values: configfile.Values = {}
+    layers: list[configfile.Values] = []
     sources: dict[str, str] = {}
     for source, layer in _layers(recipe):
         found = configfile.read_layer(layer, known, source)
-        _lay_over(values, found, f" (in {source})")
+        layers.append(_one_length(found, f" (in {source})"))
         sources |= dict.fromkeys(found, source)
     given = configfile.read_overrides(overrides, known)
-    _lay_over(values, given, "")
+    layers.append(_one_length(given, ""))
     for key in given:
         sources.pop(key, None)
-    for key in LIMITS.keys() & values.keys():
-        if values[key] is not None and values[key] > LIMITS[key]:
-            raise SettingsError(f"{key}: {values[key]} is above {LIMITS[key]}, more than any run has use for")
-    loaded = configfile.build(TrainConfig, values, sources)
+    for key, value in ChainMap(*reversed(layers)).items():
+        if key in LIMITS and value is not None and value > LIMITS[key]:
+            raise SettingsError(f"{key}: {value} is above {LIMITS[key]}, more than any run has use for")
+    loaded = configfile.merge(TrainConfig, layers, sources)
     if not loaded.run.out:
         loaded.run.out = f"runs/{Path(recipe).stem}"
+        plain_yaml.refuse_interpolation(loaded.run.out, "run.out")
     _check_together(loaded)
     return loaded
 
 
-def _lay_over(values: configfile.Values, layer: configfile.Values, where: str) -> None:
+def _one_length(layer: configfile.Values, where: str) -> configfile.Values:
     """A length that a layer gives replaces the one below it, whichever of the two keys that used."""
     lengths = {"run.steps", "run.epochs"}
     given = {key for key in lengths if layer.get(key) is not None}
     if given == lengths:
         raise SettingsError(f"run.steps and run.epochs: give one of them{where}")
-    if given:
-        values |= dict.fromkeys(lengths)
-    values |= layer
+    return dict.fromkeys(lengths) | layer if given else layer
 
 
 def dump(config: TrainConfig) -> str:

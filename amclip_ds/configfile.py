@@ -2,7 +2,8 @@
 
 Knows no key by name: which there are, and what fits, follows from the dataclass that it is given. Values are typed by
 the key's declaration, never guessed from their looks; nothing in a file is resolved or expanded, `$VAR` and `~` only in
-values typed on the command line. Every mistake is a SettingsError of one line that names the key.
+values typed on the command line. What was read and typed, OmegaConf merges and writes (docs/adr/0152). Every mistake is
+a SettingsError of one line that names the key.
 """
 
 import ast
@@ -17,7 +18,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import yaml
+from omegaconf import OmegaConf
 
 from amclip_ds import plain_yaml, synonyms
 from amclip_ds.errors import LocalSettingsError, SettingsError, UserError
@@ -42,30 +43,38 @@ def keys_and_types(kind: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def build(kind: type[Config], values: Values, sources: Mapping[str, str], prefix: str = "") -> Config:
-    """The dataclass with `values` in place of its defaults. sources: key -> where its value was written.
-
-    Raises SettingsError with what a section's own check says.
+def merge(kind: type[Config], layers: Sequence[Values], sources: Mapping[str, str]) -> Config:
+    """The dataclass with `layers`, each over the one before, in place of its defaults. sources: key -> where its value
+    was written. Raises SettingsError with what a section's own check says.
     """
-    arguments: dict[str, Any] = {}
-    hints = typing.get_type_hints(kind)
-    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
-        key = prefix + item.name
-        if dataclasses.is_dataclass(hints[item.name]):
-            arguments[item.name] = build(hints[item.name], values, sources, f"{key}.")
-        elif key in values:
-            arguments[item.name] = values[key]
+    for layer in layers:
+        plain_yaml.refuse_interpolation(layer, "settings")  # OmegaConf would resolve it
     try:
-        return kind(**arguments)
+        merged = OmegaConf.merge(OmegaConf.structured(kind), *[_nested(layer) for layer in layers])
+        return typing.cast(Config, OmegaConf.to_object(merged))
     except (ValueError, OverflowError) as error:
         text = " ".join(str(error).split())
         source = sources.get(text.split(":", 1)[0])
         raise SettingsError(text + (f" (in {source})" if source else "")) from None
 
 
+def _nested(values: Values) -> dict[str, Any]:
+    """`{"run.seed": 3}` -> `{"run": {"seed": 3}}`."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return tree
+
+
 def dump(config: Any) -> str:
     """The resolved settings as yaml, without secrets."""
-    return yaml.safe_dump(redact_all(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    plain = redact_all(dataclasses.asdict(config))
+    plain_yaml.refuse_interpolation(plain, "settings")  # the text could not be read again
+    return OmegaConf.to_yaml(plain)
 
 
 def explain(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

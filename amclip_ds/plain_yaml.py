@@ -1,7 +1,8 @@
 """Yaml as plain values: every yaml of ours is read here, whoever wrote it (configs, recipes, sweeps, checkpoints').
 
 Null, booleans, numbers, texts, lists and maps with texts for keys; nothing else. No tag makes another type, no `${...}`
-is ever resolved (OmegaConf would read the environment for `${oc.env:...}`), and what aliases unfold to is bounded.
+is ever resolved (OmegaConf, which merges what is read here, would read the environment for `${oc.env:...}`), and what
+aliases unfold to is bounded.
 """
 
 import re

@@ -1,11 +1,12 @@
 """Recipes, overrides, and what is said of each mistake."""
 
+from functools import reduce
 from pathlib import Path
 
 import pytest
 
-from amclip_ds import cli, config
-from amclip_ds.errors import UserError
+from amclip_ds import cli, config, configfile
+from amclip_ds.errors import SettingsError, UserError
 from amclip_ds.method import method_of
 
 METHODS = ("clip", "flip", "random2x", "aclip", "aclip-eff")
@@ -25,6 +26,31 @@ def test_every_recipe_loads_and_comes_back_from_its_dump(name: str, tmp_path: Pa
 def test_a_change_is_not_lost_in_the_dump(tmp_path: Path) -> None:
     """The twin: two settings that differ have dumps that differ."""
     assert config.dump(config.load("aclip-tiny")) != config.dump(config.load("aclip-tiny", ["optim.eps=2e-8"]))
+
+
+@pytest.mark.parametrize("text", ["1e5", "1", "1.0", "yes", "null", "0x1f", "1:30", "2024-01-01", "", "a: b #", "é"])
+def test_a_text_of_any_look_comes_back_from_its_dump(text: str, tmp_path: Path) -> None:
+    loaded = config.load("aclip-tiny", [f"data.train={text}"])
+    file = tmp_path / "dumped.yaml"
+    file.write_text(config.dump(loaded))
+    again = config.load(str(file))
+    assert again.data.train == text
+
+
+def test_every_key_is_merged_as_the_type_it_declares() -> None:
+    """What coerce() lets through, OmegaConf takes: a value of each key's type, over null where the key takes that."""
+    samples = {bool: True, int: 3, float: 0.25, str: "text"}
+    for key, hint in config.keys_and_types().items():
+        base = next(kind for kind in samples if kind.__name__ in str(hint))
+        value = [samples[base]] if "list[" in str(hint) else samples[base]
+        layers = [{key: None}] if "None" in str(hint) else []
+        try:
+            merged = configfile.merge(config.TrainConfig, [*layers, {key: value}], {})
+        except SettingsError as error:  # the section's own check
+            assert str(error).startswith(key.rpartition(".")[0]), error
+        else:
+            found = reduce(getattr, key.split("."), merged)
+            assert found == value and type(found) is type(value), key
 
 
 def test_what_the_methods_are() -> None:

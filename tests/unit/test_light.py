@@ -36,6 +36,15 @@ def test_settings_are_read_without_torch(action: str) -> None:
     assert told.startswith("heavy: []"), told
 
 
+def test_reading_settings_takes_little_cpu() -> None:
+    """OmegaConf included; a bare interpreter takes 0.02 s. The least of three: others share the machine."""
+    code = ACTIONS["config"] + "\n" + REPORT
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    seconds = [float(done.stdout.rsplit("cpu ", 1)[1].split()[0]) for done in runs]
+    print("CPU seconds of reading settings:", seconds)
+    assert min(seconds) < 0.4, seconds
+
+
 def test_the_torchvision_fix_waits_for_torchvision() -> None:
     """And a heavy import is seen."""
     code = "import amclip_ds\nimport torchvision.transforms\n" + REPORT

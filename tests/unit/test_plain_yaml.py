@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from amclip_ds import config as settings
-from amclip_ds import plain_yaml, sweep
+from amclip_ds import configfile, plain_yaml, sweep
 from amclip_ds.checkpoint import drift
 from amclip_ds.errors import UserError
 
@@ -90,6 +91,43 @@ def test_the_environment_reaches_no_setting(monkeypatch: pytest.MonkeyPatch, tmp
     file = tmp_path / "mine.yaml"
     file.write_text("recipe: aclip-tiny\nrun: {out: $PLACE/run}\n")
     assert settings.load(str(file)).run.out == "$PLACE/run"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["${oc.env:SECRET}", "a${oc.env:SECRET}b", "\\${oc.env:SECRET}", "$${oc.env:SECRET}", "${run.seed}", "${", "???"],
+)
+def test_omegaconf_sees_no_variable(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fill in what reached it; whichever key takes a text or a list refuses one, and so do merge and dump."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    filled_in = OmegaConf.to_object(OmegaConf.create({"key": "${oc.env:SECRET}"}))
+    assert filled_in == {"key": "hunter2"}
+    words = []
+    for key, hint in settings.keys_and_types().items():
+        words += [f"{key}={text}"] if "str" in str(hint) else []
+        words += [f"{key}=[{text}]", f"{key}=['{text}']"] if "list" in str(hint) else []
+    assert len(words) > 30
+    for word in words:
+        with pytest.raises(UserError) as caught:
+            settings.load("aclip-tiny", ["run.steps=1", word])
+        assert "hunter2" not in str(caught.value) and "\n" not in str(caught.value), word
+    with pytest.raises(UserError, match="is not read here"):
+        configfile.merge(settings.TrainConfig, [{"run.out": text}], {})
+    changed = settings.load("aclip-tiny", ["run.steps=1"])
+    changed.data.captions = [text]
+    with pytest.raises(UserError, match="captions"):
+        settings.dump(changed)
+
+
+def test_a_files_name_is_no_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """run.out defaults to it."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    file = tmp_path / "${oc.env:SECRET}.yaml"
+    file.write_text("recipe: aclip-tiny\n")
+    with pytest.raises(UserError, match=r"run\.out") as caught:
+        settings.load(str(file))
+    assert "hunter2" not in str(caught.value)
+    assert settings.load(str(file), ["run.out=here"]).run.out == "here"
 
 
 @pytest.mark.parametrize("base", ["mine.yaml", "/etc/other.yaml", "[a]", "5", "../../../../tmp/other-tiny"])
