@@ -93,7 +93,11 @@ def decide(verdict: dict[str, Any] | None, restarts: int, stalls: int, limits: L
 
 
 def begin(args: argparse.Namespace) -> str:
-    """Checks, remembers and describes an attempt. Returns the run's folder, a port and the resume mode, by line."""
+    """Checks, remembers and describes an attempt.
+
+    Returns, a line each: the run's folder, a port, the resume mode, the nodes to use, and what the job asks of Slurm
+    for its next start (empty where that is what it asks already).
+    """
     from amclip_ds import config as settings
     from amclip_ds.commands import train
     from amclip_ds.run_folder import git_revision
@@ -102,9 +106,13 @@ def begin(args: argparse.Namespace) -> str:
     train.add_arguments(train_parser)
     wanted = train_parser.parse_intermixed_args(args.train_arguments)
     config = settings.load(wanted.recipe, wanted.overrides)
-    settings.plan_batch(config.batch, args.tasks)
-    check_shards(config, args.nodes)
     run = Path(config.run.out)
+    nodes = args.nodes
+    if args.restart and args.tasks_per_node:  # fewer nodes than the user chose: whatever number of them can train
+        nodes = largest_that_divides(config.batch.global_size, args.nodes, args.tasks_per_node) or args.nodes
+        args.tasks = nodes * args.tasks_per_node
+    settings.plan_batch(config.batch, args.tasks)
+    check_shards(config, nodes)
     folder = run / "slurm"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +121,7 @@ def begin(args: argparse.Namespace) -> str:
         revision = git_revision()
         append_line(folder / "attempts.jsonl", {
             "time": round(time.time(), 3), "job": args.job, "restart": args.restart, "nodes": args.node_list,
-            "tasks": args.tasks, "step": step, "revision": revision,
+            "num_nodes": args.nodes, "tasks": args.tasks, "step": step, "revision": revision,
             "verdict_time": verdict_time(run), "command": ["amclip", "train", *args.train_arguments],
         })  # fmt: skip
         write_atomically(folder / f"config-{args.job}-{args.restart}.yaml", settings.dump(config))
@@ -123,7 +131,31 @@ def begin(args: argparse.Namespace) -> str:
     _check_restarts(mine, args, step)
     _chain_check(args.chain, read_verdict(run), run)
     describe(args, run, step, revision, earlier)
-    return f"{run}\n{free_port()}\n{resume_mode(wanted.resume, mine, step)}"
+    if nodes < args.nodes:
+        _say(
+            f"note: {args.nodes - nodes} node(s) idle: {config.batch.global_size} samples divide by {args.tasks} tasks"
+        )
+    most = max(args.nodes, *(int(row.get("num_nodes", 0)) for row in mine), 1)
+    relaxed = relaxed_request(args.min_nodes, most, args.asked_per_node)
+    return f"{run}\n{free_port()}\n{resume_mode(wanted.resume, mine, step)}\n{nodes}\n{relaxed}"
+
+
+def largest_that_divides(global_size: int, nodes: int, tasks_per_node: int) -> int:
+    """The most nodes, `nodes` at most, over whose tasks the global batch divides; 0 if not even one node's do."""
+    return max((n for n in range(1, nodes + 1) if global_size % (n * tasks_per_node) == 0), default=0)
+
+
+def relaxed_request(min_nodes: int, most: int, asked_per_node: int | None) -> str:
+    """The words of `scontrol update` with which a requeued job starts on whatever is left, and grows back later.
+
+    most: the nodes of the job's largest attempt. asked_per_node: sbatch's --ntasks-per-node, if given: Slurm has made
+    a total of tasks of it, which must shrink too. NumCPUs likewise; Slurm raises it to what the tasks need.
+    """
+    least = min(max(min_nodes, 1), most)
+    if least == most:
+        return ""
+    tasks = f" NumTasks={least * asked_per_node}" if asked_per_node else ""
+    return f"NumNodes={least}-{most} NumCPUs={least}{tasks}"
 
 
 def end(args: argparse.Namespace) -> str:
@@ -207,6 +239,9 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "begin":
             sub.add_argument("--nodes", type=int, required=True)
             sub.add_argument("--tasks", type=int, required=True)
+            sub.add_argument("--tasks-per-node", type=int)
+            sub.add_argument("--asked-per-node", type=int)
+            sub.add_argument("--min-nodes", type=int, default=1)
             sub.add_argument("--node-list", default="")
             sub.add_argument("--chain", action="store_true")
             sub.add_argument("train_arguments", nargs="+")

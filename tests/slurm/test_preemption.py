@@ -1,5 +1,6 @@
 """Stopped in mid-training, requeued under the same id, finished: bit for bit the undisturbed job's weights."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,26 +96,45 @@ def after_a_checkpoint(run: Path, disturb: Disturb) -> Disturb:
     return wait_and_disturb
 
 
+BY_TASKS, BY_GPUS = runs.FOUR_TASKS, ("--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=2")
+
+
 @pytest.mark.nightly
-def test_fewer_nodes_after_a_node_is_lost(
-    cluster: Cluster, synthetic: Path, tmp_path: Path, undisturbed: Finished
+@pytest.mark.parametrize(
+    ("flags", "lost"), [(BY_TASKS, "node2"), (BY_TASKS, "node1"), (BY_GPUS, "node2")], ids=["tasks", "batch", "gpus"]
+)
+def test_a_lost_node_shrinks_the_job_and_its_return_grows_it(
+    cluster: Cluster, synthetic: Path, tmp_path: Path, undisturbed: Finished, flags: tuple[str, ...], lost: str
 ) -> None:
-    """2 x 2, then 1 x 2: from the last checkpoint, with the same global batch; the losses stay within tolerance."""
+    """2 x 2, 1 x 2, 2 x 2: nobody speaks to Slurm about the job but to preempt it, not even to shorten its waits.
+
+    Where the lost node is node1, the batch script is lost with it, and the keeper on the other node must act.
+    """
     run = tmp_path / "run"
-    flags = ("--nodes=1-2", "--ntasks-per-node=2", "--exclusive")
-
-    def lose(cluster: Cluster, job_id: int) -> None:
-        cluster.drain("node2")  # or a slurmd that still lives brings its node back as soon as it registers
-        cluster.node_down("node2")
-        cluster.wait(job_id, "PENDING")  # Slurm has counted 4 tasks by now and waits for 2 nodes: slurm/README.md
-        cluster.client("scontrol", "update", f"jobid={job_id}", "NumNodes=1-2", "NumTasks=2")
-
-    disturb = after_a_checkpoint(run, lose)
-    job_id = interrupt(cluster, synthetic, tmp_path, disturb, *flags)
-    log = cluster.job_log(job_id)
-    assert "restart 1: 2 task(s) on 1 node(s): node1" in log and "4 task(s) before, 2 now" in log
+    job_id = runs.submit_train(cluster, tmp_path, runs.tiny(synthetic, "run"), *flags)
+    cluster.poll(lambda: list((run / "checkpoints").glob("step_*")), "the first checkpoint", 900, job_id)
+    cluster.lose(lost)
+    cluster.wait_log(job_id, r"restart 1: 2 task\(s\) on 1 node")
+    cluster.revive(lost, wait=False)
+    cluster.poll(lambda: any(row["attempt"] == 1 for row in runs.rows(run)), "a step on one node", 900, job_id)
+    cluster.client("scancel", "--batch", "--signal=USR1", str(job_id))
+    cluster.wait(job_id, "COMPLETED", timeout_s=1500)
+    assert [row["tasks"] for row in runs.rows(run, "slurm/attempts")] == [4, 2, 4], cluster.job_log(job_id)
+    assert cluster.job(job_id)["Restarts"] == "2" and {row["attempt"] for row in runs.rows(run)} == {0, 1, 2}
+    assert runs.rows(run, "sample_ids") == runs.rows(undisturbed.run, "sample_ids")
     assert runs.losses(run) == pytest.approx(runs.losses(undisturbed.run), rel=2e-2)
-    assert {row["attempt"] for row in runs.rows(run)} == {0, 1}
+
+
+@pytest.mark.nightly
+def test_with_a_minimum_of_nodes_the_job_waits_for_them(cluster: Cluster, synthetic: Path, tmp_path: Path) -> None:
+    """The twin: AMCLIP_MIN_NODES=2 asks nothing of Slurm, so that the restart pends until both nodes are there."""
+    run, env = tmp_path / "run", {"AMCLIP_MIN_NODES": "2"}
+    job_id = runs.submit_train(cluster, tmp_path, runs.tiny(synthetic, "run"), *BY_TASKS, env=env)
+    cluster.poll(lambda: list((run / "checkpoints").glob("step_*")), "the first checkpoint", 900, job_id)
+    cluster.lose("node2")
+    cluster.wait(job_id, "PENDING")
+    time.sleep(130)  # Slurm's own wait is 121 s
+    assert cluster.state(job_id) == "PENDING" and cluster.job(job_id)["NumNodes"] in ("2", "2-2")
 
 
 @pytest.mark.nightly

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from amclip_ds.record import read_verdict
-from amclip_ds.slurm_attempt import Limits, count_stalls, decide, main, newest_step, resume_mode
+from amclip_ds.slurm_attempt import (
+    Limits,
+    count_stalls,
+    decide,
+    largest_that_divides,
+    main,
+    newest_step,
+    relaxed_request,
+    resume_mode,
+)
 
 LIMITS = Limits(max_restarts=5, max_stalls=3)
 RETRY = Limits(max_restarts=5, max_stalls=3, retry_crashes=True)
@@ -84,3 +93,35 @@ def test_a_stop_file_is_a_persons_wish_and_not_requeued() -> None:
     asked = verdict(75) | {"reason": "a STOP file; stopped after step 7"}
     decision = decide(asked, 0, 0, RETRY, status=0)
     assert not decision.requeue and decision.code == 75 and "submit again" in decision.reason
+
+
+def test_the_relaxed_request_goes_from_the_fewest_to_the_most_nodes() -> None:
+    assert relaxed_request(1, 2, None) == "NumNodes=1-2 NumCPUs=1"
+    assert relaxed_request(2, 8, 4) == "NumNodes=2-8 NumCPUs=2 NumTasks=8"
+    assert relaxed_request(1, 1, 4) == "" and relaxed_request(9, 4, None) == "", "nothing to relax"
+
+
+def test_a_restart_uses_as_many_nodes_as_the_batch_divides_by() -> None:
+    assert largest_that_divides(4096, 3, 8) == 2
+    assert largest_that_divides(24, 2, 2) == 2
+    assert largest_that_divides(7, 3, 2) == 0
+
+
+def begin(run: Path, data: Path, nodes: int, restart: int, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    words = ["begin", "--job", "9", "--restart", str(restart), "--nodes", str(nodes), "--tasks", str(nodes * 2),
+             "--tasks-per-node", "2", "--asked-per-node", "2", "--", "aclip-tiny", f"data.train={data}",
+             f"run.out={run}", "batch.global_size=8"]  # fmt: skip
+    assert main(words) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_most_nodes_are_remembered_over_a_small_attempt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On 1 of 2 nodes Slurm shows 1 as the most: a job that believed it would never grow back."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(3):
+        (data / f"{number}.tar").write_bytes(b"")
+    run = tmp_path / "run"
+    assert begin(run, data, 2, 0, capsys)[3:] == ["2", "NumNodes=1-2 NumCPUs=1 NumTasks=2"]
+    assert begin(run, data, 1, 1, capsys)[3:] == ["1", "NumNodes=1-2 NumCPUs=1 NumTasks=2"]
+    assert begin(run, data, 3, 2, capsys)[3:] == ["2", "NumNodes=1-3 NumCPUs=1 NumTasks=2"], "8 samples, 6 tasks"
