@@ -95,8 +95,8 @@ def decide(verdict: dict[str, Any] | None, restarts: int, stalls: int, limits: L
 def begin(args: argparse.Namespace) -> str:
     """Checks, remembers and describes an attempt.
 
-    Returns, a line each: the run's folder, a port, the resume mode, the nodes to use, and what the job asks of Slurm
-    for its next start (empty where that is what it asks already).
+    Returns, a line each: the run's folder, a port, the resume mode, the nodes to use, and the range of nodes
+    that the job accepts for its next start (empty where that is what it asks for already).
     """
     from amclip_ds import config as settings
     from amclip_ds.commands import train
@@ -136,8 +136,9 @@ def begin(args: argparse.Namespace) -> str:
             f"note: {args.nodes - nodes} node(s) idle: {config.batch.global_size} samples divide by {args.tasks} tasks"
         )
     most = max(args.nodes, *(int(row.get("num_nodes", 0)) for row in mine), 1)
-    relaxed = relaxed_request(args.min_nodes, most, args.asked_per_node)
-    return f"{run}\n{free_port()}\n{resume_mode(wanted.resume, mine, step)}\n{nodes}\n{relaxed}"
+    return (
+        f"{run}\n{free_port()}\n{resume_mode(wanted.resume, mine, step)}\n{nodes}\n{node_range(args.min_nodes, most)}"
+    )
 
 
 def largest_that_divides(global_size: int, nodes: int, tasks_per_node: int) -> int:
@@ -145,17 +146,14 @@ def largest_that_divides(global_size: int, nodes: int, tasks_per_node: int) -> i
     return max((n for n in range(1, nodes + 1) if global_size % (n * tasks_per_node) == 0), default=0)
 
 
-def relaxed_request(min_nodes: int, most: int, asked_per_node: int | None) -> str:
-    """The words of `scontrol update` with which a requeued job starts on whatever is left, and grows back later.
+def node_range(min_nodes: int, most: int) -> str:
+    """`MIN-MAX`, the nodes that a requeued job accepts; empty where that is what it asks for already.
 
-    most: the nodes of the job's largest attempt. asked_per_node: sbatch's --ntasks-per-node, if given: Slurm has made
-    a total of tasks of it, which must shrink too. NumCPUs likewise; Slurm raises it to what the tasks need.
+    most: the nodes of the job's largest attempt. While a job runs on fewer, Slurm shows those as its most: a job that
+    believed it would never grow back.
     """
     least = min(max(min_nodes, 1), most)
-    if least == most:
-        return ""
-    tasks = f" NumTasks={least * asked_per_node}" if asked_per_node else ""
-    return f"NumNodes={least}-{most} NumCPUs={least}{tasks}"
+    return "" if least == most else f"{least}-{most}"
 
 
 def end(args: argparse.Namespace) -> str:
@@ -240,7 +238,6 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--nodes", type=int, required=True)
             sub.add_argument("--tasks", type=int, required=True)
             sub.add_argument("--tasks-per-node", type=int)
-            sub.add_argument("--asked-per-node", type=int)
             sub.add_argument("--min-nodes", type=int, default=1)
             sub.add_argument("--node-list", default="")
             sub.add_argument("--chain", action="store_true")

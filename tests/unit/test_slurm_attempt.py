@@ -14,7 +14,7 @@ from amclip_ds.slurm_attempt import (
     largest_that_divides,
     main,
     newest_step,
-    relaxed_request,
+    node_range,
     resume_mode,
 )
 
@@ -95,10 +95,9 @@ def test_a_stop_file_is_a_persons_wish_and_not_requeued() -> None:
     assert not decision.requeue and decision.code == 75 and "submit again" in decision.reason
 
 
-def test_the_relaxed_request_goes_from_the_fewest_to_the_most_nodes() -> None:
-    assert relaxed_request(1, 2, None) == "NumNodes=1-2 NumCPUs=1"
-    assert relaxed_request(2, 8, 4) == "NumNodes=2-8 NumCPUs=2 NumTasks=8"
-    assert relaxed_request(1, 1, 4) == "" and relaxed_request(9, 4, None) == "", "nothing to relax"
+def test_the_accepted_nodes_go_from_the_fewest_to_the_most() -> None:
+    assert (node_range(1, 2), node_range(2, 8)) == ("1-2", "2-8")
+    assert (node_range(1, 1), node_range(9, 4)) == ("", ""), "nothing to relax"
 
 
 def test_a_restart_uses_as_many_nodes_as_the_batch_divides_by() -> None:
@@ -109,7 +108,7 @@ def test_a_restart_uses_as_many_nodes_as_the_batch_divides_by() -> None:
 
 def begin(run: Path, data: Path, nodes: int, restart: int, capsys: pytest.CaptureFixture[str]) -> list[str]:
     words = ["begin", "--job", "9", "--restart", str(restart), "--nodes", str(nodes), "--tasks", str(nodes * 2),
-             "--tasks-per-node", "2", "--asked-per-node", "2", "--", "aclip-tiny", f"data.train={data}",
+             "--tasks-per-node", "2", "--", "aclip-tiny", f"data.train={data}",
              f"run.out={run}", "batch.global_size=8"]  # fmt: skip
     assert main(words) == 0
     return capsys.readouterr().out.splitlines()
@@ -122,6 +121,6 @@ def test_the_most_nodes_are_remembered_over_a_small_attempt(tmp_path: Path, caps
     for number in range(3):
         (data / f"{number}.tar").write_bytes(b"")
     run = tmp_path / "run"
-    assert begin(run, data, 2, 0, capsys)[3:] == ["2", "NumNodes=1-2 NumCPUs=1 NumTasks=2"]
-    assert begin(run, data, 1, 1, capsys)[3:] == ["1", "NumNodes=1-2 NumCPUs=1 NumTasks=2"]
-    assert begin(run, data, 3, 2, capsys)[3:] == ["2", "NumNodes=1-3 NumCPUs=1 NumTasks=2"], "8 samples, 6 tasks"
+    assert begin(run, data, 2, 0, capsys)[3:] == ["2", "1-2"]
+    assert begin(run, data, 1, 1, capsys)[3:] == ["1", "1-2"]
+    assert begin(run, data, 3, 2, capsys)[3:] == ["2", "1-3"], "8 samples, 6 tasks"
