@@ -17,14 +17,13 @@ from typing import Any
 from amclip_ds.arguments import Parser
 from amclip_ds.display import printable
 from amclip_ds.engine.placement import free_port
-from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.errors import MISTAKE, STOPPED_ITSELF, TO_REQUEUE, AmclipError, UserError
 from amclip_ds.files import write_atomically
 from amclip_ds.jsonl import append_line, read_lines
 from amclip_ds.record import read_verdict
 from amclip_ds.redact import redact
 
 STOP_FILE = "a STOP file"  # how resilience/preemption.py begins the reason of a stop that a person asked for
-CODE_DONE, CODE_MISTAKE, CODE_STOPPED, CODE_PREEMPTED = 0, 2, 3, 75
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,14 @@ def count_stalls(steps_at_start: list[int], step_now: int) -> int:
 
 def decide(verdict: dict[str, Any] | None, restarts: int, stalls: int, limits: Limits, status: int) -> Decision:
     """What follows from an attempt. `verdict` None: it wrote none, so it crashed; `status` is then srun's."""
-    if verdict is not None and verdict["code"] != CODE_PREEMPTED:
+    if verdict is not None and verdict["code"] != TO_REQUEUE:
         return Decision(False, verdict["code"], f"{verdict.get('reason', '')} (step {verdict.get('step')})")
     what = (
         f"stopped at step {verdict.get('step')}: {verdict.get('reason', '')}" if verdict else f"crash (srun: {status})"
     )
     if verdict is not None and str(verdict.get("reason", "")).startswith(STOP_FILE):
-        return Decision(False, CODE_PREEMPTED, f"{what}; submit again to go on")
-    failed = CODE_PREEMPTED if verdict else (status if 0 < status < 128 else 1)
+        return Decision(False, TO_REQUEUE, f"{what}; submit again to go on")
+    failed = TO_REQUEUE if verdict else (status if 0 < status < 128 else 1)
     if verdict is None and not limits.retry_crashes:
         return Decision(False, failed, f"{what}; the lines above name the rank (AMCLIP_RETRY_CRASHES=1 would requeue)")
     if stalls >= limits.max_stalls:
@@ -210,7 +209,7 @@ def _check_restarts(mine: list[dict[str, Any]], args: argparse.Namespace, step: 
 
 def _chain_check(chain: bool, verdict: dict[str, Any] | None, run: Path) -> None:
     """A later job of a chain has nothing to do once an earlier one ended the run for good."""
-    if chain and verdict and verdict["code"] in (CODE_MISTAKE, CODE_STOPPED):
+    if chain and verdict and verdict["code"] in (MISTAKE, STOPPED_ITSELF):
         ending = RunEnded(f"{run}/exit.json: an earlier job of this chain ended with code {verdict['code']}")
         ending.exit_code = verdict["code"]
         raise ending
