@@ -8,7 +8,7 @@ import torch
 from amclip_ds import config as settings
 from amclip_ds.export.command import WRITERS
 from amclip_ds.model.amclip import AClip
-from amclip_ds.model.init import initialise
+from amclip_ds.model.init import Start, initialise
 
 FORMATS = ("open_clip", "hf", "timm", "onnx")
 
@@ -17,7 +17,7 @@ def tiny_model(recipe: str = "aclip-tiny", seed: int = 3) -> tuple[AClip, settin
     """A randomly initialised model of a recipe, and the settings."""
     config = settings.load(recipe)
     module = AClip(config.model)
-    initialise(module, seed)
+    initialise(module, Start(seed, config.model))
     with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a wrong place
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in module.named_parameters():

@@ -21,6 +21,7 @@ from amclip_ds.export.command import write_proved
 from amclip_ds.model import start
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.init import Start, initialise
+from tests.unit.evaluate.exports import tiny_model
 
 LIBRARIES = ("open_clip", "hf", "timm")
 FORMATS = (*LIBRARIES, "onnx")
@@ -28,15 +29,8 @@ FORMATS = (*LIBRARIES, "onnx")
 
 def random_model(recipe: str, seed: int) -> tuple[AClip, Located]:
     """A randomly initialised model of a recipe."""
-    config = settings.load(recipe)
-    module = AClip(config.model)
-    initialise(module, Start(seed, config.model))
-    with torch.no_grad():  # biases and norms start at 0 and 1, which would hide a wrong place
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in module.named_parameters():
-            if parameter.dim() == 1 and name != "logit_scale":
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    return module.requires_grad_(False).eval(), Located(Path("none"), "run", ("student",), 7, None, config)
+    module, config = tiny_model(recipe, seed)
+    return module, Located(Path("none"), "run", ("student",), 7, None, config)
 
 
 @pytest.fixture(scope="session")
