@@ -73,7 +73,7 @@ class Watch:
             self.is_on = False
             path = os.path.realpath(os.fsdecode(args[0]).replace("\0", "?"))
             self.is_on = True
-            if not path.startswith(self.allowed):
+            if not f"{path}/".startswith(self.allowed):
                 self.seen.append(f"open {path}")
 
     @staticmethod
@@ -106,7 +106,8 @@ class Folders:
         save_steps(run / "checkpoints", 1, 2)
         (run / "config.yaml").write_text(settings.dump(config))
         save_file(module.state_dict(), run / "student.safetensors", metadata={"step": "2"})
-        write_set(root / "set", num_images=6, num_classes=3)
+        write_set(root / "set", num_images=10, num_classes=5)
+        shutil.copytree(root / "set" / "test", root / "set" / "train")  # what the k-NN learns from
         self.bin = root / "bin"
         self.bin.mkdir()
         for name in ("gs", "curl", "git", "sh", "wget", "hostname"):
@@ -155,7 +156,7 @@ def watched(folders: Folders) -> Iterator[Watch]:
     if not WATCH:
         WATCH.append(Watch())
     watch = WATCH[0]
-    places = (
+    given = (
         sys.prefix,
         sys.base_prefix,
         Path(__file__).resolve().parents[2],
@@ -165,14 +166,14 @@ def watched(folders: Folders) -> Iterator[Watch]:
         "/dev",
         "/usr",
         "/lib",
-        "/etc/ld.so",
         "/etc/localtime",
         "/etc/hosts",
         "/etc/nsswitch.conf",
         "/etc/resolv.conf",
+        "/etc/ld.so.cache",
         os.environ["TORCH_EXTENSIONS_DIR"],
     )
-    watch.allowed = tuple(os.path.realpath(place) for place in places)
+    watch.allowed = tuple(f"{os.path.realpath(place)}/" for place in given)
     watch.forbidden_code = str(folders.root)
     watch.seen, watch.is_on = [], True
     try:
