@@ -14,6 +14,7 @@ from typing import Any
 from amclip_ds.data.photometric import MEAN, STD
 from amclip_ds.errors import UserError
 from amclip_ds.files import read_json
+from amclip_ds.model.weight_files import inside
 
 MAX_PIXELS = 1024  # a side of an image
 MAX_TOKENS = 4096  # patches of an image, or positions of a text
@@ -139,6 +140,11 @@ def refuse_elsewhere(file: Path, content: Any, at: str = "") -> None:
             refuse_elsewhere(file, value, at)
 
 
+def read_own(file: Path) -> dict[str, Any]:
+    """A JSON file of the folder that it lies in, and of no other. Raises UserError."""
+    return read_json(inside(file.parent, file), dict)
+
+
 def _short(value: Any) -> str:
     return repr(value)[:60] if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
 
@@ -210,7 +216,7 @@ class OpenClipFacts:
 def read_open_clip(folder: Path) -> OpenClipFacts:
     """Raises UserError."""
     file = folder / "open_clip_config.json"
-    content = read_json(file, dict)
+    content = read_own(file)
     known_values(file, content, {}, needed=("model_cfg",), strict=False)
     model = known_values(file, content["model_cfg"], OPEN_CLIP_MODEL, at="model_cfg.",
                          needed=("embed_dim", "vision_cfg", "text_cfg"))  # fmt: skip
@@ -284,7 +290,7 @@ class HuggingFaceFacts:
 def read_hugging_face(folder: Path) -> HuggingFaceFacts:
     """Raises UserError. Keys that CLIP's classes do not have are ignored, as they do."""
     file = folder / "config.json"
-    content = read_json(file, dict)
+    content = read_own(file)
     model = known_values(file, content, HF_MODEL, needed=("model_type", "vision_config", "text_config"), strict=False)
     is_clip = model.pop("model_type") == "clip"
     towers: list[dict[str, Any]] = []
@@ -307,12 +313,12 @@ def read_hugging_face(folder: Path) -> HuggingFaceFacts:
 def _read_pixels(folder: Path) -> dict[str, Any]:
     """transformers 5 writes the image processor's values into processor_config.json, or beside it."""
     file = folder / "processor_config.json"
-    content = read_json(file, dict) if file.is_file() else {}
+    content = read_own(file) if file.is_file() else {}
     refuse_elsewhere(file, content)
     if "image_processor" in content:
         return known_values(file, content["image_processor"], HF_PIXELS, at="image_processor.", strict=False)
     file = folder / "preprocessor_config.json"
-    return known_values(file, read_json(file, dict), HF_PIXELS, strict=False)
+    return known_values(file, read_own(file), HF_PIXELS, strict=False)
 
 
 # ---- timm
@@ -353,7 +359,7 @@ class TimmFacts:
 def read_timm(folder: Path) -> TimmFacts:
     """Raises UserError."""
     file = folder / "config.json"
-    content = read_json(file, dict)
+    content = read_own(file)
     known = {"architecture": TIMM_NAME, "num_classes": whole(0, 1_000_000)}
     top = known_values(file, content, known, needed=("architecture", "pretrained_cfg"), strict=False)
     pixels = known_values(file, content["pretrained_cfg"], TIMM_PIXELS, at="pretrained_cfg.", strict=False)
@@ -379,4 +385,4 @@ def read_onnx(folder: Path) -> dict[str, Any]:
     """clip_onnx.json. Raises UserError. The preprocessing that it describes is ours, or it is refused."""
     file = folder / ONNX_FACTS
     needed = ("image_size", "context_length", "eos_token_id", "logit_scale")
-    return known_values(file, read_json(file, dict), ONNX, needed=needed, strict=False)
+    return known_values(file, read_own(file), ONNX, needed=needed, strict=False)

@@ -10,6 +10,7 @@ from amclip_ds.data.captions import WORDS
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.export_folder import MAX_VOCABULARY
 from amclip_ds.files import MAX_JSON, read_text
+from amclip_ds.model.weight_files import inside
 
 # What ftfy does to punctuation, as far as a tokenizer's own normalizers can: curly quotes and ligatures. Dashes stay.
 PUNCTUATION = {
@@ -56,7 +57,7 @@ def _build(path: Path) -> Any:
     """The tokenizers.Tokenizer. Raises UserError."""
     from tokenizers import Tokenizer
 
-    text = read_text(path, MAX_JSON)
+    text = read_text(inside(path.parent, path), MAX_JSON)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -30,12 +30,12 @@ from amclip_ds.evaluate.export_folder import (
     read_hugging_face,
     read_onnx,
     read_open_clip,
+    read_own,
     read_timm,
     refuse_elsewhere,
 )
 from amclip_ds.evaluate.foreign_tokenizer import ForeignTokenizer
 from amclip_ds.evaluate.onnx_graph import open_graph
-from amclip_ds.files import read_json
 from amclip_ds.model.weight_files import weight_files
 
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
@@ -332,14 +332,14 @@ class OnnxModel(Library):
 def _pad_id(folder: Path) -> int:
     """The id of the pad token that tokenizer_config.json names; 0 where it names none."""
     path = folder / "tokenizer_config.json"
-    facts = read_json(path, dict) if path.is_file() else {}
+    facts = read_own(path) if path.is_file() else {}
     refuse_elsewhere(path, facts)
     for side in ("padding_side", "truncation_side"):
         if facts.get(side, "right") != "right":
             raise UserError(f"{path}: {side}: {str(facts[side])[:40]!r} is not 'right'")
     pad = facts.get("pad_token")
     name = pad.get("content") if isinstance(pad, dict) else pad
-    tokens = read_json(folder / "tokenizer.json", dict)
+    tokens = read_own(folder / "tokenizer.json")
     known = {token.get("content"): token.get("id") for token in tokens.get("added_tokens") or []}
     return int(known.get(name) or 0)
 

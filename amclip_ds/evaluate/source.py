@@ -15,7 +15,7 @@ from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.config import TrainConfig
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.encoder import Encoder, TowerEncoder
-from amclip_ds.files import read_json
+from amclip_ds.evaluate.export_folder import read_own
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.start import Source, fit
@@ -56,10 +56,10 @@ def locate(path: Path) -> Located:
     kind = next((kind for name, kind in EXPORTS.items() if (path / name).is_file()), None)
     if kind is None:
         raise UserError(f"{path}: neither a run (config.yaml), a checkpoint ({manifest.NAME}) nor an export")
-    if kind == "hf" and "architecture" in read_json(path / "config.json", dict):
+    if kind == "hf" and "architecture" in read_own(path / "config.json"):
         kind = "timm"
     card = path / "amclip.json"
-    facts = read_json(card, dict) if card.is_file() else {}
+    facts = read_own(card) if card.is_file() else {}
     weights, step = facts.get("weights", "student"), facts.get("step", 0)
     if weights not in ("student", "teacher") or type(step) is not int or step < 0:
         raise UserError(f"{card}: does not say whose weights these are, of which step")

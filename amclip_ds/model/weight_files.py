@@ -1,5 +1,6 @@
 """Which safetensors files of a folder hold a model's weights. Pickles are never read, nor what links lead out to."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
 
 def inside(folder: Path, path: Path) -> Path:
     """The path of a file of the folder. Raises UserError for a link out of it, but for a download cache's own."""
-    real, root = path.resolve(), folder.resolve()
+    real, root = Path(os.path.realpath(path)), folder.resolve()  # realpath: of a link to itself, too
     is_download = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
     if real.parent != root and root not in real.parents and not is_download:
         raise UserError(f"{path}: leads out of its folder, to {real}; put the file itself there")
