@@ -21,16 +21,17 @@ def made_batch(views: Tensor, teacher: Tensor | None, noise: Tensor, token_ids: 
     V, B, _, side, _ = views.shape
     boxes = torch.tensor([0.0, 0.0, side, side]).expand(V + 1, B, 4).clone()
     return Batch(
-        views_uint8=as_uint8(views), teacher_uint8=None if teacher is None else as_uint8(teacher), boxes=boxes,
+        views_uint8=as_pixels(views), teacher_uint8=None if teacher is None else as_pixels(teacher), boxes=boxes,
         photometric=Photometric(np.zeros((V, B, NUM_COLUMNS), dtype=np.float32)), mask_noise=noise,
         token_ids=token_ids, sample_ids=torch.arange(B), epoch=0, cursor={"epoch": 0, "step": 0},
     )  # fmt: skip
 
 
-def as_uint8(images: Tensor) -> Tensor:
-    """Normalised images as pixels."""
+def as_pixels(images: Tensor) -> Tensor:
+    """Normalised images on the scale of pixels, not rounded: another stream than the one whose near ties are known
+    would move the table's cells (ADR 0091)."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return ((images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    return (images * std + mean) * 255
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:

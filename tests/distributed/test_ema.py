@@ -12,7 +12,7 @@ def check(ds: str, steps: int, **settings: str) -> None:
     found = run_ranks("tests.distributed.cases_engine:ema", timeout_s=1200, ds=ds, steps=steps, **settings)[0]
     assert found["error"] == 0.0
     assert found["moved"] > 1e-3 and found["frozen_moved"] == 0.0
-    assert found["bf16_error"] > 0.05 * found["moved"]  # the twin: an average kept in bf16 hardly moves
+    assert found["bf16_error"] > 0.1 * found["moved"]  # the twin: an average kept in bf16 hardly moves
     assert found["published_error"] <= (1e-6 if "fp32" in ds else 1e-2)
     assert found["unpublished_change"] == 0.0 and found["published_change"] > 1e-4
 
