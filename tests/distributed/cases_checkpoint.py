@@ -100,7 +100,9 @@ class Rig:
 
     def state(self) -> CheckpointState:
         state = state_module.of_engines(self.student, self.teacher)
-        state.small |= {"updates": self.updates, "cursor": {"epoch": 3, "step": self.updates}}
+        cursor = {"epoch": 3, "step": self.updates}
+        run = {"step": self.updates, "updates": self.updates, "samples_seen": self.updates * GLOBAL_BATCH, "epoch": 3}
+        state.small |= {"run": run | {"cursor": cursor, "guards": self.guards.state_dict()}}
         state.config = "run: {seed: 0}\n"
         return state
 
@@ -123,7 +125,7 @@ class Rig:
         load.fill(found, state, self.ranks)
         small = found.small | ({"optimizer": {"step": 0.0}} if "counters" in forget else {})
         state_module.bring_up_to_date(self.student, self.teacher, small)
-        self.updates = found.small.get("run", found.small)["updates"]
+        self.updates = found.small["run"]["updates"]
 
     def digest(self) -> dict[str, str]:
         """sha256 of every tensor of the state, whole; what the forward reads; counters. The same on every rank."""
@@ -138,7 +140,7 @@ class Rig:
                 whole.setdefault(key, torch.full((numel,), float("nan")))[start : start + tensor.numel()] = tensor
         digest = {f"{kind} {name}": _sha(tensor) for (kind, name), tensor in whole.items()}
         digest |= {f"buffer {name}": _sha(buffer.float()) for name, buffer in state.replicated.items()}
-        digest["counters"] = repr(sorted(state.small["optimizer"].items())) + repr(state.small["cursor"])
+        digest["counters"] = repr(sorted(state.small["optimizer"].items())) + repr(state.small["run"]["cursor"])
         return digest
 
     def stop(self) -> None:
