@@ -20,8 +20,8 @@ def first_name(name: str) -> str:
 
 def present_buffer(name: str) -> str:
     """Likewise of a checkpoint's buffer, WHOSE.NAME."""
-    whose, _, rest = name.partition(".")
-    return f"{whose}.{present_name(rest)}"
+    whose, dot, rest = name.partition(".")
+    return whose + dot + present_name(rest)
 
 
 def present_name(name: str) -> str:
