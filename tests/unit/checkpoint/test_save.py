@@ -189,8 +189,10 @@ def test_saves_come_by_steps_by_the_clock_and_at_the_end(tmp_path: Path) -> None
 
     assert run(tmp_path / "steps", 0.0, every_steps=3) == [3, 6, 7]
     assert run(tmp_path / "end", 0.0) == [7]
+    start = time.monotonic()
     by_clock = run(tmp_path / "clock", 0.1, every_minutes=0.25 / 60)
-    assert by_clock[-1] == 7 and 2 <= len(by_clock) <= 4, by_clock
+    at_most = (time.monotonic() - start) / 0.25 + 1  # a loaded machine takes longer, and the last step saves too
+    assert by_clock[-1] == 7 and 2 <= len(by_clock) <= at_most, by_clock
 
 
 def test_a_lost_folder_is_not_committed_to(tmp_path: Path) -> None:
