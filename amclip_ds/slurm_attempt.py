@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds.arguments import Parser
+from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.display import printable
 from amclip_ds.engine.placement import free_port
 from amclip_ds.errors import MISTAKE, STOPPED_ITSELF, TO_REQUEUE, AmclipError, UserError
@@ -46,8 +47,7 @@ class Limits:
 
 def newest_step(run: Path) -> int:
     """The step of the newest committed checkpoint of a run; -1 if there is none."""
-    steps = [path.name.removeprefix("step_") for path in (run / "checkpoints").glob("step_*")]
-    return max((int(step) for step in steps if step.isdigit()), default=-1)
+    return max((step for step, _ in list_steps(run / "checkpoints")), default=-1)
 
 
 def verdict_time(run: Path) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from amclip_ds.checkpoint import manifest, tensorfile
+from amclip_ds.checkpoint import manifest, step_folders, tensorfile
 from amclip_ds.checkpoint.manifest import Index, Manifest
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.state import CheckpointState, set_random_state
@@ -88,11 +88,11 @@ def _look_around(folder: Path) -> tuple[list[Path], list[tuple[str, str, str]], 
 
 def _candidates(folder: Path) -> tuple[list[Path], list[tuple[str, str, str]], str | None]:
     """Checkpoints oldest first, what was odd, and what makes the newest doubtful. Rank 0 only."""
-    if manifest.STEP_FOLDER.fullmatch(folder.resolve().name) or (folder / manifest.NAME).exists():
+    if step_folders.STEP_FOLDER.fullmatch(folder.resolve().name) or (folder / manifest.NAME).exists():
         return ([folder] if folder.is_dir() else []), [], None
     if (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints"
-    steps = manifest.list_steps(folder)
+    steps = step_folders.list_steps(folder)
     paths = [path for _, path in steps]
     hint = folder / "latest"
     try:
@@ -101,7 +101,7 @@ def _candidates(folder: Path) -> tuple[list[Path], list[tuple[str, str, str]], s
         return paths, [], None
     except OSError as error:
         return paths, [("checkpoint_latest", f"{hint}: {describe(error)}", _newest_of(paths))], None
-    match = manifest.STEP_FOLDER.fullmatch(name)
+    match = step_folders.STEP_FOLDER.fullmatch(name)
     if match and (folder / name).is_dir():
         return paths, [], None
     newest = _newest_of(paths)

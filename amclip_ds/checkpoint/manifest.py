@@ -22,6 +22,7 @@ from typing import Any
 
 from amclip_ds import files, plain_yaml
 from amclip_ds.checkpoint import tensorfile, trainer_json
+from amclip_ds.checkpoint.step_folders import STEP_FOLDER, folder_name
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.checkpoint.writer import sha256_of
 from amclip_ds.errors import UserError
@@ -34,7 +35,6 @@ FILES = re.compile(
     r"|replicated\.safetensors|trainer\.json|config\.yaml"
 )
 ALWAYS = {"replicated.safetensors", "trainer.json", "config.yaml"}
-STEP_FOLDER = re.compile(r"step_([0-9]{8,12})")
 KIND = re.compile(r"[a-z_0-9]{1,64}")
 MAX_STEP, MAX_WORLD = 10**12 - 1, 10**6
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -229,22 +229,6 @@ def parse_key(path: Path, key: str, entry: Entry) -> tuple[str, str, int, int]:
     if not found or entry.shape != (int(found[4]),):
         raise DamagedError(f"{path}: {key[:200]!r} is no name of a piece of {list(entry.shape)[:8]} elements")
     return found[1], found[2], int(found[3]), int(found[4])
-
-
-def folder_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def list_steps(checkpoints: Path) -> list[tuple[int, Path]]:
-    """The committed folders, oldest first, valid or not. Raises UserError where it is no folder that can be read."""
-    try:
-        names = os.listdir(checkpoints)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{checkpoints}: cannot be read: {error.strerror}") from None
-    steps = [(int(match[1]), match[0]) for name in names if (match := STEP_FOLDER.fullmatch(name))]
-    return sorted((step, checkpoints / name) for step, name in steps if name == folder_name(step))
 
 
 def _own_hash(content: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from amclip_ds.checkpoint import CheckpointConfig, failpoints, manifest
+from amclip_ds.checkpoint import CheckpointConfig, failpoints, manifest, step_folders
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.checkpoint.writer import describe, sync_folder
 
@@ -32,7 +32,7 @@ def purge(checkpoints: Path, config: CheckpointConfig, newest: int, say: Callabl
 
 def superfluous(checkpoints: Path, config: CheckpointConfig) -> list[tuple[int, Path]]:
     """The checkpoints beyond the newest keep_last that no rule keeps. Damaged ones count for nothing and are left."""
-    whole = [(step, path) for step, path in manifest.list_steps(checkpoints) if is_whole(path)]
+    whole = [(step, path) for step, path in step_folders.list_steps(checkpoints) if is_whole(path)]
     every = config.keep_every_steps
     return [
         (step, path) for step, path in whole[: -config.keep_last]
@@ -69,7 +69,7 @@ def supersede(checkpoints: Path, resumed: Path | None, step: int) -> list[Path]:
 
     resumed: the one it goes on from, which stays (None: a fresh start). Nothing is deleted. Raises OSError.
     """
-    late = [(s, p) for s, p in manifest.list_steps(checkpoints) if s >= step and not is_same(p, resumed)]
+    late = [(s, p) for s, p in step_folders.list_steps(checkpoints) if s >= step and not is_same(p, resumed)]
     if not late:
         return []
     write_latest(checkpoints, resumed.name if resumed and resumed.parent.samefile(checkpoints) else None)

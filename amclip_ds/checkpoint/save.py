@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amclip_ds.checkpoint import CheckpointConfig, background, failpoints, files, manifest, retention
+from amclip_ds.checkpoint import CheckpointConfig, background, failpoints, files, manifest, retention, step_folders
 from amclip_ds.checkpoint.background import Snapshot, WriterProcess
 from amclip_ds.checkpoint.files import PlannedFile
 from amclip_ds.checkpoint.manifest import Manifest
@@ -152,7 +152,7 @@ class Saver:
         planned = files.plan(state, self.ranks.rank, self.ranks.world_size)
         failpoints.reached("agree")
         asynchronous, total = self._agree(step, planned)
-        folder = self.checkpoints / f"{retention.COMING}{manifest.folder_name(step)}"
+        folder = self.checkpoints / f"{retention.COMING}{step_folders.folder_name(step)}"
         if not self._make_folder(step, folder):
             self.newest = step
             return
@@ -200,7 +200,7 @@ class Saver:
         verdict: str | AmclipError | None = self._refusal() if self.ranks.is_main else None
         if self.ranks.is_main and verdict is None:
             try:
-                if (self.checkpoints / manifest.folder_name(step)).exists():
+                if (self.checkpoints / step_folders.folder_name(step)).exists():
                     verdict = "exists"
                 else:
                     self._notice_a_gone_run(step)
@@ -223,7 +223,7 @@ class Saver:
         run = self.checkpoints.parent
         if self.newest is None or run.exists():
             return
-        cause = f"{run} is gone: renamed or removed, with checkpoint {manifest.folder_name(self.newest)}"
+        cause = f"{run} is gone: renamed or removed, with checkpoint {step_folders.folder_name(self.newest)}"
         action = f"made again; the run goes on there, its next checkpoint is of step {step}"
         self._say(f"{cause}; {action}")
         self._incident("folder_gone", cause, action)
@@ -297,7 +297,7 @@ class Saver:
         self.newest = flight.step
         failpoints.reached("done")
         took = time.monotonic() - flight.began
-        self._say(f"checkpoint {manifest.folder_name(flight.step)}: {_size(flight.num_bytes)}, training waited"
+        self._say(f"checkpoint {step_folders.folder_name(flight.step)}: {_size(flight.num_bytes)}, training waited"
                   f" {flight.stall_s:.2f} s, committed after {took:.1f} s")  # fmt: skip
 
     def _refusal(self) -> AmclipError | None:
@@ -310,7 +310,7 @@ class Saver:
 
     def _commit(self, flight: _Flight, told: list[dict[str, Any]]) -> AmclipError | None:
         """Rank 0: manifest, fsync, rename, fsync. Returns why it could not be done."""
-        target = self.checkpoints / manifest.folder_name(flight.step)
+        target = self.checkpoints / step_folders.folder_name(flight.step)
         try:
             description = _describe(flight, told, self.ranks.world_size)
             write_file(flight.folder / manifest.NAME, [manifest.dump(description)])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amclip_ds import config as settings
 from amclip_ds import files, plain_yaml
-from amclip_ds.checkpoint import CheckpointConfig, drift, manifest, retention, tensorfile
+from amclip_ds.checkpoint import CheckpointConfig, drift, manifest, retention, step_folders, tensorfile
 from amclip_ds.checkpoint.manifest import Index, Manifest
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.save import Saver
@@ -33,7 +33,7 @@ def rows(checkpoints: Path, deep: bool) -> list[dict[str, Any]]:
 
     deep: every byte is read and hashed; else manifest and sizes are checked.
     """
-    return [_row(step, path, deep) for step, path in manifest.list_steps(checkpoints)]
+    return [_row(step, path, deep) for step, path in step_folders.list_steps(checkpoints)]
 
 
 def _row(step: int, path: Path, deep: bool) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def folder_of(run: Path) -> Path:
     """RUN/checkpoints; RUN may also be that folder itself. Raises UserError."""
     if (run / "checkpoints").is_dir():
         return run / "checkpoints"
-    if manifest.list_steps(run):
+    if step_folders.list_steps(run):
         return run
     if (run / "checkpoints").exists():
         raise UserError(f"{run}/checkpoints: not a folder")
@@ -72,7 +72,7 @@ def folder_of(run: Path) -> Path:
 
 def choose(checkpoints: Path, step: int | None) -> Path:
     """The checkpoint of a step, or the newest whole one. Raises UserError."""
-    steps = dict(manifest.list_steps(checkpoints))
+    steps = dict(step_folders.list_steps(checkpoints))
     if step is not None:
         if step not in steps:
             raise UserError(f"--step {step}: {checkpoints} has {', '.join(map(str, steps)) or 'no checkpoint'}")
@@ -91,7 +91,7 @@ def prune(checkpoints: Path, config: CheckpointConfig, remove_damaged: bool, rem
     """
     if checkpoints.is_symlink():
         raise UserError(f"{checkpoints}: a link out of the run; to prune there, name {checkpoints.resolve()}")
-    steps = manifest.list_steps(checkpoints)
+    steps = step_folders.list_steps(checkpoints)
     going = [path for _, path in retention.superfluous(checkpoints, config)]
     if remove_damaged and any(retention.is_whole(path) for _, path in steps):
         going += [path for _, path in steps if not retention.is_whole(path)]
@@ -220,12 +220,12 @@ def import_deepspeed(source: Path, tag: str | None, checkpoints: Path, config: T
     if teacher is not None:
         notes.append("the teacher begins as a copy of the student: DeepSpeed knows of no average")
     state = _state_of(theirs, shapes, buffers, teacher, config)
-    if (checkpoints / manifest.folder_name(theirs.global_steps)).exists():
+    if (checkpoints / step_folders.folder_name(theirs.global_steps)).exists():
         raise UserError(f"{checkpoints}: has a checkpoint of step {theirs.global_steps} already")
     save_config = CheckpointConfig(asynchronous=False, keep_last=10**9)
     with Saver(checkpoints, save_config, Ranks(), say=notes.append) as saver:
         saver.save(theirs.global_steps, state, wait=True)
-    return checkpoints / manifest.folder_name(theirs.global_steps), notes
+    return checkpoints / step_folders.folder_name(theirs.global_steps), notes
 
 
 def _state_of(

@@ -10,7 +10,7 @@ import torch
 
 from amclip_ds import config as settings
 from amclip_ds import safetensors_header
-from amclip_ds.checkpoint import manifest, retention
+from amclip_ds.checkpoint import manifest, retention, step_folders
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.config import TrainConfig
 from amclip_ds.errors import AmclipError, UserError
@@ -72,7 +72,7 @@ def _run(path: Path) -> Located:
         weights = path / f"{held[0]}.safetensors"
         step = safetensors_header.step_of(weights, safetensors_header.read(weights).metadata)
         return Located(path, "run", held, step, path, settings.load(str(path / "config.yaml")))
-    for _, checkpoint in reversed(manifest.list_steps(path / "checkpoints")):
+    for _, checkpoint in reversed(step_folders.list_steps(path / "checkpoints")):
         if retention.is_whole(checkpoint):
             return _checkpoint(checkpoint)
     raise UserError(f"{path}: no weights yet: neither student.safetensors nor a whole checkpoint")

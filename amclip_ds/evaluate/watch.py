@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from amclip_ds import config as settings
-from amclip_ds.checkpoint import manifest, retention
+from amclip_ds.checkpoint import manifest, retention, step_folders
 from amclip_ds.comm import SingleProcess
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.sources import split_sources
@@ -47,7 +47,7 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
     is_idle = False
     while True:
         has_ended = _has_ended(run)  # asked before the look: what was committed until then is seen by it
-        for step, path in manifest.list_steps(run / "checkpoints"):
+        for step, path in step_folders.list_steps(run / "checkpoints"):
             identity = _identity(path)
             if identity is None or identity in refused or not retention.is_whole(path):
                 continue
@@ -120,7 +120,7 @@ def _left_to_training(config: TrainConfig, run: Path, step: int, sets: list[Eval
     own = set((config.eval.data or "").split("::"))
     every = config.eval.every_steps
     is_due = step == config.run.steps or (every is not None and step % every == 0)
-    is_newest = step == max((other for other, _ in manifest.list_steps(run / "checkpoints")), default=step)
+    is_newest = step == max((other for other, _ in step_folders.list_steps(run / "checkpoints")), default=step)
     return is_due and is_newest and not has_ended and bool(own & {data.folder for data in sets})
 
 
@@ -176,7 +176,7 @@ def _pinned(path: Path) -> Iterator[None]:
 
 def _remove_stale_pins(run: Path) -> None:
     """Pins of a watch that was killed."""
-    for _, path in manifest.list_steps(run / "checkpoints"):
+    for _, path in step_folders.list_steps(run / "checkpoints"):
         pin = path / retention.PINNED
         with contextlib.suppress(OSError):
             if read_bytes(pin, len(PIN)) == PIN.encode():

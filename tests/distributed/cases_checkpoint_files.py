@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from amclip_ds.checkpoint import CheckpointConfig, failpoints, load, manifest
+from amclip_ds.checkpoint import CheckpointConfig, failpoints, load, manifest, step_folders
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.save import Saver
 from amclip_ds.checkpoint.state import CheckpointState
@@ -197,7 +197,7 @@ def _save_for_ever(root: Path, rank: int, port: int, plan: dict[str, Any], write
 def _newest_of_ours(root: Path) -> tuple[int, str]:
     """The newest committed step; what is wrong with any committed one."""
     trouble = []
-    steps = manifest.list_steps(root)
+    steps = step_folders.list_steps(root)
     for step, path in steps:
         try:
             manifest.verify(path)
@@ -307,7 +307,7 @@ def disk_case(folder: str, what: str, asynchronous: bool) -> dict[str, Any]:
 
         def fill_up() -> None:
             """Called once the folder is made: from now on there is hardly room in it."""
-            shard_folder = root / f".tmp-{manifest.folder_name(2)}" / "model"
+            shard_folder = root / f".tmp-{step_folders.folder_name(2)}" / "model"
             if what == "all_full" or (what == "one_full" and rank == 1):
                 _mount("tmpfs", shard_folder, "size=64k")
                 made.append(shard_folder)
@@ -361,7 +361,9 @@ def _unmount(target: Path) -> None:
 
 def _listing(root: Path) -> dict[str, str]:
     """Every committed file with its hash."""
-    files = [path for _, folder in manifest.list_steps(root) for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [
+        path for _, folder in step_folders.list_steps(root) for path in sorted(folder.rglob("*")) if path.is_file()
+    ]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from amclip_ds.checkpoint import manifest
+from amclip_ds.checkpoint import manifest, step_folders
 from amclip_ds.data.synthetic import write_dataset
 from amclip_ds.jsonl import read_lines
 from tests.e2e.trainers import last_of_each
@@ -53,12 +53,12 @@ def check_cut(scenes: Path, folder: Path, total: int, cut: int, ds: str) -> list
     whole, rest = folder / "whole", folder / "rest"
     code, printed = amclip(*keys, f"run.out={whole}", ranks=2)
     assert code == 0, printed
-    place = whole / "checkpoints" / manifest.folder_name(cut)
+    place = whole / "checkpoints" / step_folders.folder_name(cut)
     code, printed = amclip(*keys, f"run.out={rest}", "--resume", str(place), ranks=2)
     assert code == 0, printed
     assert numbers(rest) == numbers(whole)[cut:] and len(numbers(rest)) == total - cut
     assert read_lines(rest / "sample_ids.jsonl") == read_lines(whole / "sample_ids.jsonl")[cut:]
-    last = manifest.folder_name(total)
+    last = step_folders.folder_name(total)
     assert hashes(rest / "checkpoints" / last) == hashes(whole / "checkpoints" / last)
     return keys
 
@@ -66,7 +66,7 @@ def check_cut(scenes: Path, folder: Path, total: int, cut: int, ds: str) -> list
 def test_a_cut_in_mid_epoch_and_another_world(scenes: Path, tmp_path: Path) -> None:
     keys = check_cut(scenes, tmp_path, total=12, cut=5, ds="zero2_bf16.json")
     whole = tmp_path / "whole"
-    place = whole / "checkpoints" / manifest.folder_name(5)
+    place = whole / "checkpoints" / step_folders.folder_name(5)
     other = tmp_path / "other"
     code, printed = amclip(
         *keys,
@@ -129,8 +129,8 @@ def test_drift_damage_and_fresh_starts(scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     keys = [f"data.train={scenes}", "run.steps=4", "checkpoint.every_steps=2", *SMALL, f"run.out={run}"]
     assert amclip(*keys)[0] == 0
-    (run / "checkpoints" / manifest.folder_name(4)).rename(tmp_path / "kept")
-    (run / "checkpoints" / "latest").write_text(manifest.folder_name(2))
+    (run / "checkpoints" / step_folders.folder_name(4)).rename(tmp_path / "kept")
+    (run / "checkpoints" / "latest").write_text(step_folders.folder_name(2))
 
     code, printed = amclip(*keys, "optim.lr=0.5")
     assert code == 2 and "optim.lr: 0.0015 -> 0.5" in printed and "allow_drift=[optim.lr]" in printed, printed
@@ -139,7 +139,7 @@ def test_drift_damage_and_fresh_starts(scenes: Path, tmp_path: Path) -> None:
     assert code == 0, printed
     assert "lr: 0.5" in (run / "config.yaml").read_text()
     assert [row["key"] for row in read_lines(run / "incidents.jsonl") if row["kind"] == "drift"] == ["optim.lr"]
-    newest = run / "checkpoints" / manifest.folder_name(4)
+    newest = run / "checkpoints" / step_folders.folder_name(4)
     assert manifest.verify(newest).drift == ["step 2: optim.lr: 0.0015 -> 0.5"], "recorded in what comes after"
     assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4], "no step stands twice"
     assert [row["step"] for row in read_lines(run / "metrics.superseded.jsonl")] == [3, 4]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from amclip_ds.checkpoint import manifest
+from amclip_ds.checkpoint import step_folders
 from amclip_ds.jsonl import read_lines
 from tests.e2e.conftest import Amclip
 from tests.unit.evaluate.test_encoder import write_set
@@ -21,7 +21,7 @@ def test_a_failed_evaluation_is_an_incident_that_watch_makes_good(scenes: Path, 
 
     code, printed = amclip(*train, ranks=2)
     assert code == 0 and "evaluation failed" in printed, printed
-    assert [step for step, _ in manifest.list_steps(run / "checkpoints")] == [2, 4]
+    assert [step for step, _ in step_folders.list_steps(run / "checkpoints")] == [2, 4]
     incidents = read_lines(run / "incidents.jsonl")
     assert [(row["kind"], row["step"]) for row in incidents] == [("evaluation_failed", 2), ("evaluation_failed", 4)]
     assert "0.tar" in incidents[0]["cause"] and not (run / "eval.jsonl").exists()

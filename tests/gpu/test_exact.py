@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amclip_ds.checkpoint import manifest
+from amclip_ds.checkpoint import step_folders
 from amclip_ds.data.synthetic import write_dataset
 from tests.distributed.cases_checkpoint import GLOBAL_BATCH, TOTAL
 from tests.distributed.test_checkpoint_run import hashes, numbers
@@ -45,10 +45,10 @@ def test_a_run_cut_after_13_of_40_steps(tmp_path: Path) -> None:
     ]  # fmt: skip
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     train(*keys, f"run.out={whole}")
-    place = whole / "checkpoints" / manifest.folder_name(CUT)
+    place = whole / "checkpoints" / step_folders.folder_name(CUT)
     train(*keys, f"run.out={rest}", "--resume", str(place))
     assert numbers(rest) == numbers(whole)[CUT:] and len(numbers(rest)) == 27
-    last = manifest.folder_name(40)
+    last = step_folders.folder_name(40)
     assert hashes(rest / "checkpoints" / last) == hashes(whole / "checkpoints" / last)
 
 

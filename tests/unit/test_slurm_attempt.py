@@ -57,7 +57,7 @@ def test_stalls_are_the_last_attempts_that_began_where_the_run_still_is() -> Non
 
 def test_the_newest_step_ignores_what_is_not_committed(tmp_path: Path) -> None:
     assert newest_step(tmp_path) == -1
-    for name in ("step_00000010", "step_00000020", ".tmp-step_00000030", "step_00000025.del"):
+    for name in ("step_00000010", "step_00000020", ".tmp-step_00000030", "step_00000025.del", "step_²"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert newest_step(tmp_path) == 20
 

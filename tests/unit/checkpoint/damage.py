@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from amclip_ds.checkpoint import manifest
+from amclip_ds.checkpoint import step_folders
 
 CANARY = "hostile-code-was-run"
 
 
 def newest(root: Path) -> Path:
-    return manifest.list_steps(root)[-1][1]
+    return step_folders.list_steps(root)[-1][1]
 
 
 def flip(path: Path, place: float = 0.5) -> None:
@@ -66,7 +66,7 @@ def swap(root: Path) -> None:
 
 def older_shard(root: Path) -> None:
     """A shard of the checkpoint before, the same size."""
-    shutil.copy(manifest.list_steps(root)[-2][1] / "model/rank0000.safetensors", newest(root) / "model")
+    shutil.copy(step_folders.list_steps(root)[-2][1] / "model/rank0000.safetensors", newest(root) / "model")
 
 
 class Hostile:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from amclip_ds.checkpoint import load, manifest, retention, tools
+from amclip_ds.checkpoint import load, manifest, retention, step_folders, tools
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.cli import main
@@ -140,7 +140,7 @@ STRANGERS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("stranger", STRANGERS)
 def test_names_that_are_none_of_ours_are_no_checkpoints_and_stay(root: Path, stranger: str) -> None:
     STRANGERS[stranger](root)
-    assert [step for step, _ in manifest.list_steps(root)] == [1, 2]
+    assert [step for step, _ in step_folders.list_steps(root)] == [1, 2]
     before = sorted(os.listdir(root))
     assert main(["checkpoints", str(root.parent), "prune", "--keep-last", "2", "--damaged", "--set-aside"]) == 0
     assert sorted(os.listdir(root)) == before

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from amclip_ds.checkpoint import CheckpointConfig, background, load, manifest, retention, save
+from amclip_ds.checkpoint import CheckpointConfig, background, load, manifest, retention, save, step_folders
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.save import SaveFailed, Saver
 from amclip_ds.errors import AmclipError, UserError
@@ -39,7 +39,7 @@ def save_steps(folder: Path, *steps: int, **settings: Any) -> Told:
 
 
 def steps_in(folder: Path) -> list[int]:
-    return [step for step, _ in manifest.list_steps(folder)]
+    return [step for step, _ in step_folders.list_steps(folder)]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
