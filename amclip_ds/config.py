@@ -15,7 +15,7 @@ from amclip_ds import configfile, plain_yaml
 from amclip_ds.checkpoint import CheckpointConfig
 from amclip_ds.data.config import DataConfig
 from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
-from amclip_ds.errors import LocalSettingsError, SettingsError, UserError
+from amclip_ds.errors import LocalSettingsError, SettingsError, UserError, in_one_line
 from amclip_ds.evaluate import EvalConfig
 from amclip_ds.masks import NONE, MaskConfig
 from amclip_ds.masks.units import num_units
@@ -176,7 +176,7 @@ def check_buildable(config: TrainConfig) -> None:
         with torch.device("meta"):
             build_vit(config.model.vision)
     except ValueError as error:
-        raise SettingsError(" ".join(str(error).split())) from None
+        raise SettingsError(in_one_line(error)) from None
 
 
 def recipe_names() -> list[str]:
@@ -295,7 +295,7 @@ def _check_together(config: TrainConfig) -> None:
         if config.teacher.resolution == "half":
             patch_grid(config.model.vision, config.model.vision.image_size // 2)
     except ValueError as error:
-        raise SettingsError(" ".join(str(error).split())) from None
+        raise SettingsError(in_one_line(error)) from None
     if config.loss.o2o_weight > 0 and config.data.num_views != 2:
         raise SettingsError(
             f"loss.o2o_weight: this loss needs data.num_views=2, not {config.data.num_views}; or set it to 0"

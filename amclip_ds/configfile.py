@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from amclip_ds import plain_yaml, synonyms
-from amclip_ds.errors import LocalSettingsError, SettingsError, UserError
+from amclip_ds.errors import LocalSettingsError, SettingsError, UserError, in_one_line
 from amclip_ds.redact import redact_all
 
 Config = TypeVar("Config")
@@ -53,7 +53,7 @@ def merge(kind: type[Config], layers: Sequence[Values], sources: Mapping[str, st
         merged = OmegaConf.merge(OmegaConf.structured(kind), *[_nested(layer) for layer in layers])
         return typing.cast(Config, OmegaConf.to_object(merged))
     except (ValueError, OverflowError) as error:
-        text = " ".join(str(error).split())
+        text = in_one_line(error)
         source = sources.get(text.split(":", 1)[0])
         raise SettingsError(text + (f" (in {source})" if source else "")) from None
 

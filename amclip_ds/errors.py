@@ -53,3 +53,8 @@ class Preempted(AmclipError):
     """Stopped by a signal or a limit, after a committed checkpoint: requeue."""
 
     exit_code = TO_REQUEUE
+
+
+def in_one_line(error: object, limit: int | None = None) -> str:
+    """What an error says, its lines joined, `limit` characters at most."""
+    return " ".join(str(error).split())[:limit]

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from amclip_ds.errors import UserError
+from amclip_ds.errors import UserError, in_one_line
 
 MAX_TEXT = 1 << 20
 MAX_JSON = 16 << 20  # parsed, a hostile one takes twenty times as much memory
@@ -86,7 +86,7 @@ def read_json(path: Path, kind: type[Kind], limit: int = MAX_JSON, *, follow: bo
     except OSError as error:
         raise UserError(f"{path}: {describe(error)}") from None
     except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits, or no Unicode
-        raise UserError(f"{path}: not JSON: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: not JSON: {in_one_line(error, 200)}") from None
     if not isinstance(content, kind):
         raise UserError(f"{path}: its JSON is a {type(content).__name__}, not a {kind.__name__}")
     return content

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from amclip_ds import files
-from amclip_ds.errors import UserError
+from amclip_ds.errors import UserError, in_one_line
 
 MAX_BYTES = 256 << 10  # a run's config.yaml has 6 kB
 MAX_DEPTH = 32
@@ -125,7 +125,7 @@ def _check(root: yaml.Node) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem} (line {error.problem_mark.line + 1})"
-    return " ".join(str(error).split())[:200]
+    return in_one_line(error, 200)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -16,7 +16,7 @@ from typing import Any
 
 from amclip_ds import display, jsonl, tensorboard_events
 from amclip_ds.backlog import Backlog
-from amclip_ds.errors import UserError
+from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.files import is_regular, read_json, read_text, write_atomically
 from amclip_ds.redact import redact
 
@@ -106,7 +106,7 @@ class WandbRun:
             self._is_failing = False
         except Exception as error:  # a library of another house, over a network
             if not self._is_failing:
-                cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                cause = f"{type(error).__name__}: {in_one_line(error, 300)}"
                 print(f"amclip: Weights & Biases failed ({cause}); training goes on", file=sys.stderr, flush=True)
                 self._incident("wandb", cause, action="training goes on")
             self._is_failing = True

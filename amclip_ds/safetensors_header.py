@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amclip_ds.errors import UserError
+from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.files import describe, open_regular
 
 BITS = {
@@ -60,7 +60,7 @@ def read(path: Path, *, follow: bool = True) -> Header:
     except OSError as error:
         raise UserError(f"{path}: {describe(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a safetensors file: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: not a safetensors file: {in_one_line(error, 200)}") from None
     if not isinstance(header, dict):
         raise UserError(f"{path}: its header is not an object")
     metadata = header.pop("__metadata__", {})

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from amclip_ds.engine.collectives import gather_objects
+from amclip_ds.errors import in_one_line
 
 
 def compile_blocks(towers: list[nn.ModuleList], stage: int) -> str | None:
@@ -36,7 +37,7 @@ def _why_not(stage: int) -> str | None:
     try:
         torch.compile(_probe)(torch.ones(8))
     except Exception as error:  # whatever the compiler's toolchain raises
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        reason = f"{type(error).__name__}: {in_one_line(error, 150)}"
         return f"torch.compile does not work on this machine ({reason})"
     return None
 

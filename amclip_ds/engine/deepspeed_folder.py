@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amclip_ds.errors import UserError
+from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.files import read_text
 
 
@@ -49,7 +49,7 @@ def read_deepspeed_folder(folder: Path, tag: str | None = None) -> DeepSpeedFold
             held = [one["optimizer_state_dict"] for one in saved]
             stage = int(held[0]["zero_stage"])
         except (OSError, KeyError, ValueError) as error:
-            raise UserError(f"{place}: no ZeRO checkpoint of DeepSpeed: {' '.join(str(error).split())[:300]}") from None
+            raise UserError(f"{place}: no ZeRO checkpoint of DeepSpeed: {in_one_line(error, 300)}") from None
         flats = [one["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"] for one in held]
         inner = [one["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]["state"] for one in held]
 

@@ -20,7 +20,7 @@ import torch
 
 from amclip_ds.engine.collectives import on_all
 from amclip_ds.engine.runtime import Runtime, build_environment, extensions_dir
-from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.errors import AmclipError, UserError, in_one_line
 from amclip_ds.optim import OptimConfig
 
 OP = "cpu_adam"
@@ -49,7 +49,7 @@ def build_cpu_adam(
         return DeepSpeedCPUAdam(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps,
                                 weight_decay=config.weight_decay, adamw_mode=True)  # fmt: skip
     except (AmclipError, RuntimeError, ImportError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error, 300)
         raise UserError(
             f"engine.deepspeed: {file} offloads the optimizer, which needs DeepSpeed's cpu_adam op, and that cannot be"
             f" compiled here (a C++ compiler is needed): {reason}; use {file.replace('_offload', '')}"

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from amclip_ds.data.sources import is_remote
 from amclip_ds.engine.bandwidth import measure_collectives, measure_pairs, name_outliers
 from amclip_ds.engine.runtime import Runtime
-from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.errors import AmclipError, UserError, in_one_line
 
 ANSWER_TIMEOUT_S = 120.0  # every rank must show up within this; imports on a cold file system take most of it
 CLOCK_SKEW_S = 2.0
@@ -186,7 +186,7 @@ def _meet(runtime: Runtime) -> dist.ProcessGroup:
     try:
         dist.monitored_barrier(group=group, wait_all_ranks=True)
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = in_one_line(error)
         raise AmclipError(f"preflight: ranks do not answer within {ANSWER_TIMEOUT_S:.0f} s: {text}") from None
     return group
 

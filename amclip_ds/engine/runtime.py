@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from amclip_ds.engine.communication_time import time_engine_collectives
 from amclip_ds.engine.placement import Placement, SlurmJob, device_index, discover, free_port, slurm_job
-from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.errors import AmclipError, UserError, in_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +131,7 @@ def _init_process_group(place: Placement, port: int, device: "torch.device", tim
         )  # fmt: skip
         time_engine_collectives()
     except (torch.distributed.DistError, RuntimeError, ValueError) as error:
-        text = " ".join(str(error).split())[:300]
+        text = in_one_line(error, 300)
         if "EADDRINUSE" in text or "address already in use" in text.lower():
             raise UserError(f"MASTER_PORT: port {port} on {place.master_addr} is in use; set another one") from None
         raise AmclipError(

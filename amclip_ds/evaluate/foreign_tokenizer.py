@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, tensor
 
 from amclip_ds.data.captions import WORDS
-from amclip_ds.errors import UserError
+from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.evaluate.export_folder import MAX_VOCABULARY
 from amclip_ds.files import MAX_JSON, read_text
 from amclip_ds.model.weight_files import inside
@@ -61,14 +61,14 @@ def _build(path: Path) -> Any:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: not JSON: {in_one_line(error, 200)}") from None
     _check(path, content)
     try:
         return Tokenizer.from_str(json.dumps(content | dict.fromkeys(("truncation", "padding", "decoder"))))
     except BaseException as error:  # the Rust behind it panics, which is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise UserError(f"{path}: no tokenizer: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: no tokenizer: {in_one_line(error, 200)}") from None
 
 
 def _check(path: Path, content: Any) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from amclip_ds import safetensors_header
 from amclip_ds.data import photometric
-from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.errors import AmclipError, UserError, in_one_line
 from amclip_ds.evaluate.encoder import resize_and_crop, resized_size
 from amclip_ds.evaluate.export_folder import (
     MAX_VOCABULARY,
@@ -125,7 +125,7 @@ class Library:
         except AmclipError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = in_one_line(error, 300)
             raise UserError(f"{self.path}: the model fails: {type(error).__name__} {reason}") from None
 
     def own_pixels_of(self, image: Image.Image) -> Tensor:

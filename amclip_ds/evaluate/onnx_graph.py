@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from amclip_ds.errors import UserError
+from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.files import read_bytes
 from amclip_ds.model.weight_files import inside
 
@@ -37,7 +37,7 @@ def open_graph(path: Path, providers: list[str]) -> Any:
     try:
         model = onnx.load_model_from_string(content)
     except Exception as error:  # of protobuf
-        raise UserError(f"{path}: not an ONNX graph: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: not an ONNX graph: {in_one_line(error, 200)}") from None
     _check(path, model)
     weights = sum({file: file.stat().st_size for file in _external_files(path, model)}.values())
     memory = onnxruntime.OrtMemoryInfo("Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0,

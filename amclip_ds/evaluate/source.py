@@ -13,7 +13,7 @@ from amclip_ds import safetensors_header
 from amclip_ds.checkpoint import manifest, retention, step_folders
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.config import TrainConfig
-from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.errors import AmclipError, UserError, in_one_line
 from amclip_ds.evaluate.encoder import Encoder, TowerEncoder
 from amclip_ds.evaluate.export_folder import read_own
 from amclip_ds.model.amclip import AClip
@@ -138,7 +138,7 @@ def open_encoder(located: Located, weights: str, device: torch.device, preproces
         except AmclipError:
             raise
         except Exception as error:  # whatever a library raises over a torn folder
-            reason = " ".join(str(error).split())[:300]
+            reason = in_one_line(error, 300)
             raise UserError(
                 f"{located.path}: {located.kind} does not load it: {type(error).__name__} {reason}"
             ) from None

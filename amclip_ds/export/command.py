@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from amclip_ds import json_file
-from amclip_ds.errors import UserError
+from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.evaluate.libraries import open_library
 from amclip_ds.evaluate.source import Located, build_towers, locate
 from amclip_ds.export import hugging_face, onnx, open_clip, timm
@@ -65,7 +65,7 @@ def load_back(folder: Path, fmt: str, weights: str) -> object:
     try:
         return open_library(folder, fmt, weights, torch.device("cpu"))
     except Exception as error:  # whatever the library raises, the export is worth nothing
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error, 300)
         raise ExportMismatch(
             f"{fmt} does not load the export, which was deleted: {type(error).__name__} {reason}"
         ) from error

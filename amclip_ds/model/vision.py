@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from amclip_ds.errors import in_one_line
 from amclip_ds.masks.selection import Selection, TokenMask
 from amclip_ds.model.config import VisionConfig, grid_of
 from amclip_ds.model.scoring import run_block_with_cls_row
@@ -43,7 +44,7 @@ def build_vit(config: VisionConfig) -> Any:
     except TypeError as error:  # a class that does not know these arguments
         raise ValueError(f"model.vision.name: {config.name!r} is not timm's plain VisionTransformer") from error
     except (AssertionError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = in_one_line(error)
         raise ValueError(f"model.vision.name: {config.name!r} cannot be the tower: {reason}") from error
     unfit = _why_unfit(vit)
     if unfit:
