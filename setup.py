@@ -1,4 +1,6 @@
-"""Adds to what pyproject.toml says: the environment's torchvision hook lies beside the package, editable or not."""
+"""Adds to what pyproject.toml says: the environment's torchvision hook lies beside the package, editable or not, and a
+wheel holds the benchmarks as amclip_ds.benchmarks (a checkout has them at its top).
+"""
 
 from pathlib import Path
 
@@ -6,6 +8,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 HOOK = sorted(Path("environment").glob("amclip_ds_torchvision.*"))
+BENCHMARKS = [path for path in sorted(Path("benchmarks").glob("*.py")) if "from tests" not in path.read_text()]
 
 
 class BuildPy(build_py):
@@ -17,6 +20,11 @@ class BuildPy(build_py):
         self.mkpath(folder)
         for file in HOOK:
             self.copy_file(str(file), str(Path(folder) / file.name), preserve_mode=False)
+        if not self.editable_mode:
+            inside = Path(folder) / "amclip_ds" / "benchmarks"
+            self.mkpath(str(inside))
+            for file in BENCHMARKS:  # those that measure the tests themselves need a checkout
+                self.copy_file(str(file), str(inside / file.name), preserve_mode=False)
 
 
 setup(cmdclass={"build_py": BuildPy})

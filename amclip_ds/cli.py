@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from amclip_ds import json_file
+from amclip_ds import __version__, json_file
 from amclip_ds.arguments import Parser
 from amclip_ds.display import printable
 from amclip_ds.errors import INTERRUPTED, AmclipError, Preempted, SettingsError
@@ -42,6 +42,7 @@ def build_parser(only: str | None = None) -> Parser:
         description="Pre-train CLIP with attentive token removal (A-CLIP) through DeepSpeed.",
         epilog=EPILOG,
     )
+    parser.add_argument("--version", action="version", version=f"amclip_ds {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for word, module_name in COMMANDS.items():
         module = importlib.import_module(f"amclip_ds.commands.{module_name}")

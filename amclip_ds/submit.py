@@ -21,8 +21,9 @@ from amclip_ds.files import write_atomically
 from amclip_ds.redact import redact, redact_all
 from amclip_ds.slurm_attempt import check_shards
 
-HOME = Path(__file__).resolve().parents[1]
-TEMPLATE = HOME / "slurm" / "train.sbatch"
+HOME = Path(__file__).resolve().parent  # its slurm/ is in a checkout a link to the folder at the top
+SCRIPTS = HOME / "slurm"
+TEMPLATE = SCRIPTS / "train.sbatch"
 SAMPLED_SHARDS = 3
 
 
@@ -181,8 +182,6 @@ def check_start(config: TrainConfig) -> None:
 
 def write_script(plan: Plan, args: argparse.Namespace) -> None:
     """Leaves train.sbatch, config.yaml and submit.sh in RUN/slurm and puts the command into the plan."""
-    if not TEMPLATE.is_file():
-        raise UserError(f"no {TEMPLATE}: submit from a checkout (git clone), whose slurm/ folder has the script")
     script = plan.folder / "train.sbatch"
     plan.command = ["sbatch", "--parsable", *sbatch_flags(plan, args), str(script), args.recipe, *args.overrides]
     plan.environment = {"AMCLIP_HOME": str(HOME), "AMCLIP_VENV": sys.prefix}
@@ -200,6 +199,17 @@ def write_script(plan: Plan, args: argparse.Namespace) -> None:
         )
     except OSError as error:
         raise UserError(f"run.out: {plan.folder} cannot be written: {error.strerror}") from None
+
+
+def copy_scripts(folder: Path) -> list[Path]:
+    """Copies the job scripts into a folder, to be edited and given to sbatch. Returns them. Raises UserError."""
+    if folder.exists():
+        raise UserError(f"--scripts {folder}: exists; name a folder that does not")
+    try:
+        shutil.copytree(SCRIPTS, folder)
+    except OSError as error:
+        raise UserError(f"--scripts {folder}: cannot be written: {error.strerror or error}") from None
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def sbatch_flags(plan: Plan, args: argparse.Namespace) -> list[str]:

@@ -30,13 +30,13 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from webdataset import TarWriter
 
 from amclip_ds.data import photometric, synthetic
 from amclip_ds.data.config import DataConfig
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.views import make_views
-from tests.unit.data.damaged import tar_of
 
 SIZES = ((256, 192), (500, 375), (1024, 768), (2048, 1536), (4096, 3072))
 VIEW = 224
@@ -170,10 +170,9 @@ def loader(batches: int = 12) -> dict[str, float]:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for shard in range(4):
-            files = []
-            for number in range(shard * 128, (shard + 1) * 128):
-                files += [(f"{number:06d}.jpg", make_jpeg(number, 500, 375)), (f"{number:06d}.txt", b"a photo of one")]
-            Path(folder, f"{shard:05d}.tar").write_bytes(tar_of(files))
+            with TarWriter(str(Path(folder, f"{shard:05d}.tar"))) as tar:
+                for number in range(shard * 128, (shard + 1) * 128):
+                    tar.write({"__key__": f"{number:06d}", "jpg": make_jpeg(number, 500, 375), "txt": "a photo of one"})
         for workers in (0, 1, 2):
             data = TrainingData(
                 DataConfig(train=folder, workers=workers), seed=0, global_batch=64, rank=0, world_size=1,

@@ -190,7 +190,7 @@ def main() -> int:
     waiting, running, failed = list(args.cells), [], 0
     while waiting or running:
         while waiting and len(running) < 3:
-            command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], "--cell", waiting[0]]
+            command = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--cell", waiting[0]]
             running.append((waiting.pop(0), subprocess.Popen(command)))
         for name, process in list(running):
             if process.poll() is not None:

@@ -60,4 +60,4 @@ if __name__ == "__main__":
     else:
         with tempfile.TemporaryDirectory() as made:
             write_index(Path(made))
-            subprocess.run([sys.executable, "-m", "benchmarks.index", made], check=True)
+            subprocess.run([sys.executable, "-m", __spec__.name, made], check=True)

@@ -4,21 +4,26 @@
   amclip submit aclip-vitb16 ... --dry-run           writes the script and the command, submits nothing
   amclip submit aclip-vitb16 ... --chain 3           three jobs, each going on where the one before ended
   amclip submit aclip-vitb16 ... --sbatch=--qos=low --sbatch=--exclude=node7
+  amclip submit --scripts slurm                      copies train.sbatch, eval.sbatch, ... there, for sbatch itself
 
 The exact script and command are left in RUN/slurm. The last line printed is the job's id. Everything else about jobs:
 slurm/README.md.
 """
 
 import argparse
+from pathlib import Path
 
 from amclip_ds import json_file
 from amclip_ds.arguments import whole
+from amclip_ds.errors import SettingsError
 
 HELP = "check a recipe, then sbatch it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name (amclip recipes) or the path of a yaml")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="a recipe's name (amclip recipes) or the path of a yaml"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the recipe")
     parser.add_argument("--nodes", type=whole(1, 100_000), default=1, metavar="N", help="nodes (1)")
     size = parser.add_mutually_exclusive_group()
@@ -31,12 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chain", type=whole(1, 1000), default=1, metavar="K", help="submit K jobs, one after another")
     parser.add_argument("--sbatch", action="append", default=[], metavar="FLAG", help="another sbatch flag; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="write the script and the command, submit nothing")
+    parser.add_argument("--scripts", type=Path, metavar="DIR", help="copy the job scripts there, and do nothing else")
     parser.add_argument("--json", metavar="FILE", help="also write what was found and submitted")
 
 
 def run(args: argparse.Namespace) -> int:
     from amclip_ds import submit
 
+    if args.scripts is not None:
+        if args.recipe is not None:
+            raise SettingsError("--scripts: copies files and submits nothing; leave the recipe out")
+        for path in submit.copy_scripts(args.scripts):
+            print(path)
+        return 0
+    if args.recipe is None:
+        raise SettingsError("RECIPE: missing; `amclip recipes` lists them")
     plan = submit.make_plan(args)
     for line in plan.lines():
         print(line)
