@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from amclip_ds.masks import attentive, random
+from amclip_ds.masks import attentive, centered, cluster, disjoint, pgs, random, salience
+from amclip_ds.masks.units import NONE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NONE = "none"  # the strategy that keeps every token: no mask
 INPUTS = frozenset({"noise", "noise2", "scores", "patches", "pixels"})
 
 
@@ -53,6 +53,9 @@ class Mask:
     """the fields of MaskInputs that it reads (grid, unit, num_views and progress are always there)"""
     options: type | None = None
     """a dataclass; its keys are mask.NAME.*"""
+    disjoint: bool = False
+    """the first view takes the first K of its order, the next view the next K: sets without a common unit, where the
+    priorities of a sample's views are equal"""
 
     def __post_init__(self) -> None:
         if unknown := sorted(self.needs - INPUTS):
@@ -63,13 +66,20 @@ MASKS: dict[str, Mask] = {
     "random": Mask(random.priority, needs=frozenset({"noise"})),
     "attentive": Mask(attentive.priority, needs=frozenset({"scores"})),
     "attentive_inverse": Mask(attentive.inverse, needs=frozenset({"scores"})),
+    "attentive_noise": Mask(salience.attentive, frozenset({"scores", "noise"}), salience.AttentiveOptions),
+    "centered": Mask(centered.priority, frozenset({"noise"}), centered.Options),
+    "cluster": Mask(cluster.priority, frozenset({"noise", "noise2", "pixels"}), cluster.Options),
+    "pgs": Mask(pgs.priority, frozenset({"noise", "noise2", "pixels", "patches"}), pgs.Options),
+    "salience": Mask(salience.priority, frozenset({"noise", "patches"}), salience.Options),
+    "disjoint": Mask(disjoint.priority, frozenset({"noise"}), disjoint=True),
 }
 
 
 @dataclass
 class MaskConfig:
     strategy: str = "attentive"
-    """none | random | attentive | attentive_inverse (removes what the teacher attends to: the paper's ablation)."""
+    """none | random | attentive | attentive_inverse (removes what the teacher attends to: the paper's ablation) |
+    attentive_noise | centered | cluster | pgs | salience | disjoint."""
     keep_ratio: float = 0.5
     """Fraction of the patch tokens kept, in (0, 1]. At 0.5 a 14 x 14 grid with unit 2 keeps 100 of 196 tokens."""
     unit: int = 2
@@ -87,3 +97,9 @@ class MaskConfig:
 def needs_of(config: MaskConfig) -> frozenset[str]:
     """What the configured mask reads."""
     return frozenset() if config.strategy == NONE else MASKS[config.strategy].needs
+
+
+def options_of(config: MaskConfig) -> Any:
+    """The configured mask's options: mask.NAME.*, else its defaults; None where it has none."""
+    kind = MASKS[config.strategy].options
+    return getattr(config, config.strategy, None) or (kind() if kind else None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from amclip_ds.errors import UserError
-from amclip_ds.masks import MASKS, NONE, MaskConfig, MaskInputs
+from amclip_ds.masks import MASKS, NONE, MaskConfig, MaskInputs, options_of
 from amclip_ds.masks.units import num_kept_units, num_units
 
 
@@ -55,12 +55,20 @@ def select(config: MaskConfig, inputs: MaskInputs) -> Tensor | None:
     """
     if config.strategy == NONE:
         return None
-    priority = MASKS[config.strategy].priority(inputs, getattr(config, config.strategy, None))
+    mask = MASKS[config.strategy]
+    priority = mask.priority(inputs, options_of(config))
     units = num_units(inputs.grid, config.unit)
     check_priority(config.strategy, priority, units, inputs)
     kept = num_kept_units(units, config.keep_ratio)
-    chosen = priority.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
+    order = priority.sort(dim=-1, descending=True, stable=True).indices
+    chosen = consecutive(order, inputs.num_views, kept) if mask.disjoint else order[..., :kept]
     return tokens_of_units(chosen, inputs.grid, config.unit).sort(dim=-1).values
+
+
+def consecutive(order_BU: Tensor, num_views: int, kept: int) -> Tensor:
+    """[B, kept]: the first view's first `kept` of its order, the second view's next, and so on."""
+    by_view = order_BU.unflatten(0, (num_views, -1)).unbind(0)
+    return torch.cat([order[:, view * kept : (view + 1) * kept] for view, order in enumerate(by_view)])
 
 
 def check_priority(name: str, priority: Any, units: int, inputs: MaskInputs) -> None:

@@ -12,6 +12,7 @@ from amclip_ds.objectives import byol, contrastive, simclr
 from amclip_ds.objectives.base import Objective
 from amclip_ds.objectives.byol import BYOL
 from amclip_ds.objectives.contrastive import Contrastive
+from amclip_ds.objectives.occlusion import Occlusion
 from amclip_ds.objectives.sigmoid import Sigmoid
 from amclip_ds.objectives.simclr import SimCLR
 
@@ -20,6 +21,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "sigmoid": Sigmoid,
     "simclr": SimCLR,
     "byol": BYOL,
+    "occlusion": Occlusion,
 }  # in the order in which their terms are summed
 RECORDED = ("contrastive", "o2o", "o2e")  # terms of which every run has a number, 0 where the objective is not built
 
