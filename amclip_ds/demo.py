@@ -18,8 +18,8 @@ from amclip_ds import picture, scenes
 from amclip_ds.data import synthetic
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.encoder import TowerEncoder
-from amclip_ds.files import write_atomically
-from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read_lines
+from amclip_ds.files import not_written, write_atomically
+from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, left_out, read, read_lines
 from amclip_ds.launch import run_ranks
 from amclip_ds.model.text import TextTower
 from amclip_ds.model.vision import VisionTower
@@ -76,7 +76,7 @@ def claim(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".amclip-demo").touch()
     except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
+        raise not_written(f"--out {out}:", error) from None
     shutil.rmtree(out / "run", ignore_errors=True)
 
 
@@ -169,7 +169,10 @@ def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 20) -> f
 
 def final_accuracies(run: Path) -> dict[str, Any]:
     """Student and teacher top-1 of the run's last evaluation."""
-    rows = [row for row in read_lines(run / "eval.jsonl", EVALUATION) if row["task"] == "zeroshot_classification"]
+    found, unreadable = read(run / "eval.jsonl", EVALUATION)
+    for line in left_out(run / "eval.jsonl", unreadable):
+        print(line)
+    rows = [row for row in found if row["task"] == "zeroshot_classification"]
     last = max(row["step"] for row in rows)
     return {f"acc1_{row['weights']}": row["metrics"]["acc1"] for row in rows if row["step"] == last}
 

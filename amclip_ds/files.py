@@ -12,11 +12,12 @@ import stat
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from amclip_ds.errors import UserError, in_one_line
+from amclip_ds.errors import AmclipError, UserError, in_one_line
 
 MAX_TEXT = 1 << 20
 MAX_JSON = 16 << 20  # parsed, a hostile one takes twenty times as much memory
 READ = 1 << 20
+OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENFILE, errno.EMFILE, errno.ENOMEM}
 
 Kind = TypeVar("Kind")
 
@@ -95,6 +96,15 @@ def read_json(path: Path, kind: type[Kind], limit: int = MAX_JSON, *, follow: bo
 def describe(error: OSError) -> str:
     """What the system said, in words."""
     return "missing" if error.errno == errno.ENOENT else (error.strerror or str(error))
+
+
+def not_written(what: str, error: OSError) -> AmclipError:
+    """The error of what cannot be written: a UserError (code 2), but a fault of the machine (code 1) where the disk is
+    full, over quota or broken, which the same command may survive later. what: the key or option, and the path.
+    """
+    if error.errno in OF_THE_MACHINE:
+        return AmclipError(f"{what} cannot be written: {describe(error)}; once that is over, the same command goes on")
+    return UserError(f"{what} cannot be written: {describe(error)}")
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:

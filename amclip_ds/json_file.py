@@ -23,7 +23,7 @@ def check(file: str | Path | None) -> None:
 
 
 def write(file: str | Path | None, content: Any) -> None:
-    """Writes it whole, or into a pipe or device as it is. None: nothing is asked for. Raises UserError."""
+    """Writes it whole, or into a pipe or device as it is. None: nothing is asked for. Raises UserError, AmclipError."""
     if file is None:
         return
     path, text = Path(file), json.dumps(content, indent=1) + "\n"
@@ -33,4 +33,4 @@ def write(file: str | Path | None, content: Any) -> None:
         else:
             files.write_atomically(path, text)
     except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
+        raise files.not_written(f"--json {path}:", error) from None

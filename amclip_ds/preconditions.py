@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from amclip_ds import config as settings
+from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.sources import check_inputs
 from amclip_ds.engine.ds_config import read_ds_config
@@ -56,7 +57,7 @@ def check_folder(folder: Path) -> None:
 
 def goes_on(config: TrainConfig) -> bool:
     """Whether there is a checkpoint: what a run began with, or is evaluated on, must not keep it from going on."""
-    return any(Path(config.run.out, "checkpoints").glob("step_*"))
+    return bool(list_steps(Path(config.run.out, "checkpoints")))
 
 
 def check_init(config: TrainConfig) -> None:

@@ -20,8 +20,8 @@ from amclip_ds import config as settings
 from amclip_ds.backlog import Backlog
 from amclip_ds.config import TrainConfig
 from amclip_ds.engine.collectives import on_main
-from amclip_ds.errors import AmclipError, UserError
-from amclip_ds.files import write_atomically
+from amclip_ds.errors import AmclipError
+from amclip_ds.files import not_written, write_atomically
 from amclip_ds.jsonl import append_line, read
 from amclip_ds.preconditions import check_folder
 from amclip_ds.redact import redact_all
@@ -36,10 +36,10 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "transformers", "webdat
 
 
 def open_folder(config: TrainConfig) -> tuple[Path, int]:
-    """Makes the run's folder, with config.yaml and versions.json if it has none. Raises UserError. Rank 0 only.
+    """Makes the run's folder, with config.yaml and versions.json if it has none. Rank 0 only.
 
     Returns the folder and the number of this attempt, 0 on the first start. An older attempt's exit.json goes: a run
-    that leaves none has crashed.
+    that leaves none has crashed. Raises UserError, or AmclipError where the disk is full.
     """
     folder = Path(config.run.out)
     check_folder(folder)
@@ -50,7 +50,7 @@ def open_folder(config: TrainConfig) -> tuple[Path, int]:
         if not (folder / "config.yaml").exists():
             write_settings(folder, config, write_atomically)
     except OSError as error:
-        raise UserError(f"run.out: {folder} cannot be written: {error.strerror}") from None
+        raise not_written(f"run.out: {folder}", error) from None
     return folder, attempt
 
 

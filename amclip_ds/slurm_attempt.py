@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from amclip_ds import preconditions
 from amclip_ds.arguments import Parser
 from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.display import printable
 from amclip_ds.engine.placement import free_port
 from amclip_ds.errors import MISTAKE, STOPPED_ITSELF, TO_REQUEUE, AmclipError, UserError
-from amclip_ds.files import write_atomically
+from amclip_ds.files import not_written, write_atomically
 from amclip_ds.jsonl import append_line, read_lines
 from amclip_ds.record import read_verdict
 from amclip_ds.redact import redact
@@ -111,13 +112,15 @@ def begin(args: argparse.Namespace) -> str:
         nodes = largest_that_divides(config.batch.global_size, args.nodes, args.tasks_per_node) or args.nodes
         args.tasks = nodes * args.tasks_per_node
     settings.plan_batch(config.batch, args.tasks)
-    check_shards(config, nodes)
     folder = run / "slurm"
+    earlier, step = read_lines(folder / "attempts.jsonl"), newest_step(run)
+    mine = [row for row in earlier if row["job"] == args.job]
+    resume = resume_mode(wanted.resume, mine, step)
+    preconditions.check(config, resume)
+    check_shards(config, nodes)
+    revision = git_revision()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        earlier = read_lines(folder / "attempts.jsonl")
-        step = newest_step(run)
-        revision = git_revision()
         append_line(folder / "attempts.jsonl", {
             "time": round(time.time(), 3), "job": args.job, "restart": args.restart, "nodes": args.node_list,
             "num_nodes": args.nodes, "tasks": args.tasks, "step": step, "revision": revision,
@@ -125,8 +128,7 @@ def begin(args: argparse.Namespace) -> str:
         })  # fmt: skip
         write_atomically(folder / f"config-{args.job}-{args.restart}.yaml", settings.dump(config))
     except OSError as error:
-        raise UserError(f"run.out: {run} cannot be written: {error.strerror}") from None
-    mine = [row for row in earlier if row["job"] == args.job]
+        raise not_written(f"run.out: {run}", error) from None
     _check_restarts(mine, args, step)
     _chain_check(args.chain, read_verdict(run), run)
     describe(args, run, step, revision, earlier)
@@ -135,9 +137,7 @@ def begin(args: argparse.Namespace) -> str:
             f"note: {args.nodes - nodes} node(s) idle: {config.batch.global_size} samples divide by {args.tasks} tasks"
         )
     most = max(args.nodes, *(int(row.get("num_nodes", 0)) for row in mine), 1)
-    return (
-        f"{run}\n{free_port()}\n{resume_mode(wanted.resume, mine, step)}\n{nodes}\n{node_range(args.min_nodes, most)}"
-    )
+    return f"{run}\n{free_port()}\n{resume}\n{nodes}\n{node_range(args.min_nodes, most)}"
 
 
 def largest_that_divides(global_size: int, nodes: int, tasks_per_node: int) -> int:

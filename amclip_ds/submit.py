@@ -17,7 +17,7 @@ from amclip_ds import preconditions
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.sources import is_remote
 from amclip_ds.errors import UserError
-from amclip_ds.files import write_atomically
+from amclip_ds.files import not_written, write_atomically
 from amclip_ds.redact import redact, redact_all
 from amclip_ds.slurm_attempt import check_shards
 
@@ -198,7 +198,7 @@ def write_script(plan: Plan, args: argparse.Namespace) -> None:
             plan.folder / "submit.sh", "\n".join(lines) + "\n", mode=0o600 if plan.holds_secrets() else 0o644
         )
     except OSError as error:
-        raise UserError(f"run.out: {plan.folder} cannot be written: {error.strerror}") from None
+        raise not_written(f"run.out: {plan.folder}", error) from None
 
 
 def copy_scripts(folder: Path) -> list[Path]:

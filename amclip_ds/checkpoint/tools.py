@@ -101,7 +101,7 @@ def prune(checkpoints: Path, config: CheckpointConfig, remove_damaged: bool, rem
         for path in [*moved, *aside]:
             retention.remove(path)
     except OSError as error:
-        raise UserError(f"{error.filename or checkpoints}: {error.strerror}") from None
+        raise files.not_written(f"{error.filename or checkpoints}", error) from None
     return going + aside
 
 
@@ -113,7 +113,7 @@ def pin(path: Path, is_kept: bool) -> None:
         else:
             (path / retention.PINNED).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise files.not_written(f"{path}", error) from None
 
 
 class Weights:
@@ -191,9 +191,12 @@ def consolidate(path: Path, out: Path, which: str) -> int:
                 file.write(tensorfile.bytes_of(weights.read(name)))
         partial.replace(out)
         return out.stat().st_size
-    except (OSError, DamagedError) as error:
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{out}: {error}") from None
+        raise files.not_written(f"--out {out}:", error) from None
+    except DamagedError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: {error}") from None
 
 
 def import_deepspeed(source: Path, tag: str | None, checkpoints: Path, config: TrainConfig) -> tuple[Path, list[str]]:

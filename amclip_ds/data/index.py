@@ -26,7 +26,7 @@ from amclip_ds.data.parallel import Died, run_over
 from amclip_ds.data.sources import is_remote
 from amclip_ds.data.tar import BLOCK, Damage, Member, scan
 from amclip_ds.errors import UserError
-from amclip_ds.files import describe, open_regular, read_json, write_atomically
+from amclip_ds.files import describe, not_written, open_regular, read_json, write_atomically
 from amclip_ds.redact import redact
 
 VERSION = 1
@@ -196,7 +196,7 @@ def build_index(
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"data.index: {folder} cannot be written: {error.strerror}") from None
+        raise not_written(f"data.index: {folder}", error) from None
     entries = []
     try:
         with (
@@ -213,7 +213,7 @@ def build_index(
         (partial / "meta.json").write_text(_meta_of(entries))
         _replace(partial, folder)
     except OSError as error:
-        raise UserError(f"data.index: {folder} cannot be written: {error.strerror}") from None
+        raise not_written(f"data.index: {folder}", error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Index(folder)

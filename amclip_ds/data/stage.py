@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from amclip_ds.errors import UserError
+from amclip_ds.files import not_written
 
 FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a link is refused, a pipe does not block
 
@@ -137,15 +138,16 @@ class Stage:
 
 
 def _private_folder(folder: Path) -> int:
-    """A descriptor of a folder that is this user's alone, made where it is missing. Raises UserError."""
+    """A descriptor of a folder that is this user's alone, made where it is missing. Raises UserError, AmclipError."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder, 0o700)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | FLAGS)
     except OSError as error:
-        said = "is a link, or no folder" if error.errno in (errno.ELOOP, errno.ENOTDIR) else f"{error.strerror}"
-        raise UserError(f"data.stage_dir: {folder} cannot be made: {said}") from None
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise not_written(f"data.stage_dir: {folder}", error) from None
+        raise UserError(f"data.stage_dir: {folder} cannot be made: is a link, or no folder") from None
     found = os.fstat(descriptor)
     if found.st_uid != os.geteuid() or found.st_mode & 0o077:
         os.close(descriptor)

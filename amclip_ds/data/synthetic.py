@@ -29,6 +29,7 @@ from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.parallel import Died, num_cores, run_over
 from amclip_ds.data.progress import progress
 from amclip_ds.errors import UserError
+from amclip_ds.files import not_written
 
 SHAPES = ("circle", "square", "triangle", "bar", "star", "cross", "ring", "pillar")
 COLOURS = {
@@ -270,6 +271,6 @@ def _appearing_whole(folder: Path) -> Iterator[Path]:
         yield partial
         partial.replace(folder)
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written: {error.strerror or error}") from None
+        raise not_written(f"--out {folder}:", error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -7,14 +7,16 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from amclip_ds import json_file
-from amclip_ds.errors import UserError, in_one_line
+from amclip_ds.errors import AmclipError, UserError, in_one_line
 from amclip_ds.evaluate.libraries import open_library
 from amclip_ds.evaluate.source import Located, build_towers, locate
 from amclip_ds.export import hugging_face, onnx, open_clip, timm
 from amclip_ds.export.card import write_card
 from amclip_ds.export.proof import ExportMismatch, Proof, gather_samples, prove
+from amclip_ds.files import not_written
 from amclip_ds.model.amclip import AClip
 
 WRITERS = {"open_clip": open_clip.write, "hf": hugging_face.write, "timm": timm.write, "onnx": onnx.write}
@@ -37,16 +39,13 @@ def export(args: argparse.Namespace) -> int:
 
 
 def write_proved(fmt: str, module: AClip, located: Located, weights: str, out: Path, proof_shards: str | None) -> Proof:
-    """Makes the folder `out`, whole and proved, or nothing. Raises ExportMismatch, UserError."""
+    """Makes the folder `out`, whole and proved, or nothing. Raises ExportMismatch, UserError, AmclipError."""
     assert located.config is not None
     config = located.config
     samples = gather_samples(proof_shards, config)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
-    try:
         WRITERS[fmt](partial, module, config.model)
         proof = prove(module, config.model, load_back(partial, fmt, weights), samples)
         if not proof.holds:
@@ -55,6 +54,10 @@ def write_proved(fmt: str, module: AClip, located: Located, weights: str, out: P
         facts = {"step": located.step, "weights": weights, "format": fmt, "proof": proof.facts()}
         (partial / "amclip.json").write_text(json.dumps(facts, indent=1) + "\n")
         partial.rename(out)
+    except OSError as error:
+        raise not_written(f"--out {out}:", error) from None
+    except SafetensorError as error:  # how it reports the disk's errors
+        raise AmclipError(f"--out {out}: cannot be written: {in_one_line(error, 300)}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return proof

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds.errors import RunStopped, UserError
-from amclip_ds.files import open_regular, read_bytes, read_json, write_atomically
+from amclip_ds.files import not_written, open_regular, read_bytes, read_json, write_atomically
 from amclip_ds.resilience.config import OwnershipConfig
 from amclip_ds.resilience.watch_ranks import process_state, start_time
 
@@ -140,7 +140,7 @@ def claim(
             _wait_until_gone(folder, last, config, job, restart, say)
         held = _create(folder, last + 1)
     except OSError as error:
-        raise UserError(f"run.out: {folder} cannot be written: {error.strerror}") from None
+        raise not_written(f"run.out: {folder}", error) from None
     return Owner(held, config, {
         "claim": last + 1, "job": job, "restart": restart, "attempt": None, "host": socket.gethostname(),
         "pid": os.getpid(), "started": start_time(os.getpid()), "machine": _machine(),

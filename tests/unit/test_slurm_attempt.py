@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from amclip_ds import config
+from amclip_ds.preconditions import goes_on
 from amclip_ds.record import read_verdict
 from amclip_ds.slurm_attempt import (
     Limits,
@@ -17,6 +19,7 @@ from amclip_ds.slurm_attempt import (
     node_range,
     resume_mode,
 )
+from tests.unit.data.shards import write_shards
 
 LIMITS = Limits(max_restarts=5, max_stalls=3)
 RETRY = Limits(max_restarts=5, max_stalls=3, retry_crashes=True)
@@ -124,3 +127,25 @@ def test_the_most_nodes_are_remembered_over_a_small_attempt(tmp_path: Path, caps
     assert begin(run, data, 2, 0, capsys)[3:] == ["2", "1-2"]
     assert begin(run, data, 1, 1, capsys)[3:] == ["1", "1-2"]
     assert begin(run, data, 3, 2, capsys)[3:] == ["2", "1-3"], "8 samples, 6 tasks"
+
+
+def test_a_wrong_evaluation_set_ends_the_job_before_its_ranks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that has begun it costs the evaluations alone, as in training."""
+    write_shards(tmp_path / "data", (4,))
+    (tmp_path / "set").mkdir()
+    run = tmp_path / "run"
+    words = ["begin", "--job", "9", "--nodes", "1", "--tasks", "1", "--", "aclip-tiny", f"data.train={tmp_path}/data",
+             f"run.out={run}", f"eval.data={tmp_path}/set"]  # fmt: skip
+    assert main(words) == 2 and f"eval.data: {tmp_path}/set" in capsys.readouterr().err
+    assert not run.exists()
+    (run / "checkpoints" / "step_00000010").mkdir(parents=True)
+    assert main(words) == 0, capsys.readouterr().err
+
+
+def test_a_folder_of_another_name_is_no_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name, is_one in (("step_5", False), ("step_00000005.partial", False), ("step_00000005", True)):
+        (tmp_path / "checkpoints" / name).mkdir()
+        assert goes_on(config.load("aclip-tiny", [f"run.out={tmp_path}"])) == is_one, name

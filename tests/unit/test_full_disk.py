@@ -1,0 +1,76 @@
+"""A start or a resume on a disk that is full, over quota or broken: the machine's fault, code 1, and one line."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amclip_ds import files
+from amclip_ds.errors import FAULT, MISTAKE
+from tests.conftest import ROOT
+from tests.unit.data.shards import write_shards
+
+FULL_DISK = """
+import contextlib, errno, os, sys
+from pathlib import Path
+from amclip_ds import config, json_file, slurm_attempt
+from amclip_ds.data.index import build_index
+from amclip_ds.errors import AmclipError
+from amclip_ds.resilience.ownership import OwnershipConfig, claim
+from amclip_ds.run_folder import open_folder
+disk, shards = Path(sys.argv[1]), Path(sys.argv[2])
+(disk / "begun").mkdir()
+with contextlib.suppress(OSError):
+    for number in range(1000): (disk / f"fill{number}").touch()
+begin = ["begin", "--job", "9", "--nodes", "1", "--tasks", "1", "--", "aclip-tiny", f"data.train={shards}"]
+def settings(run): return config.load("aclip-tiny", [f"data.train={shards}", f"run.out={run}"])
+for name, start in {
+    "folder": lambda run: open_folder(settings(run)),
+    "owner": lambda run: claim(run, OwnershipConfig()),
+    "json": lambda run: json_file.write(run.with_suffix(".json"), {}),
+    "index": lambda run: build_index([str(path) for path in sorted(shards.glob("*.tar"))], run, 1),
+}.items():
+    for run in (disk / "new", disk / "begun"):
+        try:
+            start(run)
+            print(name, "began")
+        except AmclipError as error:
+            print(name, error.exit_code, error)
+print("slurm", slurm_attempt.main([*begin, f"run.out={disk}/new"]))
+"""
+
+
+def test_a_start_on_a_full_disk_is_no_mistake_of_the_user(tmp_path: Path) -> None:
+    """A real file system, in which not even an empty file has a place left."""
+    write_shards(tmp_path / "shards", (2,))
+    disk, program = tmp_path / "disk", tmp_path / "program.py"
+    disk.mkdir()
+    program.write_text(FULL_DISK)
+    mount = 'mount -t tmpfs -o size=64k,nr_inodes=8 none "$0" && exec "$@"'
+    argv = ["unshare", "-rm", "sh", "-c", mount, str(disk)]
+    if not shutil.which("unshare") or subprocess.run([*argv, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    done = subprocess.run([*argv, sys.executable, program, disk, tmp_path / "shards"], cwd=ROOT, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ended = [line.split(" ", 2) for line in done.stdout.splitlines()]
+    assert [(name, code) for name, code, *_ in ended] == [
+        *(("folder", "1"), ("folder", "1"), ("owner", "1"), ("owner", "1")),
+        *(("json", "1"), ("json", "1"), ("index", "1"), ("index", "1"), ("slurm", "1")),
+    ], done.stdout  # fmt: skip
+    assert all("No space left on device; once that is over" in line[2] for line in ended[:-1]), done.stdout
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_what_is_the_machines_fault(number: int) -> None:
+    error = files.not_written("run.out: run", OSError(number, os.strerror(number), "run"))
+    assert error.exit_code == FAULT and os.strerror(number) in str(error)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTDIR, errno.EROFS, errno.ENOENT])
+def test_what_its_user_can_set_right(number: int) -> None:
+    assert files.not_written("run.out: run", OSError(number, os.strerror(number), "run")).exit_code == MISTAKE
