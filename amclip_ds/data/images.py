@@ -11,15 +11,17 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+T = TypeVar("T")
 MAX_PIXELS = 89_478_485
 MAX_SCANS = 200  # an honest progressive JPEG has about ten; each is a pass over all pixels
 MAX_PARTS = 1 << 17  # segments of a JPEG, chunks of a PNG; each costs a decoder some time and may be empty
-STRIP = 1 << 20  # pixels that are laid on white at once
+STRIP = 1 << 20  # pixels whose colours are converted at once
 FORMATS = ("JPEG", "PNG", "WEBP")
 ARE_READ = "JPEG, PNG, WebP are read"
 SIGNATURES = {
@@ -53,14 +55,14 @@ SEQUENTIAL = {0xC0, 0xC1, 0xC9}
 PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}
 XMP = b"XML:com.adobe.xmp\0\0"  # a text of a PNG, uncompressed, in which Pillow looks for the orientation
 ORIENTATION = 0x0112
-UPSIDE = {  # EXIF orientation -> PIL's transposition that makes it upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+EXIF_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF orientation -> the upright view of the pixels
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
 }
 
 
@@ -106,7 +108,7 @@ class ImageSource:
                 return self._upright(self._turbo(factor), factor)
             except ValueError as error:
                 mended = str(error)  # damaged, or a kind of JPEG that the fast decoder does not know: Pillow decides
-        pixels = np.array(_decode(self._pillow(), as_rgb, factor))
+        pixels = _decode(self._pillow(), _pixels, factor)
         return self._upright(pixels, factor, _countable(mended) if _is_damage(mended) else "")
 
     def picture(self, plain: bool = False) -> Image.Image:
@@ -114,8 +116,9 @@ class ImageSource:
 
         plain: colours by Pillow's convert alone, neither turned nor laid on white, as CLIP_benchmark opens its sets.
         """
-        image = _decode(self._pillow(), (lambda found: found.convert("RGB")) if plain else as_rgb)
-        return image if plain or self._orientation not in UPSIDE else image.transpose(UPSIDE[self._orientation])
+        if plain or self._orientation not in EXIF_TURNS:
+            return _decode(self._pillow(), (lambda found: found.convert("RGB")) if plain else as_rgb)
+        return Image.fromarray(self._upright(_decode(self._pillow(), _pixels), 1).pixels)
 
     def _pillow(self) -> Image.Image:
         if self._image is None:
@@ -128,8 +131,8 @@ class ImageSource:
         return simplejpeg.decode_jpeg(self._content, min_height=least[0], min_width=least[1], min_factor=1)
 
     def _upright(self, pixels: np.ndarray, factor: int, mended: str = "") -> Decoded:
-        if self._orientation in UPSIDE:
-            pixels = np.array(Image.fromarray(pixels).transpose(UPSIDE[self._orientation]))
+        if self._orientation in EXIF_TURNS:
+            pixels = np.ascontiguousarray(EXIF_TURNS[self._orientation](pixels))
         whole = pixels.shape[:2] == (self.height, self.width)
         return Decoded(pixels, self.height, self.width, 1 if whole else factor, mended)
 
@@ -278,8 +281,8 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _decode(image: Image.Image, colours: Callable[[Image.Image], Image.Image], factor: int = 1) -> Image.Image:
-    """The pixels as stored (not yet upright), in RGB. Raises BadImage."""
+def _decode(image: Image.Image, colours: Callable[[Image.Image], T], factor: int = 1) -> T:
+    """What `colours` makes of the loaded image, as stored (not yet upright). Raises BadImage."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -289,6 +292,17 @@ def _decode(image: Image.Image, colours: Callable[[Image.Image], Image.Image], f
             return colours(image)
     except Exception as error:
         raise BadImage("unreadable", f"a damaged {image.format}: {_countable(str(error))}") from None
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """[h, w, 3] uint8 of a loaded image, some rows at a time: the copies that colours take are many times the image."""
+    rows = max(1, STRIP // image.width)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        part = image if rows >= image.height else image.crop((0, top, image.width, bottom))
+        pixels[top:bottom] = np.asarray(as_rgb(part))
+    return pixels
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -303,7 +317,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Some rows at a time: the copies that it takes are many times the image."""
+    """Some rows at a time."""
     shown, rows = Image.new("RGB", image.size), max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         part = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -23,6 +24,7 @@ from amclip_ds.jsonl import read_lines
 from amclip_ds.record import LogConfig, Record
 from tests.unit.data import damaged
 from tests.unit.data.damaged import sample, samples, special, tar_of
+from tests.unit.data.shards import encode
 
 MEGABYTE = 1 << 20
 
@@ -77,6 +79,27 @@ def test_the_measurement_sees_a_decoded_bomb() -> None:
     grown, said = grown_by(opened, damaged.bomb(5000), 1 << 30)
     assert said == "(5000, 5000, 3)" and grown > 70
     assert grown_by(opened, damaged.bomb(5000), 24_999_999)[1] == "too large"
+
+
+@pytest.mark.parametrize("mode, exif", [("RGBA", 6), pytest.param("I;16", 1, marks=pytest.mark.nightly)])
+def test_the_largest_image_takes_less_than_a_gigabyte(mode: str, exif: int) -> None:
+    """88 million pixels, of 4 or 2 bytes each; as an array for training, and as a picture for evaluation."""
+    orientation = Image.Exif()
+    orientation[0x0112] = exif
+    size = (9400, 9400)
+    largest = Image.fromarray(np.zeros(size, np.uint16)) if mode == "I;16" else Image.new(mode, size)
+    content = encode(largest, "PNG", compress_level=1, exif=orientation)
+    for work in (decoded, shown):
+        grown, shape = grown_by(work, content)
+        assert shape == size and grown < 980, (work, grown)
+
+
+def decoded(content: bytes) -> tuple[int, ...]:
+    return open_image(content).decode().pixels.shape[:2]
+
+
+def shown(content: bytes) -> tuple[int, ...]:
+    return open_image(content).picture().size
 
 
 def test_a_jpeg_that_keeps_a_decoder_busy_is_refused() -> None:

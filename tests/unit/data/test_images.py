@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from amclip_ds.data.check import CheckConfig, check
 from amclip_ds.data.images import BadImage, header_size, open_image
@@ -181,6 +181,17 @@ def test_evaluation_opens_upright_or_plain() -> None:
     ordinary = jpeg(width=50, height=40)
     theirs = Image.open(io.BytesIO(ordinary)).convert("RGB")
     assert open_image(ordinary).picture().tobytes() == theirs.tobytes() == open_image(ordinary).picture(True).tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_evaluation_turns_as_pillow_does(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(np.random.default_rng(orientation).integers(0, 255, (12, 30, 3), dtype=np.uint8))
+    content = encode(image, "PNG", exif=exif)
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    assert np.array_equal(np.asarray(open_image(content).picture()), np.asarray(turned))
+    assert np.array_equal(open_image(content).decode().pixels, np.asarray(turned))
 
 
 def test_what_is_transparent_is_laid_on_white_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
