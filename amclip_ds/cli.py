@@ -14,7 +14,7 @@ from types import FrameType
 from amclip_ds import __version__, json_file
 from amclip_ds.arguments import Parser
 from amclip_ds.display import printable
-from amclip_ds.errors import INTERRUPTED, AmclipError, Preempted, SettingsError
+from amclip_ds.errors import INTERRUPTED, MISTAKE, AmclipError, Preempted, SettingsError
 from amclip_ds.output import kept_from_ending_the_work
 
 COMMANDS = {  # the word typed -> its module in amclip_ds/commands
@@ -88,6 +88,14 @@ def run(argv: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     json_file.check(getattr(args, "json", None))
     return args.run(args)
+
+
+def refuse_to_run(module: str) -> int:
+    """The answer to `python -m MODULE` for a module that runs nothing. Returns the exit code."""
+    name = module.rpartition(".")[2]
+    word = next((word for word, of in COMMANDS.items() if of == name), "COMMAND")
+    print(f"python -m {module} runs nothing; type: python -m amclip_ds {word} (or amclip {word})", file=sys.stderr)
+    return MISTAKE
 
 
 @contextmanager

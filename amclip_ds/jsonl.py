@@ -100,6 +100,11 @@ def read(path: Path, fields: Mapping[str, type] = {}, limit: int = MAX_READ) -> 
     return rows, unreadable
 
 
+def left_out(path: Path, unreadable: int) -> list[str]:
+    """What a reader of a run's rows says of the lines that it could not read: one line, or none."""
+    return [f"{path}: {unreadable} line(s) cannot be read and are left out"] if unreadable else []
+
+
 def lines(path: Path) -> Iterator[tuple[bytes, bool]]:
     """The lines that are not blank, and whether each is whole: one above MAX_LINE comes in parts. Raises OSError."""
     try:

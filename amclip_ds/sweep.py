@@ -16,7 +16,7 @@ from amclip_ds import configfile, plain_yaml
 from amclip_ds.display import one_line, printable
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import read_json, write_atomically
-from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read_lines
+from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read
 from amclip_ds.redact import redact
 
 MAX_RUNS = 10_000  # Slurm's arrays end at 1,001 where nobody changed it
@@ -75,19 +75,21 @@ def finish(path: Path, out: Path, index: int, code: int) -> bool:
 
 
 def table(path: Path, out: Path) -> list[dict[str, Any]]:
-    """A row for each run: its overrides, its exit code (None: not over), last step, loss and accuracies."""
+    """A row for each run: its overrides, its exit code (None: not over), last step, loss and accuracies, and how many
+    lines of its records cannot be read, if any."""
     rows = []
     for index, overrides in enumerate(read_sweep(path)):
         run = out / str(index)
         note = out / "sweep" / f"{index}.json"
-        metrics = read_lines(run / "metrics.jsonl", STEP, MAX_METRICS)
+        metrics, unreadable = read(run / "metrics.jsonl", STEP, MAX_METRICS)
+        evaluations, more = read(run / "eval.jsonl", EVALUATION)
         row = {"run": index, **overrides, "code": _code_of(note)}
         row |= {name: metrics[-1].get(name) if metrics else None for name in ("step", "loss")}
-        for line in read_lines(run / "eval.jsonl", EVALUATION):  # later lines win: the newest evaluation
+        for line in evaluations:  # later lines win: the newest evaluation
             for metric in ("acc1", "image_retrieval_recall@1"):
                 if metric in line["metrics"]:
                     row[f"{line['weights']} {line['dataset']} {metric}"] = line["metrics"][metric]
-        rows.append(row)
+        rows.append(row | ({"unreadable lines": unreadable + more} if unreadable + more else {}))
     return rows
 
 

@@ -3,7 +3,7 @@
 A change that would is refused unless checkpoint.allow_drift names its key; then it is recorded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,13 @@ def changes_between(
     return changes
 
 
-def refuse_or_allow(changes: list[Change], allowed: list[str]) -> list[Change]:
+def allowances(allow_drift: list[str], on_change: str) -> dict[str, str]:
+    """The keys that may differ -> the setting that allows it."""
+    by_content = {"data.train": "data.on_change=report"} if on_change == "report" else {}
+    return by_content | dict.fromkeys(allow_drift, "checkpoint.allow_drift")
+
+
+def refuse_or_allow(changes: list[Change], allowed: Collection[str]) -> list[Change]:
     """The changes of the mathematics that were allowed by name. Raises UserError listing those that were not."""
     grave = [change for change in changes if not change.is_free]
     refused = [change for change in grave if change.key not in allowed]

@@ -23,11 +23,11 @@ from amclip_ds.checkpoint.load import Found
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.save import Saver
 from amclip_ds.checkpoint.state import CheckpointState
-from amclip_ds.checkpoint.writer import describe
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.captions import build_tokenizer
 from amclip_ds.engine.collectives import on_main
-from amclip_ds.errors import RunStopped, UserError
+from amclip_ds.errors import RunStopped
+from amclip_ds.files import not_written
 from amclip_ds.record import Record, supersede
 from amclip_ds.resilience.guards import Guards
 
@@ -145,12 +145,10 @@ class Keeper:
         )
         for change in changes:
             self._record.say(f"differs from the checkpoint: {change}" + ("" if change.is_free else " (mathematics)"))
-        allowed = self._config.checkpoint.allow_drift
-        if self._config.data.on_change == "report":
-            allowed = [*allowed, "data.train"]
+        allowed = drift.allowances(self._config.checkpoint.allow_drift, self._config.data.on_change)
         overridden = drift.refuse_or_allow(changes, allowed)
         for change in overridden if self._ranks.is_main else ():
-            self._record.incident("drift", str(change), key=change.key, action="allowed by checkpoint.allow_drift")
+            self._record.incident("drift", str(change), key=change.key, action=f"allowed by {allowed[change.key]}")
         new = [f"step {found.manifest.step}: {change}" for change in overridden]
         self._drift = [*found.manifest.drift, *new]
 
@@ -166,7 +164,7 @@ class Keeper:
             for path in retention.supersede(checkpoints, found.path if found else None, step):
                 self._record.say(f"set aside, since its step will be written again: {path}")
         except OSError as error:
-            raise UserError(f"run.out: {describe(error, self._folder)}") from None
+            raise not_written(f"run.out: {error.filename or self._folder}", error) from None
 
     def _tell(self, found: Found) -> None:
         saved, ranks, stage = found.manifest, self._ranks.world_size, self._student.stage

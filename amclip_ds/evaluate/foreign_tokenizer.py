@@ -9,7 +9,7 @@ from torch import Tensor, tensor
 from amclip_ds.data.captions import WORDS
 from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.evaluate.export_folder import MAX_VOCABULARY
-from amclip_ds.files import MAX_JSON, read_text
+from amclip_ds.files import read_json
 from amclip_ds.model.weight_files import inside
 
 # What ftfy does to punctuation, as far as a tokenizer's own normalizers can: curly quotes and ligatures. Dashes stay.
@@ -57,11 +57,7 @@ def _build(path: Path) -> Any:
     """The tokenizers.Tokenizer. Raises UserError."""
     from tokenizers import Tokenizer
 
-    text = read_text(inside(path.parent, path), MAX_JSON)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {in_one_line(error, 200)}") from None
+    content = read_json(inside(path.parent, path), dict)
     _check(path, content)
     try:
         return Tokenizer.from_str(json.dumps(content | dict.fromkeys(("truncation", "padding", "decoder"))))
@@ -71,8 +67,8 @@ def _build(path: Path) -> Any:
         raise UserError(f"{path}: no tokenizer: {in_one_line(error, 200)}") from None
 
 
-def _check(path: Path, content: Any) -> None:
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+def _check(path: Path, content: dict[str, Any]) -> None:
+    if not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: no tokenizer: it has no model")
     for name, known in PARTS.items():
         _check_part(path, name, content.get(name), known)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from amclip_ds import config as settings
+from amclip_ds import jsonl
 from amclip_ds.checkpoint import manifest, retention, step_folders
 from amclip_ds.comm import SingleProcess
 from amclip_ds.config import TrainConfig
@@ -44,8 +45,9 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
     _remove_stale_pins(run)
     refused: set[tuple[Path, int]] = set()
     failed: Failed = {}
-    is_idle = False
+    is_idle, unreadable = False, 0
     while True:
+        unreadable = _tell_unreadable(run / "eval.jsonl", unreadable)
         has_ended = _has_ended(run)  # asked before the look: what was committed until then is seen by it
         for step, path in step_folders.list_steps(run / "checkpoints"):
             identity = _identity(path)
@@ -74,6 +76,14 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
     if failed:
         raise UserError(f"{len(failed)} evaluations could not be made, the first: {next(iter(failed.values()))}")
     return 0
+
+
+def _tell_unreadable(file: Path, told: int) -> int:
+    """How many lines of eval.jsonl are no rows: what they record is evaluated again. Said once for each number."""
+    count = jsonl.read(file, jsonl.EVALUATION)[1]
+    for line in jsonl.left_out(file, count) if count != told else ():
+        print(line, flush=True)
+    return count
 
 
 def _untried(missing: dict[str, list[EvalSet]], identity: tuple[Path, int], failed: Failed) -> dict[str, list[EvalSet]]:

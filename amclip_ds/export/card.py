@@ -6,7 +6,7 @@ from amclip_ds import config as settings
 from amclip_ds.display import code, code_block, one_line
 from amclip_ds.evaluate.source import Located
 from amclip_ds.export.proof import Proof
-from amclip_ds.jsonl import EVALUATION, read_lines
+from amclip_ds.jsonl import EVALUATION, read
 from amclip_ds.redact import redact
 
 LOADING = {
@@ -85,11 +85,13 @@ def write_card(fmt: str, located: Located, weights: str, proof: Proof) -> str:
 
 
 def _numbers(located: Located, weights: str) -> list[str]:
-    rows: list[dict[str, Any]] = read_lines(located.run / "eval.jsonl", EVALUATION) if located.run else []
+    file = located.run / "eval.jsonl" if located.run else None
+    rows, unreadable = read(file, EVALUATION) if file else ([], 0)
+    note = [f"{unreadable} line(s) of the run's eval.jsonl cannot be read and are left out.", ""] if unreadable else []
     mine = [row for row in rows if row["step"] == located.step and row["weights"] == weights]
     if not mine:
-        return ["None recorded; `amclip eval` makes them."]
-    table = ["| data set | task | metric | value | samples |", "|---|---|---|---|---|"]
+        return [*note, "None recorded; `amclip eval` makes them."]
+    table = [*note, "| data set | task | metric | value | samples |", "|---|---|---|---|---|"]
     for row in mine:
         table += [f"| {code(row['dataset'])} | {code(row['task'])} | {code(name)} | {value:.4f} | {_count(row)} |"
                   for name, value in row["metrics"].items() if isinstance(value, int | float)]  # fmt: skip

@@ -82,6 +82,17 @@ def test_a_card_holds_no_markup_of_others(tmp_path: Path) -> None:
             assert "](http" not in spans_removed(line), line
 
 
+def test_a_card_says_how_many_rows_cannot_be_read(tmp_path: Path) -> None:
+    config = settings.load("aclip-tiny", ["run.steps=1"])
+    cards = []
+    for content in ("", "no row\n{}\n"):
+        (tmp_path / "eval.jsonl").write_text(content)
+        located = Located(tmp_path, "run", ("student",), 1, tmp_path, config)
+        cards.append(write_card("hf", located, "student", Proof("s", [Agreement("a", 1.0, 0.0, "equal")], None, None)))
+    said = "2 line(s) of the run's eval.jsonl cannot be read and are left out."
+    assert said not in cards[0] and said in cards[1]
+
+
 def spans_removed(line: str) -> str:
     """The line without its code spans, as CommonMark pairs their backticks."""
     out, at = "", 0

@@ -52,6 +52,18 @@ def test_the_torchvision_fix_waits_for_torchvision() -> None:
     assert "'torchvision'" in done.stdout
 
 
-def test_a_module_that_is_no_command_says_what_to_type() -> None:
-    done = subprocess.run([sys.executable, "-m", "amclip_ds.submit", "aclip-tiny"], capture_output=True, text=True)
-    assert done.returncode == 2 and "python -m amclip_ds submit" in done.stderr
+@pytest.mark.parametrize(
+    "module, command",
+    [("submit", "submit"), ("commands.train", "train"), ("commands.evaluate", "eval"), ("commands.data", "data")],
+)
+def test_a_module_that_is_no_command_says_what_to_type(module: str, command: str) -> None:
+    done = subprocess.run([sys.executable, "-m", f"amclip_ds.{module}", "aclip-tiny"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert f"python -m amclip_ds.{module} runs nothing; type: python -m amclip_ds {command} " in done.stderr
+
+
+def test_commands_are_imported_without_a_word() -> None:
+    """The twin: what looks at how the interpreter was started must not take an import for it."""
+    for start in ("from amclip_ds.commands import train", "import amclip_ds.commands"):
+        done = subprocess.run([sys.executable, "-c", start, "-m", "amclip_ds.commands.train"], capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b"")

@@ -84,3 +84,14 @@ def test_the_table_is_written_by_the_last_run(tmp_path: Path) -> None:
     assert [row["code"] for row in rows] == [0, 3] and rows[0]["student scenes acc1"] == 0.25
     lines = (out / "sweep.txt").read_text().splitlines()
     assert lines[0].split()[:3] == ["run", "optim.lr", "code"] and lines[2].split()[2] == "3"
+
+
+def test_lines_that_cannot_be_read_are_counted_in_the_table(tmp_path: Path) -> None:
+    path, out = written(tmp_path, "- {optim.lr: 1}\n- {optim.lr: 2}\n"), tmp_path / "out"
+    for index, torn in enumerate(('{"step": 3, "lo\n', "")):
+        (out / str(index)).mkdir(parents=True)
+        (out / str(index) / "metrics.jsonl").write_text(json.dumps({"step": 7, "loss": 1.5}) + "\n" + torn)
+        (out / str(index) / "eval.jsonl").write_text(torn * 2)
+    rows = sweep.table(path, out)
+    assert [row.get("unreadable lines") for row in rows] == [3, None] and [row["step"] for row in rows] == [7, 7]
+    assert "unreadable lines" in sweep.render(rows) and "unreadable" not in sweep.render(rows[1:])

@@ -112,3 +112,17 @@ def test_a_free_change_is_let_pass_beside_an_allowed_one_and_not_recorded() -> N
     with pytest.raises(UserError, match="optim.lr: 1 -> 2") as refused:
         drift.refuse_or_allow([free, grave], [])
     assert "data.workers" not in str(refused.value)
+
+
+def test_what_allows_a_change_is_named() -> None:
+    other = changes(hashes=HASHES | {"data": "c" * 64})
+    assert drift.allowances([], "refuse") == {}
+    for named, on_change, by in (
+        ([], "report", "data.on_change=report"),
+        (["data.train"], "refuse", "checkpoint.allow_drift"),
+        (["data.train", "optim.lr"], "report", "checkpoint.allow_drift"),
+    ):
+        allowed = drift.allowances(named, on_change)
+        assert [allowed[change.key] for change in drift.refuse_or_allow(other, allowed)] == [by]
+    with pytest.raises(UserError, match="optim.lr"):
+        drift.refuse_or_allow(changes("optim.lr=0.5"), drift.allowances([], "report"))
