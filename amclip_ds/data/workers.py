@@ -120,24 +120,24 @@ class Workers:
         self._end()
 
     def _start(self) -> _Worker:
-        ours, theirs = socket.socketpair()
-        ours.settimeout(self._timeout_s)
-        with theirs:
-            process = self._start_process(theirs)
-        self._processes.append(process)
-        return _Worker(process, ours)
-
-    def _start_process(self, theirs: socket.socket) -> BaseProcess:
         for attempt in range(START_ATTEMPTS):
             start_worker_server()  # it may have been killed too; killed just now, it seems to live for a moment
+            # A server that is killed while it starts a worker may have started it: each attempt has a socket of its
+            # own, for two workers on one would share the places between them, and their chunks come out of order.
+            ours, theirs = socket.socketpair()
+            ours.settimeout(self._timeout_s)
             context = multiprocessing.get_context("forkserver")
             process = context.Process(target=_work, args=(theirs, self._make), daemon=True)
             try:
-                process.start()
-                return process
+                with theirs:
+                    process.start()
             except (OSError, EOFError) as error:
                 cause = error
+                ours.close()
                 time.sleep(attempt)
+            else:
+                self._processes.append(process)
+                return _Worker(process, ours)
         raise AmclipError(f"data.workers: no worker process can be started: {cause}")
 
     def _ask(self, worker: _Worker, place: Place) -> None:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 
+PORTS_TRIED = 3  # of those that we draw ourselves
+
+
 @dataclass(frozen=True)
 class Runtime:
     """This process in the running group. `device` is the one this rank computes on."""
@@ -54,17 +57,16 @@ def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
     device = torch.device("cpu") if index is None else torch.device("cuda", index)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    port = place.master_port or free_port()
     # DeepSpeed and torch read these; DeepSpeed takes LOCAL_RANK for the index of the device, which is 0 for every task
     # that was bound to one GPU.
     os.environ.update(
-        RANK=str(place.rank), WORLD_SIZE=str(place.world_size), MASTER_ADDR=place.master_addr, MASTER_PORT=str(port),
+        RANK=str(place.rank), WORLD_SIZE=str(place.world_size), MASTER_ADDR=place.master_addr,
         LOCAL_RANK=str(place.local_rank if index is None else index),
     )  # fmt: skip
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
         torch.use_deterministic_algorithms(True)
-    _init_process_group(place, port, device, timeout_s)
+    _meet(place, device, timeout_s)
     return Runtime(
         rank=place.rank, world_size=place.world_size, local_rank=place.local_rank,
         local_world_size=place.local_world_size, num_nodes=place.num_nodes, node_rank=place.node_rank, device=device,
@@ -110,6 +112,24 @@ def build_environment(folder: str) -> dict[str, str]:
     return os.environ | {"TORCH_EXTENSIONS_DIR": folder, "PATH": path}
 
 
+def _meet(place: Placement, device: "torch.device", timeout_s: float) -> None:
+    """The meeting on the port that was given, or on a free one: another process may take it before we do, and then
+    another one is drawn. Collective: every rank must call."""
+    for attempt in range(PORTS_TRIED):
+        port = place.master_port or free_port()
+        try:
+            return _init_process_group(place, port, device, timeout_s)
+        except _PortInUse:
+            if not place.master_port and attempt < PORTS_TRIED - 1:
+                continue
+            fix = "start again" if place.launcher == "--procs" else "set another one"
+            raise UserError(f"MASTER_PORT: port {port} on {place.master_addr} is in use; {fix}") from None
+
+
+class _PortInUse(Exception):
+    """Another process listens where the ranks were to meet."""
+
+
 def _init_process_group(place: Placement, port: int, device: "torch.device", timeout_s: float) -> None:
     """The meeting itself; its failures as one line. Collective: every rank must call."""
     import logging
@@ -124,6 +144,7 @@ def _init_process_group(place: Placement, port: int, device: "torch.device", tim
     deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its own lines would drown a run's
     where = f"{place.master_addr}:{port}"
+    os.environ["MASTER_PORT"] = str(port)
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False,
@@ -133,7 +154,7 @@ def _init_process_group(place: Placement, port: int, device: "torch.device", tim
     except (torch.distributed.DistError, RuntimeError, ValueError) as error:
         text = in_one_line(error, 300)
         if "EADDRINUSE" in text or "address already in use" in text.lower():
-            raise UserError(f"MASTER_PORT: port {port} on {place.master_addr} is in use; set another one") from None
+            raise _PortInUse from None
         raise AmclipError(
             f"rank {place.rank} on {socket.gethostname()} could not meet the others at {where}"
             f" (MASTER_ADDR, MASTER_PORT; {place.world_size} ranks, {timeout_s:.0f} s): {text}"
