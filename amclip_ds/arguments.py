@@ -4,6 +4,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from amclip_ds.errors import SettingsError
@@ -56,6 +57,18 @@ class Parser(argparse.ArgumentParser):
             options += [*keys]
         near = difflib.get_close_matches(option, options, n=1, cutoff=0.7)
         return f"did you mean {near[0]}?" if near else f"`{self.prog} --help` lists what there is"
+
+
+def add_plugin(parser: argparse.ArgumentParser) -> None:
+    """--plugin, for every command whose settings may name a mask or an objective (config.load takes args.plugin)."""
+    says = "masks and objectives of your own (docs/add-your-own.md); repeatable"
+    parser.add_argument("--plugin", action="append", default=[], metavar="NAME|FILE.py", help=says)
+
+
+def plugin_words(plugins: list[str]) -> list[str]:
+    """The words that give another command, in whatever folder, the same plug-ins."""
+    files = {plugin: str(Path(plugin).absolute()) for plugin in plugins if plugin.endswith(".py") or "/" in plugin}
+    return [f"--plugin={files.get(plugin, plugin)}" for plugin in plugins]
 
 
 def whole(least: int, most: int = 10**12) -> Callable[[str], int]:

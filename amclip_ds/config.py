@@ -6,20 +6,24 @@ Every mistake is a UserError of one line that names the key and, where it is mis
 """
 
 import difflib
+import sys
 from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from amclip_ds import configfile, plain_yaml
+from amclip_ds import plugins as own
 from amclip_ds.checkpoint import CheckpointConfig
 from amclip_ds.data.config import DataConfig
 from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import LocalSettingsError, SettingsError, UserError, in_one_line
 from amclip_ds.evaluate import EvalConfig
-from amclip_ds.masks import NONE, MaskConfig
+from amclip_ds.masks import MASKS, NONE, MaskConfig
 from amclip_ds.masks.units import num_units
-from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig, TeacherConfig, patch_grid
+from amclip_ds.model.config import FLAT_OBJECTIVES, HeadsConfig, LossConfig, ModelConfig, TeacherConfig, patch_grid
 from amclip_ds.optim import OptimConfig
 from amclip_ds.record import LogConfig
 from amclip_ds.resilience.config import (
@@ -121,6 +125,8 @@ class TrainConfig:
     ownership: OwnershipConfig = field(default_factory=OwnershipConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    plugins: list[str] = field(default_factory=list)
+    """What --plugin brought, `NAME sha256:HASH` each; recorded, not to be set."""
 
     def __post_init__(self) -> None:
         if self.compat not in ("paper", "release"):
@@ -191,15 +197,46 @@ def shipped_towers() -> set[str]:
     return {plain_yaml.read(path)["model"]["vision"]["name"] for path in (RECIPES / "sizes").glob("*.yaml")}
 
 
-def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+def load(
+    recipe: str, overrides: list[str] | tuple[str, ...] = (), plugins: list[str] | tuple[str, ...] = ()
+) -> TrainConfig:
     """The typed settings of a recipe (a name, or the path of a yaml) with `key=value` overrides laid over it.
 
     Of run.steps and run.epochs the one that is given last holds: on the command line, else in the outermost yaml.
+    plugins: of --plugin. They are imported, as are installed ones of which a word of `overrides` names a mask or an
+    objective; what a yaml names is not.
     """
-    known = keys_and_types()
+    own.load(plugins)
+    layers = _layers(recipe)
+    words = dict(word.partition("=")[::2] for word in overrides)
+    own.load_installed(name for key, name in _named_parts(words).items() if not _is_known(key, name))
+    for source, layer in layers:
+        _check_plugins(layer.pop("plugins", []), source)
+    _check_parts(words, "")
+    for source, layer in layers:
+        _check_parts(dict(_flat(layer)), f" (in {source})")
+    loaded = _build(recipe, layers, overrides)
+    loaded.plugins = own.identities()
+    _check_together(loaded)
+    return loaded
+
+
+def load_run(file: Path) -> TrainConfig:
+    """The settings in a run's config.yaml, for whoever reads the run: none of its plug-ins is imported; their masks and
+    the keys of their objectives are left out."""
+    layers = _layers(str(file))
+    loaded = _build(str(file), [(source, _without_plugins(layer)) for source, layer in layers], ())
+    _check_together(loaded)
+    return loaded
+
+
+def _build(recipe: str, read: list[tuple[str, dict[str, Any]]], overrides: Sequence[str]) -> TrainConfig:
+    """read: the yaml layers, each with its source."""
+    kind = settings_type()
+    known = configfile.keys_and_types(kind)
     layers: list[configfile.Values] = []
     sources: dict[str, str] = {}
-    for source, layer in _layers(recipe):
+    for source, layer in read:
         found = configfile.read_layer(layer, known, source)
         layers.append(_one_length(found, f" (in {source})"))
         sources |= dict.fromkeys(found, source)
@@ -207,15 +244,129 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfi
     layers.append(_one_length(given, ""))
     for key in given:
         sources.pop(key, None)
-    for key, value in ChainMap(*reversed(layers)).items():
+    if given.get("plugins"):
+        raise SettingsError("plugins: written by the run, not set by hand; name them by --plugin NAME_OR_FILE.py")
+    values = dict(ChainMap(*reversed(layers)))
+    for key, value in values.items():
         if key in LIMITS and value is not None and value > LIMITS[key]:
             raise SettingsError(f"{key}: {value} is above {LIMITS[key]}, more than any run has use for")
-    loaded = configfile.merge(TrainConfig, layers, sources)
+    _check_options(values)
+    loaded = configfile.merge(kind, layers, sources)
     if not loaded.run.out:
         loaded.run.out = f"runs/{Path(recipe).stem}"
         plain_yaml.refuse_interpolation(loaded.run.out, "run.out")
-    _check_together(loaded)
     return loaded
+
+
+def settings_type() -> type[TrainConfig]:
+    """TrainConfig with the options of every mask as mask.NAME.*, and those of objectives as loss.NAME.*."""
+    masks, losses = _sections()
+    return _settings_type(tuple(masks.items()), tuple(losses.items()))
+
+
+def _sections() -> tuple[dict[str, type], dict[str, type]]:
+    """(of `mask`, of `loss`): name -> options. Of objectives, which load torch, once something has asked for them."""
+    masks = {name: mask.options for name, mask in MASKS.items() if mask.options is not None}
+    own_keys = (*FLAT_OBJECTIVES, *LossConfig.__dataclass_fields__)
+    return masks, {name: kind.Options for name, kind in _loaded_objectives().items() if name not in own_keys}
+
+
+@cache
+def _settings_type(masks: tuple[tuple[str, type], ...], losses: tuple[tuple[str, type], ...]) -> type[TrainConfig]:
+    sections: dict[str, type] = {}
+    for name, base, options in (("mask", MaskConfig, masks), ("loss", LossConfig, losses)):
+        if options:
+            sections[name] = configfile.with_sections(base, dict(options))
+    return configfile.with_sections(TrainConfig, sections) if sections else TrainConfig
+
+
+def _loaded_objectives() -> dict[str, Any]:
+    objectives = sys.modules.get("amclip_ds.objectives")
+    return objectives.OBJECTIVES if objectives is not None else {}
+
+
+def _named_parts(keys: Mapping[str, Any]) -> dict[str, str]:
+    """Key -> the mask or objective that it names: mask.strategy=NAME, mask.NAME.*, loss.NAME.*."""
+    found = {}
+    for key, value in keys.items():
+        section, *rest = key.split(".")
+        if key.endswith("mask.strategy"):
+            found[key] = str(value)
+        elif section in ("mask", "loss") and len(rest) > 1:
+            found[key] = rest[0]
+    return found
+
+
+def _is_known(key: str, name: str) -> bool:
+    if not key.startswith("loss."):
+        return name in (NONE, *MASKS)
+    return name in (*LossConfig.__dataclass_fields__, *_loaded_objectives())
+
+
+def _check_parts(keys: Mapping[str, Any], where: str) -> None:
+    """Raises SettingsError for a mask or an objective that there is not."""
+    for key, name in _named_parts(keys).items():
+        if _is_known(key, name):
+            continue
+        if key.startswith("loss."):
+            import amclip_ds.objectives  # noqa: F401  # ours may have no section in LossConfig
+
+            if _is_known(key, name):
+                continue
+        if key.endswith(".strategy"):
+            raise SettingsError(f"{key}: {name!r} is none of {', '.join((NONE, *MASKS))}; {own.hint(name)}{where}")
+        text = configfile.unknown(key, keys_and_types())
+        raise SettingsError(text + ("" if "did you mean" in text else f"; {own.hint(name)}") + where)
+
+
+def _check_options(values: configfile.Values) -> None:
+    """Raises SettingsError with what the options of a mask or an objective say of these values."""
+    for section, kinds in zip(("mask", "loss"), _sections()):
+        for name, kind in kinds.items():
+            prefix = f"{section}.{name}."
+            given = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+            try:
+                configfile.merge(kind, [given], {})
+            except Exception as error:  # it may be a plug-in's own code
+                text = in_one_line(error, 300)
+                raise SettingsError(text if text.startswith(prefix) else f"{prefix[:-1]}: {text}") from None
+
+
+def _check_plugins(recorded: Any, source: str) -> None:
+    """Raises SettingsError for a run's config.yaml whose plug-ins are not loaded."""
+    loaded = {identity.split(" ")[0] for identity in own.identities()}
+    for identity in recorded if isinstance(recorded, list) else [recorded]:
+        name = str(identity).split(" ")[0]
+        if name not in loaded:
+            raise SettingsError(
+                f"plugins: the run of these settings had the plug-in {name}; add --plugin with its file or name, which"
+                f" no yaml can do (in {source})"
+            )
+
+
+def _flat(layer: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A yaml's nested sections as (dotted key, value)."""
+    for name, value in layer.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _without_plugins(layer: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings, where it had plug-ins without the mask and the objectives that are not ours."""
+    if not layer.get("plugins"):
+        return layer
+    known = configfile.keys_and_types(settings_type())
+    kept = {name: value for name, value in layer.items() if name != "plugins"}
+    for section in ("mask", "loss"):
+        held = layer.get(section)
+        if isinstance(held, dict):
+            kept[section] = {name: value for name, value in held.items()
+                             if any(f"{key}.".startswith(f"{section}.{name}.") for key in known)}  # fmt: skip
+            if section == "mask" and not _is_known("mask.strategy", str(held.get("strategy"))):
+                kept[section]["strategy"] = NONE
+    return kept
 
 
 def _one_length(layer: configfile.Values, where: str) -> configfile.Values:
@@ -228,18 +379,18 @@ def _one_length(layer: configfile.Values, where: str) -> configfile.Values:
 
 
 def dump(config: TrainConfig) -> str:
-    """The resolved settings as yaml; `load` of it gives the same settings back."""
-    return configfile.dump(config)
+    """The resolved settings as yaml; `load` of it gives the same settings back. `plugins` is there if there are any."""
+    return configfile.dump(config, leave_out=() if config.plugins else ("plugins",))
 
 
 def explain(config: TrainConfig) -> list[tuple[str, Any, str]]:
     """Each key with its value and what it means, from the docstrings beside the fields."""
-    return list(configfile.explain(config))
+    return [item for item in configfile.explain(config) if item[0] != "plugins"]
 
 
 def keys_and_types() -> dict[str, Any]:
     """Every dotted key -> its declared type."""
-    return configfile.keys_and_types(TrainConfig)
+    return configfile.keys_and_types(settings_type())
 
 
 def _layers(recipe: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:

@@ -13,6 +13,7 @@ import inspect
 import math
 import os
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,30 @@ def keys_and_types(kind: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def with_sections(base: type[Config], sections: Mapping[str, type]) -> type[Config]:
+    """The dataclass with further sections, name -> dataclass, or with others in the place of its own."""
+    fields = [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in sections.items()]
+    return dataclasses.make_dataclass(base.__name__, fields, bases=(base,), namespace={"has_no_source": True})
+
+
+def check_options(kind: Any, who: str) -> None:
+    """Whether a dataclass that is not ours can be a section. Raises UserError, with `who` first."""
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise UserError(f"{who} are no dataclass")
+    try:
+        kind()
+        keys = keys_and_types(kind)
+    except Exception as error:
+        raise UserError(f"{who}: {type(error).__name__}: {in_one_line(error, 200)}; each needs a default") from None
+    for key, hint in keys.items():
+        base, _ = _parts(hint)
+        items = typing.get_args(base) if typing.get_origin(base) is list else (base,)
+        if not set(items) <= {bool, int, float, str}:
+            raise UserError(
+                f"{who}: {key} is a {hint}; bool, int, float, str, a list of these, or a dataclass can be set"
+            )
+
+
 def merge(kind: type[Config], layers: Sequence[Values], sources: Mapping[str, str]) -> Config:
     """The dataclass with `layers`, each over the one before, in place of its defaults. sources: key -> where its value
     was written. Raises SettingsError with what a section's own check says.
@@ -70,9 +95,9 @@ def _nested(values: Values) -> dict[str, Any]:
     return tree
 
 
-def dump(config: Any) -> str:
-    """The resolved settings as yaml, without secrets."""
-    plain = redact_all(dataclasses.asdict(config))
+def dump(config: Any, leave_out: Sequence[str] = ()) -> str:
+    """The resolved settings as yaml, without secrets and the keys `leave_out`."""
+    plain = redact_all({key: value for key, value in dataclasses.asdict(config).items() if key not in leave_out})
     plain_yaml.refuse_interpolation(plain, "settings")  # the text could not be read again
     return OmegaConf.to_yaml(plain)
 
@@ -89,8 +114,16 @@ def explain(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """Field name -> the string literal that follows it in the source of a dataclass."""
-    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(kind)).body[0]).body
+    """Field name -> the string literal that follows it in the source of a dataclass, or of one that it derives from."""
+    docs: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(base) and not hasattr(base, "has_no_source"):
+            docs |= _docs_in(base)
+    return docs
+
+
+def _docs_in(kind: type) -> dict[str, str]:
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]).body
     docs = {}
     for statement, after in zip(body, body[1:]):
         is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
@@ -220,8 +253,8 @@ def fits(key: str, hint: Any) -> str:
 def _parts(hint: Any) -> tuple[Any, bool]:
     """`int | None` -> (int, True)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (base,) = (part for part in typing.get_args(hint) if part is not type(None))
-        return base, True
+        bases = [part for part in typing.get_args(hint) if part is not type(None)]
+        return bases[0] if len(bases) == 1 else hint, True
     return hint, False
 
 

@@ -105,7 +105,7 @@ def begin(args: argparse.Namespace) -> str:
     train_parser = Parser(prog="train.sbatch", usage="train.sbatch RECIPE key=value ...")
     train.add_arguments(train_parser)
     wanted = train_parser.parse_intermixed_args(args.train_arguments)
-    config = settings.load(wanted.recipe, wanted.overrides)
+    config = settings.load(wanted.recipe, wanted.overrides, wanted.plugin)
     run = Path(config.run.out)
     nodes = args.nodes
     if args.restart and args.tasks_per_node:  # fewer nodes than the user chose: whatever number of them can train

@@ -14,6 +14,7 @@ from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds import preconditions
+from amclip_ds.arguments import plugin_words
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.sources import is_remote
 from amclip_ds.errors import UserError
@@ -72,7 +73,7 @@ class Plan:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Checks recipe, batch, memory, a sample of the shards and eval.data; writes RUN/slurm. Raises UserError."""
-    config = settings.load(args.recipe, args.overrides)
+    config = settings.load(args.recipe, args.overrides, args.plugin)
     per_node = args.gpus_per_node or args.tasks_per_node or 1
     for name, value in (("--nodes", args.nodes), ("--chain", args.chain), ("tasks per node", per_node)):
         if value < 1:
@@ -189,6 +190,7 @@ def write_script(plan: Plan, args: argparse.Namespace) -> None:
         plan.environment["AMCLIP_CHAIN"] = "1"
     if not any(word.startswith("run.out=") for word in args.overrides):
         plan.command.append(f"run.out={plan.config.run.out}")
+    plan.command += plugin_words(args.plugin)
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(TEMPLATE, script)

@@ -47,7 +47,13 @@ UNNEEDED = {  # open_clip's too: what they would set follows from something else
     "gather_with_grad": "columns are always gathered with gradient",
     "dataset_type": "shards are tars",
 }
-OTHERS = {  # transformers, lightning, timm, DeepSpeed's and everybody's own
+OTHERS = {
+    "loss.contrastive.weight": "loss.contrastive_weight",
+    "loss.sigmoid.weight": "loss.contrastive_weight with loss.kind=sigmoid",
+    "loss.simclr.weight": "loss.o2o_weight",
+    "loss.simclr.temperature": "loss.o2o_temperature",
+    "loss.byol.weight": "loss.o2e_weight",
+    # transformers, lightning, timm, DeepSpeed's and everybody's own
     "learning_rate": "optim.lr",
     "max_lr": "optim.lr",
     "base_lr": "optim.lr",

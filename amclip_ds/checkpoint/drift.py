@@ -3,7 +3,7 @@
 A change that would is refused unless checkpoint.allow_drift names its key; then it is recorded.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,9 @@ HASH_KEYS = {  # a hash of the manifest -> the key that names it
     "tokenizer": "data.tokenizer",
 }
 
+ABSENT = "(absent)"
+PLUGINS = "plugins"  # names and hashes of what --plugin brought
+
 
 @dataclass(frozen=True)
 class Change:
@@ -42,12 +45,17 @@ class Change:
         return f"{self.key}: {self.saved} -> {self.present}"
 
 
-def compare(saved: dict[str, str], present: dict[str, str]) -> list[Change]:
-    """The differences of two flat configs."""
+def compare(saved: dict[str, str], present: dict[str, str], defaults: Mapping[str, str] | None = None) -> list[Change]:
+    """The differences of two flat configs.
+
+    defaults: what keys that this version or a plug-in has added mean where the saved config does not have them yet.
+    """
+    saved = {key: value for key, value in (defaults or {}).items() if key in present} | saved
     return [
-        Change(key, saved.get(key, "(absent)"), present.get(key, "(absent)"), is_free(key))
-        for key in sorted(saved.keys() | present.keys()) if saved.get(key) != present.get(key)
-    ]  # fmt: skip
+        Change(key, saved.get(key, ABSENT), present.get(key, ABSENT), is_free(key))
+        for key in sorted(saved.keys() | present.keys())
+        if saved.get(key) != present.get(key)
+    ]
 
 
 def is_free(key: str) -> bool:
@@ -56,10 +64,13 @@ def is_free(key: str) -> bool:
 
 def changes_between(
     saved_config: str, config: str, saved_hashes: dict[str, str], hashes: dict[str, str], saved_precision: str,
-    precision: str,
+    precision: str, default_config: str = "",
 ) -> list[Change]:  # fmt: skip
-    """All that differs between two runs: keys, data, tokenizer, precision. Raises UserError for what is unreadable."""
-    changes = compare(flatten(saved_config), flatten(config))
+    """All that differs between two runs: keys, data, tokenizer, precision. Raises UserError for what is unreadable.
+
+    default_config: config.yaml of this version with every key at its default.
+    """
+    changes = compare(flatten(saved_config), flatten(config), flatten(default_config) if default_config else None)
     for name, key in HASH_KEYS.items():
         if name in saved_hashes and name in hashes and saved_hashes[name] != hashes[name]:
             changes.append(Change(key, f"content {saved_hashes[name][:12]}", f"content {hashes[name][:12]}", False))
@@ -80,9 +91,11 @@ def refuse_or_allow(changes: list[Change], allowed: Collection[str]) -> list[Cha
     refused = [change for change in grave if change.key not in allowed]
     if refused:
         keys = ",".join(sorted({change.key for change in refused}))
+        missing = next((change for change in refused if change.key == PLUGINS and change.present == ABSENT), None)
+        advice = f"; add --plugin: {missing.saved} is not loaded" if missing else ""
         raise UserError(
             f"the checkpoint's run differs in what changes the mathematics: {'; '.join(map(str, refused))}"
-            f" (checkpoint.allow_drift=[{keys}] goes on all the same)"
+            f" (checkpoint.allow_drift=[{keys}] goes on all the same){advice}"
         )
     return grave
 

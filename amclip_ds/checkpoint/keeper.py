@@ -141,8 +141,9 @@ class Keeper:
     def _check_drift(self, found: Found) -> None:
         precision = str(self._student.dtype).removeprefix("torch.")
         changes = drift.changes_between(
-            found.config, self._config_text, found.manifest.hashes, self._hashes, found.manifest.precision, precision
-        )
+            found.config, self._config_text, found.manifest.hashes, self._hashes, found.manifest.precision, precision,
+            default_config=settings.dump(type(self._config)()),
+        )  # fmt: skip
         for change in changes:
             self._record.say(f"differs from the checkpoint: {change}" + ("" if change.is_free else " (mathematics)"))
         allowed = drift.allowances(self._config.checkpoint.allow_drift, self._config.data.on_change)

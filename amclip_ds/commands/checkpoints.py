@@ -105,7 +105,7 @@ def _rules(args: argparse.Namespace) -> Any:
     from amclip_ds.errors import UserError
 
     file = args.run_folder / "config.yaml"
-    rules = config.load(str(file)).checkpoint if file.is_file() else CheckpointConfig()
+    rules = config.load_run(file).checkpoint if file.is_file() else CheckpointConfig()
     try:
         return replace(rules, keep_last=args.keep_last) if args.keep_last is not None else rules
     except ValueError as error:

@@ -7,6 +7,8 @@ amclip recipes aclip-vitb16 optim.lr=1e-3 --yaml > mine.yaml    a file to start 
 
 import argparse
 
+from amclip_ds.arguments import add_plugin
+
 HELP = "list the recipes, or explain one"
 
 
@@ -14,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="NAME", help="a recipe, or the path of a yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe")
     parser.add_argument("--yaml", action="store_true", help="print the resolved settings as yaml")
+    add_plugin(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if args.recipe is None:
         print("\n".join(config.recipe_names()))
         return 0
-    resolved = config.load(args.recipe, args.overrides)
+    resolved = config.load(args.recipe, args.overrides, args.plugin)
     if args.yaml:
         print(config.dump(resolved), end="")
         return 0

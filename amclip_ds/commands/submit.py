@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from amclip_ds import json_file
-from amclip_ds.arguments import whole
+from amclip_ds.arguments import add_plugin, whole
 from amclip_ds.errors import SettingsError
 
 HELP = "check a recipe, then sbatch it"
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sbatch", action="append", default=[], metavar="FLAG", help="another sbatch flag; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="write the script and the command, submit nothing")
     parser.add_argument("--scripts", type=Path, metavar="DIR", help="copy the job scripts there, and do nothing else")
+    add_plugin(parser)
     parser.add_argument("--json", metavar="FILE", help="also write what was found and submitted")
 
 

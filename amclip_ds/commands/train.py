@@ -3,6 +3,7 @@
   amclip train aclip-tiny data.train='/data/{00000..00099}.tar' run.steps=1000 --procs 2
   torchrun --nproc-per-node 4 -m amclip_ds train aclip-vitb16 data.train=/data/cc12m
   amclip recipes aclip-vitb16        what can be set, and what it means
+  amclip train aclip-tiny ... --plugin mine.py mask.strategy=mine loss.mine.weight=1        docs/add-your-own.md
 
 The last line printed is the run's folder. Started again with the same arguments, it goes on from its newest checkpoint.
 """
@@ -10,7 +11,7 @@ The last line printed is the run's folder. Started again with the same arguments
 import argparse
 import sys
 
-from amclip_ds.arguments import whole
+from amclip_ds.arguments import add_plugin, plugin_words, whole
 
 HELP = "train a recipe"
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", default="auto", metavar="auto|PATH|never",
         help="auto (default): go on from the newest checkpoint, fresh only if there is none",
     )  # fmt: skip
+    add_plugin(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,12 +34,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.procs is None:
         preemption.listen()  # before anything slow: no signal may be lost, or end what cannot save yet
-    settings = config.load(args.recipe, args.overrides)
+    settings = config.load(args.recipe, args.overrides, args.plugin)
     if args.procs is not None or is_alone():
         preconditions.check(settings, args.resume)
     if args.procs is not None:
         config.plan_batch(settings.batch, args.procs)  # a mistake is told once, not by every rank
-        argv = ["train", args.recipe, *args.overrides, "--resume", args.resume]
+        argv = ["train", args.recipe, *args.overrides, "--resume", args.resume, *plugin_words(args.plugin)]
         patience_s = settings.preemption.forced_exit_s + 30  # the ranks' own timers come first, and show their stacks
         return run_ranks([sys.executable, "-m", "amclip_ds", *argv], args.procs, settings.run.out,
                          forced_exit_s=patience_s, listens=True)  # fmt: skip

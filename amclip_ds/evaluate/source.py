@@ -71,7 +71,7 @@ def _run(path: Path) -> Located:
     if held:
         weights = path / f"{held[0]}.safetensors"
         step = safetensors_header.step_of(weights, safetensors_header.read(weights).metadata)
-        return Located(path, "run", held, step, path, settings.load(str(path / "config.yaml")))
+        return Located(path, "run", held, step, path, settings.load_run(path / "config.yaml"))
     for _, checkpoint in reversed(step_folders.list_steps(path / "checkpoints")):
         if retention.is_whole(checkpoint):
             return _checkpoint(checkpoint)
@@ -94,7 +94,7 @@ def _checkpoint(path: Path) -> Located:
         raise UserError(f"{path}: no config.yaml in it or in its run")
     held = ("student", "teacher") if found.tensors.get("ema") else ("student",)
     owner = run if (run / "config.yaml").is_file() and path.resolve().parent.name == "checkpoints" else None
-    return Located(path, "checkpoint", held, found.step, owner, settings.load(str(config)))
+    return Located(path, "checkpoint", held, found.step, owner, settings.load_run(config))
 
 
 def build_towers(located: Located, weights: str, device: torch.device | None = None) -> AClip:

@@ -36,7 +36,7 @@ Failed = dict[tuple[tuple[Path, int], str, str], str]  # (a checkpoint's identit
 def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, every_s: float, once: bool) -> int:
     """Returns 0 when the run has ended and nothing is left to evaluate. Raises UserError."""
     _wait_for(run, every_s, once)
-    config = settings.load(str(run / "config.yaml"))
+    config = settings.load_run(run / "config.yaml")
     if not data and not config.eval.data:
         raise UserError("--data: name a data set; the run has no eval.data")
     sets = open_sets(data or split_sources(config.eval.data or ""), "watch --data" if data else "eval.data")

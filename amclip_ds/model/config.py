@@ -119,8 +119,22 @@ class HeadsConfig:
             raise ValueError(f"heads.norm_momentum: {self.norm_momentum} is outside (0, 1]")
 
 
+FLAT_OBJECTIVES = ("contrastive", "sigmoid", "simclr", "byol")  # their options are LossConfig's own keys
+
+
+@dataclass
+class Weighted:
+    """The options that every objective has."""
+
+    weight: float = 0.0
+    """Weight of its terms in the loss; 0: it is not built."""
+
+
 @dataclass
 class LossConfig:
+    """A further objective's options are a section loss.NAME: a field of that name here, so that reading settings loads
+    no torch; of an objective without one, and of a plug-in's, config.py makes the section from its Options."""
+
     kind: str = "softmax"
     """softmax: CLIP's InfoNCE | sigmoid: SigLIP's pairwise loss (adds a learned logit_bias)."""
     contrastive_weight: float = 1.0
@@ -140,6 +154,9 @@ class LossConfig:
         for key in ("contrastive_weight", "o2o_weight", "o2e_weight", "chunk"):
             if getattr(self, key) < 0:
                 raise ValueError(f"loss.{key}: {getattr(self, key)} must be 0 or more")
+        for name, options in vars(self).items():
+            if isinstance(options, Weighted) and options.weight < 0:
+                raise ValueError(f"loss.{name}.weight: {options.weight} must be 0 or more")
         if self.o2o_temperature <= 0:
             raise ValueError(f"loss.o2o_temperature: {self.o2o_temperature} must be positive")
 

@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from amclip_ds.model.amclip import Sizes
-from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig
+from amclip_ds.model.config import FLAT_OBJECTIVES, HeadsConfig, LossConfig, ModelConfig, Weighted
+from amclip_ds.model.features import Features, Seen, Terms
 from amclip_ds.model.init import LOGIT_SCALE, Start
 from amclip_ds.objectives import byol, contrastive, simclr
 from amclip_ds.objectives.base import Objective
@@ -23,6 +24,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "byol": BYOL,
     "occlusion": Occlusion,
 }  # in the order in which their terms are summed
+__all__ = ["OBJECTIVES", "Features", "Objective", "Seen", "Terms", "Weighted", "build", "builder", "chosen"]
 RECORDED = ("contrastive", "o2o", "o2e")  # terms of which every run has a number, 0 where the objective is not built
 
 Chosen = Mapping[str, Any]
@@ -32,11 +34,12 @@ Chosen = Mapping[str, Any]
 def chosen(loss: LossConfig, heads: HeadsConfig, pairs_views: bool = True) -> Chosen:
     """The objectives that have a weight. pairs_views: simclr.Options."""
     image_text = "sigmoid" if loss.kind == "sigmoid" else "contrastive"
-    options = {
+    options: dict[str, Any] = {
         image_text: contrastive.Options(loss.contrastive_weight, loss.chunk),
         "simclr": simclr.Options(loss.o2o_weight, loss.o2o_temperature, loss.chunk, pairs_views, heads),
         "byol": byol.Options(loss.o2e_weight, heads),
     }
+    options |= {name: getattr(loss, name) for name in OBJECTIVES if name not in FLAT_OBJECTIVES and hasattr(loss, name)}
     return {name: options[name] for name in OBJECTIVES if name in options and options[name].weight > 0}
 
 

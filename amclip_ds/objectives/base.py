@@ -1,25 +1,19 @@
 """What an objective is: what it reads, which heads it has, what the teacher makes for it, and its terms of the loss."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
+from amclip_ds.errors import UserError
 from amclip_ds.model.amclip import Sizes
+from amclip_ds.model.config import Weighted
 from amclip_ds.model.features import Features, Seen, Terms
 from amclip_ds.model.init import Rule
 
 FEATURES = frozenset({"cls", "eot", "image_embeds", "text_embeds", "logit_bias", "patches", "tokens"})
 TARGETS = frozenset({"cls", "patches", "scores"})
-
-
-@dataclass
-class Weighted:
-    """The options that every objective has."""
-
-    weight: float = 0.0
-    """Weight of its terms in the loss; 0: it is not built."""
 
 
 class Objective(nn.Module):
@@ -76,3 +70,23 @@ class Objective(nn.Module):
 
     def commit(self, comm: Comm) -> None:
         """After each applied step: moves state (buffers) such as centres, alike on every rank. Collective."""
+
+
+def check_declarations(kind: Any, who: str) -> None:
+    """Whether a class may be an objective. Raises UserError, in one line, for what it declares wrongly."""
+    if not (isinstance(kind, type) and issubclass(kind, Objective)):
+        raise UserError(f"{who} is no subclass of amclip_ds.objectives.Objective")
+    for name, allowed in (("features", FEATURES), ("targets", TARGETS)):
+        declared = getattr(kind, name)
+        if isinstance(declared, str) or not isinstance(declared, Collection):
+            raise UserError(f"{who}: {name} is no set of names; write frozenset({{...}})")
+        if unknown := sorted(map(str, set(declared) - allowed)):
+            raise UserError(f"{who}: {name} asks for {', '.join(unknown)}; there are {', '.join(sorted(allowed))}")
+    if isinstance(kind.averaged, str):
+        raise UserError(f"{who}: averaged is no tuple of names; write ({kind.averaged!r},)")
+    if kind.views is not None and not all(isinstance(view, int) and view >= 0 for view in kind.views):
+        raise UserError(f"{who}: views are places in data.views, from 0 on; None: all")
+    if "weight" not in getattr(kind.Options, "__dataclass_fields__", {}) or kind.Options().weight != 0:
+        raise UserError(
+            f"{who}: Options needs a `weight` that is 0 by default: derive it from Weighted, as a dataclass"
+        )

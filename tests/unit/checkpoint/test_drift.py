@@ -1,10 +1,13 @@
 """What differs between a checkpoint's run and the present one: shown, refused where it changes the mathematics."""
 
+import re
+
 import pytest
 
 from amclip_ds import config as settings
 from amclip_ds.checkpoint import drift
 from amclip_ds.errors import UserError
+from amclip_ds.masks import MASKS
 
 MATHEMATICS = {
     *("compat", "run.steps", "run.epochs", "run.seed", "batch.global_size"),
@@ -26,7 +29,7 @@ MATHEMATICS = {
     *("optim.momentum", "optim.name", "optim.text_lr_scale", "optim.vision_lr_scale", "optim.warmup_start_lr"),
     *("optim.warmup_steps", "optim.weight_decay", "guards.spike", "guards.spike_deviations", "guards.spike_window"),
     *("data.caption_per_line", "data.captions", "data.max_pixels", "data.num_views", "data.open_shards"),
-    *("data.photometric", "data.resampled", "data.shuffle_window", "data.weights"),
+    *("data.photometric", "data.resampled", "data.shuffle_window", "data.weights", "plugins"),
 }
 """Keys of which another value gives another training; drift.FREE has those that do not."""
 HASHES = {"data": "a" * 64, "tokenizer": "b" * 64}
@@ -83,11 +86,26 @@ def test_other_data_another_tokenizer_another_precision_are_refused() -> None:
 
 def test_every_key_is_either_free_or_mathematics() -> None:
     """A new key is classified before it is used; one that was renamed stays in neither list."""
-    known = set(settings.keys_and_types())
+    of_parts = re.compile(rf"mask\.({'|'.join(MASKS)})\..+")  # the options of masks: mathematics, all of them
+    known = {key for key in settings.keys_and_types() if not of_parts.fullmatch(key)}
     in_free_sections = {key for key in known if key.partition(".")[0] in drift.FREE_SECTIONS}
     assert not drift.FREE & MATHEMATICS
     assert known == drift.FREE | MATHEMATICS | in_free_sections
     assert not [key for key in MATHEMATICS if drift.is_free(key)] and all(map(drift.is_free, known - MATHEMATICS))
+
+
+def test_a_key_that_the_saved_run_did_not_know_yet_means_its_default() -> None:
+    """Or no run could go on with a version that has one key, mask or plug-in more. Twin: another value is refused."""
+    defaults = settings.dump(settings.TrainConfig())
+    old = settings.dump(settings.load("aclip-tiny")).replace("  unit: 2\n", "").replace("  o2e_weight: 2.0\n", "")
+    for word, differs in (
+        ("mask.unit=2", []),
+        ("mask.unit=4", ["mask.unit"]),
+        ("loss.o2e_weight=1", ["loss.o2e_weight"]),
+    ):
+        new = settings.dump(settings.load("aclip-tiny", [word]))
+        found = drift.changes_between(old, new, HASHES, HASHES, "float32", "float32", default_config=defaults)
+        assert [change.key for change in found] == differs, word
 
 
 def test_a_list_of_maps_is_compared_as_a_whole() -> None:
