@@ -315,8 +315,7 @@ def _check_parts(keys: Mapping[str, Any], where: str) -> None:
                 continue
         if key.endswith(".strategy"):
             raise SettingsError(f"{key}: {name!r} is none of {', '.join((NONE, *MASKS))}; {own.hint(name)}{where}")
-        text = configfile.unknown(key, keys_and_types())
-        raise SettingsError(text + ("" if "did you mean" in text else f"; {own.hint(name)}") + where)
+        raise SettingsError(f"{configfile.unknown(key, keys_and_types())}; {own.hint(name)}{where}")
 
 
 def _check_options(values: configfile.Values) -> None:

@@ -7,7 +7,6 @@ import pytest
 from amclip_ds import config as settings
 from amclip_ds.checkpoint import drift
 from amclip_ds.errors import UserError
-from amclip_ds.masks import MASKS
 
 MATHEMATICS = {
     *("compat", "run.steps", "run.epochs", "run.seed", "batch.global_size"),
@@ -86,7 +85,7 @@ def test_other_data_another_tokenizer_another_precision_are_refused() -> None:
 
 def test_every_key_is_either_free_or_mathematics() -> None:
     """A new key is classified before it is used; one that was renamed stays in neither list."""
-    of_parts = re.compile(rf"mask\.({'|'.join(MASKS)})\..+")  # the options of masks: mathematics, all of them
+    of_parts = re.compile(r"(mask|loss)\.\w+\..+")  # the options of masks and objectives: mathematics, all of them
     known = {key for key in settings.keys_and_types() if not of_parts.fullmatch(key)}
     in_free_sections = {key for key in known if key.partition(".")[0] in drift.FREE_SECTIONS}
     assert not drift.FREE & MATHEMATICS
