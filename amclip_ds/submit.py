@@ -20,6 +20,7 @@ from amclip_ds.data.sources import is_remote
 from amclip_ds.errors import UserError
 from amclip_ds.files import not_written, write_atomically
 from amclip_ds.redact import redact, redact_all
+from amclip_ds.sizes import read_size
 from amclip_ds.slurm_attempt import check_shards
 
 HOME = Path(__file__).resolve().parent  # its slurm/ is in a checkout a link to the folder at the top
@@ -109,12 +110,12 @@ def describe_evaluation(config: TrainConfig) -> list[str]:
 
 def check_memory(config: TrainConfig, world_size: int, gpu_memory: str | None) -> str:
     """The model state of one rank; refused where it alone exceeds the GPU."""
-    from amclip_ds.engine.memory import model_state_of
+    from amclip_ds.plan.model_state import model_state_of
 
     parts = model_state_of(config, world_size)
     need = sum(parts.values())
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
-    if gpu_memory and need > read_size(gpu_memory):
+    if gpu_memory and need > read_size(gpu_memory, "--gpu-memory"):
         raise UserError(
             f"--gpu-memory {gpu_memory}: the model state alone is {need / 1e9:.1f} GB on each of {world_size} ranks"
             f" ({listed}); take a higher ZeRO stage (engine.deepspeed) or more GPUs"
@@ -243,15 +244,6 @@ def submit(plan: Plan) -> list[int]:
             raise UserError(f"sbatch: {' '.join(done.stderr.split()) or done.returncode}")
         jobs.append(int(done.stdout.strip().splitlines()[-1].split(";")[0]))
     return jobs
-
-
-def read_size(text: str) -> float:
-    """'80GB', '24G' or '512MiB' in bytes. Raises UserError."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if not match:
-        raise UserError(f"--gpu-memory: {text!r} is no size; write it as 80GB")
-    base = 1024 if match.group(3) else 1000
-    return float(match.group(1)) * base ** " KMGT".index(match.group(2).upper() or " ")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import psutil
 
 from amclip_ds import config as settings
 from amclip_ds.data.synthetic import write_dataset
-from amclip_ds.engine.memory import model_state_of
 from amclip_ds.jsonl import read_lines
+from amclip_ds.plan.model_state import model_state_of
 
 GB = 1e9
 

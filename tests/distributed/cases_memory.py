@@ -13,6 +13,7 @@ from amclip_ds.engine.student import StepOutcome
 from amclip_ds.method import method_of
 from amclip_ds.model.config import HeadsConfig, ModelConfig, TeacherConfig, TextConfig, VisionConfig
 from amclip_ds.optim import OptimConfig, Schedules
+from amclip_ds.plan.model_state import model_state_of
 from amclip_ds.resilience.config import GuardsConfig
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.run import build_engines
@@ -67,6 +68,6 @@ def state_by_part(ds: str, placement: str = "auto", optim: str = "adamw") -> dic
         batch = made_batch(torch.randn(2, 4, 3, 32, 32), torch.randn(4, 3, 32, 32), torch.rand(2, 4, 4), tokens)
         train_step(batch, student, teacher, Schedules(settings.optim, settings.teacher, 2), index, method, comm,
                    micro=4, guards=Guards(GuardsConfig()))  # fmt: skip
-    expected = memory.model_state_of(settings, runtime.world_size, runtime.rank)
+    expected = model_state_of(settings, runtime.world_size, runtime.rank)
     engine_runtime.stop(runtime)
     return {"measured": measured, "expected": expected}

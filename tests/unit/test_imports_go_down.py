@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "teacher": MIDDLE,
     "resilience": MIDDLE,
     "config": UPPER | {"configfile"},
+    "plan": MIDDLE | {"config"},
     "step": MIDDLE,
     "checkpoint": MIDDLE | {"checkpoint", "config"},
     "evaluate": MIDDLE | {"backlog", "evaluate", "checkpoint", "config"},

@@ -16,6 +16,7 @@ ACTIONS = {
     "recipes": "from amclip_ds import cli\ncli.main(['recipes'])",
     "explain": "from amclip_ds import cli\ncli.main(['recipes', 'aclip-eff-vitb16', 'run.seed=3'])",
     "mistake": "from amclip_ds import cli\nassert cli.main(['train', 'aclip-tiny', 'optim.lr=-1']) == 2",
+    "plan": "from amclip_ds import cli\ncli.main(['plan', 'aclip-vitl16', '--gpus', '64'])",
     "config": (
         "from amclip_ds import config\n"
         "from amclip_ds.engine.ds_config import read_ds_config\n"

@@ -1,0 +1,282 @@
+"""What one optimizer step works through on a rank: which towers see how many tokens, and what follows from it: floating
+point operations and the bytes that wait for the backward pass.
+
+Shapes: B samples of a rank, N patches, K kept, D vision width, W text width, E embedding, T tokens of a text.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from amclip_ds import config as settings
+from amclip_ds.config import BatchPlan, TrainConfig
+from amclip_ds.engine.ds_config import read_ds_config
+from amclip_ds.errors import SettingsError, in_one_line
+from amclip_ds.masks import needs_of
+from amclip_ds.masks.units import num_kept
+from amclip_ds.model.config import grid_of
+from amclip_ds.plan import objectives, shapes
+from amclip_ds.plan.objectives import FP32, Cost, Part
+from amclip_ds.plan.shapes import Parameters, Tower
+
+TERA = 1e12
+ATTENTION_BACKWARD = 2.5  # times the forward's products: the scores are formed again, as fused kernels do
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step of a configuration on a rank of a world."""
+
+    config: TrainConfig
+    world: int
+    batch: BatchPlan
+    tower: Tower
+    grid: int
+    views: tuple[int, ...]
+    """patch tokens that each view keeps"""
+    teacher_grid: int | None
+    """patches along a side of the teacher's crop; None: no teacher"""
+    text_tokens: int
+    parts: dict[str, Part]
+    """the objectives"""
+    student: Parameters
+    teacher: Parameters
+    """empty without one"""
+    bytes: int
+    """of a number in the dtype of the forward"""
+    stage: int
+
+    def sizes(self) -> objectives.Sizes:
+        """What the objectives' costs depend on."""
+        model = self.config.model
+        return objectives.Sizes(
+            views=len(self.views),
+            local=self.batch.local,
+            world=self.world,
+            micro=self.batch.micro,
+            width=self.tower.width,
+            text_width=model.text.width,
+            embed_dim=model.embed_dim,
+            bytes=self.bytes,
+            kept=self.views,
+            text_tokens=self.text_tokens,
+            teacher_patches=(self.teacher_grid or self.grid) ** 2,
+        )
+
+
+def work_of(config: TrainConfig, world: int, text_tokens: int | None = None) -> Work:
+    """The work of a configuration. text_tokens: of the longest text of a batch; None: the context length.
+
+    Raises UserError for what cannot be built or shared out.
+    """
+    ds = read_ds_config(config.engine)
+    try:
+        tower = shapes.tower_of(config.model.vision)
+        grid = grid_of(config.model.vision.image_size, tower.patch)
+        views = tuple(num_kept(mask, grid) for mask in masks_of(config))
+    except ValueError as error:
+        raise SettingsError(in_one_line(error)) from None
+    parts = objectives.parts_of(config, tower.width, grid, tower.patch)
+    parameters = {name: part.parameters for name, part in parts.items()}
+    has_bias = any("logit_bias" in part.features for part in parts.values())
+    teacher_grid = _teacher_grid(config, parts, tower)
+    teacher: Parameters = {}
+    if teacher_grid is not None:
+        averaged = {name: part.averaged for name, part in parts.items()}
+        teacher = shapes.teacher_parameters(config.model, tower, parameters, averaged)
+    context = config.model.text.context_length
+    return Work(
+        config=config,
+        world=world,
+        batch=settings.plan_batch(config.batch, world),
+        tower=tower,
+        grid=grid,
+        views=views,
+        teacher_grid=teacher_grid,
+        text_tokens=min(text_tokens or context, context),
+        parts=parts,
+        student=shapes.model_parameters(config.model, tower, parameters, has_bias),
+        teacher=teacher,
+        bytes=2 if ds.get("bf16", {}).get("enabled") else FP32,
+        stage=int(ds.get("zero_optimization", {}).get("stage", 0)),
+    )
+
+
+def masks_of(config: Any) -> tuple[Any, ...]:
+    """The mask of each view."""
+    return (config.mask,) * config.data.num_views
+
+
+def _teacher_grid(config: TrainConfig, parts: dict[str, Part], tower: Tower) -> int | None:
+    reads_scores = any("scores" in needs_of(mask) for mask in masks_of(config))
+    if not reads_scores and not any(part.targets or part.averaged for part in parts.values()):
+        return None
+    halved = 2 if config.teacher.resolution == "half" else 1
+    return grid_of(config.model.vision.image_size // halved, tower.patch)
+
+
+# --- floating point operations ---------------------------------------------------------------------------------------
+
+
+def blocks_forward(width: int, hidden: int, depth: int, tokens: int) -> tuple[float, float]:
+    """(linear layers, attention) of one sequence: 2 operations a multiply-add."""
+    linear = 2.0 * depth * tokens * (4 * width**2 + 2 * width * hidden)
+    return linear, 4.0 * depth * tokens**2 * width
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of a rank's batch in one step, by part; forward and backward, nothing counted twice that runs twice."""
+
+    vision: float
+    text: float
+    teacher: float
+    objectives: float
+    again: float
+    """forwards that run a second time: recomputed blocks, and the towers under accumulation"""
+
+    @property
+    def model(self) -> float:
+        """Without what runs a second time: what MFU goes by."""
+        return self.vision + self.text + self.teacher + self.objectives
+
+    @property
+    def executed(self) -> float:
+        """With it."""
+        return self.model + self.again
+
+
+def flops_of(work: Work) -> Flops:
+    """The floating point operations of a rank's batch."""
+    model, B, tower = work.config.model, work.batch.local, work.tower
+    vision_blocks = [blocks_forward(tower.width, tower.hidden, tower.depth, 1 + kept) for kept in work.views]
+    text_blocks = blocks_forward(
+        model.text.width, int(model.text.width * model.text.mlp_ratio), model.text.depth, work.text_tokens
+    )
+    patches = 2.0 * work.grid**2 * tower.width * 3 * tower.patch**2
+    patch_passes = 1 if model.vision.freeze_patch_embed else 2  # the images need no gradient
+    vision = sum(3 * linear + (1 + ATTENTION_BACKWARD) * attention for linear, attention in vision_blocks)
+    vision += len(work.views) * (patches * patch_passes + 6.0 * tower.width * model.embed_dim)
+    text = 3 * text_blocks[0] + (1 + ATTENTION_BACKWARD) * text_blocks[1] + 6.0 * model.text.width * model.embed_dim
+    forward = sum(map(sum, vision_blocks)) + len(work.views) * patches + sum(text_blocks)
+    again = _recomputed(vision_blocks, text_blocks, model)
+    if work.batch.splits > 1:
+        again += forward
+    sizes = work.sizes()
+    return Flops(
+        vision=B * vision,
+        text=B * text,
+        teacher=B * _teacher_forward(work) + _observed(work, sizes),
+        objectives=sum(part.cost(sizes).flops for part in work.parts.values()),
+        again=B * again,
+    )
+
+
+def _recomputed(vision: list[tuple[float, float]], text: tuple[float, float], model: Any) -> float:
+    """The forwards of the blocks that run again in the backward pass."""
+    forwards = ((sum(map(sum, vision)), model.vision.checkpoint_every), (sum(text), model.text.checkpoint_every))
+    return sum(operations / every for operations, every in forwards if every)
+
+
+def block_passes(work: Work) -> float:
+    """How often a step runs a block, forwards and backwards (which launch twice as much): what the host has to do,
+    however small the batch is."""
+    model, tower = work.config.model, work.tower
+    groups = len(set(work.views))  # views with equally many tokens go together
+    again = 1 if work.batch.splits > 1 else 0
+    passes = 0.0
+    for depth, every in (
+        (groups * tower.depth, model.vision.checkpoint_every),
+        (model.text.depth, model.text.checkpoint_every),
+    ):
+        passes += depth * (3 + again + (1 / every if every else 0))
+    return work.batch.splits * passes + (tower.depth if work.teacher_grid else 0)
+
+
+def _teacher_forward(work: Work) -> float:
+    if work.teacher_grid is None:
+        return 0.0
+    tower, patches = work.tower, work.teacher_grid**2
+    linear, attention = blocks_forward(tower.width, tower.hidden, tower.depth, 1 + patches)
+    scores = 2.0 * tower.depth * (1 + patches) * tower.width  # the row of the class token, once more in fp32
+    return linear + attention + scores + 2.0 * patches * tower.width * 3 * tower.patch**2
+
+
+def _observed(work: Work, sizes: objectives.Sizes) -> float:
+    return sum(part.observed(sizes) for part in work.parts.values())
+
+
+# --- bytes that wait for the backward pass ---------------------------------------------------------------------------
+
+
+def block_bytes(width: int, hidden: int, heads: int, number: int, activations: int = 2) -> int:
+    """What one pre-norm block keeps of a token: inputs of both norms, their outputs, queries, keys and values, what
+    attention gave, and the hidden layer `activations` times (before and after its activation function): with a hidden
+    layer four times as wide, 32 bytes a channel in bf16.
+
+    number: bytes of a number. Beside them in fp32: mean and deviation of both norms, a sum a head.
+    """
+    return number * (8 * width + activations * hidden) + FP32 * (4 + heads)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of a rank's micro-batch."""
+
+    towers: float
+    objectives: float
+    """heads and logits"""
+    transient: float
+    """on top, for a moment of the backward pass"""
+
+
+def activations_of(work: Work) -> Activations:
+    """What the forward of the student keeps, and what its backward needs beside it."""
+    model, micro, tower = work.config.model, work.batch.micro, work.tower
+    sizes = work.sizes()
+    cost = sum((part.cost(sizes) for part in work.parts.values()), Cost(0.0, 0.0))
+    tokens = sum(1 + kept for kept in work.views)
+    text_hidden = int(model.text.width * model.text.mlp_ratio)
+    is_fused = model.text.activation != "quick_gelu" or work.config.engine.compile
+    of_gelu = 2 if is_fused else 3
+    vision, of_image = _tower_bytes(
+        tokens * block_bytes(tower.width, tower.hidden, tower.heads, work.bytes),
+        tokens * tower.width * work.bytes,
+        tower.depth,
+        model.vision.checkpoint_every,
+    )
+    text, of_text = _tower_bytes(
+        work.text_tokens * block_bytes(model.text.width, text_hidden, model.text.heads, work.bytes, of_gelu),
+        work.text_tokens * model.text.width * work.bytes,
+        model.text.depth,
+        model.text.checkpoint_every,
+    )
+    ends = 2 * work.bytes * tokens * tower.width  # the last norm's input and output
+    if not model.vision.freeze_patch_embed:
+        ends += work.bytes * len(work.views) * 3 * model.vision.image_size**2
+    moment = max(
+        of_image + work.bytes * tokens * (tower.hidden + 3 * tower.width),
+        of_text + work.bytes * work.text_tokens * (text_hidden + 3 * model.text.width),
+    )
+    cached = 0.0
+    if work.batch.splits > 1:  # GradCache holds the features of the whole batch, and their gradients
+        features = len(work.views) * tower.width + model.text.width
+        cached = 2.0 * work.bytes * work.batch.local * features
+    return Activations(micro * (vision + text + ends) + cached, cost.saved, max(micro * moment, cost.transient))
+
+
+def _tower_bytes(of_block: int, of_input: int, depth: int, every: int) -> tuple[float, float]:
+    """(bytes that wait, bytes for a moment) of a sample: of a recomputed block its input waits, and in the backward
+    pass one block at a time is formed again."""
+    recomputed = -(-depth // every) if every else 0
+    return float((depth - recomputed) * of_block + recomputed * of_input), float(of_block if every else 0)
+
+
+def input_bytes(work: Work) -> dict[str, float]:
+    """The images of a rank's batch on the device: as bytes, and changed and normalised in fp32."""
+    side, B = work.config.model.vision.image_size, work.batch.local
+    pixels = 3 * side**2
+    teacher = 3 * (side * work.teacher_grid // work.grid) ** 2 if work.teacher_grid else 0
+    return {
+        "images": float(B * (len(work.views) * pixels + teacher)),
+        "photometric": float(FP32 * B * len(work.views) * pixels),
+    }

@@ -1,0 +1,215 @@
+"""The plan: peaks against those measured on a GPU, what fits and what is recommended, and the command."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from amclip_ds import config
+from amclip_ds.cli import main
+from amclip_ds.plan import work
+from amclip_ds.plan.gpus import GPUS, MEASURED, Gpu, _work_of, gpu_of, rate_of
+from amclip_ds.plan.planner import GIB, Ask, Plan, communication_bytes, make_plan, memory_of
+from amclip_ds.plan.work import work_of
+
+RECOMPUTED = ["model.vision.checkpoint_every=1", "model.text.checkpoint_every=1"]
+PEAKS = [  # docs/log.md and the table of one H100: GiB that torch had allocated at most
+    ("aclip-vitb16", 1, 256, [], 23.1),
+    ("aclip-vitb16", 2, 256, [], 23.1),
+    ("aclip-vitb16", 3, 256, [], 23.5),
+    ("aclip-vitb16", 1, 256, RECOMPUTED, 6.4),
+    ("aclip-vitb16", 2, 256, RECOMPUTED, 6.6),
+    ("aclip-vitb16", 3, 256, RECOMPUTED, 6.8),
+    ("aclip-vitl16", 1, 128, ["model.vision.checkpoint_every=0"], 29.2),
+    ("aclip-vitl16", 2, 128, ["model.vision.checkpoint_every=0"], 29.2),
+    ("aclip-vitl16", 3, 128, ["model.vision.checkpoint_every=0"], 30.0),
+    ("aclip-vitl16", 1, 128, RECOMPUTED, 10.5),
+    ("aclip-vitl16", 2, 128, RECOMPUTED, 10.6),
+    ("aclip-vitl16", 3, 128, RECOMPUTED, 10.8),
+    ("clip-vitb16", 1, 256, [], 21.1),
+    ("aclip-eff-vitb16", 1, 256, [], 23.1),
+    ("aclip-vitb16", 1, 256, ["engine.compile=true"], 22.2),
+]
+
+
+@pytest.mark.parametrize(("recipe", "stage", "batch", "words", "measured"), PEAKS)
+def test_the_peak_is_what_was_measured(recipe: str, stage: int, batch: int, words: list[str], measured: float) -> None:
+    settings = config.load(
+        recipe,
+        [
+            *words,
+            f"batch.global_size={batch}",
+            f"batch.per_gpu={batch}",
+            f"engine.deepspeed=zero{stage}_bf16.json",
+        ],
+    )
+    assert memory_of(work_of(settings, 1)).peak / GIB == pytest.approx(measured, rel=0.06)
+
+
+def test_another_model_does_not_fit_the_measured_peak() -> None:
+    """The twin."""
+    settings = config.load("aclip-vitl16", ["batch.global_size=128", "batch.per_gpu=128", *RECOMPUTED])
+    assert memory_of(work_of(settings, 1)).peak / GIB != pytest.approx(29.2, rel=0.5)
+
+
+def test_operations_are_those_of_the_measured_steps() -> None:
+    measured = [("aclip-vitb16", 256, 40.8), ("clip-vitb16", 256, 31.6), ("aclip-eff-vitb16", 256, 34.0)]
+    for recipe, batch, tflop in [*measured, ("aclip-vitl16", 128, 65.9)]:
+        settings = config.load(recipe, [f"batch.global_size={batch}", f"batch.per_gpu={batch}"])
+        assert work.flops_of(work_of(settings, 1)).model / 1e12 == pytest.approx(tflop, abs=0.06)
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=str)
+def test_a_measured_cell_is_found_again(row: Any) -> None:
+    step = _work_of(row)
+    rate = rate_of(GPUS[row.gpu], step)
+    assert rate is not None
+    assert row.batch / rate.step_s(step) == pytest.approx(row.samples_per_s, rel=0.15)
+
+
+def ask(gpus: int = 8, name: str = "h100", **more: Any) -> Ask:
+    return Ask(gpus=gpus, gpu=GPUS[name], gpus_per_node=8, **more)
+
+
+def plan(recipe: str, *words: str, **more: Any) -> Plan:
+    return make_plan(config.load(recipe, list(words)), ask(**more))
+
+
+def test_the_lowest_stage_that_fits_is_recommended() -> None:
+    found = plan("aclip-vitb16")
+    assert found.recommended == 1 and found.settings == ["engine.deepspeed=zero1_bf16.json"]
+    assert plan("aclip-tiny", "batch.global_size=64").recommended == 0  # fp32
+
+
+def test_a_higher_stage_where_the_state_is_large() -> None:
+    words = ["model.vision.name=vit_gigantic_patch14_224", "batch.per_gpu=2", "batch.global_size=64"]
+    small = Gpu("small", 12.0, None, None)
+    found = make_plan(config.load("aclip-vitl16", words), Ask(gpus=8, gpu=small, gpus_per_node=8))
+    assert found.recommended is not None and found.recommended >= 2
+    assert not found.stages[0].fits and found.stages[found.recommended].fits
+
+
+def test_a_smaller_micro_batch_where_the_activations_are_large() -> None:
+    found = plan("aclip-vitb16", "batch.per_gpu=512", name="l4")
+    assert not found.stages[1].fits
+    largest = found.stages[found.recommended or 0].largest_per_gpu
+    assert largest and 512 % largest == 0 and f"batch.per_gpu={largest}" in found.settings
+    again = plan("aclip-vitb16", *found.settings, name="l4")
+    assert again.stages[again.recommended or 0].fits and again.settings == []
+
+
+def test_nothing_fits() -> None:
+    tiny = Gpu("small", 1.2, None, None)
+    found = make_plan(config.load("aclip-vitb16"), Ask(gpus=1, gpu=tiny, gpus_per_node=1))
+    assert found.recommended is None and any("nothing fits" in note for note in found.notes)
+    assert found.json()["recommended"] is None
+
+
+def test_an_optimizer_that_looks_at_whole_tensors_is_planned_at_stage_0() -> None:
+    found = plan("aclip-tiny", "optim.name=lamb", "engine.deepspeed=zero0_fp32.json")
+    assert list(found.stages) == [0] and set(found.impossible) == {1, 2, 3} and found.recommended == 0
+
+
+def test_accumulation_costs_a_second_forward_and_less_memory() -> None:
+    whole, split = plan("aclip-vitb16", "batch.per_gpu=512"), plan("aclip-vitb16", "batch.per_gpu=128")
+    assert whole.stages[1].memory.activations > 3 * split.stages[1].memory.activations
+    assert whole.stages[1].tflop_per_step == split.stages[1].tflop_per_step
+    assert split.stages[1].step_s > whole.stages[1].step_s  # type: ignore[operator]
+
+
+def test_the_world_changes_what_a_rank_holds_and_sends() -> None:
+    one, many = (work_of(config.load("aclip-vitb16"), world) for world in (1, 64))
+    assert memory_of(many).state["masters"] < memory_of(one).state["masters"] / 60
+    assert communication_bytes(one) == 0 and communication_bytes(many) > 4 * 150e6
+    with_wires = plan("aclip-vitb16", gpus=64, bandwidth=25e9).stages[1]
+    assert with_wires.step_s > plan("aclip-vitb16", gpus=64).stages[1].step_s  # type: ignore[operator]
+
+
+def test_time_energy_and_money() -> None:
+    found = plan("aclip-vitb16", "run.steps=1000", gpus=16, price=2.0)
+    stage = found.stages[1]
+    time = found.time_of(stage)
+    assert stage.step_s is not None
+    assert time["hours"] == pytest.approx(1000 * stage.step_s / 3600)
+    assert time["node_hours"] == pytest.approx(2 * time["hours"])
+    assert time["kwh"] == pytest.approx(16 * 0.7 * time["hours"]) and time["cost"] == pytest.approx(32 * time["hours"])
+
+
+def test_no_speed_is_made_up() -> None:
+    found = plan("aclip-vitb16", name="a100-80")
+    assert found.stages[1].step_s is None and found.json()["stages"]["1"]["hours"] is None
+    assert any("no speed was measured for a100-80" in note for note in found.notes)
+
+
+def test_a_gpu_by_other_names() -> None:
+    assert gpu_of("H100").name == "h100" and gpu_of("A100-80GB").name == "a100-80"
+
+
+def planned(tmp_path: Path, *words: str) -> dict[str, Any]:
+    assert main(["plan", *words, "--json", str(tmp_path / "plan.json")]) == 0
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_the_command_and_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(tmp_path, "aclip-vitb16", "--gpus", "8", "--gpu", "h100", "h200", "run.steps=1000", "--explain")
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "recommended: stage 1" in printed and "8 x h200" in printed and "q, k, v" in printed
+    contract = {"model_state_gib", "activations_gib", "peak_gib", "tflop_per_step", "samples_per_s", "hours", "fits"}
+    assert set(found["stages"]) == {"0", "1", "2", "3"} and found["recommended"] == "1"
+    for stage in found["stages"].values():
+        assert contract <= set(stage)
+        assert sum(stage["by_part"].values()) == pytest.approx(stage["peak_gib"])
+    assert found["steps"] == 1000 and set(found["by_gpu"]) == {"h100", "h200"}
+
+
+def test_samples_are_counted_in_the_shards(tmp_path: Path) -> None:
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard:05d}.tar", "w") as tar:
+            for sample in range(70):
+                for suffix in ("jpg", "txt"):
+                    (tmp_path / "x").write_text("a caption")
+                    tar.add(tmp_path / "x", f"{sample}.{suffix}")
+    words = [f"data.train={tmp_path}/{{00000..00001}}.tar", "run.epochs=3", "batch.global_size=64"]
+    found = planned(tmp_path, "aclip-tiny", *words)
+    assert found["steps"] == 6 and found["samples_from"] == "counted in data.train"
+    assert planned(tmp_path, "aclip-tiny", *words, "--samples", "640")["steps"] == 30
+
+
+WRONG = {
+    "gpu": (["aclip-vitb16", "--gpu", "h1000"], "did you mean h100?"),
+    "two": (["aclip-vitb16", "--gpu", "a100"], "did you mean a100-40 or a100-80?"),
+    "batch": (["aclip-vitb16", "--gpus", "7"], "batch.global_size: 4096 = 7 ranks x 585 + 1 does not divide"),
+    "gpus": (["aclip-vitb16", "--gpus", "0"], "0 is below 1"),
+    "recipe": (["aclip-vitb61"], "did you mean aclip-vitb16"),
+    "key": (["aclip-vitb16", "optim.lrr=1"], "optim.lr"),
+    "memory": (["aclip-vitb16", "--gpu-memory", "many"], "--gpu-memory: 'many' is no size"),
+    "mfu": (["aclip-vitb16", "--mfu", "30"], "outside"),
+    "tower": (["aclip-vitb16", "model.vision.heads=7"], "does not divide"),
+    "probe": (["aclip-vitb16", "--probe", "--gpu", "h100"], "--probe: measures the GPU that is here"),
+    "data": (["aclip-vitb16", "data.train=/nowhere/{0..3}.tar"], "/nowhere"),
+    "epoch": (["aclip-tiny", "run.epochs=1", "--samples", "9"], "is no step"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), WRONG.values(), ids=WRONG)
+def test_a_mistake_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and len(printed.err.strip().splitlines()) == 1 and not printed.out
+
+
+def test_a_giant_on_512_gpus_without_torch() -> None:
+    code = """
+import sys, time
+from amclip_ds.cli import main
+assert main(["plan", "aclip-vitb16", "model.vision.name=vit_giant_patch14_clip_224", "--gpus", "512", "--explain"]) == 0
+print([name for name in ("torch", "timm", "transformers", "deepspeed") if name in sys.modules], time.process_time())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy, seconds = done.stdout.strip().splitlines()[-1].rsplit(maxsplit=1)
+    assert heavy == "[]" and float(seconds) < 5

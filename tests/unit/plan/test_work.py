@@ -1,0 +1,97 @@
+"""Operations and bytes of a step: the formulas against torch's own count and what autograd really keeps."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from amclip_ds import config
+from amclip_ds.model.amclip import AClip
+from amclip_ds.model.features import StudentInputs, ViewGroup
+from amclip_ds.model.teacher_model import TeacherModel
+from amclip_ds.plan import work
+
+B = 4
+SMALL = ["model.text.vocab_size=200", "model.text.eos_token_id=199", "data.train=x", f"batch.global_size={B}"]
+
+
+def of_recipe(recipe: str, *words: str) -> work.Work:
+    return work.work_of(config.load(recipe, [*SMALL, *words]), 1)
+
+
+def inputs_of(step: work.Work, device: str) -> StudentInputs:
+    side, (kept, *_) = step.config.model.vision.image_size, step.views
+    views = len(step.views)
+    images = torch.zeros(views, B, 3, side, side, device=device)
+    keep = torch.arange(kept, device=device).expand(views * B, kept) if kept < step.grid**2 else None
+    tokens = torch.full((B, step.text_tokens), 199, device=device)
+    return StudentInputs((ViewGroup(tuple(range(views)), images, None, keep),), tokens)
+
+
+@pytest.mark.parametrize("recipe", ["aclip-tiny", "clip-tiny", "aclip-vitb16", "flip-vitl16"])
+def test_operations_are_those_that_torch_counts(recipe: str) -> None:
+    step = of_recipe(recipe, "model.vision.checkpoint_every=0")
+    with torch.device("meta"):
+        module = AClip(step.config.model)
+        counter = FlopCounterMode(display=False)
+        with counter:
+            encoded = module.encode(inputs_of(step, "meta"), {})
+            (module.image_projection(encoded.cls).sum() + module.text_projection(encoded.eot).sum()).backward()
+    flops = work.flops_of(step)
+    # On the meta device attention is not fused: its backward is counted as twice the forward's products.
+    attention = sum(
+        work.blocks_forward(w, h, d, t)[1]
+        for w, h, d, t in [(step.tower.width, step.tower.hidden, step.tower.depth, 1 + k) for k in step.views]
+        + [(step.config.model.text.width, 0, step.config.model.text.depth, step.text_tokens)]
+    )
+    assert flops.vision + flops.text == pytest.approx(counter.get_total_flops() + 0.5 * B * attention, rel=0.01)
+
+
+def test_the_teachers_operations() -> None:
+    step = of_recipe("aclip-vitb16")
+    with torch.device("meta"), torch.no_grad():
+        module = TeacherModel(step.config.model)
+        counter = FlopCounterMode(display=False)
+        with counter:
+            module.vision(torch.zeros(B, 3, 224, 224), with_scores=True)
+    assert work._teacher_forward(step) * B == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["model.text.activation=quick_gelu"],
+        ["model.vision.checkpoint_every=1"],
+        ["model.vision.freeze_patch_embed=false"],
+    ],
+    ids=str,
+)
+def test_activations_are_what_autograd_keeps(words: list[str]) -> None:
+    step = of_recipe("aclip-tiny", *words)
+    torch.manual_seed(0)
+    module = AClip(step.config.model)
+    held = {parameter.untyped_storage()._cdata: 0 for parameter in module.parameters()}
+    kept = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in held:
+            held[storage._cdata] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        encoded = module.encode(inputs_of(step, "cpu"), {})
+    assert encoded.cls.requires_grad
+    measured = sum(held.values())
+    assert work.activations_of(step).towers == pytest.approx(measured, rel=0.08), measured
+
+
+def test_recomputation_and_accumulation_cost_forwards() -> None:
+    plain = work.flops_of(of_recipe("aclip-vitb16"))
+    recomputed = work.flops_of(of_recipe("aclip-vitb16", "model.vision.checkpoint_every=1"))
+    split = work.flops_of(of_recipe("aclip-vitb16", "batch.per_gpu=2"))
+    assert plain.again == 0 and recomputed.model == plain.model == split.model
+    assert 0.3 * plain.vision < recomputed.again < 0.34 * plain.vision
+    assert split.again > recomputed.again
