@@ -9,7 +9,7 @@ import difflib
 import sys
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from typing import Any
 from amclip_ds import configfile, plain_yaml
 from amclip_ds import plugins as own
 from amclip_ds.checkpoint import CheckpointConfig
-from amclip_ds.data.config import DataConfig
+from amclip_ds.compat import COMPAT
+from amclip_ds.data.config import DataConfig, View, ViewConfig
 from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import LocalSettingsError, SettingsError, UserError, in_one_line
 from amclip_ds.evaluate import EvalConfig
-from amclip_ds.masks import MASKS, NONE, MaskConfig
+from amclip_ds.masks import MASKS, NONE, MaskConfig, ViewMask, masks_of_views
 from amclip_ds.masks.units import num_units
 from amclip_ds.model.config import FLAT_OBJECTIVES, HeadsConfig, LossConfig, ModelConfig, TeacherConfig, patch_grid
 from amclip_ds.optim import OptimConfig
@@ -129,7 +130,7 @@ class TrainConfig:
     """What --plugin brought, `NAME sha256:HASH` each; recorded, not to be set."""
 
     def __post_init__(self) -> None:
-        if self.compat not in ("paper", "release"):
+        if self.compat not in COMPAT:
             raise ValueError(f"compat: {self.compat!r} is neither 'paper' nor 'release'")
 
 
@@ -344,10 +345,12 @@ def _check_plugins(recorded: Any, source: str) -> None:
 
 
 def _flat(layer: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A yaml's nested sections as (dotted key, value)."""
+    """A yaml's nested sections as (dotted key, value); those of a list by their place."""
     for name, value in layer.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+        is_list = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+        inner = dict(enumerate(value)) if is_list else value
+        if isinstance(inner, dict):
+            yield from _flat(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
@@ -363,9 +366,20 @@ def _without_plugins(layer: dict[str, Any]) -> dict[str, Any]:
         if isinstance(held, dict):
             kept[section] = {name: value for name, value in held.items()
                              if any(f"{key}.".startswith(f"{section}.{name}.") for key in known)}  # fmt: skip
-            if section == "mask" and not _is_known("mask.strategy", str(held.get("strategy"))):
-                kept[section]["strategy"] = NONE
+            if section == "mask":
+                _leave_out_own_mask(kept[section])
+    views = kept["data"].get("views") if isinstance(kept.get("data"), dict) else None
+    for view in views if isinstance(views, list) else []:
+        if isinstance(view, dict) and isinstance(view.get("mask"), dict):
+            _leave_out_own_mask(view["mask"])
     return kept
+
+
+def _leave_out_own_mask(section: dict[str, Any]) -> None:
+    """In place: a mask that is not ours becomes none."""
+    name = section.get("strategy")
+    if name and not _is_known("mask.strategy", str(name)):
+        section["strategy"] = NONE
 
 
 def _one_length(layer: configfile.Values, where: str) -> configfile.Values:
@@ -383,8 +397,19 @@ def dump(config: TrainConfig) -> str:
 
 
 def explain(config: TrainConfig) -> list[tuple[str, Any, str]]:
-    """Each key with its value and what it means, from the docstrings beside the fields."""
-    return [item for item in configfile.explain(config) if item[0] != "plugins"]
+    """Each key with its value and what it means, from the docstrings beside the fields; the views in full."""
+    masks = masks_of_views(config.mask, config.data.view_masks())
+    views = [_in_full(view, mask) for view, mask in zip(config.data.all_views(), masks)]
+    resolved = replace(config, data=replace(config.data, views=views))
+    return [item for item in configfile.explain(resolved) if item[0] != "plugins"]
+
+
+def _in_full(view: View, mask: MaskConfig) -> ViewConfig:
+    """A view's section with nothing left out but the crop that is another view's."""
+    own = ViewMask(**{item.name: getattr(mask, item.name) for item in fields(ViewMask)})
+    if view.draws_of is not None:
+        return ViewConfig(photometric=view.photometric, same_crop_as=view.draws_of, mask=own)
+    return ViewConfig(list(view.scale), list(view.ratio), view.flip, view.photometric, mask=own)
 
 
 def keys_and_types() -> dict[str, Any]:
@@ -440,8 +465,13 @@ def _check_together(config: TrainConfig) -> None:
         raise SettingsError("run.steps: give it, or run.epochs")
     try:
         grid = config.model.vision.grid
-        if config.mask.strategy != NONE:
-            num_units(grid, config.mask.unit)
+        for place, mask in enumerate(masks_of_views(config.mask, config.data.view_masks())):
+            if mask.strategy != NONE:
+                try:
+                    num_units(grid, mask.unit)
+                except ValueError as error:
+                    is_own = config.data.view_masks()[place].unit is not None
+                    raise ValueError(f"data.views.{place}.{error}" if is_own else str(error)) from None
         if config.teacher.resolution == "half":
             patch_grid(config.model.vision, config.model.vision.image_size // 2)
     except ValueError as error:

@@ -4,6 +4,9 @@ Knows no key by name: which there are, and what fits, follows from the dataclass
 the key's declaration, never guessed from their looks; nothing in a file is resolved or expanded, `$VAR` and `~` only in
 values typed on the command line. What was read and typed, OmegaConf merges and writes (docs/adr/0152). Every mistake is
 a SettingsError of one line that names the key.
+
+A list of sections (a field `list[Dataclass]`) has keys by place, from 0: `views.1.flip`. Its field's metadata names, as
+`length`, the key beside it that says how many there are where the list itself is not given.
 """
 
 import ast
@@ -16,7 +19,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -32,7 +35,7 @@ LARGEST = 2**63 - 1
 
 
 def keys_and_types(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key -> its declared type."""
+    """Every dotted key -> its declared type; a list of sections is one key (with_items adds those of its items)."""
     found: dict[str, Any] = {}
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
@@ -68,19 +71,87 @@ def check_options(kind: Any, who: str) -> None:
             )
 
 
+def item_kind(hint: Any) -> type | None:
+    """The dataclass of a list of sections; None for any other type."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) is list else ()
+    return kinds[0] if kinds and dataclasses.is_dataclass(kinds[0]) else None  # type: ignore[return-value]
+
+
+def with_items(known: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any]:
+    """The keys, and those of each item of a list of sections that one of the words names: `views.1.flip`."""
+    found = dict(known)
+    for key, hint in known.items():
+        if kind := item_kind(hint):
+            places = {match[1] for word in words if (match := re.match(rf"{re.escape(key)}\.(0|[1-9]\d*)\.", word))}
+            for place in places:
+                found |= keys_and_types(kind, f"{key}.{place}.")
+    return found
+
+
 def merge(kind: type[Config], layers: Sequence[Values], sources: Mapping[str, str]) -> Config:
     """The dataclass with `layers`, each over the one before, in place of its defaults. sources: key -> where its value
     was written. Raises SettingsError with what a section's own check says.
     """
     for layer in layers:
         plain_yaml.refuse_interpolation(layer, "settings")  # OmegaConf would resolve it
+    values = _in_one_layer(kind, layers, sources)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), *[_nested(layer) for layer in layers])
+        merged = OmegaConf.merge(OmegaConf.structured(kind), _nested(values))
         return typing.cast(Config, OmegaConf.to_object(merged))
     except (ValueError, OverflowError) as error:
         text = in_one_line(error)
         source = sources.get(text.split(":", 1)[0])
         raise SettingsError(text + (f" (in {source})" if source else "")) from None
+
+
+def _in_one_layer(kind: type, layers: Sequence[Values], sources: Mapping[str, str]) -> Values:
+    """The layers, each over the one before; a list of sections that is given anew takes the place of the one below."""
+    values: Values = {}
+    lists = list(_lists_of(kind))
+    for layer in layers:
+        for key, _, _ in lists:
+            if key in layer:
+                values = {name: value for name, value in values.items() if not name.startswith(f"{key}.")}
+        values |= layer
+        for key, length, _ in lists:
+            listed = values.get(key, 0)
+            if listed and layer.get(length, listed) != listed:
+                where = f" (in {sources[length]})" if length in sources else ""
+                raise SettingsError(f"{length}: {layer[length]}, but {key} lists {listed}; change the list{where}")
+    for key, length, default in lists:
+        values = _with_list(values, key, length, default, sources)
+    return values
+
+
+def _with_list(values: Values, key: str, length: str, default: int, sources: Mapping[str, str]) -> Values:
+    """The dotted keys of a list's items as one list. Raises SettingsError for an item that is not there."""
+    listed = values.pop(key, 0)
+    own = {name: value for name, value in values.items() if name.startswith(f"{key}.")}
+    if not listed and not own:
+        return values
+    number = listed or values.get(length, default)
+    items: list[Values] = [{} for _ in range(number)]
+    for name, value in own.items():
+        place, _, rest = name.removeprefix(f"{key}.").partition(".")
+        if int(place) >= number:
+            where = f" (in {sources[name]})" if name in sources else ""
+            raise SettingsError(f"{name}: there is no {key}.{place}; {length} is {number}, the places are 0 to"
+                                f" {number - 1}{where}")  # fmt: skip
+        items[int(place)][rest] = value
+    rest_of_them = {name: value for name, value in values.items() if name not in own}
+    return rest_of_them | {key: [_nested(item) for item in items]}
+
+
+def _lists_of(kind: type, prefix: str = "") -> Iterator[tuple[str, str, int]]:
+    """Each list of sections: its key, the key of its length and that key's default."""
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        hint = hints[item.name]
+        if item_kind(hint):
+            length = item.metadata["length"]
+            yield f"{prefix}{item.name}", f"{prefix}{length}", getattr(kind(), length)
+        elif dataclasses.is_dataclass(hint):
+            yield from _lists_of(typing.cast(type, hint), f"{prefix}{item.name}.")
 
 
 def _nested(values: Values) -> dict[str, Any]:
@@ -109,6 +180,9 @@ def explain(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
         value = getattr(node, item.name)
         if dataclasses.is_dataclass(value):
             yield from explain(value, f"{prefix}{item.name}.")
+        elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
+            for place, one in enumerate(value):
+                yield from explain(one, f"{prefix}{item.name}.{place}.")
         else:
             yield f"{prefix}{item.name}", value, docs.get(item.name, "")
 
@@ -132,25 +206,48 @@ def _docs_in(kind: type) -> dict[str, str]:
     return docs
 
 
-def read_layer(layer: Any, known: Mapping[str, Any], source: str, prefix: str = "") -> Values:
+def read_layer(layer: Any, known: Mapping[str, Any], source: str) -> Values:
     """A yaml's nested sections as dotted keys, each value of its declared type. An empty section sets nothing."""
+    return _read_section(layer, known, f" (in {source})")
+
+
+def _read_section(layer: Any, known: Mapping[str, Any], where: str, prefix: str = "") -> Values:
     if layer is None:
         return {}
     if not isinstance(layer, dict):
         what = f"{prefix[:-1]}: {_shown(layer)}" if prefix else _shown(layer)
-        raise SettingsError(f"{what} is no section: expected `key: value` lines (in {source})")
+        raise SettingsError(f"{what} is no section: expected `key: value` lines{where}")
     values: Values = {}
     for name, value in layer.items():
         key = f"{prefix}{name}"
         if any(other.startswith(key + ".") for other in known):
-            values |= read_layer(value, known, source, key + ".")
+            values |= _read_section(value, known, where, key + ".")
         elif key not in known:
-            raise SettingsError(f"{unknown(key, known)} (in {source})")
+            raise SettingsError(f"{unknown(key, known)}{where}")
         elif "." in str(name):
             section, _, last = key.rpartition(".")
-            raise SettingsError(f"{key}: nest it in a yaml: `{last}:` below `{section}:` (in {source})")
+            raise SettingsError(f"{key}: nest it in a yaml: `{last}:` below `{section}:`{where}")
         else:
-            values[key] = coerce(key, known[key], value, f" (in {source})")
+            values |= _read_value(key, known[key], value, where)
+    return values
+
+
+def _read_value(key: str, hint: Any, value: Any, where: str = "") -> Values:
+    """The value of a key, by its type; of a list of sections, how many there are and the keys of each."""
+    kind = item_kind(hint)
+    if kind is None:
+        return {key: coerce(key, hint, value, where)}
+    if isinstance(value, dict):  # some items, by place
+        values, items = {}, value
+    elif isinstance(value, list):
+        values, items = {key: len(value)}, dict(enumerate(value))
+    else:
+        raise SettingsError(f"{key}: {_shown(value)} does not fit; it takes {fits(key, hint)}{where}")
+    for place, item in items.items():
+        if not isinstance(place, int) or isinstance(place, bool) or place < 0:
+            raise SettingsError(f"{key}.{place}: items are named by their place, a whole number from 0{where}")
+        prefix = f"{key}.{place}."
+        values |= _read_section(item, keys_and_types(kind, prefix), where, prefix)
     return values
 
 
@@ -162,7 +259,7 @@ def read_overrides(words: Sequence[str], known: Mapping[str, Any]) -> Values:
         if not equals:
             raise SettingsError(f"{word!r}: expected key=value")
         texts.setdefault(key, []).append(text)
-    values: Values = {}
+    known, values = with_items(known, texts), Values()
     for key, given in texts.items():
         if key not in known:
             inside = [name for name in known if name.startswith(key + ".")]
@@ -171,7 +268,7 @@ def read_overrides(words: Sequence[str], known: Mapping[str, Any]) -> Values:
             raise SettingsError(unknown(key, known))
         if len(given) > 1:
             raise SettingsError(_twice(key, given))
-        values[key] = _typed(key, known[key], given[0])
+        values |= _typed(key, known[key], given[0])
     return values
 
 
@@ -200,13 +297,13 @@ def unexpand(given: Sequence[str]) -> str | None:
     return f"{before}{{{','.join(middles)}}}{after}"
 
 
-def _typed(key: str, hint: Any, text: str) -> Any:
+def _typed(key: str, hint: Any, text: str) -> Values:
     """A command line's text as what the key takes."""
     base, optional = _parts(hint)
     if optional and text in ("null", "none", "None"):
-        return None
+        return {key: None}
     if base is str:
-        return _expand(key, text)
+        return {key: _expand(key, text)}
     if typing.get_origin(base) is list:
         if not text.startswith("["):
             raise SettingsError(f"{key}: {text!r} does not fit; it takes {fits(key, hint)}")
@@ -214,8 +311,8 @@ def _typed(key: str, hint: Any, text: str) -> Any:
             items = plain_yaml.parse(text, key)
         except UserError:
             raise SettingsError(f"{key}: {text!r} does not fit; it takes {fits(key, hint)}") from None
-        return coerce(key, hint, items)
-    return coerce(key, hint, text)
+        return _read_value(key, hint, items)
+    return {key: coerce(key, hint, text)}
 
 
 def coerce(key: str, hint: Any, value: Any, where: str = "") -> Any:
@@ -238,7 +335,9 @@ def coerce(key: str, hint: Any, value: Any, where: str = "") -> Any:
 def fits(key: str, hint: Any) -> str:
     """What a key takes, in words."""
     base, optional = _parts(hint)
-    if typing.get_origin(base) is list:
+    if item_kind(base):
+        words = f"a list of sections, in brackets and quotes: '{key}=[{{KEY: VALUE}}, {{}}]'"
+    elif typing.get_origin(base) is list:
         item = fits(key, typing.get_args(base)[0]).removeprefix("a ")
         words = (
             f"a list of {item}s, in brackets and quotes: '{key}=[A,B]'"

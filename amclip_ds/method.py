@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from amclip_ds import objectives
+from amclip_ds.compat import COMPAT, Compat
 from amclip_ds.data.config import DataConfig
-from amclip_ds.masks import MaskConfig, needs_of
-from amclip_ds.masks.units import num_units
+from amclip_ds.masks import MaskConfig, masks_of_views, needs_of
+from amclip_ds.masks.units import num_kept, num_units
 from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig
 from amclip_ds.objectives import OBJECTIVES, Chosen
 
@@ -22,6 +23,22 @@ class Settings(Protocol):
     data: DataConfig
 
 
+NOISE = frozenset({"noise", "noise2"})
+
+
+@dataclass(frozen=True)
+class Group:
+    """Views that the vision tower takes together, since they keep equally many tokens."""
+
+    masks: tuple[tuple[MaskConfig, tuple[int, ...]], ...]
+    """each mask with its views"""
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """All of them, ascending."""
+        return tuple(sorted(view for _, views in self.masks for view in views))
+
+
 @dataclass(frozen=True)
 class Method:
     """Everything that depends on masks and objectives asks here; nothing else lists them."""
@@ -32,6 +49,8 @@ class Method:
     """by view"""
     grid: int
     """patches along a side of a view"""
+    compat: Compat
+    """what is done as A-CLIP's published code does it"""
 
     @property
     def mask_needs(self) -> frozenset[str]:
@@ -50,23 +69,30 @@ class Method:
 
     @property
     def draws(self) -> int:
-        """Random numbers that a view's mask reads a sample, for each draw."""
-        return num_units(self.grid, self.masks[0].unit) if "noise" in self.mask_needs else 0
+        """Random numbers of a draw, for each view of a sample: one for each unit of the finest mask that reads any."""
+        return max((num_units(self.grid, mask.unit) for mask in self.masks if needs_of(mask) & NOISE), default=0)
 
-    def groups(self) -> list[tuple[MaskConfig, tuple[int, ...]]]:
-        """The views that share a mask, which the vision tower takes together."""
-        found: list[tuple[MaskConfig, tuple[int, ...]]] = []
-        for view, mask in enumerate(self.masks):
-            known = [index for index, (other, _) in enumerate(found) if other == mask]
-            if known:
-                found[known[0]] = (mask, (*found[known[0]][1], view))
-            else:
-                found.append((mask, (view,)))
+    @property
+    def draws_twice(self) -> bool:
+        """Whether some mask reads a second draw."""
+        return "noise2" in self.mask_needs
+
+    def groups(self, progress: float) -> list[Group]:
+        """The views that keep equally many tokens when so much of the run is done, 0 to 1; in the order of views."""
+        now = [mask.at(progress) for mask in self.masks]
+        numbers = [num_kept(mask, self.grid) for mask in now]
+        found = []
+        for number in dict.fromkeys(numbers):
+            views = [view for view, kept in enumerate(numbers) if kept == number]
+            masks = [now[view] for view in views]
+            different = [mask for place, mask in enumerate(masks) if mask not in masks[:place]]
+            found.append(Group(tuple((mask, tuple(view for view in views if now[view] == mask)) for mask in different)))
         return found
 
 
 def method_of(config: Settings) -> Method:
     """The method that a configuration describes."""
-    pairs_views = config.compat != "release"
-    chosen = objectives.chosen(config.loss, config.heads, pairs_views)
-    return Method(chosen, (config.mask,) * config.data.num_views, config.model.vision.grid)
+    compat = COMPAT[config.compat]
+    chosen = objectives.chosen(config.loss, config.heads, compat.pairs_views)
+    masks = masks_of_views(config.mask, config.data.view_masks())
+    return Method(chosen, masks, config.model.vision.grid, compat)

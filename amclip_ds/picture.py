@@ -15,7 +15,9 @@ GONE = 0.18  # how bright a removed patch is left
 def draw_masks(looks: Looks, file: Path, num_scenes: int = 8) -> None:
     """A row a scene: the teacher's crop with its caption, its scores, and both views under each mask."""
     plt = _pyplot()
-    titles = ["teacher's crop", "its scores", *(f"{name}, view {v + 1}" for name in looks.kept for v in range(2))]
+    num_views = len(looks.views_uint8)
+    views = [f"{name}, view {view + 1}" for name in looks.kept for view in range(num_views)]
+    titles = ["teacher's crop", "its scores", *views]
     figure, axes = plt.subplots(num_scenes, len(titles), figsize=(1.75 * len(titles), 1.95 * num_scenes), squeeze=False)
     for scene, row in enumerate(axes):
         side = int(looks.scores.shape[1] ** 0.5)
@@ -24,8 +26,8 @@ def draw_masks(looks: Looks, file: Path, num_scenes: int = 8) -> None:
         row[1].imshow(looks.scores[scene].reshape(side, side), cmap="magma")
         panels = iter(row[2:])
         for keep_indices in looks.kept.values():
-            for view in range(2):
-                next(panels).imshow(shade_removed(looks.views_uint8[view, scene], keep_indices[view, scene], looks))
+            for view in range(num_views):
+                next(panels).imshow(shade_removed(looks.views_uint8[view, scene], keep_indices[view][scene], looks))
         for axis, title in zip(row, titles):
             axis.set_xticks([])
             axis.set_yticks([])

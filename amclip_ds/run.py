@@ -185,7 +185,7 @@ def build_engines(config: TrainConfig, method: Method, runtime: Runtime) -> tupl
     if not method.needs_teacher:
         return student, None
     return student, Teacher(config.teacher, config.model, method.objectives,
-                            averages_text_ends=config.compat == "paper", student=student,
+                            averages_text_ends=method.compat.averages_text_ends, student=student,
                             device=runtime.device)  # fmt: skip
 
 
@@ -197,8 +197,8 @@ def open_data(config: TrainConfig, method: Method, runtime: Runtime, resumes: bo
         config.data, seed=config.run.seed, global_batch=config.batch.global_size, rank=runtime.rank,
         world_size=runtime.world_size, image_size=vision.image_size,
         teacher_size=teacher_size if method.needs_teacher else None,
-        num_units=method.draws,
-        context_length=config.model.text.context_length, compat=config.compat, once=on_main,
+        teacher_contains=method.compat.teacher_sees_views, num_units=method.draws, draws_twice=method.draws_twice,
+        context_length=config.model.text.context_length, once=on_main,
         index_dir=config.run.out, device=runtime.device, resumes=resumes,
     )  # fmt: skip
 

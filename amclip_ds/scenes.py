@@ -17,6 +17,7 @@ from torch import Tensor
 from amclip_ds import config as settings
 from amclip_ds import safetensors_header
 from amclip_ds.comm import SingleProcess
+from amclip_ds.compat import COMPAT
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.index import Index
@@ -26,7 +27,7 @@ from amclip_ds.data.reader import ShardReader
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.encoder import TowerEncoder, encode_images
 from amclip_ds.evaluate.zero_shot import build_classifier
-from amclip_ds.masks import MaskConfig
+from amclip_ds.masks import MaskConfig, masks_of_views
 from amclip_ds.masks.selection import select
 from amclip_ds.masks.units import num_units
 from amclip_ds.method import method_of
@@ -47,15 +48,16 @@ class Looks:
     """[B, 3, h, h]"""
     scores: Tensor
     """[B, n]: the teacher's score of each patch of its own crop"""
-    kept: dict[str, Tensor]
-    """attentive, random -> [V, B, K] tokens that stay"""
+    kept: dict[str, list[Tensor]]
+    """attentive, random -> by view [B, K] tokens that stay"""
     is_object: Tensor
     """[V, B, N] bool: the patch's centre lies in the object's box"""
     captions: list[str]
 
     def object_kept(self, strategy: str) -> float:
         """The mean share of an object's tokens that stay, over the views that show any of it."""
-        stays = torch.zeros_like(self.is_object).scatter_(-1, self.kept[strategy], True)
+        stays = torch.stack([torch.zeros_like(inside).scatter_(-1, kept, True)
+                             for inside, kept in zip(self.is_object, self.kept[strategy])])  # fmt: skip
         seen = self.is_object.sum(-1)
         share = (stays & self.is_object).sum(-1)[seen > 0] / seen[seen > 0]
         return float(share.mean())
@@ -65,13 +67,15 @@ class Looks:
 def look_at(config: TrainConfig, teacher: TeacherModel, shards: Path, num_scenes: int) -> Looks:
     """The first scenes of the training order over `shards`, seen by the teacher."""
     vision = config.model.vision
+    masks = masks_of_views(config.mask, config.data.view_masks())
     with closing(
         TrainingData(
             dataclasses.replace(config.data, train=str(shards), index=None, workers=0, captions=["json:captions"]),
             seed=config.run.seed, global_batch=num_scenes, rank=0, world_size=1, image_size=vision.image_size,
             teacher_size=vision.image_size // (2 if config.teacher.resolution == "half" else 1),
-            num_units=num_units(vision.grid, config.mask.unit),
-            context_length=config.model.text.context_length, compat=config.compat, index_dir=config.run.out,
+            num_units=max(num_units(vision.grid, mask.unit) for mask in masks),
+            teacher_contains=COMPAT[config.compat].teacher_sees_views,
+            context_length=config.model.text.context_length, index_dir=config.run.out,
         )
     ) as data:  # fmt: skip
         batch = next(data.batches(None))
@@ -80,23 +84,21 @@ def look_at(config: TrainConfig, teacher: TeacherModel, shards: Path, num_scenes
     images = normalise(batch.teacher_uint8)
     scores = teacher.observe(images, frozenset({"cls", "scores"}), SingleProcess()).scores
     assert scores is not None
-    kept = {name: kept_by(dataclasses.replace(config.mask, strategy=name), batch, scores, vision.grid)
-            for name in ("attentive", "random")}  # fmt: skip
+    kept = {name: [kept_by(dataclasses.replace(mask, strategy=name), view, batch, scores, vision.grid)
+                   for view, mask in enumerate(masks)] for name in ("attentive", "random")}  # fmt: skip
     boxes = torch.tensor([fact["box"] for fact in facts], dtype=torch.float32)
     return Looks(
         batch.views_uint8, batch.teacher_uint8, scores, kept,
-        patches_inside(boxes, batch.boxes[:-1], vision.grid), [fact["captions"][0] for fact in facts],
+        patches_inside(boxes, batch.boxes[:-1], vision.grid, batch.flips), [fact["captions"][0] for fact in facts],
     )  # fmt: skip
 
 
-def kept_by(mask: MaskConfig, batch: Batch, scores: Tensor, grid: int) -> Tensor:
-    """The tokens that a mask keeps of every view, [V, B, K]."""
-    views = tuple(range(len(batch.views_uint8)))
-    chosen = selection(mask, views, batch, scores, grid, progress=1.0)
-    assert chosen is not None
-    kept = select(mask, chosen.inputs)
+def kept_by(mask: MaskConfig, view: int, batch: Batch, scores: Tensor, grid: int) -> Tensor:
+    """The tokens that a mask keeps of a view at the end of a run, [B, K]."""
+    now = mask.at(1.0)
+    kept = select(now, selection(now, (view,), batch, scores, grid, progress=1.0).inputs)
     assert kept is not None
-    return kept.unflatten(0, (len(views), -1))
+    return kept
 
 
 def read_facts(index: Index, sample_ids: list[int]) -> list[dict]:
@@ -110,8 +112,11 @@ def read_facts(index: Index, sample_ids: list[int]) -> list[dict]:
         return found
 
 
-def patches_inside(object_boxes: Tensor, view_boxes: Tensor, grid: int) -> Tensor:
-    """[B, 4] objects and [V, B, 4] views (top, left, height, width, in source pixels) -> [V, B, grid * grid] bool."""
+def patches_inside(object_boxes: Tensor, view_boxes: Tensor, grid: int, flips: Tensor | None = None) -> Tensor:
+    """[B, 4] objects and [V, B, 4] views (top, left, height, width, in source pixels) -> [V, B, grid * grid] bool.
+
+    flips: [V, B] bool, the views that are mirrored after the crop.
+    """
     centres = (torch.arange(grid) + 0.5) / grid
     top, left, height, width = view_boxes.unbind(-1)
     y = top[..., None] + centres * height[..., None]  # [V, B, grid]
@@ -119,6 +124,8 @@ def patches_inside(object_boxes: Tensor, view_boxes: Tensor, grid: int) -> Tenso
     object_top, object_left, object_height, object_width = (edge[:, None] for edge in object_boxes.unbind(-1))
     in_rows = (y >= object_top) & (y < object_top + object_height)
     in_columns = (x >= object_left) & (x < object_left + object_width)
+    if flips is not None:
+        in_columns = torch.where(flips[..., None], in_columns.flip(-1), in_columns)
     return (in_rows[..., :, None] & in_columns[..., None, :]).flatten(-2)
 
 

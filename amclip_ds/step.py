@@ -91,27 +91,33 @@ def student_inputs(batch: Batch, scores: Tensor | None, method: Method, progress
     """What the student reads: the views, changed and normalised, by group, with what their masks go by."""
     views = photometric.apply(batch.views_uint8, batch.photometric)
     groups = []
-    for mask, places in method.groups():
-        images = views if len(places) == len(views) else views[list(places)]
-        groups.append(ViewGroup(places, images, selection(mask, places, batch, scores, method.grid, progress)))
+    for group in method.groups(progress):
+        images = views if len(group.views) == len(views) else views[list(group.views)]
+        selections = [selection(mask, of, batch, scores, method.grid, progress) for mask, of in group.masks]
+        places = [tuple(group.views.index(view) for view in of) for _, of in group.masks]
+        is_masked = any(mask.strategy != NONE for mask, _ in group.masks)
+        groups.append(ViewGroup(group.views, images, tuple(
+            chosen._replace(views=at) for chosen, at in zip(selections, places)
+        ) if is_masked else ()))  # fmt: skip
     return StudentInputs(tuple(groups), batch.token_ids)
 
 
 def selection(
     mask: MaskConfig, views: tuple[int, ...], batch: Batch, scores: Tensor | None, grid: int, progress: float
-) -> Selection | None:
+) -> Selection:
     """How the tokens of some views are chosen. scores: the teacher's, [B, n] of its crop."""
-    if mask.strategy == NONE:
-        return None
-    needs, chosen = needs_of(mask), list(views)
-    noise = batch.mask_noise[chosen].flatten(0, 1) if "noise" in needs else None
-    unit_scores = None
+    needs, chosen, units = needs_of(mask), list(views), (grid // mask.unit) ** 2
+    given: dict[str, Tensor] = {"progress": torch.tensor(progress, device=batch.token_ids.device)}
+    for name, draws in (("noise", batch.mask_noise), ("noise2", batch.mask_noise2)):
+        if name in needs:
+            assert draws is not None
+            given[name] = draws[chosen, :, :units].flatten(0, 1)
     if "scores" in needs:
         assert scores is not None
+        flips = None if batch.flips is None else batch.flips[chosen]
         boxes = batch.boxes[[*chosen, -1]]
-        unit_scores = scoring.scores_to_views(scores, boxes, grid=grid, unit=mask.unit).flatten(0, 1)
-    at = torch.tensor(progress, device=batch.token_ids.device)
-    return Selection(mask, MaskInputs(grid, mask.unit, len(views), noise=noise, scores=unit_scores, progress=at))
+        given["scores"] = scoring.scores_to_views(scores, boxes, grid, mask.unit, flips).flatten(0, 1)
+    return Selection(mask, MaskInputs(grid, mask.unit, len(views), **given))
 
 
 def by_view(inputs: StudentInputs, kept: list[Tensor | None]) -> list[Tensor | None]:

@@ -33,7 +33,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from amclip_ds.data import photometric, synthetic
-from amclip_ds.data.config import DataConfig
+from amclip_ds.data.config import DataConfig, View
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.views import make_views
@@ -60,7 +60,7 @@ def make_jpeg(number: int, width: int, height: int) -> bytes:
 def ours(content: bytes) -> None:
     """What a worker does for one sample's image."""
     generator = keyed(0, "benchmark")
-    make_views(content, generator, num_views=2, size=VIEW, teacher_size=VIEW)
+    make_views(content, generator, [View()] * 2, size=VIEW, teacher_size=VIEW)
     for _ in range(2):
         photometric.draw(generator)
 
@@ -176,7 +176,7 @@ def loader(batches: int = 12) -> dict[str, float]:
         for workers in (0, 1, 2):
             data = TrainingData(
                 DataConfig(train=folder, workers=workers), seed=0, global_batch=64, rank=0, world_size=1,
-                image_size=VIEW, teacher_size=VIEW, num_units=49, context_length=77, compat="paper",
+                image_size=VIEW, teacher_size=VIEW, num_units=49, context_length=77,
                 say=lambda text: None,
             )  # fmt: skip
             stream = data.batches()

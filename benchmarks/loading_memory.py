@@ -37,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     data = TrainingData(
         DataConfig(train=args.shards, workers=args.workers), seed=0, global_batch=args.batch, rank=0, world_size=1,
-        image_size=args.image_size, teacher_size=args.image_size, num_units=49, context_length=77, compat="paper",
+        image_size=args.image_size, teacher_size=args.image_size, num_units=49, context_length=77,
     )  # fmt: skip
     process, began, told, seen, rows = psutil.Process(), time.monotonic(), 0.0, 0, []
     for batch in data.batches(None):

@@ -107,6 +107,13 @@ def flatten(config: str) -> dict[str, str]:
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, list) and node and all(isinstance(item, dict) for item in node):  # sections, such as data.views
+        for place, item in enumerate(node):
+            own = _leaves(item, f"{prefix}.{place}")
+            yield from ((key, value) for key, value in own if value not in (None, "", {}))  # those left out are no keys
+        return
+    if node == []:  # no item, no key
+        return
     if not isinstance(node, dict) or not node:
         yield prefix, node
         return

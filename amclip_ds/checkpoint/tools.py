@@ -16,6 +16,7 @@ from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.save import Saver
 from amclip_ds.checkpoint.state import CheckpointState
 from amclip_ds.checkpoint.tensorfile import DamagedError
+from amclip_ds.compat import COMPAT
 from amclip_ds.config import TrainConfig
 from amclip_ds.engine.deepspeed_folder import DeepSpeedFolder, read_deepspeed_folder
 from amclip_ds.engine.ds_config import read_ds_config
@@ -167,7 +168,10 @@ def _sources(path: Path, held: Manifest, which: str) -> dict[str, str]:
         config = drift.flatten(files.read_text(path / "config.yaml", plain_yaml.MAX_BYTES, follow=False))
     except UserError as error:
         raise UserError(f"damaged checkpoint: {error}") from None
-    mirrored = mirrored_names(trained, config.get("compat", "paper") == "paper")
+    published = COMPAT.get(config.get("compat", "paper"))
+    if published is None:
+        raise UserError(f"damaged checkpoint: compat: {config['compat']!r} is none of {', '.join(COMPAT)}")
+    mirrored = mirrored_names(trained, published.averages_text_ends)
     return (
         dict.fromkeys(held.tensors["ema"], "ema")
         | dict.fromkeys(held.tensors.get("ema_frozen", {}), "ema_frozen")
@@ -239,7 +243,7 @@ def _state_of(
     replicated = {f"student.{name}": buffer for name, buffer in buffers.items()}
     if teacher is not None:
         names = [name for name, _ in teacher.named_parameters()]
-        mirrored = mirrored_names(names, config.compat == "paper")
+        mirrored = mirrored_names(names, COMPAT[config.compat].averages_text_ends)
         sharded["ema"] = {n: sharded["master"][n] for n in names if n in sharded["master"] and n not in mirrored}
         sharded["ema_frozen"] = {n: sharded["frozen"][n] for n in names if n in sharded["frozen"]}
         replicated |= {f"teacher.{name}": buffers[name] for name in persistent_buffers(teacher)}

@@ -33,6 +33,10 @@ class Batch:
     epoch: int
     cursor: dict[str, Any]
     """where the stream stands AFTER this batch: {"epoch", "step"} in global batches"""
+    flips: Tensor | None = None
+    """[V, B] bool: the views that were mirrored after the crop; None where no view is ever"""
+    mask_noise2: Tensor | None = None
+    """[V, B, U] a second draw; None where no mask reads it"""
     incidents: list[dict[str, str]] = field(default_factory=list)
     """what was skipped to make this batch: kind, shard, key, cause"""
     read_bytes: int = 0

@@ -1,47 +1,53 @@
-"""Where the views are cut: two random crops for the student and the teacher's crop that should contain them.
+"""Where the views are cut: random crops for the student and the teacher's crop that should contain them.
 
 A box is (top, left, height, width) in pixels of the upright image (method.md section 4, "Crops").
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
-SCALE = (0.5, 1.0)  # part of the image's area that a view covers
-RATIO = (3 / 4, 4 / 3)
+from amclip_ds.data.config import RATIO, SCALE, View
+
 Box = tuple[int, int, int, int]
 
 
 def draw_boxes(
-    random: np.random.Generator, height: int, width: int, num_views: int, compat: str = "paper"
+    random: np.random.Generator, height: int, width: int, views: Sequence[View], contains_views: bool = True
 ) -> np.ndarray:
     """[V + 1, 4] float32: the views' boxes, then the teacher's.
 
-    compat: `paper`: the teacher's box contains every view; `release`: as the published code draws it, which leaves part
-    of a view outside in about 7 of 10 samples.
+    A box is drawn for every view, also for one that takes another's, so that the others' do not depend on it.
+    contains_views: the teacher's box contains every view; False: as the published code draws it, which leaves part of a
+    view outside in about 7 of 10 samples.
     """
-    views = [random_resized_crop(random, height, width) for _ in range(num_views)]
-    enlarge = enlarge_as_released if compat == "release" else enlarged_union
-    return np.array([*views, enlarge(random, views, height, width)], dtype=np.float32)
+    drawn = [random_resized_crop(random, height, width, view.scale, view.ratio) for view in views]
+    boxes = [drawn[place if view.draws_of is None else view.draws_of] for place, view in enumerate(views)]
+    enlarge = enlarged_union if contains_views else enlarge_as_released
+    return np.array([*boxes, enlarge(random, boxes, height, width)], dtype=np.float32)
 
 
-def random_resized_crop(random: np.random.Generator, height: int, width: int) -> Box:
+def random_resized_crop(
+    random: np.random.Generator, height: int, width: int, scale: tuple[float, float] = SCALE,
+    bounds: tuple[float, float] = RATIO,
+) -> Box:  # fmt: skip
     """torchvision's RandomResizedCrop.get_params: ten tries at an area and a ratio, then the central crop."""
     area = height * width
     tries = random.random((10, 4))  # always as many, so that what follows does not depend on how many were needed
-    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    low, high = math.log(bounds[0]), math.log(bounds[1])
     for part, ratio, down, across in tries.tolist():
-        target = area * (SCALE[0] + (SCALE[1] - SCALE[0]) * part)
+        target = area * (scale[0] + (scale[1] - scale[0]) * part)
         aspect = math.exp(low + (high - low) * ratio)
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(down * (height - h + 1)), int(across * (width - w + 1)), h, w
     aspect = width / height
     h, w = height, width
-    if aspect < RATIO[0]:
-        h = min(height, max(1, round(width / RATIO[0])))
-    elif aspect > RATIO[1]:
-        w = min(width, max(1, round(height * RATIO[1])))
+    if aspect < bounds[0]:
+        h = min(height, max(1, round(width / bounds[0])))
+    elif aspect > bounds[1]:
+        w = min(width, max(1, round(height * bounds[1])))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from amclip_ds.data import captions, photometric
 from amclip_ds.data import contents as contents_of
+from amclip_ds.data.config import View
 from amclip_ds.data.index import Index, Sample
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.order import EpochOrder, Mixture
@@ -25,6 +26,7 @@ from amclip_ds.files import describe
 
 Contents = dict[Request, bytes | OSError]
 MAX_REPLACED = 64  # bad samples in a row, each standing in for the last, before the stream counts as empty
+FLIP_P = 0.5
 CAPTIONS_REMEMBERED = 1 << 14
 CHANGES_TOLD = 16  # of a shard, by each worker: the whole shard may be another
 
@@ -43,13 +45,15 @@ class ChunkSpec:
     seed: int
     open_shards: int
     window: int
-    num_views: int
+    views: tuple[View, ...]
     image_size: int
     teacher_size: int | None
+    teacher_contains: bool
+    """the teacher's crop contains every view (boxes.draw_boxes)"""
     num_units: int
+    draws_twice: bool
+    """whether masks read a second draw"""
     context_length: int
-    compat: str
-    photometric: bool
     sources: tuple[str, ...]
     per_line: bool
     max_pixels: int
@@ -77,6 +81,10 @@ class Chunk:
     """[B, T] int64, not trimmed"""
     sample_ids: np.ndarray
     """[B] int64"""
+    flips: np.ndarray
+    """[V, B] bool"""
+    noise2: np.ndarray
+    """[V, B, U] float32; U is 0 where no mask reads it"""
     incidents: list[dict[str, str]] = field(default_factory=list)
     read_bytes: int = 0
 
@@ -153,7 +161,7 @@ class ChunkMaker:
 
     def _make(self, epoch: int, start: int, stop: int) -> Chunk:
         spec, count = self.spec, stop - start
-        V, U, S, s = spec.num_views, spec.num_units, spec.image_size, spec.teacher_size
+        V, U, S, s = len(spec.views), spec.num_units, spec.image_size, spec.teacher_size
         chunk = Chunk(
             views=torch.empty(V, count, 3, S, S, dtype=torch.uint8),
             teacher=torch.empty(count, 3, s, s, dtype=torch.uint8) if s else None,
@@ -162,6 +170,8 @@ class ChunkMaker:
             noise=np.empty((V, count, U), np.float32),
             token_ids=np.zeros((count, spec.context_length), np.int64),
             sample_ids=np.empty(count, np.int64),
+            flips=np.zeros((V, count), np.bool_),
+            noise2=np.empty((V, count, U if spec.draws_twice else 0), np.float32),
         )
         self._retries = chunk.incidents
         self._read_ahead(epoch, start)
@@ -230,7 +240,7 @@ class ChunkMaker:
             options = captions.candidates(members[1], members[2], spec.sources, spec.per_line)
             text = captions.choose(options, random)
             made = make_views(
-                members[0] or b"", random, spec.num_views, spec.image_size, spec.teacher_size, spec.compat,
+                members[0] or b"", random, spec.views, spec.image_size, spec.teacher_size, spec.teacher_contains,
                 spec.max_pixels,
             )  # fmt: skip
         except ShardChanged as error:
@@ -276,14 +286,26 @@ class ChunkMaker:
             chunk.incidents.append(_incident("changed", wanted.shard, wanted.sample.key, cause, action))
 
     def _put(self, chunk: Chunk, place: int, made: Views, random: np.random.Generator) -> None:
+        """A sample's pictures and draws. What is drawn keeps its order: new draws come after all that there were, so
+        that a seed's samples stay what they are."""
         spec = self.spec
         chunk.views[:, place] = torch.from_numpy(made.views)
         if chunk.teacher is not None and made.teacher is not None:
             chunk.teacher[place] = torch.from_numpy(made.teacher)
         chunk.boxes[:, place] = made.boxes
-        for view in range(spec.num_views):
-            chunk.photometric[view, place] = photometric.draw(random, spec.photometric)
-        chunk.noise[:, place] = random.random((spec.num_views, spec.num_units), dtype=np.float32)
+        V, sources = len(spec.views), [n if v.draws_of is None else v.draws_of for n, v in enumerate(spec.views)]
+        changes = [photometric.draw(random) for _ in range(V)]
+        for place_of_view, view in enumerate(spec.views):
+            chunk.photometric[place_of_view, place] = changes[sources[place_of_view]] if view.photometric else 0
+        chunk.noise[:, place] = random.random((V, spec.num_units), dtype=np.float32)
+        if any(view.flip for view in spec.views):
+            self._flip(chunk, place, random.random(V)[sources] < FLIP_P)
+        chunk.noise2[:, place] = random.random((V, chunk.noise2.shape[-1]), dtype=np.float32)
+
+    def _flip(self, chunk: Chunk, place: int, drawn: np.ndarray) -> None:
+        chunk.flips[:, place] = drawn & [view.flip for view in self.spec.views]
+        for view in np.flatnonzero(chunk.flips[:, place]):
+            chunk.views[view, place] = chunk.views[view, place].flip(-1)
 
     @staticmethod
     def _content(contents: Contents, shard: str, place: tuple[int, int] | None) -> bytes | None:
@@ -333,6 +355,8 @@ def join(chunks: Sequence[Chunk], pinned: bool = False) -> Chunk:
         noise=np.concatenate([chunk.noise for chunk in chunks], axis=1),
         token_ids=np.concatenate([chunk.token_ids for chunk in chunks]),
         sample_ids=np.concatenate([chunk.sample_ids for chunk in chunks]),
+        flips=np.concatenate([chunk.flips for chunk in chunks], axis=1),
+        noise2=np.concatenate([chunk.noise2 for chunk in chunks], axis=1),
         incidents=[incident for chunk in chunks for incident in chunk.incidents],
         read_bytes=sum(chunk.read_bytes for chunk in chunks),
     )

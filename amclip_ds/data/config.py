@@ -1,8 +1,61 @@
-"""The keys of `data`: what is trained on, and how it is read."""
+"""The keys of `data`: what is trained on, how it is read, and which views of each image are made. Loads no torch."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from amclip_ds.masks import ViewMask
+
+SCALE = (0.5, 1.0)  # part of the image's area that a view covers, unless data.views says otherwise
+RATIO = (3 / 4, 4 / 3)
+
+
+@dataclass
+class ViewConfig:
+    """One view of each image for the student."""
+
+    scale: list[float] | None = None
+    """Part of the image's area that the crop covers, from and to; null: [0.5, 1]."""
+    ratio: list[float] | None = None
+    """Width over height of the crop, from and to; null: [0.75, 1.3333]."""
+    flip: bool | None = None
+    """True: half of the samples are mirrored; null: false."""
+    photometric: bool | None = None
+    """Colour jitter, grayscale, blur and solarize; null: data.photometric."""
+    same_crop_as: int | None = None
+    """An earlier view, from 0, whose crop, mirroring and colour changes this one repeats; null: its own."""
+    mask: ViewMask = field(default_factory=ViewMask)
+
+    def check(self, place: int) -> None:
+        """Raises ValueError for what cannot be the view at this place of the list."""
+        key = f"data.views.{place}"
+        for name in ("scale", "ratio"):
+            bounds = getattr(self, name)
+            if bounds is not None and (len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]):
+                raise ValueError(f"{key}.{name}: {bounds} is no pair of numbers above 0, the smaller first")
+        if self.scale is not None and self.scale[1] > 1:
+            raise ValueError(f"{key}.scale: {self.scale} is above 1, the whole image")
+        if self.same_crop_as is None:
+            return
+        if not 0 <= self.same_crop_as < place:
+            earlier = f"the earlier ones are 0 to {place - 1}" if place else "there is none before it"
+            raise ValueError(f"{key}.same_crop_as: {self.same_crop_as} is no view before this one; {earlier}")
+        for name in ("scale", "ratio", "flip"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{key}.{name}: the crop is that of view {self.same_crop_as} (same_crop_as); set it"
+                                 f" there, or leave one of the two out")  # fmt: skip
+
+
+class View(NamedTuple):
+    """How one view is cut and changed, nothing left out."""
+
+    scale: tuple[float, float] = SCALE
+    ratio: tuple[float, float] = RATIO
+    flip: bool = False
+    photometric: bool = True
+    draws_of: int | None = None
+    """the earlier view whose draws (box, mirroring, colours) it takes; None: its own"""
 
 
 @dataclass
@@ -24,9 +77,11 @@ class DataConfig:
     timeout_s: float = 600.0
     """Without a sample for so long, the run ends with an error."""
     num_views: int = 2
-    """Crops of each image for the student."""
+    """Crops of each image for the student, where data.views does not list them."""
     photometric: bool = True
     """Colour jitter, grayscale, blur and solarize on the views (never on the teacher's crop)."""
+    views: list[ViewConfig] = field(default_factory=list, metadata={"length": "num_views"})
+    """The views one by one, each with what it has of its own; empty: data.num_views alike. One key: data.views.1.KEY"""
     captions: list[str] = field(default_factory=lambda: ["txt|json:captions|json:caption"])
     """Where captions are: `txt`, `json:FIELD`, a template such as '{title}. {text}', alternatives joined by `|`."""
     caption_per_line: bool = True
@@ -51,6 +106,9 @@ class DataConfig:
     """What the copies in data.stage_dir may take, in GB."""
 
     def __post_init__(self) -> None:
+        for place, view in enumerate(self.views):
+            view.check(place)
+        self.num_views = len(self.views) or self.num_views
         at_least = {"workers": 0, "prefetch": 1, "num_views": 1, "text_bucket": 0, "open_shards": 1,
                     "shuffle_window": 1, "max_pixels": 1}  # fmt: skip
         for name, least in at_least.items():
@@ -68,6 +126,28 @@ class DataConfig:
         check_sources(self.captions)
         if self.weights is not None and (not self.weights or min(self.weights) < 0 or sum(self.weights) <= 0):
             raise ValueError(f"data.weights: {self.weights} needs numbers from 0, one of them above it")
+
+    def all_views(self) -> tuple[View, ...]:
+        """Every view, in order."""
+        found: list[View] = []
+        for own in self.views or [ViewConfig()] * self.num_views:
+            photometric = self.photometric if own.photometric is None else own.photometric
+            if own.same_crop_as is not None:
+                source = found[own.same_crop_as]
+                first = own.same_crop_as if source.draws_of is None else source.draws_of
+                found.append(source._replace(photometric=photometric, draws_of=first))
+            else:
+                scale, ratio = _pair(own.scale, SCALE), _pair(own.ratio, RATIO)
+                found.append(View(scale, ratio, bool(own.flip), photometric))
+        return tuple(found)
+
+    def view_masks(self) -> list[ViewMask]:
+        """What each view's mask has of its own."""
+        return [view.mask for view in self.views] or [ViewMask() for _ in range(self.num_views)]
+
+
+def _pair(given: list[float] | None, default: tuple[float, float]) -> tuple[float, float]:
+    return default if given is None else (given[0], given[1])
 
 
 def check_sources(sources: Sequence[str]) -> None:

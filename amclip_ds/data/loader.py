@@ -38,7 +38,8 @@ class TrainingData:
     """One rank's part of the training stream.
 
     image_size, teacher_size: sides of the views and of the teacher's crop in pixels (None: no teacher looks).
-    num_units: random numbers per view for the mask. compat: whose teacher box (boxes.py).
+    num_units: random numbers per view for the mask; draws_twice: masks read a second draw of them.
+    teacher_contains: the teacher's crop contains every view (boxes.py).
     once: does a work on rank 0 and gives every rank its result (engine.collectives.on_main), so that one rank alone
     looks at the shards and builds a missing index; without it every process does so by itself. Collective through it.
     index_dir: where a missing index is put (the run folder: others train on the same shards); None: beside the shards.
@@ -48,9 +49,9 @@ class TrainingData:
 
     def __init__(
         self, config: DataConfig, *, seed: int, global_batch: int, rank: int, world_size: int, image_size: int,
-        teacher_size: int | None, num_units: int, context_length: int, compat: str,
-        say: Callable[[str], None] = print, once: Once | None = None, index_dir: str | Path | None = None,
-        device: torch.device = CPU, resumes: bool = False,
+        teacher_size: int | None, num_units: int, context_length: int, draws_twice: bool = False,
+        teacher_contains: bool = True, say: Callable[[str], None] = print, once: Once | None = None,
+        index_dir: str | Path | None = None, device: torch.device = CPU, resumes: bool = False,
     ) -> None:  # fmt: skip
         self._device = device
         self.config, self.global_batch = config, global_batch
@@ -68,9 +69,9 @@ class TrainingData:
         mixture = _mixture(config, sources)
         self._spec = ChunkSpec(
             index=sources.index, paths=tuple(sources.shards), members=tuple(members), mixture=mixture, seed=seed,
-            open_shards=config.open_shards, window=config.shuffle_window, num_views=config.num_views,
-            image_size=image_size, teacher_size=teacher_size, num_units=num_units, context_length=context_length,
-            compat=compat, photometric=config.photometric, sources=tuple(config.captions),
+            open_shards=config.open_shards, window=config.shuffle_window, views=config.all_views(),
+            image_size=image_size, teacher_size=teacher_size, teacher_contains=teacher_contains, num_units=num_units,
+            draws_twice=draws_twice, context_length=context_length, sources=tuple(config.captions),
             per_line=config.caption_per_line, max_pixels=config.max_pixels, stage_dir=config.stage_dir,
             stage_bytes=int(config.stage_gb * 1e9), on_change=config.on_change,
         )  # fmt: skip
@@ -122,6 +123,8 @@ class TrainingData:
             photometric=Photometric(chunk.photometric), mask_noise=torch.from_numpy(chunk.noise),
             token_ids=captions.trim(torch.from_numpy(chunk.token_ids), self.config.text_bucket),
             sample_ids=torch.from_numpy(chunk.sample_ids), epoch=epoch, cursor=cursor,
+            flips=torch.from_numpy(chunk.flips) if any(view.flip for view in self._spec.views) else None,
+            mask_noise2=torch.from_numpy(chunk.noise2) if self._spec.draws_twice else None,
             incidents=incidents + chunk.incidents, read_bytes=chunk.read_bytes,
         )  # fmt: skip
 

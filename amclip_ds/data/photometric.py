@@ -35,15 +35,13 @@ class Photometric:
         return self.table.reshape(-1, NUM_COLUMNS)
 
 
-def draw(random: np.random.Generator, enabled: bool = True) -> np.ndarray:
+def draw(random: np.random.Generator) -> np.ndarray:
     """The 12 parameters of one view of one sample. The same count of numbers is drawn whatever they decide."""
     uniform, order = random.random(9), random.permutation(4)
     jitter, gray, blur, solarize = uniform[:4] < (JITTER_P, GRAY_P, BLUR_P, SOLARIZE_P)
     amounts = np.array([BRIGHTNESS, CONTRAST, SATURATION, HUE])
     factors = np.array([1, 1, 1, 0]) + amounts * (2 * uniform[4:8] - 1)
     sigma = SIGMA[0] + (SIGMA[1] - SIGMA[0]) * uniform[8] if blur else 0.0
-    if not enabled:
-        return np.zeros(NUM_COLUMNS, dtype=np.float32)
     return np.array([jitter, *factors, *order, gray, sigma, solarize], dtype=np.float32)
 
 

@@ -1,5 +1,6 @@
 """From an encoded image to the crops of the student's views and the teacher, out of one decode, as uint8."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amclip_ds.data.boxes import draw_boxes
+from amclip_ds.data.config import View
 from amclip_ds.data.images import MAX_PIXELS, Decoded, open_image
 
 
@@ -25,20 +27,23 @@ class Views:
 
 
 def make_views(
-    content: bytes, random: np.random.Generator, num_views: int, size: int, teacher_size: int | None,
-    compat: str = "paper", max_pixels: int = MAX_PIXELS,
+    content: bytes, random: np.random.Generator, views: Sequence[View], size: int, teacher_size: int | None,
+    teacher_contains: bool = True, max_pixels: int = MAX_PIXELS,
 ) -> Views:  # fmt: skip
-    """The crops of one encoded image. Raises BadImage."""
+    """The crops of one encoded image, not mirrored yet. teacher_contains: boxes.draw_boxes. Raises BadImage."""
     source = open_image(content, max_pixels)
-    boxes = draw_boxes(random, source.height, source.width, num_views, compat)
-    sides = [size] * num_views + ([teacher_size] if teacher_size else [])
+    boxes = draw_boxes(random, source.height, source.width, views, teacher_contains)
+    sides = [size] * len(views) + ([teacher_size] if teacher_size else [])
     reduction = min(min(box[2], box[3]) / side for box, side in zip(boxes, sides))
     decoded = source.decode(float(reduction))
     boxes = _on_grid(boxes, decoded)
     pixels = torch.from_numpy(decoded.pixels)
-    crops = [_crop(pixels, box, decoded.factor, side) for box, side in zip(boxes, sides)]
-    views = torch.stack(crops[:num_views])
-    return Views(views.numpy(), crops[num_views].numpy() if teacher_size else None, boxes, decoded.mended)
+    crops: list[Tensor] = []
+    for place, (box, side) in enumerate(zip(boxes, sides)):
+        repeated = views[place].draws_of if place < len(views) else None
+        crops.append(_crop(pixels, box, decoded.factor, side) if repeated is None else crops[repeated])
+    made = torch.stack(crops[: len(views)]).numpy()
+    return Views(made, crops[-1].numpy() if teacher_size else None, boxes, decoded.mended)
 
 
 def _on_grid(boxes: np.ndarray, decoded: Decoded) -> np.ndarray:

@@ -4,8 +4,9 @@ A mask is one file here and its line in MASKS. Nothing here loads torch, since r
 package: a mask that needs torch's functions imports them inside its own.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from amclip_ds.masks import attentive, centered, cluster, disjoint, pgs, random, salience
@@ -14,6 +15,7 @@ from amclip_ds.masks.units import NONE
 if TYPE_CHECKING:
     from torch import Tensor
 
+STAGES = 8  # kept fractions of a run whose keep_ratio has a schedule, at most
 INPUTS = frozenset({"noise", "noise2", "scores", "patches", "pixels"})
 
 
@@ -84,14 +86,75 @@ class MaskConfig:
     """Fraction of the patch tokens kept, in (0, 1]. At 0.5 a 14 x 14 grid with unit 2 keeps 100 of 196 tokens."""
     unit: int = 2
     """Side of the block of tokens kept or removed together; must divide the patch grid."""
+    schedule: str = "constant"
+    """constant | linear | cosine: how the kept fraction goes from keep_ratio to final_keep_ratio, in 8 steps."""
+    final_keep_ratio: float | None = None
+    """Fraction kept at the end of the run, where schedule is not constant."""
 
     def __post_init__(self) -> None:
+        self._check_schedule()
         if self.strategy not in (NONE, *MASKS):
             raise ValueError(f"mask.strategy: {self.strategy!r} is none of {', '.join((NONE, *MASKS))}")
         if not 0.0 < self.keep_ratio <= 1.0:
             raise ValueError(f"mask.keep_ratio: {self.keep_ratio} is outside (0, 1]")
         if self.unit < 1:
             raise ValueError(f"mask.unit: {self.unit} must be at least 1")
+
+    def _check_schedule(self) -> None:
+        final = self.final_keep_ratio
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"mask.schedule: {self.schedule!r} is none of constant, linear, cosine")
+        if final is not None and not 0.0 < final <= 1.0:
+            raise ValueError(f"mask.final_keep_ratio: {final} is outside (0, 1]")
+        if (final is None) != (self.schedule == "constant"):
+            said = "needs it" if final is None else "keeps mask.keep_ratio throughout; take linear or cosine"
+            raise ValueError(f"mask.final_keep_ratio: mask.schedule={self.schedule} {said}")
+
+    def at(self, progress: float) -> "MaskConfig":
+        """The mask as it is when so much of the run is done, 0 to 1, with a keep_ratio that does not change.
+
+        A run has at most STAGES ratios, since every number of tokens is another shape to compile and to plan for; the
+        first is keep_ratio, the last final_keep_ratio, and each holds for as many steps.
+        """
+        if self.final_keep_ratio is None:
+            return self
+        part = min(int(progress * STAGES), STAGES - 1) / (STAGES - 1)
+        if self.schedule == "cosine":
+            part = (1 - math.cos(math.pi * part)) / 2
+        ratio = self.keep_ratio + (self.final_keep_ratio - self.keep_ratio) * part
+        return replace(self, keep_ratio=ratio, schedule="constant", final_keep_ratio=None)
+
+
+@dataclass
+class ViewMask:
+    """What the mask of one view has of its own; what is left out is that of `mask`."""
+
+    strategy: str = ""
+    """As mask.strategy, for this view; empty: mask.strategy."""
+    keep_ratio: float | None = None
+    """As mask.keep_ratio, for this view; null: mask.keep_ratio."""
+    unit: int | None = None
+    """As mask.unit, for this view; null: mask.unit."""
+    schedule: str = ""
+    """As mask.schedule, for this view; empty: mask.schedule."""
+    final_keep_ratio: float | None = None
+    """As mask.final_keep_ratio, for this view; null: mask.final_keep_ratio."""
+
+    def over(self, base: MaskConfig) -> MaskConfig:
+        """`base` with this view's own keys in it. Raises ValueError whose text begins with `mask.KEY`."""
+        own = {item.name: value for item in fields(self) if (value := getattr(self, item.name)) not in (None, "")}
+        return replace(base, **own)
+
+
+def masks_of_views(base: MaskConfig, own: Sequence[ViewMask]) -> tuple[MaskConfig, ...]:
+    """Each view's mask, complete. Raises ValueError whose text begins with `data.views.N.mask.KEY`."""
+    found = []
+    for place, mask in enumerate(own):
+        try:
+            found.append(mask.over(base))
+        except ValueError as error:
+            raise ValueError(f"data.views.{place}.{error}") from None
+    return tuple(found)
 
 
 def needs_of(config: MaskConfig) -> frozenset[str]:

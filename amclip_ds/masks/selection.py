@@ -22,6 +22,8 @@ class Selection(NamedTuple):
     config: MaskConfig
     inputs: MaskInputs
     """without patches and pixels, which the tower adds"""
+    views: tuple[int, ...] = (0,)
+    """which of the views that the tower takes together these are"""
 
     def part(self, samples: slice) -> "Selection":
         """The selection of some samples, all their views."""
@@ -45,6 +47,26 @@ class Selection(NamedTuple):
         if "pixels" in needs:
             given["pixels"] = pixels_of(images, self.inputs.grid)
         return select(self.config, self.inputs._replace(**given))
+
+
+def choose(selections: tuple[Selection, ...], num_views: int, patches_BND: Tensor, images: Tensor) -> Tensor | None:
+    """The tokens that stay of views that keep equally many, [B, K]; None: all. The rows are num_views x samples.
+
+    Each selection chooses for its own views; together they are all views.
+    """
+    if len(selections) == 1:
+        return selections[0].keep_indices(patches_BND, images)
+    found: list[Tensor] = [patches_BND] * num_views
+    tokens = torch.arange(patches_BND.shape[1], device=patches_BND.device)
+    for selection in selections:
+        places = list(selection.views)
+        patches, pictures = (rows.unflatten(0, (num_views, -1))[places].flatten(0, 1) for rows in (patches_BND, images))
+        kept = selection.keep_indices(patches, pictures)
+        if kept is None:
+            kept = tokens.expand(len(patches), -1)
+        for place, rows in zip(places, kept.unflatten(0, (len(places), -1))):
+            found[place] = rows
+    return torch.cat(found)
 
 
 def select(config: MaskConfig, inputs: MaskInputs) -> Tensor | None:

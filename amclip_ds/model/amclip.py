@@ -65,8 +65,10 @@ class AClip(nn.Module):
     def encode(self, inputs: StudentInputs, targets: Targets) -> Encoded:
         """Both towers over some samples, and the per-sample terms, which read tokens. targets: of the same samples."""
         wanted = self.features()
-        outputs = [self.vision(group.images.flatten(0, 1), group.selection, group.keep_indices)
-                   for group in inputs.groups]  # fmt: skip
+        outputs = [
+            self.vision(group.images.flatten(0, 1), group.selections, group.keep_indices, num_views=len(group.views))
+            for group in inputs.groups
+        ]
         tokens = by_view(inputs.groups, [output.tokens for output in outputs])
         kept = tuple(output.keep_indices for output in outputs)
         features = Features(cls=class_tokens(tokens, outputs), token_ids=inputs.token_ids)

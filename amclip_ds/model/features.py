@@ -24,8 +24,8 @@ class ViewGroup(NamedTuple):
     """their places in data.views"""
     images: Tensor
     """[v, B, 3, H, W] normalised"""
-    selection: Selection | None
-    """how their tokens are chosen; its rows are view-major. None: every token stays, or keep_indices says"""
+    selections: tuple[Selection, ...] = ()
+    """how their tokens are chosen, by mask; none: every token stays, or keep_indices says"""
     keep_indices: Tensor | None = None
     """[v * B, K] tokens that were chosen before, which a second pass must repeat"""
 
@@ -41,12 +41,8 @@ class StudentInputs(NamedTuple):
         """The inputs of some samples, all their views. kept: the groups' keep_indices, to be repeated."""
         groups = []
         for index, group in enumerate(self.groups):
-            selection = group.selection
-            if kept is not None:
-                selection = None
-            elif selection is not None:
-                selection = selection.part(samples)
-            groups.append(ViewGroup(group.views, group.images[:, samples], selection, kept[index] if kept else None))
+            selections = () if kept is not None else tuple(chosen.part(samples) for chosen in group.selections)
+            groups.append(ViewGroup(group.views, group.images[:, samples], selections, kept[index] if kept else None))
         return StudentInputs(tuple(groups), self.token_ids[samples])
 
 

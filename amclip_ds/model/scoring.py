@@ -32,10 +32,13 @@ def run_block_with_cls_row(block: Any, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     return x_BTD + block.ls2(block.mlp(block.norm2(x_BTD))), row_BT
 
 
-def scores_to_views(scores_BN: Tensor, boxes: Tensor, grid: int, unit: int) -> Tensor:
+def scores_to_views(
+    scores_BN: Tensor, boxes: Tensor, grid: int, unit: int, flips: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """The teacher's map seen from each view, one number per unit: [V, B, U] fp32.
 
     scores_BN: [B, g * g]. boxes: [V + 1, B, 4] (top, left, height, width) in source pixels, the teacher's last.
+    flips: [V, B] bool, the views that are mirrored after the crop; None: none is.
 
     Bilinear (align_corners false, no antialias) from g x g to the teacher's box, cropped at the view (zeros outside the
     box), bilinear to the view's grid, mean over unit x unit. All of it is linear and separable, so a view is
@@ -56,6 +59,8 @@ def scores_to_views(scores_BN: Tensor, boxes: Tensor, grid: int, unit: int) -> T
     maps = rows @ scores_BN.float().reshape(B, side, side) @ columns.transpose(-2, -1)  # [V, B, size, size]
     if size != units:
         maps = F.avg_pool2d(maps, kernel_size=unit)
+    if flips is not None:
+        maps = torch.where(flips[..., None, None], maps.flip(-1), maps)
     return maps.flatten(-2)
 
 

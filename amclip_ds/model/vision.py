@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from amclip_ds.errors import in_one_line
-from amclip_ds.masks.selection import Selection, TokenMask
+from amclip_ds.masks.selection import Selection, TokenMask, choose
 from amclip_ds.model.config import VisionConfig, grid_of
 from amclip_ds.model.scoring import run_block_with_cls_row
 
@@ -119,16 +119,16 @@ class VisionTower(nn.Module):
             self.patch_embed.requires_grad_(False)
 
     def forward(
-        self, images: Tensor, selection: Selection | None = None, keep_indices: Tensor | None = None,
-        with_scores: bool = False,
+        self, images: Tensor, selections: tuple[Selection, ...] = (), keep_indices: Tensor | None = None,
+        with_scores: bool = False, num_views: int = 1,
     ) -> VisionOutput:  # fmt: skip
-        """images [B, 3, H, W] of any size the patch divides.
+        """images [B, 3, H, W] of any size the patch divides; rows are num_views x samples.
 
-        selection chooses the tokens that stay, unless keep_indices [B, K] says which; neither: all stay.
+        selections choose the tokens that stay, unless keep_indices [B, K] says which; neither: all stay.
         with_scores: also how much CLS attends to each patch, the mean over all blocks and heads; the CLS column is
         dropped after the softmax and not renormalised.
         """
-        x, keep_indices = self._embed(images, selection, keep_indices)
+        x, keep_indices = self._embed(images, selections, keep_indices, num_views)
         if not with_scores:
             return VisionOutput(self.norm(self._run_blocks(x)), keep_indices, None)
         rows = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
@@ -140,7 +140,7 @@ class VisionTower(nn.Module):
         return VisionOutput(self.norm(x), keep_indices, rows[:, 1:] / num_heads)
 
     def _embed(
-        self, images: Tensor, selection: Selection | None, keep_indices: Tensor | None
+        self, images: Tensor, selections: tuple[Selection, ...], keep_indices: Tensor | None, num_views: int
     ) -> tuple[Tensor, Tensor | None]:
         """Patchify, add positions, choose and remove tokens, prepend CLS: [B, 1 + K, D], and what stays."""
         x = self.patch_embed(images.to(self.cls_token.dtype))  # [B, h, w, D]
@@ -152,8 +152,8 @@ class VisionTower(nn.Module):
 
             positions = resample_abs_pos_embed(positions, [height, width], [self.grid, self.grid], prefix)
         x = x.flatten(1, 2) + positions[:, prefix:]
-        if keep_indices is None and selection is not None:
-            keep_indices = selection.keep_indices(x, images)
+        if keep_indices is None and selections:
+            keep_indices = choose(selections, num_views, x, images)
         x = self.token_mask(x, keep_indices)
         cls = self.cls_token + positions[:, :1] if self.cls_has_position else self.cls_token
         return self.norm_pre(torch.cat([cls.expand(B, -1, -1), x], dim=1)), keep_indices

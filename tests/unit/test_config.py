@@ -41,6 +41,8 @@ def test_every_key_is_merged_as_the_type_it_declares() -> None:
     """What coerce() lets through, OmegaConf takes: a value of each key's type, over null where the key takes that."""
     samples = {bool: True, int: 3, float: 0.25, str: "text"}
     for key, hint in config.keys_and_types().items():
+        if configfile.item_kind(hint):
+            continue
         base = next(kind for kind in samples if kind.__name__ in str(hint))
         value = [samples[base]] if "list[" in str(hint) else samples[base]
         layers = [{key: None}] if "None" in str(hint) else []

@@ -19,7 +19,7 @@ EVERYBODY = {
     "signals",
     "display",
 }
-BOTTOM = {"masks", "model", "objectives", "method", "data", "optim"}
+BOTTOM = {"compat", "masks", "model", "objectives", "method", "data", "optim"}
 MIDDLE = BOTTOM | {"engine", "teacher", "resilience", "record", "grad_cache"}
 UPPER = MIDDLE | {"step", "checkpoint", "evaluate", "export", "config", "launch", "submit"}
 MAY_IMPORT = {
@@ -27,9 +27,10 @@ MAY_IMPORT = {
     "masks": set(),
     "model": {"masks"},
     "objectives": {"model"},
-    "method": {"objectives", "masks", "model", "data"},
+    "compat": set(),
+    "method": {"objectives", "masks", "model", "data", "compat"},
     "grad_cache": BOTTOM | {"engine"},
-    "data": {"data"},
+    "data": {"data", "masks"},
     "optim": {"optim"},
     "record": {"backlog", "tensorboard_events"},
     "launch": {"record", "engine"},

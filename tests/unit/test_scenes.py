@@ -18,9 +18,16 @@ def looks(kept: torch.Tensor) -> Looks:
     is_object = torch.zeros(1, 1, 16, dtype=torch.bool)
     is_object[..., :4] = True
     image = torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8)
-    return Looks(image, image[0], torch.zeros(1, 16), {"attentive": kept}, is_object, ["a red ring"])
+    return Looks(image, image[0], torch.zeros(1, 16), {"attentive": list(kept)}, is_object, ["a red ring"])
 
 
 def test_the_share_kept() -> None:
     assert looks(torch.tensor([[[0, 1, 2, 9]]])).object_kept("attentive") == pytest.approx(0.75)
     assert looks(torch.tensor([[[8, 9, 10, 11]]])).object_kept("attentive") == 0.0
+
+
+def test_an_object_is_on_the_other_side_of_a_mirrored_view() -> None:
+    object_boxes, views = torch.tensor([[8.0, 0.0, 8.0, 16.0]]), torch.tensor([[[0.0, 0.0, 64.0, 64.0]]])
+    plain = patches_inside(object_boxes, views, 8).reshape(8, 8)
+    mirrored = patches_inside(object_boxes, views, 8, torch.tensor([[True]])).reshape(8, 8)
+    assert plain.nonzero().tolist() == [[1, 0], [1, 1]] and torch.equal(mirrored, plain.flip(-1))

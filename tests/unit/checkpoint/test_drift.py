@@ -28,7 +28,8 @@ MATHEMATICS = {
     *("optim.momentum", "optim.name", "optim.text_lr_scale", "optim.vision_lr_scale", "optim.warmup_start_lr"),
     *("optim.warmup_steps", "optim.weight_decay", "guards.spike", "guards.spike_deviations", "guards.spike_window"),
     *("data.caption_per_line", "data.captions", "data.max_pixels", "data.num_views", "data.open_shards"),
-    *("data.photometric", "data.resampled", "data.shuffle_window", "data.weights", "plugins"),
+    *("data.photometric", "data.resampled", "data.shuffle_window", "data.views", "data.weights", "plugins"),
+    *("mask.final_keep_ratio", "mask.schedule"),
 }
 """Keys of which another value gives another training; drift.FREE has those that do not."""
 HASHES = {"data": "a" * 64, "tokenizer": "b" * 64}
@@ -107,9 +108,19 @@ def test_a_key_that_the_saved_run_did_not_know_yet_means_its_default() -> None:
         assert [change.key for change in found] == differs, word
 
 
-def test_a_list_of_maps_is_compared_as_a_whole() -> None:
-    one, other = (drift.flatten(f"data: {{views: [{{scale: 1, flip: {flip}}}]}}") for flip in ("true", "false"))
-    assert [change.key for change in drift.compare(one, other)] == ["data.views"] and not drift.compare(one, one)
+def test_a_list_of_sections_is_compared_item_by_item() -> None:
+    one, other = (drift.flatten(f"data: {{views: [{{}}, {{scale: 1, flip: {flip}}}]}}") for flip in ("true", "false"))
+    assert [change.key for change in drift.compare(one, other)] == ["data.views.1.flip"]
+    assert not drift.compare(one, one)
+
+
+def test_a_view_that_is_written_out_is_the_view_that_was_left_out() -> None:
+    assert changes("data.views=[{},{}]") == []
+    assert [str(change) for change in changes("data.views.1.mask.keep_ratio=0.25")] == [
+        "data.views.1.mask.keep_ratio: (absent) -> 0.25"
+    ]
+    assert [change.key for change in changes("data.views=[{},{},{}]", "loss.o2o_weight=0")] == [
+        "data.num_views", "loss.o2o_weight"]  # fmt: skip
 
 
 def test_a_bomb_of_references_is_refused_soon() -> None:

@@ -59,8 +59,12 @@ def open_data(train: str | Path, **changes: Any) -> TrainingData:
     """TrainingData at a tiny size; `changes` go to its arguments or, if it has none of that name, to DataConfig."""
     arguments: dict[str, Any] = {
         "seed": 0, "global_batch": 12, "rank": 0, "world_size": 1, "image_size": 16, "teacher_size": 16,
-        "num_units": 4, "context_length": 16, "compat": "paper", "say": lambda text: None,
+        "num_units": 4, "context_length": 16, "say": lambda text: None,
     }  # fmt: skip
-    own = {name: changes.pop(name) for name in [*arguments, "once", "index_dir", "resumes"] if name in changes}
+    own = {
+        name: changes.pop(name)
+        for name in [*arguments, "draws_twice", "teacher_contains", "once", "index_dir", "resumes"]
+        if name in changes
+    }
     config = DataConfig(train=str(train), **{"workers": 0, "open_shards": 3, "shuffle_window": 40} | changes)
     return TrainingData(config, **arguments | own)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amclip_ds.data.boxes import draw_boxes, random_resized_crop
+from amclip_ds.data.config import View
 
 SIDE = st.integers(1, 3000)
 
@@ -20,7 +21,7 @@ def covers(outer: np.ndarray, inner: np.ndarray) -> bool:
 @settings(max_examples=300, deadline=None)
 @given(height=SIDE, width=SIDE, seed=st.integers(0, 1000), num_views=st.integers(1, 3))
 def test_the_teacher_sees_all_that_the_views_see(height: int, width: int, seed: int, num_views: int) -> None:
-    boxes = draw_boxes(np.random.default_rng(seed), height, width, num_views)
+    boxes = draw_boxes(np.random.default_rng(seed), height, width, [View()] * num_views)
     image = np.array([0, 0, height, width], dtype=np.float32)
     assert boxes.shape == (num_views + 1, 4)
     assert (boxes[:, 2:] >= 1).all()
@@ -31,7 +32,7 @@ def test_the_teacher_sees_all_that_the_views_see(height: int, width: int, seed: 
 @settings(max_examples=300, deadline=None)
 @given(height=SIDE, width=SIDE, seed=st.integers(0, 1000))
 def test_released_boxes_stay_in_the_image(height: int, width: int, seed: int) -> None:
-    boxes = draw_boxes(np.random.default_rng(seed), height, width, 2, "release")
+    boxes = draw_boxes(np.random.default_rng(seed), height, width, [View()] * 2, contains_views=False)
     assert (boxes[:, 2:] >= 1).all()
     assert all(covers(np.array([0, 0, height, width]), box) for box in boxes)
 
@@ -40,7 +41,7 @@ def test_the_released_code_leaves_part_of_a_view_outside_in_70_to_72_percent() -
     """Its two slips, measured in the published code at photographs' sizes (method.md section 4)."""
     random, outside, areas = np.random.default_rng(0), 0, []
     for _ in range(4000):
-        boxes = draw_boxes(random, 375, 500, 2, "release")
+        boxes = draw_boxes(random, 375, 500, [View()] * 2, contains_views=False)
         teacher = boxes[-1]
         outside += not all(covers(teacher, view) for view in boxes[:-1])
         for view in boxes[:-1]:

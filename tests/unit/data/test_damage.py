@@ -171,7 +171,7 @@ def test_training_goes_on_and_counts_the_same(name: str, tmp_path: Path) -> None
     report = checked(tmp_path / "bad.tar")
     data = TrainingData(
         DataConfig(train=str(tmp_path), workers=0), seed=0, global_batch=2, rank=0, world_size=1, image_size=32,
-        teacher_size=32, num_units=4, context_length=77, compat="paper", say=lambda text: None,
+        teacher_size=32, num_units=4, context_length=77, say=lambda text: None,
     )  # fmt: skip
     batches = data.batches()
     epoch = [next(batches) for _ in range(data.steps_per_epoch)]

@@ -10,6 +10,7 @@ import pytest
 
 from amclip_ds.data import index
 from amclip_ds.data.check import CheckConfig, check_shard
+from amclip_ds.data.config import View
 from amclip_ds.data.images import BadImage
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.parallel import Died, run_over
@@ -92,7 +93,7 @@ def fuzz_images(job: tuple[str, int, int]) -> dict[str, Any]:
         content = mutate(picture(number % 7, kind=kinds[number % 3]), random, 16)
         began = time.monotonic()
         try:
-            views = make_views(content, random, 2, 32, 32, max_pixels=LIMIT)
+            views = make_views(content, random, [View(), View()], 32, 32, max_pixels=LIMIT)
             good += 1
             if views.views.shape != (2, 3, 32, 32) or views.views.dtype != np.uint8:
                 broken.append((number, views.views.shape))

@@ -38,7 +38,7 @@ def checked(shard: Path, **settings: object) -> Report:
 def training(shard: Path, **settings: object) -> TrainingData:
     return TrainingData(
         DataConfig(train=str(shard), workers=0, **settings), seed=0, global_batch=2, rank=0, world_size=1,  # type: ignore[arg-type]
-        image_size=16, teacher_size=None, num_units=0, context_length=77, compat="paper", say=lambda text: None,
+        image_size=16, teacher_size=None, num_units=0, context_length=77, say=lambda text: None,
     )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_a_few_surplus_images_are_told_and_trained_beside(tmp_path: Path) -> Non
     said: list[str] = []
     data = TrainingData(
         DataConfig(train=str(shard), workers=0), seed=0, global_batch=2, rank=0, world_size=1, image_size=16,
-        teacher_size=None, num_units=0, context_length=77, compat="paper", say=said.append,
+        teacher_size=None, num_units=0, context_length=77, say=said.append,
     )  # fmt: skip
     data.close()
     assert "data: 101 images in the shards = 100 samples + 1 surplus image" in said

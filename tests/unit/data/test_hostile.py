@@ -167,7 +167,7 @@ def test_names_are_never_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     data = TrainingData(
         DataConfig(train="00000.tar", index=str(out / "index"), workers=0, stage_dir=str(out / "stage")), seed=0,
         global_batch=2, rank=0, world_size=1, image_size=16, teacher_size=None, num_units=0, context_length=77,
-        compat="paper", say=lambda text: None,
+        say=lambda text: None,
     )  # fmt: skip
     batches = data.batches()
     for _ in range(data.steps_per_epoch):
@@ -212,7 +212,7 @@ def test_names_reach_terminal_and_record_harmless(tmp_path: Path, capsys: pytest
     assert "\x1b" not in printed and "\x07" not in printed and r"\x1b]0;owned\x07[red]a" in printed.replace("\n", "")
     data = TrainingData(
         DataConfig(train=str(tmp_path), workers=0), seed=0, global_batch=5, rank=0, world_size=1, image_size=16,
-        teacher_size=None, num_units=0, context_length=77, compat="paper", say=lambda text: None,
+        teacher_size=None, num_units=0, context_length=77, say=lambda text: None,
     )  # fmt: skip
     incidents = next(data.batches()).incidents
     with record_of(tmp_path) as record:

@@ -93,7 +93,7 @@ def test_half_the_samples_unusable_pass_a_limit_of_60_percent_in_check_and_train
         assert check([str(shard)], CheckConfig(max_skip_rate=limit), 1).ok == passes
         data = TrainingData(
             DataConfig(train=str(shard), workers=0, max_skip_rate=limit), seed=0, global_batch=64, rank=0, world_size=1,
-            image_size=16, teacher_size=None, num_units=0, context_length=77, compat="paper", say=lambda text: None,
+            image_size=16, teacher_size=None, num_units=0, context_length=77, say=lambda text: None,
         )  # fmt: skip
         ledger, stream = Ledger(limit), data.batches()
         for _ in range(data.steps_per_epoch):

@@ -108,7 +108,7 @@ def test_drawn_parameters_each_sample_its_own() -> None:
 
 def test_nothing_to_change_is_normalisation_alone() -> None:
     views = images()
-    table = np.tile(photometric.draw(np.random.default_rng(0), enabled=False), (V, B, 1))
+    table = np.zeros((V, B, photometric.NUM_COLUMNS), dtype=np.float32)
     changed = photometric.apply(views, Photometric(table))
     assert torch.equal(changed, photometric.normalise(views))
     assert torch.allclose(changed[0, 0], slow(views[0, 0], NOTHING))
@@ -132,6 +132,6 @@ def test_what_is_drawn_next_does_not_depend_on_what_was_decided() -> None:
     """Otherwise a blurred first view would change the second one."""
     for seed in range(200):
         drawn, reference = np.random.default_rng(seed), np.random.default_rng(seed)
-        photometric.draw(drawn, enabled=bool(seed % 2))
+        photometric.draw(drawn)
         reference.random(9), reference.permutation(4)
         assert drawn.random() == reference.random()

@@ -111,7 +111,7 @@ def test_check_training_and_evaluation_see_the_same_captions(tmp_path: Path) -> 
     assert [one.captions for one in open_set(str(shard), task="retrieval").samples] == [(text,) for text in wanted]
     data = TrainingData(
         DataConfig(train=str(shard), workers=0, text_bucket=0), seed=0, global_batch=5, rank=0, world_size=1,
-        image_size=16, teacher_size=None, num_units=0, context_length=77, compat="paper", say=lambda text: None,
+        image_size=16, teacher_size=None, num_units=0, context_length=77, say=lambda text: None,
     )  # fmt: skip
     with contextlib.closing(data):
         batch = next(data.batches())

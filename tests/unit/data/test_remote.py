@@ -30,7 +30,7 @@ def epoch_of(train: str, index_folder: Path, workers: int = 0, batches: int = 6)
     data = TrainingData(
         DataConfig(train=train, index=str(index_folder), workers=workers, open_shards=2, shuffle_window=8), seed=0,
         global_batch=4, rank=0, world_size=1, image_size=16, teacher_size=16, num_units=4, context_length=77,
-        compat="paper", say=lambda text: None,
+        say=lambda text: None,
     )  # fmt: skip
     stream = data.batches()
     made = [next(stream) for _ in range(batches)]

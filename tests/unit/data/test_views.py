@@ -9,10 +9,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from amclip_ds.data.config import View
 from amclip_ds.data.images import BadImage, open_image
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.views import make_views
 from tests.unit.data.shards import encode, jpeg
+
+TWO = [View(), View()]
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -42,7 +45,7 @@ def gap(first: np.ndarray, second: np.ndarray) -> tuple[int, float]:
 def test_crops_equal_the_slow_way(kind: str, options: dict) -> None:
     content = encode(photograph(160, 120), kind, **options)
     for seed in range(5):
-        made = make_views(content, keyed(seed), 2, 64, 64)
+        made = make_views(content, keyed(seed), TWO, 64, 64)
         slow = cut_slowly(content, made.boxes, 64)
         assert made.teacher is not None and made.views.dtype == np.uint8
         most, mean = gap(np.concatenate([made.views, made.teacher[None]]), slow)
@@ -55,7 +58,7 @@ def test_crops_equal_the_slow_way(kind: str, options: dict) -> None:
 def test_a_reduced_decode_loses_nothing_to_speak_of(width: int, height: int, size: int) -> None:
     content = encode(photograph(width, height), "JPEG", quality=92)
     for seed in range(3):
-        made = make_views(content, keyed(seed), 2, size, size)
+        made = make_views(content, keyed(seed), TWO, size, size)
         most, mean = gap(made.views, cut_slowly(content, made.boxes[:2], size))
         assert most <= 16 and mean < 0.8, (seed, most, mean)
         assert made.teacher is not None
@@ -145,9 +148,9 @@ def test_a_large_image_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch)
         no_decoding.setattr("amclip_ds.data.images._decode", None)
         for encoded in (content, encode(photograph(200, 100), "PNG")):
             with pytest.raises(BadImage, match="more than 19999 pixels") as caught:
-                make_views(encoded, keyed(0), 2, 16, 16, max_pixels=19_999)
+                make_views(encoded, keyed(0), TWO, 16, 16, max_pixels=19_999)
             assert caught.value.kind == "too large" and caught.value.detail == "200 x 100 pixels"
-    assert make_views(content, keyed(0), 2, 16, 16, max_pixels=20_000).views.shape == (2, 3, 16, 16)
+    assert make_views(content, keyed(0), TWO, 16, 16, max_pixels=20_000).views.shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_a_large_image_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch)
 )
 def test_what_is_no_image_is_told(content: bytes) -> None:
     with pytest.raises(BadImage) as caught:
-        make_views(content, keyed(0), 2, 16, 16)
+        make_views(content, keyed(0), TWO, 16, 16)
     assert caught.value.kind == "unreadable"
 
 
@@ -164,27 +167,27 @@ def test_a_cut_image_is_refused(kind: str) -> None:
     content = encode(photograph(200, 160), kind)
     for part in (0.3, 0.6, 0.9):
         with pytest.raises(BadImage):
-            make_views(content[: int(part * len(content))], keyed(0), 2, 16, 16)
+            make_views(content[: int(part * len(content))], keyed(0), TWO, 16, 16)
 
 
 def test_what_a_viewer_shows_all_the_same_is_mended_and_told() -> None:
     """Junk between two segments: strict decoders refuse it, viewers do not."""
     content = jpeg(width=64, height=48)
     place = content.index(b"\xff\xdb")
-    made = make_views(content[:place] + b"\x00\x00" + content[place:], keyed(0), 2, 16, 16)
+    made = make_views(content[:place] + b"\x00\x00" + content[place:], keyed(0), TWO, 16, 16)
     assert made.mended
-    assert gap(made.views, make_views(content, keyed(0), 2, 16, 16).views)[0] <= 2
-    assert not make_views(content, keyed(0), 2, 16, 16).mended
+    assert gap(made.views, make_views(content, keyed(0), TWO, 16, 16).views)[0] <= 2
+    assert not make_views(content, keyed(0), TWO, 16, 16).mended
 
 
 def test_one_pixel_and_extreme_shapes_give_views() -> None:
     for width, height in ((1, 1), (1, 500), (500, 1), (3, 2)):
         for kind in ("JPEG", "PNG"):
-            made = make_views(encode(photograph(width, height), kind), keyed(0), 2, 16, 8)
+            made = make_views(encode(photograph(width, height), kind), keyed(0), TWO, 16, 8)
             assert made.views.shape == (2, 3, 16, 16)
             assert made.teacher is not None and made.teacher.shape == (3, 8, 8)
 
 
 def test_without_a_teacher_nothing_is_cut_for_it() -> None:
-    made = make_views(jpeg(), keyed(0), 1, 16, None)
+    made = make_views(jpeg(), keyed(0), TWO[:1], 16, None)
     assert made.teacher is None and made.boxes.shape == (2, 4) and torch.from_numpy(made.views).shape == (1, 3, 16, 16)

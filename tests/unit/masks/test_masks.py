@@ -5,7 +5,7 @@ from torch import Tensor
 from amclip_ds import masks
 from amclip_ds.errors import UserError
 from amclip_ds.masks import MASKS, Mask, MaskConfig, MaskInputs, needs_of
-from amclip_ds.masks.selection import Selection, TokenMask, pixels_of, select, tokens_of_units
+from amclip_ds.masks.selection import Selection, TokenMask, choose, pixels_of, select, tokens_of_units
 from amclip_ds.masks.units import num_kept, num_kept_units, num_units, pool
 
 
@@ -143,3 +143,37 @@ def test_a_part_of_a_selection_is_of_the_same_samples() -> None:
 
 def test_units_are_counted() -> None:
     assert num_units(14, 2) == 49 and masks.NONE not in MASKS
+
+
+def test_views_of_one_tower_pass_choose_each_by_its_own_mask() -> None:
+    """Views 0 and 2 at random, view 1 by scores, view 3 keeps all: as each alone, in the order of the views."""
+    noise, scores, patches, images = torch.rand(2 * 3, 16), torch.rand(3, 16), torch.randn(12, 64, 5), torch.rand(12, 3)
+    whole = MaskConfig("random", keep_ratio=1.0)
+    at_random = Selection(whole, MaskInputs(8, 2, 2, noise=noise), views=(0, 2))
+    by_scores = Selection(MaskConfig("attentive", keep_ratio=1.0), MaskInputs(8, 2, 1, scores=scores), views=(1,))
+    all_stay = Selection(MaskConfig("none"), MaskInputs(8, 2, 1), views=(3,))
+    kept = choose((at_random, by_scores, all_stay), 4, patches, images)
+    assert kept is not None and torch.equal(kept, torch.arange(64).expand(12, -1))
+
+    half = MaskConfig("random", keep_ratio=0.5)
+    at_random = at_random._replace(config=half)
+    by_scores = by_scores._replace(config=MaskConfig("attentive", keep_ratio=0.5), views=(1,))
+    kept = choose((at_random, by_scores), 3, patches[:9], images[:9])
+    alone = at_random.keep_indices(patches[:6], images[:6])
+    assert kept is not None and alone is not None
+    assert torch.equal(kept[:3], alone[:3]) and torch.equal(kept[6:], alone[3:])
+    assert torch.equal(kept[3:6], by_scores.keep_indices(patches[:3], images[:3]))  # type: ignore[arg-type]
+
+
+def test_a_mask_on_the_second_of_two_views_sees_that_view_s_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def priority(inputs: MaskInputs, options: object) -> Tensor:
+        assert inputs.pixels is not None
+        return pool(inputs.pixels.mean(-1), inputs.grid, inputs.unit)
+
+    monkeypatch.setitem(MASKS, "bright", Mask(priority, frozenset({"pixels"})))
+    images, patches = torch.rand(4, 3, 16, 16), torch.randn(4, 16, 5)
+    noise = torch.rand(2, 4)
+    first = Selection(MaskConfig("random"), MaskInputs(4, 2, 1, noise=noise), views=(0,))
+    second = Selection(MaskConfig("bright"), MaskInputs(4, 2, 1), views=(1,))
+    kept = choose((first, second), 2, patches, images)
+    assert kept is not None and torch.equal(kept[2:], second.keep_indices(patches[2:], images[2:]))  # type: ignore[arg-type]

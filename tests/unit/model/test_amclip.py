@@ -62,8 +62,8 @@ def test_groups_of_views_come_back_in_the_views_order() -> None:
     """Views of different masks go through the tower apart."""
     student = tiny.student()
     views = IMAGES.unflatten(0, (2, 3))
-    second = ViewGroup((1,), views[1:], None, None)
-    first = ViewGroup((0,), views[:1], None, KEEP[:3])
+    second = ViewGroup((1,), views[1:])
+    first = ViewGroup((0,), views[:1], (), KEEP[:3])
     encoded = student.encode(StudentInputs((second, first), texts()), {})
     together = student.encode(tiny.inputs(IMAGES, texts(), KEEP), {}).cls
     torch.testing.assert_close(encoded.cls[0], together[0])

@@ -11,7 +11,7 @@ from tests.unit.tensor_memory import TensorMemory
 
 def full_map_scores(tower: VisionTower, images: Tensor) -> Tensor:
     """The published way: every attention matrix of every block, whole."""
-    x, _ = tower._embed(images, None, None)
+    x, _ = tower._embed(images, (), None, 1)
     maps = []
     for block in tower.blocks:
         attn = block.attn
@@ -117,3 +117,16 @@ def test_blocks_are_the_mean_of_their_tokens() -> None:
     boxes = random_boxes(5, seed=3)
     tokens = scoring.scores_to_views(scores, boxes, 14, 1).reshape(2, 5, 7, 2, 7, 2)
     torch.testing.assert_close(scoring.scores_to_views(scores, boxes, 14, 2), tokens.mean(dim=(3, 5)).flatten(-2))
+
+
+@pytest.mark.parametrize("side", [8, 4])  # of the teacher's map: finer than the units, and as the units (A-CLIP-eff)
+def test_scores_of_a_mirrored_view_are_mirrored(side: int) -> None:
+    torch.manual_seed(0)
+    scores = torch.rand(3, side * side)
+    boxes = torch.tensor([[4.0, 8.0, 40.0, 30.0], [0.0, 0.0, 64.0, 64.0], [0.0, 0.0, 64.0, 64.0]])[:, None].expand(
+        3, 3, 4
+    )
+    flips = torch.tensor([[True, False, True], [False, False, True]])
+    plain = scoring.scores_to_views(scores, boxes, grid=8, unit=2).unflatten(-1, (4, 4))
+    mirrored = scoring.scores_to_views(scores, boxes, grid=8, unit=2, flips=flips).unflatten(-1, (4, 4))
+    assert torch.equal(mirrored[flips], plain[flips].flip(-1)) and torch.equal(mirrored[~flips], plain[~flips])

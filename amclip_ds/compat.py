@@ -1,0 +1,16 @@
+"""What `compat` means, in one place: where A-CLIP's published code does another thing than its paper says."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Compat:
+    pairs_views: bool
+    """Online-to-online compares a view with the other one; False: with itself."""
+    teacher_sees_views: bool
+    """The teacher's crop contains every view; False: part of a view lies outside in about 7 of 10 samples."""
+    averages_text_ends: bool
+    """The teacher averages its whole text tower; False: token embedding, positions and last norm are the student's."""
+
+
+COMPAT = {"paper": Compat(True, True, True), "release": Compat(False, False, False)}
