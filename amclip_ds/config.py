@@ -23,7 +23,7 @@ from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import LocalSettingsError, SettingsError, UserError, in_one_line
 from amclip_ds.evaluate import EvalConfig
 from amclip_ds.masks import MASKS, NONE, MaskConfig, ViewMask, masks_of_views
-from amclip_ds.masks.units import num_units
+from amclip_ds.masks.units import num_kept_units, num_units
 from amclip_ds.model.config import FLAT_OBJECTIVES, HeadsConfig, LossConfig, ModelConfig, TeacherConfig, patch_grid
 from amclip_ds.optim import OptimConfig
 from amclip_ds.record import LogConfig
@@ -465,13 +465,7 @@ def _check_together(config: TrainConfig) -> None:
         raise SettingsError("run.steps: give it, or run.epochs")
     try:
         grid = config.model.vision.grid
-        for place, mask in enumerate(masks_of_views(config.mask, config.data.view_masks())):
-            if mask.strategy != NONE:
-                try:
-                    num_units(grid, mask.unit)
-                except ValueError as error:
-                    is_own = config.data.view_masks()[place].unit is not None
-                    raise ValueError(f"data.views.{place}.{error}" if is_own else str(error)) from None
+        _check_masks(config, grid)
         if config.teacher.resolution == "half":
             patch_grid(config.model.vision, config.model.vision.image_size // 2)
     except ValueError as error:
@@ -480,3 +474,22 @@ def _check_together(config: TrainConfig) -> None:
         raise SettingsError(
             f"loss.o2o_weight: this loss needs data.num_views=2, not {config.data.num_views}; or set it to 0"
         )
+
+
+def _check_masks(config: TrainConfig, grid: int) -> None:
+    """Raises ValueError for a view's mask that the patch grid cannot have."""
+    own = config.data.view_masks()
+    masks = masks_of_views(config.mask, own)
+    for place, mask in enumerate(masks):
+        if mask.strategy == NONE:
+            continue
+        try:
+            units = num_units(grid, mask.unit)
+        except ValueError as error:
+            raise ValueError(f"data.views.{place}.{error}" if own[place].unit is not None else str(error)) from None
+        kept = num_kept_units(units, max(mask.keep_ratio, mask.final_keep_ratio or 0))
+        if MASKS[mask.strategy].disjoint and masks.count(mask) * kept > units:
+            raise ValueError(
+                f"mask.keep_ratio: {masks.count(mask)} views of {kept} units each, none in common, are more than the"
+                f" {units} that mask.strategy={mask.strategy} can share out; keep at most 1/{masks.count(mask)}"
+            )

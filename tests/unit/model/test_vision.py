@@ -95,7 +95,7 @@ def test_another_image_size_interpolates_positions() -> None:
         assert cls.shape == (2, 32) and scores.shape == (2, 4)
         flat = tower.pos_embed[:, 1:].mean(dim=1, keepdim=True).expand(-1, 16, -1)
         tower.pos_embed[:, 1:] = flat  # a constant stays itself under interpolation
-        small, constant = (tower._embed(torch.zeros(1, 3, side, side), None, None)[0] for side in (16, 32))
+        small, constant = (tower._embed(torch.zeros(1, 3, side, side), (), None, 1)[0] for side in (16, 32))
     torch.testing.assert_close(small[:, 1:], constant[:, 1:5])
 
 
