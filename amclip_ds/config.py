@@ -292,7 +292,7 @@ def _named_parts(keys: Mapping[str, Any]) -> dict[str, str]:
     for key, value in keys.items():
         section, *rest = key.split(".")
         if key.endswith("mask.strategy"):
-            found[key] = str(value)
+            found |= {key: str(value)} if value else {}  # empty: a view's that is left out
         elif section in ("mask", "loss") and len(rest) > 1:
             found[key] = rest[0]
     return found
