@@ -487,7 +487,7 @@ def _check_masks(config: TrainConfig, grid: int) -> None:
             units = num_units(grid, mask.unit)
         except ValueError as error:
             raise ValueError(f"data.views.{place}.{error}" if own[place].unit is not None else str(error)) from None
-        kept = num_kept_units(units, max(mask.keep_ratio, mask.final_keep_ratio or 0))
+        kept = num_kept_units(units, mask.at_most().keep_ratio)
         if MASKS[mask.strategy].disjoint and masks.count(mask) * kept > units:
             raise ValueError(
                 f"mask.keep_ratio: {masks.count(mask)} views of {kept} units each, none in common, are more than the"

@@ -124,6 +124,10 @@ class MaskConfig:
         ratio = self.keep_ratio + (self.final_keep_ratio - self.keep_ratio) * part
         return replace(self, keep_ratio=ratio, schedule="constant", final_keep_ratio=None)
 
+    def at_most(self) -> "MaskConfig":
+        """The mask as it is when it keeps most: what memory has to hold."""
+        return self.at(1.0 if (self.final_keep_ratio or 0.0) > self.keep_ratio else 0.0)
+
 
 @dataclass
 class ViewMask:

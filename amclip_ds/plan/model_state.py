@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from amclip_ds.compat import COMPAT
 from amclip_ds.config import TrainConfig
 from amclip_ds.engine.ds_config import is_offloaded, read_ds_config, stage_of
 from amclip_ds.optim import parameter_groups
@@ -75,7 +76,7 @@ def sizes_of(work: Work, small: int) -> Sizes:
     """The model's elements. small: ZeRO-3's persistence threshold, in elements."""
     trained = {name: p.numel() for name, p in work.student.items() if p.requires_grad}
     teacher = {name: p.numel() for name, p in work.teacher.items()}
-    mirrored = TEXT_ENDS if work.config.compat == "release" else ()
+    mirrored = () if COMPAT[work.config.compat].averages_text_ends else TEXT_ENDS
     averaged = {name for name in teacher if not name.startswith(mirrored)} if mirrored else set(teacher)
     groups = [group["names"] for group in parameter_groups(work.student.items(), work.config.optim)]  # type: ignore[arg-type]
     return Sizes(

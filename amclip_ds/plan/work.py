@@ -11,7 +11,7 @@ from amclip_ds import config as settings
 from amclip_ds.config import BatchPlan, TrainConfig
 from amclip_ds.engine.ds_config import read_ds_config
 from amclip_ds.errors import SettingsError, in_one_line
-from amclip_ds.masks import needs_of
+from amclip_ds.masks import masks_of_views, needs_of
 from amclip_ds.masks.units import num_kept
 from amclip_ds.model.config import grid_of
 from amclip_ds.plan import objectives, shapes
@@ -72,7 +72,7 @@ def work_of(config: TrainConfig, world: int, text_tokens: int | None = None) -> 
     try:
         tower = shapes.tower_of(config.model.vision)
         grid = grid_of(config.model.vision.image_size, tower.patch)
-        views = tuple(num_kept(mask, grid) for mask in masks_of(config))
+        views = tuple(num_kept(mask.at_most(), grid) for mask in masks_of(config))
     except ValueError as error:
         raise SettingsError(in_one_line(error)) from None
     parts = objectives.parts_of(config, tower.width, grid, tower.patch)
@@ -103,7 +103,7 @@ def work_of(config: TrainConfig, world: int, text_tokens: int | None = None) -> 
 
 def masks_of(config: Any) -> tuple[Any, ...]:
     """The mask of each view."""
-    return (config.mask,) * config.data.num_views
+    return masks_of_views(config.mask, config.data.view_masks())
 
 
 def _teacher_grid(config: TrainConfig, parts: dict[str, Part], tower: Tower) -> int | None:
