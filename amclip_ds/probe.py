@@ -21,10 +21,11 @@ from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import DistributedComm
 from amclip_ds.engine.memory import measured_model_state, relative_difference
 from amclip_ds.engine.runtime import Runtime
+from amclip_ds.forecast import device_of
 from amclip_ds.method import method_of
 from amclip_ds.optim import Schedules
 from amclip_ds.plan import work
-from amclip_ds.plan.gpus import GPUS, PROBED, Gpu, Rate
+from amclip_ds.plan.gpus import PROBED, Gpu, Rate
 from amclip_ds.plan.model_state import state_of
 from amclip_ds.plan.planner import GIB, memory_of
 from amclip_ds.resilience.guards import Guards
@@ -159,15 +160,8 @@ def _measure(config: TrainConfig, runtime: Runtime) -> Probe:
 
 
 def _device(runtime: Runtime) -> Gpu:
-    if runtime.device.type != "cuda":
-        pages = Path("/proc/meminfo").read_text().split()
-        return Gpu(f"{PROBED} (CPU)", int(pages[pages.index("MemTotal:") + 1]) * 1024 / GIB, None, None)
-    found = torch.cuda.get_device_properties(runtime.device)
-    name = found.name.lower()
-    known = next((gpu for key, gpu in GPUS.items() if key.split("-")[0] in name.replace(" ", "")), None)
-    return Gpu(
-        f"{PROBED} ({found.name})",
-        found.total_memory / GIB,
-        known.peak_tflops if known else None,
-        known.watts if known else None,
-    )
+    found = device_of(runtime)
+    if found is not None:
+        return dataclasses.replace(found, name=f"{PROBED} ({found.name})")
+    pages = Path("/proc/meminfo").read_text().split()
+    return Gpu(f"{PROBED} (CPU)", int(pages[pages.index("MemTotal:") + 1]) * 1024 / GIB, None, None)

@@ -22,6 +22,7 @@ from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import check_sets
+from amclip_ds.forecast import Forecast, device_of
 from amclip_ds.meter import Meter
 from amclip_ds.method import Method, method_of
 from amclip_ds.model import start
@@ -87,6 +88,7 @@ class Run:
     ledger: Ledger
     meter: Meter
     keeper: Keeper
+    forecast: Forecast
 
     def batches(self) -> Iterator[Batch]:
         """The batches of the steps to come, on the device."""
@@ -133,6 +135,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     record.say(describe(config, runtime, plan, data, total_steps))
     for line in evaluated_on:
         record.say(line)
+    forecast = on_main(partial(Forecast, config, runtime.world_size, device_of(runtime)))
+    record.say(forecast.line())
     if runtime.world_size > 1:
         preflight(runtime, config_text=settings.dump(config), shards=data.shards, folder=folder, say=record.say)
 
@@ -164,6 +168,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         stops=stops, watchdog=watchdog, state=state, data=data, total_steps=total_steps, record=record, student=student,
         teacher=teacher, schedules=Schedules(config.optim, config.teacher, total_steps), guards=guards,
         ledger=Ledger(config.data.max_skip_rate, gather_objects, data.account), meter=meter, keeper=keeper,
+        forecast=forecast,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from amclip_ds import preconditions
 from amclip_ds.arguments import plugin_words
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.sources import is_remote
+from amclip_ds.engine.ds_config import read_ds_config, stage_of
 from amclip_ds.errors import UserError
 from amclip_ds.files import not_written, write_atomically
 from amclip_ds.redact import redact, redact_all
@@ -88,7 +89,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     check_epoch(config, shards)
     settings.check_buildable(config)
     check_start(config)
-    plan.found.append(check_memory(config, world_size, args.gpu_memory))
+    plan.found.append(check_memory(config, world_size, per_node, args.gpu, args.gpu_memory))
     plan.found += describe_evaluation(config)
     write_script(plan, args)
     return plan
@@ -108,19 +109,48 @@ def describe_evaluation(config: TrainConfig) -> list[str]:
     return [f"evaluation: {line}" for line in check_sets(config.eval.data)]
 
 
-def check_memory(config: TrainConfig, world_size: int, gpu_memory: str | None) -> str:
-    """The model state of one rank; refused where it alone exceeds the GPU."""
-    from amclip_ds.plan.model_state import model_state_of
+def check_memory(
+    config: TrainConfig, world_size: int, per_node: int, gpu_name: str | None, gpu_memory: str | None
+) -> str:
+    """What one rank takes, as `amclip plan` has it, and how long the run is on a known GPU.
 
-    parts = model_state_of(config, world_size)
-    need = sum(parts.values())
-    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
-    if gpu_memory and need > read_size(gpu_memory, "--gpu-memory"):
+    Raises UserError where it cannot fit, with the settings that do.
+    """
+    from amclip_ds.plan.gpus import Gpu, gpu_of
+    from amclip_ds.plan.planner import GIB, Ask, make_plan
+
+    limit = None if gpu_memory is None else read_size(gpu_memory, "--gpu-memory")
+    named = None if gpu_name is None else gpu_of(gpu_name)
+    limit = limit if limit is not None or named is None else named.memory_gib * GIB
+    gpu = Gpu(named.name if named else "GPU", (limit or 1e15) / GIB, named and named.peak_tflops, named and named.watts)
+    plan = make_plan(config, Ask(gpus=world_size, gpu=gpu, gpus_per_node=per_node))
+    stage = plan.stages[stage_of(read_ds_config(config.engine))]
+    state, peak = sum(stage.memory.state.values()), stage.memory.peak
+    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in stage.memory.state.items() if size)
+    asked = f"--gpu-memory {gpu_memory}" if gpu_memory else f"--gpu {gpu_name}"
+    fix = f"take {' '.join(plan.settings)}" if plan.settings else "amclip plan shows what else there is"
+    if limit is not None and state > limit:
         raise UserError(
-            f"--gpu-memory {gpu_memory}: the model state alone is {need / 1e9:.1f} GB on each of {world_size} ranks"
-            f" ({listed}); take a higher ZeRO stage (engine.deepspeed) or more GPUs"
+            f"{asked}: the model state alone is {state / 1e9:.1f} GB on each of {world_size} ranks ({listed}); {fix},"
+            " a higher ZeRO stage (engine.deepspeed) or more GPUs"
         )
-    return f"memory: {need / 1e9:.2f} GB of model state on each rank ({listed}); activations come on top"
+    if limit is not None and peak > limit:
+        raise UserError(
+            f"{asked}: {peak / 1e9:.1f} GB are needed at the peak on each of {world_size} ranks with batch.per_gpu="
+            f"{plan_micro(config, world_size)}; {fix}"
+        )
+    time = plan.time_of(stage)
+    is_known = named is not None and time["hours"] is not None and config.run.steps is not None
+    length = f"; {time['hours']:.1f} hours at {time['samples_per_s']:,.0f} samples/s" if is_known else ""
+    return (
+        f"memory: {state / 1e9:.2f} GB of model state on each rank ({listed}), {peak / 1e9:.2f} GB at the peak"
+        f" (planned){length}"
+    )
+
+
+def plan_micro(config: TrainConfig, world_size: int) -> int:
+    """Samples whose activations a rank holds at a time."""
+    return settings.plan_batch(config.batch, world_size).micro
 
 
 def sample_shards(shards: list[str]) -> str:

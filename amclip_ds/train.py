@@ -64,6 +64,8 @@ def account(run: Run, batch: Batch, result: StepResult) -> None:
         run.keeper.rewind(state)
     run.ledger.account(batch)
     record.incidents(batch.incidents)
+    if run.runtime.is_main:
+        run.forecast.after_step(run.student, run.teacher, state.step, record)
     if run.config.run.log_sample_ids:
         record.sample_ids(state.step, run.comm.all_gather(batch.sample_ids).tolist())
     if record.is_due(state.step):

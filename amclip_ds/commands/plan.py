@@ -13,7 +13,7 @@ import argparse
 from typing import Any
 
 from amclip_ds import json_file
-from amclip_ds.arguments import number, whole
+from amclip_ds.arguments import add_plugin, number, whole
 
 HELP = "plan memory, time and cost of a run before there is one"
 DEFAULT_GPU = "h100"
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what a GPU sends and receives in collectives (left out)",
     )
     parser.add_argument("--price", type=number(0.0), metavar="P", help="price of a GPU for an hour")
+    add_plugin(parser)
     parser.add_argument("--explain", action="store_true", help="print the formulas with their numbers")
     parser.add_argument("--probe", action="store_true", help="measure steps of this configuration here")
     parser.add_argument("--json", metavar="FILE", help="also write the plan as JSON")
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     names = args.gpu or []
     args.overrides += [word for word in names if "=" in word]  # key=value words behind --gpu
     names = [word for word in names if "=" not in word] or [DEFAULT_GPU]
-    settings = config.load(args.recipe, args.overrides)
+    settings = config.load(args.recipe, args.overrides, args.plugin)
     plans, measured = planning.plans(settings, args, names)
     from amclip_ds.plan import shown
 

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--gpus-per-node", type=whole(1, 1024), metavar="N", help="GPUs on each, a task for each GPU")
     size.add_argument("--tasks-per-node", type=whole(1, 1024), metavar="N", help="tasks on each node without GPUs (1)")
+    parser.add_argument("--gpu", metavar="NAME", help="kind of GPU (amclip plan): refuses what cannot fit")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of a GPU, as 80GB: refuses what cannot fit")
     parser.add_argument("--time", metavar="T", help="time limit of a job, as sbatch reads it")
     parser.add_argument("--partition", metavar="P")

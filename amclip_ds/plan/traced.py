@@ -159,5 +159,5 @@ def _measure(module: nn.Module, run: Callable[[], dict[str, Tensor]]) -> Cost:
     with counter, saved_tensors_hooks(pack, lambda tensor: tensor):
         terms = run()
         if terms:
-            sum(term.float().sum() for term in terms.values()).backward()
+            torch.stack([term.float().sum() for term in terms.values()]).sum().backward()
     return Cost(float(counter.get_total_flops()), float(sum(held.values())))

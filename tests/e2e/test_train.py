@@ -42,6 +42,9 @@ def test_every_method_trains_evaluates_and_records(recipe: str, scenes: Path, tm
         path.name for path in run.iterdir()
     }
     assert json.loads((run / "exit.json").read_text())["code"] == 0
+    plan = json.loads((run / "plan.json").read_text())
+    planned, measured = (plan[key]["between_steps_gib"] for key in ("predicted", "measured"))
+    assert abs(measured - planned) < 0.01 * planned and "plan: " in printed
     assert "Train Epoch: 0" in (run / "out.log").read_text()
 
 

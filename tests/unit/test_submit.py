@@ -58,6 +58,8 @@ def test_a_chain_goes_by_a_name_of_its_own(shards: Path, capsys: pytest.CaptureF
         (["--nodes", "3"], "batch.global_size: 64 = 3 ranks x 21 + 1"),
         (["--nodes", "0"], "--nodes: 0 is below 1"),
         (["--gpu-memory", "10MB"], "--gpu-memory 10MB: the model state alone is"),
+        (["--gpu", "h1000"], "--gpu h1000: not known; did you mean h100?"),
+        (["--gpu-memory", "250MB"], "GB are needed at the peak on each of 1 ranks with batch.per_gpu=64"),
         (["--gpu-memory", "much"], "--gpu-memory: 'much' is no size"),
         (["batch.global_size=512"], "an epoch has 256 samples, batch.global_size needs 512"),
         (["model.init_from=/nowhere"], "model.init_from: no such file or folder: /nowhere"),
