@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from amclip_ds import config as settings
+from amclip_ds import hub
 from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.sources import check_inputs
@@ -63,5 +64,5 @@ def goes_on(config: TrainConfig) -> bool:
 def check_init(config: TrainConfig) -> None:
     """Raises UserError where model.init_from points nowhere; a run that goes on needs it no more."""
     source = config.model.init_from
-    if source and not goes_on(config) and not Path(source).exists():
-        raise UserError(f"model.init_from: no such file or folder: {source}")
+    if source and not goes_on(config) and not hub.local(source).exists():
+        raise UserError(f"model.init_from: no such file or folder: {source}{hub.missing(source)}")

@@ -2,8 +2,11 @@
 
 import sys
 from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from amclip_ds import preconditions
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
 from amclip_ds.engine.collectives import on_main
@@ -126,6 +129,21 @@ def evaluation_is_missing(run: Run) -> bool:
 
     return run.state.step > 0 and evaluation_is_due(run) and on_main(is_missing)
 
+
+class _Callable(ModuleType):
+    """`amclip_ds.train(config)` of the Python interface and this module share one name; this makes both hold."""
+
+    def __call__(self, config: TrainConfig, resume: str = "auto") -> Path:
+        """Trains, in this process or as one rank of a launcher's world, and returns the run's folder.
+
+        Raises AmclipError where the command would end with another code than 0.
+        """
+        preconditions.check(config, resume)
+        train(config, resume)
+        return Path(config.run.out)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     print("python -m amclip_ds.train runs nothing; type: python -m amclip_ds train (or amclip train)", file=sys.stderr)

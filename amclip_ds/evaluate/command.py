@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from amclip_ds import display, json_file
@@ -26,7 +25,7 @@ def evaluate(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         runtime = engine_runtime.start()
         stack.callback(engine_runtime.stop, runtime)
-        located = on_main(lambda: locate(Path(args.source)))
+        located = on_main(lambda: locate(args.source))
         names = located.weights if args.weights == "both" else (args.weights,)
         specs, key = _specs_of(args, located)
         opened = on_all(lambda: [open_for(task, spec, args.split, args.classnames, args.templates, key)

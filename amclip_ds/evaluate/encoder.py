@@ -56,6 +56,10 @@ class Encoder(Protocol):
         """Stacked images [B, 3, H, W] -> what probes learn from [B, D] fp32."""
         ...
 
+    def logit_scale(self) -> float:
+        """What similarities are multiplied by; of a model at rest, not of an engine."""
+        ...
+
 
 class Towers(Protocol):
     """What embeds images and texts."""
@@ -77,7 +81,7 @@ class TowerEncoder:
     def __init__(self, towers: Towers, weights: str, image_size: int, context_length: int,
                  device: torch.device) -> None:  # fmt: skip
         """towers: AClip, TeacherModel, or the engine of one."""
-        self._towers, self.weights, self.image_size = towers, weights, image_size
+        self.towers, self.weights, self.image_size = towers, weights, image_size
         self.context_length, self.device = context_length, device
 
     def preprocess(self, image: Image.Image) -> Tensor:
@@ -87,18 +91,22 @@ class TowerEncoder:
     @torch.no_grad()
     def image(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, H] -> [B, E]."""
-        return self._towers.embed_images(photometric.normalise(images.to(self.device)))
+        return self.towers.embed_images(photometric.normalise(images.to(self.device)))
 
     @torch.no_grad()
     def text(self, texts: Sequence[str]) -> Tensor:
         """Texts -> [B, E]."""
         ids = trim(token_ids(tuple(texts), self.context_length), TEXT_BUCKET)
-        return self._towers.embed_texts(ids.to(self.device))
+        return self.towers.embed_texts(ids.to(self.device))
+
+    def logit_scale(self) -> float:
+        """exp(logit_scale); of a module only."""
+        return float(cast(Any, self.towers).logit_scale.detach().float().exp())
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, H] -> CLS feature [B, D]; of a module only, since no engine gives it."""
-        vision = cast(Any, self._towers).vision
+        vision = cast(Any, self.towers).vision
         return vision(photometric.normalise(images.to(self.device))).cls.float()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from amclip_ds import config as settings
-from amclip_ds import safetensors_header
+from amclip_ds import hub, safetensors_header
 from amclip_ds.checkpoint import manifest, retention, step_folders
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.config import TrainConfig
@@ -47,15 +47,20 @@ class Located:
         return self.config is None
 
 
-def locate(path: Path) -> Located:
-    """What lies at a path. A run without final weights stands for its newest valid checkpoint. Raises UserError."""
+def locate(source: str | Path) -> Located:
+    """What lies at a path, or at `hf-hub:ORG/NAME`. A run without final weights stands for its newest valid checkpoint.
+
+    Raises UserError.
+    """
+    path = hub.local(str(source))
     if (path / manifest.NAME).is_file():
         return _checkpoint(path)
     if (path / "config.yaml").is_file():
         return _run(path)
     kind = next((kind for name, kind in EXPORTS.items() if (path / name).is_file()), None)
     if kind is None:
-        raise UserError(f"{path}: neither a run (config.yaml), a checkpoint ({manifest.NAME}) nor an export")
+        hint = hub.missing(str(path)) if not path.exists() else ""
+        raise UserError(f"{path}: neither a run (config.yaml), a checkpoint ({manifest.NAME}) nor an export{hint}")
     if kind == "hf" and "architecture" in read_own(path / "config.json"):
         kind = "timm"
     card = path / "amclip.json"

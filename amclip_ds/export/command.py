@@ -24,7 +24,7 @@ WRITERS = {"open_clip": open_clip.write, "hf": hugging_face.write, "timm": timm.
 
 def export(args: argparse.Namespace) -> int:
     """Returns 0; raises UserError (code 2) for a wrong request, ExportMismatch (1) for what computes otherwise."""
-    located = locate(Path(args.source))
+    located = locate(args.source)
     if located.config is None:
         raise UserError(f"{args.source}: an export already; export from a run or a checkpoint")
     if args.out.exists():

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from amclip_ds import safetensors_header
+from amclip_ds import hub, safetensors_header
 from amclip_ds.errors import UserError
 from amclip_ds.model import foreign
 from amclip_ds.model.names import first_name, present_name
@@ -22,6 +22,8 @@ Pieces = list[tuple[int, str, str]]
 """Where a tensor of a checkpoint lies: (first element of the flattened tensor, file, key in it), in order."""
 KINDS = {"student": ("master", "frozen"), "teacher": ("ema", "frozen", "master")}
 """Kinds of pieces by preference: what is not averaged is the student's (frozen parameters, logit_scale)."""
+WHOLE = ("open_clip_model.safetensors", "model.safetensors", "model-*-of-*.safetensors", "*.safetensors")
+"""An export's weights; models of the hub often lie there in several libraries' forms, of which one is taken."""
 
 
 class Source:
@@ -110,7 +112,7 @@ class Source:
 @lru_cache(maxsize=4)
 def open_source(path: str, weights: str = "student") -> Source:
     """The source at a path, opened once."""
-    return Source(Path(path), weights)
+    return Source(hub.local(path), weights)
 
 
 def loaded_tensor(source: str, name: str, shape: Sequence[int]) -> Tensor | None:
@@ -175,7 +177,7 @@ def _files_of(path: Path, weights: str) -> list[Path]:
             return [*weight_files(path, ("model/*.safetensors",)), *averaged]
         if (path / f"{weights}.safetensors").is_file():  # a run
             return [path / f"{weights}.safetensors"]
-        return weight_files(path, ("*.safetensors",))
+        return weight_files(path, WHOLE)
     except UserError as error:
         raise UserError(f"model.init_from: {error}") from None
 

@@ -11,6 +11,7 @@ EVERYBODY = {
     "errors",
     "comm",
     "files",
+    "hub",
     "json_file",
     "jsonl",
     "plain_yaml",

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 import amclip_ds
+from tests.unit.evaluate.exports import write_run
+from tests.unit.evaluate.test_encoder import picture
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,6 +118,22 @@ def test_an_installed_wheel_submits(installed: Path, tmp_path: Path) -> None:
     done = run(installed, tmp_path, "amclip", "submit", "--scripts", "slurm")
     assert done.returncode == 0 and (tmp_path / "slurm" / "train.sbatch").is_file(), done.stderr
     assert run(installed, tmp_path, "amclip", "submit", "--scripts", "slurm").returncode == 2
+
+
+def test_the_readme_runs_with_the_wheel_alone(installed: Path, tmp_path: Path) -> None:
+    """Its lines of Python, as they stand there, on a run and two pictures."""
+    write_run(tmp_path / "runs" / "aclip-vitb16")
+    for name in ("cat", "dog"):
+        picture((90, 70), len(name)).save(tmp_path / f"{name}.jpg")
+    lines = re.search("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)  # type: ignore[union-attr]
+    assert len(lines.strip().splitlines()) == 7
+    ending = (
+        "import sys\nassert probabilities.shape == cosines.shape == (2, 2)\n"
+        "assert probabilities.sum(1).sub(1).abs().max() < 1e-5 and 'deepspeed' not in sys.modules\n"
+        "print(amclip_ds.__file__)"
+    )
+    done = run(installed, tmp_path, "python", "-c", lines + ending)
+    assert installed.parent in Path(done.stdout.strip()).parents, done.stderr
 
 
 def test_what_is_imported_is_declared() -> None:

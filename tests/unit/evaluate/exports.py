@@ -9,6 +9,7 @@ from amclip_ds import config as settings
 from amclip_ds.export.command import WRITERS
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.init import Start, initialise
+from amclip_ds.run_folder import write_weights
 
 FORMATS = ("open_clip", "hf", "timm", "onnx")
 
@@ -32,3 +33,15 @@ def write_export(fmt: str, folder: Path) -> None:
     module, config = tiny_model()
     WRITERS[fmt](folder, module, config.model)
     (folder / "amclip.json").write_text(json.dumps({"step": 7, "weights": "student", "format": fmt}))
+
+
+def write_run(folder: Path) -> None:
+    """A run's folder as training leaves it, with weights that no training made."""
+    folder.mkdir(parents=True)
+    for name, seed in (("student", 3), ("teacher", 4)):
+        module, config = tiny_model(seed=seed)
+        tensors = {
+            key: tensor for key, tensor in module.state_dict().items() if name == "student" or key != "logit_scale"
+        }
+        write_weights(folder / f"{name}.safetensors", tensors, {"format": "pt", "weights": name, "step": "7"})
+    (folder / "config.yaml").write_text(settings.dump(config))

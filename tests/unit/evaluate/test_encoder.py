@@ -78,7 +78,7 @@ def test_any_number_of_ranks_gives_the_same_bits(batch_size: int, world_size: in
     assert alone.shape == (21, 16)
 
     def work(comm):
-        rank_model = TowerEncoder(model._towers, "student", 32, 77, torch.device("cpu"))  # a classifier of its own
+        rank_model = TowerEncoder(model.towers, "student", 32, 77, torch.device("cpu"))  # a classifier of its own
         return (
             encode_images(rank_model, data.samples, batch_size, comm),
             encode_texts(rank_model, texts, batch_size, comm),
@@ -94,12 +94,12 @@ def test_every_rank_makes_the_same_number_of_forward_calls(tmp_path: Path) -> No
 
     def work(comm):
         model, calls = tiny_encoder(), []
-        towers = model._towers
+        towers = model.towers
         counted = SimpleNamespace(
             embed_images=lambda x: (calls.append(("image", len(x))), towers.embed_images(x))[1],
             embed_texts=lambda x: (calls.append(("text", len(x))), towers.embed_texts(x))[1],
         )
-        model._towers = counted
+        model.towers = counted
         zero_shot.evaluate(model, data, 4, comm)
         return calls
 
