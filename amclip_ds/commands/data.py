@@ -1,6 +1,7 @@
-"""Makes synthetic shards; indexes, checks and pictures real ones.
+"""Makes shards, synthetic ones or of what you have; indexes, checks and pictures them.
 
   amclip data synth --out scenes            a small data set to try everything on
+  amclip data pack pairs.csv --out /data/pairs    shards of a folder, a table, a Hugging Face data set
   amclip data index '/data/{00000..00999}.tar'    where each sample lies; training reads it
   amclip data check /data/cc12m             before sbatch: what training would trip over; the exit code says go or no
   amclip data stats /data/cc12m --out stats  distributions: sizes, aspects, captions, tokens
@@ -22,7 +23,18 @@ if TYPE_CHECKING:
     from amclip_ds.data.check import Report
 
 LONGEST_KEY = 400  # of a stranger's name, in characters, on the terminal
-HELP = "make synthetic shards; index, check and picture real ones"
+HELP = "make shards of what you have, or synthetic ones; index, check and picture them"
+PACK = """Makes tars to train on of images with captions.
+
+  amclip data pack photos --out /data/photos                 a folder: NAME.txt beside NAME.jpg, or metadata.csv
+  amclip data pack pairs.csv --out /data/pairs               a csv, tsv or jsonl of names and captions
+  amclip data pack cc3m.tsv --image-key filepath --caption-key title --root /data/cc3m/images --out /data/cc3m
+  amclip data pack /data/pokemon --split train --out /data/p Parquet or Arrow with the images inside (Hugging Face)
+
+Every image is decoded; what training would trip over is left out, counted and named in DIR/pack.jsonl. Started again
+with the same arguments, a pack that was stopped goes on from its last whole tar. A sample's key is its row's number.
+Rows keep their order: shuffle a table that is sorted by class, since training shuffles within windows of shards.
+"""
 SYNTH = """Makes cluttered scenes with one captioned object each: 8 shapes x 8 colours, so chance is 1/64.
 
   amclip data synth --out scenes
@@ -70,6 +82,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     synth.add_argument("--shard-size", type=whole(1), default=1000, metavar="N", help="scenes a tar (default 1000)")
     synth.add_argument("--coloured-distractors", action="store_true", help="colour the clutter too (a control)")
     synth.add_argument("--workers", type=whole(1, 1024), metavar="N", help="processes (default: one per core)")
+
+    pack = _add(actions, "pack", "make shards of a folder, a table, a Hugging Face data set", PACK, _pack)
+    pack.add_argument("source", metavar="SOURCE", help="a folder, a .csv, .tsv, .jsonl, .parquet or .arrow file")
+    pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or one to go on with")
+    pack.add_argument(
+        "--image-key", metavar="COLUMN", help="of the images' names or bytes (default: filepath, image, ...)"
+    )
+    pack.add_argument("--caption-key", metavar="COLUMN", help="of the captions (default: title, caption, text, ...)")
+    pack.add_argument("--root", type=Path, metavar="DIR", help="names are relative to it (default: the table's folder)")
+    pack.add_argument("--split", default="", metavar="NAME", help="of a data set that has several")
+    pack.add_argument("--shard-size", type=whole(1), default=10000, metavar="N", help="samples a tar (default 10000)")
+    pack.add_argument("--workers", type=whole(1, 1024), metavar="N", help="threads (default: one per core)")
+    pack.add_argument("--json", type=Path, metavar="FILE", help="write the counts there")
 
     index = _add(actions, "index", "write where each sample of the shards lies", INDEX, _index)
     _add_shards(index)
@@ -132,6 +157,22 @@ def _synth(args: argparse.Namespace) -> int:
     )  # fmt: skip
     done = "made" if made else "stand already"
     print(f"{args.train} training and {args.test} held-out scenes {done}")
+    print(args.out)
+    return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from amclip_ds.data import pack, pack_sources
+    from amclip_ds.data.progress import progress
+
+    keys = pack_sources.Keys(args.image_key, args.caption_key, args.root, args.split)
+    source = pack_sources.open_source(args.source, keys)
+    print(source.describe(), flush=True)
+    with progress("packing rows", source.count) as advance:
+        found = pack.pack(source, args.out, args.shard_size, _workers(args), advance)
+    for line in found.lines():
+        print(line)
+    json_file.write(args.json, found.facts())
     print(args.out)
     return 0
 

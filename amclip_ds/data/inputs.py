@@ -111,7 +111,7 @@ def _lacks_captions(suffixes: Iterator[str]) -> str:
 def _of_folder(folder: Path) -> str:
     """What a folder without tars holds, and what to do with it; empty where nothing can be said."""
     if any((folder / name).is_file() for name in HUGGING_FACE) or _kinds_in(folder)["arrow"]:
-        return f"a Hugging Face data set; {PACK}: write its images and captions into such tars"
+        return f"a Hugging Face data set; {PACK}"
     if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").exists():
         return "a run, not data"
     kinds = _kinds_in(folder)
@@ -119,7 +119,7 @@ def _of_folder(folder: Path) -> str:
     if images:
         captions = "" if kinds["txt"] else ", and no .txt with a caption beside them"
         usual = next(image for image in sorted(IMAGES, key=lambda image: -kinds[image]))
-        return f"{images} image(s) (.{usual}){captions}; {PACK}: tar --sort=name -cf 00000.tar -C {folder} ."
+        return f"{images} image(s) (.{usual}){captions}; {PACK}"
     for kind, count in kinds.most_common():
         what = NAMES.get(f".{kind}")
         if what:

@@ -1,10 +1,12 @@
 """What a file is that is no tar, by its name or its first bytes, in words that say what to do."""
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic")
-PACK = "training reads tars of key.jpg beside key.txt, its caption"
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
+MADE_BY = "`amclip data pack` makes them of folders, tables and Hugging Face data sets"
+PACK = f"training reads tars of key.jpg beside key.txt, its caption; {MADE_BY}"
 UNPACK = "samples are read by offset, which a compressed file has not; unpack it first: "
-TABLE = f"a table, not images; {PACK} (img2dataset --output_format=webdataset makes them from a table of URLs)"
-ARROW = f"a file of a Hugging Face data set; {PACK}: write its images and captions into such tars"
+TABLE = f"a table, not shards; {PACK} (img2dataset --output_format=webdataset makes them from a table of URLs)"
+ARROW = f"a file of a Hugging Face data set; {PACK}"
 NAMES = {  # how a name ends -> what it is, and what to do
     ".tar.gz": f"a compressed tar: {UNPACK}gunzip",
     ".tgz": f"a compressed tar: {UNPACK}gunzip",

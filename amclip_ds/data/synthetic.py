@@ -15,7 +15,6 @@ import json
 import math
 import os
 import shutil
-import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -114,14 +113,13 @@ def write_dataset(
 
 def write_shard(config: SceneConfig, job: tuple[Path, str, range]) -> int:
     """Writes the scenes of (path, split, numbers) as one tar. Returns how many."""
+    from webdataset import TarWriter
+
     path, split, numbers = job
-    with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with path.open("wb") as file, TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
         for number in numbers:
-            scene = make_scene(config, split, number)
-            for suffix, content in members_of(scene):
-                member = tarfile.TarInfo(f"{number:09d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            for suffix, content in members_of(make_scene(config, split, number)):  # one by one: it sorts members
+                tar.write({"__key__": f"{number:09d}", suffix: content})
     return len(numbers)
 
 

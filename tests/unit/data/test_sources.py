@@ -183,9 +183,9 @@ def make_foreign(folder: Path) -> None:
 
 
 FOREIGN = [
-    ("jpgs", r"no \.tar file in the folder jpgs; it holds 3 image\(s\) \(\.jpg\), and no \.txt.*tar --sort=name"),
+    ("jpgs", r"no \.tar file in the folder jpgs; it holds 3 image\(s\) \(\.jpg\), and no \.txt.*amclip data pack"),
     ("jpgs/0.jpg", "is one image"),
-    ("table.csv", "is a table, not images"),
+    ("table.csv", "is a table, not shards"),
     ("parquet", r"holds 1 \.parquet file\(s\): a table"),
     ("disk", "holds a Hugging Face data set"),
     ("mixed", r"holds 1 compressed tar\(s\) \(1\.tar\.gz\) beside 1 \.tar: .*gunzip; 'mixed/\*\*/\*\.tar' takes the"),

@@ -149,3 +149,16 @@ def test_an_error_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         write_dataset(tmp_path / "file", 3, 3)
     with pytest.raises(UserError, match="--out .*cannot be written"):
         write_dataset(tmp_path / "file" / "scenes", 3, 3)
+
+
+def test_webdataset_writes_the_bytes_that_tarfile_does(tmp_path: Path) -> None:
+    """Shards that were made before it wrote them stay what they are."""
+    config = SceneConfig(32, 0, False)
+    synthetic.write_shard(config, (tmp_path / "0.tar", "train", range(3, 6)))
+    with tarfile.open(tmp_path / "1.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in range(3, 6):
+            for suffix, content in synthetic.members_of(synthetic.make_scene(config, "train", number)):
+                member = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    assert (tmp_path / "0.tar").read_bytes() == (tmp_path / "1.tar").read_bytes()

@@ -1,0 +1,371 @@
+"""What `amclip data pack` reads, row by row in a fixed order: folders, tables, files of Parquet and Arrow.
+
+    ROOT/cat.jpg  ROOT/cat.txt                     images, each beside its caption
+    ROOT/cat.jpg  ROOT/metadata.csv                images, and a table of their names and captions
+    pairs.csv  pairs.tsv  pairs.jsonl              a table alone; names are relative to its folder, or to --root
+    data/train-00000-of-00002.parquet ...          a data set of the hub, images inside
+    dataset_info.json  data-00000-of-00001.arrow   one that `datasets` saved to disk, images inside
+
+A source that could be understood in two ways, or in none, is a UserError that says what to add. Loads no torch.
+"""
+
+import csv
+import itertools
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from amclip_ds.data.kinds import IMAGES, TABLES, kind_by_name
+from amclip_ds.data.tar import printable
+from amclip_ds.errors import UserError, in_one_line
+from amclip_ds.files import is_regular, read_json
+
+IMAGE_KEYS = ("filepath", "file_name", "filename", "image_path", "image", "img", "jpg", "png", "webp", "path")
+CAPTION_KEYS = ("title", "caption", "captions", "text", "txt", "sentence", "description")
+METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "captions.csv", "captions.tsv", "captions.jsonl")
+SPLIT_OF = re.compile(r"(.+?)-\d+-of-\d+(-[0-9a-f]+)?\.(?:parquet|arrow)")
+URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+MAX_FIELD = 1 << 20  # characters of a cell
+ROWS_AT_ONCE = 64  # of a Parquet or Arrow file, with their images
+BESIDE = 32 << 20  # bytes of a metadata table's first lines
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image with its captions, or what is wrong with the row."""
+
+    name: str
+    """what its user knows it by"""
+    image: Path | bytes = b""
+    captions: tuple[str, ...] = ()
+    caption_file: Path | None = None
+    """where the captions are still to be read from"""
+    fault: str = ""
+
+
+class Source(Protocol):
+    """Rows in an order that does not change."""
+
+    count: int
+    """of all rows"""
+    fingerprint: str
+    """of what is read and how, so that a pack that goes on reads the same rows"""
+
+    def describe(self) -> str:
+        """What was understood, in a line."""
+        ...
+
+    def rows(self, start: int) -> Iterator[Row]:
+        """From row number `start` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the user said about the columns."""
+
+    image: str | None = None
+    caption: str | None = None
+    root: Path | None = None
+    """to which names of images are relative"""
+    split: str = ""
+
+
+def open_source(spec: str, keys: Keys) -> Source:
+    """Raises UserError for what is missing, unknown or unclear."""
+    path = Path(spec).expanduser()
+    if URL.match(spec):
+        raise UserError(f"SOURCE: {spec} is a URL; download it: for a data set of the hub, hf download NAME"
+                        " --repo-type dataset --local-dir DIR")  # fmt: skip
+    if path.is_dir():
+        return _open_folder(path, keys)
+    if not is_regular(path):
+        raise UserError(f"SOURCE: no such file or folder: {spec}")
+    if path.suffix.lower() in TABLES:
+        return Table(path, keys)
+    if path.suffix.lower() in (".parquet", ".arrow"):
+        return Arrow([path], keys, spec)
+    what = kind_by_name(spec)
+    is_tar = path.suffix.lower() == ".tar"
+    raise UserError(f"SOURCE: {printable(spec)} is {'a shard already: amclip data check reads it' if is_tar else what}"
+                    if is_tar or what else f"SOURCE: {printable(spec)}: neither a folder, a table (csv, tsv, jsonl) nor"
+                    " Parquet or Arrow")  # fmt: skip
+
+
+def _open_folder(folder: Path, keys: Keys) -> Source:
+    if is_regular(folder / "dataset_dict.json"):
+        splits = [name for name in read_json(folder / "dataset_dict.json", dict).get("splits", []) if str(name)]
+        return _open_folder(folder / _one_split(folder, [str(name) for name in splits], keys), keys)
+    if is_regular(folder / "state.json"):
+        named = read_json(folder / "state.json", dict).get("_data_files", [])
+        files = [folder / Path(str(item.get("filename"))).name for item in named if isinstance(item, dict)]
+        return Arrow(files, keys, str(folder))
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".parquet", ".arrow"))
+    if files:
+        splits = sorted({match[1] for path in files if (match := SPLIT_OF.fullmatch(path.name))})
+        if splits:
+            chosen = _one_split(folder, splits, keys)
+            files = [path for path in files if (match := SPLIT_OF.fullmatch(path.name)) and match[1] == chosen]
+        return Arrow(files, keys, str(folder))
+    tables = [folder / name for name in METADATA if is_regular(folder / name)]
+    if len(tables) > 1:
+        raise UserError(f"SOURCE: {folder}: {tables[0].name} and {tables[1].name} may each hold the captions: name one")
+    return Table(tables[0], keys) if tables else Folder(folder)
+
+
+def _one_split(folder: Path, splits: Sequence[str], keys: Keys) -> str:
+    if keys.split:
+        if keys.split not in splits:
+            raise UserError(f"--split {keys.split}: {folder} has {', '.join(splits)}")
+        return keys.split
+    if len(splits) != 1:
+        raise UserError(f"SOURCE: {folder} has the splits {', '.join(splits)}: choose with --split")
+    return splits[0]
+
+
+class Folder:
+    """Images, each beside a .txt with its captions, a line each, or a .json with `caption` or `captions`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError where no image has a caption."""
+        self.folder = folder
+        found: dict[str, dict[str, str]] = {}
+        for at, _, names in os.walk(folder):
+            for name in names:
+                stem, _, kind = name.rpartition(".")
+                if not name.startswith(".") and kind.lower() in (*IMAGES, "txt", "json"):
+                    key = os.path.join(os.path.relpath(at, folder), stem).removeprefix("./")
+                    found.setdefault(key, {})[kind.lower()] = os.path.join(at, name)
+        self._found = {key: kinds for key, kinds in sorted(found.items()) if kinds.keys() & set(IMAGES)}
+        alone = [key for key, kinds in found.items() if key not in self._found and "txt" in kinds]
+        self._found |= {key: {"txt": found[key]["txt"]} for key in sorted(alone) if self._found}
+        self.count = len(self._found)
+        captions = sum(bool(kinds.keys() & {"txt", "json"}) for kinds in self._found.values())
+        if not captions:
+            what = f"{self.count} images and no caption" if self.count else "neither images nor tables"
+            raise UserError(f"SOURCE: {folder} holds {what}: put NAME.txt with the caption beside each NAME.jpg, or"
+                            " metadata.csv with the columns file_name and text")  # fmt: skip
+        self.fingerprint = f"{self.count} files, {_checksum(self._found):08x}"
+
+    def describe(self) -> str:
+        return f"{self.folder}: {self.count} images, each beside its caption"
+
+    def rows(self, start: int) -> Iterator[Row]:
+        for key, kinds in itertools.islice(self._found.items(), start, None):
+            images = [kinds[kind] for kind in IMAGES if kind in kinds]
+            text = kinds.get("txt") or kinds.get("json")
+            if len(images) > 1:
+                yield Row(key, fault="several images of one name")
+            elif not images:
+                yield Row(key, fault="no image beside the caption")
+            elif text is None:
+                yield Row(os.path.relpath(images[0], self.folder), fault="no caption")
+            else:
+                yield Row(os.path.relpath(images[0], self.folder), Path(images[0]), caption_file=Path(text))
+
+
+class Table:
+    """A csv, tsv or jsonl of the names of images and their captions."""
+
+    def __init__(self, path: Path, keys: Keys) -> None:
+        """Raises UserError where the columns are not clear, or the images are URLs."""
+        self.path, self.root = path, keys.root or path.parent
+        self._is_json = path.suffix.lower() in (".jsonl", ".ndjson")
+        csv.field_size_limit(MAX_FIELD)
+        self.separator, columns = ("", self._json_columns()) if self._is_json else self._csv_columns(keys)
+        self.image = _column(str(path), columns, keys.image, IMAGE_KEYS, "--image-key")
+        self.caption = _column(str(path), columns, keys.caption, CAPTION_KEYS, "--caption-key")
+        self._columns = columns
+        self.count = sum(1 for _ in self._cells())
+        first = next((cells for cells in self._cells() if isinstance(cells, dict)), {})
+        if URL.match(str(first.get(self.image, ""))):
+            raise UserError(f"SOURCE: {path}: its images are URLs; img2dataset downloads them into shards"
+                            " (--output_format=webdataset)")  # fmt: skip
+        self.fingerprint = f"{path.stat().st_size} bytes, {self.image}, {self.caption}, {self.root.resolve()}"
+
+    def describe(self) -> str:
+        return f"{self.path}: {self.count} rows, images {self.image!r}, captions {self.caption!r}, below {self.root}"
+
+    def rows(self, start: int) -> Iterator[Row]:
+        for number, cells in enumerate(itertools.islice(self._cells(), start, None), start):
+            if isinstance(cells, str):
+                yield Row(f"row {number + 1}", fault=cells)
+                continue
+            name, captions = cells.get(self.image), _captions(cells.get(self.caption))
+            if not isinstance(name, str) or not name.strip() or "\0" in name:
+                yield Row(f"row {number + 1}", fault="no name of an image")
+            else:
+                yield Row(name, self.root / name, captions)
+
+    def _cells(self) -> Iterator[dict[str, Any] | str]:
+        """The cells of each row by column, or what is wrong with it."""
+        with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            if self._is_json:
+                for line in file:
+                    if line.strip():
+                        yield _parsed(line)
+                return
+            reader = csv.reader((line.replace("\0", "\ufffd") for line in file), delimiter=self.separator)
+            for number in itertools.count():
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield f"not csv: {in_one_line(error, 80)}"
+                    continue
+                if number == 0 or not cells:
+                    continue
+                is_whole = len(cells) == len(self._columns)
+                yield dict(zip(self._columns, cells)) if is_whole else "another number of columns than the first line"
+
+    def _csv_columns(self, keys: Keys) -> tuple[str, list[str]]:
+        """(the separator, the columns): the one of comma and tab by which the first line has the columns."""
+        try:
+            with self.path.open(encoding="utf-8-sig", newline="") as file:
+                head = file.readline(MAX_FIELD)
+        except UnicodeDecodeError:
+            raise UserError(f"SOURCE: {self.path}: not UTF-8 text") from None
+        wanted = (
+            ({keys.image} if keys.image else set(IMAGE_KEYS)),
+            ({keys.caption} if keys.caption else set(CAPTION_KEYS)),
+        )
+        parsed = {separator: next(csv.reader([head], delimiter=separator), []) for separator in (",", "\t")}
+        fitting = [mark for mark, columns in parsed.items() if all(any_of & set(columns) for any_of in wanted)]
+        likely = "\t" if head.count("\t") > head.count(",") else ","
+        separator = fitting[0] if len(fitting) == 1 else likely
+        return separator, parsed[separator]
+
+    def _json_columns(self) -> list[str]:
+        with self.path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+            line = next((line for line in file if line.strip()), "")
+        first = _parsed(line)
+        return [] if isinstance(first, str) else list(first)
+
+
+class Arrow:
+    """Parquet or Arrow files with the images' bytes in a column, as Hugging Face data sets have them."""
+
+    def __init__(self, files: Sequence[Path], keys: Keys, shown: str) -> None:
+        """Raises UserError where the columns are not clear, or hold no bytes."""
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError:
+            raise UserError(f"SOURCE: {shown}: Parquet and Arrow need pyarrow: pip install 'amclip_ds[data]'") from None
+        self._pa, self._pq, self.shown, self.files = pa, pq, shown, list(files)
+        if not self.files:
+            raise UserError(f"SOURCE: {shown}: names no file of data")
+        counts, schema = [], None
+        for file in self.files:
+            try:
+                schema, count = self._head(file)
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(f"SOURCE: {file}: {in_one_line(error, 200)}") from None
+            counts.append(count)
+        assert schema is not None
+        self.image = _column(shown, schema.names, keys.image, IMAGE_KEYS, "--image-key")
+        self.caption = _column(shown, schema.names, keys.caption, CAPTION_KEYS, "--caption-key")
+        kind = schema.field(self.image).type
+        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)):
+            hint = (
+                "its images are URLs or names; img2dataset downloads URLs" if pa.types.is_string(kind) else "no image"
+            )
+            raise UserError(f"SOURCE: {shown}: the column {self.image!r} is {kind}, not bytes of images: {hint}")
+        self._counts, self.count = counts, sum(counts)
+        sizes = [[file.name, file.stat().st_size] for file in self.files]
+        self.fingerprint = f"{len(sizes)} files, {_checksum(sizes):08x}, {self.image}, {self.caption}"
+
+    def describe(self) -> str:
+        columns = f"images {self.image!r}, captions {self.caption!r}"
+        return f"{self.shown}: {self.count} rows in {len(self.files)} files, {columns}"
+
+    def rows(self, start: int) -> Iterator[Row]:
+        number = 0
+        for file, count in zip(self.files, self._counts):
+            if number + count <= start:
+                number += count
+                continue
+            for batch in self._batches(file):
+                if number + batch.num_rows <= start:
+                    number += batch.num_rows
+                    continue
+                for place in range(max(0, start - number), batch.num_rows):
+                    yield self._row(file, batch, place, number + place)
+                number += batch.num_rows
+
+    def _head(self, file: Path) -> tuple[Any, int]:
+        if file.suffix.lower() == ".parquet":
+            opened = self._pq.ParquetFile(file)
+            return opened.schema_arrow, opened.metadata.num_rows
+        with self._pa.memory_map(str(file)) as mapped:
+            reader = self._reader(mapped)
+            return reader.schema, sum(batch.num_rows for batch in self._all(reader))
+
+    def _batches(self, file: Path) -> Iterator[Any]:
+        if file.suffix.lower() == ".parquet":
+            yield from self._pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=[self.image, self.caption])
+            return
+        with self._pa.memory_map(str(file)) as mapped:
+            yield from self._all(self._reader(mapped))
+
+    def _reader(self, mapped: Any) -> Any:
+        """`datasets` writes streams; others write files with a footer."""
+        if mapped.read(6) == b"ARROW1":
+            return self._pa.ipc.open_file(mapped)
+        mapped.seek(0)
+        return self._pa.ipc.open_stream(mapped)
+
+    def _all(self, reader: Any) -> Iterator[Any]:
+        if hasattr(reader, "num_record_batches"):
+            yield from (reader.get_batch(place) for place in range(reader.num_record_batches))
+        else:
+            yield from reader
+
+    def _row(self, file: Path, batch: Any, place: int, number: int) -> Row:
+        name = f"{file.name}, row {number + 1}"
+        try:
+            value, caption = (batch.column(batch.schema.get_field_index(key))[place].as_py()
+                              for key in (self.image, self.caption))  # fmt: skip
+        except (ValueError, UnicodeDecodeError, self._pa.ArrowException) as error:
+            return Row(name, fault=f"cannot be read: {type(error).__name__}")
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(content, bytes):
+            outside = isinstance(value, dict) and value.get("path")
+            return Row(name, fault="its image is a path, not bytes" if outside else "no image")
+        return Row(name, content, _captions(caption))
+
+
+def _column(shown: str, columns: Sequence[str], asked: str | None, usual: Sequence[str], option: str) -> str:
+    if asked is not None:
+        if asked not in columns:
+            raise UserError(f"{option} {asked}: {shown} has the columns {', '.join(map(repr, columns[:12]))}")
+        return asked
+    found = [name for name in columns if name.lower() in usual]
+    if len(found) != 1:
+        what = f"{' and '.join(map(repr, found[:3]))} may each be meant" if found else "none is known"
+        listed = ", ".join(map(repr, columns[:12]))
+        raise UserError(f"SOURCE: {shown}: name the column with {option}: of {listed}, {what}")
+    return found[0]
+
+
+def _captions(value: Any) -> tuple[str, ...]:
+    """A text, or a list of texts; a list written as a text stays one."""
+    return tuple(text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
+
+
+def _parsed(line: str) -> dict[str, Any] | str:
+    try:
+        parsed = json.loads(line)
+    except (ValueError, RecursionError):
+        return "not json"
+    return parsed if isinstance(parsed, dict) else "json that is no object"
+
+
+def _checksum(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode(errors="surrogateescape"))

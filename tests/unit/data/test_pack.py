@@ -1,0 +1,245 @@
+"""`amclip data pack`: of each kind of source the same samples; broken rows are named; killed, it goes on."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from amclip_ds.cli import main
+from tests.unit.data.damaged import picture
+
+COUNT = 12
+BROKEN = {3: "missing file", 5: "unreadable image", 7: "empty caption"}
+"""rows of a table that are broken, and why"""
+
+
+def write_images(folder: Path, count: int = COUNT) -> Path:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        if BROKEN.get(number) != "missing file":
+            content = picture(number, kind=("JPEG", "PNG", "WEBP")[number % 3])
+            content = content[: len(content) // 2] if BROKEN.get(number) == "unreadable image" else content
+            (folder / f"{number}.img").write_bytes(content)
+    return folder
+
+
+def caption(number: int) -> str:
+    return " \u200b" if BROKEN.get(number) == "empty caption" else f"picture, number {number}"
+
+
+def write_table(path: Path, separator: str = ",") -> Path:
+    write_images(path.parent / "images")
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file, delimiter=separator)
+        rows.writerow(["filepath", "title"])
+        rows.writerows([f"images/{number}.img", caption(number)] for number in range(COUNT))
+    return path
+
+
+def samples(folder: Path) -> dict[str, dict[str, bytes]]:
+    """key -> {suffix: content} of all tars, in order."""
+    found: dict[str, dict[str, bytes]] = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                content = tar.extractfile(member)
+                assert content is not None
+                found.setdefault(key, {})[suffix] = content.read()
+    return found
+
+
+def pack(source: Path, out: Path, *words: str) -> int:
+    return main(["data", "pack", str(source), "--out", str(out), "--workers", "2", *words])
+
+
+def kept(broken: dict[int, str] = BROKEN) -> list[str]:
+    return [f"{number:09d}" for number in range(COUNT) if number not in broken]
+
+
+@pytest.mark.parametrize("name, separator", [("pairs.csv", ","), ("pairs.tsv", "\t"), ("tabs.csv", "\t")])
+def test_a_table_is_packed_and_its_broken_rows_are_named(
+    tmp_path: Path, name: str, separator: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = write_table(tmp_path / name, separator)
+    assert pack(table, tmp_path / "out", "--shard-size", "4", "--json", str(tmp_path / "facts.json")) == 0
+    printed = capsys.readouterr().out
+    found = samples(tmp_path / "out")
+    assert list(found) == kept()
+    for key, members in found.items():
+        number = int(key)
+        assert members.pop("txt").decode() == caption(number)
+        assert members == {("jpg", "png", "webp")[number % 3]: (tmp_path / f"images/{number}.img").read_bytes()}
+    assert "12 rows = 9 samples in 3 tar(s) + 3 left out" in printed
+    assert "left out: 1 rows: missing file; the first is row 4, images/3.img" in printed
+    assert "unreadable image: " in printed and "empty caption; the first is row 8" in printed
+    assert json.loads((tmp_path / "facts.json").read_text())["left_out"] == 3
+    sizes = json.loads((tmp_path / "out" / "sizes.json").read_text())
+    assert sizes == {"00000.tar": 4, "00001.tar": 4, "00002.tar": 1}
+    assert main(["data", "check", str(tmp_path / "out"), "--workers", "1"]) == 0
+
+
+def test_a_folder_of_images_beside_captions(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    (folder / "below").mkdir(parents=True)
+    for number, name in enumerate(("a", "b", "below/c", "d", "e")):
+        (folder / f"{name}.jpg").write_bytes(picture(number))
+    (folder / "a.txt").write_text("first\nsecond\n")
+    (folder / "b.json").write_text(json.dumps({"caption": "of json"}))
+    (folder / "below/c.txt").write_text("deep")
+    (folder / "e.txt").write_bytes(b"\xff\xfe\xff")
+    (folder / "lonely.txt").write_text("no image")
+    assert pack(folder, tmp_path / "out", "--json", str(tmp_path / "facts.json")) == 0
+    assert [members["txt"].decode() for members in samples(tmp_path / "out").values()] == [
+        "first\nsecond",
+        "of json",
+        "deep",
+    ]
+    causes = json.loads((tmp_path / "facts.json").read_text())["causes"]
+    assert causes == {"no caption": 1, "not utf-8": 1, "no image beside the caption": 1}
+
+
+def test_an_image_folder_with_metadata(tmp_path: Path) -> None:
+    """As Hugging Face's `imagefolder` has it."""
+    write_images(tmp_path / "photos")
+    lines = [json.dumps({"file_name": f"{number}.img", "text": caption(number)}) for number in range(COUNT)]
+    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join([*lines[:2], "{torn", *lines[3:]]) + "\n")
+    assert pack(tmp_path / "photos", tmp_path / "out") == 0
+    assert list(samples(tmp_path / "out")) == kept(BROKEN | {2: "not json"})
+
+
+def rows_of_images(folder: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number in range(COUNT):
+        file = folder / f"{number}.img"
+        image = {"bytes": file.read_bytes() if file.exists() else None, "path": file.name}
+        rows.append({"image": image, "text": caption(number) if number != 9 else None, "label": number})
+    return rows
+
+
+def test_parquet_of_the_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Splits by the files' names; the image's bytes inside, in a struct."""
+    rows = rows_of_images(write_images(tmp_path / "images"))
+    data = tmp_path / "set" / "data"
+    data.mkdir(parents=True)
+    for part in range(2):
+        pq.write_table(pa.Table.from_pylist(rows[part * 6 : part * 6 + 6]), data / f"train-0000{part}-of-00002.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[:2]), data / "test-00000-of-00001.parquet")
+    assert pack(tmp_path / "set", tmp_path / "out") == 2
+    assert "has the splits test, train: choose with --split" in capsys.readouterr().err
+    assert pack(tmp_path / "set", tmp_path / "out", "--split", "train") == 0
+    assert list(samples(tmp_path / "out")) == kept(BROKEN | {9: "no caption"})
+    assert (
+        "its image is a path, not bytes; the first is row 4, train-00000-of-00002.parquet, row 4"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_data_set_saved_to_disk(tmp_path: Path) -> None:
+    """Arrow streams, in the order of state.json; several captions a row; another column by name."""
+    rows = [{"picture": row["image"]["bytes"], "text": [str(row["text"]), "again"]}
+            for row in rows_of_images(write_images(tmp_path / "images"))]  # fmt: skip
+    folder = tmp_path / "set"
+    folder.mkdir()
+    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    for name, part in zip(names, (rows[:5], rows[5:])):
+        table = pa.Table.from_pylist(
+            part, schema=pa.schema([("picture", pa.binary()), ("text", pa.list_(pa.string()))])
+        )
+        with pa.ipc.new_stream(str(folder / name), table.schema) as stream:
+            stream.write_table(table, max_chunksize=2)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    assert pack(folder, tmp_path / "out", "--image-key", "picture") == 0
+    found = samples(tmp_path / "out")
+    assert list(found) == kept({3: "", 5: ""}) and found["000000000"]["txt"] == b"picture, number 0\nagain"
+
+
+@pytest.mark.parametrize("shard_size", [3, 5])
+def test_a_killed_pack_goes_on(tmp_path: Path, shard_size: int) -> None:
+    """Killed between any two tars and in the middle of one: the folder ends the same, to the byte."""
+    table = write_table(tmp_path / "pairs.csv")
+    words = ["--shard-size", str(shard_size)]
+    assert pack(table, tmp_path / "whole", *words) == 0
+    script = (
+        "import os, sys, itertools\n"
+        "from amclip_ds.data import pack\n"
+        "count, real = itertools.count(1), pack._Shards.take\n"
+        "def take(shards, row, sample):\n"
+        "    real(shards, row, sample)\n"
+        "    if next(count) == int(sys.argv.pop()): os.kill(os.getpid(), 9)\n"
+        "pack._Shards.take = take\n"
+        "from amclip_ds.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    ).replace("int(sys.argv.pop())", "STOP")
+    argv = ["data", "pack", str(table), "--out", str(tmp_path / "out"), *words]
+    for stop in (4, 6):
+        killed = subprocess.run([sys.executable, "-c", script.replace("STOP", str(stop)), *argv], capture_output=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert main(argv) == 0
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+    stamp = (tmp_path / "out" / "00000.tar").stat().st_mtime_ns
+    assert main(argv) == 0 and (tmp_path / "out" / "00000.tar").stat().st_mtime_ns == stamp
+
+
+def test_what_cannot_be_packed_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(source: Path | str, *words: str, out: str = "new") -> str:
+        assert main(["data", "pack", str(source), "--out", str(tmp_path / out), *words]) == 2
+        return capsys.readouterr().err
+
+    table = write_table(tmp_path / "pairs.csv")
+    assert "no such file or folder" in said("/nowhere")
+    assert "hf download" in said("https://huggingface.co/datasets/x")
+    assert "--image-key nope: " in said(table, "--image-key", "nope")
+    (tmp_path / "odd.csv").write_text("a,b\n1,2\n")
+    assert "name the column with --image-key: of 'a', 'b', none is known" in said(tmp_path / "odd.csv")
+    (tmp_path / "two.csv").write_text("image,path,text\n1,2,3\n")
+    assert "'image' and 'path' may each be meant" in said(tmp_path / "two.csv")
+    (tmp_path / "urls.csv").write_text("image,text\nhttps://x/1.jpg,a\n")
+    assert "img2dataset downloads them" in said(tmp_path / "urls.csv")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "1.jpg").write_bytes(picture(1))
+    assert "1 images and no caption: put NAME.txt" in said(tmp_path / "bare")
+    (tmp_path / "all.csv").write_text("image,text\nno.jpg,a\n")
+    assert "none of 1 rows can be packed: left out: 1 rows: missing file" in said(tmp_path / "all.csv")
+    pq.write_table(pa.table({"image": ["https://x"], "text": ["a"]}), tmp_path / "u.parquet")
+    assert "is string, not bytes of images" in said(tmp_path / "u.parquet")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1torn")
+    assert "torn.parquet: " in said(tmp_path / "torn.parquet")
+    (tmp_path / "x.zip").write_bytes(b"PK\3\4")
+    assert "a zip archive" in said(tmp_path / "x.zip")
+    assert "holds something else" in said(table, out="bare")
+    assert pack(table, tmp_path / "out") == 0
+    assert "holds a pack of something else (shard_size differ)" in said(table, "--shard-size", "7", out="out")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("x.csv", b"a,b"), ("x.parquet", b"PAR1"), ("x.zip", b"PK\3\4"), ("x.jpg", b"\xff\xd8\xff"), ("x.arrow", b"ARROW1"),
+    ("x.npz", b"\x93NUMPY"), ("x.h5", b"\x89HDF\r\n"), ("x.tfrecord", b""), ("x.json", b"{}"),
+])  # fmt: skip
+def test_every_wrong_kind_of_input_names_the_command(
+    tmp_path: Path, name: str, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    for spec in (tmp_path / name, tmp_path):
+        assert main(["train", "aclip-tiny", f"data.train={spec}", f"run.out={tmp_path}/run"]) == 2
+        assert "`amclip data pack` makes them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, unpack", [("x.tar.gz", "gunzip"), ("x.tar.zst", "zstd -d"), ("x.tgz", "gunzip")])
+def test_compressed_tars_are_named(tmp_path: Path, name: str, unpack: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).write_bytes(b"")
+    assert main(["train", "aclip-tiny", f"data.train={tmp_path}/{name}", f"run.out={tmp_path}/run"]) == 2
+    error = capsys.readouterr().err
+    assert "a compressed tar" in error and unpack in error
