@@ -20,7 +20,8 @@ from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.files import is_regular, read_json, read_text, write_atomically
 from amclip_ds.redact import redact
 
-STEPPED = ("metrics", "sample_ids", "eval")  # the files whose rows carry a step
+STEPPED = ("metrics", "sample_ids", "eval", "eval_classes", "pictures/masks")  # the files whose rows carry a step
+CLASSES = ("per_class", "confusions", "confusion_matrix")  # of an evaluation: kept in eval_classes.jsonl
 TOLD = ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")  # of an evaluation, on the screen
 
 
@@ -60,6 +61,19 @@ def read_verdict(run: Path) -> dict[str, Any] | None:
         return verdict if type(verdict.get("code")) is int else None
     except UserError:
         return None
+
+
+def evaluation_lines(rows: Iterable[dict[str, Any]]) -> dict[str, bytes]:
+    """File of the run -> its lines of some evaluations: eval.jsonl has the numbers, eval_classes.jsonl each class's
+    hits and total and what was taken for what, under the same step, weights, dataset and task."""
+    lines: dict[str, bytes] = {}
+    for row in rows:
+        short = {key: value for key, value in row.items() if key not in CLASSES}
+        lines["eval.jsonl"] = lines.get("eval.jsonl", b"") + jsonl.encode(short)
+        if "per_class" in row:
+            kept = {key: row[key] for key in (*jsonl.EVALUATION, *CLASSES) if key in row and key != "metrics"}
+            lines["eval_classes.jsonl"] = lines.get("eval_classes.jsonl", b"") + jsonl.encode(kept)
+    return lines
 
 
 def supersede(folder: Path, step: int) -> dict[str, int]:
@@ -179,7 +193,8 @@ class Record:
     def evaluation(self, rows: Iterable[dict[str, Any]]) -> None:
         """Rows of an evaluation: eval.jsonl and the trackers."""
         for row in rows if self.is_main else ():
-            self._append("eval.jsonl", row)
+            for name, lines in evaluation_lines([row]).items():
+                self._backlog.append(self.folder / name, lines)
             told = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items() if name in TOLD)
             self.say(f"Eval Step: {row['step']} {row['dataset']} {row['weights']}: {told}")
             prefix = f"eval/{row['weights']}/{row['dataset']}"
@@ -237,7 +252,9 @@ class Record:
 
     def _track(self, step: int, values: dict[str, Any]) -> None:
         """The numbers among the values, for TensorBoard and W&B."""
-        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+        numbers = {
+            name: float(value) for name, value in values.items() if isinstance(value, int | float) and name != "time"
+        }
         if self.config.tensorboard:
             event = tensorboard_events.scalars(step, numbers)
             self._backlog.append(self._events, event, head=tensorboard_events.head(self._first_step + 1))

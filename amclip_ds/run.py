@@ -36,6 +36,7 @@ from amclip_ds.resilience.watchdog import Watchdog
 from amclip_ds.run_folder import open_folder, write_settings, write_verdict_at_end
 from amclip_ds.step import StepResult
 from amclip_ds.teacher import Teacher
+from amclip_ds.timeline import Timeline
 
 
 @dataclass
@@ -77,6 +78,7 @@ class Run:
     attempt: int
     stops: Preemption
     watchdog: Watchdog
+    timeline: Timeline
     state: TrainState
     data: TrainingData
     total_steps: int
@@ -114,6 +116,16 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     folder, attempt = on_main(partial(open_folder, config))
     if owner is not None:
         owner.set_attempt(attempt)
+    timeline = Timeline(folder, attempt, runtime.is_main)
+    timeline.start(
+        world_size=runtime.world_size,
+        num_nodes=runtime.num_nodes,
+        device=runtime.device.type,
+        launcher=runtime.launcher,
+        engine=config.engine.deepspeed,
+        job=job.job,
+        restart=job.restart,
+    )
     stops = stack.enter_context(Preemption(config.preemption, folder, runtime, owner, job.end, config.run.time_limit))
     watchdog = stack.enter_context(Watchdog(config.watchdog, folder, attempt, runtime))
     comm.on_arrival = watchdog.arrived
@@ -121,9 +133,9 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     stack.enter_context(write_verdict_at_end(folder, attempt, state, runtime.is_main, owner))
 
     ranks = Ranks(config.checkpoint.timeout_s)
-    with watchdog.during("verify"):
+    with watchdog.during("verify"), timeline.during("verify"):
         found = look(folder, resume, config, ranks)
-    with watchdog.during("index"):
+    with watchdog.during("index"), timeline.during("index"):
         evaluated_on = on_main(partial(check_evaluation, config, is_resumed=found is not None))
         data = stack.enter_context(closing(open_data(config, method, runtime, found is not None)))
     total_steps = settings.count_steps(config, data.steps_per_epoch)
@@ -142,7 +154,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
 
     # A resumed run's weights are its checkpoint's: where the first ones came from need not exist any more.
     fresh = config if found is None else replace(config, model=replace(config.model, init_from=None))
-    student, teacher = build_engines(fresh, method, runtime)
+    with timeline.during("build"):
+        student, teacher = build_engines(fresh, method, runtime)
     if config.model.init_from and found is None:
         for line in start.describe(config.model.init_from, dict(student.module.named_parameters())):
             record.say(line)
@@ -151,7 +164,11 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
 
     @contextmanager
     def saving() -> Iterator[None]:
-        with meter.paused(), watchdog.during("save"):  # no step's time, and watched by the limit of long phases
+        with (
+            meter.paused(),
+            watchdog.during("save"),
+            timeline.during("save"),
+        ):  # no step's time, and watched by the limit of long phases
             yield
 
     keeper = stack.enter_context(Keeper(
@@ -159,16 +176,21 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         data_fingerprint=data.fingerprint, data_contents=data.contents,
         before_commit=owner.check if owner else lambda: None, pausing=saving,
     ))  # fmt: skip
-    with watchdog.during("resume"):
+    with watchdog.during("resume"), timeline.during("resume"):
         keeper.resume(found, state)
+        timeline.step = state.step
+        if found is not None:
+            saved = found.manifest
+            timeline.add("resumed", checkpoint=str(found.path), world_size=saved.world_size, stage=saved.stage)
         if runtime.is_main:
             write_settings(folder, config, record.replace)
     return Run(
         config=config, runtime=runtime, comm=comm, method=method, plan=plan, folder=folder, attempt=attempt,
-        stops=stops, watchdog=watchdog, state=state, data=data, total_steps=total_steps, record=record, student=student,
-        teacher=teacher, schedules=Schedules(config.optim, config.teacher, total_steps), guards=guards,
-        ledger=Ledger(config.data.max_skip_rate, gather_objects, data.account), meter=meter, keeper=keeper,
-        forecast=forecast,
+        stops=stops, watchdog=watchdog, timeline=timeline, state=state, data=data, total_steps=total_steps,
+        record=record, student=student, teacher=teacher,
+        schedules=Schedules(config.optim, config.teacher, total_steps),
+        guards=guards, ledger=Ledger(config.data.max_skip_rate, gather_objects, data.account), meter=meter,
+        keeper=keeper, forecast=forecast,
     )  # fmt: skip
 
 

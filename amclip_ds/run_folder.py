@@ -26,6 +26,7 @@ from amclip_ds.jsonl import append_line, read
 from amclip_ds.preconditions import check_folder
 from amclip_ds.redact import redact_all
 from amclip_ds.resilience.ownership import Owner, OwnershipLost
+from amclip_ds.timeline import Timeline
 
 if TYPE_CHECKING:
     from amclip_ds.engine.student import StudentEngine
@@ -109,6 +110,9 @@ def write_verdict(folder: Path, code: int, step: int, attempt: int, reason: str)
     backlog = Backlog(lambda cause, outcome: None)
     backlog.replace(folder / "exit.json", json.dumps(verdict) + "\n")
     backlog.close()
+    timeline = Timeline(folder, attempt, is_main=True)
+    timeline.step = step
+    timeline.add("end", code=code, reason=reason)
 
 
 def describe_versions() -> str:

@@ -1,6 +1,7 @@
 """The run on one screen: assemble, loop, save, stop when asked, evaluate, hand over the weights."""
 
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +36,7 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
                 )
             evaluate(run)
 
+        run.timeline.add("training")
         for batch in run.batches():
             result = train_step(batch, run.student, run.teacher, run.schedules, state.updates, run.method, run.comm,
                                 run.plan.micro, run.guards)  # fmt: skip
@@ -60,7 +62,7 @@ def account(run: Run, batch: Batch, result: StepResult) -> None:
     Raises RunStopped where either has seen too much.
     """
     state, record = run.state, run.record
-    record.step = state.step
+    record.step = run.timeline.step = state.step
     try:
         run.guards.account(state.step, result.applied, result.sample_ids)
     except RewindAsked:
@@ -73,7 +75,7 @@ def account(run: Run, batch: Batch, result: StepResult) -> None:
         record.sample_ids(state.step, run.comm.all_gather(batch.sample_ids).tolist())
     if record.is_due(state.step):
         run.ledger.settle()
-        row = state.numbers() | {"attempt": run.attempt} | run.meter.row(result)
+        row = state.numbers() | {"attempt": run.attempt, "time": round(time.time(), 3)} | run.meter.row(result)
         record.metrics(row, note=str(run.meter.verdict(row)))
         run.watchdog.tell_slow_ranks(record)
 
@@ -84,7 +86,7 @@ def evaluate(run: Run) -> None:
     What fails is an incident and costs its own rows, never the run nor the checkpoint that was due.
     """
     run.keeper.settle()
-    with run.meter.paused(), run.watchdog.during("evaluate"):
+    with run.meter.paused(), run.watchdog.during("evaluate"), run.timeline.during("evaluate"):
         if run.teacher is not None:
             run.teacher.publish()
         made, failures = evaluate_engines(run.student, run.teacher, run.config, run.runtime, run.state.step)

@@ -11,7 +11,7 @@ from amclip_ds.engine.student import StudentEngine
 from amclip_ds.errors import AmclipError
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.encoder import TowerEncoder
-from amclip_ds.evaluate.tasks import run_task, short
+from amclip_ds.evaluate.tasks import run_task
 from amclip_ds.teacher import Teacher
 
 
@@ -37,7 +37,7 @@ def evaluate_engines(
         try:  # what is raised here is raised on every rank alike: the collectives stay in step
             data = on_all(partial(open_set, spec, key="eval.data"))
             for encoder in encoders:
-                rows.append(short(run_task(data.task, encoder, data, config.eval.batch_size, DistributedComm(), step)))
+                rows.append(run_task(data.task, encoder, data, config.eval.batch_size, DistributedComm(), step))
         except AmclipError as error:
             failures.append(f"{spec}: {str(error).removeprefix('eval.data: ')}")
     return rows, failures

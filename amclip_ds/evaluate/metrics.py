@@ -73,6 +73,12 @@ def confusion_pairs(predicted: np.ndarray, targets: np.ndarray, names: Sequence[
     ]  # fmt: skip
 
 
+def confusion_matrix(predicted: np.ndarray, targets: np.ndarray, num_classes: int) -> list[list[int]]:
+    """[C][C] counts: the row is the true class, the column the one that it was taken for."""
+    flat = np.bincount(targets * num_classes + predicted, minlength=num_classes**2)
+    return flat.reshape(num_classes, num_classes).tolist()
+
+
 @dataclass(frozen=True)
 class Cells:
     """Independent units of a sample (images), sorted by what they contribute: all that a bootstrap needs.

@@ -7,8 +7,8 @@ from typing import Any
 from amclip_ds.backlog import Backlog
 from amclip_ds.errors import AmclipError
 from amclip_ds.evaluate.datasets import EvalSet
-from amclip_ds.evaluate.tasks import short
-from amclip_ds.jsonl import EVALUATION, encode, read_lines
+from amclip_ds.jsonl import EVALUATION, read_lines
+from amclip_ds.record import evaluation_lines
 
 KEY = ("step", "weights", "dataset", "task")  # what two rows may not share
 
@@ -23,8 +23,8 @@ def append_new(run: Path, rows: Sequence[dict[str, Any]]) -> int:
     """Appends the new ones of the rows. Returns how many. Raises AmclipError where the disk does not take them."""
     found = new(run, rows)
     backlog = Backlog(lambda cause, outcome: None)
-    for row in found:
-        backlog.append(run / "eval.jsonl", encode(short(row)))
+    for name, lines in evaluation_lines(found).items():
+        backlog.append(run / name, lines)
     if not backlog.close():
         raise AmclipError(f"{run}/eval.jsonl cannot be written: the rows of this evaluation are not in it")
     return len(found)

@@ -8,7 +8,6 @@ from amclip_ds.evaluate.datasets import CLASSIFICATION, RETRIEVAL, EvalSet, open
 from amclip_ds.evaluate.encoder import Encoder
 
 PROBES = ("linear_probe", "knn")
-DETAILS = ("per_class", "confusions")
 
 
 def run_task(
@@ -45,8 +44,3 @@ def open_for(
     if train.samples == data.samples:
         raise UserError(f"--task {task}: {spec} has one split; a probe learns from `train` and is tested on another")
     return task, data, train
-
-
-def short(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without its tables."""
-    return {key: value for key, value in row.items() if key not in DETAILS}

@@ -25,7 +25,7 @@ from amclip_ds.errors import TO_REQUEUE, AmclipError, UserError
 from amclip_ds.evaluate import rows
 from amclip_ds.evaluate.datasets import EvalSet, open_sets
 from amclip_ds.evaluate.source import locate, open_encoder
-from amclip_ds.evaluate.tasks import run_task, short
+from amclip_ds.evaluate.tasks import run_task
 from amclip_ds.files import read_bytes
 from amclip_ds.record import read_verdict
 
@@ -107,7 +107,7 @@ def _evaluate(run: Path, path: Path, missing: dict[str, list[EvalSet]], batch_si
         for data in sets:
             began = time.monotonic()
             try:
-                row = short(run_task(data.task, encoder, data, batch_size, SingleProcess(), located.step))
+                row = run_task(data.task, encoder, data, batch_size, SingleProcess(), located.step)
             except UserError as error:
                 failures[name, data.name] = str(error)
                 print(f"{path.name} {name} {data.name}: {error}", flush=True)

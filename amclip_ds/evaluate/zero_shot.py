@@ -17,6 +17,7 @@ from amclip_ds.evaluate import metrics
 from amclip_ds.evaluate.datasets import CLASSIFICATION, EvalSet
 from amclip_ds.evaluate.encoder import Encoder, encode_images, encode_texts
 
+LARGEST_MATRIX = 100  # classes
 _classifiers: WeakKeyDictionary[Any, dict[Any, Tensor]] = WeakKeyDictionary()
 
 
@@ -67,6 +68,8 @@ def describe(predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray, secon
         main_metric=metrics.MAIN_METRIC.get(data.name.removeprefix("wds_").removeprefix("vtab-"), "acc1"),
         per_class=dict(zip(_told_apart(data.classnames), np.stack([hits, totals], 1).tolist())),
         confusions=metrics.confusion_pairs(predicted, targets, data.classnames),
+        **({"confusion_matrix": metrics.confusion_matrix(predicted, targets, num_classes)}
+           if num_classes <= LARGEST_MATRIX else {}),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from tests.e2e.conftest import Amclip
 METRICS = {
     "step", "updates", "attempt", "epoch", "samples_seen", "loss", "loss_contrastive", "loss_o2o", "loss_o2e", "lr",
     "momentum", "logit_scale", "grad_norm", "step_applied", "samples_per_s", "data_wait_s", "communication_s", "step_s",
-    "kept_tokens",
+    "kept_tokens", "time",
 }  # fmt: skip
 
 

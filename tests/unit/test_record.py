@@ -1,6 +1,7 @@
 """What a run writes: rows, rows set aside on a resume, a torn last line, the verdict."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from amclip_ds.files import write_atomically
 from amclip_ds.jsonl import append_line, read_lines
 from amclip_ds.record import LogConfig, Record, run_id, supersede
 from amclip_ds.run_folder import next_attempt, write_verdict_at_end
+from amclip_ds.timeline import FIELDS, NAME, Timeline
 
 ROW = {
     "step": 1, "updates": 1, "epoch": 0, "attempt": 0, "samples_seen": 64, "loss": 1 / 3, "loss_contrastive": 1.0,
@@ -125,3 +127,32 @@ def test_a_run_s_id_is_its_own_and_stays(tmp_path: Path) -> None:
     assert ids[0] != ids[1] and ids[0].startswith("clip-") and run_id(first) == ids[0]
     first.rename(tmp_path / "renamed")
     assert run_id(tmp_path / "renamed") == ids[0]
+
+
+def test_an_evaluations_classes_lie_beside_its_numbers(tmp_path: Path) -> None:
+    """eval.jsonl stays small; a resume sets the rows of both aside."""
+    row = {"step": 20, "weights": "student", "dataset": "pets", "task": "zeroshot_classification",
+           "metrics": {"acc1": 0.5}, "per_class": {"cat": [1, 2]}, "confusion_matrix": [[1]]}  # fmt: skip
+    with record(tmp_path) as pen:
+        pen.evaluation([row])
+    [number], [classes] = read_lines(tmp_path / "eval.jsonl"), read_lines(tmp_path / "eval_classes.jsonl")
+    assert number["metrics"] == {"acc1": 0.5} and not {"per_class", "confusion_matrix"} & set(number)
+    assert classes["per_class"] == {"cat": [1, 2]} and (classes["step"], classes["dataset"]) == (20, "pets")
+    supersede(tmp_path, 10)
+    assert not read_lines(tmp_path / "eval_classes.jsonl") and not read_lines(tmp_path / "eval.jsonl")
+
+
+def test_a_timeline_row_that_the_disk_does_not_take_ends_nothing(tmp_path: Path) -> None:
+    timeline = Timeline(tmp_path, attempt=2, is_main=True)
+    timeline.start(world_size=4)
+    timeline.step = 7
+    with timeline.during("save"):
+        time.sleep(0.02)
+    with timeline.during("evaluate"):
+        pass
+    start, save = read_lines(tmp_path / NAME, FIELDS)
+    assert start["world_size"] == 4 and start["before_s"] > 0
+    assert (save["event"], save["step"], save["attempt"]) == ("save", 7, 2) and 0.02 <= save["seconds"] < 5
+    Timeline(tmp_path / "gone", attempt=0, is_main=True).add("end")
+    Timeline(tmp_path, attempt=0, is_main=False).add("end")
+    assert len(read_lines(tmp_path / NAME)) == 2

@@ -1,0 +1,51 @@
+"""RUN/timeline.jsonl: what a run did by the clock: starts, phases before the first step, saves, evaluations, ends.
+
+A row: {"time", "attempt", "step", "event"} and what belongs to the event; "seconds" is what training waited for it.
+metrics.jsonl says how the steps went, and a resume sets its later rows aside; this file only grows.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from amclip_ds.jsonl import STEP, append_line
+
+NAME = "timeline.jsonl"
+FIELDS: dict[str, type] = STEP | {"event": str, "attempt": int}
+SHORTEST_S = 0.01  # a wait below this is not worth a row
+
+
+class Timeline:
+    """A run's pen for these rows. On ranks other than 0 it writes nothing."""
+
+    def __init__(self, folder: Path, attempt: int, is_main: bool) -> None:
+        self._file, self._attempt, self._is_main = folder / NAME, attempt, is_main
+        self.step = 0
+
+    def start(self, **facts: Any) -> None:
+        """The row of an attempt's start. before_s: since its process began (imports, and the ranks' meeting)."""
+        before_s = time.time() - psutil.Process().create_time()
+        self.add("start", before_s=round(before_s, 3), **facts)
+
+    def add(self, event: str, **facts: Any) -> None:
+        """One row. Raises nothing: a row that the disk does not take is missing in the report, and only there."""
+        if not self._is_main:
+            return
+        row = {"time": round(time.time(), 3), "attempt": self._attempt, "step": self.step, "event": event}
+        with contextlib.suppress(OSError):
+            append_line(self._file, row | facts)
+
+    @contextlib.contextmanager
+    def during(self, event: str, **facts: Any) -> Iterator[None]:
+        """A row of what the block took, if it took any time."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = round(time.monotonic() - began, 3)
+            if seconds >= SHORTEST_S:
+                self.add(event, seconds=seconds, **facts)
