@@ -25,6 +25,7 @@ ACTIONS = {
     ),
     "listen": "from amclip_ds.resilience import preemption\npreemption.listen()",
     "launcher": "from amclip_ds.launch import run_ranks",
+    "report": "from amclip_ds.report.page import write_report",
 }
 
 

@@ -1,0 +1,182 @@
+"""What happened to a run, in order: starts, saves, evaluations, incidents, ends; each with its cause and effect."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from amclip_ds.errors import DONE, FAULT, INTERRUPTED, MISTAKE, STOPPED_ITSELF, TO_REQUEUE
+from amclip_ds.report.read import RunFacts
+from amclip_ds.report.time_spent import Attempt
+
+START, SAVE, EVALUATION, INCIDENT, END = "start", "save", "evaluation", "incident", "end"
+KINDS = {START: "starts and resumes", SAVE: "checkpoints", EVALUATION: "evaluations", INCIDENT: "incidents",
+         END: "ends"}  # fmt: skip
+MEANING = {
+    DONE: "done",
+    FAULT: "a fault of amclip or of the machine",
+    MISTAKE: "a mistake in the command, the settings or the data",
+    STOPPED_ITSELF: "the run stopped itself (guards, data limits)",
+    TO_REQUEUE: "stopped from outside after a committed checkpoint; the same command goes on",
+    INTERRUPTED: "interrupted before there was anything to save",
+}
+
+
+@dataclass
+class Event:
+    """Something at a time and a step."""
+
+    time: float
+    """seconds since the epoch; 0: unknown"""
+    step: int
+    attempt: int
+    kind: str
+    what: str
+    cause: str = ""
+    effect: str = ""
+    until: int = 0
+    """the last step of several alike; else the step"""
+    count: int = 1
+
+
+def events_of(run: RunFacts, attempts: list[Attempt]) -> list[Event]:
+    """Everything, in the order of the clock."""
+    found = [*_starts(run, attempts), *_waits(run), *_incidents(run), *_ends(run, attempts)]
+    return sorted(found, key=lambda event: (event.attempt, event.time, event.step))
+
+
+def in_words(kind: str) -> str:
+    """An incident's kind as people write it."""
+    return kind.replace("_", " ")
+
+
+def describe_verdict(run: RunFacts, attempts: list[Attempt]) -> tuple[str, str, bool]:
+    """(one line, the reason, whether all is well): how the run stands."""
+    length = f" of {run.total_steps}" if run.total_steps else ""
+    if run.verdict is not None:
+        code = run.verdict["code"]
+        meaning = MEANING.get(code, f"ended by its launcher with code {code}")
+        word = "Done" if code == DONE else meaning[0].upper() + meaning[1:]
+        return f"{word}, after step {run.last_step}{length} (exit code {code})", str(run.verdict.get("reason", "")), (
+            code in (DONE, TO_REQUEUE)
+        )  # fmt: skip
+    if run.is_alive:
+        return f"At work: step {run.last_step}{length}", "it wrote something in the last minutes", True
+    if not run.starts and not attempts:
+        return "Not started", "the folder holds settings alone", True
+    return (
+        f"Ended without a verdict, after step {run.last_step}{length}",
+        "no exit.json: the processes were killed, or their machine went away; the last lines of the job's output say"
+        " more, and the same command goes on from the newest checkpoint",
+        False,
+    )
+
+
+def _starts(run: RunFacts, attempts: list[Attempt]) -> list[Event]:
+    found = []
+    facts = {row["attempt"]: row for row in run.timeline if row["event"] == "start"}
+    resumed = {row["attempt"]: row for row in run.timeline if row["event"] == "resumed"}
+    for before, attempt in zip([None, *attempts], attempts):
+        row, saved = facts.get(attempt.number, {}), resumed.get(attempt.number)
+        ranks, nodes = row.get("world_size"), row.get("num_nodes")
+        where = f" on {ranks} ranks, {nodes} node(s), {row.get('device')}, {row.get('engine')}" if ranks else ""
+        job = f", Slurm job {row['job']}, restart {row.get('restart')}" if row.get("job") else ""
+        effect = []
+        if saved:
+            effect.append(f"goes on from step {saved['step']}")
+            if before and before.last_step > saved["step"]:
+                effect.append(f"steps {saved['step'] + 1} to {before.last_step} are made again")
+            if ranks and saved.get("world_size") not in (None, ranks):
+                effect.append(
+                    f"the world changes from {saved['world_size']} to {ranks} ranks; batch and order of samples stay"
+                )
+        elif before:
+            effect.append("begins anew: there was no checkpoint" if attempt.last_step else "came to no step")
+        cause = f"attempt {before.number} had ended" + (f": {before.reason}" if before.reason else "") if before else ""
+        found.append(Event(attempt.began, attempt.first_step, attempt.number, START,
+                           f"attempt {attempt.number} starts{where}{job}", cause, "; ".join(effect)))  # fmt: skip
+    return found
+
+
+def _waits(run: RunFacts) -> list[Event]:
+    """Saves and evaluations: a row each, however many waits they consisted of."""
+    sums: dict[tuple[int, int, str], Event] = {}
+    seconds: Counter[tuple[int, int, str]] = Counter()
+    for row in run.timeline:
+        kind = {"save": SAVE, "evaluate": EVALUATION}.get(row["event"])
+        if kind is None:
+            continue
+        key = (row["attempt"], row["step"], kind)
+        seconds[key] += row.get("seconds", 0.0)
+        what = "checkpoint" if kind == SAVE else "evaluation"
+        sums.setdefault(key, Event(row.get("time", 0.0), row["step"], row["attempt"], kind, what))
+    for key, event in sums.items():
+        event.effect = f"training waited {seconds[key]:.1f} s"
+    return list(sums.values())
+
+
+def _incidents(run: RunFacts) -> list[Event]:
+    """Those of one attempt and kind are one row as long as nothing else comes between; samples are told by kind."""
+    found: list[Event] = []
+    open_rows: dict[tuple[Any, ...], Event] = {}
+    for row in run.incidents:
+        effect = str(row.get("action") or "")
+        is_sample = effect.startswith("replaced") or bool(row.get("shard"))
+        key = (row["attempt"], row["kind"], effect, is_sample or row["cause"])
+        known = open_rows.get(key)
+        if known is not None:
+            known.count += 1
+            known.until = max(known.until, row["step"])
+            continue
+        at = row.get("time")
+        event = Event(float(at) if isinstance(at, int | float) else 0.0, row["step"], row["attempt"], INCIDENT,
+                      in_words(row["kind"]), row["cause"], effect, until=row["step"])  # fmt: skip
+        if is_sample and row.get("shard"):
+            event.cause = f"{row['cause']}: {row.get('key', '')} in {row['shard']}"
+        open_rows[key] = event
+        found.append(event)
+    return found
+
+
+def _ends(run: RunFacts, attempts: list[Attempt]) -> list[Event]:
+    found = []
+    for attempt in attempts:
+        if attempt.code is not None:
+            found.append(Event(attempt.ended, attempt.last_step, attempt.number, END,
+                               f"attempt {attempt.number} ends with code {attempt.code}", attempt.reason,
+                               MEANING.get(attempt.code, "")))  # fmt: skip
+        elif attempt is not attempts[-1] or (run.verdict is None and not run.is_alive):
+            found.append(Event(attempt.ended, attempt.last_step, attempt.number, END,
+                               f"attempt {attempt.number} ends without a word", "killed, or its machine went away",
+                               "what was behind the newest checkpoint is made again"))  # fmt: skip
+    return found
+
+
+@dataclass
+class Loss:
+    """Samples of one shard and kind that could not be used."""
+
+    shard: str
+    kind: str
+    count: int
+    example: str
+    """key and cause of the first"""
+    effect: str
+
+
+def lost_samples(run: RunFacts) -> list[Loss]:
+    """The ledger: by shard and kind, the worst first. A resume may tell of the same sample again; it counts once."""
+    counts: Counter[tuple[str, str]] = Counter()
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    seen: set[tuple[str, str, str]] = set()
+    for row in run.incidents:
+        shard, kind, key = str(row.get("shard") or ""), str(row["kind"]), str(row.get("key") or "")
+        if not shard or (shard, kind, key) in seen:
+            continue
+        seen.add((shard, kind, key))
+        counts[shard, kind] += 1
+        first.setdefault((shard, kind), row)
+    return [
+        Loss(shard, kind, count, f"{first[shard, kind].get('key', '')}: {first[shard, kind]['cause']}",
+             str(first[shard, kind].get("action") or ""))
+        for (shard, kind), count in counts.most_common()
+    ]  # fmt: skip

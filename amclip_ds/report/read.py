@@ -1,0 +1,185 @@
+"""What a run's folder says, as plain values: numbers by step, attempts, incidents, evaluations, settings."""
+
+import time
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from amclip_ds import jsonl, plain_yaml, timeline
+from amclip_ds.errors import UserError
+from amclip_ds.files import describe, read_json
+from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP
+from amclip_ds.record import read_verdict
+
+INCIDENT: dict[str, type] = STEP | {"kind": str, "cause": str, "attempt": int}
+CLASSES: dict[str, type] = STEP | {"weights": str, "dataset": str, "task": str, "per_class": dict}
+COUNTED = ("updates", "samples_seen", "attempt", "epoch", "time")  # numbers of a metrics row that are no measurement
+ALIVE_S = 180.0  # a run that wrote something so lately is still at work
+TAIL = 1 << 16  # bytes of out.log's end that are searched
+
+
+@dataclass
+class Series:
+    """Numbers by step; a column has NaN where a row has no number."""
+
+    steps: "array[int]" = field(default_factory=lambda: array("q"))
+    columns: "dict[str, array[float]]" = field(default_factory=dict)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Takes a row's numbers over, `step` apart."""
+        self.steps.append(row["step"])
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                column = self.columns.setdefault(name, array("d", [nan]) * (len(self.steps) - 1))
+                column.append(value)
+        for column in self.columns.values():
+            if len(column) < len(self.steps):
+                column.append(nan)
+
+    def get(self, name: str) -> "array[float]":
+        """A column; all NaN where no row has it."""
+        return self.columns.get(name) or array("d", [nan]) * len(self.steps)
+
+
+@dataclass
+class RunFacts:
+    """One run as its folder tells it. Everything in it is somebody else's text until it is escaped."""
+
+    folder: Path
+    name: str
+    verdict: dict[str, Any] | None
+    """exit.json"""
+    is_alive: bool
+    """without a verdict: whether something was written lately"""
+    last_write: float | None
+    config: dict[str, Any]
+    """dotted key -> value"""
+    versions: dict[str, Any]
+    starts: list[dict[str, Any]]
+    """attempts.jsonl"""
+    timeline: list[dict[str, Any]]
+    metrics: Series
+    set_aside: Series
+    """metrics of steps that were made again after a resume"""
+    evaluations: list[dict[str, Any]]
+    classes: list[dict[str, Any]]
+    """of the last step that each set was evaluated at"""
+    incidents: list[dict[str, Any]]
+    summary: str
+    """what the run said last about its data"""
+    unreadable: dict[str, int]
+    """file -> lines of it that could not be read"""
+
+    @property
+    def total_steps(self) -> int | None:
+        """How long the run is to be, where its settings say it in steps."""
+        steps = self.config.get("run.steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is known of."""
+        told = self.verdict["step"] if self.verdict and isinstance(self.verdict.get("step"), int) else 0
+        return max(told, self.metrics.steps[-1] if self.metrics.steps else 0)
+
+
+def read_run(folder: Path) -> RunFacts:
+    """Everything but the pictures. Raises UserError where the folder is no run's."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no run's folder: it has no config.yaml")
+    unreadable: dict[str, int] = {}
+
+    def rows(name: str, fields: dict[str, type]) -> Iterator[dict[str, Any]]:
+        return _rows(folder / name, fields, unreadable)
+
+    metrics, set_aside = Series(), Series()
+    for row in rows("metrics.jsonl", STEP):
+        metrics.add(row)
+    for row in rows("metrics.superseded.jsonl", STEP):
+        set_aside.add(row)
+    verdict, last_write = read_verdict(folder), _last_write(folder)
+    return RunFacts(
+        folder=folder, name=folder.resolve().name, verdict=verdict,
+        is_alive=verdict is None and last_write is not None and time.time() - last_write < ALIVE_S
+        and not _is_released(folder / "owner.json"),
+        last_write=last_write, config=flat(plain_yaml.read(folder / "config.yaml")),
+        versions=_read_versions(folder / "versions.json"),
+        starts=list(rows("attempts.jsonl", {"attempt": int})), timeline=list(rows(timeline.NAME, timeline.FIELDS)),
+        metrics=metrics, set_aside=set_aside, evaluations=list(rows("eval.jsonl", EVALUATION)),
+        classes=_latest(rows("eval_classes.jsonl", CLASSES)), incidents=list(rows("incidents.jsonl", INCIDENT)),
+        summary=_summary(folder / "out.log"), unreadable=unreadable,
+    )  # fmt: skip
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys; lists of maps by their places."""
+    if isinstance(settings, list) and any(isinstance(item, dict) for item in settings):
+        settings = dict(enumerate(settings))
+    if not isinstance(settings, dict):
+        return {prefix.removesuffix("."): settings}
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.")
+    return found
+
+
+def _rows(path: Path, fields: dict[str, type], unreadable: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """The rows of a file, one at a time; a file that is too large or unreadable ends where it does, and is counted."""
+    size = 0
+    try:
+        for line, is_whole in jsonl.lines(path):
+            size += len(line)
+            row = jsonl.parse(line, fields) if is_whole and size <= MAX_METRICS else None
+            if row is not None:
+                yield row
+            elif line.endswith(b"\n"):
+                unreadable[path.name] = unreadable.get(path.name, 0) + 1
+    except OSError as error:
+        raise UserError(f"{path}: {describe(error)}") from None
+
+
+def _latest(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last row of each data set, weights and task: a long run has too many to hold."""
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in rows:
+        found[row["dataset"], row["weights"], row["task"]] = row
+    return list(found.values())
+
+
+def _read_versions(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, dict)
+    except UserError:
+        return {}
+
+
+def _is_released(owner: Path) -> bool:
+    """Whether the last trainer of the folder has let go of it."""
+    try:
+        return read_json(owner, dict).get("released") is True
+    except UserError:
+        return False
+
+
+def _last_write(folder: Path) -> float | None:
+    times = []
+    for name in ("metrics.jsonl", "owner.json", "out.log", timeline.NAME):
+        try:
+            times.append((folder / name).stat().st_mtime)
+        except OSError:
+            continue
+    return max(times, default=None)
+
+
+def _summary(log: Path) -> str:
+    """The last line of out.log that accounts for the samples; empty where there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - TAIL))
+            lines = file.read(TAIL).decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    return next((line[20:] for line in reversed(lines) if line[20:].startswith("data: ") and "trained on" in line), "")

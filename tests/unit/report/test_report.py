@@ -1,0 +1,181 @@
+"""What a report says of a run: its verdict, its time, its events with cause and effect, and nothing of a stranger's."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from amclip_ds import cli
+from amclip_ds.errors import UserError
+from amclip_ds.report import charts, events
+from amclip_ds.report.page import differences, duration, page, write_report
+from amclip_ds.report.read import flat, read_run
+from amclip_ds.report.time_spent import attempts_of, goodput, total
+from tests.unit.report.runs import event, eventful, incident, long, metrics_row
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return eventful(tmp_path_factory.mktemp("runs") / "eventful")
+
+
+def test_time_adds_up_to_the_clock(run: Path) -> None:
+    """Attempt 0: 72 s, of which 10 s of steps were made again; 100 s of queue less the 10 of imports; attempt 1: 95."""
+    attempts = attempts_of(read_run(run))
+    first, second = attempts
+    assert (first.wall_s, second.wall_s) == (pytest.approx(72), pytest.approx(95))
+    assert first.seconds["again"] == pytest.approx(10) and first.seconds["save"] == pytest.approx(2)
+    assert first.seconds["start"] == pytest.approx(30) and second.seconds["start"] == pytest.approx(20)
+    assert second.seconds["compute"] == pytest.approx(70 * 0.7) and second.seconds["data"] == pytest.approx(7)
+    assert (second.first_step, second.last_step, second.world_size, second.code) == (30, 100, 2, 0)
+    sums = total(attempts)
+    assert sums["between"] == pytest.approx(100) and sum(sums.values()) == pytest.approx(72 + 100 + 95)
+    assert goodput(sums) == pytest.approx(0.9 * 100 / 267)
+
+
+def test_every_event_has_its_cause_and_effect(run: Path) -> None:
+    facts = read_run(run)
+    told = {found.what: found for found in events.events_of(facts, attempts_of(facts))}
+    assert told["broken image"].count == 3 and "/data/b.tar" in told["broken image"].cause
+    assert told["non finite loss"].effect == "skipped on all ranks" and "from rank 1" in told["non finite loss"].cause
+    assert "SIGTERM" in told["attempt 0 ends with code 75"].cause
+    resumed = next(found for name, found in told.items() if name.startswith("attempt 1 starts"))
+    assert resumed.effect == (
+        "goes on from step 30; steps 31 to 40 are made again; the world changes from 4 to 2 ranks; batch and order of"
+        " samples stay"
+    )
+    assert told["checkpoint"].effect == "training waited 2.0 s", "the two waits of one save are one event"
+    order = [found.time for found in events.events_of(facts, attempts_of(facts))]
+    assert order == sorted(order)
+
+
+def test_the_ledger_counts_a_sample_once_though_a_resume_tells_of_it_again(run: Path, tmp_path: Path) -> None:
+    again = eventful(tmp_path / "run")
+    incident(again, 0, 1, 31, "broken image", "cannot be decoded", shard="/data/b.tar", key="000")
+    assert [(loss.shard, loss.kind, loss.count) for loss in events.lost_samples(read_run(again))] == [
+        ("/data/b.tar", "broken image", 3)
+    ]
+
+
+@pytest.mark.parametrize(
+    "verdict, line",
+    [
+        ({"code": 3, "step": 9, "reason": "guards.max_skipped: 5"}, "The run stopped itself (guards, data limits)"),
+        ({"code": 75, "step": 9, "reason": "SIGTERM"}, "Stopped from outside after a committed checkpoint"),
+        (None, "Ended without a verdict"),
+    ],
+)
+def test_the_verdict_comes_first(verdict: dict | None, line: str, tmp_path: Path) -> None:
+    folder = eventful(tmp_path / "run")
+    (folder / "exit.json").unlink()
+    (folder / "owner.json").write_text('{"released": true}')
+    if verdict:
+        (folder / "exit.json").write_text(json.dumps(verdict))
+    facts = read_run(folder)
+    headline, reason, is_well = events.describe_verdict(facts, attempts_of(facts))
+    assert headline.startswith(line) and is_well == bool(verdict and verdict["code"] == 75)
+    text = page([facts])
+    assert text.index(line) < text.index("Where the time went"), "the verdict is the first thing to read"
+
+
+def test_a_run_that_has_just_begun_or_has_no_new_files_has_a_report(tmp_path: Path) -> None:
+    """Settings alone; then a folder of before there was a time line."""
+    folder = eventful(tmp_path / "run")
+    for file in folder.iterdir():
+        if file.name != "config.yaml":
+            file.unlink()
+    assert "Not started" in page([read_run(folder)])
+    (folder / "metrics.jsonl").write_text(json.dumps(metrics_row(10, 0, 0.0)) + "\n{torn\n")
+    text = page([read_run(folder)])
+    assert "At work: step 10" in text and "metrics.jsonl 1" in text, "what could not be read is counted"
+
+
+def test_a_folder_that_is_none_is_the_users_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "no run's folder" in capsys.readouterr().err
+
+
+def test_the_command_writes_where_it_says(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(run)]) == 0
+    assert (run / "report.html").is_file() and str(run / "report.html") in capsys.readouterr().out
+    with pytest.raises(UserError, match="--out"):
+        write_report([run], tmp_path / "no" / "folder.html")
+
+
+def test_nothing_of_a_run_becomes_markup(tmp_path: Path) -> None:
+    """Class names, keys, causes, settings and a folder's name are shown, whatever they hold."""
+    folder = eventful(tmp_path / "<img src=x onerror=alert(1)>")
+    evil = "</script><script>alert(1)</script>\x1b[31m\u202e"
+    incident(folder, 0, 1, 3, evil, evil, shard=evil, key=evil, action=evil)
+    event(folder, 0, 1, 3, "end", code=1, reason=evil)
+    text = page([read_run(folder)])
+    assert "<script>alert" not in text and "<img src=x" not in text and "<b>square" not in text
+    assert "\x1b" not in text and "\u202e" not in text
+    assert "blue &lt;b&gt;square" in text and "&lt;/script&gt;" in text
+
+
+def test_the_page_names_no_place_to_ask(run: Path) -> None:
+    text = page([read_run(run)])
+    outside = re.sub(r"http://www\.w3\.org/2000/svg", "", text)
+    assert not re.search(r"https?:|//[a-z]+\.|@import|url\(|<link(?! rel=\"icon\" href=\"data:)|<iframe", outside)
+    assert "default-src 'none'" in text
+
+
+def test_a_long_runs_page_is_small(tmp_path: Path) -> None:
+    """100,000 rows of metrics, 1,000 incidents and saves: under 1.5 MB."""
+    out = tmp_path / "long.html"
+    assert write_report([long(tmp_path / "run")], out) < 1_500_000
+    assert "more events are in" in out.read_text()
+
+
+def test_runs_are_compared(run: Path, tmp_path: Path) -> None:
+    other = eventful(tmp_path / "other")
+    config = (other / "config.yaml").read_text()
+    assert "lr: " in config
+    (other / "config.yaml").write_text(re.sub(r"\blr: .*", "lr: 0.5", config))
+    (other / "versions.json").write_text(json.dumps({"torch": "9"}))
+    facts = [read_run(run), read_run(other)]
+    told = dict(differences(facts))
+    assert told["optim.lr"][1] == "0.5" and told["version of torch"] == ["2.13.0", "9"]
+    assert set(told) == {"optim.lr", "run.out", "version of torch"}
+    text = page(facts)
+    assert "2 runs compared" in text and text.count('role="tablist"') == 3
+
+
+@pytest.mark.parametrize("most", [5, 700])
+def test_a_curve_keeps_its_extremes_and_its_gaps(most: int) -> None:
+    values = [1.0] * 1000
+    values[500], values[700] = 9.0, float("nan")
+    points = charts.buckets(range(1000), values, most)
+    assert max(point[3] for point in points if point) == 9.0 and min(point[2] for point in points if point) == 1.0
+    assert len(points) <= most + 1
+    few = charts.buckets([1, 2, 3], [1.0, float("nan"), 3.0])
+    assert few[1] is None and charts.draw("a", "a", "", [("a", few)], steps=(0, 3)).lines[0].path.count("M") == 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "low, high, is_log, found",
+    [
+        (0, 100, False, [0, 20, 40, 60, 80, 100]),
+        (0, 1, True, [1, 2, 5, 10]),
+        (-3, 3, True, [1e-2, 1, 1e2]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, is_log: bool, found: list[float]) -> None:
+    places = charts.ticks(low, high, 5, is_log)
+    assert [10**place if is_log else place for place in places] == pytest.approx(found)
+
+
+def test_words() -> None:
+    assert [duration(s) for s in (3.21, 90, 125, 7500, 200000)] == [
+        "3.2 s",
+        "90 s",
+        "2 min 5 s",
+        "2 h 5 min",
+        "2 d 7 h",
+    ]
+    assert [charts.number(x) for x in (0, 0.25, 12345.6, 4.1e-6, float("nan"))] == [
+        "0", "0.25", "12,346", "4.1e-6", "none",
+    ]  # fmt: skip
+    assert flat({"a": {"b": 1, "c": [{"d": 2}]}, "e": [1, 2]}) == {"a.b": 1, "a.c.0.d": 2, "e": [1, 2]}
