@@ -20,7 +20,7 @@ from amclip_ds import config as settings
 from amclip_ds.backlog import Backlog
 from amclip_ds.config import TrainConfig
 from amclip_ds.engine.collectives import on_main
-from amclip_ds.errors import AmclipError
+from amclip_ds.errors import AmclipError, in_one_line
 from amclip_ds.files import not_written, write_atomically
 from amclip_ds.jsonl import append_line, read
 from amclip_ds.preconditions import check_folder
@@ -82,7 +82,7 @@ class HasStep(Protocol):
 def write_verdict_at_end(
     folder: Path, attempt: int, state: HasStep, is_main: bool, owner: Owner | None = None
 ) -> Iterator[None]:
-    """Leaves RUN/exit.json when the block ends, well or with an AmclipError; a crash leaves none.
+    """Leaves RUN/exit.json and report.html when the block ends, well or with an AmclipError; a crash leaves none.
 
     owner: rank 0's hold on the folder. Once it is another trainer's, so is the verdict in it: OwnershipLost then takes
     the place of whatever error that has led to.
@@ -96,9 +96,11 @@ def write_verdict_at_end(
             owner.check()
         if is_main:
             write_verdict(folder, error.exit_code, state.step, attempt, str(error))
+            write_last_report(folder)
         raise
     if is_main:
         write_verdict(folder, 0, state.step, attempt, "done")
+        write_last_report(folder)
 
 
 def write_verdict(folder: Path, code: int, step: int, attempt: int, reason: str) -> None:
@@ -113,6 +115,16 @@ def write_verdict(folder: Path, code: int, step: int, attempt: int, reason: str)
     timeline = Timeline(folder, attempt, is_main=True)
     timeline.step = step
     timeline.add("end", code=code, reason=reason)
+
+
+def write_last_report(folder: Path) -> None:
+    """RUN/report.html. Whatever keeps it from being written keeps nothing else. Rank 0 only."""
+    from amclip_ds.report.page import write_report
+
+    try:
+        write_report([folder], folder / "report.html")
+    except Exception as error:
+        print(f"report: not written: {in_one_line(error, 300)}; `amclip report {folder}` writes it", file=sys.stderr)
 
 
 def describe_versions() -> str:

@@ -87,6 +87,7 @@
 
     function draw() {
       svg.setAttribute("viewBox", [view.left, view.top, view.right - view.left, view.bottom - view.top].join(" "));
+      svg.querySelector(".marks").setAttribute("transform", "translate(0 " + view.top + ") scale(1 " + (view.bottom - view.top) / HIGH + ")");
       const s0 = stepAt(view.left), s1 = stepAt(view.right), h0 = heightAt(view.bottom), h1 = heightAt(view.top);
       label(figure.querySelector(".xs"), ticks(s0, s1, Math.max(2, Math.min(6, area.clientWidth / 90))), "left", (step) => ((step - s0) / (s1 - s0)) * 100, number);
       const heights = ticks(h0, h1, 5, isLog);

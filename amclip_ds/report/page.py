@@ -8,6 +8,7 @@ import base64
 import hashlib
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,7 +31,8 @@ HERE = Path(__file__).parent
 MAX_EVENTS = 400  # rows of the time line; of those that repeat themselves the first are kept
 MAX_LOSSES = 200
 BY_ATTEMPT = tuple(part for part in PARTS if part != "between")
-MARKS = 80  # of one kind, over a chart
+MARKS = 80  # of one kind, at a chart
+LINES = 12  # of one kind, over a curve
 MEASURED = {  # column -> (title, unit, whether the axis is logarithmic, whether it begins at 0)
     "grad_norm": ("Gradient norm", "before clipping", True, False),
     "lr": ("Learning rate", "", False, True),
@@ -61,6 +63,8 @@ class Mark:
     percent: float
     kind: str
     text: str
+    is_short: bool
+    """a tick at the edge: there are too many of its kind for lines over the curve"""
 
 
 @dataclass
@@ -286,13 +290,14 @@ def marks(run: RunFacts, events: list[Event]) -> list[Mark]:
     found: dict[tuple[str, int], list[tuple[int, str]]] = {}
     for kind, step, what in alike:
         found.setdefault((kind, int((step - first) / (last - first) * MARKS)), []).append((step, what))
+    numbers = Counter(kind for kind, _ in found)
     made = []
     for (kind, _), held in found.items():
         step = min(step for step, _ in held)
         names = ", ".join(list(dict.fromkeys(what for _, what in held))[:3])
         count = f" ({len(held)})" if len(held) > 1 else ""
         percent = min(100.0, max(0.0, (step - first) / (last - first) * 100))
-        made.append(Mark(round(percent, 2), kind, f"step {step}: {names}{count}"))
+        made.append(Mark(round(percent, 2), kind, f"step {step}: {names}{count}", numbers[kind] > LINES))
     return made
 
 

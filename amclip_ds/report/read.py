@@ -33,8 +33,9 @@ class Series:
         self.steps.append(row["step"])
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
-                column = self.columns.setdefault(name, array("d", [nan]) * (len(self.steps) - 1))
-                column.append(value)
+                if name not in self.columns:
+                    self.columns[name] = array("d", [nan]) * (len(self.steps) - 1)
+                self.columns[name].append(value)
         for column in self.columns.values():
             if len(column) < len(self.steps):
                 column.append(nan)

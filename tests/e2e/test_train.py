@@ -27,6 +27,7 @@ def test_every_method_trains_evaluates_and_records(recipe: str, scenes: Path, tm
     assert code == 0, printed
     run = tmp_path / "run"
     assert printed.strip().splitlines()[-1] == str(run)
+    assert "Done, after step 4 of 4 (exit code 0)" in (run / "report.html").read_text()
     rows = read_lines(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 4]
     assert all(set(row) >= METRICS for row in rows)

@@ -3,15 +3,17 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from amclip_ds import cli
-from amclip_ds.errors import UserError
+from amclip_ds.errors import RunStopped, UserError
 from amclip_ds.report import charts, events
 from amclip_ds.report.page import differences, duration, page, write_report
 from amclip_ds.report.read import flat, read_run
 from amclip_ds.report.time_spent import attempts_of, goodput, total
+from amclip_ds.run_folder import write_verdict_at_end
 from tests.unit.report.runs import event, eventful, incident, long, metrics_row
 
 
@@ -179,3 +181,18 @@ def test_words() -> None:
         "0", "0.25", "12,346", "4.1e-6", "none",
     ]  # fmt: skip
     assert flat({"a": {"b": 1, "c": [{"d": 2}]}, "e": [1, 2]}) == {"a.b": 1, "a.c.0.d": 2, "e": [1, 2]}
+
+
+def test_a_report_that_cannot_be_written_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The verdict stays what it is; the line says how to get the report."""
+    folder = eventful(tmp_path / "run")
+    (folder / "report.html").mkdir()
+    state = SimpleNamespace(step=100)
+    with write_verdict_at_end(folder, 1, state, is_main=True):
+        pass
+    assert json.loads((folder / "exit.json").read_text())["code"] == 0
+    assert f"`amclip report {folder}` writes it" in capsys.readouterr().err
+    (folder / "report.html").rmdir()
+    with pytest.raises(RunStopped), write_verdict_at_end(folder, 1, state, is_main=True):
+        raise RunStopped("guards.max_skipped: enough")
+    assert "guards.max_skipped: enough" in (folder / "report.html").read_text()
