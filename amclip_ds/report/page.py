@@ -243,7 +243,8 @@ def charts(id: str, run: RunFacts) -> dict[str, list[Chart]]:
              for name in terms], steps=span),
         *evaluations(id, run),
     ]  # fmt: skip
-    schedule, cost = [], []
+    schedule: list[Chart | None] = []
+    cost: list[Chart | None] = []
     for name, (title, unit, is_log, from_zero) in MEASURED.items():
         chart = draw(f"{id}-{name}", title, unit, [(title.lower(), line(name))], steps=span, is_log=is_log,
                      from_zero=from_zero)  # fmt: skip
@@ -258,7 +259,7 @@ def charts(id: str, run: RunFacts) -> dict[str, list[Chart]]:
 def evaluations(id: str, run: RunFacts) -> list[Chart | None]:
     """A chart a metric: each set and weights a line, and chance where the number of classes is known."""
     chances = {row["dataset"]: 1 / len(row["per_class"]) for row in run.classes if row["per_class"]}
-    found = []
+    found: list[Chart | None] = []
     names = dict.fromkeys(name for row in run.evaluations for name in row["metrics"] if name in METRICS)
     for name in sorted(names, key=list(METRICS).index):
         lines: dict[str, list[Point | None]] = {}
