@@ -291,7 +291,7 @@ def _named_parts(keys: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for key, value in keys.items():
         section, *rest = key.split(".")
-        if key.endswith("mask.strategy"):
+        if f".{key}".endswith(".mask.strategy"):
             found |= {key: str(value)} if value else {}  # empty: a view's that is left out
         elif section in ("mask", "loss") and len(rest) > 1:
             found[key] = rest[0]
@@ -470,10 +470,12 @@ def _check_together(config: TrainConfig) -> None:
             patch_grid(config.model.vision, config.model.vision.image_size // 2)
     except ValueError as error:
         raise SettingsError(in_one_line(error)) from None
-    if config.loss.o2o_weight > 0 and config.data.num_views != 2:
+    context, text_mask = config.model.text.context_length, config.data.text_mask
+    if text_mask.strategy != NONE and text_mask.tokens > context:
         raise SettingsError(
-            f"loss.o2o_weight: this loss needs data.num_views=2, not {config.data.num_views}; or set it to 0"
+            f"data.text_mask.tokens: {text_mask.tokens} is above model.text.context_length, {context}: nothing would go"
         )
+    _check_read_views(config)
 
 
 def _check_masks(config: TrainConfig, grid: int) -> None:
@@ -493,3 +495,46 @@ def _check_masks(config: TrainConfig, grid: int) -> None:
                 f"mask.keep_ratio: {masks.count(mask)} views of {kept} units each, none in common, are more than the"
                 f" {units} that mask.strategy={mask.strategy} can share out; keep at most 1/{masks.count(mask)}"
             )
+
+
+def _check_read_views(config: TrainConfig) -> None:
+    """Raises SettingsError for an objective that reads a view that is not there, or a text that nothing makes."""
+    loss, num_views = config.loss, config.data.num_views
+    has_masked_text = config.data.text_mask.strategy != NONE
+    for key, views in (
+        ("loss.views", loss.views),
+        ("loss.o2o_views", loss.o2o_views),
+        ("loss.o2e_views", loss.o2e_views),
+    ):
+        _check_places(key, views, num_views)
+    if loss.o2o_weight > 0 and len(loss.o2o_views or range(num_views)) != 2:
+        if loss.o2o_views:
+            raise SettingsError(f"loss.o2o_views: {loss.o2o_views} are not two views, which this loss compares")
+        raise SettingsError(
+            f"loss.o2o_weight: this loss needs data.num_views=2, not {num_views}, or two of them in loss.o2o_views; or"
+            f" set it to 0"
+        )
+    for name, kind in _loaded_objectives().items():
+        options = None if name in FLAT_OBJECTIVES else getattr(loss, name, None)
+        if options is None or options.weight == 0:
+            continue
+        views = getattr(options, "views", None)
+        _check_places(f"loss.{name}.views", views, num_views)
+        if not views and max(kind.views or (0,)) >= num_views:
+            raise SettingsError(
+                f"loss.{name}.weight: this objective reads the views {', '.join(map(str, kind.views))} of data.views,"
+                f" and there are {num_views}, from 0; add what is missing, name others in loss.{name}.views, or set it"
+                f" to 0"
+            )
+        if kind.text_pass_of(options) == "masked" and not has_masked_text:
+            raise SettingsError(
+                f"loss.{name}.weight: this objective reads masked texts; set data.text_mask.strategy, or it to 0"
+            )
+
+
+def _check_places(key: str, views: list[int] | None, num_views: int) -> None:
+    for view in views or []:
+        if not 0 <= view < num_views:
+            raise SettingsError(f"{key}: there is no view {view}; there are {num_views}, from 0 to {num_views - 1}")
+    if views is not None and (not views or len(set(views)) < len(views)):
+        raise SettingsError(f"{key}: {views} needs at least one view, and each once")

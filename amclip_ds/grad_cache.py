@@ -25,7 +25,7 @@ def forward_backward(
     micro: samples a piece; B or more runs the batch whole. Collective: every rank must call.
     admit: asked before there is any gradient, and must answer alike on every rank; False leaves the engine without one.
     """
-    B = inputs.token_ids.shape[0]
+    B = inputs.num_samples
     if micro >= B:
         losses, whole = student.encode_and_losses(inputs, targets, comm)
         if admit(losses):
@@ -36,8 +36,8 @@ def forward_backward(
     with torch.no_grad():
         cached = [student.encode(inputs.part(piece), pieces_of(targets, piece)) for piece in pieces]
     cls, eot = joined(cached)
-    cls.requires_grad_()
-    eot.requires_grad_()
+    for feature in (cls, *eot.values()):
+        feature.requires_grad_()
     terms, weighted = averaged(cached, [piece.stop - piece.start for piece in pieces])
     losses = student.losses(cls, eot, targets, terms, weighted, comm)
     kept = kept_of_batch(inputs, [piece.kept for piece in cached])
@@ -47,19 +47,20 @@ def forward_backward(
         student.backward(losses.total)
         for piece, first in zip(pieces, cached):
             again = student.encode(inputs.part(piece, first.kept), pieces_of(targets, piece))
-            student.backward(surrogate(again, cls.grad, eot.grad, piece, B))
+            student.backward(surrogate(again, cls, eot, piece))
     return losses, kept
 
 
-def surrogate(again: Encoded, cls_grad: Tensor | None, eot_grad: Tensor | None, piece: slice, batch: int) -> Tensor:
-    """A scalar whose gradient is the loss's, through a piece's towers."""
+def surrogate(again: Encoded, cls: Tensor, eot: dict[str, Tensor], piece: slice) -> Tensor:
+    """A scalar whose gradient is the loss's, through a piece's towers. cls, eot: the cached features of the batch."""
     parts = []
-    if cls_grad is not None:
-        parts.append((again.cls * cls_grad[:, piece]).sum())
-    if eot_grad is not None:
-        parts.append((again.eot * eot_grad[piece]).sum())
+    if cls.grad is not None:
+        parts.append((again.cls * cls.grad[:, piece]).sum())
+    for name, cached in eot.items():
+        if cached.grad is not None:
+            parts.append((again.eot[name] * cached.grad[piece]).sum())
     if again.weighted is not None:
-        parts.append(again.weighted * ((piece.stop - piece.start) / batch))
+        parts.append(again.weighted * ((piece.stop - piece.start) / cls.shape[1]))
     total = parts[0]
     for part in parts[1:]:
         total = total + part

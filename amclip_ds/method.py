@@ -7,7 +7,7 @@ from amclip_ds import objectives
 from amclip_ds.compat import COMPAT, Compat
 from amclip_ds.data.config import DataConfig
 from amclip_ds.masks import MaskConfig, masks_of_views, needs_of
-from amclip_ds.masks.units import num_kept, num_units
+from amclip_ds.masks.units import NONE, num_kept, num_units
 from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig
 from amclip_ds.objectives import OBJECTIVES, Chosen
 
@@ -63,6 +63,11 @@ class Method:
         return objectives.wants_of(self.objectives) | (self.mask_needs & {"scores"})
 
     @property
+    def texts(self) -> frozenset[str]:
+        """The forms of the texts that are read, of objectives.base.TEXT_PASSES."""
+        return objectives.texts_of(self.objectives)
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether anything of the run reads the teacher."""
         return bool(self.wants) or any(OBJECTIVES[name].averaged for name in self.objectives)
@@ -93,6 +98,7 @@ class Method:
 def method_of(config: Settings) -> Method:
     """The method that a configuration describes."""
     compat = COMPAT[config.compat]
-    chosen = objectives.chosen(config.loss, config.heads, compat.pairs_views)
+    masks_text = config.data.text_mask.strategy != NONE
+    chosen = objectives.chosen(config.loss, config.heads, compat.pairs_views, masks_text)
     masks = masks_of_views(config.mask, config.data.view_masks())
     return Method(chosen, masks, config.model.vision.grid, compat)

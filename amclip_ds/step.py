@@ -99,7 +99,13 @@ def student_inputs(batch: Batch, scores: Tensor | None, method: Method, progress
         groups.append(ViewGroup(group.views, images, tuple(
             chosen._replace(views=at) for chosen, at in zip(selections, places)
         ) if is_masked else ()))  # fmt: skip
-    return StudentInputs(tuple(groups), batch.token_ids)
+    return StudentInputs(tuple(groups), texts_of(batch, method))
+
+
+def texts_of(batch: Batch, method: Method) -> dict[str, Tensor]:
+    """The texts in each form that some objective reads."""
+    made = {"plain": batch.token_ids, "masked": batch.masked_ids}
+    return {name: token_ids for name, token_ids in made.items() if name in method.texts and token_ids is not None}
 
 
 def selection(

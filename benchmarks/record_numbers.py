@@ -209,7 +209,7 @@ def record(
     scenes = data / "scenes"
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if not (scenes / "train").is_dir():
-        synth = ["-m", "amclip_ds", "data", "synth", "--out", str(scenes), "--train", "512", "--test", "0"]
+        synth = ["-m", "amclip_ds", "data", "synth", "--out", str(scenes), "--train", "512", "--test", "64"]
         subprocess.run([sys.executable, *synth], env=environment, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
     shared = os.environ.get("AMCLIP_SHARED", str(HERE.parents[2] / "shared"))
     of = {True: f"{shared}/data/openstax/train", False: f"{scenes}/train"}

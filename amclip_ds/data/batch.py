@@ -37,6 +37,8 @@ class Batch:
     """[V, B] bool: the views that were mirrored after the crop; None where no view is ever"""
     mask_noise2: Tensor | None = None
     """[V, B, U] a second draw; None where no mask reads it"""
+    masked_ids: Tensor | None = None
+    """[B, T'] int64: the texts as data.text_mask shortens them; None where it does not"""
     incidents: list[dict[str, str]] = field(default_factory=list)
     """what was skipped to make this batch: kind, shard, key, cause"""
     read_bytes: int = 0

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,16 +37,23 @@ class ClipTokenizer:
         A word of a thousand characters already fills any context, and pairing bytes takes time with the square of a
         word's length: a megabyte without a space (a blob in a caption) would take hours. Longer ones are cut.
         """
-        words = regex.findall(WORDS, self._tokenizer.clean_fn(text[:LONGEST_TEXT]), regex.IGNORECASE)
-        if len(self._tokenizer.cache) > WORDS_REMEMBERED:
-            self._tokenizer.cache.clear()
         ids: list[int] = []
-        for word in words:
-            symbols = "".join(self._tokenizer.byte_encoder[byte] for byte in word[:LONGEST_WORD].encode("utf-8"))
-            ids += [self._tokenizer.encoder[piece] for piece in self._tokenizer.bpe(symbols).split(" ")]
+        for _, own in self._words(text):
+            ids += own
             if limit is not None and len(ids) >= limit:
                 break
         return ids
+
+    def words(self, text: str) -> list[tuple[str, list[int]]]:
+        """The words of a text, cleaned and in lower case, each with its token ids; together they are `encode`'s."""
+        return list(self._words(text))
+
+    def _words(self, text: str) -> Iterator[tuple[str, list[int]]]:
+        if len(self._tokenizer.cache) > WORDS_REMEMBERED:
+            self._tokenizer.cache.clear()
+        for word in regex.findall(WORDS, self._tokenizer.clean_fn(text[:LONGEST_TEXT]), regex.IGNORECASE):
+            symbols = "".join(self._tokenizer.byte_encoder[byte] for byte in word[:LONGEST_WORD].encode("utf-8"))
+            yield word, [self._tokenizer.encoder[piece] for piece in self._tokenizer.bpe(symbols).split(" ")]
 
     def __call__(self, texts: Sequence[str], context_length: int = 77) -> Tensor:
         """[B, context_length] int64: start, words, end, then zeros; a longer text keeps the end in its last place."""

@@ -7,6 +7,7 @@ Shapes: V views, B samples of the chunk, S side of a view, s of the teacher's cr
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from amclip_ds.data.tar import printable
 from amclip_ds.data.views import Views, make_views
 from amclip_ds.errors import AmclipError, RunStopped, UserError
 from amclip_ds.files import describe
+from amclip_ds.masks.text import TextMaskConfig, Words, masked
+from amclip_ds.masks.units import NONE
 
 Contents = dict[Request, bytes | OSError]
 MAX_REPLACED = 64  # bad samples in a row, each standing in for the last, before the stream counts as empty
@@ -54,6 +57,7 @@ class ChunkSpec:
     draws_twice: bool
     """whether masks read a second draw"""
     context_length: int
+    text_mask: TextMaskConfig
     sources: tuple[str, ...]
     per_line: bool
     max_pixels: int
@@ -85,6 +89,8 @@ class Chunk:
     """[V, B] bool"""
     noise2: np.ndarray
     """[V, B, U] float32; U is 0 where no mask reads it"""
+    masked_ids: np.ndarray
+    """[B, T'] int64; T' is 0 where no text is masked"""
     incidents: list[dict[str, str]] = field(default_factory=list)
     read_bytes: int = 0
 
@@ -106,6 +112,15 @@ class _Wanted:
     """tells the copies of a sample in an epoch apart, so that each gets its own views"""
 
 
+class _Encoded(NamedTuple):
+    """A caption's token ids."""
+
+    row: np.ndarray
+    """[T] int64, start and end among them, cut to the context"""
+    words: Words
+    """all its words, uncut; none where no text is masked"""
+
+
 class ChunkMaker:
     """Makes chunks. Opens index, shards and tokenizer at first use, in the process that uses them."""
 
@@ -113,7 +128,7 @@ class ChunkMaker:
         self.spec = spec
         self._index: Index | None = None
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
-        self._tokens: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._tokens: OrderedDict[str, _Encoded] = OrderedDict()
         self._retries: list[dict[str, str]] = []
         self._changed: Counter[str] = Counter()
         self._asked: deque[tuple[int, int, int]] = deque(maxlen=4)
@@ -172,6 +187,7 @@ class ChunkMaker:
             sample_ids=np.empty(count, np.int64),
             flips=np.zeros((V, count), np.bool_),
             noise2=np.empty((V, count, U if spec.draws_twice else 0), np.float32),
+            masked_ids=np.zeros((count, spec.text_mask.tokens if self._masks_text else 0), np.int64),
         )
         self._retries = chunk.incidents
         self._read_ahead(epoch, start)
@@ -254,7 +270,11 @@ class ChunkMaker:
         if made.mended:
             chunk.incidents.append(_incident("mended", wanted.shard, sample.key, made.mended, "decoded all the same"))
         self._put(chunk, place, made, random)
-        chunk.token_ids[place] = self._encode(text)
+        encoded = self._encode(text)
+        chunk.token_ids[place] = encoded.row
+        if self._masks_text:
+            ids = masked(spec.text_mask, encoded.words, random)
+            chunk.masked_ids[place, : len(ids) + 2] = [self._tokenizer.start, *ids, self._tokenizer.end]
         chunk.sample_ids[place] = sample.sample_id
         return True
 
@@ -314,16 +334,21 @@ class ChunkMaker:
             raise content
         return content
 
-    def _encode(self, text: str) -> np.ndarray:
-        """[T] int64; captions seen lately are remembered, since many data sets repeat them."""
+    @property
+    def _masks_text(self) -> bool:
+        return self.spec.text_mask.strategy != NONE
+
+    def _encode(self, text: str) -> _Encoded:
+        """Captions seen lately are remembered, since many data sets repeat them."""
         if text in self._tokens:
             self._tokens.move_to_end(text)
             return self._tokens[text]
-        tokens = self._tokenizer([text], self.spec.context_length)[0].numpy()
-        self._tokens[text] = tokens
+        row = self._tokenizer([text], self.spec.context_length)[0].numpy()
+        encoded = _Encoded(row, self._tokenizer.words(text) if self._masks_text else ())
+        self._tokens[text] = encoded
         if len(self._tokens) > CAPTIONS_REMEMBERED:
             self._tokens.popitem(last=False)
-        return tokens
+        return encoded
 
 
 def _members_of(sample: Sample) -> tuple[tuple[int, int] | None, ...]:
@@ -357,6 +382,7 @@ def join(chunks: Sequence[Chunk], pinned: bool = False) -> Chunk:
         sample_ids=np.concatenate([chunk.sample_ids for chunk in chunks]),
         flips=np.concatenate([chunk.flips for chunk in chunks], axis=1),
         noise2=np.concatenate([chunk.noise2 for chunk in chunks], axis=1),
+        masked_ids=np.concatenate([chunk.masked_ids for chunk in chunks]),
         incidents=[incident for chunk in chunks for incident in chunk.incidents],
         read_bytes=sum(chunk.read_bytes for chunk in chunks),
     )

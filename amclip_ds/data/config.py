@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from amclip_ds.masks import ViewMask
+from amclip_ds.masks.text import TextMaskConfig
 
 SCALE = (0.5, 1.0)  # part of the image's area that a view covers, unless data.views says otherwise
 RATIO = (3 / 4, 4 / 3)
@@ -86,6 +87,7 @@ class DataConfig:
     """Where captions are: `txt`, `json:FIELD`, a template such as '{title}. {text}', alternatives joined by `|`."""
     caption_per_line: bool = True
     """True: each line of a text member is a caption of its own, and one is drawn; False: the member is one caption."""
+    text_mask: TextMaskConfig = field(default_factory=TextMaskConfig)
     text_bucket: int = 8
     """Texts are cut to the batch's longest, rounded up to a multiple of this; 0: always the full context."""
     open_shards: int = 16

@@ -71,7 +71,8 @@ class TrainingData:
             index=sources.index, paths=tuple(sources.shards), members=tuple(members), mixture=mixture, seed=seed,
             open_shards=config.open_shards, window=config.shuffle_window, views=config.all_views(),
             image_size=image_size, teacher_size=teacher_size, teacher_contains=teacher_contains, num_units=num_units,
-            draws_twice=draws_twice, context_length=context_length, sources=tuple(config.captions),
+            draws_twice=draws_twice, context_length=context_length,
+            text_mask=config.text_mask, sources=tuple(config.captions),
             per_line=config.caption_per_line, max_pixels=config.max_pixels, stage_dir=config.stage_dir,
             stage_bytes=int(config.stage_gb * 1e9), on_change=config.on_change,
         )  # fmt: skip
@@ -121,12 +122,16 @@ class TrainingData:
         return Batch(
             views_uint8=chunk.views, teacher_uint8=chunk.teacher, boxes=torch.from_numpy(chunk.boxes),
             photometric=Photometric(chunk.photometric), mask_noise=torch.from_numpy(chunk.noise),
-            token_ids=captions.trim(torch.from_numpy(chunk.token_ids), self.config.text_bucket),
+            token_ids=self._trimmed(chunk.token_ids),
             sample_ids=torch.from_numpy(chunk.sample_ids), epoch=epoch, cursor=cursor,
             flips=torch.from_numpy(chunk.flips) if any(view.flip for view in self._spec.views) else None,
+            masked_ids=self._trimmed(chunk.masked_ids) if chunk.masked_ids.shape[1] else None,
             mask_noise2=torch.from_numpy(chunk.noise2) if self._spec.draws_twice else None,
             incidents=incidents + chunk.incidents, read_bytes=chunk.read_bytes,
         )  # fmt: skip
+
+    def _trimmed(self, token_ids: np.ndarray) -> torch.Tensor:
+        return captions.trim(torch.from_numpy(token_ids), self.config.text_bucket)
 
     def _places(self, epoch: int, step: int) -> Iterator[Place]:
         """(epoch, start, stop) of this rank's chunks from a step on, without end."""

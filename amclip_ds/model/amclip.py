@@ -71,23 +71,30 @@ class AClip(nn.Module):
         ]
         tokens = by_view(inputs.groups, [output.tokens for output in outputs])
         kept = tuple(output.keep_indices for output in outputs)
-        features = Features(cls=class_tokens(tokens, outputs), token_ids=inputs.token_ids)
+        features = Features(cls=class_tokens(tokens, outputs))
         if "patches" in wanted:
             features = features._replace(
                 patches=tuple(view[:, 1:] for view in tokens), keep_indices=tuple(by_view(inputs.groups, kept))
             )
-        if "tokens" in wanted:
-            text_tokens, eot = self.text.encode(inputs.token_ids)
-            features = features._replace(tokens=text_tokens, eot=eot)
-        else:
-            features = features._replace(eot=self.text(inputs.token_ids))
-        terms, weighted = self._per_sample(features, targets)
-        assert features.cls is not None and features.eot is not None
-        return Encoded(features.cls, features.eot, kept, terms, weighted)
+        texts = {name: self._read(token_ids, name) for name, token_ids in inputs.texts.items()}
+        terms, weighted = self._per_sample(features, texts, targets)
+        assert features.cls is not None
+        eot = {name: text.eot for name, text in texts.items() if text.eot is not None}
+        return Encoded(features.cls, eot, kept, terms, weighted)
+
+    def _read(self, token_ids: Tensor, name: str) -> Features:
+        """One text pass, with its tokens where an objective reads them."""
+        if any(
+            "tokens" in objective.features and objective.text_pass == name for objective in self._objectives().values()
+        ):
+            tokens, eot = self.text.encode(token_ids)
+            return Features(eot=eot, tokens=tokens, token_ids=token_ids)
+        return Features(eot=self.text(token_ids), token_ids=token_ids)
 
     def losses(
-        self, cls: Tensor, eot: Tensor, targets: Targets, sample_terms: Terms, sample_loss: Tensor | None, comm: Comm
-    ) -> Losses:
+        self, cls: Tensor, eot: dict[str, Tensor], targets: Targets, sample_terms: Terms, sample_loss: Tensor | None,
+        comm: Comm,
+    ) -> Losses:  # fmt: skip
         """The loss of this rank's whole batch. Collective: every rank must call.
 
         sample_terms, sample_loss: the per-sample terms of the batch and their weighted sum, from encode.
@@ -95,7 +102,9 @@ class AClip(nn.Module):
         found: dict[str, Terms] = {}
         for name in self._order():
             objective = self._objectives()[name]
-            found[name] = objective(self._features_of_batch(objective, cls, eot), targets.get(name, ()), comm)
+            found[name] = objective(
+                self._features_of_batch(objective, cls, eot.get(objective.text_pass or "")), targets.get(name, ()), comm
+            )
         total, terms = sample_loss, dict(sample_terms)
         for name, objective in self._objectives().items():
             for term, value in found[name].items():
@@ -103,7 +112,8 @@ class AClip(nn.Module):
                 total = weighted if total is None else total + weighted
                 terms[term] = value.detach()
         assert total is not None, "no objective gave a term"
-        return Losses(total, terms, cls.detach(), eot.detach(), self.logit_scale.detach().float().exp())
+        seen = {name: feature.detach() for name, feature in eot.items()}
+        return Losses(total, terms, cls.detach(), seen, self.logit_scale.detach().float().exp())
 
     def encode_and_losses(
         self, inputs: StudentInputs, targets: Targets, comm: Comm
@@ -132,18 +142,21 @@ class AClip(nn.Module):
         objectives = self._objectives()
         return sorted(objectives, key=lambda name: "image_embeds" in objectives[name].features)
 
-    def _per_sample(self, features: Features, targets: Targets) -> tuple[Terms, Tensor | None]:
+    def _per_sample(
+        self, features: Features, texts: dict[str, Features], targets: Targets
+    ) -> tuple[Terms, Tensor | None]:
         terms: Terms = {}
         total = None
         for name, objective in self._objectives().items():
-            found = objective.per_sample(given(features, objective), targets.get(name, ()))
+            text = texts.get(objective.text_pass or "", Features())
+            found = objective.per_sample(given(features, text, objective), targets.get(name, ()))
             for term, value in found.items():
                 weighted = objective.weight_of(term) * value
                 total = weighted if total is None else total + weighted
                 terms[term] = value.detach()
         return terms, total
 
-    def _features_of_batch(self, objective: Any, cls: Tensor, eot: Tensor) -> Features:
+    def _features_of_batch(self, objective: Any, cls: Tensor, eot: Tensor | None) -> Features:
         """What an objective's forward reads; the embeddings are made here, of its views."""
         wanted = objective.features
         cls = of_views(cls, objective.chosen_views)
@@ -152,6 +165,7 @@ class AClip(nn.Module):
             rows = normalise(self.image_projection(cls.flatten(0, 1)))
             features = features._replace(image_embeds=rows.unflatten(0, cls.shape[:2]))
         if "text_embeds" in wanted:
+            assert eot is not None
             features = features._replace(text_embeds=normalise(self.text_projection(eot)))
         if "image_embeds" in wanted or "text_embeds" in wanted:
             features = features._replace(logit_scale=self.logit_scale.float().exp())
@@ -182,8 +196,8 @@ def of_views(cls: Tensor, views: tuple[int, ...] | None) -> Tensor:
     return cls if views is None or views == tuple(range(cls.shape[0])) else cls[list(views)]
 
 
-def given(features: Features, objective: Any) -> Features:
-    """What an objective's per_sample reads: the features that it names, of its views."""
+def given(features: Features, text: Features, objective: Any) -> Features:
+    """What an objective's per_sample reads: the features that it names, of its views and of its text pass."""
     views, wanted = objective.chosen_views, objective.features
     assert features.cls is not None
     chosen = tuple(range(features.cls.shape[0])) if views is None else views
@@ -191,11 +205,10 @@ def given(features: Features, objective: Any) -> Features:
     kept: Any = features.keep_indices
     is_by_patch = "patches" in wanted
     return Features(
-        cls=of_views(features.cls, views) if "cls" in wanted else None, eot=features.eot if "eot" in wanted else None,
+        cls=of_views(features.cls, views) if "cls" in wanted else None, eot=text.eot if "eot" in wanted else None,
         patches=tuple(patches[view] for view in chosen) if is_by_patch else None,
         keep_indices=tuple(kept[view] for view in chosen) if is_by_patch else None,
-        tokens=features.tokens if "tokens" in wanted else None,
-        token_ids=features.token_ids if "tokens" in wanted else None,
+        tokens=text.tokens if "tokens" in wanted else None, token_ids=text.token_ids if "tokens" in wanted else None,
     )  # fmt: skip
 
 

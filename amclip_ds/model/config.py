@@ -128,6 +128,8 @@ class Weighted:
 
     weight: float = 0.0
     """Weight of its terms in the loss; 0: it is not built."""
+    views: list[int] | None = None
+    """The views that it reads, by their places in data.views; null: those that it is made for, else all."""
 
 
 @dataclass
@@ -147,6 +149,14 @@ class LossConfig:
     """Temperature of the online-to-online loss."""
     chunk: int = 0
     """Rows of logits held at a time by the softmax loss, forward and backward; 0: all rows at once."""
+    views: list[int] | None = None
+    """The views that the image-text loss reads, by their places in data.views; null: all."""
+    o2o_views: list[int] | None = None
+    """The two views that the online-to-online loss compares; null: the two there are."""
+    o2e_views: list[int] | None = None
+    """The views that the online-to-EMA loss reads; null: all."""
+    text: str = "masked"
+    """Which form of the texts the image-text loss reads where data.text_mask makes one: masked | plain."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("softmax", "sigmoid"):
@@ -157,6 +167,8 @@ class LossConfig:
         for name, options in vars(self).items():
             if isinstance(options, Weighted) and options.weight < 0:
                 raise ValueError(f"loss.{name}.weight: {options.weight} must be 0 or more")
+        if self.text not in ("masked", "plain"):
+            raise ValueError(f"loss.text: {self.text!r} is neither masked nor plain")
         if self.o2o_temperature <= 0:
             raise ValueError(f"loss.o2o_temperature: {self.o2o_temperature} must be positive")
 

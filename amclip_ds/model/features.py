@@ -1,6 +1,7 @@
 """What the towers read and what leaves them, as tuples and dicts: in those ZeRO-3 finds the tensors it must hook.
 
 Shapes: V views, B samples, D vision width, W text width, E embedding, K kept tokens, T tokens of a text.
+A text pass is the text tower over one form of the texts: `plain`, or `masked` as data.text_mask makes it.
 """
 
 from collections.abc import Mapping
@@ -34,8 +35,12 @@ class StudentInputs(NamedTuple):
     """What the student reads of some samples."""
 
     groups: tuple[ViewGroup, ...]
-    token_ids: Tensor
-    """[B, T]"""
+    texts: dict[str, Tensor]
+    """text pass -> token ids [B, T]; those that some objective reads"""
+
+    @property
+    def num_samples(self) -> int:
+        return self.groups[0].images.shape[1]
 
     def part(self, samples: slice, kept: "tuple[Tensor | None, ...] | None" = None) -> "StudentInputs":
         """The inputs of some samples, all their views. kept: the groups' keep_indices, to be repeated."""
@@ -43,11 +48,11 @@ class StudentInputs(NamedTuple):
         for index, group in enumerate(self.groups):
             selections = () if kept is not None else tuple(chosen.part(samples) for chosen in group.selections)
             groups.append(ViewGroup(group.views, group.images[:, samples], selections, kept[index] if kept else None))
-        return StudentInputs(tuple(groups), self.token_ids[samples])
+        return StudentInputs(tuple(groups), {name: token_ids[samples] for name, token_ids in self.texts.items()})
 
 
 class Features(NamedTuple):
-    """What an objective reads; a field is None unless its `features` names it, and views are the objective's."""
+    """What an objective reads; a field is None unless its `features` names it; views and text pass are its own."""
 
     cls: Tensor | None = None
     """[V, B, D] the class token after the last norm"""
@@ -87,8 +92,8 @@ class Encoded(NamedTuple):
 
     cls: Tensor
     """[V, B, D]"""
-    eot: Tensor
-    """[B, W]"""
+    eot: dict[str, Tensor]
+    """by text pass [B, W]"""
     kept: tuple[Tensor | None, ...]
     """by group of views: keep_indices [v * B, K]; None: every token stayed"""
     terms: Terms
@@ -105,8 +110,8 @@ class Losses(NamedTuple):
     """every term, unweighted"""
     cls: Tensor
     """[V, B, D]: what the guards look through for samples that are not finite"""
-    eot: Tensor
-    """[B, W]"""
+    eot: dict[str, Tensor]
+    """likewise, by text pass [B, W]"""
     logit_scale: Tensor
     """(1,) fp32, exp'ed"""
 
@@ -116,9 +121,10 @@ def pieces_of(targets: Targets, samples: slice) -> Targets:
     return {name: tuple(tensor[samples] for tensor in held) for name, held in targets.items()}
 
 
-def joined(pieces: list[Encoded]) -> tuple[Tensor, Tensor]:
-    """(cls [V, B, D], eot [B, W]) of pieces of consecutive samples."""
-    return torch.cat([piece.cls for piece in pieces], dim=1), torch.cat([piece.eot for piece in pieces])
+def joined(pieces: list[Encoded]) -> tuple[Tensor, dict[str, Tensor]]:
+    """(cls [V, B, D], eot by text pass [B, W]) of pieces of consecutive samples."""
+    eot = {name: torch.cat([piece.eot[name] for piece in pieces]) for name in pieces[0].eot}
+    return torch.cat([piece.cls for piece in pieces], dim=1), eot
 
 
 def averaged(pieces: list[Encoded], sizes: list[int]) -> tuple[Terms, Tensor | None]:

@@ -31,13 +31,21 @@ Chosen = Mapping[str, Any]
 """The objectives that a run builds: name -> options, in the order of OBJECTIVES."""
 
 
-def chosen(loss: LossConfig, heads: HeadsConfig, pairs_views: bool = True) -> Chosen:
-    """The objectives that have a weight. pairs_views: simclr.Options."""
+def chosen(loss: LossConfig, heads: HeadsConfig, pairs_views: bool = True, has_masked_text: bool = False) -> Chosen:
+    """The objectives that have a weight. pairs_views: simclr.Options. has_masked_text: data.text_mask makes one."""
+    text = loss.text if has_masked_text else "plain"
     image_text = "sigmoid" if loss.kind == "sigmoid" else "contrastive"
     options: dict[str, Any] = {
-        image_text: contrastive.Options(loss.contrastive_weight, loss.chunk),
-        "simclr": simclr.Options(loss.o2o_weight, loss.o2o_temperature, loss.chunk, pairs_views, heads),
-        "byol": byol.Options(loss.o2e_weight, heads),
+        image_text: contrastive.Options(loss.contrastive_weight, loss.views, chunk=loss.chunk, text=text),
+        "simclr": simclr.Options(
+            loss.o2o_weight,
+            loss.o2o_views,
+            temperature=loss.o2o_temperature,
+            chunk=loss.chunk,
+            pairs_views=pairs_views,
+            heads=heads,
+        ),
+        "byol": byol.Options(loss.o2e_weight, loss.o2e_views, heads=heads),
     }
     options |= {name: getattr(loss, name) for name in OBJECTIVES if name not in FLAT_OBJECTIVES and hasattr(loss, name)}
     return {name: options[name] for name in OBJECTIVES if name in options and options[name].weight > 0}
@@ -51,6 +59,12 @@ def build(objectives: Chosen, sizes: Sizes) -> dict[str, Objective]:
 def builder(objectives: Chosen) -> Callable[[Sizes], dict[str, Objective]]:
     """What AClip and TeacherModel take: they know the sizes."""
     return partial(build, objectives)
+
+
+def texts_of(objectives: Chosen) -> frozenset[str]:
+    """The forms of the texts that they read: `plain` where there is none."""
+    found = {OBJECTIVES[name].text_pass_of(options) for name, options in objectives.items()} - {None}
+    return frozenset(str(name) for name in found or {"plain"})
 
 
 def wants_of(objectives: Chosen) -> frozenset[str]:

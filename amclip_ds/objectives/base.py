@@ -13,6 +13,8 @@ from amclip_ds.model.features import Features, Seen, Terms
 from amclip_ds.model.init import Rule
 
 FEATURES = frozenset({"cls", "eot", "image_embeds", "text_embeds", "logit_bias", "patches", "tokens"})
+OF_TEXTS = frozenset({"eot", "text_embeds", "tokens"})
+TEXT_PASSES = ("plain", "masked")  # masked: as data.text_mask makes it
 TARGETS = frozenset({"cls", "patches", "scores"})
 
 
@@ -32,6 +34,8 @@ class Objective(nn.Module):
     """of TARGETS: what `observe` reads of the teacher"""
     views: ClassVar[tuple[int, ...] | None] = None
     """the places in data.views that it reads; None: all"""
+    text: ClassVar[str] = "plain"
+    """of TEXT_PASSES: the form of the texts that it reads, where its features are of texts"""
     averaged: ClassVar[tuple[str, ...]] = ()
     """the submodules of which the teacher keeps an average"""
     init: ClassVar[dict[str, Rule]] = {}
@@ -48,6 +52,16 @@ class Objective(nn.Module):
         """The views that it reads: those of its options, else of its class."""
         chosen = getattr(self.options, "views", None)
         return tuple(chosen) if chosen else self.views
+
+    @property
+    def text_pass(self) -> str | None:
+        """The form of the texts that it reads; None: it reads none."""
+        return self.text_pass_of(self.options)
+
+    @classmethod
+    def text_pass_of(cls, options: Any) -> str | None:
+        """The same, of its options or else its class."""
+        return getattr(options, "text", cls.text) if cls.features & OF_TEXTS else None
 
     def weight_of(self, term: str) -> float:
         """The weight of one of its terms."""
@@ -86,6 +100,8 @@ def check_declarations(kind: Any, who: str) -> None:
         raise UserError(f"{who}: averaged is no tuple of names; write ({kind.averaged!r},)")
     if kind.views is not None and not all(isinstance(view, int) and view >= 0 for view in kind.views):
         raise UserError(f"{who}: views are places in data.views, from 0 on; None: all")
+    if kind.text not in TEXT_PASSES:
+        raise UserError(f"{who}: text is {kind.text!r}, and there are {' and '.join(TEXT_PASSES)}")
     if "weight" not in getattr(kind.Options, "__dataclass_fields__", {}) or kind.Options().weight != 0:
         raise UserError(
             f"{who}: Options needs a `weight` that is 0 by default: derive it from Weighted, as a dataclass"

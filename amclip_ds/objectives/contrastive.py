@@ -20,6 +20,8 @@ from amclip_ds.objectives.base import Objective, Weighted
 class Options(Weighted):
     chunk: int = 0
     """Rows of logits held at a time, forward and backward; 0: all."""
+    text: str = "plain"
+    """Which form of the texts it reads: plain | masked."""
 
 
 class Contrastive(Objective):

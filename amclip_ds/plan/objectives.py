@@ -21,6 +21,7 @@ KNOWN_KEYS = {
     "o2e_weight",
     "o2o_temperature",
     "chunk",
+    "text",
 }
 
 

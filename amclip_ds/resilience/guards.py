@@ -163,7 +163,9 @@ class Guards:
 
 def bad_rows(losses: Losses) -> list[int]:
     """This rank's samples of which some feature is not finite."""
-    finite = losses.cls.isfinite().all(-1).all(0) & losses.eot.isfinite().all(-1)
+    finite = losses.cls.isfinite().all(-1).all(0)
+    for eot in losses.eot.values():
+        finite = finite & eot.isfinite().all(-1)
     return (~finite).nonzero().flatten().tolist()
 
 

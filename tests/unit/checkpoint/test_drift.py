@@ -29,7 +29,8 @@ MATHEMATICS = {
     *("optim.warmup_steps", "optim.weight_decay", "guards.spike", "guards.spike_deviations", "guards.spike_window"),
     *("data.caption_per_line", "data.captions", "data.max_pixels", "data.num_views", "data.open_shards"),
     *("data.photometric", "data.resampled", "data.shuffle_window", "data.views", "data.weights", "plugins"),
-    *("mask.final_keep_ratio", "mask.schedule"),
+    *("mask.final_keep_ratio", "mask.schedule", "data.text_mask.strategy", "data.text_mask.tokens"),
+    *("loss.text", "loss.views", "loss.o2o_views", "loss.o2e_views"),
 }
 """Keys of which another value gives another training; drift.FREE has those that do not."""
 HASHES = {"data": "a" * 64, "tokenizer": "b" * 64}

@@ -42,7 +42,7 @@ def test_encode_and_losses_is_encode_then_losses() -> None:
     student = tiny.student()
     inputs, targets = tiny.inputs(IMAGES, texts(), KEEP), tiny.targets(3)
     encoded = student.encode(inputs, targets)
-    assert encoded.cls.shape == (2, 3, 32) and encoded.eot.shape == (3, 32) and encoded.weighted is None
+    assert encoded.cls.shape == (2, 3, 32) and encoded.eot["plain"].shape == (3, 32) and encoded.weighted is None
     assert torch.equal(encoded.kept[0], KEEP)
     split = student.losses(encoded.cls, encoded.eot, targets, {}, None, SingleProcess())
     whole, _ = student.encode_and_losses(inputs, targets, SingleProcess())
@@ -54,7 +54,7 @@ def test_views_are_the_major_dimension() -> None:
     student = tiny.student()
     encoded = student.encode(tiny.inputs(IMAGES, texts()), {})
     torch.testing.assert_close(encoded.cls[1, 0], student.vision(IMAGES[3:4]).cls[0])
-    torch.testing.assert_close(encoded.eot, student.text(texts()))
+    torch.testing.assert_close(encoded.eot["plain"], student.text(texts()))
     torch.testing.assert_close(student.embed_images(IMAGES).norm(dim=-1), torch.ones(6))
 
 
@@ -64,7 +64,7 @@ def test_groups_of_views_come_back_in_the_views_order() -> None:
     views = IMAGES.unflatten(0, (2, 3))
     second = ViewGroup((1,), views[1:])
     first = ViewGroup((0,), views[:1], (), KEEP[:3])
-    encoded = student.encode(StudentInputs((second, first), texts()), {})
+    encoded = student.encode(StudentInputs((second, first), {"plain": texts()}), {})
     together = student.encode(tiny.inputs(IMAGES, texts(), KEEP), {}).cls
     torch.testing.assert_close(encoded.cls[0], together[0])
     torch.testing.assert_close(encoded.cls[1], student.vision(views[1]).cls)

@@ -48,7 +48,7 @@ def teacher(model: ModelConfig | None = None, loss: LossConfig | None = None, se
 def inputs(images: Tensor, token_ids: Tensor, keep_indices: Tensor | None = None, views: int = 2) -> StudentInputs:
     """images [V * B, 3, H, W] view-major, of one group; keep_indices [V * B, K] that stay."""
     group = ViewGroup(tuple(range(views)), images.unflatten(0, (views, -1)), (), keep_indices)
-    return StudentInputs((group,), token_ids)
+    return StudentInputs((group,), {"plain": token_ids})
 
 
 def targets(batch: int) -> Targets:

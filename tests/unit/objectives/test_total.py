@@ -21,7 +21,7 @@ def losses(pairs_views: bool = True, views: int = 2, **loss: object) -> tuple[AC
     objectives = chosen(LossConfig(**loss), heads, pairs_views)  # type: ignore[arg-type]
     student = AClip(model, builder(objectives))
     initialise(student, start_of(0, model, objectives))
-    return student, student.losses(CLS[:views], EOT, tiny.targets(6), {}, None, SingleProcess())
+    return student, student.losses(CLS[:views], {"plain": EOT}, tiny.targets(6), {}, None, SingleProcess())
 
 
 def test_is_the_weighted_sum_and_reports_the_terms() -> None:
@@ -69,7 +69,7 @@ def test_an_objective_sees_only_its_views_and_what_it_names(monkeypatch: pytest.
 
     monkeypatch.setitem(__import__("amclip_ds.objectives").objectives.OBJECTIVES, "second", Second)
     student = AClip(tiny.model_config(), builder({"second": Second.Options(weight=2.0)}))
-    found = student.losses(CLS, EOT, {}, {}, None, SingleProcess())
+    found = student.losses(CLS, {"plain": EOT}, {}, {}, None, SingleProcess())
     assert torch.equal(seen[0].cls, CLS[1:]) and seen[0].image_embeds is None
     torch.testing.assert_close(found.total, 2 * CLS[1].square().mean())
 

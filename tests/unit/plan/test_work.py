@@ -25,7 +25,7 @@ def inputs_of(step: work.Work, device: str) -> StudentInputs:
     images = torch.zeros(views, B, 3, side, side, device=device)
     keep = torch.arange(kept, device=device).expand(views * B, kept) if kept < step.grid**2 else None
     tokens = torch.full((B, step.text_tokens), 199, device=device)
-    return StudentInputs((ViewGroup(tuple(range(views)), images, None, keep),), tokens)
+    return StudentInputs((ViewGroup(tuple(range(views)), images, (), keep),), {"plain": tokens})
 
 
 @pytest.mark.parametrize("recipe", ["aclip-tiny", "clip-tiny", "aclip-vitb16", "flip-vitl16"])
@@ -36,7 +36,7 @@ def test_operations_are_those_that_torch_counts(recipe: str) -> None:
         counter = FlopCounterMode(display=False)
         with counter:
             encoded = module.encode(inputs_of(step, "meta"), {})
-            (module.image_projection(encoded.cls).sum() + module.text_projection(encoded.eot).sum()).backward()
+            (module.image_projection(encoded.cls).sum() + module.text_projection(encoded.eot["plain"]).sum()).backward()
     flops = work.flops_of(step)
     # On the meta device attention is not fused: its backward is counted as twice the forward's products.
     attention = sum(

@@ -21,12 +21,12 @@ def losses_of(loss: float, bad_rows: tuple[int, ...] = ()) -> Losses:
     cls, eot = torch.ones(2, 3, 4), torch.ones(3, 4)
     for row in bad_rows:
         cls[1, row, 2] = math.inf
-    return Losses(torch.tensor(loss), {}, cls, eot, torch.ones(1))
+    return Losses(torch.tensor(loss), {}, cls, {"plain": eot}, torch.ones(1))
 
 
 def test_a_text_that_is_not_finite_is_found_as_an_image_is() -> None:
     found = losses_of(math.nan)
-    found.eot[2, 1] = math.nan
+    found.eot["plain"][2, 1] = math.nan
     assert bad_rows(found) == [2] and bad_rows(losses_of(1.0)) == []
 
 

@@ -1,0 +1,66 @@
+"""Which words of a caption stay. A text mask draws once for each sample and epoch, and picks tokens within a budget.
+
+A text mask is one entry of TEXT_MASKS. It works on a caption's words with their token ids, without start and end token,
+after the tokenizer's cache; captions within the budget stay whole. Nothing here loads torch.
+Source of the first four: CLIPA (arXiv 2305.07017) and CLIPF (arXiv 2412.16148).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from amclip_ds.masks.text import tokens
+from amclip_ds.masks.units import NONE
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LEAST_TOKENS = 4
+Words = Sequence[tuple[str, Sequence[int]]]
+"""a caption's words in order, cleaned and in lower case, each with its token ids"""
+
+
+@dataclass(frozen=True)
+class TextMask:
+    """One way to shorten a caption."""
+
+    draw: "Callable[[np.random.Generator, int], Any]"
+    """(random, n) -> what is drawn for a caption of n tokens; the sample's own generator, after all its other draws"""
+    apply: Callable[[Words, Any, int, Any], Sequence[int]]
+    """(words, what was drawn, budget, options) -> at most `budget` of the ids, without start and end; asked only where
+    there are more"""
+
+
+TEXT_MASKS: dict[str, TextMask] = {
+    "truncate": TextMask(tokens.draw_nothing, tokens.truncate),
+    "random": TextMask(tokens.draw_order, tokens.random),
+    "shuffle": TextMask(tokens.draw_order, tokens.shuffle),
+    "block": TextMask(tokens.draw_place, tokens.block),
+}
+
+
+@dataclass
+class TextMaskConfig:
+    """How captions are shortened before the text tower reads them."""
+
+    strategy: str = NONE
+    """none | truncate (the first tokens stay) | random | shuffle (random, in a random order) | block (neighbours)."""
+    tokens: int = 8
+    """Most tokens of a text, start and end token among them."""
+
+    def __post_init__(self) -> None:
+        if self.strategy not in (NONE, *TEXT_MASKS):
+            known = ", ".join((NONE, *TEXT_MASKS))
+            raise ValueError(f"data.text_mask.strategy: {self.strategy!r} is none of {known}")
+        if self.tokens < LEAST_TOKENS:
+            raise ValueError(
+                f"data.text_mask.tokens: {self.tokens} is under {LEAST_TOKENS}; start and end token are among them"
+            )
+
+
+def masked(config: TextMaskConfig, words: Words, random: "np.random.Generator") -> list[int]:
+    """The ids that stay, without start and end. Draws as often whether the caption is short or long."""
+    mask, ids = TEXT_MASKS[config.strategy], [one for _, held in words for one in held]
+    drawn = mask.draw(random, len(ids))
+    budget = config.tokens - 2
+    return ids if len(ids) <= budget else list(mask.apply(words, drawn, budget, config))[:budget]
