@@ -46,13 +46,13 @@ SIZES = {  # the largest value -> the keys that take no more: beyond, a run woul
     2**24: "batch.global_size batch.per_gpu model.text.vocab_size guards.spike_window",
     10**6: "run.epochs optim.lr optim.weight_decay optim.eps optim.warmup_start_lr optim.final_lr"
     " optim.clip_grad_norm optim.vision_lr_scale optim.text_lr_scale loss.contrastive_weight loss.o2o_weight"
-    " loss.o2e_weight loss.o2o_temperature eval.batch_size",
+    " loss.o2e_weight loss.o2o_temperature mask.attentive_noise.noise eval.batch_size",
     2**17: "heads.hidden_dim heads.output_dim",
     2**16: "model.vision.width model.text.width model.embed_dim model.text.context_length data.prefetch"
-    " data.open_shards",
+    " data.open_shards data.text_mask.tokens",
     2**13: "model.vision.image_size model.vision.patch_size model.vision.heads model.text.heads",
     1000: "model.vision.depth model.text.depth data.workers",
-    100: "model.vision.mlp_ratio model.text.mlp_ratio data.num_views",
+    100: "model.vision.mlp_ratio model.text.mlp_ratio data.num_views data.views",
     1: "optim.momentum",
 }
 LIMITS = {key: most for most, keys in SIZES.items() for key in keys.split()}

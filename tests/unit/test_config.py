@@ -47,7 +47,7 @@ def test_every_key_is_merged_as_the_type_it_declares() -> None:
         value = [samples[base]] if "list[" in str(hint) else samples[base]
         layers = [{key: None}] if "None" in str(hint) else []
         try:
-            merged = configfile.merge(config.TrainConfig, [*layers, {key: value}], {})
+            merged = configfile.merge(config.settings_type(), [*layers, {key: value}], {})
         except SettingsError as error:  # the section's own check
             assert str(error).startswith(key.rpartition(".")[0]), error
         else:
@@ -138,7 +138,13 @@ NO_NUMBERS = ("-1", "nan", "inf", "-inf", "1e400", "1" + "0" * 40, "many", "", "
 @pytest.mark.parametrize("text", NO_NUMBERS)
 def test_what_is_no_fit_number_is_refused_in_every_numeric_key(text: str) -> None:
     """And zero, wherever it is not refused, loads without a traceback."""
-    fine = {("0x10", "data.weights"), (NO_NUMBERS[5], "data.weights"), (NO_NUMBERS[5], "guards.spike_deviations")}
+    fine = {
+        ("-1", "mask.cluster.threshold"),
+        ("-1", "mask.pgs.threshold"),
+        ("0x10", "data.weights"),
+        (NO_NUMBERS[5], "data.weights"),
+        (NO_NUMBERS[5], "guards.spike_deviations"),
+    }
     for key, hint in config.keys_and_types().items():
         is_list = str(hint).startswith("list[float]")
         if "int" not in str(hint) and "float" not in str(hint):

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "engine": MIDDLE,
     "teacher": MIDDLE,
     "resilience": MIDDLE,
-    "config": UPPER | {"configfile"},
+    "config": UPPER | {"configfile", "plugins"},
     "plan": MIDDLE | {"config"},
     "step": MIDDLE,
     "checkpoint": MIDDLE | {"checkpoint", "config"},
