@@ -4,6 +4,7 @@
   amclip eval runs/aclip-vitb16 --data /eval/pets --task linear_probe --weights teacher
   amclip eval runs/aclip-vitb16/checkpoints/step_00010000 --data /eval/imagenet1k --templates openai-80 --procs 8
   amclip eval exported/open_clip --data /eval/imagenet1k --json numbers.json
+  amclip eval runs/aclip-vitb16 --suite vtab+ --data /eval --csv vtab.csv --procs 8
 
 DIR is CLIP_benchmark's WebDataset layout, an image folder (a folder a class, wnids too, with train and val above them
 or not), images beside a list of NAME,LABEL, or tars of image and text for retrieval; what was understood is printed.
@@ -13,10 +14,12 @@ eval.jsonl.
 
 import argparse
 import sys
+from pathlib import Path
 
 from amclip_ds.arguments import whole
 
 HELP = "evaluate a run, a checkpoint or an export"
+SUITES = ("vtab+", "datacomp", "imagenet-shifts", "retrieval")
 TASKS = ("zeroshot_classification", "retrieval", "linear_probe", "knn")
 
 
@@ -24,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a run's folder, a checkpoint's, or an export's")
     parser.add_argument("--data", action="append", metavar="DIR",
                         help="what to evaluate on; repeatable (the run's eval.data)")  # fmt: skip
+    parser.add_argument("--suite", choices=SUITES, help="evaluate on the sets of a suite: those below --data, or else"
+                        " in the hub's cache, as wds_NAME folders")  # fmt: skip
     parser.add_argument("--weights", choices=("student", "teacher", "both"), default="both",
                         help="which weights (both; a source that has no teacher: the student)")  # fmt: skip
     parser.add_argument("--task", action="append", choices=("auto", *TASKS),
@@ -40,13 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="whose pixels an export sees: ours (default), or its own library's")  # fmt: skip
     parser.add_argument("--procs", type=whole(1, 1024), metavar="N", help="start N processes on this machine")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers, in CLIP_benchmark's names")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write CLIP_benchmark's table")
     parser.add_argument("--no-append", action="store_true", help="do not append to the run's eval.jsonl")
 
 
 def run(args: argparse.Namespace) -> int:
     from amclip_ds.data.inputs import check_foreign
 
-    for spec in args.data or ():
+    for spec in () if args.suite else args.data or ():
         check_foreign(spec, "--data")
     if args.procs is not None:
         from amclip_ds.launch import run_ranks

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from amclip_ds.arguments import number, whole
+from amclip_ds.commands.evaluate import SUITES
 
 HELP = "evaluate each new checkpoint beside a run"
 
@@ -17,6 +18,7 @@ HELP = "evaluate each new checkpoint beside a run"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder; it may not exist yet")
     parser.add_argument("--data", action="append", metavar="DIR", help="what to evaluate on (the run's eval.data)")
+    parser.add_argument("--suite", choices=SUITES, help="a suite's sets, below --data or in the hub's cache")
     parser.add_argument(
         "--weights", choices=("student", "teacher", "both"), default="both", help="which weights (both)"
     )
@@ -28,4 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from amclip_ds.evaluate.watch import watch
 
-    return watch(args.run_folder, args.data, args.weights, args.batch_size, args.every_s, args.once)
+    data = args.data
+    if args.suite:
+        from amclip_ds.evaluate import suites
+
+        found = suites.find(args.suite, args.data or [])
+        for line in found.lines():
+            print(line, flush=True)
+        data = [str(folder) for folder in found.folders.values()]
+    return watch(args.run_folder, data, args.weights, args.batch_size, args.every_s, args.once)

@@ -11,6 +11,7 @@ from amclip_ds.data.sources import split_sources
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import DistributedComm, on_all, on_main
 from amclip_ds.errors import UserError
+from amclip_ds.evaluate import suites
 from amclip_ds.evaluate.datasets import check_distinct
 from amclip_ds.evaluate.encoder import Encoder
 from amclip_ds.evaluate.rows import append_new
@@ -27,12 +28,15 @@ def evaluate(args: argparse.Namespace) -> int:
         stack.callback(engine_runtime.stop, runtime)
         located = on_main(lambda: locate(args.source))
         names = located.weights if args.weights == "both" else (args.weights,)
-        specs, key = _specs_of(args, located)
+        suite = on_all(lambda: suites.find(args.suite, args.data or [])) if args.suite else None
+        specs, key = _specs_of(args, located, suite)
         opened = on_all(lambda: [open_for(task, spec, args.split, args.classnames, args.templates, key)
                                  for spec in specs for task in args.task or ["auto"]])  # fmt: skip
         check_distinct([data for _, data, _ in opened], key)
         if runtime.is_main:
             print(f"{located.path}: {located.kind}, step {located.step}; {', '.join(names)}", flush=True)
+            for line in suite.lines() if suite else ():
+                print(line, flush=True)
             for line in dict.fromkeys(data.describe() for _, data, _ in opened):
                 print(line, flush=True)
         comm, rows = DistributedComm(), []
@@ -41,20 +45,32 @@ def evaluate(args: argparse.Namespace) -> int:
             encoder.say = partial(print, flush=True)
             for task, data, train in opened:
                 rows.append(run_task(task, encoder, data, args.batch_size, comm, located.step, train))
-        on_main(lambda: _hand_over(rows, located, args))
+        on_main(lambda: _hand_over(rows, located, args, suite))
     return 0
 
 
-def _specs_of(args: argparse.Namespace, located: Located) -> tuple[list[str], str]:
-    """What to evaluate on, and what the user named it by: --data, else the run's own eval.data. Raises UserError."""
+def _specs_of(args: argparse.Namespace, located: Located, suite: suites.Found | None) -> tuple[list[str], str]:
+    """What to evaluate on, and what the user named it by: --suite, --data, else the run's own eval.data.
+
+    Raises UserError.
+    """
+    if suite is not None:
+        return [str(folder) for folder in suite.folders.values()], f"--suite {suite.suite}"
     own = (located.config.eval.data or "") if located.config else ""
     if not args.data and not own:
         raise UserError("--data: name a data set; the source has no eval.data")
     return (args.data, "--data") if args.data else (split_sources(own), "eval.data")
 
 
-def _hand_over(rows: list[dict[str, Any]], located: Located, args: argparse.Namespace) -> None:
+def _hand_over(
+    rows: list[dict[str, Any]], located: Located, args: argparse.Namespace, suite: suites.Found | None
+) -> None:
+    averages = suites.report(suite, rows) if suite else []
     print_table(rows)
+    for line in averages:
+        print(line)
+    if args.csv:
+        suites.write_csv(args.csv, rows, str(located.path))
     named = [{"model": str(located.path), "pretrained": row["weights"], "language": "en"} | row for row in rows]
     json_file.write(args.json, named)
     if located.run is not None and not args.no_append:

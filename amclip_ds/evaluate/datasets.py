@@ -8,6 +8,7 @@ headers, labels and captions, never the images; every mistake in it is a UserErr
 not understood is refused, never guessed, and EvalSet.describe says what was understood.
 """
 
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image
 
 from amclip_ds.data import sources
@@ -25,9 +27,11 @@ from amclip_ds.data.plain_text import BadText, decode, lines, parse_object, visi
 from amclip_ds.data.tar import Damage, Member, printable, scan
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import folders, names
+from amclip_ds.evaluate.set_names import GROUPED, known_name
 from amclip_ds.files import describe, is_regular, open_regular, read_text
 
 CLASSIFICATION, RETRIEVAL = "zeroshot_classification", "retrieval"
+MULTILABEL = "multilabel"  # of dataset_type.txt: a classification of several labels an image
 IMAGES = ("webp", "png", "jpg", "jpeg")
 MAX_PIXELS = 128 << 20  # a header that claims more is not decoded
 MAX_TEXT = 1 << 20  # bytes of a label or a text
@@ -45,6 +49,9 @@ class Sample:
     key: str
     label: int = -1
     captions: tuple[str, ...] = ()
+
+    numbers: tuple[int, ...] = ()
+    """of its .npy: 0 or 1 for each class of a set with several labels an image, or the groups it belongs to"""
 
     plain: bool = False
     """opened as CLIP_benchmark does: neither turned upright nor laid on white"""
@@ -82,6 +89,8 @@ class EvalSet:
     templates: tuple[str, ...] = ()
     """with `{c}` for the class name"""
     folder: str = field(default="", compare=False)
+    is_multilabel: bool = False
+    """whether an image may have several labels, which stand in its `numbers`"""
     note: str = field(default="", compare=False)
     """which prompts, and what else was understood"""
 
@@ -91,6 +100,12 @@ class EvalSet:
         white, as training does."""
         return "plain" if self.samples[0].plain else "upright"
 
+    @property
+    def groups(self) -> np.ndarray | None:
+        """[N, K] the groups that its images belong to, where a metric goes by them."""
+        has_groups = not self.is_multilabel and bool(self.samples[0].numbers)
+        return np.array([sample.numbers for sample in self.samples]) if has_groups else None
+
     def describe(self) -> str:
         """What was understood, in a line."""
         opened = f"images opened {'as CLIP_benchmark does' if self.images == 'plain' else 'upright'}"
@@ -98,7 +113,10 @@ class EvalSet:
             captions = sum(len(sample.captions) for sample in self.samples)
             parts = [f"{len(self)} images, {captions} captions", opened]
         else:
-            occur = len({sample.label for sample in self.samples})
+            labels = {sample.label for sample in self.samples}
+            if self.is_multilabel:
+                labels = {place for sample in self.samples for place, there in enumerate(sample.numbers) if there}
+            occur = len(labels)
             some = f" ({occur} of them occur)" if occur < len(self.classnames) else ""
             names = [printable(name) for name in self.classnames[:3]] + ["..."] * (len(self.classnames) > 3)
             parts = [
@@ -174,36 +192,41 @@ def _open_set(spec: str, split: str, task: str, classnames: str, templates: str,
         found, home = folders.find(folder, split, classnames != "folder"), folder
         if found is None:
             raise UserError(f"{spec}: neither tars nor images in it")
+    is_multilabel = found is None and _said_of(folder) == MULTILABEL
     task = _task_of(folder, found is not None or classnames != "folder") if task == "auto" else task
     name = _name_of(folder)
     if task == RETRIEVAL:
         if found is not None:
             raise UserError(f"{spec}: images without captions; they can be classified alone")
-        return _checked(EvalSet(name, task, _read_tars(shards, task), folder=spec), spec)
+        may_lack = _said_of(folder) == RETRIEVAL
+        return _checked(EvalSet(name, task, _read_tars(shards, _Wanted(task, False, may_lack)), folder=spec), spec)
     hint = ", or --classnames FILE" if key == "--data" else ""
     if found is not None:
         labels, chosen = names.number_labels(found.labels, home, classnames, hint)
         samples = _samples_of(found, labels)
     else:
-        samples = _read_tars(shards, task)
-        chosen = names.class_names(folder, classnames, hint)
-        _check_labels(samples, chosen, folder)
+        samples = _read_tars(shards, _Wanted(task, is_multilabel, False, known_name(name) in GROUPED))
+        chosen = names.class_names(folder, classnames, hint, known_name(name))
+        _check_labels(samples, chosen, folder, is_multilabel)
         if _is_suite(folder):
             samples = tuple(replace(sample, plain=True) for sample in samples)
     prompts: tuple[str, ...] = ()
     if templates != "none":
         hint = f", or --templates {names.OPENAI_7}" if key == "--data" else ""
-        prompts = names.templates(home, templates, names.OPENAI_7 if found is not None else "", hint)
+        default = names.OPENAI_7 if found is not None else ""
+        prompts = names.templates(home, templates, default, hint, known_name(name))
     note = "; ".join(part for part in (found.note if found else "", names.describe(prompts)) if part)
-    return _checked(EvalSet(name, task, samples, chosen, prompts, spec, note), spec)
+    return _checked(EvalSet(name, task, samples, chosen, prompts, spec, is_multilabel, note), spec)
 
 
 def _checked(data: EvalSet, spec: str) -> EvalSet:
     """Refuses what any model scores perfectly on."""
     if len(data) < 2:
         raise UserError(f"{spec}: one image alone; nothing can be measured on it")
-    if data.task == CLASSIFICATION and len({sample.label for sample in data.samples}) < 2:
-        only = data.classnames[data.samples[0].label]
+    if data.task == RETRIEVAL and not any(sample.captions for sample in data.samples):
+        raise UserError(f"{spec}: no image has a caption; nothing can be measured on it")
+    if data.task == CLASSIFICATION and len({(sample.label, sample.numbers) for sample in data.samples}) < 2:
+        only = "the same" if data.is_multilabel else data.classnames[data.samples[0].label]
         raise UserError(f"{spec}: all {len(data)} images are of one class, {only!r}; nothing can be measured on it")
     return data
 
@@ -211,6 +234,8 @@ def _checked(data: EvalSet, spec: str) -> EvalSet:
 def _name_of(folder: Path) -> str:
     """What its rows call it: the folder's name, with the one above it where that is a split's."""
     whole = folder.resolve()
+    if whole.parent.name == "snapshots":  # of a download cache: datasets--ORG--NAME/snapshots/REVISION
+        return whole.parent.parent.name.rpartition("--")[2]
     if whole.name.lower() in folders.SPLITS and whole.parent.name:
         return f"{whole.parent.name}_{whole.name}"
     return whole.name.removesuffix(".tar")
@@ -231,15 +256,23 @@ def _is_suite(folder: Path) -> bool:
     return any(is_regular(folder / name) for name in ("dataset_type.txt", "classnames.txt"))
 
 
-def _task_of(folder: Path, has_labels: bool) -> str:
+def _said_of(folder: Path) -> str:
+    """What dataset_type.txt says: classification | multilabel | retrieval; "" where there is none."""
     file = folder / "dataset_type.txt"
-    if has_labels or not is_regular(file):
-        return CLASSIFICATION if has_labels or is_regular(folder / "classnames.txt") else RETRIEVAL
+    if not is_regular(file):
+        return ""
     folders.check_inside(file, folder)
     said = read_text(file).strip().lower()
-    if said not in ("classification", "retrieval"):
-        raise UserError(f"{file}: {said[:80]!r} is neither classification nor retrieval")
-    return CLASSIFICATION if said == "classification" else RETRIEVAL
+    if said not in ("classification", MULTILABEL, RETRIEVAL):
+        raise UserError(f"{file}: {said[:80]!r} is neither classification nor retrieval, nor multilabel")
+    return said
+
+
+def _task_of(folder: Path, has_labels: bool) -> str:
+    if has_labels:
+        return CLASSIFICATION
+    said = _said_of(folder) or ("classification" if is_regular(folder / "classnames.txt") else RETRIEVAL)
+    return RETRIEVAL if said == RETRIEVAL else CLASSIFICATION
 
 
 def _has_tars(folder: Path) -> bool:
@@ -283,14 +316,26 @@ def _shards_of(folder: Path, spec: str, split: str, key: str) -> list[str]:
     return shards
 
 
-def _read_tars(shards: Sequence[str], task: str) -> tuple[Sample, ...]:
-    samples = [sample for shard in shards for sample in _read_tar(shard, task)]
+@dataclass(frozen=True)
+class _Wanted:
+    """What is read of each sample beside its image."""
+
+    task: str
+    is_multilabel: bool = False
+    may_lack_captions: bool = False
+    """an image without a caption is a candidate of the texts, and never found by its own"""
+    has_groups: bool = False
+
+
+def _read_tars(shards: Sequence[str], wanted: _Wanted) -> tuple[Sample, ...]:
+    samples = [sample for shard in shards for sample in _read_tar(shard, wanted)]
     if not samples:
-        raise UserError(f"{shards[0]}: no image with a {'label (.cls)' if task == CLASSIFICATION else 'text'} in it")
+        part = "label (.cls)" if wanted.task == CLASSIFICATION else "text"
+        raise UserError(f"{shards[0]}: no image with a {part} in it")
     return tuple(samples)
 
 
-def _read_tar(shard: str, task: str) -> list[Sample]:
+def _read_tar(shard: str, wanted: _Wanted) -> list[Sample]:
     """The samples of one tar, in order. Raises UserError if it is empty or damaged, if a sample lacks its part, and for
     an image that is in no sample."""
     groups = []
@@ -306,10 +351,10 @@ def _read_tar(shard: str, task: str) -> list[Sample]:
             raise UserError(f"{shard}: an empty tar")
         for key in sorted(scattered(groups))[:1]:
             raise UserError(f"{shard}: {printable(key)}: {ADVICE['not adjacent']}")
-        return [_sample(file, shard, one, task) for one in groups]
+        return [_sample(file, shard, one, wanted) for one in groups]
 
 
-def _sample(file: BinaryIO, shard: str, one: Group, task: str) -> Sample:
+def _sample(file: BinaryIO, shard: str, one: Group, wanted: _Wanted) -> Sample:
     key, images = printable(one.key.lstrip("/")), [image for _, image in one.images()]
     if not images:
         raise UserError(f"{shard}: {key} has no image ({', '.join(IMAGES)})")
@@ -322,18 +367,44 @@ def _sample(file: BinaryIO, shard: str, one: Group, task: str) -> Sample:
     if any(member.is_sparse for member in one.members.values()):
         raise UserError(f"{shard}: {key}: {ADVICE['sparse']}")
     place = images[0].offset, images[0].size
-    if task == RETRIEVAL:
+    if wanted.task == RETRIEVAL:
         captions = tuple(_captions(file, shard, key, one))
-        if not captions:
+        if not captions and not (wanted.may_lack_captions and one.member("txt")):
             raise UserError(f"{shard}: {key} has no caption (.txt, or .json with `captions`)")
         return Sample(shard, *place, key, captions=captions)
+    numbers = _numbers(file, shard, key, one) if wanted.is_multilabel or wanted.has_groups else ()
+    if wanted.is_multilabel:
+        if set(numbers) - {0, 1}:
+            raise UserError(f"{shard}: {key}.npy holds other numbers than 0 and 1, one for each class")
+        return Sample(shard, *place, key, numbers=numbers)
     label = one.member("cls")
     if label is None:
         raise UserError(f"{shard}: {key} has no label (.cls)")
     text = _text(shard, key, _content(file, shard, key, label)).strip()
     if not re.fullmatch("[0-9]{1,9}", text):
         raise UserError(f"{shard}: {key}.cls holds {text[:40]!r}, not a label")
-    return Sample(shard, *place, key, label=int(text))
+    return Sample(shard, *place, key, label=int(text), numbers=numbers)
+
+
+def _numbers(file: BinaryIO, shard: str, key: str, one: Group) -> tuple[int, ...]:
+    """The whole numbers of a sample's .npy. Raises UserError where it is missing or no small array of such."""
+    member = one.member("npy")
+    if member is None:
+        raise UserError(f"{shard}: {key} has no .npy, which this set needs")
+    content = io.BytesIO(_content(file, shard, key, member))
+    try:
+        if np.lib.format.read_magic(content) != (1, 0):
+            raise ValueError
+        shape, _, kind = np.lib.format.read_array_header_1_0(content)
+        held = content.read()
+        if kind.kind not in "iufb" or len(shape) != 1 or len(held) != shape[0] * kind.itemsize:
+            raise ValueError
+        values = np.frombuffer(held, kind)
+        if not np.isfinite(values).all() or (values != values.astype(np.int64)).any():
+            raise ValueError
+    except Exception:  # NumPy parses the header as Python's literals, and raises whatever that does
+        raise UserError(f"{shard}: {key}.npy is no list of whole numbers") from None
+    return tuple(values.astype(np.int64).tolist())
 
 
 def _captions(file: BinaryIO, shard: str, key: str, one: Group) -> list[str]:
@@ -364,7 +435,16 @@ def _content(file: BinaryIO, shard: str, key: str, member: Member) -> bytes:
     return file.read(member.size)
 
 
-def _check_labels(samples: Sequence[Sample], classnames: tuple[str, ...], folder: Path) -> None:
+def _check_labels(
+    samples: Sequence[Sample], classnames: tuple[str, ...], folder: Path, is_multilabel: bool = False
+) -> None:
+    if is_multilabel:
+        for sample in samples:
+            if len(sample.numbers) != len(classnames):
+                raise UserError(
+                    f"{sample.place}: {len(sample.numbers)} labels, and there are {len(classnames)} classes"
+                )
+        return
     largest = max(samples, key=lambda sample: sample.label)
     if largest.label >= len(classnames):
         raise UserError(

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAIN_METRIC = {  # method.md's: data set -> what is reported for it; else acc1
-    "fgvc_aircraft": "mean_per_class_recall", "pets": "mean_per_class_recall", "caltech101": "mean_per_class_recall",
-    "flowers": "mean_per_class_recall", "hateful_memes": "roc_auc",
-}  # fmt: skip
+from amclip_ds.evaluate.set_names import GROUPED
+
+MEAN_AVERAGE_PRECISION = "mean_average_precision"  # of several labels an image
 RESAMPLES = 1000
 
 
@@ -52,6 +51,36 @@ def classification_metrics(predicted: np.ndarray, rank: np.ndarray, targets: np.
 
         metrics["roc_auc"] = float(roc_auc_score(targets, second_class_scores))
     return metrics
+
+
+def metrics_of_set(name: str, predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray,
+                   groups: np.ndarray | None) -> dict[str, float]:  # fmt: skip
+    """What is defined for one set alone. groups: [N, K] its metadata, or None."""
+    if name == "iwildcam":
+        from sklearn.metrics import f1_score
+
+        score = f1_score(targets, predicted, average="macro", labels=np.unique(targets), zero_division=0)
+        return {"F1-macro_all": float(score)}
+    if name in GROUPED and groups is not None:
+        metric, column, k = GROUPED[name]
+        members = groups[:, column]
+        return {metric: min(float((rank[members == group] < k).mean()) for group in np.unique(members))}
+    return {}
+
+
+def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
+    """scores [N, C], targets [N, C] of 0 and 1 -> the mean over classes of the mean precision at each image of a class.
+
+    In fp32 and in CLIP_benchmark's order of sums; a class without images counts 0, as there.
+    """
+    found = scores.new_zeros(scores.shape[1])
+    places = torch.arange(1, len(scores) + 1).float()
+    for number in range(scores.shape[1]):
+        order = scores[:, number].sort(0, descending=True).indices
+        is_hit = targets[order, number].bool()
+        precision = is_hit.float().cumsum(0) / places
+        found[number] = precision[is_hit].sum() / max(float(is_hit.sum()), 1)
+    return found.mean().item()
 
 
 def per_class(predicted: np.ndarray, targets: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.folders import WNID, check_inside
-from amclip_ds.files import is_regular, read_text
+from amclip_ds.files import is_regular, read_json, read_text
 
 OPENAI_7 = "openai-7"
 """CLIP's choice of 7 of its 80 ImageNet prompts (its notebook), which SLIP and A-CLIP report with."""
@@ -72,12 +72,29 @@ def read_of(folder: Path, name: str, holds: str) -> tuple[str, ...]:
     return read_lines(folder / name, holds)
 
 
-def class_names(folder: Path, choice: str, hint: str = "") -> tuple[str, ...]:
-    """Names in the order of the labels. choice: folder | imagenet | a file. hint: another way to give them."""
+def of_clip_benchmark(kind: str, name: str) -> tuple[str, ...]:
+    """The English class names or templates that an installed CLIP_benchmark has for a set; () where it has none.
+
+    kind: classnames | zeroshot_classification_templates. Its lists are read without importing it.
+    """
+    spec = importlib.util.find_spec("clip_benchmark")
+    if not name or spec is None or not spec.submodule_search_locations:
+        return ()
+    file = Path(spec.submodule_search_locations[0]) / "datasets" / f"en_{kind}.json"
+    return tuple(read_json(file, dict).get(name, ())) if is_regular(file) else ()
+
+
+def class_names(folder: Path, choice: str, hint: str = "", name: str = "") -> tuple[str, ...]:
+    """Names in the order of the labels. choice: folder | imagenet | a file. hint: another way to give them.
+
+    name: of a public set, whose names an installed CLIP_benchmark may have where the folder has none.
+    """
     holds = "one class name a line, in the order of the labels"
     if choice == "imagenet":
         return tuple(imagenet().values())
     if choice == "folder" and not is_regular(folder / "classnames.txt"):
+        if known := of_clip_benchmark("classnames", "caltech101_vtab" if name == "caltech101" else name):
+            return known
         raise UserError(f"{folder / 'classnames.txt'}: missing, and numbers are no names; it holds {holds}{hint}")
     file = folder / "classnames.txt" if choice == "folder" else Path(choice)
     found = read_of(folder, "classnames.txt", holds) if choice == "folder" else read_lines(file, holds)
@@ -146,7 +163,7 @@ def _of_imagenet(wnids: Sequence[str], folder: Path, choice: str, hint: str) -> 
     return {wnid: label for label, wnid in enumerate(classes)}, tuple(known[wnid] for wnid in classes)
 
 
-def templates(folder: Path, choice: str, default: str, hint: str = "") -> tuple[str, ...]:
+def templates(folder: Path, choice: str, default: str, hint: str = "", name: str = "") -> tuple[str, ...]:
     """Prompts with `{c}` for the class name. choice: folder | openai-7 | openai-80 | a file.
 
     default: what is taken where the folder has none; "": nothing, it is refused.
@@ -154,6 +171,8 @@ def templates(folder: Path, choice: str, default: str, hint: str = "") -> tuple[
     file = folder / "zeroshot_classification_templates.txt" if choice == "folder" else Path(choice)
     holds = "one prompt a line, with {c} for the class name"
     if choice == "folder" and not is_regular(file):
+        if not default and (known := of_clip_benchmark("zeroshot_classification_templates", name)):
+            return known
         if not default:
             raise UserError(f"{file}: missing; it holds {holds}{hint}")
         choice = default

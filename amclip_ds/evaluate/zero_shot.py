@@ -16,6 +16,7 @@ from amclip_ds.comm import Comm
 from amclip_ds.evaluate import metrics
 from amclip_ds.evaluate.datasets import CLASSIFICATION, EvalSet
 from amclip_ds.evaluate.encoder import Encoder, encode_images, encode_texts
+from amclip_ds.evaluate.set_names import MAIN_METRIC, known_name
 
 LARGEST_MATRIX = 100  # classes
 _classifiers: WeakKeyDictionary[Any, dict[Any, Tensor]] = WeakKeyDictionary()
@@ -42,6 +43,12 @@ def evaluate(encoder: Encoder, data: EvalSet, batch_size: int, comm: Comm, step:
     Collective: every rank must call.
     """
     classifier = build_classifier(encoder, data.classnames, data.templates, batch_size, comm)
+    if data.is_multilabel:
+        scores = encode_images(encoder, data.samples, batch_size, comm, then=lambda rows, _: rows @ classifier.T).cpu()
+        targets = torch.tensor([sample.numbers for sample in data.samples])
+        found = {metrics.MEAN_AVERAGE_PRECISION: metrics.mean_average_precision(scores, targets)}
+        return metrics.row(step, encoder.weights, data.name, CLASSIFICATION, found, len(targets),
+                           main_metric=metrics.MEAN_AVERAGE_PRECISION)  # fmt: skip
     labels = torch.tensor([sample.label for sample in data.samples], device=classifier.device)
 
     def judge(embeddings: Tensor, numbers: range) -> Tensor:
@@ -61,11 +68,13 @@ def describe(predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray, secon
     num_classes = len(data.classnames)
     second = second_class_scores if num_classes == 2 else None
     hits, totals = metrics.per_class(predicted, targets, num_classes)
+    name = known_name(data.name)
+    found = metrics.classification_metrics(predicted, rank, targets, num_classes, second)
+    found |= metrics.metrics_of_set(name, predicted, rank, targets, data.groups)
     return metrics.row(
-        step, weights, data.name, task,
-        metrics.classification_metrics(predicted, rank, targets, num_classes, second), len(targets),
+        step, weights, data.name, task, found, len(targets),
         metrics.classification_intervals(predicted, rank, targets, num_classes),
-        main_metric=metrics.MAIN_METRIC.get(data.name.removeprefix("wds_").removeprefix("vtab-"), "acc1"),
+        main_metric=MAIN_METRIC.get(name, "acc1"),
         per_class=dict(zip(_told_apart(data.classnames), np.stack([hits, totals], 1).tolist())),
         confusions=metrics.confusion_pairs(predicted, targets, data.classnames),
         **({"confusion_matrix": metrics.confusion_matrix(predicted, targets, num_classes)}
