@@ -97,7 +97,7 @@ def assert_goes_on_as_if_undisturbed(trainer: Trainer, step: int, undisturbed: d
 def test_one_stop_one_checkpoint_75_and_an_exact_resume(
     send: Send, started: Callable[..., Trainer], undisturbed: dict[str, Any]
 ) -> None:
-    trainer = started()
+    trainer = started("data.workers=1")  # which hear none of the signals, and are not left behind
     trainer.wait_step(3)
     send(trainer)
     step = assert_stopped_well(trainer)

@@ -36,7 +36,7 @@ def tiny(data: Path, out: Path | str, *more: str) -> list[str]:
     """RECIPE key=value ... of a run of a few seconds: ZeRO-2, bf16, gloo."""
     words = [
         "aclip-tiny", f"data.train={data}/train", f"eval.data={data}", f"run.out={out}", f"run.steps={STEPS}",
-        "engine.deepspeed=zero2_bf16.json", "batch.global_size=24", "batch.per_gpu=12", "data.workers=1",
+        "engine.deepspeed=zero2_bf16.json", "batch.global_size=24", "batch.per_gpu=12", "data.workers=0",
         "log.every_steps=1", "checkpoint.every_steps=10", "checkpoint.keep_last=20", "run.deterministic=true",
         "optim.warmup_steps=5", "log.tensorboard=false", "run.log_sample_ids=true", *more,
     ]  # fmt: skip
