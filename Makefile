@@ -5,20 +5,24 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export HF_HUB_OFFLINE ?= 1
 OUT ?= out/demo
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help demo test nightly check setup clean
+.PHONY: help demo test test-quick nightly check setup clean
 
 help: ## what there is to make
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: setup ## synthetic shards -> a tiny A-CLIP trained by DeepSpeed on 2 processes -> accuracy and pictures in OUT
 	@$(BIN)/amclip demo --out $(OUT) --setup-seconds $$(cat .cache/setup-seconds)
 
 test: setup ## every test but the nightly matrices
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not nightly and not gpu"
+	$(PYTEST) -m "not nightly and not gpu"
+
+test-quick: setup ## the unit tests, a distributed one of every stage and a training, in minutes
+	$(PYTEST) -m "quick and not nightly and not gpu"
 
 nightly: setup ## the full matrices (hours)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "nightly"
+	$(PYTEST) -m "nightly"
 
 check: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED = Path(os.environ.get("AMCLIP_SHARED", ROOT.parent / "shared"))
+LONGEST_FIRST = ("slurm", "e2e", "distributed", "parity")  # folders; the many short tests fill up what is left
+TOGETHER = ("distributed", "parity")  # files there keep the results of launches for their next tests
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +23,28 @@ def shared_dir() -> Path:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What two test processes may run side by side: a file stays together, and all that share the Slurm cluster."""
+    """What two test processes may run side by side, in which order, and what is quick.
+
+    What shares a launch or a fixture of its file stays together, and all that use the Slurm cluster.
+    """
     for item in items:
-        file = item.path.relative_to(ROOT).as_posix()
-        item.add_marker(pytest.mark.xdist_group("slurm" if file.startswith("tests/slurm/") else file))
+        folder = folder_of(item)
+        if folder == "slurm" or folder in TOGETHER or shares_a_fixture(item):
+            item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else item.nodeid.partition("::")[0]))
+        if folder == "unit" and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.quick)
+    order = {folder: place for place, folder in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(folder_of(item), len(order)))
+
+
+def folder_of(item: pytest.Item) -> str:
+    """unit, distributed, ...: the folder of tests/ that a test is in."""
+    return item.path.relative_to(ROOT / "tests").parts[0]
+
+
+def shares_a_fixture(item: pytest.Item) -> bool:
+    """Whether the test's own file makes something once for several tests."""
+    info = getattr(item, "_fixtureinfo", None)
+    file = item.nodeid.partition("::")[0]
+    definitions = info.name2fixturedefs.values() if info else ()
+    return any(found[-1].scope != "function" and found[-1].baseid == file for found in definitions)

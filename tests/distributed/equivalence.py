@@ -35,6 +35,7 @@ class Cell:
     optimizer: str = "sgd"
     replays: bool = True
     """Attentive masks: train with the reference's keep_indices."""
+    steps: int = STEPS
 
     @property
     def is_bf16(self) -> bool:
@@ -47,7 +48,8 @@ class Cell:
 
     def reference(self) -> "Cell":
         """What the cell must agree with."""
-        return Cell("zero1_bf16.json" if self.is_bf16 else "zero0_fp32.json", 1, 1, self.strategy, self.optimizer)
+        ds = "zero1_bf16.json" if self.is_bf16 else "zero0_fp32.json"
+        return Cell(ds, 1, 1, self.strategy, self.optimizer, steps=self.steps)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def run(cells: list[Cell], seed: int = 0) -> list[dict[str, Any]]:
     for (ds, world_size), together in launches.items():
         replays = [_replay(cell, seed) for cell in together]
         variants = [
-            {"steps": STEPS, "accumulation": cell.accumulation, "optim": OPTIMIZERS[cell.optimizer], "seed": seed,
+            {"steps": cell.steps, "accumulation": cell.accumulation, "optim": OPTIMIZERS[cell.optimizer], "seed": seed,
              "strategy": cell.strategy, "recipe": True, "batch_size": BATCH, "replay": replay}
             for cell, replay in zip(together, replays)
         ]  # fmt: skip
@@ -160,20 +162,20 @@ def _flipped_in_step(theirs: Tensor, ours: Tensor, scores: Tensor) -> tuple[int,
     return flips, gap
 
 
-def seeds_spread() -> float:
+def seeds_spread(steps: int = STEPS) -> float:
     """How far two seeds' losses are apart in bf16: the mean over steps of the relative difference."""
-    cell = Cell("zero1_bf16.json", 1, 1)
+    cell = Cell("zero1_bf16.json", 1, 1, steps=steps)
     first, second = run([cell])[0]["losses"], run([cell], seed=1)[0]["losses"]
     return statistics.mean(abs(a - b) / abs(a) for a, b in zip(first, second, strict=True))
 
 
-def moved() -> float:
+def moved(steps: int = STEPS) -> float:
     """How far the fp32 reference moved: the median over its matrices of |change| / |start|."""
     from amclip_ds.model.init import Start, init_tensor
     from tests.distributed.cases import recipe_model
 
     model, _ = recipe_model()
-    student = run([Cell("zero0_fp32.json", 1, 1)])[0]["student"]
+    student = run([Cell("zero0_fp32.json", 1, 1, steps=steps)])[0]["student"]
     weights = {n: w for n, w in student.items() if w.dim() >= 2 and "patch" not in n}
     starts = {name: init_tensor(name, weight.shape, Start(0, model)) for name, weight in weights.items()}
     return statistics.median(float((weights[n] - s).norm() / s.norm().clamp(min=1e-12)) for n, s in starts.items())
@@ -198,7 +200,7 @@ def table() -> list[Cell]:
 def complaints(cell: Cell, found: Verdict) -> list[str]:
     """What of a cell is outside its tolerance."""
     if cell.is_bf16:
-        limits = [("loss", found.loss, seeds_spread())]
+        limits = [("loss", found.loss, seeds_spread(cell.steps))]
     elif cell.optimizer == "adamw":
         limits = [("loss", found.loss, ADAMW_LOSS)]
     elif not cell.replays and found.flips:

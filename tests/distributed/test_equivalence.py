@@ -1,4 +1,4 @@
-"""Six named cells of the equivalence table; all of it is nightly. The twin gathers without gradient.
+"""Six named cells of the equivalence table over fewer steps; all of it is nightly. The twin gathers without gradient.
 
 `python -m benchmarks.equivalence` prints the table.
 """
@@ -9,13 +9,14 @@ from tests.distributed import equivalence
 from tests.distributed.equivalence import Cell
 from tests.harness import run_ranks
 
+STEPS = 6
 SIX = [
-    Cell("zero0_fp32.json", 2, 2),
-    Cell("zero1_fp32.json", 2, 2),
-    Cell("zero2_fp32.json", 4, 1),
-    Cell("zero3_fp32.json", 2, 1),
-    Cell("zero3_fp32.json", 2, 2, strategy="attentive"),
-    Cell("zero2_bf16.json", 2, 1),
+    Cell("zero0_fp32.json", 2, 2, steps=STEPS),
+    Cell("zero1_fp32.json", 2, 2, steps=STEPS),
+    Cell("zero2_fp32.json", 4, 1, steps=STEPS),
+    Cell("zero3_fp32.json", 2, 1, steps=STEPS),
+    Cell("zero3_fp32.json", 2, 2, strategy="attentive", steps=STEPS),
+    Cell("zero2_bf16.json", 2, 1, steps=STEPS),
 ]
 
 
@@ -35,12 +36,12 @@ def test_every_cell(cell: Cell) -> None:
 
 
 def test_the_weights_visibly_move() -> None:
-    assert equivalence.moved() > 0.01
+    assert equivalence.moved(STEPS) > 0.003
 
 
 def test_a_gather_without_gradient_fails_the_table() -> None:
     """SLIP's known defect; SGD sees it in the weights after some steps."""
-    cell = Cell("zero2_fp32.json", 2, 1)
+    cell = Cell("zero2_fp32.json", 2, 1, steps=STEPS)
     expected = equivalence.run([cell.reference()])[0]
     broken = run_ranks("tests.distributed.test_equivalence:train_with_local_gradients", timeout_s=900, ds=cell.ds)[0]
     assert equivalence.complaints(cell, equivalence.hold(cell, expected, broken))
@@ -56,4 +57,4 @@ def train_with_local_gradients(ds: str) -> dict[str, object]:
         return grad.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)  # type: ignore[attr-defined]
 
     collectives._AllGather.backward = staticmethod(stay)  # type: ignore[assignment]
-    return cases.train(ds, steps=equivalence.STEPS, optim=equivalence.SGD, recipe=True, batch_size=equivalence.BATCH)
+    return cases.train(ds, steps=STEPS, optim=equivalence.SGD, recipe=True, batch_size=equivalence.BATCH)

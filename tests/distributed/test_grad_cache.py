@@ -21,6 +21,7 @@ def worst_error(whole: dict[str, Tensor], split: dict[str, Tensor]) -> float:
     return max(float((split[name] - grad).norm()) / max(float(grad.norm()), floor) for name, grad in whole.items())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("ds", STAGES)
 def test_gradients_of_every_split(ds: str) -> None:
     found = gradients(ds)

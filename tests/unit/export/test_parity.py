@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from amclip_ds.model.amclip import AClip
 from amclip_ds.model.init import Start, initialise
 from tests.unit.evaluate.exports import tiny_model
 
+pytestmark = pytest.mark.slow
 LIBRARIES = ("open_clip", "hf", "timm")
 FORMATS = (*LIBRARIES, "onnx")
 
@@ -43,28 +44,42 @@ def real_pairs(shared_dir: Path) -> str:
     return str(shared_dir / "data" / "openstax" / "test" / "00000.tar")
 
 
+@dataclass(frozen=True)
+class Exported:
+    """The tiny model in every format: FOLDER/FORMAT, and the proof of each."""
+
+    folder: Path
+    proofs: dict[str, proof.Proof]
+
+
+@pytest.fixture(scope="session")
+def exports(tiny, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp("exports")
+    pairs = str(shared_dir / "data/openstax/test/00000.tar")
+    return Exported(folder, {fmt: write_proved(fmt, *tiny, "student", folder / fmt, pairs) for fmt in FORMATS})
+
+
+@pytest.fixture
+def exported(exports: Exported) -> Path:
+    return exports.folder
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_tiny_is_equal_within_1e5(fmt: str, tiny, real_pairs: str, tmp_path: Path) -> None:
-    module, located = tiny
-    found = write_proved(fmt, module, located, "student", tmp_path / "out", real_pairs)
+def test_tiny_is_equal_within_1e5(fmt: str, exports: Exported) -> None:
+    found, out = exports.proofs[fmt], exports.folder / fmt
     assert found.holds and all(agreement.cosine >= 0.999 for agreement in found.agreements if agreement.must == "close")
     assert [agreement.must for agreement in found.agreements].count("equal") == (1 if fmt == "timm" else 2)
     assert "64 images" in found.samples
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (out / "README.md").read_text()
     assert "FILL IN" in card and "largest difference" in card and "keep_ratio" in card
-    assert json.loads((tmp_path / "out" / "amclip.json").read_text())["step"] == 7
-    assert locate(tmp_path / "out").kind == fmt
+    assert json.loads((out / "amclip.json").read_text())["step"] == 7
+    assert locate(out).kind == fmt
 
 
 def parity_of(recipe: str, fmt: str, num_samples: int, seed: int, pairs: str, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(proof, "NUM_SAMPLES", num_samples)
     module, located = random_model(recipe, seed)
     assert write_proved(fmt, module, located, "student", folder, pairs).holds
-
-
-@pytest.mark.parametrize("fmt", LIBRARIES)
-def test_b16_is_equal_on_a_few(fmt: str, real_pairs: str, tmp_path: Path, monkeypatch) -> None:
-    parity_of("aclip-vitb16", fmt, 2, 0, real_pairs, tmp_path / "out", monkeypatch)
 
 
 @pytest.mark.nightly
@@ -82,7 +97,9 @@ def test_the_papers_s16_goes_where_it_can(fmt: str, real_pairs: str, tmp_path: P
 
 def test_clips_own_tower_becomes_a_clip_model(real_pairs: str, tmp_path: Path, monkeypatch) -> None:
     """A tower with a norm before its blocks: open_clip's native form and transformers' CLIPModel."""
-    config = settings.load("aclip-tiny", ["model.vision.name=vit_base_patch16_clip_224"])
+    shape = ["width=64", "depth=2", "heads=2"]
+    overrides = ["name=vit_base_patch16_clip_224", *shape]
+    config = settings.load("aclip-tiny", [f"model.vision.{word}" for word in overrides])
     module = AClip(config.model)
     initialise(module, Start(1, config.model))
     located = Located(Path("none"), "run", ("student",), 0, None, config)
@@ -95,6 +112,7 @@ def test_clips_own_tower_becomes_a_clip_model(real_pairs: str, tmp_path: Path, m
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_wrong_weight_deletes_the_export(fmt: str, tiny, real_pairs: str, tmp_path: Path, monkeypatch) -> None:
     """The twin: one weight written a little wrong."""
+    monkeypatch.setattr(proof, "NUM_SAMPLES", 4)
     module, located = tiny
 
     def write_wrong(folder: Path, module: AClip, model) -> None:
@@ -144,15 +162,6 @@ def test_open_clip_refuses_what_it_cannot_hold(real_pairs: str, tmp_path: Path) 
     ) as caught:
         write_proved("open_clip", module, located, "student", tmp_path / "out", real_pairs)
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture(scope="session")
-def exported(tiny, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All three exports of the tiny model."""
-    folder = tmp_path_factory.mktemp("exports")
-    for fmt in FORMATS:
-        write_proved(fmt, *tiny, "student", folder / fmt, str(shared_dir / "data/openstax/test/00000.tar"))
-    return folder
 
 
 def test_golden_tokens_through_transformers(exported: Path, shared_dir: Path) -> None:
