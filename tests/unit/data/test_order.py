@@ -37,6 +37,8 @@ def test_any_part_asked_afresh_is_the_same_part_of_the_whole(counts: list[int], 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     orders = [order_of([30, 30, 30], seed, epoch).locate(0, 90) for seed in (0, 1) for epoch in (0, 1)]
     assert all(not np.array_equal(orders[i], orders[j]) for i in range(4) for j in range(i))
+    within = [order_of([30], seed, epoch).locate(0, 30) for seed in (0, 1) for epoch in (0, 1)]  # nothing but windows
+    assert all(not np.array_equal(within[i], within[j]) for i in range(4) for j in range(i))
 
 
 def test_a_shard_is_read_from_front_to_back_a_window_at_a_time() -> None:
