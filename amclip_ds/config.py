@@ -24,7 +24,15 @@ from amclip_ds.errors import LocalSettingsError, SettingsError, UserError, in_on
 from amclip_ds.evaluate import EvalConfig
 from amclip_ds.masks import MASKS, NONE, MaskConfig, ViewMask, masks_of_views
 from amclip_ds.masks.units import num_kept_units, num_units
-from amclip_ds.model.config import FLAT_OBJECTIVES, HeadsConfig, LossConfig, ModelConfig, TeacherConfig, patch_grid
+from amclip_ds.model.config import (
+    FLAT_OBJECTIVES,
+    HeadsConfig,
+    LossConfig,
+    ModelConfig,
+    TeacherConfig,
+    Weighted,
+    patch_grid,
+)
 from amclip_ds.optim import OptimConfig
 from amclip_ds.record import LogConfig
 from amclip_ds.resilience.config import (

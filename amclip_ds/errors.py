@@ -1,5 +1,7 @@
 """The ways a command ends early, and the exit codes, which are defined here alone (README, "Exit codes")."""
 
+from typing import Any
+
 from amclip_ds.redact import redact
 
 DONE = 0
@@ -10,6 +12,7 @@ MISTAKE = 2
 STOPPED_ITSELF = 3
 TO_REQUEUE = 75
 """Stopped from outside, after a committed checkpoint: started again, it goes on."""
+FROM_A_FILE = "amclip_plugin_"  # how the module of a plug-in's file is called, so that it takes no other's name
 INTERRUPTED = 130
 """Before there was anything to save."""
 
@@ -53,6 +56,12 @@ class Preempted(AmclipError):
     """Stopped by a signal or a limit, after a committed checkpoint: requeue."""
 
     exit_code = TO_REQUEUE
+
+
+def name_of(part: Any) -> str:
+    """A function or class as a line about it names it, with its module: `mine.Centre.per_sample`."""
+    module = getattr(part, "__module__", type(part).__module__)
+    return f"{module.removeprefix(FROM_A_FILE)}.{getattr(part, '__qualname__', type(part).__qualname__)}"
 
 
 def in_one_line(error: object, limit: int | None = None) -> str:

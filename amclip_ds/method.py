@@ -49,7 +49,7 @@ class Method:
     """by view"""
     grid: int
     """patches along a side of a view"""
-    compat: Compat
+    compat: Compat = COMPAT["paper"]
     """what is done as A-CLIP's published code does it"""
 
     @property

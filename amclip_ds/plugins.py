@@ -19,13 +19,12 @@ from types import ModuleType
 from typing import Any
 
 from amclip_ds.configfile import check_options
-from amclip_ds.errors import AmclipError, UserError, in_one_line
+from amclip_ds.errors import FROM_A_FILE, AmclipError, UserError, in_one_line
 from amclip_ds.masks import MASKS, NONE, Mask, MaskConfig
 from amclip_ds.model.config import LossConfig
 
 GROUP = "amclip_ds.plugins"
 TABLES = ("MASKS", "OBJECTIVES")
-MODULE = "amclip_plugin_"  # how the module of a file is called, so that it takes no other's name
 SHOWN = 300  # characters of what a plug-in's error says
 OURS = str(Path(__file__).parent)
 OTHERS = ("/deepspeed/", "/torch/distributed/")
@@ -53,7 +52,7 @@ class Plugin:
     @property
     def module(self) -> str:
         """Its module's name in sys.modules."""
-        return self.source if self.text is None else MODULE + self.name
+        return self.source if self.text is None else FROM_A_FILE + self.name
 
 
 LOADED: dict[str, Plugin] = {}  # by source, in this process
@@ -235,7 +234,7 @@ def _told_of_run(error: Exception) -> str | None:
         plugin = next((plugin for plugin in LOADED.values() if file.startswith(_files_of(plugin))), None)
         if plugin is not None:
             part = frame.f_code.co_qualname.replace(".<locals>", "")
-            return f"plug-in {plugin.name}: {part} raised {_said(error)} ({file}, line {line}); mend it there"
+            return f"plug-in {plugin.name}: {part} raised {_said(error)} ({file}, line {line}); fix it there"
         if file.startswith(OURS) or any(library in file for library in OTHERS):
             return None
     return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds import config as settings
+from amclip_ds import plugins
 from amclip_ds.checkpoint.keeper import Keeper, look
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.config import BatchPlan, TrainConfig
@@ -227,6 +228,7 @@ def open_data(config: TrainConfig, method: Method, runtime: Runtime, resumes: bo
         teacher_contains=method.compat.teacher_sees_views, num_units=method.draws, draws_twice=method.draws_twice,
         context_length=config.model.text.context_length, once=on_main,
         index_dir=config.run.out, device=runtime.device, resumes=resumes,
+        prepare=partial(plugins.again, list(plugins.LOADED.values())) if plugins.LOADED else None,
     )  # fmt: skip
 
 

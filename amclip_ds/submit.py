@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds import config as settings
-from amclip_ds import preconditions
+from amclip_ds import plugins, preconditions
 from amclip_ds.arguments import plugin_words
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.sources import is_remote
@@ -88,8 +88,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
     plan.found.append(sample_shards(shards))
     check_epoch(config, shards)
     settings.check_buildable(config)
-    check_start(config)
-    plan.found.append(check_memory(config, world_size, per_node, args.gpu, args.gpu_memory))
+    with plugins.blamed():  # both build the model
+        check_start(config)
+        plan.found.append(check_memory(config, world_size, per_node, args.gpu, args.gpu_memory))
     plan.found += describe_evaluation(config)
     write_script(plan, args)
     return plan

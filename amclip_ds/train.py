@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from amclip_ds import preconditions
+from amclip_ds import plugins, preconditions
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
 from amclip_ds.engine.collectives import on_main
@@ -26,7 +26,7 @@ FAILED, MADE_UP = "evaluation_failed", "evaluation_made_up"  # incidents; after 
 
 def train(config: TrainConfig, resume: str = "auto") -> int:
     """Trains as configured; returns the exit code. Collective: every rank of the world must call."""
-    with ExitStack() as stack:
+    with ExitStack() as stack, plugins.blamed():
         run = assemble(config, resume, stack)
         state = run.state
         if evaluation_is_missing(run):

@@ -45,6 +45,7 @@ class TrainingData:
     index_dir: where a missing index is put (the run folder: others train on the same shards); None: beside the shards.
     resumes: whether a checkpoint was trained on these shards, so that what has changed in them since is refused.
     device: where the batches go next; for a GPU, images lie in page-locked memory.
+    prepare: picklable, called first in each worker process.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class TrainingData:
         teacher_size: int | None, num_units: int, context_length: int, draws_twice: bool = False,
         teacher_contains: bool = True, say: Callable[[str], None] = print, once: Once | None = None,
         index_dir: str | Path | None = None, device: torch.device = CPU, resumes: bool = False,
+        prepare: Callable[[], object] | None = None,
     ) -> None:  # fmt: skip
-        self._device = device
+        self._device, self._prepare = device, prepare
         self.config, self.global_batch = config, global_batch
         self._say = say if rank == 0 else lambda text: None
         self._local, rest = divmod(global_batch, world_size)
@@ -161,7 +163,7 @@ class TrainingData:
         config = self.config
         with contextlib.closing(Workers(
             ChunkMaker(self._spec).make, self._places(epoch, step), number=config.workers, ahead=config.prefetch,
-            timeout_s=config.timeout_s, died=died,
+            timeout_s=config.timeout_s, died=died, prepare=self._prepare,
         )) as workers:  # fmt: skip
             while True:
                 chunk = workers.next()

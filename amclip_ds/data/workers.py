@@ -76,14 +76,16 @@ class Workers:
     """Processes that make chunks. make: picklable, called with a place in the processes. places: without end.
 
     ahead: places that each worker is asked for before its first one is wanted. timeout_s: the longest wait for a chunk.
-    died: called with what became of a worker that is being replaced.
+    died: called with what became of a worker that is being replaced. prepare: picklable, called in each process before
+    `make` is unpickled there.
     """
 
     def __init__(
         self, make: Callable[..., Any], places: Iterator[Place], *, number: int, ahead: int, timeout_s: float,
-        died: Callable[[str], None],
+        died: Callable[[str], None], prepare: Callable[[], object] | None = None,
     ) -> None:  # fmt: skip
-        self._make, self._places, self._timeout_s, self._died = make, places, timeout_s, died
+        self._prepare, self._pickled = prepare, pickle.dumps(make)
+        self._places, self._timeout_s, self._died = places, timeout_s, died
         self._turn = self._deaths = 0
         self._workers: list[_Worker] = []
         self._processes: list[BaseProcess] = []
@@ -127,7 +129,7 @@ class Workers:
             ours, theirs = socket.socketpair()
             ours.settimeout(self._timeout_s)
             context = multiprocessing.get_context("forkserver")
-            process = context.Process(target=_work, args=(theirs, self._make), daemon=True)
+            process = context.Process(target=_work, args=(theirs, self._prepare, self._pickled), daemon=True)
             try:
                 with theirs:
                     process.start()
@@ -185,9 +187,12 @@ def _kill_all(processes: list[BaseProcess]) -> None:
 # ---------------------------------------------------------------- the worker's side
 
 
-def _work(ours: socket.socket, make: Callable[..., Any]) -> None:
-    """Makes what it is asked for until the other side is closed."""
+def _work(ours: socket.socket, prepare: Callable[[], object] | None, pickled: bytes) -> None:
+    """Makes what it is asked for until the other side is closed. pickled: what makes it."""
     _become_worker()
+    if prepare is not None:
+        prepare()
+    make = pickle.loads(pickled)
     with ours, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody wants any more
         while len(place := ours.recv(PLACE.size, socket.MSG_WAITALL)) == PLACE.size:
             try:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amclip_ds.errors import UserError
-from amclip_ds.masks import MASKS, NONE, MaskConfig, MaskInputs, options_of
+from amclip_ds.errors import UserError, name_of
+from amclip_ds.masks import MASKS, NONE, Mask, MaskConfig, MaskInputs, options_of
 from amclip_ds.masks.units import num_kept_units, num_units
 
 
@@ -80,7 +80,7 @@ def select(config: MaskConfig, inputs: MaskInputs) -> Tensor | None:
     mask = MASKS[config.strategy]
     priority = mask.priority(inputs, options_of(config))
     units = num_units(inputs.grid, config.unit)
-    check_priority(config.strategy, priority, units, inputs)
+    check_priority(mask, priority, units, inputs)
     kept = num_kept_units(units, config.keep_ratio)
     order = priority.sort(dim=-1, descending=True, stable=True).indices
     chosen = consecutive(order, inputs.num_views, kept) if mask.disjoint else order[..., :kept]
@@ -93,14 +93,23 @@ def consecutive(order_BU: Tensor, num_views: int, kept: int) -> Tensor:
     return torch.cat([order[:, view * kept : (view + 1) * kept] for view, order in enumerate(by_view)])
 
 
-def check_priority(name: str, priority: Any, units: int, inputs: MaskInputs) -> None:
+def check_priority(mask: Mask, priority: Any, units: int, inputs: MaskInputs) -> None:
+    """Raises UserError for something else than one number a unit; of a mask that is not ours also for a NaN, which no
+    order has a place for, unless what the mask was given is not finite itself."""
+    who = f"mask {name_of(mask.priority)}"
     if not isinstance(priority, Tensor):
-        raise UserError(f"mask.strategy: {name} gave a {type(priority).__name__}, not a tensor")
-    given = next((value for value in inputs[3:8] if value is not None), None)
-    rows = priority.shape[0] if given is None else given.shape[0]
+        raise UserError(f"{who} gave a {type(priority).__name__}, not a tensor")
+    given = [value for value in inputs if isinstance(value, Tensor)]
+    rows = next((value.shape[0] for value in given if value.dim()), priority.shape[0] if priority.dim() else 1)
     if priority.shape != (rows, units):
-        raise UserError(f"mask.strategy: {name} gave numbers of shape {list(priority.shape)}; one a unit is needed,"
-                        f" [{rows}, {units}]")  # fmt: skip
+        raise UserError(f"{who} gave numbers of shape {list(priority.shape)}; one a unit is needed, [{rows}, {units}]")
+    if priority.dtype == torch.bool or priority.is_complex():
+        raise UserError(f"{who} gave {priority.dtype}; real numbers are needed (.float())")
+    if given and priority.device != given[0].device:
+        raise UserError(f"{who} gave numbers on {priority.device}; its inputs are on {given[0].device}")
+    is_ours = name_of(mask.priority).startswith("amclip_ds.")
+    if not is_ours and priority.isnan().any() and all(value.isfinite().all() for value in given):
+        raise UserError(f"{who} gave NaN for finite inputs; every unit needs a number")
 
 
 def tokens_of_units(units: Tensor, grid: int, unit: int) -> Tensor:

@@ -12,8 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
+from amclip_ds.errors import UserError, name_of
 from amclip_ds.model.config import ModelConfig
-from amclip_ds.model.features import Encoded, Features, Losses, StudentInputs, Targets, Terms, ViewGroup
+from amclip_ds.model.features import (
+    Encoded,
+    Features,
+    Losses,
+    StudentInputs,
+    Targets,
+    Terms,
+    ViewGroup,
+    are_finite,
+    check_terms,
+)
 from amclip_ds.model.text import TextTower
 from amclip_ds.model.vision import VisionTower
 
@@ -50,6 +61,7 @@ class AClip(nn.Module):
         self.text = TextTower(model.text)
         self.image_projection = nn.Linear(self.vision.width, model.embed_dim, bias=False)
         self.text_projection = nn.Linear(self.text.width, model.embed_dim, bias=False)
+        self._known_finite: set[str] = set()  # parts of plug-ins' objectives
         self.objectives = nn.ModuleDict(build_objectives(sizes_of(self.vision, model)))
         self.logit_scale = nn.Parameter(torch.zeros(1))  # (1,): a 0-d parameter crashes deepspeed.initialize
         self.logit_bias = nn.Parameter(torch.zeros(1)) if "logit_bias" in self.features() else None
@@ -102,14 +114,15 @@ class AClip(nn.Module):
         found: dict[str, Terms] = {}
         for name in self._order():
             objective = self._objectives()[name]
-            found[name] = objective(
-                self._features_of_batch(objective, cls, eot.get(objective.text_pass or "")), targets.get(name, ()), comm
-            )
+            features = self._features_of_batch(objective, cls, eot.get(objective.text_pass or ""))
+            found[name] = objective(features, targets.get(name, ()), comm)
+            self._check_terms(type(objective).forward, found[name], features)
         total, terms = sample_loss, dict(sample_terms)
         for name, objective in self._objectives().items():
             for term, value in found[name].items():
                 weighted = objective.weight_of(term) * value
                 total = weighted if total is None else total + weighted
+                check_new(term, terms, objective)
                 terms[term] = value.detach()
         assert total is not None, "no objective gave a term"
         seen = {name: feature.detach() for name, feature in eot.items()}
@@ -149,12 +162,25 @@ class AClip(nn.Module):
         total = None
         for name, objective in self._objectives().items():
             text = texts.get(objective.text_pass or "", Features())
-            found = objective.per_sample(given(features, text, objective), targets.get(name, ()))
+            own = given(features, text, objective)
+            found = objective.per_sample(own, targets.get(name, ()))
+            self._check_terms(type(objective).per_sample, found, own)
             for term, value in found.items():
                 weighted = objective.weight_of(term) * value
                 total = weighted if total is None else total + weighted
+                check_new(term, terms, objective)
                 terms[term] = value.detach()
         return terms, total
+
+    def _check_terms(self, part: Any, terms: Any, features: Features) -> None:
+        """Raises UserError where a part of an objective did not give terms; of one that is not ours also where the
+        first are not finite though what it read is. Later ones are left to the guards, which skip a step."""
+        check_terms(part, terms)
+        name = name_of(part)
+        if terms and name not in self._known_finite and not name.startswith("amclip_ds."):
+            if not are_finite(terms.values()) and are_finite(features):
+                raise UserError(f"{name} gave {', '.join(terms)} not finite, of finite features; fix it there")
+            self._known_finite.add(name)
 
     def _features_of_batch(self, objective: Any, cls: Tensor, eot: Tensor | None) -> Features:
         """What an objective's forward reads; the embeddings are made here, of its views."""
@@ -173,6 +199,12 @@ class AClip(nn.Module):
             assert self.logit_bias is not None
             features = features._replace(logit_bias=self.logit_bias.float())
         return features
+
+
+def check_new(term: str, terms: Terms, objective: Any) -> None:
+    """Raises UserError for a second term of one name, which could not be recorded."""
+    if term in terms:
+        raise UserError(f"{name_of(type(objective))}: another part of the loss has a term {term!r} already; rename it")
 
 
 def by_view(groups: tuple[ViewGroup, ...], held: Sequence[Tensor | None]) -> list[Any]:

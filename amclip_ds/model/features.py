@@ -4,12 +4,13 @@ Shapes: V views, B samples, D vision width, W text width, E embedding, K kept to
 A text pass is the text tower over one form of the texts: `plain`, or `masked` as data.text_mask makes it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from amclip_ds.errors import UserError, name_of
 from amclip_ds.masks.selection import Selection
 
 Terms = dict[str, Tensor]
@@ -114,6 +115,32 @@ class Losses(NamedTuple):
     """likewise, by text pass [B, W]"""
     logit_scale: Tensor
     """(1,) fp32, exp'ed"""
+
+
+def check_terms(part: Any, terms: Any) -> None:
+    """Raises UserError where what an objective's `part` (a bound method) gave is not its terms."""
+    if not isinstance(terms, dict):
+        raise UserError(f"{name_of(part)} gave a {type(terms).__name__}, not its terms: a dict, name -> scalar tensor")
+    for name, value in terms.items():
+        if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+            is_tensor = isinstance(value, Tensor)
+            found = f"{value.dtype} of shape {list(value.shape)}" if is_tensor else type(value).__name__
+            raise UserError(f"{name_of(part)}: its term {name!r} is a {found}; a scalar tensor of floats is needed")
+
+
+def check_targets(part: Any, targets: Any, samples: int) -> None:
+    """Likewise of `observe`: a tuple of tensors whose first dimension is samples."""
+    if not isinstance(targets, tuple) or not all(isinstance(tensor, Tensor) for tensor in targets):
+        raise UserError(f"{name_of(part)} gave a {type(targets).__name__}, not its targets: a tuple of tensors")
+    for place, tensor in enumerate(targets):
+        if not tensor.dim() or tensor.shape[0] != samples:
+            raise UserError(f"{name_of(part)}: target {place} is {list(tensor.shape)}; samples come first, {samples}")
+
+
+def are_finite(held: Iterable[Any]) -> bool:
+    """Whether all numbers are finite; what is no tensor, or a tuple of them, does not count."""
+    tensors = [tensor for one in held for tensor in (one if isinstance(one, tuple) else (one,))]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def pieces_of(targets: Targets, samples: slice) -> Targets:

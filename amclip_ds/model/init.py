@@ -56,7 +56,10 @@ def init_tensor(name: str, shape: Shape, start: Start) -> Tensor:
         return torch.full(tuple(shape), LOGIT_BIAS)
     for pattern, rule in (*start.rules, *RULES):
         if re.fullmatch(pattern, name):
-            return rule(generator(start.seed, first_name(name)), shape, model)
+            value = rule(generator(start.seed, first_name(name)), shape, model)
+            if tuple(value.shape) != tuple(shape):
+                raise UserError(f"{name}: its rule gave a first value of {list(value.shape)}; it has {list(shape)}")
+            return value
     raise UserError(f"no rule to initialise {name}; an objective's `init` gives one")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from amclip_ds.comm import Comm
 from amclip_ds.model.amclip import Sizes, no_objectives, normalise, sizes_of
 from amclip_ds.model.config import ModelConfig
-from amclip_ds.model.features import Seen, Targets
+from amclip_ds.model.features import Seen, Targets, check_targets
 from amclip_ds.model.text import TextTower
 from amclip_ds.model.vision import VisionTower
 
@@ -70,7 +70,10 @@ class TeacherModel(nn.Module):
         patches = output.tokens[:, 1:] if "patches" in wants else None
         seen = Seen(output.cls, patches, output.scores)
         copies = {name: nn.ModuleDict() for name in self._observers} | dict(self.objectives.items())
-        targets = {name: observer.observe(copies[name], seen, comm) for name, observer in self._observers.items()}
+        targets: Targets = {}
+        for name, observer in self._observers.items():
+            targets[name] = observer.observe(copies[name], seen, comm)
+            check_targets(type(observer).observe, targets[name], images.shape[0])
         return Observed(targets, output.scores)
 
     def embed_images(self, images: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from amclip_ds.errors import UserError, name_of
 from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import FLAT_OBJECTIVES, HeadsConfig, LossConfig, ModelConfig, Weighted
 from amclip_ds.model.features import Features, Seen, Terms
@@ -53,7 +54,13 @@ def chosen(loss: LossConfig, heads: HeadsConfig, pairs_views: bool = True, has_m
 
 def build(objectives: Chosen, sizes: Sizes) -> dict[str, Objective]:
     """The objectives as modules, in the order of OBJECTIVES."""
-    return {name: OBJECTIVES[name](options, sizes) for name, options in objectives.items()}
+    built = {name: OBJECTIVES[name](options, sizes) for name, options in objectives.items()}
+    for objective in built.values():
+        if missing := [part for part in objective.averaged if part not in objective._modules]:
+            raise UserError(
+                f"{name_of(type(objective))}: averaged names {', '.join(missing)}, which is no submodule of it"
+            )
+    return built
 
 
 def builder(objectives: Chosen) -> Callable[[Sizes], dict[str, Objective]]:

@@ -95,7 +95,8 @@ def pixels(images_uint8: Tensor | None) -> Tensor:
 
 
 class Run:
-    """Student, teacher and guards of one rank. optim, loss, mask, guards: changes to their settings."""
+    """Student, teacher and guards of one rank. optim, loss, mask, guards: changes to their settings.
+    own: further objectives, with their options."""
 
     def __init__(
         self, ds: str, *, steps: int = 5, accumulation: int = 1, optim: dict[str, Any] | None = None,
@@ -103,7 +104,7 @@ class Run:
         seed: int = 0, recipe: bool = False, batch_size: int = GLOBAL_BATCH, depth: int = 2,
         checkpoint_every: int = 0, compile: bool = False,
         momentum: tuple[float, float] = (0.9, 0.99), guards: dict[str, Any] | None = None,
-        runtime: engine_runtime.Runtime | None = None,
+        runtime: engine_runtime.Runtime | None = None, own: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.runtime = runtime or engine_runtime.start()
         self.comm = DistributedComm()
@@ -114,7 +115,7 @@ class Run:
         sgd = {"name": "sgd", "lr": 0.05, "warmup_steps": 0, "weight_decay": 0.0}
         optim_config = OptimConfig(**(sgd | (optim or {})))
         teacher_config = TeacherConfig(momentum=momentum[0], final_momentum=momentum[1], placement=placement)
-        self.objectives = chosen(LossConfig(**(loss or {})), heads)
+        self.objectives = chosen(LossConfig(**(loss or {})), heads) | (own or {})
         self.student = StudentEngine(self.model, self.objectives, optim_config,
                                      EngineConfig(deepspeed=ds, compile=compile), seed=seed,
                                      runtime=self.runtime)  # fmt: skip

@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -259,3 +260,94 @@ def test_a_mask_alone_is_loaded_without_torch(tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+RAISES = """
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from amclip_ds.masks import Mask, units
+
+
+def wrong(inputs, options):
+    return torch.zeros(3) @ torch.zeros(4)
+
+
+def unknown(inputs, options):
+    return inputs.depth
+
+
+def unnamed(inputs, options):
+    return inputs.noise * 2
+
+
+def below(inputs, options):
+    return units.num_units(7, 2)
+
+
+def memory(inputs, options):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+MASKS = {name: Mask(globals()[name]) for name in ("wrong", "unknown", "unnamed", "below", "memory")}
+"""
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [("wrong", r"plug-in mine: wrong raised RuntimeError: .*line 9\); fix it there"),
+     ("unknown", "unknown raised AttributeError: 'MaskInputs' object has no attribute 'depth'"),
+     ("unnamed", r"unnamed raised TypeError: .*NoneType.*a field is None unless the mask's `needs`")],
+)  # fmt: skip
+def test_what_a_plugin_raises_is_one_line(mask: str, told: str, tmp_path: Path) -> None:
+    plugins.load([written(tmp_path, RAISES)])
+    inputs = masks.MaskInputs(4, 1, 1)
+    with pytest.raises(UserError, match=told) as caught, plugins.blamed():
+        MASKS[mask].priority(inputs, None)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("mask", "kind"), [("below", "ValueError"), ("memory", "OutOfMemoryError")])
+def test_what_is_raised_below_a_plugin_or_by_the_machine_is_not_its_fault(mask: str, kind: str, tmp_path: Path) -> None:
+    """A lost rank inside a collective must not look like the user's mistake: code 2 is not requeued."""
+    plugins.load([written(tmp_path, RAISES)])
+    with pytest.raises(Exception) as caught, plugins.blamed():
+        MASKS[mask].priority(masks.MaskInputs(4, 1, 1), None)
+    assert caught.type.__name__ == kind
+    with pytest.raises(ZeroDivisionError), plugins.blamed():
+        print(1 / 0)
+
+
+def names_of_masks(epoch: int, start: int, stop: int) -> tuple[list[str], list[str]]:
+    """What a loader worker makes here: the masks it has, and its plug-ins' identities."""
+    return sorted(MASKS), plugins.identities()
+
+
+def test_loader_workers_load_what_the_ranks_have_read(tmp_path: Path) -> None:
+    """Also one that starts after the file has changed. Twin: a worker that is told nothing has ours alone."""
+    from itertools import repeat
+
+    from amclip_ds.data.workers import Workers
+
+    file = Path(written(tmp_path, MASK))
+    plugins.load([str(file)])
+    told = partial(plugins.again, list(plugins.LOADED.values()))
+    file.write_text("raise SystemExit('edited')\n")
+    for prepare, has_it in ((told, True), (None, False)):
+        workers = Workers(
+            names_of_masks, repeat((0, 0, 1)), number=1, ahead=1, timeout_s=120, died=print, prepare=prepare
+        )
+        try:
+            names, identities = workers.next()
+        finally:
+            workers.close()
+        assert ("mine" in names) == has_it and identities == (plugins.identities() if has_it else [])
+
+
+def test_an_objective_that_reads_a_view_that_there_is_not(tmp_path: Path) -> None:
+    file = written(tmp_path, OBJECTIVE + "Mine.views = (0, 2)\n")
+    words = ["loss.mine.weight=1"]
+    with pytest.raises(SettingsError, match="loss.mine.weight: it reads view 2, and data.views are 0 to 1"):
+        config.load("aclip-tiny", words, [file])
+    config.load("aclip-tiny", [*words, "data.num_views=3", "loss.o2o_weight=0"])
+    config.load("aclip-tiny")

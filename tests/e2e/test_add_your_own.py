@@ -1,0 +1,107 @@
+"""docs/add-your-own.md: its mask and its objective, as the page has them, through `amclip train`."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from amclip_ds.jsonl import read_lines
+from tests.e2e.conftest import Amclip
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-your-own.md"
+NAMES = {"contrast.py": 30, "dense.py": 60}  # the page's files and their lines, at most
+
+
+def files_of_the_page(folder: Path) -> list[str]:
+    """Writes the page's python blocks; returns the words that load them."""
+    words = []
+    for name, text in zip(NAMES, re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL), strict=True):
+        (folder / name).write_text(text)
+        words.append(f"--plugin={folder / name}")
+    return words
+
+
+def test_the_page_keeps_its_promise_of_length(tmp_path: Path) -> None:
+    files_of_the_page(tmp_path)
+    lengths = {name: len((tmp_path / name).read_text().splitlines()) for name in NAMES}
+    print("lines:", lengths)
+    assert all(lengths[name] <= most for name, most in NAMES.items())
+
+
+@pytest.fixture(scope="module")
+def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory, amclip: Amclip) -> tuple[Path, list[str]]:
+    """8 steps with both parts on 2 ranks under ZeRO-3 with GradCache of 2 pieces; and the words that go on."""
+    folder = tmp_path_factory.mktemp("own")
+    words = [
+        "train", "aclip-tiny", f"data.train={scenes}/train", f"run.out={folder}/run", "run.steps=8",
+        "log.every_steps=1", "batch.global_size=32", "batch.per_gpu=8", "data.workers=1",
+        "engine.deepspeed=zero3_fp32.json", "log.tensorboard=false", "run.deterministic=true",
+        "checkpoint.every_steps=3", "checkpoint.keep_last=9",
+        "mask.strategy=contrast", "mask.contrast.noise=0.5", "loss.dense.weight=0.5", "loss.dense.prototypes=32",
+        *files_of_the_page(folder),
+    ]  # fmt: skip
+    code, printed = amclip(*words, ranks=2)
+    assert code == 0, printed
+    return folder, words
+
+
+def test_its_mask_and_objective_train(trained: tuple[Path, list[str]]) -> None:
+    folder, _ = trained
+    rows = read_lines(folder / "run" / "metrics.jsonl")
+    assert len(rows) == 8 and all(row["kept_tokens"] == 32 and row["loss_dense"] > 0 for row in rows)
+    weights = load_file(folder / "run" / "student.safetensors")
+    assert weights["objectives.dense.centre"].abs().min() > 0  # it moved
+    assert "objectives.dense.head.weight" in load_file(folder / "run" / "teacher.safetensors")
+    config = (folder / "run" / "config.yaml").read_text()
+    assert "- contrast sha256:" in config and "- dense sha256:" in config and "prototypes: 32" in config
+
+
+def test_a_resume_is_exact_with_its_centre(trained: tuple[Path, list[str]], tmp_path: Path, amclip: Amclip) -> None:
+    """3 + 5 steps are 8. Twin: what was committed at step 3 is not what it was at step 8."""
+    folder, words = trained
+    again = tmp_path / "run"
+    shutil.copytree(folder / "run" / "checkpoints" / "step_00000003", again / "checkpoints" / "step_00000003")
+    code, printed = amclip(*[f"run.out={again}" if word.startswith("run.out=") else word for word in words], ranks=2)
+    assert code == 0, printed
+    assert "goes on from" in printed and read_lines(again / "metrics.jsonl")[0]["step"] == 4
+    for name in ("student", "teacher"):
+        first, second = (path / f"{name}.safetensors" for path in (folder / "run", again))
+        assert first.read_bytes() == second.read_bytes()
+    whole, late = (read_lines(path / "metrics.jsonl") for path in (folder / "run", again))
+    assert [row["loss"] for row in whole[3:]] == [row["loss"] for row in late]
+
+
+def test_the_run_is_evaluated_and_exported_without_the_plugins(
+    trained: tuple[Path, list[str]], scenes: Path, tmp_path: Path, amclip: Amclip
+) -> None:
+    """And none of its files causes an import: the plug-ins' files are gone."""
+    run = tmp_path / "run"
+    shutil.copytree(trained[0] / "run", run)
+    text = (run / "config.yaml").read_text()
+    assert "strategy: contrast" in text
+    code, printed = amclip("eval", str(run), "--data", str(scenes), "--json", f"{tmp_path}/numbers.json")
+    assert code == 0, printed
+    assert {row["weights"] for row in json.loads((tmp_path / "numbers.json").read_text())} == {"student", "teacher"}
+    checkpoint = run / "checkpoints" / "step_00000003"
+    code, printed = amclip("eval", str(checkpoint), "--data", str(scenes), "--weights", "teacher", "--no-append")
+    assert code == 0, printed
+    code, printed = amclip("export", str(run), "--format", "open_clip", "--out", f"{tmp_path}/exported")
+    assert code == 0, printed
+    assert amclip("checkpoints", str(run))[0] == 0
+    code, printed = amclip("watch", str(run), "--data", str(scenes), "--once")
+    assert code == 0, printed
+
+
+def test_a_resume_without_a_plugin_says_to_add_it(trained: tuple[Path, list[str]], amclip: Amclip) -> None:
+    folder, words = trained
+    named = [word for word in words if not word.startswith("--plugin")]
+    code, printed = amclip(*named)
+    assert code == 2 and "--plugin FILE.py" in printed, printed
+    unnamed = [word for word in named if "contrast" not in word and "dense" not in word]
+    code, printed = amclip(*unnamed)
+    assert code == 2 and "add --plugin: [contrast sha256:" in printed, printed
+    code, printed = amclip("train", f"{folder}/run/config.yaml", f"run.out={folder}/run")
+    assert code == 2 and "the plug-in contrast; add --plugin" in printed, printed
