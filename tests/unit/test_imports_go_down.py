@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "model": {"masks"},
     "objectives": {"model"},
     "compat": set(),
+    "plugins": {"masks", "model", "objectives", "configfile"},
     "method": {"objectives", "masks", "model", "data", "compat"},
     "grad_cache": BOTTOM | {"engine"},
     "data": {"data", "masks"},
