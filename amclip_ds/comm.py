@@ -1,5 +1,6 @@
 """What the losses and the batch norm ask of the other ranks, as an interface; and its one-process form."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -23,6 +24,10 @@ class Comm(Protocol):
         """What the next rank (rank + 1, cyclic) holds; backward sends the gradient back to it."""
         ...
 
+    def ring_ahead(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begins ring_shift, without gradient; what is returned waits for its end. x must not change until then."""
+        ...
+
 
 class SingleProcess:
     """One rank: every collective is the identity."""
@@ -38,3 +43,6 @@ class SingleProcess:
 
     def ring_shift(self, x: Tensor) -> Tensor:
         return x
+
+    def ring_ahead(self, x: Tensor) -> Callable[[], Tensor]:
+        return lambda: x

@@ -17,7 +17,7 @@ FREE_SECTIONS = ("checkpoint", "log", "eval", "watchdog", "preemption", "ownersh
 FREE = {
     *("run.out", "run.time_limit", "run.log_sample_ids", "run.deterministic"),
     *("batch.per_gpu", "engine.deepspeed", "engine.compile", "engine.allow_untested", "teacher.placement"),
-    *("model.init_from", "model.vision.checkpoint_every", "model.text.checkpoint_every", "loss.chunk"),
+    *("model.init_from", "model.vision.checkpoint_every", "model.text.checkpoint_every", "loss.chunk", "loss.exchange"),
     *("guards.max_skipped", "guards.max_rewinds"),
     *("data.train", "data.index", "data.workers", "data.prefetch", "data.timeout_s", "data.stage_dir", "data.stage_gb"),
     *("data.allow_pipe", "data.max_skip_rate", "data.on_change", "data.text_bucket"),

@@ -40,6 +40,11 @@ class DistributedComm:
         self.on_arrival()
         return x if self.world_size == 1 else _RingShift.apply(x)
 
+    def ring_ahead(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begins ring_shift, without gradient; what is returned waits for its end. x must not change until then."""
+        self.on_arrival()
+        return (lambda: x) if self.world_size == 1 else _begin_exchange(x, step=1)
+
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
@@ -86,16 +91,29 @@ class _RingShift(torch.autograd.Function):
 
 def _exchange(x: Tensor, step: int) -> Tensor:
     """Receives from rank + step while sending to rank - step."""
+    return _begin_exchange(x, step)()
+
+
+def _begin_exchange(x: Tensor, step: int) -> Callable[[], Tensor]:
+    """`_exchange` begun; what is returned waits for its end."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sent = x.contiguous()
     operations = [
-        dist.P2POp(dist.isend, x.contiguous(), (rank - step) % world_size),
+        dist.P2POp(dist.isend, sent, (rank - step) % world_size),
         dist.P2POp(dist.irecv, received, (rank + step) % world_size),
     ]
-    with COMMUNICATION.waiting():
-        for request in dist.batch_isend_irecv(operations):
-            request.wait()
-    return received
+    requests = dist.batch_isend_irecv(operations)
+
+    def finish() -> Tensor:
+        nonlocal sent  # kept until it has gone
+        with COMMUNICATION.waiting():
+            for request in requests:
+                request.wait()
+        del sent
+        return received
+
+    return finish
 
 
 def my_rank() -> int:

@@ -158,7 +158,13 @@ class LossConfig:
     text: str = "masked"
     """Which form of the texts the image-text loss reads where data.text_mask makes one: masked | plain."""
 
+    exchange: str = "gather"
+    """gather: each rank collects all ranks' features | ring: the texts travel from rank to rank, and the memory of the
+    image-text loss does not grow with their number."""
+
     def __post_init__(self) -> None:
+        if self.exchange not in ("gather", "ring"):
+            raise ValueError(f"loss.exchange: {self.exchange!r} is neither gather nor ring")
         if self.kind not in ("softmax", "sigmoid"):
             raise ValueError(f"loss.kind: {self.kind!r} is neither softmax nor sigmoid")
         for key in ("contrastive_weight", "o2o_weight", "o2e_weight", "chunk"):

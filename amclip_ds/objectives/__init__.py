@@ -37,7 +37,9 @@ def chosen(loss: LossConfig, heads: HeadsConfig, pairs_views: bool = True, has_m
     text = loss.text if has_masked_text else "plain"
     image_text = "sigmoid" if loss.kind == "sigmoid" else "contrastive"
     options: dict[str, Any] = {
-        image_text: contrastive.Options(loss.contrastive_weight, loss.views, chunk=loss.chunk, text=text),
+        image_text: contrastive.Options(
+            loss.contrastive_weight, loss.views, chunk=loss.chunk, text=text, exchange=loss.exchange
+        ),
         "simclr": simclr.Options(
             loss.o2o_weight,
             loss.o2o_views,

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from amclip_ds.comm import Comm
 from amclip_ds.model.features import Features, Terms
+from amclip_ds.objectives import ring
 from amclip_ds.objectives.base import Objective, Weighted
 
 
@@ -22,6 +23,8 @@ class Options(Weighted):
     """Rows of logits held at a time, forward and backward; 0: all."""
     text: str = "plain"
     """Which form of the texts it reads: plain | masked."""
+    exchange: str = "gather"
+    """gather | ring: loss.exchange."""
 
 
 class Contrastive(Objective):
@@ -34,7 +37,8 @@ class Contrastive(Objective):
         assert features.image_embeds is not None and features.text_embeds is not None
         assert features.logit_scale is not None
         images, texts, scale = features.image_embeds, features.text_embeds, features.logit_scale
-        return {"contrastive": info_nce(images, texts, scale, comm, self.options.chunk)}
+        loss = ring.info_nce if self.options.exchange == "ring" else info_nce
+        return {"contrastive": loss(images, texts, scale, comm, self.options.chunk)}
 
 
 def info_nce(images_VBE: Tensor, texts_BE: Tensor, scale: Tensor, comm: Comm, chunk: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from amclip_ds.comm import Comm
 from amclip_ds.model.features import Features, Terms
-from amclip_ds.objectives import contrastive
+from amclip_ds.objectives import contrastive, ring
 from amclip_ds.objectives.base import Objective
 
 
@@ -27,8 +27,9 @@ class Sigmoid(Objective):
         images, texts = features.image_embeds, features.text_embeds
         assert images is not None and texts is not None
         assert features.logit_scale is not None and features.logit_bias is not None
-        loss = sigmoid(images, texts, features.logit_scale, features.logit_bias, comm, self.options.chunk)
-        return {"contrastive": loss}
+        loss = ring.sigmoid if self.options.exchange == "ring" else sigmoid
+        scale, bias = features.logit_scale, features.logit_bias
+        return {"contrastive": loss(images, texts, scale, bias, comm, self.options.chunk)}
 
 
 def sigmoid(images_VBE: Tensor, texts_BE: Tensor, scale: Tensor, bias: Tensor, comm: Comm, chunk: int = 0) -> Tensor:

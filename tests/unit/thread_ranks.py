@@ -41,6 +41,10 @@ class ThreadComm:
     def ring_shift(self, x: Tensor) -> Tensor:
         return self._exchange(x)[(self.rank + 1) % self.world_size]
 
+    def ring_ahead(self, x: Tensor) -> Callable[[], Tensor]:
+        arrived = self.ring_shift(x)
+        return lambda: arrived
+
 
 def run_threads(world_size: int, function: Callable[[ThreadComm], Any]) -> list[Any]:
     """function(comm) on every rank; the results in rank order."""
