@@ -30,7 +30,6 @@ from amclip_ds.model.config import (
     LossConfig,
     ModelConfig,
     TeacherConfig,
-    Weighted,
     patch_grid,
 )
 from amclip_ds.optim import OptimConfig
