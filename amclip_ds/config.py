@@ -8,7 +8,7 @@ Every mistake is a UserError of one line that names the key and, where it is mis
 import difflib
 import sys
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import LocalSettingsError, SettingsError, UserError, in_one_line
 from amclip_ds.evaluate import EvalConfig
 from amclip_ds.masks import MASKS, NONE, MaskConfig, ViewMask, masks_of_views
+from amclip_ds.masks.text import TEXT_MASKS
 from amclip_ds.masks.units import num_kept_units, num_units
 from amclip_ds.model.config import (
     FLAT_OBJECTIVES,
@@ -298,7 +299,7 @@ def _named_parts(keys: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for key, value in keys.items():
         section, *rest = key.split(".")
-        if f".{key}".endswith(".mask.strategy"):
+        if f".{key}".endswith((".mask.strategy", ".text_mask.strategy")):
             found |= {key: str(value)} if value else {}  # empty: a view's that is left out
         elif section in ("mask", "loss") and len(rest) > 1:
             found[key] = rest[0]
@@ -307,8 +308,13 @@ def _named_parts(keys: Mapping[str, Any]) -> dict[str, str]:
 
 def _is_known(key: str, name: str) -> bool:
     if not key.startswith("loss."):
-        return name in (NONE, *MASKS)
+        return name in (NONE, *_masks_of(key))
     return name in (*LossConfig.__dataclass_fields__, *_loaded_objectives())
+
+
+def _masks_of(key: str) -> Iterable[str]:
+    """The names that a key may have."""
+    return TEXT_MASKS if key.startswith("data.text_mask.") else MASKS
 
 
 def _check_parts(keys: Mapping[str, Any], where: str) -> None:
@@ -322,7 +328,8 @@ def _check_parts(keys: Mapping[str, Any], where: str) -> None:
             if _is_known(key, name):
                 continue
         if key.endswith(".strategy"):
-            raise SettingsError(f"{key}: {name!r} is none of {', '.join((NONE, *MASKS))}; {own.hint(name)}{where}")
+            known = ", ".join((NONE, *_masks_of(key)))
+            raise SettingsError(f"{key}: {name!r} is none of {known}; {own.hint(name)}{where}")
         raise SettingsError(f"{configfile.unknown(key, keys_and_types())}; {own.hint(name)}{where}")
 
 
@@ -375,7 +382,10 @@ def _without_plugins(layer: dict[str, Any]) -> dict[str, Any]:
                              if any(f"{key}.".startswith(f"{section}.{name}.") for key in known)}  # fmt: skip
             if section == "mask":
                 _leave_out_own_mask(kept[section])
-    views = kept["data"].get("views") if isinstance(kept.get("data"), dict) else None
+    data: Any = kept["data"] if isinstance(kept.get("data"), dict) else {}
+    text_mask, views = data.get("text_mask"), data.get("views")
+    if isinstance(text_mask, dict) and not _is_known("data.text_mask.strategy", str(text_mask.get("strategy"))):
+        text_mask["strategy"] = NONE
     for view in views if isinstance(views, list) else []:
         if isinstance(view, dict) and isinstance(view.get("mask"), dict):
             _leave_out_own_mask(view["mask"])

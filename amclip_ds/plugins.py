@@ -1,8 +1,8 @@
 """A user's own masks and objectives: modules that the command line names with --plugin, and installed packages.
 
-A module's top-level dicts MASKS and OBJECTIVES join ours, in every rank and in every loader worker. Nothing but a word
-of the command line ever causes an import here: no yaml, run folder, checkpoint or export does. This module loads no
-torch.
+A module's top-level dicts MASKS, TEXT_MASKS and OBJECTIVES join ours, in every rank and in every loader worker. Nothing
+but a word of the command line ever causes an import here: no yaml, run folder, checkpoint or export does. This module
+loads no torch.
 """
 
 import hashlib
@@ -21,10 +21,11 @@ from typing import Any
 from amclip_ds.configfile import check_options
 from amclip_ds.errors import FROM_A_FILE, AmclipError, UserError, in_one_line
 from amclip_ds.masks import MASKS, NONE, Mask, MaskConfig
+from amclip_ds.masks.text import TEXT_MASKS, TextMask
 from amclip_ds.model.config import LossConfig
 
 GROUP = "amclip_ds.plugins"
-TABLES = ("MASKS", "OBJECTIVES")
+TABLES = ("MASKS", "TEXT_MASKS", "OBJECTIVES")
 SHOWN = 300  # characters of what a plug-in's error says
 OURS = str(Path(__file__).parent)
 OTHERS = ("/deepspeed/", "/torch/distributed/")
@@ -164,9 +165,11 @@ def _take(plugin: Plugin, source: str) -> None:
     try:
         tables = {table: _table(module, table, who) for table in TABLES}
         if not any(tables.values()):
-            raise UserError(f"{who}: has nothing in a top-level dict {' or '.join(TABLES)}")
+            raise UserError(f"{who}: has nothing in a top-level dict {', '.join(TABLES)}")
         for name, mask in tables["MASKS"].items():
             _check_mask(name, mask, who)
+        for name, text_mask in tables["TEXT_MASKS"].items():
+            _check_text_mask(name, text_mask, who)
         if tables["OBJECTIVES"]:
             _take_objectives(tables["OBJECTIVES"], who)
     except UserError:
@@ -174,6 +177,7 @@ def _take(plugin: Plugin, source: str) -> None:
             del sys.modules[plugin.module]
         raise
     MASKS.update(tables["MASKS"])
+    TEXT_MASKS.update(tables["TEXT_MASKS"])
     LOADED[plugin.source] = plugin
 
 
@@ -186,6 +190,15 @@ def _check_mask(name: str, mask: Any, who: str) -> None:
         raise UserError(f"{who}: MASKS[{name!r}].priority is no function")
     if mask.options is not None:
         check_options(mask.options, f"{who}: the options of MASKS[{name!r}]")
+
+
+def _check_text_mask(name: str, mask: Any, who: str) -> None:
+    if not isinstance(mask, TextMask):
+        raise UserError(f"{who}: TEXT_MASKS[{name!r}] is a {type(mask).__name__}, not an amclip_ds.masks.text.TextMask")
+    if name == NONE or name in TEXT_MASKS:
+        raise UserError(f"{who}: there is a text mask {name} already; give yours another name")
+    if not callable(mask.draw) or not callable(mask.apply):
+        raise UserError(f"{who}: TEXT_MASKS[{name!r}]: draw and apply are functions")
 
 
 def _take_objectives(found: dict[str, Any], who: str) -> None:

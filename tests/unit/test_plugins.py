@@ -160,7 +160,7 @@ def test_a_plugin_that_has_changed_is_drift_and_one_that_is_missing_is_named(tmp
 
 
 WRONG = {
-    "nothing": ("x = 1\n", "has nothing in a top-level dict MASKS or OBJECTIVES"),
+    "nothing": ("x = 1\n", "has nothing in a top-level dict MASKS, TEXT_MASKS, OBJECTIVES"),
     "syntax": ("def f(:\n", r"its import raised SyntaxError: .*\(line 1\)"),
     "raises": ("x = 1\n1 / 0\n", r"its import raised ZeroDivisionError: division by zero \(line 2\)"),
     "exits": ("raise SystemExit(3)\n", "its import raised SystemExit"),
@@ -347,7 +347,56 @@ def test_loader_workers_load_what_the_ranks_have_read(tmp_path: Path) -> None:
 def test_an_objective_that_reads_a_view_that_there_is_not(tmp_path: Path) -> None:
     file = written(tmp_path, OBJECTIVE + "Mine.views = (0, 2)\n")
     words = ["loss.mine.weight=1"]
-    with pytest.raises(SettingsError, match="loss.mine.weight: it reads view 2, and data.views are 0 to 1"):
+    with pytest.raises(SettingsError, match="loss.mine.weight: this objective reads the views 0, 2 of data.views, and there are 2"):
         config.load("aclip-tiny", words, [file])
     config.load("aclip-tiny", [*words, "data.num_views=3", "loss.o2o_weight=0"])
     config.load("aclip-tiny")
+
+
+TEXT_MASK = """
+from amclip_ds.masks.text import TextMask
+
+
+def draw(random, n):
+    return random.random()
+
+
+def last(words, drawn, budget, options):
+    return [one for _, ids in words for one in ids][-budget:]
+
+
+def strange(words, drawn, budget, options):
+    return [7] * budget
+
+
+def raises(words, drawn, budget, options):
+    return words[99]
+
+
+TEXT_MASKS = {one.__name__: TextMask(draw, one) for one in (last, strange, raises)}
+"""
+
+
+def test_a_text_mask_of_ones_own(tmp_path: Path) -> None:
+    import numpy as np
+
+    from amclip_ds.masks import text
+
+    before = dict(text.TEXT_MASKS)
+    try:
+        words = ["data.text_mask.strategy=last", "data.text_mask.tokens=4"]
+        with pytest.raises(SettingsError, match="data.text_mask.strategy: 'last' is none of none, .*--plugin FILE.py"):
+            config.load("aclip-tiny", words)
+        loaded = config.load("aclip-tiny", words, [written(tmp_path, TEXT_MASK)]).data.text_mask
+        caption = [("a", [1]), ("red", [2, 3]), ("dog", [4])]
+        random = np.random.default_rng(0)
+        assert text.masked(loaded, caption, random) == [3, 4]
+        for name, told in (("strange", r"gave \[7, 7\]; it picks of"), ("raises", "raised IndexError: list index out")):
+            with pytest.raises(UserError, match=f"text mask mine.{name} {told}"):
+                text.masked(text.TextMaskConfig(name, 4), caption, random)
+        copy = Path(written(tmp_path, config.dump(config.load("aclip-tiny", words)), "config.yaml"))
+        text.TEXT_MASKS.pop("last")
+        assert config.load_run(copy).data.text_mask.strategy == "none"
+    finally:
+        text.TEXT_MASKS.clear()
+        text.TEXT_MASKS.update(before)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from amclip_ds.errors import UserError, in_one_line, name_of
 from amclip_ds.masks.text import tokens
 from amclip_ds.masks.units import NONE
 
@@ -59,8 +60,21 @@ class TextMaskConfig:
 
 
 def masked(config: TextMaskConfig, words: Words, random: "np.random.Generator") -> list[int]:
-    """The ids that stay, without start and end. Draws as often whether the caption is short or long."""
+    """The ids that stay, without start and end. Draws as often whether the caption is short or long.
+
+    Raises UserError where a mask that is not ours raises, or gives something else than ids.
+    """
     mask, ids = TEXT_MASKS[config.strategy], [one for _, held in words for one in held]
-    drawn = mask.draw(random, len(ids))
-    budget = config.tokens - 2
-    return ids if len(ids) <= budget else list(mask.apply(words, drawn, budget, config))[:budget]
+    name, budget = name_of(mask.apply), config.tokens - 2
+    try:
+        drawn = mask.draw(random, len(ids))
+        if len(ids) <= budget:
+            return ids
+        chosen = list(mask.apply(words, drawn, budget, config))[:budget]
+    except Exception as error:
+        if name.startswith("amclip_ds."):
+            raise
+        raise UserError(f"text mask {name} raised {type(error).__name__}: {in_one_line(error, 300)}") from error
+    if not set(chosen) <= set(ids):
+        raise UserError(f"text mask {name} gave {str(chosen)[:100]}; it picks of the caption's own ids")
+    return chosen

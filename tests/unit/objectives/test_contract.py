@@ -122,7 +122,7 @@ def test_per_sample_reads_tokens_and_patches_of_its_views(kind: type[Everything]
     assert len(features.patches) == 1 and features.patches[0].shape == (BATCH, 4, 32)
     assert features.keep_indices[0].tolist() == [[0, 1, 2, 3]] * BATCH
     assert features.tokens.shape == (BATCH, 8, 32) and features.token_ids.shape == (BATCH, 8)
-    assert torch.equal(features.cls, encoded.cls[1:]) and torch.equal(features.eot, encoded.eot)
+    assert torch.equal(features.cls, encoded.cls[1:]) and torch.equal(features.eot, encoded.eot["plain"])
     assert features.image_embeds is None and features.text_embeds is None
     assert targets is observed.targets["own"]
 
@@ -199,7 +199,7 @@ def test_what_is_not_finite_later_is_left_to_the_guards(kind: type[Everything]) 
 def test_features_that_are_not_finite_are_not_its_fault(kind: type[Everything]) -> None:
     student, _ = built()
     bad = torch.full((2, BATCH, 32), float("nan"))
-    assert student.losses(bad, torch.zeros(BATCH, 32), {}, {}, None, SingleProcess()).total.isnan()
+    assert student.losses(bad, {"plain": torch.zeros(BATCH, 32)}, {}, {}, None, SingleProcess()).total.isnan()
 
 
 def test_averaged_must_be_there(kind: type[Everything]) -> None:
