@@ -29,6 +29,7 @@ COMMANDS = {  # the word typed -> its module in amclip_ds/commands
     "checkpoints": "checkpoints",
     "submit": "submit",
     "plan": "plan",
+    "doctor": "doctor",
 }
 AGAIN_S = 3.0
 EPILOG = """exit codes: 0 done; 1 a fault of amclip or of the machine (its last lines say which);

@@ -123,7 +123,7 @@ def check_memory(
     limit = None if gpu_memory is None else read_size(gpu_memory, "--gpu-memory")
     named = None if gpu_name is None else gpu_of(gpu_name)
     limit = limit if limit is not None or named is None else named.memory_gib * GIB
-    gpu = Gpu(named.name if named else "GPU", (limit or 1e15) / GIB, named and named.peak_tflops, named and named.watts)
+    gpu = Gpu(named.name if named else "GPU", (limit or 1e15) / GIB, None, None)
     plan = make_plan(config, Ask(gpus=world_size, gpu=gpu, gpus_per_node=per_node))
     stage = plan.stages[stage_of(read_ds_config(config.engine))]
     state, peak = sum(stage.memory.state.values()), stage.memory.peak

@@ -7,6 +7,7 @@ generator or imports MPI.
 import contextlib
 import dataclasses
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -80,6 +81,17 @@ def stop(runtime: Runtime) -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def placement() -> Placement:
+    """Where a launcher put this process, by its environment. Raises UserError for one that is half set."""
+    return discover(os.environ)
+
+
+def compiler() -> str | None:
+    """The C++ compiler that a build here would use, if there is one."""
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
 
 
 def current_job() -> SlurmJob:

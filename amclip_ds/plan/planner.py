@@ -430,11 +430,11 @@ def samples_of(config: TrainConfig) -> tuple[int, str, float] | None:
 
     Raises UserError for shards that are named and are not there.
     """
+    if not config.data.train:
+        return None
     from amclip_ds.data.index import scan_shard
     from amclip_ds.data.sources import is_remote, training_sources
 
-    if not config.data.train:
-        return None
     shards = [shard for source in training_sources(config.data) for shard in source]
     if not shards or any(is_remote(path) for path in shards):
         return None

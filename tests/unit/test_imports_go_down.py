@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "resilience": MIDDLE,
     "config": UPPER | {"configfile", "plugins"},
     "plan": MIDDLE | {"config"},
+    "doctor": MIDDLE | {"config", "evaluate", "samples"},
     "step": MIDDLE,
     "checkpoint": MIDDLE | {"checkpoint", "config"},
     "evaluate": MIDDLE | {"backlog", "evaluate", "checkpoint", "config"},
