@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from amclip_ds.masks.units import NONE
 from amclip_ds.model.config import HeadsConfig, LossConfig
 from amclip_ds.plan import shapes
 from amclip_ds.plan.shapes import Parameters
@@ -70,6 +71,8 @@ class Part:
     averaged: tuple[str, ...] = ()
     targets: frozenset[str] = frozenset()
     features: frozenset[str] = frozenset()
+    text: str | None = None
+    """the form of the texts that it reads (objectives.base.TEXT_PASSES)"""
     cost: Callable[[Sizes], Cost] = lambda sizes: FREE
     """of the whole local batch"""
     observed: Callable[[Sizes], float] = lambda sizes: 0.0
@@ -99,15 +102,18 @@ def _is_known(config: Any) -> bool:
 
 def _known(config: Any, width: int) -> dict[str, Part]:
     loss, heads = config.loss, config.heads
+    text = loss.text if config.data.text_mask.strategy != NONE else "plain"
     found: dict[str, Part] = {}
     if loss.contrastive_weight > 0:
         embeds = frozenset({"image_embeds", "text_embeds"})
         if loss.kind == "sigmoid":
             found["sigmoid"] = Part(
-                features=embeds | {"logit_bias"}, cost=lambda sizes: sigmoid_cost(sizes, loss.chunk)
+                features=embeds | {"logit_bias"}, text=text, cost=lambda sizes: sigmoid_cost(sizes, loss.chunk)
             )
         else:
-            found["contrastive"] = Part(features=embeds, cost=lambda sizes: contrastive_cost(sizes, loss.chunk))
+            found["contrastive"] = Part(
+                features=embeds, text=text, cost=lambda sizes: contrastive_cost(sizes, loss.chunk)
+            )
     if loss.o2o_weight > 0:
         head = shapes.simclr_head(width, heads)
         found["simclr"] = Part(

@@ -68,6 +68,7 @@ def part_of(name: str, options: Any, sizes: ModelSizes) -> Part:
         tuple(kind.averaged),
         frozenset(kind.targets),
         frozenset(kind.features),
+        text=module.text_pass,
         cost=lambda of: measure(of)[0],
         observed=lambda of: measure(of)[1],
     )

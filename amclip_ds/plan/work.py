@@ -36,6 +36,8 @@ class Work:
     teacher_grid: int | None
     """patches along a side of the teacher's crop; None: no teacher"""
     text_tokens: int
+    text_passes: int
+    """forms of the texts that are read"""
     parts: dict[str, Part]
     """the objectives"""
     student: Parameters
@@ -83,7 +85,7 @@ def work_of(config: TrainConfig, world: int, text_tokens: int | None = None) -> 
     if teacher_grid is not None:
         averaged = {name: part.averaged for name, part in parts.items()}
         teacher = shapes.teacher_parameters(config.model, tower, parameters, averaged)
-    context = config.model.text.context_length
+    context = _longest_text(config, parts)
     return Work(
         config=config,
         world=world,
@@ -93,12 +95,20 @@ def work_of(config: TrainConfig, world: int, text_tokens: int | None = None) -> 
         views=views,
         teacher_grid=teacher_grid,
         text_tokens=min(text_tokens or context, context),
+        text_passes=len({part.text for part in parts.values() if part.text is not None}),
         parts=parts,
         student=shapes.model_parameters(config.model, tower, parameters, has_bias),
         teacher=teacher,
         bytes=2 if ds.get("bf16", {}).get("enabled") else FP32,
         stage=int(ds.get("zero_optimization", {}).get("stage", 0)),
     )
+
+
+def _longest_text(config: TrainConfig, parts: dict[str, Part]) -> int:
+    """Tokens of the longest text that is read, start and end among them."""
+    context, mask = config.model.text.context_length, config.data.text_mask
+    forms = {part.text for part in parts.values() if part.text is not None}
+    return min(context, mask.tokens) if forms == {"masked"} else context
 
 
 def masks_of(config: Any) -> tuple[Any, ...]:
@@ -149,14 +159,15 @@ def flops_of(work: Work) -> Flops:
     """The floating point operations of a rank's batch."""
     model, B, tower = work.config.model, work.batch.local, work.tower
     vision_blocks = [blocks_forward(tower.width, tower.hidden, tower.depth, 1 + kept) for kept in work.views]
-    text_blocks = blocks_forward(
-        model.text.width, int(model.text.width * model.text.mlp_ratio), model.text.depth, work.text_tokens
-    )
+    text_hidden = int(model.text.width * model.text.mlp_ratio)
+    of_text = blocks_forward(model.text.width, text_hidden, model.text.depth, work.text_tokens)
+    text_blocks = (work.text_passes * of_text[0], work.text_passes * of_text[1])
     patches = 2.0 * work.grid**2 * tower.width * 3 * tower.patch**2
     patch_passes = 1 if model.vision.freeze_patch_embed else 2  # the images need no gradient
     vision = sum(3 * linear + (1 + ATTENTION_BACKWARD) * attention for linear, attention in vision_blocks)
     vision += len(work.views) * (patches * patch_passes + 6.0 * tower.width * model.embed_dim)
-    text = 3 * text_blocks[0] + (1 + ATTENTION_BACKWARD) * text_blocks[1] + 6.0 * model.text.width * model.embed_dim
+    text = 3 * text_blocks[0] + (1 + ATTENTION_BACKWARD) * text_blocks[1]
+    text += 6.0 * work.text_passes * model.text.width * model.embed_dim
     forward = sum(map(sum, vision_blocks)) + len(work.views) * patches + sum(text_blocks)
     again = _recomputed(vision_blocks, text_blocks, model)
     if work.batch.splits > 1:
@@ -186,7 +197,7 @@ def block_passes(work: Work) -> float:
     passes = 0.0
     for depth, every in (
         (groups * tower.depth, model.vision.checkpoint_every),
-        (model.text.depth, model.text.checkpoint_every),
+        (work.text_passes * model.text.depth, model.text.checkpoint_every),
     ):
         passes += depth * (3 + again + (1 / every if every else 0))
     return work.batch.splits * passes + (tower.depth if work.teacher_grid else 0)
@@ -250,6 +261,7 @@ def activations_of(work: Work) -> Activations:
         model.text.depth,
         model.text.checkpoint_every,
     )
+    text *= work.text_passes
     ends = 2 * work.bytes * tokens * tower.width  # the last norm's input and output
     if not model.vision.freeze_patch_embed:
         ends += work.bytes * len(work.views) * 3 * model.vision.image_size**2

@@ -51,7 +51,12 @@ def test_known_is_what_is_traced(words: list[str]) -> None:
     for name, part in known.items():
         other = built[name]
         assert part.parameters == other.parameters
-        assert (part.averaged, part.targets, part.features) == (other.averaged, other.targets, other.features)
+        assert (part.averaged, part.targets, part.features, part.text) == (
+            other.averaged,
+            other.targets,
+            other.features,
+            other.text,
+        )
         mine, theirs = part.cost(sizes(settings)), other.cost(sizes(settings))
         assert mine.flops == pytest.approx(theirs.flops, rel=1e-3), name
         assert mine.saved == pytest.approx(theirs.saved, rel=0.15, abs=4e6), name

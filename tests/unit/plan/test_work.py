@@ -1,5 +1,7 @@
 """Operations and bytes of a step: the formulas against torch's own count and what autograd really keeps."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -86,6 +88,16 @@ def test_activations_are_what_autograd_keeps(words: list[str]) -> None:
     assert encoded.cls.requires_grad
     measured = sum(held.values())
     assert work.activations_of(step).towers == pytest.approx(measured, rel=0.08), measured
+
+
+def test_short_texts_and_two_passes_over_texts() -> None:
+    plain = work.flops_of(of_recipe("clip-vitb16"))
+    short = of_recipe("clip-vitb16", "data.text_mask.strategy=truncate", "data.text_mask.tokens=16")
+    assert short.text_tokens == 16 and work.flops_of(short).text < 0.25 * plain.text
+    whole = of_recipe("clip-vitb16", "data.text_mask.strategy=truncate", "data.text_mask.tokens=16", "loss.text=plain")
+    assert whole.text_tokens == 77 and work.flops_of(whole) == plain
+    twice = work.flops_of(dataclasses.replace(whole, text_passes=2))
+    assert twice.text == 2 * plain.text and twice.vision == plain.vision
 
 
 def test_recomputation_and_accumulation_cost_forwards() -> None:
