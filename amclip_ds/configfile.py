@@ -320,6 +320,8 @@ def coerce(key: str, hint: Any, value: Any, where: str = "") -> Any:
     base, optional = _parts(hint)
     if value is None and optional:
         return None
+    if isinstance(value, bool) and bool in typing.get_args(hint):
+        return str(value).lower()
     if typing.get_origin(base) is list:
         (item,) = typing.get_args(base)
         if isinstance(value, list | tuple):
@@ -350,10 +352,11 @@ def fits(key: str, hint: Any) -> str:
 
 
 def _parts(hint: Any) -> tuple[Any, bool]:
-    """`int | None` -> (int, True)."""
+    """`int | None` -> (int, True); `str | bool`, words of which two are true and false -> (str, False)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         bases = [part for part in typing.get_args(hint) if part is not type(None)]
-        return bases[0] if len(bases) == 1 else hint, True
+        is_optional = type(None) in typing.get_args(hint)
+        return (str if str in bases else bases[0] if len(bases) == 1 else hint), is_optional
     return hint, False
 
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,23 +11,35 @@ import torch
 from amclip_ds.data import verdict
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.parallel import num_cores
-from amclip_ds.engine.collectives import mean_over_ranks
+from amclip_ds.engine.collectives import max_over_ranks, mean_over_ranks
 from amclip_ds.engine.communication_time import COMMUNICATION
+from amclip_ds.engine.memory import peak_resident_bytes
 from amclip_ds.engine.runtime import Runtime
+from amclip_ds.engine.student import StudentEngine
 from amclip_ds.step import StepResult
+
+GIB = 1024.0**3
+SIDE = {"cuda": 8192, "cpu": 512}  # of the matrices whose product gives a device's rate
+Operations = Callable[[int | list[int], float], float]
+"""(kept tokens of the views, tokens of a text) -> floating point operations of a rank's batch, recomputation apart."""
 
 
 class Meter:
     """Times the loop between two logged steps, and says what it waited for."""
 
-    def __init__(self, global_batch: int, runtime: Runtime, workers: int) -> None:
+    def __init__(
+        self, global_batch: int, runtime: Runtime, workers: int, operations: Operations, student: StudentEngine
+    ) -> None:
+        """The arithmetic is held against a matrix product in the dtype of the student's forward."""
         self._global_batch, self._device, self._workers = global_batch, runtime.device, workers
         self._cores = cores_of_a_rank(runtime.local_world_size)
+        self._operations, self._text = operations, student.module.text
+        self.matrix_rate = matrix_rate(runtime.device, student.dtype)
         self._restart()
 
     def _restart(self) -> None:
         COMMUNICATION.take()
-        self._wait_s, self._steps, self._began = 0.0, 0, time.perf_counter()
+        self._wait_s, self._steps, self._tokens, self._began = 0.0, 0, 0.0, time.perf_counter()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, on the device; the time spent waiting for each is noted."""
@@ -39,6 +51,7 @@ class Meter:
                 return
             self._wait_s += time.perf_counter() - began
             self._steps += 1
+            self._tokens += self._padded_tokens(batch)
             yield batch.to(self._device)
 
     @contextmanager
@@ -57,8 +70,12 @@ class Meter:
         local = {"loss": float(result.loss)} | {name: float(part) for name, part in result.parts.items()}
         local |= {"data_wait_s": self._wait_s / steps, "step_s": elapsed / steps}
         local["communication_s"] = COMMUNICATION.take() / steps
+        local |= {"flops": self._operations(result.kept_tokens, self._tokens / steps), "rate": self.matrix_rate}
         row: dict[str, Any] = dict(mean_over_ranks(local, self._device))
         row["samples_per_s"] = self._global_batch / row["step_s"]
+        flops_per_s = row.pop("flops") / row["step_s"]
+        row |= {"tflops": flops_per_s / 1e12, "mfu": flops_per_s / row.pop("rate")}
+        row["peak_memory_gib"] = max_over_ranks(peak_bytes(self._device) / GIB, self._device)
         row |= {
             "lr": result.lr, "momentum": result.momentum, "logit_scale": float(result.logit_scale),
             "grad_norm": result.grad_norm, "step_applied": result.applied, "kept_tokens": result.kept_tokens,
@@ -66,9 +83,35 @@ class Meter:
         self._restart()
         return row
 
+    def _padded_tokens(self, batch: Batch) -> float:
+        """Places of a text that are worked through, the mean over the batch."""
+        count, longest = batch.token_ids.shape
+        groups = self._text.groups(batch.text_lengths.get("plain"), longest)  # type: ignore[operator,union-attr]
+        return sum(len(group.rows) * group.length for group in groups) / count if groups else float(longest)
+
     def verdict(self, row: dict[str, Any]) -> verdict.Verdict:
         """What the steps of a row waited for, and what would change it."""
         return verdict.judge(row["step_s"], row["data_wait_s"], row["communication_s"], self._workers, self._cores)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, tries: int = 5) -> float:
+    """Floating point operations a second of a large matrix product on this device: the fastest of some, since what
+    else runs on the machine only ever takes away."""
+    side = SIDE.get(device.type, SIDE["cpu"])
+    left, right = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(tries + 1):
+        began = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return 2.0 * side**3 / min(times[1:])
+
+
+def peak_bytes(device: torch.device) -> float:
+    """The most that this process has held so far: of the device's memory, or on a CPU of the machine's."""
+    return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident_bytes()
 
 
 def cores_of_a_rank(local_world_size: int) -> int:

@@ -234,13 +234,16 @@ class Record:
 
     def _line(self, row: dict[str, Any]) -> str:
         terms = " ".join(f"{name}: {row[key]:.4f}" for key in row if (name := _term(key)))
+        cost = ""
+        if "tflops" in row:
+            cost = f" TFLOP/s: {row['tflops']:.3g} MFU: {row['mfu']:.1%} Memory: {row['peak_memory_gib']:.2f} GiB"
         seen = row["samples_seen"] % self.samples_per_epoch
         return (
             f"Train Epoch: {row['epoch']}"
             f" [{seen}/{self.samples_per_epoch} ({100 * seen / self.samples_per_epoch:.0f}%)]"
             f" Step: {row['step']}/{self.total_steps} Data (t): {row['data_wait_s']:.3f} Batch (t): {row['step_s']:.3f}"
             f" {row['samples_per_s']:.1f}/s, {row['samples_per_s'] / self.world_size:.1f}/s/gpu LR: {row['lr']:.6f}"
-            f" Logit Scale: {row['logit_scale']:.3f} {terms} Loss: {row['loss']:.4f}"
+            f" Logit Scale: {row['logit_scale']:.3f} {terms} Loss: {row['loss']:.4f}{cost}"
         )
 
     def _append(self, name: str, row: dict[str, Any]) -> None:

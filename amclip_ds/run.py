@@ -28,6 +28,7 @@ from amclip_ds.meter import Meter
 from amclip_ds.method import Method, method_of
 from amclip_ds.model import start
 from amclip_ds.optim import Schedules
+from amclip_ds.plan.work import operations
 from amclip_ds.record import Record
 from amclip_ds.redact import redact_all
 from amclip_ds.resilience.guards import Guards
@@ -161,7 +162,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         for line in start.describe(config.model.init_from, dict(student.module.named_parameters())):
             record.say(line)
     guards = Guards(config.guards, record.incident)
-    meter = Meter(config.batch.global_size, runtime, config.data.workers)
+    meter = Meter(config.batch.global_size, runtime, config.data.workers, operations(config, runtime.world_size),
+                  student)  # fmt: skip
 
     @contextmanager
     def saving() -> Iterator[None]:

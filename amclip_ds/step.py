@@ -99,7 +99,7 @@ def student_inputs(batch: Batch, scores: Tensor | None, method: Method, progress
         groups.append(ViewGroup(group.views, images, tuple(
             chosen._replace(views=at) for chosen, at in zip(selections, places)
         ) if is_masked else ()))  # fmt: skip
-    return StudentInputs(tuple(groups), texts_of(batch, method))
+    return StudentInputs(tuple(groups), texts_of(batch, method), batch.text_lengths)
 
 
 def texts_of(batch: Batch, method: Method) -> dict[str, Tensor]:

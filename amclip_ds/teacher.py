@@ -70,7 +70,10 @@ class Teacher:
     @torch.no_grad()
     def observe(self, images: Tensor, wants: frozenset[str], comm: Comm) -> Observed:
         """TeacherModel.observe, without gradient. Collective: every rank must call."""
-        return self.placed(TeacherModel.observe, images, wants, comm)
+        with torch.inference_mode(self._student.savings.teacher_inference and not self.placed.is_sharded):
+            seen = self.placed(TeacherModel.observe, images, wants, comm)
+        targets = {name: tuple(target.clone() for target in targets) for name, targets in seen.targets.items()}
+        return seen._replace(targets=targets)  # autograd saves no tensor of the inference mode
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:

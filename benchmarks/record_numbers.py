@@ -7,7 +7,8 @@
 A cell is a method x ZeRO stage x precision x ranks x GradCache splits: 20 steps of METHOD-tiny on synthetic scenes, or
 on photographs. Recorded are each step's loss and terms, gradient norm and kept tokens (exact, as hexadecimal floats),
 a hash of all keep_indices, and a hash of every tensor of the last checkpoint: masters, moments, EMA, statistics.
-Without --full the cells are few and span the factors. The ranks are forked from one process, which imports once.
+Savings (engine.savings) are off. Without --full the cells are few and span the factors. The ranks are forked from one
+process, which imports once.
 """
 
 import argparse
@@ -218,6 +219,7 @@ def record(
         out = folder / str(index)
         start = "never" if resume is None else str(resume / str(index) / "checkpoints" / f"step_{HALF:08d}")
         overrides = [*cell.overrides(out, of[cell.photographs]), *([f"checkpoint.every_steps={HALF}"] if kept else [])]
+        overrides += plain_forward(checkout)
         requests.append({"name": cell.name, "recipe": f"{cell.method}-tiny", "ranks": cell.ranks, "resume": start,
                          "out": str(out), "overrides": overrides, "kept": kept})  # fmt: skip
     todo = folder / "requests.json"
@@ -231,6 +233,13 @@ def record(
                 numbers[done["cell"]] = done["numbers"]
                 print(f"{done['seconds']:6.1f} s  {done['cell']}  {done['numbers'].get('failed', '')}", flush=True)
     return numbers
+
+
+def plain_forward(checkout: Path) -> list[str]:
+    """Exact savings, where a checkout has any, are switched off: they change the order of roundings."""
+    file = checkout / "amclip_ds" / "model" / "savings.py"
+    text = file.read_text() if file.exists() else ""
+    return [f"engine.savings.{key}=false" for key in re.findall(r"^    (\w+): bool = True", text, re.M)]
 
 
 def going_on(checkouts: list[Path], wanted: list[Cell], data: Path) -> list[dict[str, Any]]:

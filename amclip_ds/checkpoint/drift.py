@@ -4,11 +4,12 @@ A change that would is refused unless checkpoint.allow_drift names its key; then
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from amclip_ds import plain_yaml
 from amclip_ds.errors import UserError
+from amclip_ds.model.savings import Savings
 
 # Whole sections and keys that decide where and how fast a run computes, what it keeps, waits for and shows, but none of
 # its numbers (but for the order of roundings). The data is compared by the index's hash, the stage and precision by the
@@ -17,6 +18,7 @@ FREE_SECTIONS = ("checkpoint", "log", "eval", "watchdog", "preemption", "ownersh
 FREE = {
     *("run.out", "run.time_limit", "run.log_sample_ids", "run.deterministic"),
     *("batch.per_gpu", "engine.deepspeed", "engine.compile", "engine.allow_untested", "teacher.placement"),
+    *(f"engine.savings.{item.name}" for item in fields(Savings)),
     *("model.init_from", "model.vision.checkpoint_every", "model.text.checkpoint_every", "loss.chunk", "loss.exchange"),
     *("guards.max_skipped", "guards.max_rewinds"),
     *("data.train", "data.index", "data.workers", "data.prefetch", "data.timeout_s", "data.stage_dir", "data.stage_gb"),

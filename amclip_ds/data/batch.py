@@ -42,6 +42,8 @@ class Batch:
     incidents: list[dict[str, str]] = field(default_factory=list)
     """what was skipped to make this batch: kind, shard, key, cause"""
     read_bytes: int = 0
+    text_lengths: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """plain, masked -> tokens of each text, from start to end token, as far as they are known"""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on a device."""

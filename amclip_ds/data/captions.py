@@ -74,9 +74,14 @@ def trim(token_ids: Tensor, bucket: int) -> Tensor:
     """Cuts the zeros after the batch's longest text, in steps of `bucket` tokens (0: never); features stay equal."""
     if bucket == 0:
         return token_ids
-    columns = torch.arange(1, token_ids.shape[1] + 1)
-    longest = int(((token_ids != 0) * columns).max())  # the end token is not 0, though a word ("!") is
+    longest = max(lengths(token_ids))
     return token_ids[:, : min(token_ids.shape[1], -(-longest // bucket) * bucket)].contiguous()
+
+
+def lengths(token_ids: Tensor) -> tuple[int, ...]:
+    """Tokens of each text [B, T], from start to end token: the end token is not 0, though a word ("!") is."""
+    columns = torch.arange(1, token_ids.shape[1] + 1)
+    return tuple(((token_ids != 0) * columns).amax(dim=1).tolist())
 
 
 def members_read(sources: Sequence[str]) -> tuple[bool, bool]:

@@ -65,6 +65,7 @@ class ChunkSpec:
     stage_bytes: int
     on_change: str
     """`refuse` or `report`: data.on_change"""
+    keep_colours: bool = False
 
 
 @dataclass
@@ -317,6 +318,8 @@ class ChunkMaker:
         changes = [photometric.draw(random) for _ in range(V)]
         for place_of_view, view in enumerate(spec.views):
             chunk.photometric[place_of_view, place] = changes[sources[place_of_view]] if view.photometric else 0
+        if spec.keep_colours:
+            chunk.photometric[:, place, photometric.CHANGES_COLOUR] = 0
         chunk.noise[:, place] = random.random((V, spec.num_units), dtype=np.float32)
         if any(view.flip for view in spec.views):
             self._flip(chunk, place, random.random(V)[sources] < FLIP_P)

@@ -81,6 +81,8 @@ class DataConfig:
     """Crops of each image for the student, where data.views does not list them."""
     photometric: bool = True
     """Colour jitter, grayscale, blur and solarize on the views (never on the teacher's crop)."""
+    keep_colours: bool = False
+    """True: of these only brightness, contrast, saturation and blur, so that captions that name colours stay true."""
     views: list[ViewConfig] = field(default_factory=list, metadata={"length": "num_views"})
     """The views one by one, each with what it has of its own; empty: data.num_views alike. One key: data.views.1.KEY"""
     captions: list[str] = field(default_factory=lambda: ["txt|json:captions|json:caption"])

@@ -76,7 +76,7 @@ class TrainingData:
             draws_twice=draws_twice, context_length=context_length,
             text_mask=config.text_mask, sources=tuple(config.captions),
             per_line=config.caption_per_line, max_pixels=config.max_pixels, stage_dir=config.stage_dir,
-            stage_bytes=int(config.stage_gb * 1e9), on_change=config.on_change,
+            stage_bytes=int(config.stage_gb * 1e9), on_change=config.on_change, keep_colours=config.keep_colours,
         )  # fmt: skip
         self._known_damage = _damage(index, members) if rank == 0 else []
         self.account = account_of(index.shards[number] for number in dict.fromkeys(members))
@@ -121,6 +121,7 @@ class TrainingData:
             self._streams.pop().close()
 
     def _batch(self, chunk: Chunk, epoch: int, cursor: dict[str, Any], incidents: list[dict[str, str]]) -> Batch:
+        texts = {"plain": chunk.token_ids} | ({"masked": chunk.masked_ids} if chunk.masked_ids.shape[1] else {})
         return Batch(
             views_uint8=chunk.views, teacher_uint8=chunk.teacher, boxes=torch.from_numpy(chunk.boxes),
             photometric=Photometric(chunk.photometric), mask_noise=torch.from_numpy(chunk.noise),
@@ -130,6 +131,7 @@ class TrainingData:
             masked_ids=self._trimmed(chunk.masked_ids) if chunk.masked_ids.shape[1] else None,
             mask_noise2=torch.from_numpy(chunk.noise2) if self._spec.draws_twice else None,
             incidents=incidents + chunk.incidents, read_bytes=chunk.read_bytes,
+            text_lengths={name: captions.lengths(torch.from_numpy(ids)) for name, ids in texts.items()},
         )  # fmt: skip
 
     def _trimmed(self, token_ids: np.ndarray) -> torch.Tensor:

@@ -18,6 +18,7 @@ SIGMA = (0.1, 2.0)
 BLUR_RADIUS = 6  # three standard deviations of the strongest blur
 LUMA = (0.299, 0.587, 0.114)
 NUM_COLUMNS = 12
+CHANGES_COLOUR = [4, 9, 11]  # the columns of hue, gray and solarize: they make a caption that names a colour untrue
 
 
 @dataclass

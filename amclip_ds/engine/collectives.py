@@ -181,6 +181,15 @@ def _for_others(error: Exception) -> AmclipError:
     return AmclipError(f"rank {my_rank()}: {type(error).__name__}: {error}")
 
 
+def max_over_ranks(value: float, device: torch.device) -> float:
+    """The largest of the ranks' numbers. Collective: every rank must call."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    packed = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(packed, dist.ReduceOp.MAX)
+    return float(packed)
+
+
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """The mean of each number over the ranks."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -1,41 +1,92 @@
-"""torch.compile, block by block: the towers' blocks are alike, so one compilation serves them all.
+"""torch.compile of the towers, whole or block by block: what engine.compile asks for, and what to do where it fails.
 
-Where the compiler does not work, the blocks stay as they are, and one line says so: a run must not end for want of a
-compiler on one machine. The ranks decide together, so that all of them run the same arithmetic.
+Shapes are fixed (dynamic=False): a view has one, texts have a few lengths (model/text_groups.py), so that what is
+compiled, and with it every digit, depends on no timing. Where the compiler does not work the towers run as they are,
+and one line says so: a run must not end for want of a compiler on one machine. Whether it works at all the ranks find
+out together.
 """
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from amclip_ds.engine.collectives import gather_objects
+from amclip_ds.engine.ds_config import AUTO, BLOCK, NO_COMPILE, TOWER
 from amclip_ds.errors import in_one_line
 
+BACKEND = "inductor"
+MOST_GRAPHS = 64  # of one function: lengths of texts x (training, evaluation); torch would stop at 8
 
-def compile_blocks(towers: list[nn.ModuleList], stage: int) -> str | None:
-    """Compiles every block in place; returns why not, or None. Names of parameters stay.
 
-    Collective: every rank must call.
+def mode_of(asked: str, stage: int, device: torch.device) -> str:
+    """What `auto` is here: whole towers on a GPU at ZeRO 1 and 2, where it is measured to pay; elsewhere nothing."""
+    if asked != AUTO:
+        return asked
+    return TOWER if device.type == "cuda" and stage in (1, 2) else NO_COMPILE
+
+
+def compile_towers(model: nn.Module, mode: str, stage: int) -> str | None:
+    """Compiles the towers of a student or teacher in place; returns why not, or None. Names of parameters stay.
+
+    Collective, unless mode is none: every rank must call.
     """
+    if mode == NO_COMPILE:
+        return None
     problem = _why_not(stage)
     problem = next((theirs for theirs in gather_objects(problem) if theirs), None)
     if problem:
-        warnings.warn(f"engine.compile: {problem}; the blocks run uncompiled", stacklevel=2)
+        warnings.warn(f"engine.compile: {problem}; the towers run uncompiled", stacklevel=2)
         return problem
-    torch._dynamo.config.suppress_errors = True  # a block that fails later runs uncompiled, with a warning
-    for tower in towers:
-        for block in tower:
-            block.compile()
+    _quiet_deepspeed()
+    vision: Any = model.vision
+    text: Any = model.text
+    if mode == BLOCK:
+        torch._dynamo.config.suppress_errors = True  # a block that fails later runs uncompiled, with a warning
+        for block in [*vision.blocks, *text.encoder.layers]:
+            block.compile(backend=BACKEND)
+        return None
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    vision.through_blocks = Compiled(vision.through_blocks, "the image tower")
+    text.pooled = Compiled(text.pooled, "the text tower")
+    text.fixed_shapes = True
     return None
 
 
+class Compiled:
+    """A function compiled whole, for each shape it meets; or, from its first failure on, as it was."""
+
+    def __init__(self, plain: Callable[..., Any], name: str) -> None:
+        self._plain, self._name = plain, name
+        self._call = torch.compile(plain, fullgraph=True, dynamic=False, backend=BACKEND)
+        self.failed: str | None = None
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        if self.failed is None:
+            try:
+                return self._call(*inputs, **named)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                self.failed = f"{type(error).__name__}: {in_one_line(error, 150)}"
+                warnings.warn(f"engine.compile: {self._name} runs uncompiled ({self.failed})", stacklevel=2)
+        return self._plain(*inputs, **named)
+
+
+def _quiet_deepspeed() -> None:
+    """DeepSpeed marks each of its calls for a profiler, which torch.compile would have to break its graphs for."""
+    import deepspeed.utils.nvtx
+
+    deepspeed.utils.nvtx.enable_nvtx = False
+
+
 def _why_not(stage: int) -> str | None:
-    """What keeps torch.compile from working here, found by compiling something small."""
+    """What keeps torch.compile from working here, found by compiling something small, forward and backward."""
     if stage == 3:
         return "at ZeRO-3 a block's weights come and go between its parts, which torch.compile cannot hold"
     try:
-        torch.compile(_probe)(torch.ones(8))
+        x = torch.ones(8, requires_grad=True)
+        torch.compile(_probe, backend=BACKEND, dynamic=False)(x).sum().backward()
     except Exception as error:  # whatever the compiler's toolchain raises
         reason = f"{type(error).__name__}: {in_one_line(error, 150)}"
         return f"torch.compile does not work on this machine ({reason})"

@@ -1,12 +1,13 @@
 """DeepSpeed's own settings: the key that names their file, and the reading and checking of it, without DeepSpeed."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from amclip_ds.errors import UserError
 from amclip_ds.files import read_json
+from amclip_ds.model.savings import Savings
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # in a checkout a link to the folder at the top
 DECIDED_BY_THE_RUN = {
@@ -20,6 +21,7 @@ UNTESTED = (
     "zero_quantized_gradients",
     "zero_quantized_nontrainable_weights",
 )
+AUTO, NO_COMPILE, BLOCK, TOWER = "auto", "none", "block", "tower"
 
 
 @dataclass
@@ -30,8 +32,16 @@ class EngineConfig:
     """A file in ds_configs/ or a path: ZeRO stage, precision, offload, buckets (ds_configs/README.md helps choose)."""
     allow_untested: bool = False
     """True: accept ds_configs files marked 'not tested here' (ZeRO++)."""
-    compile: bool = False
-    """True: torch.compile each block; falls back, saying so, where that fails."""
+    compile: str | bool = AUTO
+    """auto: tower on a GPU at ZeRO 1 and 2, else none | none | block | tower: what torch.compile takes as one piece."""
+    savings: Savings = field(default_factory=Savings)
+    """Work that is left out since nothing reads it."""
+
+    def __post_init__(self) -> None:
+        words = {"true": AUTO, "false": NO_COMPILE}  # what the key was in earlier runs
+        self.compile = words.get(str(self.compile).lower(), self.compile)
+        if self.compile not in (AUTO, NO_COMPILE, BLOCK, TOWER):
+            raise ValueError(f"engine.compile: {self.compile!r} is none of auto, none, block, tower (true, false)")
 
 
 def read_ds_config(config: EngineConfig) -> dict[str, Any]:

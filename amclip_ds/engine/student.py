@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
 from amclip_ds.engine import shards
-from amclip_ds.engine.compile import compile_blocks
+from amclip_ds.engine.compile import compile_towers, mode_of
 from amclip_ds.engine.ds_config import EngineConfig, is_offloaded, read_ds_config, stage_of
 from amclip_ds.engine.offload import build_cpu_adam
 from amclip_ds.engine.runtime import Runtime
@@ -66,12 +66,13 @@ class StudentEngine:
         if self.dtype == torch.bfloat16:  # without it, stages 1 and 2 would apply a gradient that is not finite
             self.ds_config["bf16"] = ds["bf16"] | {"check_grad_overflow": True}
         self.clip = optim.clip_grad_norm
+        self.savings = engine.savings
         with build_context(self.stage, self.ds_config):
-            module = AClip(model, builder(objectives))
+            module = AClip(model, builder(objectives), engine.savings)
         self.start = start_of(seed, model, objectives)
         start_weights(module, self.start, self.stage)
-        if engine.compile:
-            compile_blocks([module.vision.blocks, module.text.encoder.layers], self.stage)
+        self.compile_mode = mode_of(str(engine.compile), self.stage, runtime.device)
+        self.not_compiled = compile_towers(module, self.compile_mode, self.stage)
         groups = parameter_groups(module.named_parameters(), optim)
         in_host_memory = is_offloaded(ds, "offload_optimizer")
         optimizer = (

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from amclip_ds.engine.collectives import gather_objects
 from amclip_ds.engine.communication_time import COMMUNICATION
+from amclip_ds.engine.compile import compile_towers
+from amclip_ds.engine.ds_config import TOWER
 from amclip_ds.engine.shards import Shard
 from amclip_ds.engine.student import StudentEngine, build_context, start_weights
 from amclip_ds.errors import UserError
@@ -27,12 +29,16 @@ Layout = list[tuple[str, int, int]]
 class Replicated:
     """The whole teacher on every rank, refreshed by one coalesced all-gather (stage 0: by a copy)."""
 
+    is_sharded = False
+
     def __init__(self, model: ModelConfig, objectives: Chosen, student: StudentEngine, device: torch.device) -> None:
-        module = TeacherModel(model, builder(objectives))
+        module = TeacherModel(model, builder(objectives), student.savings)
         start_weights(module, student.start, stage=0)
         self.module: nn.Module = module.to(device)
         for parameter in self.module.parameters():
             parameter.data = parameter.data.to(student.dtype)
+        if student.compile_mode == TOWER and not student.not_compiled:
+            compile_towers(self.module, TOWER, stage=0)
         self.dtype = student.dtype
         self.whole_on_every_rank = student.stage == 0 or dist.get_world_size() == 1
         self._layouts: dict[bool, list[Layout]] = {}
@@ -81,6 +87,8 @@ class Replicated:
 class Sharded:
     """The teacher as ZeRO-3 shards that align with the student's: publishing is a copy, without communication."""
 
+    is_sharded = True
+
     def __init__(self, model: ModelConfig, objectives: Chosen, student: StudentEngine, device: torch.device) -> None:
         import deepspeed
 
@@ -89,7 +97,7 @@ class Sharded:
         ds["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0,
                                    "stage3_prefetch_bucket_size": 0}  # fmt: skip
         with build_context(3, ds):
-            module = TeacherModel(model, builder(objectives))
+            module = TeacherModel(model, builder(objectives), student.savings)
         start_weights(module, student.start, stage=3)
         self._engine, *_ = deepspeed.initialize(model=module, config=ds, dist_init_required=False)
         self.module: nn.Module = module

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from amclip_ds.errors import UserError, name_of
-from amclip_ds.masks import MASKS, NONE, Mask, MaskConfig, MaskInputs, options_of
+from amclip_ds.masks import MASKS, NONE, Mask, MaskConfig, MaskInputs, needs_of, options_of
 from amclip_ds.masks.units import num_kept_units, num_units
 
 
@@ -35,38 +35,49 @@ class Selection(NamedTuple):
         }
         return self._replace(inputs=self.inputs._replace(**rows))
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The fields of MaskInputs that the mask reads."""
+        return needs_of(self.config)
+
     @torch.no_grad()
-    def keep_indices(self, patches_BND: Tensor, images: Tensor) -> Tensor | None:
-        """The tokens that stay, [B, K]; None: all. images: [B, 3, H, W] as the tower sees them."""
+    def keep_indices(self, patches_BND: Tensor | None, images: Tensor) -> Tensor | None:
+        """The tokens that stay, [B, K]; None: all. images: [B, 3, H, W] as the tower sees them.
+
+        patches_BND: may be None for a mask that does not need them.
+        """
         if self.config.strategy == NONE:
             return None
-        needs = MASKS[self.config.strategy].needs
+        needs = self.needs
         given: dict[str, Any] = {}
         if "patches" in needs:
+            assert patches_BND is not None
             given["patches"] = patches_BND.detach()
         if "pixels" in needs:
             given["pixels"] = pixels_of(images, self.inputs.grid)
         return select(self.config, self.inputs._replace(**given))
 
 
-def choose(selections: tuple[Selection, ...], num_views: int, patches_BND: Tensor, images: Tensor) -> Tensor | None:
+def choose(
+    selections: tuple[Selection, ...], num_views: int, patches_BND: Tensor | None, images: Tensor
+) -> Tensor | None:
     """The tokens that stay of views that keep equally many, [B, K]; None: all. The rows are num_views x samples.
 
-    Each selection chooses for its own views; together they are all views.
+    Each selection chooses for its own views; together they are all views. patches_BND: None where no mask needs them.
     """
     if len(selections) == 1:
         return selections[0].keep_indices(patches_BND, images)
-    found: list[Tensor] = [patches_BND] * num_views
-    tokens = torch.arange(patches_BND.shape[1], device=patches_BND.device)
+    found: dict[int, Tensor] = {}
+    tokens = torch.arange(selections[0].inputs.grid ** 2, device=images.device)
     for selection in selections:
         places = list(selection.views)
-        patches, pictures = (rows.unflatten(0, (num_views, -1))[places].flatten(0, 1) for rows in (patches_BND, images))
+        pictures = images.unflatten(0, (num_views, -1))[places].flatten(0, 1)
+        patches = None if patches_BND is None else patches_BND.unflatten(0, (num_views, -1))[places].flatten(0, 1)
         kept = selection.keep_indices(patches, pictures)
         if kept is None:
-            kept = tokens.expand(len(patches), -1)
-        for place, rows in zip(places, kept.unflatten(0, (len(places), -1))):
-            found[place] = rows
-    return torch.cat(found)
+            kept = tokens.expand(len(pictures), -1)
+        found |= dict(zip(places, kept.unflatten(0, (len(places), -1))))
+    return torch.cat([found[view] for view in range(num_views)])
 
 
 def select(config: MaskConfig, inputs: MaskInputs) -> Tensor | None:

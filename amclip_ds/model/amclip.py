@@ -25,6 +25,7 @@ from amclip_ds.model.features import (
     are_finite,
     check_terms,
 )
+from amclip_ds.model.savings import Savings
 from amclip_ds.model.text import TextTower
 from amclip_ds.model.vision import VisionTower
 
@@ -53,12 +54,13 @@ class AClip(nn.Module):
     """One module with one forward, so that one engine has one gradient norm, one skip decision and one step."""
 
     def __init__(
-        self, model: ModelConfig, build_objectives: Callable[[Sizes], Mapping[str, nn.Module]] = no_objectives
-    ) -> None:
+        self, model: ModelConfig, build_objectives: Callable[[Sizes], Mapping[str, nn.Module]] = no_objectives,
+        savings: Savings | None = None,
+    ) -> None:  # fmt: skip
         """build_objectives: makes the objectives (objectives.Objective), in the order of their terms' sum."""
         super().__init__()
-        self.vision = VisionTower(model.vision)
-        self.text = TextTower(model.text)
+        self.vision = VisionTower(model.vision, savings)
+        self.text = TextTower(model.text, savings)
         self.image_projection = nn.Linear(self.vision.width, model.embed_dim, bias=False)
         self.text_projection = nn.Linear(self.text.width, model.embed_dim, bias=False)
         self._known_finite: set[str] = set()  # parts of plug-ins' objectives
@@ -77,10 +79,14 @@ class AClip(nn.Module):
     def encode(self, inputs: StudentInputs, targets: Targets) -> Encoded:
         """Both towers over some samples, and the per-sample terms, which read tokens. targets: of the same samples."""
         wanted = self.features()
+        cls_only = "patches" not in wanted
         outputs = [
-            self.vision(group.images.flatten(0, 1), group.selections, group.keep_indices, num_views=len(group.views))
+            self.vision(
+                group.images.flatten(0, 1), group.selections, group.keep_indices, num_views=len(group.views),
+                cls_only=cls_only,
+            )
             for group in inputs.groups
-        ]
+        ]  # fmt: skip
         tokens = by_view(inputs.groups, [output.tokens for output in outputs])
         kept = tuple(output.keep_indices for output in outputs)
         features = Features(cls=class_tokens(tokens, outputs))
@@ -88,20 +94,21 @@ class AClip(nn.Module):
             features = features._replace(
                 patches=tuple(view[:, 1:] for view in tokens), keep_indices=tuple(by_view(inputs.groups, kept))
             )
-        texts = {name: self._read(token_ids, name) for name, token_ids in inputs.texts.items()}
+        texts = {name: self._read(inputs, name) for name in inputs.texts}
         terms, weighted = self._per_sample(features, texts, targets)
         assert features.cls is not None
         eot = {name: text.eot for name, text in texts.items() if text.eot is not None}
         return Encoded(features.cls, eot, kept, terms, weighted)
 
-    def _read(self, token_ids: Tensor, name: str) -> Features:
+    def _read(self, inputs: StudentInputs, name: str) -> Features:
         """One text pass, with its tokens where an objective reads them."""
+        token_ids = inputs.texts[name]
         if any(
             "tokens" in objective.features and objective.text_pass == name for objective in self._objectives().values()
         ):
             tokens, eot = self.text.encode(token_ids)
             return Features(eot=eot, tokens=tokens, token_ids=token_ids)
-        return Features(eot=self.text(token_ids), token_ids=token_ids)
+        return Features(eot=self.text(token_ids, inputs.text_lengths.get(name)), token_ids=token_ids)
 
     def losses(
         self, cls: Tensor, eot: dict[str, Tensor], targets: Targets, sample_terms: Terms, sample_loss: Tensor | None,
@@ -138,7 +145,7 @@ class AClip(nn.Module):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised, every token -> embeddings [B, E], fp32 rows of unit length."""
-        return normalise(self.image_projection(self.vision(images).cls))
+        return normalise(self.image_projection(self.vision(images, cls_only=True).cls))
 
     def embed_texts(self, token_ids: Tensor) -> Tensor:
         """[B, T] -> embeddings [B, E], fp32 rows of unit length."""

@@ -5,6 +5,7 @@ A text pass is the text tower over one form of the texts: `plain`, or `masked` a
 """
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ class StudentInputs(NamedTuple):
     groups: tuple[ViewGroup, ...]
     texts: dict[str, Tensor]
     """text pass -> token ids [B, T]; those that some objective reads"""
+    text_lengths: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    """text pass -> [B] tokens of each text, as far as the host knows them"""
 
     @property
     def num_samples(self) -> int:
@@ -49,7 +52,8 @@ class StudentInputs(NamedTuple):
         for index, group in enumerate(self.groups):
             selections = () if kept is not None else tuple(chosen.part(samples) for chosen in group.selections)
             groups.append(ViewGroup(group.views, group.images[:, samples], selections, kept[index] if kept else None))
-        return StudentInputs(tuple(groups), {name: token_ids[samples] for name, token_ids in self.texts.items()})
+        texts = {name: token_ids[samples] for name, token_ids in self.texts.items()}
+        return StudentInputs(tuple(groups), texts, {name: rows[samples] for name, rows in self.text_lengths.items()})
 
 
 class Features(NamedTuple):

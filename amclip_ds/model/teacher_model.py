@@ -12,6 +12,7 @@ from amclip_ds.comm import Comm
 from amclip_ds.model.amclip import Sizes, no_objectives, normalise, sizes_of
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.features import Seen, Targets, check_targets
+from amclip_ds.model.savings import Savings
 from amclip_ds.model.text import TextTower
 from amclip_ds.model.vision import VisionTower
 
@@ -30,12 +31,13 @@ class TeacherModel(nn.Module):
     """Never trained by gradient: every parameter has requires_grad False."""
 
     def __init__(
-        self, model: ModelConfig, build_objectives: Callable[[Sizes], Mapping[str, nn.Module]] = no_objectives
-    ) -> None:
+        self, model: ModelConfig, build_objectives: Callable[[Sizes], Mapping[str, nn.Module]] = no_objectives,
+        savings: Savings | None = None,
+    ) -> None:  # fmt: skip
         """build_objectives: as AClip's; of each, the submodules that it wants averaged become the teacher's."""
         super().__init__()
-        self.vision = VisionTower(model.vision)
-        self.text = TextTower(model.text)
+        self.vision = VisionTower(model.vision, savings)
+        self.text = TextTower(model.text, savings)
         self.image_projection = nn.Linear(self.vision.width, model.embed_dim, bias=False)
         self.text_projection = nn.Linear(self.text.width, model.embed_dim, bias=False)
         self.objectives = nn.ModuleDict()
@@ -66,7 +68,7 @@ class TeacherModel(nn.Module):
 
     def observe(self, images: Tensor, wants: frozenset[str], comm: Comm) -> Observed:
         """images [B, 3, h, w] normalised. wants: of cls, patches, scores. Collective: every rank must call."""
-        output = self.vision(images, with_scores="scores" in wants)
+        output = self.vision(images, with_scores="scores" in wants, cls_only="patches" not in wants)
         patches = output.tokens[:, 1:] if "patches" in wants else None
         seen = Seen(output.cls, patches, output.scores)
         copies = {name: nn.ModuleDict() for name in self._observers} | dict(self.objectives.items())
@@ -78,7 +80,7 @@ class TeacherModel(nn.Module):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised -> embeddings [B, E], fp32 rows of unit length."""
-        return normalise(self.image_projection(self.vision(images).cls))
+        return normalise(self.image_projection(self.vision(images, cls_only=True).cls))
 
     def embed_texts(self, token_ids: Tensor) -> Tensor:
         """[B, T] -> embeddings [B, E], fp32 rows of unit length."""

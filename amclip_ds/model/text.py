@@ -3,11 +3,16 @@
 Shapes: B batch, T tokens, W width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from amclip_ds.model.config import TextConfig
+from amclip_ds.model.pooled import run_layer_at
+from amclip_ds.model.savings import Savings
+from amclip_ds.model.text_groups import TextGroup, groups_of
 
 
 class TextTower(nn.Module):
@@ -17,8 +22,9 @@ class TextTower(nn.Module):
     CLIPTextModel builds a mask where SDPA's is_causal is enough.
     """
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, savings: Savings | None = None) -> None:
         super().__init__()
+        self.savings = savings or Savings()
         from transformers.models.clip import CLIPTextConfig, CLIPTextModel
 
         clip = CLIPTextModel(
@@ -40,37 +46,71 @@ class TextTower(nn.Module):
         self.eos_token_id = config.eos_token_id
         self.checkpoint_every = config.checkpoint_every
         self.width = config.width
+        self.fixed_shapes = False  # engine.compile sets it: groups of texts differ in their length alone
         self.embeddings = clip.embeddings
         self.encoder = clip.encoder
         self.final_layer_norm = clip.final_layer_norm
 
-    def forward(self, token_ids: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """token_ids [B, T] int64, T at most the context length -> feature at the first end token, normed [B, W].
 
         Attention is causal, so the tokens after the end token change nothing: texts may be trimmed to the longest of a
         batch. A row without an end token is the caller's mistake and is read at its first place.
+        lengths: tokens of each text up to its end token, so that short texts can be taken apart from long ones.
         """
-        return self.final_layer_norm(self._at_end(self._run_blocks(token_ids), token_ids))
+        groups = self.groups(lengths, token_ids.shape[1])
+        if len(groups) < 2:
+            return self.pooled(token_ids)
+        order = torch.tensor([row for group in groups for row in group.rows]).to(token_ids.device)
+        parts = token_ids[order].split([len(group.rows) for group in groups])
+        found = [self.pooled(part[:, : group.length]) for part, group in zip(parts, groups)]
+        return torch.cat(found)[order.argsort()]
+
+    def groups(self, lengths: Sequence[int] | None, longest: int) -> list[TextGroup]:
+        """Which texts of a batch go together; none: all of them, `longest` tokens each."""
+        if lengths is None or not self.savings.texts_by_length:
+            return []
+        return groups_of(lengths, longest, self.fixed_shapes)
+
+    def pooled(self, token_ids: Tensor) -> Tensor:
+        """[B, T] -> feature at the first end token, normed [B, W]. What a compiler takes."""
+        end = self._end(token_ids)
+        if not self.savings.last_block:
+            return self.final_layer_norm(_at(self._run_blocks(token_ids), end))
+        x = self._run_blocks(token_ids, leave_last=True)
+        last = self.encoder.layers[-1]
+        if self._is_recomputed(len(self.encoder.layers) - 1):
+            x_end = checkpoint(run_layer_at, last, x, end, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x_end = run_layer_at(last, x, end)
+        return self.final_layer_norm(x_end)
 
     def encode(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """token_ids [B, T] -> every token after the last norm [B, T, W], and the feature at the first end token."""
         tokens = self.final_layer_norm(self._run_blocks(token_ids))
-        return tokens, self._at_end(tokens, token_ids)
+        return tokens, _at(tokens, self._end(token_ids))
 
-    def _run_blocks(self, token_ids: Tensor) -> Tensor:
+    def _run_blocks(self, token_ids: Tensor, leave_last: bool = False) -> Tensor:
         T = token_ids.shape[1]
         context_length = self.embeddings.position_embedding.num_embeddings
         if context_length < T:
             raise ValueError(f"model.text.context_length: a text of {T} tokens is longer than {context_length}")
         positions = torch.arange(T, device=token_ids.device)
         x = self.embeddings.token_embedding(token_ids) + self.embeddings.position_embedding(positions)
-        for index, layer in enumerate(self.encoder.layers):
-            if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
+        for index, layer in enumerate(self.encoder.layers[: -1 if leave_last else None]):
+            if self._is_recomputed(index):
                 x = checkpoint(layer, x, None, is_causal=True, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, None, is_causal=True)
         return x
 
-    def _at_end(self, x: Tensor, token_ids: Tensor) -> Tensor:
-        end = (token_ids == self.eos_token_id).int().argmax(dim=-1)
-        return x[torch.arange(x.shape[0], device=x.device), end]
+    def _is_recomputed(self, index: int) -> bool:
+        return bool(self.checkpoint_every) and index % self.checkpoint_every == 0 and torch.is_grad_enabled()
+
+    def _end(self, token_ids: Tensor) -> Tensor:
+        return (token_ids == self.eos_token_id).int().argmax(dim=-1)
+
+
+def _at(x: Tensor, place: Tensor) -> Tensor:
+    """x [B, T, W] at one place of each row: [B, W]."""
+    return x[torch.arange(x.shape[0], device=x.device), place]

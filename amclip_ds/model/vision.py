@@ -5,15 +5,20 @@ it costs seconds.
 """
 
 import difflib
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from amclip_ds.errors import in_one_line
 from amclip_ds.masks.selection import Selection, TokenMask, choose
 from amclip_ds.model.config import VisionConfig, grid_of
+from amclip_ds.model.patches import PatchProjection, rows_of
+from amclip_ds.model.pooled import QueryOfFirst, run_block_for_cls
+from amclip_ds.model.savings import Savings
 from amclip_ds.model.scoring import run_block_with_cls_row
 
 
@@ -85,7 +90,7 @@ class VisionOutput(NamedTuple):
     """What leaves the tower, as a tuple for ZeRO-3's hooks."""
 
     tokens: Tensor
-    """[B, 1 + K, D] after the last norm, the class token first"""
+    """[B, 1 + K, D] after the last norm, the class token first; or that alone, [B, 1, D]"""
     keep_indices: Tensor | None
     """[B, K] the patches that stayed; None: all"""
     scores: Tensor | None
@@ -100,9 +105,10 @@ class VisionOutput(NamedTuple):
 class VisionTower(nn.Module):
     """A timm ViT's modules under their own names, with token removal and CLS-row scores in the forward."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, savings: Savings | None = None) -> None:
         super().__init__()
         vit = build_vit(config)
+        self.savings = savings or Savings()
         self.checkpoint_every = config.checkpoint_every
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.grid: int = grid_of(config.image_size, self.patch_size)
@@ -115,53 +121,81 @@ class VisionTower(nn.Module):
         self.norm_pre = vit.norm_pre
         self.blocks = vit.blocks
         self.norm = vit.norm
+        PatchProjection.become(self.patch_embed.proj)
+        QueryOfFirst.become(self.blocks[-1].attn.qkv)
         if config.freeze_patch_embed:
             self.patch_embed.requires_grad_(False)
 
     def forward(
         self, images: Tensor, selections: tuple[Selection, ...] = (), keep_indices: Tensor | None = None,
-        with_scores: bool = False, num_views: int = 1,
+        with_scores: bool = False, num_views: int = 1, cls_only: bool = False,
     ) -> VisionOutput:  # fmt: skip
         """images [B, 3, H, W] of any size the patch divides; rows are num_views x samples.
 
         selections choose the tokens that stay, unless keep_indices [B, K] says which; neither: all stay.
         with_scores: also how much CLS attends to each patch, the mean over all blocks and heads; the CLS column is
-        dropped after the softmax and not renormalised.
+        dropped after the softmax and not renormalised. cls_only: nothing but the class token is read.
         """
         x, keep_indices = self._embed(images, selections, keep_indices, num_views)
-        if not with_scores:
-            return VisionOutput(self.norm(self._run_blocks(x)), keep_indices, None)
-        rows = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
-        num_heads = 0
-        for block in self.blocks:
-            x, row = run_block_with_cls_row(block, x)
-            rows = rows + row
-            num_heads += block.attn.num_heads
-        return VisionOutput(self.norm(x), keep_indices, rows[:, 1:] / num_heads)
+        tokens, scores = self.through_blocks(x, with_scores, cls_only and self.savings.last_block)
+        return VisionOutput(tokens, keep_indices, scores)
 
     def _embed(
         self, images: Tensor, selections: tuple[Selection, ...], keep_indices: Tensor | None, num_views: int
     ) -> tuple[Tensor, Tensor | None]:
         """Patchify, add positions, choose and remove tokens, prepend CLS: [B, 1 + K, D], and what stays."""
-        x = self.patch_embed(images.to(self.cls_token.dtype))  # [B, h, w, D]
-        B, height, width, _ = x.shape
-        prefix = int(self.cls_has_position)
-        positions = self.pos_embed
-        if (height, width) != (self.grid, self.grid):
-            from timm.layers import resample_abs_pos_embed
-
-            positions = resample_abs_pos_embed(positions, [height, width], [self.grid, self.grid], prefix)
-        x = x.flatten(1, 2) + positions[:, prefix:]
+        height, width = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+        positions = self._positions(height, width)
+        cls = self.cls_token + positions[:, :1] if self.cls_has_position else self.cls_token
+        positions = positions[:, int(self.cls_has_position) :]
+        if self.savings.patchify and isinstance(self.patch_embed.norm, nn.Identity):
+            if keep_indices is None and selections and not any("patches" in chosen.needs for chosen in selections):
+                keep_indices = choose(selections, num_views, None, images)
+                selections = ()
+            if keep_indices is not None or not selections:
+                return self.norm_pre(self._embed_kept(images, keep_indices, cls, positions)), keep_indices
+        x = self.patch_embed(images.to(self.cls_token.dtype)).flatten(1, 2) + positions
         if keep_indices is None and selections:
             keep_indices = choose(selections, num_views, x, images)
         x = self.token_mask(x, keep_indices)
-        cls = self.cls_token + positions[:, :1] if self.cls_has_position else self.cls_token
-        return self.norm_pre(torch.cat([cls.expand(B, -1, -1), x], dim=1)), keep_indices
+        return self.norm_pre(torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)), keep_indices
 
-    def _run_blocks(self, x: Tensor) -> Tensor:
+    def _positions(self, height: int, width: int) -> Tensor:
+        if (height, width) == (self.grid, self.grid):
+            return self.pos_embed
+        from timm.layers import resample_abs_pos_embed
+
+        return resample_abs_pos_embed(
+            self.pos_embed, [height, width], [self.grid, self.grid], int(self.cls_has_position)
+        )
+
+    def _embed_kept(self, images: Tensor, keep_indices: Tensor | None, cls: Tensor, positions: Tensor) -> Tensor:
+        """Class token and kept patches, with their positions [1, N, D]: [B, 1 + K, D]. Other patches cost nothing."""
+        if not self.savings.one_write:
+            rows = rows_of(images, self.patch_size, keep_indices, self.cls_token.dtype)
+            kept = positions if keep_indices is None else positions[0][keep_indices]
+            x = self.patch_embed.proj(rows) + kept
+            return torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
+        rows = rows_of(images, self.patch_size, keep_indices, self.cls_token.dtype, first_empty=True)
+        places = None if keep_indices is None else F.pad(keep_indices + 1, (1, 0))
+        return self.patch_embed.proj(rows, torch.cat([cls, positions], dim=1)[0], places)
+
+    def through_blocks(self, x: Tensor, with_scores: bool, cls_only: bool) -> tuple[Tensor, Tensor | None]:
+        """[B, T, D] -> after the last norm, and the scores [B, T - 1] where asked for. What a compiler takes."""
+        rows = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device) if with_scores else None
+        last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
+            run = partial(_run_block, block, with_row=with_scores, cls_only=cls_only and index == last)
             if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # no dropout in any tower
+                x, row = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)  # no dropout in any tower
             else:
-                x = block(x)
-        return x
+                x, row = run(x)
+            rows = rows + row if rows is not None else None
+        num_heads = sum(block.attn.num_heads for block in self.blocks)
+        return self.norm(x), rows[:, 1:] / num_heads if rows is not None else None
+
+
+def _run_block(block: Any, x: Tensor, with_row: bool, cls_only: bool) -> tuple[Tensor, Tensor | None]:
+    if cls_only:
+        return run_block_for_cls(block, x, with_row)
+    return run_block_with_cls_row(block, x) if with_row else (block(x), None)

@@ -5,11 +5,12 @@ A speed is never carried to a GPU on which nothing was measured; --mfu or --prob
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 from amclip_ds import config as settings
 from amclip_ds.errors import UserError
+from amclip_ds.model.savings import Savings
 from amclip_ds.plan import work as step_work
 
 
@@ -76,6 +77,8 @@ MEASURED = (
     Measured("h200", "aclip-vitl16", 3, 128, False, 143),
     Measured("h200", "aclip-vitl16", 3, 128, True, 169),
 )
+AS_MEASURED = ["engine.compile=none", *(f"engine.savings.{item.name}=false" for item in fields(Savings))]
+"""The settings under which all of these ran: there were no savings yet."""
 SAME_CHIP = {"h100": "h200", "h200": "h100"}
 REFERENCE = ("aclip-vitb16", 1, False)  # measured on both of the same chip: the ratio of their speeds
 PROBED = "here"
@@ -178,6 +181,7 @@ def _work_of(row: Measured) -> step_work.Work:
             f"engine.deepspeed=zero{row.stage}_bf16.json",
             f"model.vision.checkpoint_every={every}",
             f"model.text.checkpoint_every={every}",
+            *AS_MEASURED,
         ],
     )
     return step_work.work_of(config, 1)

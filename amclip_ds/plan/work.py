@@ -4,12 +4,13 @@ point operations and the bytes that wait for the backward pass.
 Shapes: B samples of a rank, N patches, K kept, D vision width, W text width, E embedding, T tokens of a text.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds.config import BatchPlan, TrainConfig
-from amclip_ds.engine.ds_config import read_ds_config
+from amclip_ds.engine.ds_config import AUTO, BLOCK, TOWER, read_ds_config
 from amclip_ds.errors import SettingsError, in_one_line
 from amclip_ds.masks import masks_of_views, needs_of
 from amclip_ds.masks.units import num_kept
@@ -127,10 +128,32 @@ def _teacher_grid(config: TrainConfig, parts: dict[str, Part], tower: Tower) -> 
 # --- floating point operations ---------------------------------------------------------------------------------------
 
 
-def blocks_forward(width: int, hidden: int, depth: int, tokens: int) -> tuple[float, float]:
-    """(linear layers, attention) of one sequence: 2 operations a multiply-add."""
-    linear = 2.0 * depth * tokens * (4 * width**2 + 2 * width * hidden)
-    return linear, 4.0 * depth * tokens**2 * width
+def blocks_forward(width: int, hidden: int, depth: int, tokens: float, pooled: bool = False) -> tuple[float, float]:
+    """(linear layers, attention) of one sequence: 2 operations a multiply-add.
+
+    pooled: the last block makes keys and values of all tokens, and everything else of one (engine.savings.last_block).
+    """
+    whole = depth - int(pooled)
+    linear = 2.0 * whole * tokens * (4 * width**2 + 2 * width * hidden)
+    attention = 4.0 * whole * tokens**2 * width
+    if not pooled:
+        return linear, attention
+    one = 2.0 * (2 * width**2 + 2 * width * hidden)
+    return linear + 2.0 * tokens * 2 * width**2 + one, attention + 4.0 * tokens * width
+
+
+def reads_one(work: Work, feature: str) -> bool:
+    """Whether a tower's last block is computed for one token: nothing reads the others, its `feature`."""
+    return work.config.engine.savings.last_block and not any(feature in part.features for part in work.parts.values())
+
+
+def patch_rows(work: Work) -> list[int]:
+    """Patches of each view that are embedded: those that stay, unless its mask looks at the others."""
+    everything = work.grid**2
+    if not work.config.engine.savings.patchify:
+        return [everything] * len(work.views)
+    masks = zip(work.views, masks_of(work.config))
+    return [everything if "patches" in needs_of(mask) else kept for kept, mask in masks]
 
 
 @dataclass(frozen=True)
@@ -158,17 +181,20 @@ class Flops:
 def flops_of(work: Work) -> Flops:
     """The floating point operations of a rank's batch."""
     model, B, tower = work.config.model, work.batch.local, work.tower
-    vision_blocks = [blocks_forward(tower.width, tower.hidden, tower.depth, 1 + kept) for kept in work.views]
+    pooled = reads_one(work, "patches")
+    vision_blocks = [blocks_forward(tower.width, tower.hidden, tower.depth, 1 + kept, pooled) for kept in work.views]
     text_hidden = int(model.text.width * model.text.mlp_ratio)
-    of_text = blocks_forward(model.text.width, text_hidden, model.text.depth, work.text_tokens)
+    of_text = blocks_forward(
+        model.text.width, text_hidden, model.text.depth, work.text_tokens, reads_one(work, "tokens")
+    )
     text_blocks = (work.text_passes * of_text[0], work.text_passes * of_text[1])
-    patches = 2.0 * work.grid**2 * tower.width * 3 * tower.patch**2
+    patches = 2.0 * sum(patch_rows(work)) * tower.width * 3 * tower.patch**2
     patch_passes = 1 if model.vision.freeze_patch_embed else 2  # the images need no gradient
     vision = sum(3 * linear + (1 + ATTENTION_BACKWARD) * attention for linear, attention in vision_blocks)
-    vision += len(work.views) * (patches * patch_passes + 6.0 * tower.width * model.embed_dim)
+    vision += patches * patch_passes + len(work.views) * 6.0 * tower.width * model.embed_dim
     text = 3 * text_blocks[0] + (1 + ATTENTION_BACKWARD) * text_blocks[1]
     text += 6.0 * work.text_passes * model.text.width * model.embed_dim
-    forward = sum(map(sum, vision_blocks)) + len(work.views) * patches + sum(text_blocks)
+    forward = sum(map(sum, vision_blocks)) + patches + sum(text_blocks)
     again = _recomputed(vision_blocks, text_blocks, model)
     if work.batch.splits > 1:
         again += forward
@@ -207,13 +233,27 @@ def _teacher_forward(work: Work) -> float:
     if work.teacher_grid is None:
         return 0.0
     tower, patches = work.tower, work.teacher_grid**2
-    linear, attention = blocks_forward(tower.width, tower.hidden, tower.depth, 1 + patches)
+    pooled = work.config.engine.savings.last_block and not any(
+        "patches" in part.targets for part in work.parts.values()
+    )
+    linear, attention = blocks_forward(tower.width, tower.hidden, tower.depth, 1 + patches, pooled)
     scores = 2.0 * tower.depth * (1 + patches) * tower.width  # the row of the class token, once more in fp32
     return linear + attention + scores + 2.0 * patches * tower.width * 3 * tower.patch**2
 
 
 def _observed(work: Work, sizes: objectives.Sizes) -> float:
     return sum(part.observed(sizes) for part in work.parts.values())
+
+
+def operations(config: TrainConfig, world: int) -> Callable[[int | list[int], float], float]:
+    """(kept tokens of the views, tokens of a text) -> the operations of a rank's batch: what a run's MFU goes by."""
+    work = work_of(config, world)
+
+    def of_step(kept: int | list[int], text_tokens: float) -> float:
+        views = tuple(kept) if isinstance(kept, list) else (kept,) * len(work.views)
+        return flops_of(replace(work, views=views, text_tokens=round(text_tokens))).model
+
+    return of_step
 
 
 # --- bytes that wait for the backward pass ---------------------------------------------------------------------------
@@ -227,6 +267,11 @@ def block_bytes(width: int, hidden: int, heads: int, number: int, activations: i
     number: bytes of a number. Beside them in fp32: mean and deviation of both norms, a sum a head.
     """
     return number * (8 * width + activations * hidden) + FP32 * (4 + heads)
+
+
+def pooled_bytes(width: int, number: int) -> int:
+    """What a last block keeps of a token that is not pooled: the first norm's input and output, key and value."""
+    return number * 4 * width + FP32 * 2
 
 
 @dataclass(frozen=True)
@@ -247,24 +292,27 @@ def activations_of(work: Work) -> Activations:
     cost = sum((part.cost(sizes) for part in work.parts.values()), Cost(0.0, 0.0))
     tokens = sum(1 + kept for kept in work.views)
     text_hidden = int(model.text.width * model.text.mlp_ratio)
-    is_fused = model.text.activation != "quick_gelu" or work.config.engine.compile
+    is_fused = model.text.activation != "quick_gelu" or is_compiled(work)
     of_gelu = 2 if is_fused else 3
     vision, of_image = _tower_bytes(
         tokens * block_bytes(tower.width, tower.hidden, tower.heads, work.bytes),
         tokens * tower.width * work.bytes,
         tower.depth,
         model.vision.checkpoint_every,
+        tokens * pooled_bytes(tower.width, work.bytes) if reads_one(work, "patches") else None,
     )
     text, of_text = _tower_bytes(
         work.text_tokens * block_bytes(model.text.width, text_hidden, model.text.heads, work.bytes, of_gelu),
         work.text_tokens * model.text.width * work.bytes,
         model.text.depth,
         model.text.checkpoint_every,
+        work.text_tokens * pooled_bytes(model.text.width, work.bytes) if reads_one(work, "tokens") else None,
     )
     text *= work.text_passes
-    ends = 2 * work.bytes * tokens * tower.width  # the last norm's input and output
+    normed = len(work.views) if reads_one(work, "patches") else tokens
+    ends = 2 * work.bytes * normed * tower.width  # the last norm's input and output
     if not model.vision.freeze_patch_embed:
-        ends += work.bytes * len(work.views) * 3 * model.vision.image_size**2
+        ends += work.bytes * sum(patch_rows(work)) * 3 * tower.patch**2
     moment = max(
         of_image + work.bytes * tokens * (tower.hidden + 3 * tower.width),
         of_text + work.bytes * work.text_tokens * (text_hidden + 3 * model.text.width),
@@ -276,11 +324,20 @@ def activations_of(work: Work) -> Activations:
     return Activations(micro * (vision + text + ends) + cached, cost.saved, max(micro * moment, cost.transient))
 
 
-def _tower_bytes(of_block: int, of_input: int, depth: int, every: int) -> tuple[float, float]:
+def is_compiled(work: Work) -> bool:
+    """Whether torch.compile takes the towers, on a GPU."""
+    mode = work.config.engine.compile
+    return mode in (BLOCK, TOWER) or (mode == AUTO and work.stage in (1, 2))
+
+
+def _tower_bytes(of_block: int, of_input: int, depth: int, every: int, of_last: int | None) -> tuple[float, float]:
     """(bytes that wait, bytes for a moment) of a sample: of a recomputed block its input waits, and in the backward
-    pass one block at a time is formed again."""
+    pass one block at a time is formed again. of_last: what the last block keeps, where it is not as the others."""
     recomputed = -(-depth // every) if every else 0
-    return float((depth - recomputed) * of_block + recomputed * of_input), float(of_block if every else 0)
+    waits = (depth - recomputed) * of_block + recomputed * of_input
+    if of_last is not None and not (every and (depth - 1) % every == 0):
+        waits += of_last - of_block
+    return float(waits), float(of_block if every else 0)
 
 
 def input_bytes(work: Work) -> dict[str, float]:

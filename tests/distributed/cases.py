@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amclip_ds.compat import COMPAT
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.photometric import normalise
 from amclip_ds.engine import runtime as engine_runtime
@@ -102,7 +103,7 @@ class Run:
         self, ds: str, *, steps: int = 5, accumulation: int = 1, optim: dict[str, Any] | None = None,
         loss: dict[str, Any] | None = None, strategy: str = "random", placement: str = "auto", norm: str = "batch",
         seed: int = 0, recipe: bool = False, batch_size: int = GLOBAL_BATCH, depth: int = 2,
-        checkpoint_every: int = 0, compile: bool = False,
+        checkpoint_every: int = 0, compile: str = "none",
         momentum: tuple[float, float] = (0.9, 0.99), guards: dict[str, Any] | None = None,
         runtime: engine_runtime.Runtime | None = None, own: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
@@ -139,7 +140,7 @@ class Run:
         """The run's, with a mask that is watched; replays: the noise says what stays."""
         self.looked_at.clear()
         name = watch("given" if replays else self.mask.strategy, self.looked_at.append)
-        return Method(self.objectives, (MaskConfig(strategy=name),) * 2, self.model.vision.grid)
+        return Method(self.objectives, (MaskConfig(strategy=name),) * 2, self.model.vision.grid, COMPAT["paper"])
 
     def scores(self) -> Tensor:
         """[V, b, U]: the teacher's scores of the last step, seen from the views."""

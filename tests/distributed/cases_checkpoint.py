@@ -14,6 +14,7 @@ from amclip_ds.checkpoint import state as state_module
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.save import Saver
 from amclip_ds.checkpoint.state import CheckpointState
+from amclip_ds.compat import COMPAT
 from amclip_ds.data.batch import Batch
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine import shards
@@ -78,7 +79,7 @@ class Rig:
         self.student = StudentEngine(odd_model(), objectives, optim, EngineConfig(deepspeed=self.ds), seed=0,
                                      runtime=self.runtime)  # fmt: skip
         self.teacher = Teacher(teacher, odd_model(), objectives, student=self.student, device=self.runtime.device)
-        self.method = Method(objectives, (MaskConfig(strategy=self.strategy),) * 2, GRID)
+        self.method = Method(objectives, (MaskConfig(strategy=self.strategy),) * 2, GRID, COMPAT["paper"])
         self.guards = Guards(GuardsConfig())
         self.schedules = Schedules(optim, teacher, TOTAL)
 

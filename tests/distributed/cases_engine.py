@@ -241,22 +241,28 @@ def refused(ds: str, **settings: Any) -> str:
     return "not refused"
 
 
-def compiled(ds: str) -> dict[str, Any]:
-    """Losses with and without engine.compile, and the warnings it gave."""
+def compiled(ds: str, mode: str, backend: str = "inductor") -> dict[str, Any]:
+    """Losses and gradient norms with and without engine.compile, and the warnings it gave."""
     import warnings
 
+    from amclip_ds.engine import compile as compiling
+
+    compiling.BACKEND = backend
     runtime = engine_runtime.start()
     plain = Run(ds, runtime=runtime, steps=3)
-    losses = [plain.step(step)["loss"] for step in range(3)]
+    rows = [plain.step(step) for step in range(3)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run = Run(ds, runtime=runtime, compile=True, steps=3)
-        compiled_losses = [run.step(step)["loss"] for step in range(3)]
-    block = run.student.module.vision.blocks[0]  # type: ignore[index]
+        run = Run(ds, runtime=runtime, compile=mode, steps=3)
+        compiled_rows = [run.step(step) for step in range(3)]
+    vision: Any = run.student.module.vision
+    whole = [getattr(tower.vision.through_blocks, "failed", "plain") or "compiled"
+             for tower in (run.student.module, run.teacher.placed.module) if tower is not None]  # fmt: skip
     said = [str(warning.message) for warning in caught if "engine.compile" in str(warning.message)]
     engine_runtime.stop(runtime)
-    return {"plain": losses, "compiled": compiled_losses, "said": said,
-            "is_compiled": block._compiled_call_impl is not None}  # fmt: skip
+    return {"plain": [(row["loss"], row["norm"]) for row in rows], "said": said, "towers": whole,
+            "compiled": [(row["loss"], row["norm"]) for row in compiled_rows],
+            "blocks": vision.blocks[0]._compiled_call_impl is not None}  # fmt: skip
 
 
 def communication_time(ds: str, late_rank: int, late_s: float, through_the_door: bool = True) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What an engine cannot serve is refused on every rank, in one line with its mend; no compiler: a fallback."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,17 +50,37 @@ def test_offloaded_engines_agree(tmp_path: Path) -> None:
         assert losses == pytest.approx(expected, rel=1e-4)
 
 
+def agrees(found: dict[str, Any]) -> None:
+    assert not found["said"]
+    for own, plain in zip(found["compiled"], found["plain"], strict=True):
+        assert own == pytest.approx(plain, rel=1e-5)
+
+
 @pytest.mark.nightly
-def test_compiled_blocks_agree() -> None:
-    found = run_ranks("tests.distributed.cases_engine:compiled", timeout_s=900, ds="zero2_fp32.json")[0]
-    assert found["is_compiled"] and not found["said"]
-    assert found["compiled"] == pytest.approx(found["plain"], rel=1e-5)
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("mode", ["block", "tower"])
+def test_compiled_towers_agree(mode: str, stage: int) -> None:
+    """By the compiler itself, which takes minutes."""
+    case, ds = "tests.distributed.cases_engine:compiled", f"zero{stage}_fp32.json"
+    found = run_ranks(case, timeout_s=900, ds=ds, mode=mode)[0]
+    agrees(found)
+    assert found["blocks"] == (mode == "block") and found["towers"] == ["plain" if mode == "block" else "compiled"] * 2
+
+
+def test_whole_towers_are_one_graph() -> None:
+    """Without the code generation: graphs, hooks and gradients are those of a compiled run."""
+    case = "tests.distributed.cases_engine:compiled"
+    found = run_ranks(case, timeout_s=300, ds="zero1_fp32.json", mode="tower", backend="aot_eager")[0]
+    agrees(found)
+    assert found["towers"] == ["compiled", "compiled"]
 
 
 def test_compile_falls_back_and_says_so() -> None:
-    for found in run_ranks("tests.distributed.cases_engine:compiled", timeout_s=300, ds="zero3_fp32.json"):
-        assert not found["is_compiled"] and found["compiled"] == found["plain"]
-        assert "blocks run uncompiled" in found["said"][0]
+    for found in run_ranks(
+        "tests.distributed.cases_engine:compiled", timeout_s=300, ds="zero3_fp32.json", mode="tower"
+    ):
+        assert found["towers"] == ["plain", "plain"] and not found["blocks"]
+        assert found["compiled"] == found["plain"] and "towers run uncompiled" in found["said"][0]
 
 
 def test_training_compiles_nothing_and_waits_for_no_lock(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from amclip_ds import objectives, step
 from amclip_ds.comm import Comm, SingleProcess
+from amclip_ds.compat import COMPAT
 from amclip_ds.data import photometric
 from amclip_ds.engine.student import StepOutcome
 from amclip_ds.masks import MaskConfig
@@ -330,7 +331,9 @@ def replay(oracle: Oracle) -> Replay:
     student = PlainStudent(module, optim)
     teacher = PlainTeacher(teacher_module, module, updates=oracle.steps - 1)
     outputs = Outputs(module)
-    method = Method(objectives.chosen(loss_config, heads, pairs_views=False), (mask,) * 2, module.vision.grid)
+    method = Method(
+        objectives.chosen(loss_config, heads, pairs_views=False), (mask,) * 2, module.vision.grid, COMPAT["release"]
+    )
     schedules = Schedules(optim, TeacherConfig(momentum=momentum, final_momentum=momentum), oracle.steps)
     result = Replay()
     result.decayed = {name for group in student.groups if group["weight_decay"] for name in group["names"]}

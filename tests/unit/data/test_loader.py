@@ -184,6 +184,21 @@ def test_captions_belong_to_their_images(uneven: Path) -> None:
     assert torch.equal(batch.token_ids, build_tokenizer()(expected, 16))
 
 
+def test_keeping_colours_leaves_every_other_draw_as_it_is(uneven: Path) -> None:
+    """Hue, gray and solarize go; crops, the other changes and the masks' noise stay those of the same seed."""
+    made = []
+    for keep in (False, True):
+        with contextlib.closing(open_data(uneven, keep_colours=keep)) as data:
+            made.append(next(data.batches(None)))
+    every, kept = (batch.photometric.table for batch in made)
+    assert (every[..., [4, 9, 11]] != 0).any(axis=(0, 1)).all() and not kept[..., [4, 9, 11]].any()
+    others = [column for column in range(every.shape[-1]) if column not in (4, 9, 11)]
+    assert np.array_equal(every[..., others], kept[..., others]) and every[..., 1:4].any()
+    assert torch.equal(made[0].views_uint8, made[1].views_uint8)
+    assert torch.equal(made[0].mask_noise, made[1].mask_noise)
+    assert list(made[0].text_lengths["plain"]) == [int((ids != 0).sum()) for ids in made[0].token_ids]
+
+
 def test_windows_are_asked_for_ahead_once_each(uneven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte that is read was asked for before, in one range a window and shard."""
     asked: list[tuple[str, int, int]] = []

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from amclip_ds import config as settings
 from amclip_ds.engine.ds_config import DS_CONFIGS
 from amclip_ds.engine.student import EngineConfig, read_ds_config
 from amclip_ds.errors import UserError
+from amclip_ds.model.savings import Savings
 
 FILES = sorted(DS_CONFIGS.glob("*.json"))
 
@@ -70,3 +72,30 @@ def test_refuses(tmp_path: Path, ds: object, words: str) -> None:
 def test_a_missing_file_lists_what_there_is() -> None:
     with pytest.raises(UserError, match="no file 'zero9.json'; ds_configs/ has zero0_fp32.json, zero1_bf16.json"):
         read_ds_config(EngineConfig("zero9.json"))
+
+
+@pytest.mark.parametrize(
+    ("word", "mode"), [("true", "auto"), ("false", "none"), ("auto", "auto"), ("block", "block"), ("tower", "tower")]
+)
+def test_compile_takes_words_and_what_earlier_runs_wrote(word: str, mode: str, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(f"recipe: aclip-tiny\nengine: {{compile: {word}}}\n")
+    typed = settings.load("aclip-tiny", [f"engine.compile={word}"])
+    for config in (typed, settings.load(str(saved))):
+        assert config.engine.compile == mode
+    again = tmp_path / "again.yaml"
+    again.write_text(settings.dump(typed))
+    assert settings.load(str(again)) == typed
+
+
+@pytest.mark.parametrize("word", ["towers", "1", "3.5", "null"])
+def test_compile_refuses(word: str) -> None:
+    with pytest.raises(UserError, match=r"engine\.compile: .*auto, none, block, tower"):
+        settings.load("aclip-tiny", [f"engine.compile={word}"])
+
+
+def test_savings_are_switches() -> None:
+    config = settings.load("aclip-tiny", ["engine.savings.last_block=false"])
+    assert config.engine.savings == Savings(last_block=False)
+    with pytest.raises(UserError, match=r"did you mean engine\.savings\.patchify"):
+        settings.load("aclip-tiny", ["engine.savings.patchfy=false"])

@@ -30,11 +30,15 @@ def inputs_of(step: work.Work, device: str) -> StudentInputs:
     return StudentInputs((ViewGroup(tuple(range(views)), images, (), keep),), {"plain": tokens})
 
 
+PLAIN = ["engine.savings.last_block=false", "engine.savings.patchify=false"]
+
+
+@pytest.mark.parametrize("words", [[], PLAIN], ids=["saving", "plain"])
 @pytest.mark.parametrize("recipe", ["aclip-tiny", "clip-tiny", "aclip-vitb16", "flip-vitl16"])
-def test_operations_are_those_that_torch_counts(recipe: str) -> None:
-    step = of_recipe(recipe, "model.vision.checkpoint_every=0")
+def test_operations_are_those_that_torch_counts(recipe: str, words: list[str]) -> None:
+    step = of_recipe(recipe, "model.vision.checkpoint_every=0", *words)
     with torch.device("meta"):
-        module = AClip(step.config.model)
+        module = AClip(step.config.model, savings=step.config.engine.savings)
         counter = FlopCounterMode(display=False)
         with counter:
             encoded = module.encode(inputs_of(step, "meta"), {})
@@ -42,20 +46,21 @@ def test_operations_are_those_that_torch_counts(recipe: str) -> None:
     flops = work.flops_of(step)
     # On the meta device attention is not fused: its backward is counted as twice the forward's products.
     attention = sum(
-        work.blocks_forward(w, h, d, t)[1]
+        work.blocks_forward(w, h, d, t, pooled=not words)[1]
         for w, h, d, t in [(step.tower.width, step.tower.hidden, step.tower.depth, 1 + k) for k in step.views]
         + [(step.config.model.text.width, 0, step.config.model.text.depth, step.text_tokens)]
     )
     assert flops.vision + flops.text == pytest.approx(counter.get_total_flops() + 0.5 * B * attention, rel=0.01)
 
 
-def test_the_teachers_operations() -> None:
-    step = of_recipe("aclip-vitb16")
+@pytest.mark.parametrize("words", [[], PLAIN], ids=["saving", "plain"])
+def test_the_teachers_operations(words: list[str]) -> None:
+    step = of_recipe("aclip-vitb16", *words)
     with torch.device("meta"), torch.no_grad():
-        module = TeacherModel(step.config.model)
+        module = TeacherModel(step.config.model, savings=step.config.engine.savings)
         counter = FlopCounterMode(display=False)
         with counter:
-            module.vision(torch.zeros(B, 3, 224, 224), with_scores=True)
+            module.vision(torch.zeros(B, 3, 224, 224), with_scores=True, cls_only=True)
     assert work._teacher_forward(step) * B == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
@@ -66,13 +71,14 @@ def test_the_teachers_operations() -> None:
         ["model.text.activation=quick_gelu"],
         ["model.vision.checkpoint_every=1"],
         ["model.vision.freeze_patch_embed=false"],
+        ["engine.savings.last_block=false", "engine.savings.patchify=false"],
     ],
     ids=str,
 )
 def test_activations_are_what_autograd_keeps(words: list[str]) -> None:
     step = of_recipe("aclip-tiny", *words)
     torch.manual_seed(0)
-    module = AClip(step.config.model)
+    module = AClip(step.config.model, savings=step.config.engine.savings)
     held = {parameter.untyped_storage()._cdata: 0 for parameter in module.parameters()}
     kept = []
 
