@@ -62,6 +62,7 @@ class Forecast:
             "samples_per_s": None if rate is None else config.batch.global_size / rate.step_s(step),
             "device": None if gpu is None else gpu.name,
             "device_gib": None if gpu is None else gpu.memory_gib,
+            "device_watts": None if gpu is None else gpu.watts,
         }
         if gpu is not None and self._predicted["model_state_gib"] > gpu.memory_gib:
             raise UserError(

@@ -1,12 +1,15 @@
 """README.md of an export: what it is, how to load it, its data, its numbers, and what is left to fill in."""
 
+import re
 from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds.display import code, code_block, one_line
+from amclip_ds.errors import UserError
 from amclip_ds.evaluate.source import Located
 from amclip_ds.export.proof import Proof
-from amclip_ds.jsonl import EVALUATION, read
+from amclip_ds.files import read_json
+from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read, read_lines
 from amclip_ds.redact import redact
 
 LOADING = {
@@ -56,14 +59,28 @@ training it was plain text.""",
 }
 
 
-def write_card(fmt: str, located: Located, weights: str, proof: Proof) -> str:
+UNKNOWN = "unknown"
+USE = """Meant for research: zero-shot classification, image-text retrieval, features for probes and as a start for
+other training, on images and English texts like those it was trained on. Not meant for decisions about people, for
+surveillance, or for use without a test on the task at hand: it was not tested for bias, safety or other languages,
+and it takes over what is wrong with its data."""
+
+
+def check_license(license_id: str) -> None:
+    """Raises UserError for what is no identifier, as the hub writes them (cc-by-nc-4.0)."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}", license_id):
+        raise UserError(f"--license {license_id[:80]!r}: an identifier such as mit or cc-by-nc-4.0")
+
+
+def write_card(fmt: str, located: Located, weights: str, proof: Proof, license_id: str = UNKNOWN) -> str:
     """The card's text."""
     assert located.config is not None
     config = located.config
     library = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm", "onnx": "onnx"}[fmt]
     averaged = " (the exponential moving average of the student)" if weights == "teacher" else ""
     lines = [
-        "---", "license: unknown  # FILL IN: of the weights, which the licence of the data may limit",
+        "---", f"license: {license_id}"
+        + ("  # FILL IN: of the weights, which the licence of the data may limit" if license_id == UNKNOWN else ""),
         f"library_name: {library}", "tags: [clip, a-clip, zero-shot-image-classification]", "---", "",
         f"# {code(config.model.vision.name)}, A-CLIP, {weights}", "",
         f"Pre-trained by amclip_ds with {code(f'mask.strategy={config.mask.strategy}')}"
@@ -78,7 +95,8 @@ def write_card(fmt: str, located: Located, weights: str, proof: Proof) -> str:
         "## Proof of this export", "",
         "Unit embeddings of the exported model, run by its library, against those of the model as it was trained:", "",
         *code_block("\n".join(map(one_line, proof.lines()))), "",
-        "## Use", "", "FILL IN: what it is meant for, what it is not fit for.", "",
+        "## Intended use", "", USE, "",
+        "## Energy", "", _energy(located), "",
         "## Settings", "", *code_block(settings.dump(config).rstrip(), "yaml"), "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -96,6 +114,26 @@ def _numbers(located: Located, weights: str) -> list[str]:
         table += [f"| {code(row['dataset'])} | {code(row['task'])} | {code(name)} | {value:.4f} | {_count(row)} |"
                   for name, value in row["metrics"].items() if isinstance(value, int | float)]  # fmt: skip
     return table
+
+
+def _energy(located: Located) -> str:
+    """Device-hours of the steps that were logged, and what they take at full power where the GPU is known."""
+    rows = read_lines(located.run / "metrics.jsonl", STEP | {"step_s": float}, MAX_METRICS) if located.run else []
+    try:
+        planned = read_json(located.run / "plan.json", dict).get("predicted", {}) if located.run else {}
+    except UserError:
+        planned = {}
+    devices, watts = planned.get("world_size"), planned.get("device_watts")
+    if not rows or type(devices) is not int:
+        return "FILL IN: device-hours and energy; nothing is recorded here."
+    steps = [min(row["step"], located.step) for row in rows]
+    spent = [max(0, step - before) for before, step in zip([0, *steps], steps)]
+    hours = sum(count * row["step_s"] for count, row in zip(spent, rows)) * devices / 3600
+    name = planned.get("device")
+    told = f"{hours:.3g} device-hours of steps on {devices} {code(str(name)) if name else 'processes on CPUs'}"
+    if isinstance(watts, int | float):
+        told += f"; at full power of the boards ({watts:g} W each) {hours * watts / 1000:.3g} kWh"
+    return f"{told}. Hosts, network, cooling, evaluations and attempts that were thrown away are not in it."
 
 
 def _count(row: dict[str, Any]) -> str:

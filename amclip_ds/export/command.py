@@ -13,8 +13,8 @@ from amclip_ds import json_file
 from amclip_ds.errors import AmclipError, UserError, in_one_line
 from amclip_ds.evaluate.libraries import open_library
 from amclip_ds.evaluate.source import Located, build_towers, locate
-from amclip_ds.export import hugging_face, onnx, open_clip, timm
-from amclip_ds.export.card import write_card
+from amclip_ds.export import hugging_face, onnx, open_clip, push, timm
+from amclip_ds.export.card import UNKNOWN, check_license, write_card
 from amclip_ds.export.proof import ExportMismatch, Proof, gather_samples, prove
 from amclip_ds.files import not_written
 from amclip_ds.model.amclip import AClip
@@ -29,16 +29,24 @@ def export(args: argparse.Namespace) -> int:
         raise UserError(f"{args.source}: an export already; export from a run or a checkpoint")
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists; name a folder that does not, or remove it")
+    if args.push:
+        push.check(args.push, args.format)
+    check_license(args.license)
     module = build_towers(located, args.weights)
-    proof = write_proved(args.format, module, located, args.weights, args.out, args.proof)
+    proof = write_proved(args.format, module, located, args.weights, args.out, args.proof, args.license)
     for line in proof.lines():
         print(line)
     json_file.write(args.json, proof.facts())
+    if args.push:
+        print(push.push(args.out, args.push, args.private))
     print(args.out)
     return 0
 
 
-def write_proved(fmt: str, module: AClip, located: Located, weights: str, out: Path, proof_shards: str | None) -> Proof:
+def write_proved(
+    fmt: str, module: AClip, located: Located, weights: str, out: Path, proof_shards: str | None,
+    license_id: str = UNKNOWN,
+) -> Proof:  # fmt: skip
     """Makes the folder `out`, whole and proved, or nothing. Raises ExportMismatch, UserError, AmclipError."""
     assert located.config is not None
     config = located.config
@@ -50,7 +58,7 @@ def write_proved(fmt: str, module: AClip, located: Located, weights: str, out: P
         proof = prove(module, config.model, load_back(partial, fmt, weights), samples)
         if not proof.holds:
             raise ExportMismatch("\n".join(["the export computes otherwise and was deleted:", *proof.lines()]))
-        (partial / "README.md").write_text(write_card(fmt, located, weights, proof))
+        (partial / "README.md").write_text(write_card(fmt, located, weights, proof, license_id))
         facts = {"step": located.step, "weights": weights, "format": fmt, "proof": proof.facts()}
         (partial / "amclip.json").write_text(json.dumps(facts, indent=1) + "\n")
         partial.rename(out)

@@ -1,0 +1,74 @@
+"""The card's licence, use and energy; `--push` offline, refused, and against a hub that does not answer."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from amclip_ds import config as settings
+from amclip_ds.cli import main
+from amclip_ds.errors import AmclipError
+from amclip_ds.evaluate.source import Located
+from amclip_ds.export import push
+from amclip_ds.export.card import write_card
+from amclip_ds.export.proof import Agreement, Proof
+from tests.unit.evaluate.exports import write_run
+
+PROOF = Proof("s", [Agreement("a", 1.0, 0.0, "equal")], None, None)
+
+
+def card_of(run: Path, step: int = 20, license_id: str = "unknown") -> str:
+    located = Located(run, "run", ("student",), step, run, settings.load("aclip-tiny"))
+    return write_card("hf", located, "student", PROOF, license_id)
+
+
+def test_the_card_has_licence_use_and_energy(tmp_path: Path) -> None:
+    assert "license: unknown  # FILL IN" in card_of(tmp_path)
+    assert "\nlicense: cc-by-nc-4.0\n" in card_of(tmp_path, license_id="cc-by-nc-4.0")
+    card = card_of(tmp_path)
+    assert "## Intended use" in card and "Not meant for decisions about people" in card
+    assert "FILL IN: device-hours and energy; nothing is recorded here." in card
+    rows = [{"step": step, "step_s": 3600.0 * step / 10} for step in (10, 20, 30)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    planned = {"world_size": 4, "device": "h100", "device_watts": 700}
+    (tmp_path / "plan.json").write_text(json.dumps({"predicted": planned}))
+    assert "120 device-hours of steps on 4 `h100`; at full power of the boards (700 W each) 84 kWh" in card_of(tmp_path)
+    planned = {"world_size": 2, "device": None, "device_watts": None}
+    (tmp_path / "plan.json").write_text(json.dumps({"predicted": planned}))
+    assert "20 device-hours of steps on 2 processes on CPUs. Hosts" in card_of(tmp_path, step=10)
+
+
+def test_offline_the_folder_is_ready_and_the_command_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    write_run(tmp_path / "run")
+    words = ["export", str(tmp_path / "run"), "--format", "open_clip", "--out", str(tmp_path / "out")]
+    assert main([*words, "--push", "my-lab/tiny", "--private", "--license", "mit"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"not pushed: HF_HUB_OFFLINE is set; the folder is ready: hf upload my-lab/tiny {tmp_path}/out --private"
+        in printed
+    )
+    assert "\nlicense: mit\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_wrong_request_is_refused_before_the_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run")
+    for words, said in (
+        (["--format", "timm", "--push", "a/b"], "by transformers (--format hf) or open_clip, not by timm"),
+        (["--format", "hf", "--push", "ab"], "--push ab: write it as ORG/NAME"),
+        (["--format", "hf", "--license", "all mine"], "--license 'all mine': an identifier"),
+    ):
+        assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), *words]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_does_not_answer_leaves_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_none")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(AmclipError, match="the folder is ready: hf upload a/b"):
+        push.push(tmp_path, "a/b", False)
