@@ -11,6 +11,8 @@ class Compat:
     """The teacher's crop contains every view; False: part of a view lies outside in about 7 of 10 samples."""
     averages_text_ends: bool
     """The teacher averages its whole text tower; False: token embedding, positions and last norm are the student's."""
+    fills_text_budget: bool
+    """Frequency text masks keep whole words until the budget is full; False: as many words as it has tokens, cut."""
 
 
-COMPAT = {"paper": Compat(True, True, True), "release": Compat(False, False, False)}
+COMPAT = {"paper": Compat(True, True, True, True), "release": Compat(False, False, False, False)}

@@ -9,20 +9,20 @@ from amclip_ds import files
 from amclip_ds.errors import UserError
 
 
-def check(file: str | Path | None) -> None:
+def check(file: str | Path | None, option: str = "--json") -> None:
     """Raises UserError where the file can never be written: better now than after an hour's work."""
     if file is None:
         return
     path = Path(file)
     if path.is_dir():
-        raise UserError(f"--json {path}: cannot be written: it is a folder")
+        raise UserError(f"{option} {path}: cannot be written: it is a folder")
     if not path.parent.is_dir():
-        raise UserError(f"--json {path}: cannot be written: there is no folder {path.parent}")
+        raise UserError(f"{option} {path}: cannot be written: there is no folder {path.parent}")
     if not os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK):
-        raise UserError(f"--json {path}: cannot be written: permission denied")
+        raise UserError(f"{option} {path}: cannot be written: permission denied")
 
 
-def write(file: str | Path | None, content: Any) -> None:
+def write(file: str | Path | None, content: Any, option: str = "--json") -> None:
     """Writes it whole, or into a pipe or device as it is. None: nothing is asked for. Raises UserError, AmclipError."""
     if file is None:
         return
@@ -33,4 +33,4 @@ def write(file: str | Path | None, content: Any) -> None:
         else:
             files.write_atomically(path, text)
     except OSError as error:
-        raise files.not_written(f"--json {path}:", error) from None
+        raise files.not_written(f"{option} {path}:", error) from None

@@ -24,6 +24,7 @@ def check(config: TrainConfig, resume: str = "auto") -> None:
     if config.model.vision.name not in settings.shipped_towers():
         settings.check_buildable(config)  # only timm knows the name, and it loads torch
     check_inputs(config.data, config.eval.data)
+    config.data.text_mask.read_table()
     check_init(config)
     if resume not in ("auto", "never") and not Path(resume).exists():
         raise UserError(f"--resume {resume}: no such checkpoint; auto (the default) takes the newest of run.out")

@@ -176,7 +176,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
 
     keeper = stack.enter_context(Keeper(
         folder, config, ranks, student=student, teacher=teacher, guards=guards, record=record, attempt=attempt,
-        data_fingerprint=data.fingerprint, data_contents=data.contents,
+        data_fingerprint=data.fingerprint, data_contents=data.contents, words_hash=data.words_hash,
         before_commit=owner.check if owner else lambda: None, pausing=saving,
     ))  # fmt: skip
     with watchdog.during("resume"), timeline.during("resume"):
@@ -227,7 +227,8 @@ def open_data(config: TrainConfig, method: Method, runtime: Runtime, resumes: bo
         config.data, seed=config.run.seed, global_batch=config.batch.global_size, rank=runtime.rank,
         world_size=runtime.world_size, image_size=vision.image_size,
         teacher_size=teacher_size if method.needs_teacher else None,
-        teacher_contains=method.compat.teacher_sees_views, num_units=method.draws, draws_twice=method.draws_twice,
+        fills_text_budget=method.compat.fills_text_budget, teacher_contains=method.compat.teacher_sees_views,
+        num_units=method.draws, draws_twice=method.draws_twice,
         context_length=config.model.text.context_length, once=on_main,
         index_dir=config.run.out, device=runtime.device, resumes=resumes,
         prepare=partial(plugins.again, list(plugins.LOADED.values())) if plugins.LOADED else None,

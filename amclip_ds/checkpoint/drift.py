@@ -21,13 +21,23 @@ FREE = {
     *(f"engine.savings.{item.name}" for item in fields(Savings)),
     *("model.init_from", "model.vision.checkpoint_every", "model.text.checkpoint_every", "loss.chunk", "loss.exchange"),
     *("guards.max_skipped", "guards.max_rewinds"),
-    *("data.train", "data.index", "data.workers", "data.prefetch", "data.timeout_s", "data.stage_dir", "data.stage_gb"),
+    *(
+        "data.train",
+        "data.text_mask.table",
+        "data.index",
+        "data.workers",
+        "data.prefetch",
+        "data.timeout_s",
+        "data.stage_dir",
+        "data.stage_gb",
+    ),
     *("data.allow_pipe", "data.max_skip_rate", "data.on_change", "data.text_bucket"),
 }
 HASH_KEYS = {  # a hash of the manifest -> the key that names it
     "data": "data.train",
     "contents": "data.train",
     "tokenizer": "data.tokenizer",
+    "words": "data.text_mask.table",
 }
 
 ABSENT = "(absent)"

@@ -8,7 +8,6 @@
 Everything is collective: every rank must call.
 """
 
-import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -24,7 +23,7 @@ from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.save import Saver
 from amclip_ds.checkpoint.state import CheckpointState
 from amclip_ds.config import TrainConfig
-from amclip_ds.data.captions import build_tokenizer
+from amclip_ds.data.captions import tokenizer_hash
 from amclip_ds.engine.collectives import on_main
 from amclip_ds.errors import RunStopped
 from amclip_ds.files import not_written
@@ -34,9 +33,6 @@ from amclip_ds.resilience.guards import Guards
 if TYPE_CHECKING:
     from amclip_ds.engine.student import StudentEngine
     from amclip_ds.teacher import Teacher
-
-PROBE = "A photo of 2 zebras, crossing the Straße (50 %) at naïve speed; 東京 isn't far."
-"""A tokenizer is known by what it makes of this."""
 
 
 class Progress(Protocol):
@@ -65,14 +61,16 @@ class Keeper:
     def __init__(
         self, folder: Path, config: TrainConfig, ranks: Ranks, *, student: "StudentEngine", teacher: "Teacher | None",
         guards: Guards, record: Record, attempt: int, data_fingerprint: str, data_contents: str,
-        before_commit: Callable[[], None] = lambda: None,
+        words_hash: str = "", before_commit: Callable[[], None] = lambda: None,
         pausing: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:  # fmt: skip
         self._folder, self._config, self._ranks, self._record = folder, config, ranks, record
         self._student, self._teacher, self._guards, self._attempt = student, teacher, guards, attempt
-        self._hashes = {"data": data_fingerprint, "tokenizer": _tokenizer_hash()}
+        self._hashes = {"data": data_fingerprint, "tokenizer": tokenizer_hash()}
         if data_contents:
             self._hashes["contents"] = data_contents
+        if words_hash:
+            self._hashes["words"] = words_hash
         self._config_text = settings.dump(config)
         self._drift: list[str] = []
         self._saver = Saver(
@@ -183,8 +181,3 @@ class Keeper:
             self._record.say(f"{kind}: {cause}; {action}")
             if self._ranks.is_main:
                 self._record.incident(kind, cause, action=action)
-
-
-def _tokenizer_hash() -> str:
-    ids = build_tokenizer()([PROBE], 77)
-    return hashlib.sha256(repr(ids.tolist()).encode()).hexdigest()

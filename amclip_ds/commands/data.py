@@ -68,6 +68,7 @@ Exit code 0: submit. 2: do not: something is lost, or more than --max-skip-rate 
 STATS = """Prints and pictures the distributions of sizes, aspects, bytes, captions and tokens; decodes nothing.
 
   amclip data stats /data/cc12m --out stats --json stats.json
+  amclip data stats /data/cc12m --words words.json       for data.text_mask.table, strategy frequency
 """
 
 
@@ -119,6 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sample", type=number(0, 1), default=1.0, metavar="F", help="part of the samples to read (default 1)"
     )
     stats.add_argument("--out", type=Path, metavar="DIR", help="draw the pictures there")
+    stats.add_argument("--words", type=Path, metavar="FILE", help="count the captions' words and write the table there")
     stats.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
 
 
@@ -215,7 +217,8 @@ def _stats(args: argparse.Namespace) -> int:
     from amclip_ds.data import stats
     from amclip_ds.data.check import CheckConfig
 
-    report = _look(args, "counting", CheckConfig(**_settings(args, decode=False)))
+    json_file.check(args.words, "--words")
+    report = _look(args, "counting", CheckConfig(**_settings(args, decode=False, count_words=args.words is not None)))
     numbers = stats.summarise(report)
     shown = [place for place, part in enumerate(stats.PERCENTILES) if part in (1, 25, 50, 75, 99)]
     columns = [f"{stats.PERCENTILES[place]}%" for place in shown]
@@ -227,6 +230,10 @@ def _stats(args: argparse.Namespace) -> int:
     print("formats: " + ", ".join(f"{name} {count}" for name, count in numbers["formats"].items()))
     print(f"captions over {stats.CONTEXT_LENGTH} tokens, trimmed in training: {numbers['trimmed_captions']:.1%}")
     json_file.write(args.json, numbers)
+    if args.words:
+        table = stats.word_table(report)
+        json_file.write(args.words, table, "--words")
+        print(f"{len(table['counts'])} words -> {args.words}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         print(stats.draw(report, args.out / "stats.png"))

@@ -1,6 +1,7 @@
 """From a sample's text and json members to token ids: which caption, what its text is, how it is encoded."""
 
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from amclip_ds.data.plain_text import BadText, decode, lines, parse_object, visible
 
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # the encoder's pattern without special tokens
+PROBE = "A photo of 2 zebras, crossing the Straße (50 %) at naïve speed; 東京 isn't far."
 LONGEST_TEXT, LONGEST_WORD = 1 << 16, 1000  # characters
 WORDS_REMEMBERED = 1 << 17
 Tokenizer = Callable[[Sequence[str], int], Tensor]
@@ -48,10 +50,14 @@ class ClipTokenizer:
         """The words of a text, cleaned and in lower case, each with its token ids; together they are `encode`'s."""
         return list(self._words(text))
 
+    def split(self, text: str) -> list[str]:
+        """The words of a text, cleaned and in lower case."""
+        return regex.findall(WORDS, self._tokenizer.clean_fn(text[:LONGEST_TEXT]), regex.IGNORECASE)
+
     def _words(self, text: str) -> Iterator[tuple[str, list[int]]]:
         if len(self._tokenizer.cache) > WORDS_REMEMBERED:
             self._tokenizer.cache.clear()
-        for word in regex.findall(WORDS, self._tokenizer.clean_fn(text[:LONGEST_TEXT]), regex.IGNORECASE):
+        for word in self.split(text):
             symbols = "".join(self._tokenizer.byte_encoder[byte] for byte in word[:LONGEST_WORD].encode("utf-8"))
             yield word, [self._tokenizer.encoder[piece] for piece in self._tokenizer.bpe(symbols).split(" ")]
 
@@ -62,6 +68,12 @@ class ClipTokenizer:
             ids = [self.start, *self.encode(text, context_length)[: context_length - 2], self.end]
             row[: len(ids)] = torch.tensor(ids)
         return rows
+
+
+def tokenizer_hash() -> str:
+    """A tokenizer is known by what it makes of PROBE."""
+    ids = build_tokenizer()([PROBE], 77)
+    return hashlib.sha256(repr(ids.tolist()).encode()).hexdigest()
 
 
 @functools.cache

@@ -86,6 +86,8 @@ class CheckConfig:
     """A larger image is refused by its header."""
     max_skip_rate: float = TRAINING.max_skip_rate
     """More than this part skipped or doubled makes a shard, and the whole, not fit to submit."""
+    count_words: bool = False
+    """Count the words of all captions."""
 
     def __post_init__(self) -> None:
         if not 0 < self.sample <= 1:
@@ -123,6 +125,8 @@ class ShardReport:
     """their keys, joined by newlines, compressed"""
     texts: list[str] = field(default_factory=list)
     """some captions, to be tokenised"""
+    words: Counter[str] = field(default_factory=Counter)
+    """how often each word is in all captions, where asked for"""
 
     def add(self, kind: str, key: str, count: int = 1) -> None:
         """Counts a problem."""
@@ -374,6 +378,9 @@ class _Pass:
         if max(width, height) > EXTREME_ASPECT * min(width, height):
             self._report.add("aspect", one.key)
         self._keep_text(options)
+        if self._config.count_words:
+            for option in options:
+                self._report.words.update(caption_sources.build_tokenizer().split(option))
         row = (digest, width, height, image.size, IMAGE_TYPES[kind], min(len(options), 65535), len(options[0]))
         return "", row
 

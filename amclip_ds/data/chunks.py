@@ -24,7 +24,7 @@ from amclip_ds.data.tar import printable
 from amclip_ds.data.views import Views, make_views
 from amclip_ds.errors import AmclipError, RunStopped, UserError
 from amclip_ds.files import describe
-from amclip_ds.masks.text import TextMaskConfig, Words, masked
+from amclip_ds.masks.text import TextMaskConfig, Words, masked, prepare
 from amclip_ds.masks.units import NONE
 
 Contents = dict[Request, bytes | OSError]
@@ -58,6 +58,9 @@ class ChunkSpec:
     """whether masks read a second draw"""
     context_length: int
     text_mask: TextMaskConfig
+    fills_text_budget: bool
+    words_hash: str
+    """of the table that the text mask reads; empty: none"""
     sources: tuple[str, ...]
     per_line: bool
     max_pixels: int
@@ -164,6 +167,7 @@ class ChunkMaker:
 
     def _open(self) -> None:
         if self._index is None:
+            self._text_options = prepare(self.spec.text_mask, self.spec.fills_text_budget, self.spec.words_hash)
             self._index = Index(self.spec.index)
             self._tokenizer = captions.build_tokenizer()
             self._reader = ShardReader(self.spec.stage_dir or None, self.spec.stage_bytes, self._retried, self._sizes())
@@ -274,7 +278,7 @@ class ChunkMaker:
         encoded = self._encode(text)
         chunk.token_ids[place] = encoded.row
         if self._masks_text:
-            ids = masked(spec.text_mask, encoded.words, random)
+            ids = masked(spec.text_mask, self._text_options, encoded.words, random)
             chunk.masked_ids[place, : len(ids) + 2] = [self._tokenizer.start, *ids, self._tokenizer.end]
         chunk.sample_ids[place] = sample.sample_id
         return True

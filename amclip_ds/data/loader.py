@@ -28,6 +28,7 @@ from amclip_ds.data.prepare import Once, Sources, and_more, find_sources
 from amclip_ds.data.tar import printable
 from amclip_ds.data.workers import Fault, Place, Workers, start_worker_server
 from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.masks.text import TextMaskConfig
 
 CHUNK = 64  # samples a worker makes at a time, at most
 HAVE_A_PLACE = ("no caption", "not adjacent")  # such a sample is in the order: it is replaced, and told then
@@ -39,7 +40,7 @@ class TrainingData:
 
     image_size, teacher_size: sides of the views and of the teacher's crop in pixels (None: no teacher looks).
     num_units: random numbers per view for the mask; draws_twice: masks read a second draw of them.
-    teacher_contains: the teacher's crop contains every view (boxes.py).
+    teacher_contains: the teacher's crop contains every view (boxes.py). fills_text_budget: compat.Compat.
     once: does a work on rank 0 and gives every rank its result (engine.collectives.on_main), so that one rank alone
     looks at the shards and builds a missing index; without it every process does so by itself. Collective through it.
     index_dir: where a missing index is put (the run folder: others train on the same shards); None: beside the shards.
@@ -51,9 +52,9 @@ class TrainingData:
     def __init__(
         self, config: DataConfig, *, seed: int, global_batch: int, rank: int, world_size: int, image_size: int,
         teacher_size: int | None, num_units: int, context_length: int, draws_twice: bool = False,
-        teacher_contains: bool = True, say: Callable[[str], None] = print, once: Once | None = None,
-        index_dir: str | Path | None = None, device: torch.device = CPU, resumes: bool = False,
-        prepare: Callable[[], object] | None = None,
+        teacher_contains: bool = True, fills_text_budget: bool = True, say: Callable[[str], None] = print,
+        once: Once | None = None, index_dir: str | Path | None = None, device: torch.device = CPU,
+        resumes: bool = False, prepare: Callable[[], object] | None = None,
     ) -> None:  # fmt: skip
         self._device, self._prepare = device, prepare
         self.config, self.global_batch = config, global_batch
@@ -73,11 +74,13 @@ class TrainingData:
             index=sources.index, paths=tuple(sources.shards), members=tuple(members), mixture=mixture, seed=seed,
             open_shards=config.open_shards, window=config.shuffle_window, views=config.all_views(),
             image_size=image_size, teacher_size=teacher_size, teacher_contains=teacher_contains, num_units=num_units,
-            draws_twice=draws_twice, context_length=context_length,
-            text_mask=config.text_mask, sources=tuple(config.captions),
-            per_line=config.caption_per_line, max_pixels=config.max_pixels, stage_dir=config.stage_dir,
-            stage_bytes=int(config.stage_gb * 1e9), on_change=config.on_change, keep_colours=config.keep_colours,
+            draws_twice=draws_twice, context_length=context_length, text_mask=config.text_mask,
+            fills_text_budget=fills_text_budget, words_hash=_words_hash(config.text_mask),
+            sources=tuple(config.captions), per_line=config.caption_per_line, max_pixels=config.max_pixels,
+            stage_dir=config.stage_dir, stage_bytes=int(config.stage_gb * 1e9), on_change=config.on_change,
+            keep_colours=config.keep_colours,
         )  # fmt: skip
+        self.words_hash = self._spec.words_hash
         self._known_damage = _damage(index, members) if rank == 0 else []
         self.account = account_of(index.shards[number] for number in dict.fromkeys(members))
         self.account.check(config.max_skip_rate)
@@ -212,6 +215,19 @@ def _damage(index: Index, members: list[int]) -> list[dict[str, str]]:
         for number in dict.fromkeys(members) for problem in index.shards[number].problems
         if problem["kind"] not in HAVE_A_PLACE
     ]  # fmt: skip
+
+
+def _words_hash(config: TextMaskConfig) -> str:
+    """The hash of the table that a text mask reads; empty: none. Raises UserError for a table of another tokenizer."""
+    table = config.read_table()
+    if table is None:
+        return ""
+    if table.tokenizer and table.tokenizer != captions.tokenizer_hash():
+        raise UserError(
+            f"data.text_mask.table: {config.table} is of the words of another tokenizer; make it again: amclip data"
+            f" stats SHARDS --words {config.table}"
+        )
+    return table.hash
 
 
 def _good(chunk: Chunk | Failed) -> Chunk:

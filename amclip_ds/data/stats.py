@@ -1,12 +1,15 @@
 """The distributions of a set of shards: sizes, aspects, bytes, captions, tokens; as numbers and as a picture."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from amclip_ds.data.captions import tokenizer_hash
 from amclip_ds.data.check import Report, token_lengths
 from amclip_ds.data.grouping import IMAGE_TYPES
+from amclip_ds.masks.text.table import FORMAT
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 CONTEXT_LENGTH = 77
@@ -51,6 +54,15 @@ def summarise_tokens(report: Report) -> dict[str, Any]:
     found = dict(zip(map(str, PERCENTILES), _summary(tokens)["percentiles"]))
     trimmed = float((tokens > CONTEXT_LENGTH).mean()) if len(tokens) else 0.0
     return {"captions": len(tokens), "percentiles": found, "context_length": CONTEXT_LENGTH, "trimmed": trimmed}
+
+
+def word_table(report: Report) -> dict[str, Any]:
+    """How often each word is in the captions, most frequent first: what data.text_mask.table names."""
+    counts: Counter[str] = Counter()
+    for shard in report.shards:
+        counts.update(shard.words)
+    ordered = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    return {"format": FORMAT, "tokenizer": tokenizer_hash(), "samples": report.total("read"), "counts": ordered}
 
 
 def draw(report: Report, file: Path) -> Path:

@@ -209,6 +209,7 @@ def build_context(stage: int, ds_config: dict[str, Any]) -> contextlib.AbstractC
     if stage < 3:
         return contextlib.nullcontext()
     import deepspeed
+    import timm  # noqa: F401  # under Init, torch.tensor is another: what timm imports could not be loaded there
 
     return deepspeed.zero.Init(config_dict_or_path=ds_config)
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import SHARED
-from tests.parity import masks, numbers
+from tests.parity import masks, numbers, texts
 from tests.parity.numbers import Numbers
 
 FOLDER = Path(os.environ.get("AMCLIP_ORACLE_DIR", SHARED / "oracle")) / "methods"
-NOT_YET = {"clipkd", "detailclip", "fd", "siglip", "slip", "text"}  # of which no check is written yet
+NOT_YET = {"clipkd", "detailclip", "fd", "siglip", "slip"}  # of which no check is written yet
 FILES = [path for path in sorted(FOLDER.glob("*.safetensors")) if path.stem.rpartition("_seed")[0] not in NOT_YET]
 Check = Callable[[Numbers], None]
 CHECKS: dict[str, list[Check]] = {
@@ -28,8 +28,12 @@ CHECKS: dict[str, list[Check]] = {
     "pgs": [masks.check_pgs, masks.check_pgs_whole, masks.check_released_balance],
     "sbam": [masks.check_salience],
     "ocl": [masks.check_disjoint, masks.check_occlusion],
+    "text": [texts.check_tokens, texts.check_frequency, texts.check_syntax],
 }
-SEED_0_ONLY = {masks.check_centered_frequencies: "keep_frequency."}  # check -> the tensors that it is about
+SEED_0_ONLY = {
+    masks.check_centered_frequencies: "keep_frequency.",
+    texts.check_syntax: "syntax.",
+}  # check -> the tensors that it is about
 INPUTS = {  # what a file's checks start from: another value there is another question, not a wrong answer
     "flip": r".*\.noise", "glip": r".*\.noise", "images": r".*", "cluster": r".*_noise",
     "pgs": r".*_noise|embeddings|edges\.release|.*plus_sinkhorn|sinkhorn\..*\.in", "sbam": r".*\.(noise|tokens)",

@@ -2,15 +2,16 @@
 
 A text mask is one entry of TEXT_MASKS. It works on a caption's words with their token ids, without start and end token,
 after the tokenizer's cache; captions within the budget stay whole. Nothing here loads torch.
-Source of the first four: CLIPA (arXiv 2305.07017) and CLIPF (arXiv 2412.16148).
+Sources: CLIPA (arXiv 2305.07017), CLIPF (arXiv 2412.16148).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from amclip_ds.errors import UserError, in_one_line, name_of
-from amclip_ds.masks.text import tokens
+from amclip_ds.errors import RunStopped, UserError, in_one_line, name_of
+from amclip_ds.masks.text import frequency, syntax, tokens
+from amclip_ds.masks.text import table as tables
 from amclip_ds.masks.units import NONE
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class TextMask:
     apply: Callable[[Words, Any, int, Any], Sequence[int]]
     """(words, what was drawn, budget, options) -> at most `budget` of the ids, without start and end; asked only where
     there are more"""
+    table: str = ""
+    """what of data.text_mask.table it reads: counts or classes; empty: nothing"""
 
 
 TEXT_MASKS: dict[str, TextMask] = {
@@ -37,6 +40,8 @@ TEXT_MASKS: dict[str, TextMask] = {
     "random": TextMask(tokens.draw_order, tokens.random),
     "shuffle": TextMask(tokens.draw_order, tokens.shuffle),
     "block": TextMask(tokens.draw_place, tokens.block),
+    "frequency": TextMask(frequency.draw, frequency.apply, table="counts"),
+    "syntax": TextMask(tokens.draw_nothing, syntax.apply, table="classes"),
 }
 
 
@@ -45,32 +50,66 @@ class TextMaskConfig:
     """How captions are shortened before the text tower reads them."""
 
     strategy: str = NONE
-    """none | truncate (the first tokens stay) | random | shuffle (random, in a random order) | block (neighbours)."""
+    """none | truncate (the first tokens stay) | random | shuffle (random, in a random order) | block (neighbours) |
+    frequency (rare words stay) | syntax (nouns first, then adjectives, then verbs)."""
     tokens: int = 8
     """Most tokens of a text, start and end token among them."""
+    table: str | None = None
+    """A json of words: frequency reads their counts (`amclip data stats SHARDS --words FILE`), syntax their classes."""
+    threshold: float = 1e-6
+    """frequency: words of a larger share of all words are dropped the more, the more frequent they are."""
 
     def __post_init__(self) -> None:
         if self.strategy not in (NONE, *TEXT_MASKS):
             known = ", ".join((NONE, *TEXT_MASKS))
             raise ValueError(f"data.text_mask.strategy: {self.strategy!r} is none of {known}")
+        if self.read_of_table and not self.table:
+            how = tables.HOW[self.read_of_table]
+            raise ValueError(f"data.text_mask.table: data.text_mask.strategy={self.strategy} needs it; {how}")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"data.text_mask.threshold: {self.threshold} is outside (0, 1)")
         if self.tokens < LEAST_TOKENS:
             raise ValueError(
                 f"data.text_mask.tokens: {self.tokens} is under {LEAST_TOKENS}; start and end token are among them"
             )
 
+    @property
+    def read_of_table(self) -> str:
+        """What of the table the strategy reads: counts or classes; empty: nothing."""
+        return TEXT_MASKS[self.strategy].table if self.strategy != NONE else ""
 
-def masked(config: TextMaskConfig, words: Words, random: "np.random.Generator") -> list[int]:
+    def read_table(self) -> tables.Table | None:
+        """The table, where the strategy reads one. Raises UserError."""
+        return tables.read(self.table, self.read_of_table) if self.table and self.read_of_table else None
+
+
+def prepare(config: TextMaskConfig, fills: bool, table_hash: str) -> Any:
+    """A strategy's options, made once in each process that masks texts. fills: frequency.Options.
+
+    table_hash: of the table as the run began with it. Raises RunStopped where the file is another by now.
+    """
+    held = config.read_table()
+    if held is None:
+        return config
+    if held.hash != table_hash:
+        raise RunStopped(f"data.text_mask.table: {config.table} was changed while the run was going on")
+    if config.read_of_table == "classes":
+        return held.words
+    return frequency.Options(frequency.drop_probabilities(held.words, config.threshold), fills)
+
+
+def masked(config: TextMaskConfig, options: Any, words: Words, random: "np.random.Generator") -> list[int]:
     """The ids that stay, without start and end. Draws as often whether the caption is short or long.
 
     Raises UserError where a mask that is not ours raises, or gives something else than ids.
     """
-    mask, ids = TEXT_MASKS[config.strategy], [one for _, held in words for one in held]
+    mask, ids = TEXT_MASKS[config.strategy], tokens.ids_of(words)
     name, budget = name_of(mask.apply), config.tokens - 2
     try:
         drawn = mask.draw(random, len(ids))
         if len(ids) <= budget:
             return ids
-        chosen = list(mask.apply(words, drawn, budget, config))[:budget]
+        chosen = list(mask.apply(words, drawn, budget, options))[:budget]
     except Exception as error:
         if name.startswith("amclip_ds."):
             raise
