@@ -390,10 +390,10 @@ def test_a_text_mask_of_ones_own(tmp_path: Path) -> None:
         loaded = config.load("aclip-tiny", words, [written(tmp_path, TEXT_MASK)]).data.text_mask
         caption = [("a", [1]), ("red", [2, 3]), ("dog", [4])]
         random = np.random.default_rng(0)
-        assert text.masked(loaded, caption, random) == [3, 4]
+        assert text.masked(loaded, loaded, caption, random) == [3, 4]
         for name, told in (("strange", r"gave \[7, 7\]; it picks of"), ("raises", "raised IndexError: list index out")):
             with pytest.raises(UserError, match=f"text mask mine.{name} {told}"):
-                text.masked(text.TextMaskConfig(name, 4), caption, random)
+                text.masked(text.TextMaskConfig(name, 4), None, caption, random)
         copy = Path(written(tmp_path, config.dump(config.load("aclip-tiny", words)), "config.yaml"))
         text.TEXT_MASKS.pop("last")
         assert config.load_run(copy).data.text_mask.strategy == "none"
