@@ -91,7 +91,7 @@ def training_sources(config: DataConfig) -> list[list[str]]:
 def check_inputs(data: DataConfig, eval_data: str | None) -> None:
     """What can be known of a run's data before torch and DeepSpeed are loaded. Raises UserError."""
     training_sources(data)
-    for spec in (eval_data or "").split("::"):
+    for spec in split_sources(eval_data or ""):
         inputs.check_foreign(spec, "eval.data")
 
 

@@ -1,8 +1,11 @@
 """docs/add-your-own.md: its mask and its objective, as the page has them, through `amclip train`."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +108,53 @@ def test_a_resume_without_a_plugin_says_to_add_it(trained: tuple[Path, list[str]
     assert code == 2 and "add --plugin: [contrast sha256:" in printed, printed
     code, printed = amclip("train", f"{folder}/run/config.yaml", f"run.out={folder}/run")
     assert code == 2 and "the plug-in contrast; add --plugin" in printed, printed
+
+
+IN_THE_HOUSE = """
+import torch
+from amclip_ds import config
+from amclip_ds.method import method_of
+from amclip_ds.model.amclip import AClip
+from amclip_ds.objectives import builder
+
+settings = config.load("house-tiny", ["mask.contrast.noise=0.5", "loss.dense.prototypes=32"])
+with torch.device("meta"):
+    model = AClip(settings.model, builder(method_of(settings).objectives))
+print(settings.mask.strategy, sorted(model.objectives), model.objectives["dense"].head.out_features)
+"""
+
+
+def move_in(file: Path, room: Path, table: str, importing: str, name: str, entry: str) -> None:
+    """A plug-in's file becomes the package's: without its dict, and with its line in the room's."""
+    text = file.read_text().replace("from amclip_ds.masks import Mask\n", "")
+    (room / file.name).write_text(text[: text.index(f"{table} = ")])
+    lines = (room / "__init__.py").read_text().splitlines(keepends=True)
+    first = next(place for place, line in enumerate(lines) if line.startswith("from amclip_ds"))
+    lines.insert(first, f"{importing} {name}\n")
+    opening = next(place for place, line in enumerate(lines) if line.startswith(f"{table}: "))
+    lines.insert(opening + 1, f'    "{file.stem}": {entry},\n')
+    (room / "__init__.py").write_text("".join(lines))
+
+
+def test_in_the_package_each_touches_its_file_its_line_and_its_recipe(tmp_path: Path) -> None:
+    """The page's parts moved into a copy of the package."""
+    package = tmp_path / "amclip_ds"
+    shutil.copytree(PAGE.parents[1] / "amclip_ds", package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = {path: path.read_bytes() for path in package.rglob("*") if path.is_file()}
+    files_of_the_page(tmp_path)
+    mask = 'Mask(contrast.priority, frozenset({"pixels", "noise"}), contrast.Options)'
+    rooms = package / "masks", package / "objectives"
+    move_in(tmp_path / "contrast.py", rooms[0], "MASKS", "from amclip_ds.masks import", "contrast", mask)
+    move_in(tmp_path / "dense.py", rooms[1], "OBJECTIVES", "from amclip_ds.objectives.dense import", "Dense", "Dense")
+    (package / "recipes" / "methods" / "house.yaml").write_text(
+        "mask: {strategy: contrast}\nloss: {dense: {weight: 0.5}}\n"
+    )
+    changed = {path for path in package.rglob("*") if path.is_file() and before.get(path) != path.read_bytes()}
+    print("files touched:", sorted(str(path.relative_to(package)) for path in changed))
+    assert len(changed) == 5  # for each: its file, its line in the dict; one recipe has both
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_HOUSE], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "contrast ['byol', 'contrastive', 'dense', 'simclr'] 32" in done.stdout

@@ -258,3 +258,14 @@ def test_check_takes_several_sources(here: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "stdout", out)
     assert cli.main(["data", "check", "data/0.tar", "data/1.tar", "--workers", "1"]) == 0
     assert "2 shards, expected 6, read 6" in out.getvalue()
+
+
+def test_without_eval_data_the_present_folder_is_not_looked_at(here: Path) -> None:
+    """It was taken for an evaluation set: a run started beside a json file was refused. Twin: named, it is refused."""
+    (here / "elsewhere").mkdir()
+    (here / "elsewhere" / "facts.json").write_text("{}")
+    os.chdir(here / "elsewhere")
+    for nothing in (None, ""):
+        check_inputs(DataConfig(train=str(here / "data")), nothing)
+    with pytest.raises(UserError, match=r"eval.data: .*json"):
+        check_inputs(DataConfig(train=str(here / "data")), ".")
