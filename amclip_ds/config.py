@@ -27,6 +27,7 @@ from amclip_ds.masks.text import TEXT_MASKS
 from amclip_ds.masks.units import num_kept_units, num_units
 from amclip_ds.model.config import (
     FLAT_OBJECTIVES,
+    DistillConfig,
     HeadsConfig,
     LossConfig,
     ModelConfig,
@@ -123,6 +124,7 @@ class TrainConfig:
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -296,7 +298,7 @@ def _loaded_objectives() -> dict[str, Any]:
 
 def _named_parts(keys: Mapping[str, Any]) -> dict[str, str]:
     """Key -> the mask or objective that it names: mask.strategy=NAME, mask.NAME.*, loss.NAME.*."""
-    found = {}
+    found: dict[str, str] = {}
     for key, value in keys.items():
         section, *rest = key.split(".")
         if f".{key}".endswith((".mask.strategy", ".text_mask.strategy")):
@@ -531,10 +533,17 @@ def _check_read_views(config: TrainConfig) -> None:
             f"loss.o2o_weight: this loss needs data.num_views=2, not {num_views}, or two of them in loss.o2o_views; or"
             f" set it to 0"
         )
+    reads_frozen = False
     for name, kind in _loaded_objectives().items():
         options = None if name in FLAT_OBJECTIVES else getattr(loss, name, None)
         if options is None or options.weight == 0:
             continue
+        reads_frozen = reads_frozen or kind.reads_frozen()
+        if kind.reads_frozen() and not config.distill.teacher:
+            raise SettingsError(
+                f"distill.teacher: loss.{name} compares with a finished model; name a run or a checkpoint, or set"
+                f" loss.{name}.weight=0"
+            )
         views = getattr(options, "views", None)
         _check_places(f"loss.{name}.views", views, num_views)
         if not views and max(kind.views or (0,)) >= num_views:
@@ -547,6 +556,8 @@ def _check_read_views(config: TrainConfig) -> None:
             raise SettingsError(
                 f"loss.{name}.weight: this objective reads masked texts; set data.text_mask.strategy, or it to 0"
             )
+    if config.distill.teacher and not reads_frozen:
+        raise SettingsError("distill.teacher: no objective of this run reads it; leave it out, or give one a weight")
 
 
 def _check_places(key: str, views: list[int] | None, num_views: int) -> None:

@@ -68,6 +68,11 @@ class Method:
         return objectives.texts_of(self.objectives)
 
     @property
+    def reads_frozen(self) -> bool:
+        """Whether some objective reads distill.teacher."""
+        return any(OBJECTIVES[name].reads_frozen() for name in self.objectives)
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether anything of the run reads the teacher."""
         return bool(self.wants) or any(OBJECTIVES[name].averaged for name in self.objectives)

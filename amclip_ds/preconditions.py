@@ -25,6 +25,8 @@ def check(config: TrainConfig, resume: str = "auto") -> None:
         settings.check_buildable(config)  # only timm knows the name, and it loads torch
     check_inputs(config.data, config.eval.data)
     config.data.text_mask.read_table()
+    if config.distill.teacher and not Path(config.distill.teacher).exists():
+        raise UserError(f"distill.teacher: no such file or folder: {config.distill.teacher}")
     check_init(config)
     if resume not in ("auto", "never") and not Path(resume).exists():
         raise UserError(f"--resume {resume}: no such checkpoint; auto (the default) takes the newest of run.out")

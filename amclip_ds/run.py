@@ -15,6 +15,7 @@ from amclip_ds.config import BatchPlan, TrainConfig
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.ledger import Ledger
 from amclip_ds.data.loader import TrainingData
+from amclip_ds.distill import FrozenTeacher
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import DistributedComm, gather_objects, on_main
 from amclip_ds.engine.placement import SlurmJob
@@ -87,6 +88,7 @@ class Run:
     record: Record
     student: StudentEngine
     teacher: Teacher | None
+    frozen: FrozenTeacher | None
     schedules: Schedules
     guards: Guards
     ledger: Ledger
@@ -161,6 +163,10 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     if config.model.init_from and found is None:
         for line in start.describe(config.model.init_from, dict(student.module.named_parameters())):
             record.say(line)
+    frozen = None
+    if method.reads_frozen and config.distill.teacher:
+        frozen = FrozenTeacher(config.distill.teacher, config.model, runtime.device)
+        record.say(frozen.about)
     guards = Guards(config.guards, record.incident)
     meter = Meter(config.batch.global_size, runtime, config.data.workers, operations(config, runtime.world_size),
                   student)  # fmt: skip
@@ -191,7 +197,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         config=config, runtime=runtime, comm=comm, method=method, plan=plan, folder=folder, attempt=attempt,
         stops=stops, watchdog=watchdog, timeline=timeline, state=state, data=data, total_steps=total_steps,
         record=record, student=student, teacher=teacher,
-        schedules=Schedules(config.optim, config.teacher, total_steps),
+        frozen=frozen, schedules=Schedules(config.optim, config.teacher, total_steps),
         guards=guards, ledger=Ledger(config.data.max_skip_rate, gather_objects, data.account), meter=meter,
         keeper=keeper, forecast=forecast,
     )  # fmt: skip

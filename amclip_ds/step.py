@@ -4,6 +4,7 @@ This is the only place that takes one. Shapes: V views, B this rank's samples, K
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +20,19 @@ from amclip_ds.method import Method
 from amclip_ds.model import scoring
 from amclip_ds.model.features import Losses, StudentInputs, ViewGroup
 from amclip_ds.model.teacher_model import Observed
-from amclip_ds.objectives import RECORDED
+from amclip_ds.objectives import RECORDED, with_frozen
 from amclip_ds.optim import Schedules
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.teacher import Teacher
+
+
+class Frozen(Protocol):
+    """distill.FrozenTeacher."""
+
+    def look(self, inputs: StudentInputs, token_ids: Tensor, micro: int) -> dict[str, Tensor]:
+        """Its embeddings of the views and of the texts, by the names of features.FROZEN."""
+        ...
+
 
 NOTHING_OBSERVED = Observed({}, None)
 
@@ -48,13 +58,14 @@ class StepResult:
 
 def train_step(
     batch: Batch, student: StudentEngine, teacher: Teacher | None, schedules: Schedules, updates: int, method: Method,
-    comm: Comm, micro: int, guards: Guards,
+    comm: Comm, micro: int, guards: Guards, frozen: Frozen | None = None,
 ) -> StepResult:  # fmt: skip
     """Trains on one batch (this rank's part of the global one). Collective: every rank must call.
 
     updates: optimizer steps applied so far; learning rate and momentum are functions of it.
     micro: samples whose activations are held at a time; the negatives are the global batch's whatever it is.
     guards: sees the loss before its gradient exists; what it refuses is not stepped, on any rank.
+    frozen: distill.teacher.
     """
     lr = schedules.lr(updates)
     student.set_lr(lr)
@@ -63,7 +74,10 @@ def train_step(
     if teacher is not None and batch.teacher_uint8 is not None:
         observed = teacher.observe(photometric.normalise(batch.teacher_uint8), method.wants, comm)
     inputs = student_inputs(batch, observed.scores, method, schedules.progress(updates))
-    losses, kept = forward_backward(student, inputs, observed.targets, comm, micro, guards.admit)
+    targets = observed.targets
+    if frozen is not None:
+        targets = with_frozen(method.objectives, targets, frozen.look(inputs, batch.token_ids, micro))
+    losses, kept = forward_backward(student, inputs, targets, comm, micro, guards.admit)
     outcome = student.step() if guards.admitted else SKIPPED
 
     momentum = schedules.momentum(updates + 1)

@@ -39,7 +39,7 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
         run.timeline.add("training")
         for batch in run.batches():
             result = train_step(batch, run.student, run.teacher, run.schedules, state.updates, run.method, run.comm,
-                                run.plan.micro, run.guards)  # fmt: skip
+                                run.plan.micro, run.guards, run.frozen)  # fmt: skip
             state.advance(batch, result, config.batch.global_size)
             stop = run.stops.agreed(is_last=state.step == run.total_steps)
             account(run, batch, result)

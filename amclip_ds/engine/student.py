@@ -103,7 +103,13 @@ class StudentEngine:
         return self.engine(AClip.encode, inputs, targets)
 
     def losses(
-        self, cls: Tensor, eot: Tensor, targets: Targets, sample_terms: Terms, sample_loss: Tensor | None, comm: Comm
+        self,
+        cls: Tensor,
+        eot: dict[str, Tensor],
+        targets: Targets,
+        sample_terms: Terms,
+        sample_loss: Tensor | None,
+        comm: Comm,
     ) -> Losses:
         """AClip.losses through the engine."""
         return self.engine(AClip.losses, cls, eot, targets, sample_terms, sample_loss, comm)

@@ -180,6 +180,14 @@ class LossConfig:
 
 
 @dataclass
+class DistillConfig:
+    """A second teacher, which is not averaged and never changes."""
+
+    teacher: str | None = None
+    """A run or a checkpoint whose embeddings of the views and texts the objectives that ask for them read; none."""
+
+
+@dataclass
 class TeacherConfig:
     """The EMA of the student that scores the patches and gives the online-to-EMA target."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from amclip_ds.comm import Comm
 from amclip_ds.model.amclip import Sizes, no_objectives, normalise, sizes_of
 from amclip_ds.model.config import ModelConfig
-from amclip_ds.model.features import Seen, Targets, check_targets
+from amclip_ds.model.features import FROZEN, Seen, Targets, check_targets
 from amclip_ds.model.savings import Savings
 from amclip_ds.model.text import TextTower
 from amclip_ds.model.vision import VisionTower
@@ -47,7 +47,7 @@ class TeacherModel(nn.Module):
         self.requires_grad_(False)
 
     def _take(self, name: str, objective: Any) -> None:
-        if not objective.targets and not objective.averaged:
+        if not set(objective.targets) - set(FROZEN) and not objective.averaged:
             return
         copies = nn.ModuleDict({part: getattr(objective, part) for part in objective.averaged})
         if copies:

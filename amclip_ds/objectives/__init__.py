@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from amclip_ds.errors import UserError, name_of
 from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import FLAT_OBJECTIVES, HeadsConfig, LossConfig, ModelConfig, Weighted
-from amclip_ds.model.features import Features, Seen, Terms
+from amclip_ds.model.features import FROZEN, FROZEN_IMAGES, FROZEN_TEXTS, Features, Seen, Targets, Terms
 from amclip_ds.model.init import LOGIT_SCALE, Start
 from amclip_ds.objectives import byol, contrastive, simclr
 from amclip_ds.objectives.base import Objective
@@ -78,7 +80,18 @@ def texts_of(objectives: Chosen) -> frozenset[str]:
 
 def wants_of(objectives: Chosen) -> frozenset[str]:
     """What of the teacher their `observe` reads."""
-    return frozenset().union(*(OBJECTIVES[name].targets for name in objectives))
+    return frozenset().union(*(OBJECTIVES[name].targets for name in objectives)) - set(FROZEN)
+
+
+def with_frozen(objectives: Chosen, targets: Targets, looked: Mapping[str, Tensor]) -> Targets:
+    """The targets, each objective's followed by what it reads of distill.teacher. looked: as FrozenTeacher.look."""
+    found = dict(targets)
+    for name, options in objectives.items():
+        kind = OBJECTIVES[name]
+        views = list(getattr(options, "views", None) or kind.views or range(looked[FROZEN_IMAGES].shape[1]))
+        held = {FROZEN_IMAGES: looked[FROZEN_IMAGES][:, views], FROZEN_TEXTS: looked[FROZEN_TEXTS]}
+        found[name] = (*targets.get(name, ()), *(held[part] for part in FROZEN if part in kind.targets))
+    return found
 
 
 def start_of(seed: int, model: ModelConfig, objectives: Chosen) -> Start:

@@ -9,13 +9,13 @@ from amclip_ds.comm import Comm
 from amclip_ds.errors import UserError
 from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import Weighted
-from amclip_ds.model.features import Features, Seen, Terms
+from amclip_ds.model.features import FROZEN, Features, Seen, Terms
 from amclip_ds.model.init import Rule
 
 FEATURES = frozenset({"cls", "eot", "image_embeds", "text_embeds", "logit_bias", "patches", "tokens"})
 OF_TEXTS = frozenset({"eot", "text_embeds", "tokens"})
 TEXT_PASSES = ("plain", "masked")  # masked: as data.text_mask makes it
-TARGETS = frozenset({"cls", "patches", "scores"})
+TARGETS = frozenset({"cls", "patches", "scores", *FROZEN})
 
 
 class Objective(nn.Module):
@@ -31,7 +31,8 @@ class Objective(nn.Module):
     features: ClassVar[frozenset[str]] = frozenset()
     """of FEATURES; patches and tokens are seen by per_sample alone, embeddings by forward alone"""
     targets: ClassVar[frozenset[str]] = frozenset()
-    """of TARGETS: what `observe` reads of the teacher"""
+    """of TARGETS: what `observe` reads of the teacher; frozen_images [B, V, E] of its views and frozen_texts [B, E] are
+    distill.teacher's embeddings, and follow what `observe` gives"""
     views: ClassVar[tuple[int, ...] | None] = None
     """the places in data.views that it reads; None: all"""
     text: ClassVar[str] = "plain"
@@ -62,6 +63,11 @@ class Objective(nn.Module):
     def text_pass_of(cls, options: Any) -> str | None:
         """The same, of its options or else its class."""
         return getattr(options, "text", cls.text) if cls.features & OF_TEXTS else None
+
+    @classmethod
+    def reads_frozen(cls) -> bool:
+        """Whether it reads distill.teacher."""
+        return bool(cls.targets & set(FROZEN))
 
     def weight_of(self, term: str) -> float:
         """The weight of one of its terms."""

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.method import method_of
 from amclip_ds.model.amclip import Sizes as ModelSizes
-from amclip_ds.model.features import Features, Seen
+from amclip_ds.model.features import FROZEN, Features, Seen
 from amclip_ds.objectives import OBJECTIVES
 from amclip_ds.plan.objectives import Cost, Part, Sizes
 from amclip_ds.plan.shapes import Parameter
@@ -66,7 +66,7 @@ def part_of(name: str, options: Any, sizes: ModelSizes) -> Part:
     return Part(
         found,
         tuple(kind.averaged),
-        frozenset(kind.targets),
+        frozenset(kind.targets) - set(FROZEN),  # which another model gives
         frozenset(kind.features),
         text=module.text_pass,
         cost=lambda of: measure(of)[0],
@@ -109,6 +109,9 @@ def _observe(objective: Any, sizes: Sizes, model: ModelSizes, dtype: torch.dtype
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         targets = objective.observe(copies, seen, MetaRanks(sizes.world))
+    V = len(objective.chosen_views or range(sizes.views))
+    frozen = dict(zip(FROZEN, (torch.empty(B, V, model.embed_dim), torch.empty(B, model.embed_dim))))
+    targets = (*targets, *(held for name, held in frozen.items() if name in wanted))
     return tuple(targets), float(counter.get_total_flops())
 
 

@@ -1,0 +1,124 @@
+"""distill.teacher: a finished run that stays as it is, and what objectives read of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from amclip_ds import config
+from amclip_ds.comm import Comm
+from amclip_ds.distill import FrozenTeacher
+from amclip_ds.errors import UserError
+from amclip_ds.method import Method, method_of
+from amclip_ds.model.config import Weighted
+from amclip_ds.model.features import Features, StudentInputs, Terms, ViewGroup
+from amclip_ds.objectives import OBJECTIVES, with_frozen
+from amclip_ds.objectives.base import Objective
+from tests.unit.evaluate.exports import write_run
+
+CPU = torch.device("cpu")
+
+
+class Imitate(Objective):
+    """The cosine between the student's embeddings and the frozen teacher's."""
+
+    features = frozenset({"image_embeds", "text_embeds"})
+    targets = frozenset({"frozen_images", "frozen_texts"})
+    views = (1,)
+
+    def forward(self, features: Features, targets: tuple[Tensor, ...], comm: Comm) -> Terms:
+        images, texts = targets
+        assert features.image_embeds is not None and features.text_embeds is not None
+        seen = (features.image_embeds * images.transpose(0, 1)).sum(-1).mean()
+        return {"imitate": 2 - seen - (features.text_embeds * texts).sum(-1).mean()}
+
+
+@pytest.fixture(autouse=True)
+def imitate() -> Iterator[None]:
+    OBJECTIVES["imitate"] = Imitate
+    yield
+    del OBJECTIVES["imitate"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distill") / "run"
+    write_run(folder)
+    return folder
+
+
+def method(*words: str) -> Method:
+    return method_of(config.load("clip-tiny", list(words)))
+
+
+def inputs(samples: int = 5) -> StudentInputs:
+    """Three views, of which the last goes through the tower first."""
+    torch.manual_seed(0)
+    views = torch.randn(3, samples, 3, 64, 64)
+    token_ids = torch.randint(1, 400, (samples, 8))
+    token_ids[:, -1] = 49407
+    return StudentInputs((ViewGroup((2,), views[2:]), ViewGroup((0, 1), views[:2])), {"plain": token_ids})
+
+
+def test_it_sees_the_views_in_their_order_whatever_the_piece(run: Path) -> None:
+    teacher, given = FrozenTeacher(str(run), config.load("clip-tiny").model, CPU), inputs()
+    looked = teacher.look(given, given.texts["plain"], micro=2)
+    whole = teacher.look(given, given.texts["plain"], micro=5)
+    images, texts = looked["frozen_images"], looked["frozen_texts"]
+    assert images.shape == (5, 3, teacher.embed_dim) and texts.shape == (5, teacher.embed_dim)
+    assert not images.requires_grad and "frozen" in teacher.about
+    for name in looked:
+        torch.testing.assert_close(looked[name], whole[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(images[:, 2], teacher.towers.embed_images(given.groups[0].images[0]))
+    torch.testing.assert_close(images[:, 1], teacher.towers.embed_images(given.groups[1].images[1]))
+
+
+def test_an_objective_gets_what_it_asks_for_of_its_views_behind_its_other_targets() -> None:
+    objectives = {"byol": OBJECTIVES["byol"].Options(), "imitate": Weighted(1.0)}
+    looked = {"frozen_images": torch.randn(4, 3, 6), "frozen_texts": torch.randn(4, 6)}
+    found = with_frozen(objectives, {"byol": (torch.ones(4),)}, looked)
+    assert len(found["byol"]) == 1 and found["imitate"][0].shape == (4, 1, 6)
+    assert torch.equal(found["imitate"][0][:, 0], looked["frozen_images"][:, 1])
+    assert torch.equal(found["imitate"][1], looked["frozen_texts"])
+
+
+def test_it_needs_no_average_of_the_student(run: Path) -> None:
+    found = method("loss.imitate.weight=1", "data.num_views=2", f"distill.teacher={run}")
+    assert found.reads_frozen and not found.needs_teacher and not found.wants
+    assert not method("data.num_views=2").reads_frozen
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["loss.imitate.weight=1", "data.num_views=2"], "distill.teacher: loss.imitate compares with a finished model"),
+        (["distill.teacher=/x"], "distill.teacher: no objective of this run reads it"),
+        (["loss.imitate.weight=1", "distill.teacher=/x"], "loss.imitate.weight: this objective reads the views 1"),
+        (["loss.imitate.weight=1", "loss.imitate.views=[2]", "data.num_views=2", "distill.teacher=/x"],
+         "loss.imitate.views: there is no view 2; there are 2, from 0 to 1"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_before_any_rank_starts(words: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        config.load("clip-tiny", words)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "neither a run"),
+        (["model.text.context_length=99"], "reads texts of 77 tokens, the student of 99"),
+        (["model.text.vocab_size=49409"], "another vocabulary"),
+        (
+            ["model.vision.image_size=60", "model.vision.patch_size=6", "mask.unit=1"],
+            "are 8 pixels, which do not divide",
+        ),
+    ],
+)
+def test_a_teacher_that_does_not_fit(words: list[str], said: str, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="distill.teacher: ") as error:
+        FrozenTeacher(str(run if words else tmp_path), config.load("clip-tiny", words).model, CPU)
+    assert said in str(error.value) and "\n" not in str(error.value)
