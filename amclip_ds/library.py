@@ -119,7 +119,7 @@ class Model:
     @property
     def logit_scale(self) -> float:
         """What similarities are multiplied by; a teacher's is its student's."""
-        return self._encoder.logit_scale()
+        return self._encoder.logit_scale()  # type: ignore[attr-defined]
 
     def _of_tensor(self, images: Tensor, batch_size: int) -> Tensor:
         rows = []

@@ -34,8 +34,10 @@ def check(config: TrainConfig, resume: str = "auto") -> None:
         from amclip_ds.evaluate.datasets import check_sets  # it needs numpy
 
         check_sets(config.eval.data)
-    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise UserError("log.wandb_project: wandb is not installed: pip install 'amclip_ds[track]', or null")
+    for tracker in config.log.chosen():
+        if importlib.util.find_spec(tracker) is None:
+            key = "log.wandb_project" if tracker == "wandb" and config.log.wandb_project else "log.trackers"
+            raise UserError(f"{key}: {tracker} is not installed: pip install 'amclip_ds[track]', or leave it out")
 
 
 def check_folder(folder: Path) -> None:

@@ -4,25 +4,26 @@ Every file is appended to line by line, and none of them can end the run (backlo
 first, which moves rows past the checkpoint's step to *.superseded.jsonl, so that no step stands twice.
 """
 
-import re
-import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from amclip_ds import display, jsonl, tensorboard_events
 from amclip_ds.backlog import Backlog
-from amclip_ds.errors import UserError, in_one_line
-from amclip_ds.files import is_regular, read_json, read_text, write_atomically
+from amclip_ds.errors import UserError
+from amclip_ds.files import read_json
 from amclip_ds.redact import redact
+from amclip_ds.trackers import OPEN, Tracker
+from amclip_ds.trackers import run_id as run_id
 
 STEPPED = ("metrics", "sample_ids", "eval", "eval_classes", "pictures/masks")  # the files whose rows carry a step
 CLASSES = ("per_class", "confusions", "confusion_matrix")  # of an evaluation: kept in eval_classes.jsonl
 TOLD = ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")  # of an evaluation, on the screen
+TRACKERS = ("tensorboard", *OPEN)
 
 
 @dataclass
@@ -31,27 +32,30 @@ class LogConfig:
 
     every_steps: int = 10
     """A line in metrics.jsonl and on the screen every so many steps (the first and the last step always)."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where curves go: tensorboard (RUN/tensorboard), wandb, trackio (pip install 'amclip_ds[track]'); [] for none."""
+    project: str = "amclip_ds"
+    """The project at wandb and trackio."""
     tensorboard: bool = True
-    """Also write RUN/tensorboard."""
+    """false: as if log.trackers were without tensorboard."""
     wandb_project: str | None = None
-    """Also report to this Weights & Biases project (pip install 'amclip_ds[track]')."""
+    """As if wandb were in log.trackers, with this project."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise ValueError(f"log.every_steps: {self.every_steps} is below 1")
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ValueError(f"log.trackers: {name!r} is none of {', '.join(TRACKERS)}")
+        if not self.project:
+            raise ValueError("log.project: a name, at wandb and trackio")
 
-
-def run_id(folder: Path) -> str:
-    """What names this run and no other, in every attempt: kept in RUN/run_id, so that it outlives a rename.
-
-    Two runs of one recipe, in folders of one name, must not go on in each other's place at Weights & Biases. Rank 0.
-    """
-    file = folder / "run_id"
-    if not is_regular(file):
-        first = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', folder.name)[:80]}-{secrets.token_hex(4)}"
-        old = folder.name if (folder / "wandb").is_dir() else first  # begun before there were such files
-        write_atomically(file, old + "\n")
-    return read_text(file).strip()
+    def chosen(self) -> dict[str, str]:
+        """Tracker -> its project, in one order."""
+        chosen = {name: self.project for name in TRACKERS if name in self.trackers}
+        if not self.tensorboard:
+            chosen.pop("tensorboard", None)
+        return chosen | ({"wandb": self.wandb_project} if self.wandb_project else {})
 
 
 def read_verdict(run: Path) -> dict[str, Any] | None:
@@ -85,47 +89,6 @@ def supersede(folder: Path, step: int) -> dict[str, int]:
     return {f"{name}.jsonl": count for name, count in counts.items() if count}
 
 
-class WandbRun:
-    """A run at Weights & Biases. Whatever fails there is an incident, once, and costs what it failed on.
-
-    incident(kind, cause, action=...): where it is recorded.
-    """
-
-    def __init__(self, project: str, folder: Path, run_config: dict[str, Any], incident: Callable[..., None]) -> None:
-        self._incident = incident
-        self._is_failing = False
-        self._run: Any = None
-
-        def begin() -> None:
-            import wandb
-
-            self._run = wandb.init(project=project, name=folder.name, dir=folder, id=run_id(folder), resume="allow",
-                                   config=run_config)  # fmt: skip
-
-        self._attempt(begin)
-
-    def log(self, step: int, numbers: dict[str, float]) -> None:
-        """One step's numbers."""
-        if self._run is not None:
-            self._attempt(lambda: self._run.log(numbers, step=step))
-
-    def finish(self) -> None:
-        """Ends the run there."""
-        if self._run is not None:
-            self._attempt(self._run.finish)
-
-    def _attempt(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-            self._is_failing = False
-        except Exception as error:  # a library of another house, over a network
-            if not self._is_failing:
-                cause = f"{type(error).__name__}: {in_one_line(error, 300)}"
-                print(f"amclip: Weights & Biases failed ({cause}); training goes on", file=sys.stderr, flush=True)
-                self._incident("wandb", cause, action="training goes on")
-            self._is_failing = True
-
-
 def _term(key: str) -> str:
     """How the greppable line calls a term of the loss; empty for what is none."""
     name = key.removeprefix("loss_") if key.startswith("loss_") else ""
@@ -148,13 +111,13 @@ class Record:
         self.step = self._first_step = first_step
         self._backlog = Backlog(lambda cause, outcome: self.incident("record_held", cause, action=outcome))
         self._events = folder / "tensorboard" / tensorboard_events.file_name()
-        self._wandb: WandbRun | None = None
+        self._trackers: list[Tracker] = []
         self._progress: Any = None
         if self.is_main:
-            if config.wandb_project:
-                self._wandb = WandbRun(config.wandb_project, folder, run_config or {}, self.incident)
             if sys.stdout.isatty():
                 self._open_progress(first_step)
+            self._trackers = [Tracker(name, project, folder, run_config or {}, self.incident, self.say)
+                              for name, project in config.chosen().items() if name in OPEN]  # fmt: skip
 
     def is_due(self, step: int) -> bool:
         """Whether this step is one of those reported."""
@@ -218,9 +181,8 @@ class Record:
 
     def close(self) -> None:
         """Ends the live line, and waits a little for what the disk has not taken."""
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
+        while self._trackers:
+            self._trackers.pop().finish()
         if self._progress:
             self._progress.stop()
             self._progress = None
@@ -258,11 +220,11 @@ class Record:
         numbers = {
             name: float(value) for name, value in values.items() if isinstance(value, int | float) and name != "time"
         }
-        if self.config.tensorboard:
+        if "tensorboard" in self.config.chosen():
             event = tensorboard_events.scalars(step, numbers)
             self._backlog.append(self._events, event, head=tensorboard_events.head(self._first_step + 1))
-        if self._wandb is not None:
-            self._wandb.log(step, numbers)
+        for tracker in self._trackers:
+            tracker.log(step, numbers)
 
     def _open_progress(self, first_step: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -35,7 +35,7 @@ OPEN_CLIP = {
     "force_context_length": "model.text.context_length",
     "pretrained": "model.init_from",
     "model": "a recipe (`amclip recipes` lists them), or model.vision.name",
-    "report_to": "log.wandb_project, or log.tensorboard",
+    "report_to": "log.trackers",
     "wandb_project_name": "log.wandb_project",
     "log_every_n_steps": "log.every_steps",
     "dist_backend": "--procs N",

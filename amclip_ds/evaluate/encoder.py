@@ -56,10 +56,6 @@ class Encoder(Protocol):
         """Stacked images [B, 3, H, W] -> what probes learn from [B, D] fp32."""
         ...
 
-    def logit_scale(self) -> float:
-        """What similarities are multiplied by; of a model at rest, not of an engine."""
-        ...
-
 
 class Towers(Protocol):
     """What embeds images and texts."""

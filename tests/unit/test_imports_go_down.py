@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "grad_cache": BOTTOM | {"engine"},
     "data": {"data", "masks"},
     "optim": {"optim"},
-    "record": {"backlog", "tensorboard_events"},
+    "record": {"backlog", "tensorboard_events", "trackers"},
     "launch": {"record", "engine"},
     "engine": MIDDLE,
     "teacher": MIDDLE,
