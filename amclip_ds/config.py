@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from amclip_ds import configfile, plain_yaml
+from amclip_ds import configfile, plain_yaml, run_files
 from amclip_ds import plugins as own
 from amclip_ds.checkpoint import CheckpointConfig
 from amclip_ds.compat import COMPAT
@@ -465,7 +465,7 @@ def _no_recipe(recipe: str, path: Path) -> UserError:
     """What to type instead of a word that is neither a recipe nor a yaml."""
     if "=" in recipe or not recipe:
         return SettingsError(f"{recipe!r}: the recipe comes first (`amclip recipes` lists them), then key=value words")
-    if (path / "config.yaml").is_file():
+    if (path / run_files.CONFIG).is_file():
         return LocalSettingsError(f"recipe {recipe}: a run's folder; its settings are {path / 'config.yaml'}")
     if path.is_dir():
         return LocalSettingsError(f"recipe {recipe}: a folder; give a recipe's name, or the path of a yaml")

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from amclip_ds import config as settings
-from amclip_ds import picture, scenes
+from amclip_ds import picture, run_files, scenes
 from amclip_ds.data import synthetic
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.encoder import TowerEncoder
 from amclip_ds.files import not_written, write_atomically
-from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, left_out, read, read_lines
+from amclip_ds.jsonl import left_out, read, read_lines
 from amclip_ds.launch import run_ranks
 from amclip_ds.model.text import TextTower
 from amclip_ds.model.vision import VisionTower
@@ -140,7 +140,7 @@ def telling_progress(run: Path, steps: int) -> Iterator[None]:
     def tell() -> None:
         began, first = time.monotonic(), 0
         while not over.wait(TELL_EVERY_S):
-            rows = read_lines(run / "metrics.jsonl", STEP, MAX_METRICS)
+            rows = read_lines(run / run_files.METRICS, run_files.STEP, run_files.MAX_METRICS)
             step = rows[-1]["step"] if rows else 0
             if not first:
                 began, first = time.monotonic(), step  # imports and the first steps are no measure
@@ -169,8 +169,8 @@ def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 20) -> f
 
 def final_accuracies(run: Path) -> dict[str, Any]:
     """Student and teacher top-1 of the run's last evaluation."""
-    found, unreadable = read(run / "eval.jsonl", EVALUATION)
-    for line in left_out(run / "eval.jsonl", unreadable):
+    found, unreadable = read(run / run_files.EVALUATIONS, run_files.EVALUATION)
+    for line in left_out(run / run_files.EVALUATIONS, unreadable):
         print(line)
     rows = [row for row in found if row["task"] == "zeroshot_classification"]
     last = max(row["step"] for row in rows)

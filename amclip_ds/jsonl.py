@@ -18,16 +18,14 @@ from typing import Any
 from amclip_ds.errors import UserError
 from amclip_ds.files import describe, open_regular, open_to_append
 from amclip_ds.redact import redact
+from amclip_ds.run_files import EVALUATION as EVALUATION
+from amclip_ds.run_files import MAX_METRICS as MAX_METRICS
+from amclip_ds.run_files import STEP
 
-STEP: dict[str, type] = {"step": int}
-"""What every row of metrics.jsonl, eval.jsonl and sample_ids.jsonl has."""
-EVALUATION: dict[str, type] = STEP | {"weights": str, "dataset": str, "task": str, "metrics": dict}
-"""What every row of eval.jsonl has."""
 KEPT, LATE, UNREADABLE = "kept", "superseded", "unreadable"
 BLANK = b"\0\r\n\t "
 MAX_LINE = 16 << 20
 MAX_READ = 64 << 20  # of rows that are held in memory together, which takes ten times as much
-MAX_METRICS = 1 << 30  # of a million steps
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:

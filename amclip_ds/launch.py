@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from amclip_ds import run_files
 from amclip_ds.engine.placement import discover, free_port
 from amclip_ds.errors import MISTAKE, STOPPED_ITSELF, TO_REQUEUE, UserError
 from amclip_ds.record import read_verdict
@@ -51,7 +52,7 @@ def run_ranks(
     env: variables added to the ranks' environment.
     listens: the ranks handle the signals (`resilience.preemption.listen`); until they do, signals are kept for them.
     """
-    verdict_file = Path(run_folder, "exit.json") if run_folder is not None else None
+    verdict_file = Path(run_folder, run_files.VERDICT) if run_folder is not None else None
     before = _identity(verdict_file)
     port = free_port()
     ranks = _Ranks()

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read_lines
+from amclip_ds import run_files
+from amclip_ds.jsonl import read_lines
 from amclip_ds.scenes import Looks
 
 GONE = 0.18  # how bright a removed patch is left
@@ -51,8 +52,8 @@ def draw_curves(run: Path, file: Path) -> None:
     """Losses, zero-shot accuracy of student and teacher, and the rate of training, by step."""
     plt = _pyplot()
     metrics, evaluations = (
-        read_lines(run / "metrics.jsonl", STEP, MAX_METRICS),
-        read_lines(run / "eval.jsonl", EVALUATION),
+        read_lines(run / run_files.METRICS, run_files.STEP, run_files.MAX_METRICS),
+        read_lines(run / run_files.EVALUATIONS, run_files.EVALUATION),
     )
     figure, (losses, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 3.6))
     steps = [row["step"] for row in metrics]

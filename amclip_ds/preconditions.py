@@ -5,15 +5,17 @@ import os
 from pathlib import Path
 
 from amclip_ds import config as settings
-from amclip_ds import hub
+from amclip_ds import hub, run_files
 from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.sources import check_inputs
 from amclip_ds.engine.ds_config import read_ds_config
 from amclip_ds.errors import UserError
 
-OURS = {"attempts.jsonl", "metrics.jsonl", "versions.json", "checkpoints", "slurm", "index"}  # one of them: a run
-BESIDE = {"config.yaml", "owner.json", "STOP"}  # what may be there without one, as may a batch system's output
+# One of them: a run.
+OURS = {run_files.ATTEMPTS, run_files.METRICS, run_files.VERSIONS, run_files.CHECKPOINTS, "slurm", "index"}
+# What may be there without one, as may a batch system's output.
+BESIDE = {run_files.CONFIG, run_files.OWNER, run_files.STOP}
 OUTPUT = (".out", ".err", ".log")
 
 
@@ -63,7 +65,7 @@ def check_folder(folder: Path) -> None:
 
 def goes_on(config: TrainConfig) -> bool:
     """Whether there is a checkpoint: what a run began with, or is evaluated on, must not keep it from going on."""
-    return bool(list_steps(Path(config.run.out, "checkpoints")))
+    return bool(list_steps(Path(config.run.out, run_files.CHECKPOINTS)))
 
 
 def check_init(config: TrainConfig) -> None:

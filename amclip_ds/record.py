@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from amclip_ds import display, jsonl, tensorboard_events
+from amclip_ds import display, jsonl, run_files, tensorboard_events
 from amclip_ds.backlog import Backlog
 from amclip_ds.errors import UserError
 from amclip_ds.files import read_json
@@ -20,7 +20,6 @@ from amclip_ds.redact import redact
 from amclip_ds.trackers import OPEN, Tracker
 from amclip_ds.trackers import run_id as run_id
 
-STEPPED = ("metrics", "sample_ids", "eval", "eval_classes", "pictures/masks")  # the files whose rows carry a step
 CLASSES = ("per_class", "confusions", "confusion_matrix")  # of an evaluation: kept in eval_classes.jsonl
 TOLD = ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")  # of an evaluation, on the screen
 TRACKERS = ("tensorboard", *OPEN)
@@ -61,7 +60,7 @@ class LogConfig:
 def read_verdict(run: Path) -> dict[str, Any] | None:
     """RUN/exit.json, or None if there is none that can be read."""
     try:
-        verdict = read_json(run / "exit.json", dict)
+        verdict = read_json(run / run_files.VERDICT, dict)
         return verdict if type(verdict.get("code")) is int else None
     except UserError:
         return None
@@ -73,10 +72,10 @@ def evaluation_lines(rows: Iterable[dict[str, Any]]) -> dict[str, bytes]:
     lines: dict[str, bytes] = {}
     for row in rows:
         short = {key: value for key, value in row.items() if key not in CLASSES}
-        lines["eval.jsonl"] = lines.get("eval.jsonl", b"") + jsonl.encode(short)
+        lines[run_files.EVALUATIONS] = lines.get(run_files.EVALUATIONS, b"") + jsonl.encode(short)
         if "per_class" in row:
-            kept = {key: row[key] for key in (*jsonl.EVALUATION, *CLASSES) if key in row and key != "metrics"}
-            lines["eval_classes.jsonl"] = lines.get("eval_classes.jsonl", b"") + jsonl.encode(kept)
+            kept = {key: row[key] for key in (*run_files.EVALUATION, *CLASSES) if key in row and key != "metrics"}
+            lines[run_files.CLASSES] = lines.get(run_files.CLASSES, b"") + jsonl.encode(kept)
     return lines
 
 
@@ -85,8 +84,8 @@ def supersede(folder: Path, step: int) -> dict[str, int]:
 
     Returns the files with such lines, and how many each.
     """
-    counts = {name: jsonl.supersede(folder / f"{name}.jsonl", step) for name in STEPPED}
-    return {f"{name}.jsonl": count for name, count in counts.items() if count}
+    counts = {name: jsonl.supersede(folder / name, step) for name in run_files.STEPPED}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _term(key: str) -> str:
@@ -139,7 +138,7 @@ class Record:
         self.step = row["step"]
         if not self.is_main:
             return
-        self._append("metrics.jsonl", row)
+        self._append(run_files.METRICS, row)
         self._track(row["step"], row)
         line = self._line(row) + (f" | {note}" if note else "")
         if self._progress:
@@ -151,7 +150,7 @@ class Record:
     def sample_ids(self, step: int, ids: list[int]) -> None:
         """The sample ids of one step, in global order."""
         if self.is_main:
-            self._append("sample_ids.jsonl", {"step": step, "ids": ids})
+            self._append(run_files.SAMPLE_IDS, {"step": step, "ids": ids})
 
     def evaluation(self, rows: Iterable[dict[str, Any]]) -> None:
         """Rows of an evaluation: eval.jsonl and the trackers."""
@@ -165,7 +164,7 @@ class Record:
 
     def incident(self, kind: str, cause: str, *, shard: str = "", key: str = "", action: str = "") -> None:
         """Something that should not have happened, and what was done about it. Any rank."""
-        self._append("incidents.jsonl", {
+        self._append(run_files.INCIDENTS, {
             "time": round(time.time(), 3), "attempt": self.attempt, "step": self.step, "rank": self.rank,
             "kind": kind, "shard": shard, "key": key, "cause": cause, "action": action,
         })  # fmt: skip
@@ -213,7 +212,7 @@ class Record:
 
     def _note(self, text: str) -> None:
         line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {display.printable(text)}\n"
-        self._backlog.append(self.folder / "out.log", line.encode("utf-8", "backslashreplace"))
+        self._backlog.append(self.folder / run_files.LOG, line.encode("utf-8", "backslashreplace"))
 
     def _track(self, step: int, values: dict[str, Any]) -> None:
         """The numbers among the values, for TensorBoard and W&B."""

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from amclip_ds import config as settings
+from amclip_ds import run_files
 from amclip_ds.backlog import Backlog
 from amclip_ds.config import TrainConfig
 from amclip_ds.engine.collectives import on_main
@@ -47,8 +48,8 @@ def open_folder(config: TrainConfig) -> tuple[Path, int]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         attempt = next_attempt(folder)
-        (folder / "exit.json").unlink(missing_ok=True)
-        if not (folder / "config.yaml").exists():
+        (folder / run_files.VERDICT).unlink(missing_ok=True)
+        if not (folder / run_files.CONFIG).exists():
             write_settings(folder, config, write_atomically)
     except OSError as error:
         raise not_written(f"run.out: {folder}", error) from None
@@ -59,16 +60,16 @@ def write_settings(folder: Path, config: TrainConfig, write: Callable[[Path, str
     """RUN/config.yaml and versions.json. Again at every start, but after the resume: one that is refused for what its
     settings would change must not leave them in the run's name. Raises what `write` does. Rank 0 only.
     """
-    write(folder / "config.yaml", settings.dump(config))
-    write(folder / "versions.json", describe_versions())
+    write(folder / run_files.CONFIG, settings.dump(config))
+    write(folder / run_files.VERSIONS, describe_versions())
 
 
 def next_attempt(folder: Path) -> int:
     """Counts the starts of a run in RUN/attempts.jsonl; returns the number of this one, 0 for the first."""
-    rows, unreadable = read(folder / "attempts.jsonl")
+    rows, unreadable = read(folder / run_files.ATTEMPTS)
     numbers = [row["attempt"] for row in rows if type(row.get("attempt")) is int]
     attempt = max([len(rows) + unreadable, *(number + 1 for number in numbers)])
-    append_line(folder / "attempts.jsonl", {"attempt": attempt, "time": round(time.time(), 3), "command": sys.argv})
+    append_line(folder / run_files.ATTEMPTS, {"attempt": attempt, "time": round(time.time(), 3), "command": sys.argv})
     return attempt
 
 
@@ -110,7 +111,7 @@ def write_verdict(folder: Path, code: int, step: int, attempt: int, reason: str)
     """
     verdict = {"code": code, "step": step, "attempt": attempt, "reason": reason}
     backlog = Backlog(lambda cause, outcome: None)
-    backlog.replace(folder / "exit.json", json.dumps(verdict) + "\n")
+    backlog.replace(folder / run_files.VERDICT, json.dumps(verdict) + "\n")
     backlog.close()
     timeline = Timeline(folder, attempt, is_main=True)
     timeline.step = step
@@ -122,7 +123,7 @@ def write_last_report(folder: Path) -> None:
     from amclip_ds.report.page import write_report
 
     try:
-        write_report([folder], folder / "report.html")
+        write_report([folder], folder / run_files.REPORT)
     except Exception as error:
         print(f"report: not written: {in_one_line(error, 300)}; `amclip report {folder}` writes it", file=sys.stderr)
 

@@ -9,6 +9,7 @@ import torch
 
 from amclip_ds import config as settings
 from amclip_ds import run as runs
+from amclip_ds import run_files
 from amclip_ds.config import TrainConfig
 from amclip_ds.data import captions
 from amclip_ds.data.batch import Batch
@@ -44,9 +45,9 @@ class Looked:
 
 def config_of(run: Path) -> TrainConfig:
     """The settings of a run, for reading its data here. Raises UserError."""
-    if not (run / "config.yaml").is_file():
+    if not (run / run_files.CONFIG).is_file():
         raise UserError(f"{run}: not a run's folder: it has no config.yaml")
-    found = settings.load_run(run / "config.yaml")
+    found = settings.load_run(run / run_files.CONFIG)
     found.run.out = str(run)
     found.data.workers = 0
     found.data.stage_dir = ""

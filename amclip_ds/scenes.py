@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from amclip_ds import config as settings
-from amclip_ds import safetensors_header
+from amclip_ds import run_files, safetensors_header
 from amclip_ds.comm import SingleProcess
 from amclip_ds.compat import COMPAT
 from amclip_ds.config import TrainConfig
@@ -142,7 +142,7 @@ def part_accuracies(encoder: TowerEncoder, folder: Path, batch_size: int = 128) 
 
 def load_modules(run: Path) -> tuple[TrainConfig, AClip, TeacherModel]:
     """The settings, student and teacher that a finished run left in its folder."""
-    config = settings.load(str(run / "config.yaml"))
+    config = settings.load(str(run / run_files.CONFIG))
     built = builder(method_of(config).objectives)
     student, teacher = AClip(config.model, built), TeacherModel(config.model, built)
     for name, module in (("student", student), ("teacher", teacher)):

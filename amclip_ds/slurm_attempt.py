@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amclip_ds import preconditions
+from amclip_ds import preconditions, run_files
 from amclip_ds.arguments import Parser
 from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.display import printable
@@ -48,13 +48,13 @@ class Limits:
 
 def newest_step(run: Path) -> int:
     """The step of the newest committed checkpoint of a run; -1 if there is none."""
-    return max((step for step, _ in list_steps(run / "checkpoints")), default=-1)
+    return max((step for step, _ in list_steps(run / run_files.CHECKPOINTS)), default=-1)
 
 
 def verdict_time(run: Path) -> int:
     """When RUN/exit.json was written, in ns; 0 if there is none. Tells an attempt's own verdict from an older one."""
     with contextlib.suppress(OSError):
-        return (run / "exit.json").stat().st_mtime_ns
+        return (run / run_files.VERDICT).stat().st_mtime_ns
     return 0
 
 
@@ -113,7 +113,7 @@ def begin(args: argparse.Namespace) -> str:
         args.tasks = nodes * args.tasks_per_node
     settings.plan_batch(config.batch, args.tasks)
     folder = run / "slurm"
-    earlier, step = read_lines(folder / "attempts.jsonl"), newest_step(run)
+    earlier, step = read_lines(folder / run_files.ATTEMPTS, run_files.JOB_ATTEMPT), newest_step(run)
     mine = [row for row in earlier if row["job"] == args.job]
     resume = resume_mode(wanted.resume, mine, step)
     preconditions.check(config, resume)
@@ -121,7 +121,7 @@ def begin(args: argparse.Namespace) -> str:
     revision = git_revision()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        append_line(folder / "attempts.jsonl", {
+        append_line(folder / run_files.ATTEMPTS, {
             "time": round(time.time(), 3), "job": args.job, "restart": args.restart, "nodes": args.node_list,
             "num_nodes": args.nodes, "tasks": args.tasks, "step": step, "revision": revision,
             "verdict_time": verdict_time(run), "command": ["amclip", "train", *args.train_arguments],
@@ -136,7 +136,7 @@ def begin(args: argparse.Namespace) -> str:
         _say(
             f"note: {args.nodes - nodes} node(s) idle: {config.batch.global_size} samples divide by {args.tasks} tasks"
         )
-    most = max(args.nodes, *(int(row.get("num_nodes", 0)) for row in mine), 1)
+    most = max(args.nodes, 1, *(row["num_nodes"] for row in mine if type(row.get("num_nodes")) is int))
     return f"{run}\n{free_port()}\n{resume}\n{nodes}\n{node_range(args.min_nodes, most)}"
 
 
@@ -158,7 +158,7 @@ def node_range(min_nodes: int, most: int) -> str:
 def end(args: argparse.Namespace) -> str:
     """The decision about an attempt that is over: `requeue WHY` or `exit CODE`."""
     run = Path(args.run)
-    attempts = read_lines(run / "slurm" / "attempts.jsonl")
+    attempts = read_lines(run / "slurm" / run_files.ATTEMPTS, run_files.JOB_ATTEMPT)
     mine = [row for row in attempts if row["job"] == args.job]
     verdict = read_verdict(run)
     if mine and verdict_time(run) == mine[-1]["verdict_time"]:
@@ -190,10 +190,11 @@ def describe(
     """The head of an attempt in the job's log."""
     _say(f"job {args.job}, restart {args.restart}: {args.tasks} task(s) on {args.nodes} node(s): {args.node_list}")
     _say(f"run {run.resolve()}; {'starts fresh' if step < 0 else f'goes on from step {step}'}; code {revision}")
-    if earlier and earlier[-1]["revision"] != revision:
-        _say(f"note: the code changed since the last attempt, {earlier[-1]['revision']} -> {revision}")
-    if earlier and earlier[-1]["tasks"] != args.tasks:
-        _say(f"note: {earlier[-1]['tasks']} task(s) before, {args.tasks} now; the global batch stays")
+    before = earlier[-1] if earlier else {}
+    if before and before.get("revision") != revision:
+        _say(f"note: the code changed since the last attempt, {before.get('revision')} -> {revision}")
+    if before.get("tasks", args.tasks) != args.tasks:
+        _say(f"note: {before['tasks']} task(s) before, {args.tasks} now; the global batch stays")
     _say(f"watch: tail -f {run}/out.log")
     _say(f"save and stop: touch {run}/STOP; save and requeue: scancel --batch --signal=USR1 {args.job}")
 

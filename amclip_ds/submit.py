@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds import config as settings
-from amclip_ds import plugins, preconditions
+from amclip_ds import plugins, preconditions, run_files
 from amclip_ds.arguments import plugin_words
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.sources import is_remote
@@ -226,7 +226,7 @@ def write_script(plan: Plan, args: argparse.Namespace) -> None:
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(TEMPLATE, script)
-        write_atomically(plan.folder / "config.yaml", settings.dump(plan.config))
+        write_atomically(plan.folder / run_files.CONFIG, settings.dump(plan.config))
         lines = ["#!/bin/bash", f"cd {shlex.quote(str(Path.cwd()))} || exit", *([plan.shell_line()] * plan.chain)]
         write_atomically(
             plan.folder / "submit.sh", "\n".join(lines) + "\n", mode=0o600 if plan.holds_secrets() else 0o644

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds import config as settings
-from amclip_ds import configfile, plain_yaml
+from amclip_ds import configfile, plain_yaml, run_files
 from amclip_ds.display import one_line, printable
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import read_json, write_atomically
-from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read
+from amclip_ds.jsonl import read
 from amclip_ds.redact import redact
 
 MAX_RUNS = 10_000  # Slurm's arrays end at 1,001 where nobody changed it
@@ -81,8 +81,8 @@ def table(path: Path, out: Path) -> list[dict[str, Any]]:
     for index, overrides in enumerate(read_sweep(path)):
         run = out / str(index)
         note = out / "sweep" / f"{index}.json"
-        metrics, unreadable = read(run / "metrics.jsonl", STEP, MAX_METRICS)
-        evaluations, more = read(run / "eval.jsonl", EVALUATION)
+        metrics, unreadable = read(run / run_files.METRICS, run_files.STEP, run_files.MAX_METRICS)
+        evaluations, more = read(run / run_files.EVALUATIONS, run_files.EVALUATION)
         row = {"run": index, **overrides, "code": _code_of(note)}
         row |= {name: metrics[-1].get(name) if metrics else None for name in ("step", "loss")}
         for line in evaluations:  # later lines win: the newest evaluation

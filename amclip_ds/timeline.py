@@ -12,10 +12,9 @@ from typing import Any
 
 import psutil
 
-from amclip_ds.jsonl import STEP, append_line
+from amclip_ds import run_files
+from amclip_ds.jsonl import append_line
 
-NAME = "timeline.jsonl"
-FIELDS: dict[str, type] = STEP | {"event": str, "attempt": int}
 SHORTEST_S = 0.01  # a wait below this is not worth a row
 
 
@@ -23,7 +22,7 @@ class Timeline:
     """A run's pen for these rows. On ranks other than 0 it writes nothing."""
 
     def __init__(self, folder: Path, attempt: int, is_main: bool) -> None:
-        self._file, self._attempt, self._is_main = folder / NAME, attempt, is_main
+        self._file, self._attempt, self._is_main = folder / run_files.TIMELINE, attempt, is_main
         self.step = 0
 
     def start(self, **facts: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from amclip_ds import plugins, preconditions
+from amclip_ds import plugins, preconditions, run_files
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
 from amclip_ds.engine.collectives import on_main
@@ -15,7 +15,7 @@ from amclip_ds.errors import Preempted, UserError
 from amclip_ds.evaluate import rows
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.during_training import evaluate_engines, specs_of
-from amclip_ds.jsonl import STEP, read_lines
+from amclip_ds.jsonl import read_lines
 from amclip_ds.resilience.guards import RewindAsked
 from amclip_ds.run import Run, assemble
 from amclip_ds.run_folder import write_run_weights
@@ -120,7 +120,7 @@ def evaluation_is_missing(run: Run) -> bool:
 
     def is_missing() -> bool:
         try:
-            incidents = read_lines(run.folder / "incidents.jsonl", STEP | {"kind": str})
+            incidents = read_lines(run.folder / run_files.INCIDENTS, run_files.STEP | {"kind": str})
             if any(row["step"] == run.state.step and row["kind"] in (FAILED, MADE_UP) for row in incidents):
                 return False
             sets = [open_set(spec, key="eval.data") for spec in specs_of(run.config)]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from amclip_ds import config as settings
+from amclip_ds import run_files
 from amclip_ds.checkpoint import drift, load, retention, trainer_json
 from amclip_ds.checkpoint import state as engines_state
 from amclip_ds.checkpoint.load import Found
@@ -48,7 +49,7 @@ class Progress(Protocol):
 
 def look(folder: Path, resume: str, config: TrainConfig, ranks: Ranks) -> Found | None:
     """The checkpoint that `--resume` means, verified; None for a fresh start. Raises UserError on every rank."""
-    return load.find(folder / "checkpoints", resume, config.checkpoint.fallback, ranks)
+    return load.find(folder / run_files.CHECKPOINTS, resume, config.checkpoint.fallback, ranks)
 
 
 class Keeper:
@@ -74,7 +75,7 @@ class Keeper:
         self._config_text = settings.dump(config)
         self._drift: list[str] = []
         self._saver = Saver(
-            folder / "checkpoints", config.checkpoint, ranks, say=record.say, before_commit=before_commit,
+            folder / run_files.CHECKPOINTS, config.checkpoint, ranks, say=record.say, before_commit=before_commit,
             incident=lambda kind, cause, action: record.incident(kind, cause, action=action), pausing=pausing,
         )  # fmt: skip
 
@@ -94,7 +95,7 @@ class Keeper:
             self._fill(found, progress)
         on_main(partial(self._set_aside, found))
         if found is not None:
-            is_ours = found.path.resolve().parent == (self._folder / "checkpoints").resolve()
+            is_ours = found.path.resolve().parent == (self._folder / run_files.CHECKPOINTS).resolve()
             self._saver.newest = found.manifest.step if is_ours else None
             self._tell(found)
 
@@ -109,7 +110,7 @@ class Keeper:
     def rewind(self, progress: Progress) -> None:
         """Back to the newest checkpoint's weights, moments, average and updates; the place in the data stays."""
         self._saver.finish()
-        found = load.find(self._folder / "checkpoints", "auto", True, self._ranks)
+        found = load.find(self._folder / run_files.CHECKPOINTS, "auto", True, self._ranks)
         if found is None:
             raise RunStopped("guards.spike=rewind: there is no checkpoint yet to go back to")
         kept = asdict(progress)  # type: ignore[call-overload]
@@ -154,7 +155,7 @@ class Keeper:
     def _set_aside(self, found: Found | None) -> None:
         """Rows and checkpoints of steps that will be written again. Rank 0 only."""
         step = found.manifest.step if found else 0
-        checkpoints = self._folder / "checkpoints"
+        checkpoints = self._folder / run_files.CHECKPOINTS
         try:
             for name, count in supersede(self._folder, step).items():
                 cause = f"{name}: {count} lines are no rows of a step"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from amclip_ds import run_files
 from amclip_ds.checkpoint import manifest, step_folders, tensorfile
 from amclip_ds.checkpoint.manifest import Index, Manifest
 from amclip_ds.checkpoint.ranks import Ranks
@@ -90,8 +91,8 @@ def _candidates(folder: Path) -> tuple[list[Path], list[tuple[str, str, str]], s
     """Checkpoints oldest first, what was odd, and what makes the newest doubtful. Rank 0 only."""
     if step_folders.STEP_FOLDER.fullmatch(folder.resolve().name) or (folder / manifest.NAME).exists():
         return ([folder] if folder.is_dir() else []), [], None
-    if (folder / "checkpoints").is_dir():
-        folder = folder / "checkpoints"
+    if (folder / run_files.CHECKPOINTS).is_dir():
+        folder = folder / run_files.CHECKPOINTS
     steps = step_folders.list_steps(folder)
     paths = [path for _, path in steps]
     hint = folder / "latest"

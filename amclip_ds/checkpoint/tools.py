@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amclip_ds import config as settings
-from amclip_ds import files, plain_yaml
+from amclip_ds import files, plain_yaml, run_files
 from amclip_ds.checkpoint import CheckpointConfig, drift, manifest, retention, step_folders, tensorfile
 from amclip_ds.checkpoint.manifest import Index, Manifest
 from amclip_ds.checkpoint.ranks import Ranks
@@ -60,14 +60,14 @@ def _row(step: int, path: Path, deep: bool) -> dict[str, Any]:
 
 def folder_of(run: Path) -> Path:
     """RUN/checkpoints; RUN may also be that folder itself. Raises UserError."""
-    if (run / "checkpoints").is_dir():
-        return run / "checkpoints"
+    if (run / run_files.CHECKPOINTS).is_dir():
+        return run / run_files.CHECKPOINTS
     if step_folders.list_steps(run):
         return run
-    if (run / "checkpoints").exists():
+    if (run / run_files.CHECKPOINTS).exists():
         raise UserError(f"{run}/checkpoints: not a folder")
     if run.is_dir():
-        return run / "checkpoints"
+        return run / run_files.CHECKPOINTS
     raise UserError(f"{run}: no such folder")
 
 

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from amclip_ds import json_file
+from amclip_ds import json_file, run_files
 from amclip_ds.arguments import whole
 
 HELP = "list, verify, prune, consolidate, import checkpoints"
@@ -104,7 +104,7 @@ def _rules(args: argparse.Namespace) -> Any:
     from amclip_ds.checkpoint import CheckpointConfig
     from amclip_ds.errors import UserError
 
-    file = args.run_folder / "config.yaml"
+    file = args.run_folder / run_files.CONFIG
     rules = config.load_run(file).checkpoint if file.is_file() else CheckpointConfig()
     try:
         return replace(rules, keep_last=args.keep_last) if args.keep_last is not None else rules
@@ -134,7 +134,7 @@ def _import(args: argparse.Namespace, checkpoints: Path) -> dict[str, Any]:
     if not args.trust_pickle:
         raise UserError(f"import: {args.source} is pickled, and reading it runs whatever code its writer put in it;"
                         f" --trust-pickle says that you trust its writer")  # fmt: skip
-    recipe = args.config or str(args.run_folder / "config.yaml")
+    recipe = args.config or str(args.run_folder / run_files.CONFIG)
     path, notes = tools.import_deepspeed(args.source, args.tag, checkpoints, config.load(recipe))
     print("\n".join([*notes, str(path)]))
     return {"checkpoint": str(path), "notes": notes}

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from amclip_ds import run_files
 from amclip_ds.data.kinds import COMPRESSED, HEAD, IMAGES, NAMES, PACK, kind_by_name, kind_of
 from amclip_ds.data.tar import Member, printable, scan, split_name
 from amclip_ds.errors import UserError
@@ -112,7 +113,7 @@ def _of_folder(folder: Path) -> str:
     """What a folder without tars holds, and what to do with it; empty where nothing can be said."""
     if any((folder / name).is_file() for name in HUGGING_FACE) or _kinds_in(folder)["arrow"]:
         return f"a Hugging Face data set; {PACK}"
-    if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").exists():
+    if (folder / run_files.CONFIG).is_file() and (folder / run_files.METRICS).exists():
         return "a run, not data"
     kinds = _kinds_in(folder)
     images = sum(kinds[image] for image in IMAGES)

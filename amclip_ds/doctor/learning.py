@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from amclip_ds import run_files
 from amclip_ds.config import TrainConfig
 from amclip_ds.doctor import FAIL, OK, WARN, Check, Finding
 from amclip_ds.errors import UserError, in_one_line
-from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read
+from amclip_ds.jsonl import read
 
 EARLY = 20  # steps: before them nothing is judged
 AT_CHANCE = 0.97  # of ln(candidates): a loss above it knows no pair
@@ -36,7 +37,7 @@ def checks(run: Path) -> dict[str, Check]:
     from amclip_ds import samples
 
     config = samples.config_of(run)
-    rows, _ = read(run / "metrics.jsonl", STEP, MAX_METRICS) if (run / "metrics.jsonl").is_file() else ([], 0)
+    rows, _ = read(run / run_files.METRICS, run_files.STEP, run_files.MAX_METRICS)
     rows = [row for row in rows if isinstance(row.get("loss"), float | int)]
     return {
         "ending": partial(_ending, run),
@@ -55,7 +56,7 @@ def _ending(run: Path) -> Iterator[Finding]:
     from amclip_ds.record import read_verdict
 
     verdict = read_verdict(run)
-    incidents, _ = read(run / "incidents.jsonl", {"kind": str}) if (run / "incidents.jsonl").is_file() else ([], 0)
+    incidents, _ = read(run / run_files.INCIDENTS, {"kind": str})
     kinds = Counter(row["kind"] for row in incidents)
     listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(6)) or "no incidents"
     if verdict is None:
@@ -180,8 +181,7 @@ def _gradients(rows: list[dict[str, Any]]) -> Iterator[Finding]:
 
 
 def _evaluation(run: Path, rows: list[dict[str, Any]], config: TrainConfig) -> Iterator[Finding]:
-    path = run / "eval.jsonl"
-    found, _ = read(path, EVALUATION) if path.is_file() else ([], 0)
+    found, _ = read(run / run_files.EVALUATIONS, run_files.EVALUATION)
     made = [row for row in found if isinstance(row["metrics"].get("acc1"), float | int) and row["step"] > 0]
     if not made:
         yield Finding("evaluation", OK, "none with an accuracy (eval.data; amclip eval)")

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from amclip_ds import run_files
 from amclip_ds.backlog import Backlog
 from amclip_ds.errors import AmclipError
 from amclip_ds.evaluate.datasets import EvalSet
-from amclip_ds.jsonl import EVALUATION, read_lines
+from amclip_ds.jsonl import read_lines
 from amclip_ds.record import evaluation_lines
 
 KEY = ("step", "weights", "dataset", "task")  # what two rows may not share
@@ -38,4 +39,4 @@ def missing(run: Path, step: int, sets: Sequence[EvalSet], weights: Sequence[str
 
 
 def _present(run: Path) -> set[tuple[Any, ...]]:
-    return {tuple(row[name] for name in KEY) for row in read_lines(run / "eval.jsonl", EVALUATION)}
+    return {tuple(row[name] for name in KEY) for row in read_lines(run / run_files.EVALUATIONS, run_files.EVALUATION)}

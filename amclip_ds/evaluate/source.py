@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from amclip_ds import config as settings
-from amclip_ds import hub, safetensors_header
+from amclip_ds import hub, run_files, safetensors_header
 from amclip_ds.checkpoint import manifest, retention, step_folders
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.config import TrainConfig
@@ -55,7 +55,7 @@ def locate(source: str | Path) -> Located:
     path = hub.local(str(source))
     if (path / manifest.NAME).is_file():
         return _checkpoint(path)
-    if (path / "config.yaml").is_file():
+    if (path / run_files.CONFIG).is_file():
         return _run(path)
     kind = next((kind for name, kind in EXPORTS.items() if (path / name).is_file()), None)
     if kind is None:
@@ -76,8 +76,8 @@ def _run(path: Path) -> Located:
     if held:
         weights = path / f"{held[0]}.safetensors"
         step = safetensors_header.step_of(weights, safetensors_header.read(weights).metadata)
-        return Located(path, "run", held, step, path, settings.load_run(path / "config.yaml"))
-    for _, checkpoint in reversed(step_folders.list_steps(path / "checkpoints")):
+        return Located(path, "run", held, step, path, settings.load_run(path / run_files.CONFIG))
+    for _, checkpoint in reversed(step_folders.list_steps(path / run_files.CHECKPOINTS)):
         if retention.is_whole(checkpoint):
             return _checkpoint(checkpoint)
     raise UserError(f"{path}: no weights yet: neither student.safetensors nor a whole checkpoint")
@@ -94,11 +94,11 @@ def _checkpoint(path: Path) -> Located:
     except DamagedError as error:
         raise UserError(f"damaged checkpoint: {error}") from None
     run = path.resolve().parent.parent
-    config = path / "config.yaml" if (path / "config.yaml").is_file() else run / "config.yaml"
+    config = path / run_files.CONFIG if (path / run_files.CONFIG).is_file() else run / run_files.CONFIG
     if not config.is_file():
         raise UserError(f"{path}: no config.yaml in it or in its run")
     held = ("student", "teacher") if found.tensors.get("ema") else ("student",)
-    owner = run if (run / "config.yaml").is_file() and path.resolve().parent.name == "checkpoints" else None
+    owner = run if (run / run_files.CONFIG).is_file() and path.resolve().parent.name == run_files.CHECKPOINTS else None
     return Located(path, "checkpoint", held, found.step, owner, settings.load_run(config))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from amclip_ds import config as settings
-from amclip_ds import jsonl
+from amclip_ds import jsonl, run_files
 from amclip_ds.checkpoint import manifest, retention, step_folders
 from amclip_ds.comm import SingleProcess
 from amclip_ds.config import TrainConfig
@@ -36,7 +36,7 @@ Failed = dict[tuple[tuple[Path, int], str, str], str]  # (a checkpoint's identit
 def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, every_s: float, once: bool) -> int:
     """Returns 0 when the run has ended and nothing is left to evaluate. Raises UserError."""
     _wait_for(run, every_s, once)
-    config = settings.load_run(run / "config.yaml")
+    config = settings.load_run(run / run_files.CONFIG)
     if not data and not config.eval.data:
         raise UserError("--data: name a data set; the run has no eval.data")
     sets = open_sets(data or split_sources(config.eval.data or ""), "watch --data" if data else "eval.data")
@@ -47,9 +47,9 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
     failed: Failed = {}
     is_idle, unreadable = False, 0
     while True:
-        unreadable = _tell_unreadable(run / "eval.jsonl", unreadable)
+        unreadable = _tell_unreadable(run / run_files.EVALUATIONS, unreadable)
         has_ended = _has_ended(run)  # asked before the look: what was committed until then is seen by it
-        for step, path in step_folders.list_steps(run / "checkpoints"):
+        for step, path in step_folders.list_steps(run / run_files.CHECKPOINTS):
             identity = _identity(path)
             if identity is None or identity in refused or not retention.is_whole(path):
                 continue
@@ -80,7 +80,7 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
 
 def _tell_unreadable(file: Path, told: int) -> int:
     """How many lines of eval.jsonl are no rows: what they record is evaluated again. Said once for each number."""
-    count = jsonl.read(file, jsonl.EVALUATION)[1]
+    count = jsonl.read(file, run_files.EVALUATION)[1]
     for line in jsonl.left_out(file, count) if count != told else ():
         print(line, flush=True)
     return count
@@ -130,7 +130,7 @@ def _left_to_training(config: TrainConfig, run: Path, step: int, sets: list[Eval
     own = set((config.eval.data or "").split("::"))
     every = config.eval.every_steps
     is_due = step == config.run.steps or (every is not None and step % every == 0)
-    is_newest = step == max((other for other, _ in step_folders.list_steps(run / "checkpoints")), default=step)
+    is_newest = step == max((other for other, _ in step_folders.list_steps(run / run_files.CHECKPOINTS)), default=step)
     return is_due and is_newest and not has_ended and bool(own & {data.folder for data in sets})
 
 
@@ -142,7 +142,7 @@ def _has_ended(run: Path) -> bool:
 
 def _wait_for(run: Path, every_s: float, once: bool) -> None:
     """Waits for a run that has not begun, and says so. Raises UserError where none can come to be."""
-    config = run / "config.yaml"
+    config = run / run_files.CONFIG
     above = run.absolute().parent
     if not above.is_dir() or (run.exists() and not run.is_dir()):
         raise UserError(
@@ -186,7 +186,7 @@ def _pinned(path: Path) -> Iterator[None]:
 
 def _remove_stale_pins(run: Path) -> None:
     """Pins of a watch that was killed."""
-    for _, path in step_folders.list_steps(run / "checkpoints"):
+    for _, path in step_folders.list_steps(run / run_files.CHECKPOINTS):
         pin = path / retention.PINNED
         with contextlib.suppress(OSError):
             if read_bytes(pin, len(PIN)) == PIN.encode():

@@ -4,12 +4,13 @@ import re
 from typing import Any
 
 from amclip_ds import config as settings
+from amclip_ds import run_files
 from amclip_ds.display import code, code_block, one_line
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.source import Located
 from amclip_ds.export.proof import Proof
 from amclip_ds.files import read_json
-from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP, read, read_lines
+from amclip_ds.jsonl import read, read_lines
 from amclip_ds.redact import redact
 
 LOADING = {
@@ -103,8 +104,8 @@ def write_card(fmt: str, located: Located, weights: str, proof: Proof, license_i
 
 
 def _numbers(located: Located, weights: str) -> list[str]:
-    file = located.run / "eval.jsonl" if located.run else None
-    rows, unreadable = read(file, EVALUATION) if file else ([], 0)
+    file = located.run / run_files.EVALUATIONS if located.run else None
+    rows, unreadable = read(file, run_files.EVALUATION) if file else ([], 0)
     note = [f"{unreadable} line(s) of the run's eval.jsonl cannot be read and are left out.", ""] if unreadable else []
     mine = [row for row in rows if row["step"] == located.step and row["weights"] == weights]
     if not mine:
@@ -118,7 +119,11 @@ def _numbers(located: Located, weights: str) -> list[str]:
 
 def _energy(located: Located) -> str:
     """Device-hours of the steps that were logged, and what they take at full power where the GPU is known."""
-    rows = read_lines(located.run / "metrics.jsonl", STEP | {"step_s": float}, MAX_METRICS) if located.run else []
+    rows = (
+        read_lines(located.run / run_files.METRICS, run_files.STEP | {"step_s": float}, run_files.MAX_METRICS)
+        if located.run
+        else []
+    )
     try:
         planned = read_json(located.run / "plan.json", dict).get("predicted", {}) if located.run else {}
     except UserError:

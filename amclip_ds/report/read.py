@@ -8,14 +8,11 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from amclip_ds import jsonl, plain_yaml, timeline
+from amclip_ds import jsonl, plain_yaml, run_files
 from amclip_ds.errors import UserError
 from amclip_ds.files import describe, read_json
-from amclip_ds.jsonl import EVALUATION, MAX_METRICS, STEP
 from amclip_ds.record import read_verdict
 
-INCIDENT: dict[str, type] = STEP | {"kind": str, "cause": str, "attempt": int}
-CLASSES: dict[str, type] = STEP | {"weights": str, "dataset": str, "task": str, "per_class": dict}
 COUNTED = ("updates", "samples_seen", "attempt", "epoch", "time")  # numbers of a metrics row that are no measurement
 ALIVE_S = 180.0  # a run that wrote something so lately is still at work
 TAIL = 1 << 16  # bytes of out.log's end that are searched
@@ -89,7 +86,7 @@ class RunFacts:
 
 def read_run(folder: Path) -> RunFacts:
     """Everything but the pictures. Raises UserError where the folder is no run's."""
-    if not (folder / "config.yaml").is_file():
+    if not (folder / run_files.CONFIG).is_file():
         raise UserError(f"{folder}: no run's folder: it has no config.yaml")
     unreadable: dict[str, int] = {}
 
@@ -97,21 +94,23 @@ def read_run(folder: Path) -> RunFacts:
         return _rows(folder / name, fields, unreadable)
 
     metrics, set_aside = Series(), Series()
-    for row in rows("metrics.jsonl", STEP):
+    for row in rows(run_files.METRICS, run_files.STEP):
         metrics.add(row)
-    for row in rows("metrics.superseded.jsonl", STEP):
+    for row in rows("metrics.superseded.jsonl", run_files.STEP):
         set_aside.add(row)
     verdict, last_write = read_verdict(folder), _last_write(folder)
     return RunFacts(
         folder=folder, name=folder.resolve().name, verdict=verdict,
         is_alive=verdict is None and last_write is not None and time.time() - last_write < ALIVE_S
-        and not _is_released(folder / "owner.json"),
-        last_write=last_write, config=flat(plain_yaml.read(folder / "config.yaml")),
-        versions=_read_versions(folder / "versions.json"),
-        starts=list(rows("attempts.jsonl", {"attempt": int})), timeline=list(rows(timeline.NAME, timeline.FIELDS)),
-        metrics=metrics, set_aside=set_aside, evaluations=list(rows("eval.jsonl", EVALUATION)),
-        classes=_latest(rows("eval_classes.jsonl", CLASSES)), incidents=list(rows("incidents.jsonl", INCIDENT)),
-        summary=_summary(folder / "out.log"), unreadable=unreadable,
+        and not _is_released(folder / run_files.OWNER),
+        last_write=last_write, config=flat(plain_yaml.read(folder / run_files.CONFIG)),
+        versions=_read_versions(folder / run_files.VERSIONS),
+        starts=list(rows(run_files.ATTEMPTS, {"attempt": int})),
+        timeline=list(rows(run_files.TIMELINE, run_files.EVENT)),
+        metrics=metrics, set_aside=set_aside, evaluations=list(rows(run_files.EVALUATIONS, run_files.EVALUATION)),
+        classes=_latest(rows(run_files.CLASSES, run_files.OF_CLASSES)),
+        incidents=list(rows(run_files.INCIDENTS, run_files.INCIDENT)),
+        summary=_summary(folder / run_files.LOG), unreadable=unreadable,
     )  # fmt: skip
 
 
@@ -133,7 +132,7 @@ def _rows(path: Path, fields: dict[str, type], unreadable: dict[str, int]) -> It
     try:
         for line, is_whole in jsonl.lines(path):
             size += len(line)
-            row = jsonl.parse(line, fields) if is_whole and size <= MAX_METRICS else None
+            row = jsonl.parse(line, fields) if is_whole and size <= run_files.MAX_METRICS else None
             if row is not None:
                 yield row
             elif line.endswith(b"\n"):
@@ -167,7 +166,7 @@ def _is_released(owner: Path) -> bool:
 
 def _last_write(folder: Path) -> float | None:
     times = []
-    for name in ("metrics.jsonl", "owner.json", "out.log", timeline.NAME):
+    for name in (run_files.METRICS, run_files.OWNER, run_files.LOG, run_files.TIMELINE):
         try:
             times.append((folder / name).stat().st_mtime)
         except OSError:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from amclip_ds import run_files
 from amclip_ds.errors import RunStopped, UserError
 from amclip_ds.files import not_written, open_regular, read_bytes, read_json, write_atomically
 from amclip_ds.resilience.config import OwnershipConfig
@@ -120,7 +121,7 @@ class Owner:
 
     def _write(self) -> None:
         try:
-            write_atomically(self.claim.path.parent / "owner.json",
+            write_atomically(self.claim.path.parent / run_files.OWNER,
                              json.dumps(self._facts | {"heartbeat": round(time.time(), 3)}) + "\n")  # fmt: skip
         except OSError:  # a full disk for a while; a lasting one is the next commit's to tell
             return
@@ -166,7 +167,7 @@ def owning(
 def read_owner(folder: Path) -> dict[str, Any] | None:
     """RUN/owner.json, or None if there is none that can be read. Facts of another type than ours are left out."""
     try:
-        facts = read_json(folder / "owner.json", dict)
+        facts = read_json(folder / run_files.OWNER, dict)
     except UserError:
         return None
     return {name: value for name, kind in FACTS.items() if type(value := facts.get(name)) is kind}
@@ -268,7 +269,7 @@ def _age_s(folder: Path, last: int) -> float:
     probe = folder / f".owner-probe-{secrets.token_hex(8)}"
     try:
         _write_new(probe, "")
-        now, signs = _written_at(probe), [_written_at(_path_of(folder, last)), _written_at(folder / "owner.json")]
+        now, signs = _written_at(probe), [_written_at(_path_of(folder, last)), _written_at(folder / run_files.OWNER)]
     finally:
         probe.unlink(missing_ok=True)
     if now is None or signs[0] is None:  # the claim has just been taken

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from amclip_ds import run_files
 from amclip_ds.errors import INTERRUPTED, Preempted
 from amclip_ds.resilience.config import PreemptionConfig, read_duration
 from amclip_ds.resilience.ownership import Owner, OwnershipLost
@@ -134,7 +135,7 @@ class Preemption:
         self, config: PreemptionConfig, folder: Path, runtime: "Runtime", owner: Owner | None = None,
         job_end: float | None = None, time_limit: str | None = None,
     ) -> None:  # fmt: skip
-        self._config, self._stop_file, self._runtime, self._owner = config, folder / "STOP", runtime, owner
+        self._config, self._stop_file, self._runtime, self._owner = config, folder / run_files.STOP, runtime, owner
         self._arrivals = listen(config.forced_exit_s)
         self._deadlines: dict[str, float] = {}
         self._time_limit = time_limit

@@ -16,6 +16,7 @@ EVERYBODY = {
     "jsonl",
     "plain_yaml",
     "redact",
+    "run_files",
     "safetensors_header",
     "signals",
     "display",

@@ -10,8 +10,9 @@ from amclip_ds.errors import RunStopped
 from amclip_ds.files import write_atomically
 from amclip_ds.jsonl import append_line, read_lines
 from amclip_ds.record import LogConfig, Record, run_id, supersede
+from amclip_ds.run_files import EVENT, TIMELINE
 from amclip_ds.run_folder import next_attempt, write_verdict_at_end
-from amclip_ds.timeline import FIELDS, NAME, Timeline
+from amclip_ds.timeline import Timeline
 
 ROW = {
     "step": 1, "updates": 1, "epoch": 0, "attempt": 0, "samples_seen": 64, "loss": 1 / 3, "loss_contrastive": 1.0,
@@ -150,9 +151,9 @@ def test_a_timeline_row_that_the_disk_does_not_take_ends_nothing(tmp_path: Path)
         time.sleep(0.02)
     with timeline.during("evaluate"):
         pass
-    start, save = read_lines(tmp_path / NAME, FIELDS)
+    start, save = read_lines(tmp_path / TIMELINE, EVENT)
     assert start["world_size"] == 4 and start["before_s"] > 0
     assert (save["event"], save["step"], save["attempt"]) == ("save", 7, 2) and 0.02 <= save["seconds"] < 5
     Timeline(tmp_path / "gone", attempt=0, is_main=True).add("end")
     Timeline(tmp_path, attempt=0, is_main=False).add("end")
-    assert len(read_lines(tmp_path / NAME)) == 2
+    assert len(read_lines(tmp_path / TIMELINE)) == 2

@@ -149,3 +149,13 @@ def test_a_folder_of_another_name_is_no_checkpoint_to_go_on_from(tmp_path: Path)
     for name, is_one in (("step_5", False), ("step_00000005.partial", False), ("step_00000005", True)):
         (tmp_path / "checkpoints" / name).mkdir()
         assert goes_on(config.load("aclip-tiny", [f"run.out={tmp_path}"])) == is_one, name
+
+
+def test_rows_that_are_no_attempts_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path / "data", (20,))
+    run = tmp_path / "run"
+    (run / "slurm").mkdir(parents=True)
+    (run / "slurm" / "attempts.jsonl").write_text('{"job": 9}\n{"step": 3}\nno row\n[]\n')
+    assert begin(run, tmp_path / "data", 1, 0, capsys)[2] == "auto"
+    assert main(["end", "--job", "9", "--run", str(run), "--status", "0"]) == 0
+    assert capsys.readouterr().out == "exit 1\n", "a crash: it left no verdict"

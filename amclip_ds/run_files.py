@@ -1,0 +1,38 @@
+"""The files of a run's folder by name, and what each row of them has: written and read by these alone. Loads no torch.
+
+rows, unreadable = jsonl.read(run / run_files.METRICS, run_files.STEP, run_files.MAX_METRICS)
+"""
+
+CHECKPOINTS = "checkpoints"
+"""the folder of checkpoints"""
+CONFIG = "config.yaml"
+VERSIONS = "versions.json"
+ATTEMPTS = "attempts.jsonl"
+"""a row a start; RUN/slurm has one of this name, a row an attempt of a job"""
+METRICS = "metrics.jsonl"
+SAMPLE_IDS = "sample_ids.jsonl"
+EVALUATIONS = "eval.jsonl"
+CLASSES = "eval_classes.jsonl"
+INCIDENTS = "incidents.jsonl"
+TIMELINE = "timeline.jsonl"
+LOG = "out.log"
+OWNER = "owner.json"
+VERDICT = "exit.json"
+REPORT = "report.html"
+STOP = "STOP"
+"""a person's wish that the run saves and stops"""
+
+STEPPED = (METRICS, SAMPLE_IDS, EVALUATIONS, CLASSES, "pictures/masks.jsonl")
+"""those whose rows a resume sets aside where it writes their steps again"""
+
+STEP: dict[str, type] = {"step": int}
+"""What every row of metrics.jsonl, eval.jsonl and sample_ids.jsonl has."""
+EVALUATION: dict[str, type] = STEP | {"weights": str, "dataset": str, "task": str, "metrics": dict}
+OF_CLASSES: dict[str, type] = STEP | {"weights": str, "dataset": str, "task": str, "per_class": dict}
+INCIDENT: dict[str, type] = STEP | {"kind": str, "cause": str, "attempt": int}
+EVENT: dict[str, type] = STEP | {"event": str, "attempt": int}
+"""of timeline.jsonl"""
+JOB_ATTEMPT: dict[str, type] = STEP | {"job": str, "verdict_time": int}
+"""of slurm/attempts.jsonl"""
+MAX_METRICS = 1 << 30
+"""bytes of metrics.jsonl, of a million steps"""
