@@ -1,4 +1,4 @@
-"""What `compat` means, in one place: where A-CLIP's published code does another thing than its paper says."""
+"""What `compat` means, in one place: where published code does another thing than its paper says."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,8 @@ class Compat:
     """Online-to-online compares a view with the other one; False: with itself."""
     teacher_sees_views: bool
     """The teacher's crop contains every view; False: part of a view lies outside in about 7 of 10 samples."""
+    gathers_gradient: bool
+    """SLIP's contrastive loss has the gathered columns' gradient; False: on several ranks it has not."""
     averages_text_ends: bool
     """The teacher averages its whole text tower; False: token embedding, positions and last norm are the student's."""
     fills_text_budget: bool

@@ -1,7 +1,8 @@
 """The settings of a run: composes the rooms' dataclasses; loads recipe < yaml < key=value; validates, explains, dumps.
 
-A recipe's name is METHOD-SIZE (`aclip-vitb16`): `recipes/sizes/vitb16.yaml` and then `recipes/methods/aclip.yaml` are
-laid over the defaults. A yaml of one's own may begin with `recipe: aclip-vitb16` and change what it likes.
+A recipe's name is METHOD-SIZE (`aclip-vitb16`): `recipes/methods/aclip.yaml` and then `recipes/sizes/vitb16.yaml` are
+laid over the defaults: a method's published optimizer holds for the published sizes, `tiny` has its own. A yaml of
+one's own may begin with `recipe: aclip-vitb16` and change what it likes.
 Every mistake is a UserError of one line that names the key and, where it is misspelt, the nearest valid one.
 """
 
@@ -55,7 +56,8 @@ SIZES = {  # the largest value -> the keys that take no more: beyond, a run woul
     2**24: "batch.global_size batch.per_gpu model.text.vocab_size guards.spike_window",
     10**6: "run.epochs optim.lr optim.weight_decay optim.eps optim.warmup_start_lr optim.final_lr"
     " optim.clip_grad_norm optim.vision_lr_scale optim.text_lr_scale loss.contrastive_weight loss.o2o_weight"
-    " loss.o2e_weight loss.o2o_temperature mask.attentive_noise.noise eval.batch_size",
+    " loss.o2e_weight loss.o2o_temperature eval.batch_size loss.occlusion.weight loss.occlusion.temperature"
+    " loss.occlusion.kappa mask.attentive_noise.noise mask.salience.noise mask.centered.sigma2",
     2**17: "heads.hidden_dim heads.output_dim",
     2**16: "model.vision.width model.text.width model.embed_dim model.text.context_length data.prefetch"
     " data.open_shards data.text_mask.tokens",
@@ -197,10 +199,23 @@ def check_buildable(config: TrainConfig) -> None:
 
 
 def recipe_names() -> list[str]:
-    """Every METHOD-SIZE, methods in the order of the paper's table."""
-    sizes = sorted(path.stem for path in (RECIPES / "sizes").glob("*.yaml"))
+    """Every METHOD-SIZE."""
     methods = sorted(path.stem for path in (RECIPES / "methods").glob("*.yaml"))
-    return [f"{method}-{size}" for method in methods for size in sizes]
+    return [f"{method}-{size}" for method in methods for size in size_names()]
+
+
+def size_names() -> list[str]:
+    """Every SIZE."""
+    return sorted(path.stem for path in (RECIPES / "sizes").glob("*.yaml"))
+
+
+def method_of_recipe(recipe: str) -> str | None:
+    """The METHOD of a shipped recipe's name; None for anything else."""
+    for size in sorted(size_names(), key=len, reverse=True):
+        method = recipe.removesuffix(f"-{size}")
+        if method != recipe and "/" not in recipe and (RECIPES / "methods" / f"{method}.yaml").is_file():
+            return method
+    return None
 
 
 def shipped_towers() -> set[str]:
@@ -428,7 +443,7 @@ def _in_full(view: View, mask: MaskConfig) -> ViewConfig:
     own = ViewMask(**{item.name: getattr(mask, item.name) for item in fields(ViewMask)})
     if view.draws_of is not None:
         return ViewConfig(photometric=view.photometric, same_crop_as=view.draws_of, mask=own)
-    return ViewConfig(list(view.scale), list(view.ratio), view.flip, view.photometric, mask=own)
+    return ViewConfig(list(view.scale), list(view.ratio), view.flip, view.photometric, view.colours, mask=own)
 
 
 def keys_and_types() -> dict[str, Any]:
@@ -438,13 +453,12 @@ def keys_and_types() -> dict[str, Any]:
 
 def _layers(recipe: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """The yaml layers a recipe stands for, with the name to blame for a mistake in each."""
-    for size in sorted((RECIPES / "sizes").glob("*.yaml"), key=lambda path: -len(path.stem)):
-        method = RECIPES / "methods" / f"{recipe.removesuffix('-' + size.stem)}.yaml"
-        if recipe.endswith("-" + size.stem) and "/" not in recipe and method.is_file():
-            return [
-                (f"recipe size {size.stem}", plain_yaml.read(size)),
-                (f"recipe {method.stem}", plain_yaml.read(method)),
-            ]
+    if method := method_of_recipe(recipe):
+        size = recipe.removeprefix(f"{method}-")
+        return [
+            (f"recipe {method}", plain_yaml.read(RECIPES / "methods" / f"{method}.yaml")),
+            (f"recipe size {size}", plain_yaml.read(RECIPES / "sizes" / f"{size}.yaml")),
+        ]
     path = Path(recipe)
     if not recipe.endswith((".yaml", ".yml")):
         raise _no_recipe(recipe, path)
@@ -508,6 +522,12 @@ def _check_masks(config: TrainConfig, grid: int) -> None:
             units = num_units(grid, mask.unit)
         except ValueError as error:
             raise ValueError(f"data.views.{place}.{error}" if own[place].unit is not None else str(error)) from None
+        least = min(mask.keep_ratio, mask.final_keep_ratio or 1.0)
+        if units * least < 1 - 1e-9:
+            raise ValueError(
+                f"mask.keep_ratio: {least} of {units} units of {mask.unit} x {mask.unit} patches is less than one; at"
+                f" least {1 / units:.4g}, or a smaller mask.unit"
+            )
         kept = num_kept_units(units, mask.at_most().keep_ratio)
         if MASKS[mask.strategy].disjoint and masks.count(mask) * kept > units:
             raise ValueError(
@@ -533,6 +553,8 @@ def _check_read_views(config: TrainConfig) -> None:
             f"loss.o2o_weight: this loss needs data.num_views=2, not {num_views}, or two of them in loss.o2o_views; or"
             f" set it to 0"
         )
+    if loss.occlusion.weight > 0 and num_views < 2:
+        raise SettingsError(f"loss.occlusion.weight: this loss needs data.num_views=2, not {num_views}; or set it to 0")
     reads_frozen = False
     for name, kind in _loaded_objectives().items():
         options = None if name in FLAT_OBJECTIVES else getattr(loss, name, None)

@@ -104,6 +104,6 @@ def method_of(config: Settings) -> Method:
     """The method that a configuration describes."""
     compat = COMPAT[config.compat]
     masks_text = config.data.text_mask.strategy != NONE
-    chosen = objectives.chosen(config.loss, config.heads, compat.pairs_views, masks_text)
+    chosen = objectives.chosen(config.loss, config.heads, compat.pairs_views, masks_text, compat.gathers_gradient)
     masks = masks_of_views(config.mask, config.data.view_masks())
     return Method(chosen, masks, config.model.vision.grid, compat)

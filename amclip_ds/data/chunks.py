@@ -319,7 +319,7 @@ class ChunkMaker:
             chunk.teacher[place] = torch.from_numpy(made.teacher)
         chunk.boxes[:, place] = made.boxes
         V, sources = len(spec.views), [n if v.draws_of is None else v.draws_of for n, v in enumerate(spec.views)]
-        changes = [photometric.draw(random) for _ in range(V)]
+        changes = [photometric.draw(random, view.colours) for view in spec.views]
         for place_of_view, view in enumerate(spec.views):
             chunk.photometric[place_of_view, place] = changes[sources[place_of_view]] if view.photometric else 0
         if spec.keep_colours:

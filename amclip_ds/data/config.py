@@ -10,6 +10,7 @@ from amclip_ds.masks.text import TextMaskConfig
 
 SCALE = (0.5, 1.0)  # part of the image's area that a view covers, unless data.views says otherwise
 RATIO = (3 / 4, 4 / 3)
+COLOURS = ("aclip", "simclr")
 
 
 @dataclass
@@ -24,6 +25,8 @@ class ViewConfig:
     """True: half of the samples are mirrored; null: false."""
     photometric: bool | None = None
     """Colour jitter, grayscale, blur and solarize; null: data.photometric."""
+    colours: str = ""
+    """Which changes those are: aclip | simclr; empty: data.colours."""
     same_crop_as: int | None = None
     """An earlier view, from 0, whose crop, mirroring and colour changes this one repeats; null: its own."""
     mask: ViewMask = field(default_factory=ViewMask)
@@ -35,6 +38,8 @@ class ViewConfig:
             bounds = getattr(self, name)
             if bounds is not None and (len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]):
                 raise ValueError(f"{key}.{name}: {bounds} is no pair of numbers above 0, the smaller first")
+        if self.colours not in ("", *COLOURS):
+            raise ValueError(f"{key}.colours: {self.colours!r} is none of {', '.join(COLOURS)}")
         if self.scale is not None and self.scale[1] > 1:
             raise ValueError(f"{key}.scale: {self.scale} is above 1, the whole image")
         if self.same_crop_as is None:
@@ -42,8 +47,8 @@ class ViewConfig:
         if not 0 <= self.same_crop_as < place:
             earlier = f"the earlier ones are 0 to {place - 1}" if place else "there is none before it"
             raise ValueError(f"{key}.same_crop_as: {self.same_crop_as} is no view before this one; {earlier}")
-        for name in ("scale", "ratio", "flip"):
-            if getattr(self, name) is not None:
+        for name in ("scale", "ratio", "flip", "colours"):
+            if getattr(self, name) not in (None, ""):
                 raise ValueError(f"{key}.{name}: the crop is that of view {self.same_crop_as} (same_crop_as); set it"
                                  f" there, or leave one of the two out")  # fmt: skip
 
@@ -55,6 +60,7 @@ class View(NamedTuple):
     ratio: tuple[float, float] = RATIO
     flip: bool = False
     photometric: bool = True
+    colours: str = "aclip"
     draws_of: int | None = None
     """the earlier view whose draws (box, mirroring, colours) it takes; None: its own"""
 
@@ -83,6 +89,8 @@ class DataConfig:
     """Colour jitter, grayscale, blur and solarize on the views (never on the teacher's crop)."""
     keep_colours: bool = False
     """True: of these only brightness, contrast, saturation and blur, so that captions that name colours stay true."""
+    colours: str = "aclip"
+    """aclip: A-CLIP's changes | simclr: SLIP's, with more saturation and blur, and no solarize."""
     views: list[ViewConfig] = field(default_factory=list, metadata={"length": "num_views"})
     """The views one by one, each with what it has of its own; empty: data.num_views alike. One key: data.views.1.KEY"""
     captions: list[str] = field(default_factory=lambda: ["txt|json:captions|json:caption"])
@@ -118,6 +126,8 @@ class DataConfig:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}: {getattr(self, name)} is below {least}")
+        if self.colours not in COLOURS:
+            raise ValueError(f"data.colours: {self.colours!r} is none of {', '.join(COLOURS)}")
         if self.on_change not in ("refuse", "report"):
             raise ValueError(f"data.on_change: {self.on_change!r} is neither 'refuse' nor 'report'")
         if not 0 <= self.max_skip_rate <= 1:
@@ -142,7 +152,8 @@ class DataConfig:
                 found.append(source._replace(photometric=photometric, draws_of=first))
             else:
                 scale, ratio = _pair(own.scale, SCALE), _pair(own.ratio, RATIO)
-                found.append(View(scale, ratio, bool(own.flip), photometric))
+                colours = own.colours or self.colours
+                found.append(View(scale, ratio, bool(own.flip), photometric, colours))
         return tuple(found)
 
     def view_masks(self) -> list[ViewMask]:

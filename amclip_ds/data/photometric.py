@@ -1,10 +1,12 @@
 """Photometric changes of the student views, batched on the device, each sample with its own parameters; normalisation.
 
-The changes of the published code (method.md section 4): ColorJitter(.4, .4, .2, .1) with probability .8, in random
-order; grayscale .2; Gaussian blur, sigma in [.1, 2], .1; solarize .2. Parameters are drawn on the CPU, keyed by sample.
+A-CLIP's changes as its code has them: ColorJitter(.4, .4, .2, .1) with probability .8, in random order; grayscale .2;
+Gaussian blur, sigma in [.1, 2], .1; solarize .2. SLIP's for its SimCLR views: saturation .4, blur .5, no solarize.
+Parameters are drawn on the CPU, keyed by sample.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-JITTER_P, GRAY_P, BLUR_P, SOLARIZE_P = 0.8, 0.2, 0.1, 0.2
-BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
+JITTER_P, GRAY_P = 0.8, 0.2
+BRIGHTNESS, CONTRAST, HUE = 0.4, 0.4, 0.1
 SIGMA = (0.1, 2.0)
 BLUR_RADIUS = 6  # three standard deviations of the strongest blur
 LUMA = (0.299, 0.587, 0.114)
 NUM_COLUMNS = 12
 CHANGES_COLOUR = [4, 9, 11]  # the columns of hue, gray and solarize: they make a caption that names a colour untrue
+
+
+class Changes(NamedTuple):
+    """What two published sets of changes differ in."""
+
+    saturation: float
+    blur_p: float
+    solarize_p: float
+
+
+CHANGES = {"aclip": Changes(0.2, 0.1, 0.2), "simclr": Changes(0.4, 0.5, 0.0)}
 
 
 @dataclass
@@ -36,11 +49,15 @@ class Photometric:
         return self.table.reshape(-1, NUM_COLUMNS)
 
 
-def draw(random: np.random.Generator) -> np.ndarray:
-    """The 12 parameters of one view of one sample. The same count of numbers is drawn whatever they decide."""
+def draw(random: np.random.Generator, colours: str = "aclip") -> np.ndarray:
+    """The 12 parameters of one view of one sample. The same count of numbers is drawn whatever they decide.
+
+    colours: of CHANGES.
+    """
     uniform, order = random.random(9), random.permutation(4)
-    jitter, gray, blur, solarize = uniform[:4] < (JITTER_P, GRAY_P, BLUR_P, SOLARIZE_P)
-    amounts = np.array([BRIGHTNESS, CONTRAST, SATURATION, HUE])
+    changes = CHANGES[colours]
+    jitter, gray, blur, solarize = uniform[:4] < (JITTER_P, GRAY_P, changes.blur_p, changes.solarize_p)
+    amounts = np.array([BRIGHTNESS, CONTRAST, changes.saturation, HUE])
     factors = np.array([1, 1, 1, 0]) + amounts * (2 * uniform[4:8] - 1)
     sigma = SIGMA[0] + (SIGMA[1] - SIGMA[0]) * uniform[8] if blur else 0.0
     return np.array([jitter, *factors, *order, gray, sigma, solarize], dtype=np.float32)

@@ -101,9 +101,9 @@ class TowerEncoder:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, H] -> CLS feature [B, D]; of a module only, since no engine gives it."""
+        """uint8 [B, 3, H, H] -> the tower's feature [B, D]; of a module only, since no engine gives it."""
         vision = cast(Any, self.towers).vision
-        return vision(photometric.normalise(images.to(self.device))).cls.float()
+        return vision.feature(vision(photometric.normalise(images.to(self.device))).tokens).float()
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from amclip_ds.data.photometric import MEAN, STD
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.foreign_tokenizer import PUNCTUATION
-from amclip_ds.export.open_clip import activation_of, blocks_of, fold_patch_bias
+from amclip_ds.export.open_clip import activation_of, blocks_of, fold_patch_bias, refuse_mean
 from amclip_ds.model import foreign
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
@@ -46,6 +46,7 @@ def write(folder: Path, module: AClip, model: ModelConfig) -> None:
 
 
 def _check(module: AClip, model: ModelConfig) -> None:
+    refuse_mean("hf", model)
     block = blocks_of(module)[0]
     if not isinstance(block.ls1, nn.Identity):
         raise UserError("--format hf: transformers' ViT has no layer scale; --format timm keeps it")

@@ -37,6 +37,7 @@ def write(folder: Path, module: AClip, model: ModelConfig) -> None:
 
 def form_of(module: AClip, model: ModelConfig) -> str:
     """timm | native. Raises UserError, in one line that says why, where neither holds the model."""
+    refuse_mean("open_clip", model)
     if model.text.eos_token_id != model.text.vocab_size - 1:
         raise UserError(
             "--format open_clip: it pools texts at the largest token id, and model.text.eos_token_id is not it"
@@ -60,6 +61,13 @@ def form_of(module: AClip, model: ModelConfig) -> str:
             f"--format open_clip: {differs}, which its timm tower cannot say, and {problem}; --format hf can"
         )
     return "native"
+
+
+def refuse_mean(fmt: str, model: ModelConfig) -> None:
+    """Raises UserError for a tower whose feature is the mean of its tokens, which these libraries take otherwise."""
+    if model.vision.pool == "mean":
+        raise UserError(f"--format {fmt}: model.vision.pool=mean has the class token in the mean, which it cannot say;"
+                        " --format timm and onnx can")  # fmt: skip
 
 
 def _differs_from_its_name(module: AClip, model: ModelConfig) -> str | None:

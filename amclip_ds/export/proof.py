@@ -128,8 +128,10 @@ def prove(module: AClip, model: ModelConfig, library: Any, samples: Samples) -> 
     """Compares our module with a library's encoder (evaluate/libraries.py)."""
     size = model.vision.image_size
     pixels = photometric.normalise(torch.stack([resize_and_crop(image, size) for image in samples.images]))
-    image = _unit(_batched(lambda x: module.vision(x).cls, pixels)) if library.is_tower_alone else _batched(
-        lambda x: module.embed_images(x), pixels)  # fmt: skip
+    if library.is_tower_alone:
+        image = _unit(_batched(lambda x: module.vision.feature(module.vision(x).tokens), pixels))
+    else:
+        image = _batched(lambda x: module.embed_images(x), pixels)
     agreements = [_agree("images, same pixels", image, _unit(_batched(library.embed_pixels, pixels)), "equal")]
     own = _unit(_batched(library.embed_pixels, torch.stack([library.own_pixels_of(i) for i in samples.images])))
     alike = torch.tensor([library.crops_as_we_do(i) for i in samples.images])

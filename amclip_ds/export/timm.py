@@ -1,4 +1,4 @@
-"""A folder for timm's `local-dir:`: the vision tower alone, whose output is the CLS feature."""
+"""A folder for timm's `local-dir:`: the vision tower alone, whose output is the tower's feature."""
 
 import json
 from pathlib import Path
@@ -18,9 +18,12 @@ def write(folder: Path, module: AClip, model: ModelConfig) -> None:
     overrides = {"patch_size": vision.patch_size, "embed_dim": vision.width, "depth": vision.depth,
                  "num_heads": vision.heads, "mlp_ratio": vision.mlp_ratio}  # fmt: skip
     args: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
+    if vision.pool == "mean":  # of all tokens after the tower's own norm
+        args |= {"pool_include_prefix": True, "fc_norm": False}
+    pool = "avg" if vision.pool == "mean" else "token"
     config = {
-        "architecture": vision.name, "num_classes": 0, "num_features": module.vision.width, "global_pool": "token",
-        "model_args": args | {"img_size": vision.image_size, "global_pool": "token"},
+        "architecture": vision.name, "num_classes": 0, "num_features": module.vision.width, "global_pool": pool,
+        "model_args": args | {"img_size": vision.image_size, "global_pool": pool},
         "pretrained_cfg": {
             "input_size": [3, vision.image_size, vision.image_size], "fixed_input_size": True, "num_classes": 0,
             "mean": list(MEAN), "std": list(STD), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center",

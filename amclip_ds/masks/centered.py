@@ -19,7 +19,7 @@ class Options:
     """Variance of the Gaussian, on coordinates from -1 to 1; a smaller one keeps more of the middle."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma2 < math.inf:
+        if not 0 < self.sigma2 < math.inf:  # not a number is neither
             raise ValueError(f"mask.centered.sigma2: {self.sigma2} is not above 0")
 
 

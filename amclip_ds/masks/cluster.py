@@ -39,8 +39,8 @@ def check_anchors(mask: str, anchor_ratio: float, rule: str, threshold: float) -
         raise ValueError(f"mask.{mask}.anchor_ratio: {anchor_ratio} is outside (0, 1)")
     if rule not in RULES:
         raise ValueError(f"mask.{mask}.rule: {rule!r} is neither topk nor fill")
-    if not -1 <= threshold <= 1:
-        raise ValueError(f"mask.{mask}.threshold: {threshold} is no cosine, -1 to 1")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"mask.{mask}.threshold: {threshold} is outside [0, 1]")
 
 
 def priority(inputs: "MaskInputs", options: Any) -> "Tensor":

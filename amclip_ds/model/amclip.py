@@ -89,7 +89,7 @@ class AClip(nn.Module):
         ]  # fmt: skip
         tokens = by_view(inputs.groups, [output.tokens for output in outputs])
         kept = tuple(output.keep_indices for output in outputs)
-        features = Features(cls=class_tokens(tokens, outputs))
+        features = Features(cls=self._features_of_views(tokens, outputs))
         if "patches" in wanted:
             features = features._replace(
                 patches=tuple(view[:, 1:] for view in tokens), keep_indices=tuple(by_view(inputs.groups, kept))
@@ -145,11 +145,17 @@ class AClip(nn.Module):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised, every token -> embeddings [B, E], fp32 rows of unit length."""
-        return normalise(self.image_projection(self.vision(images, cls_only=True).cls))
+        return normalise(self.image_projection(self.vision.feature(self.vision(images, cls_only=True).tokens)))
 
     def embed_texts(self, token_ids: Tensor) -> Tensor:
         """[B, T] -> embeddings [B, E], fp32 rows of unit length."""
         return normalise(self.text_projection(self.text(token_ids)))
+
+    def _features_of_views(self, tokens: list[Tensor], outputs: list[Any]) -> Tensor:
+        """[V, B, D]; of one group of views computed on its output as it is, without a copy."""
+        if len(outputs) == 1:
+            return self.vision.feature(outputs[0].tokens.unflatten(0, (len(tokens), -1)))
+        return torch.stack([self.vision.feature(view) for view in tokens])
 
     def _objectives(self) -> dict[str, Any]:
         return dict(self.objectives.items())
@@ -221,13 +227,6 @@ def by_view(groups: tuple[ViewGroup, ...], held: Sequence[Tensor | None]) -> lis
         parts = [None] * len(group.views) if rows is None else rows.unflatten(0, (len(group.views), -1)).unbind(0)
         found |= dict(zip(group.views, parts))
     return [found[view] for view in sorted(found)]
-
-
-def class_tokens(tokens: list[Tensor], outputs: list[Any]) -> Tensor:
-    """[V, B, D]; of one group a view of its output, without a copy."""
-    if len(outputs) == 1:
-        return outputs[0].tokens.unflatten(0, (len(tokens), -1))[:, :, 0]
-    return torch.stack([view[:, 0] for view in tokens])
 
 
 def of_views(cls: Tensor, views: tuple[int, ...] | None) -> Tensor:

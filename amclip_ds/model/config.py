@@ -22,6 +22,8 @@ class VisionConfig:
     """Hidden width of the MLP over the width; none: what the name says."""
     freeze_patch_embed: bool = True
     """The patch embedding stays at its random initialisation (as published) and has no backward pass."""
+    pool: str = "cls"
+    """cls: the class token stands for the image | mean: the mean of all tokens, the class token among them (FLIP)."""
     position_init: str = "normal"
     """normal: truncated normal 0.02 | sincos: 0.3 x the 2-D sine-cosine table (learns faster at tiny sizes)."""
     checkpoint_every: int = 0
@@ -30,6 +32,8 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if self.position_init not in ("normal", "sincos"):
             raise ValueError(f"model.vision.position_init: {self.position_init!r} is neither normal nor sincos")
+        if self.pool not in ("cls", "mean"):
+            raise ValueError(f"model.vision.pool: {self.pool!r} is neither cls nor mean")
         if self.checkpoint_every < 0:
             raise ValueError(f"model.vision.checkpoint_every: {self.checkpoint_every} must be 0 or more")
         for key in ("image_size", "patch_size", "width", "depth", "heads", "mlp_ratio"):
@@ -102,6 +106,8 @@ class ModelConfig:
 class HeadsConfig:
     norm: str = "batch"
     """batch: statistics over all ranks, as in the paper | layer: no communication, for very large worlds."""
+    norm_by: str = "batch"
+    """batch: the views are normalised together, as in A-CLIP's code | view: each by itself (SLIP)."""
     hidden_dim: int = 4096
     """Width of the hidden layers."""
     output_dim: int = 256
@@ -112,6 +118,8 @@ class HeadsConfig:
     def __post_init__(self) -> None:
         if self.norm not in ("batch", "layer"):
             raise ValueError(f"heads.norm: {self.norm!r} is neither batch nor layer")
+        if self.norm_by not in ("batch", "view"):
+            raise ValueError(f"heads.norm_by: {self.norm_by!r} is neither batch nor view")
         for key in ("hidden_dim", "output_dim"):
             if getattr(self, key) < 1:
                 raise ValueError(f"heads.{key}: {getattr(self, key)} must be at least 1")
@@ -133,12 +141,30 @@ class Weighted:
 
 
 @dataclass
+class OcclusionOptions(Weighted):
+    """OCL's loss between two views of one crop."""
+
+    temperature: float = 0.07
+    """Temperature of the softmax over candidates."""
+    kappa: float = 1 / 64
+    """How much closeness is stretched: similarity = (1 + cos) / 2 / (1 + kappa (1 - cos))."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"loss.occlusion.temperature: {self.temperature} must be positive")
+        if self.kappa < 0:
+            raise ValueError(f"loss.occlusion.kappa: {self.kappa} must be 0 or more")
+
+
+@dataclass
 class LossConfig:
     """A further objective's options are a section loss.NAME: a field of that name here, so that reading settings loads
     no torch; of an objective without one, and of a plug-in's, config.py makes the section from its Options."""
 
     kind: str = "softmax"
     """softmax: CLIP's InfoNCE | sigmoid: SigLIP's pairwise loss (adds a learned logit_bias)."""
+    release: str = "aclip"
+    """Whose published code compat=release repeats: aclip: pairs view 1 with itself | slip: gathers without gradient."""
     contrastive_weight: float = 1.0
     """Weight of the mean over views of the image-text loss."""
     o2o_weight: float = 1.0
@@ -157,6 +183,7 @@ class LossConfig:
     """The views that the online-to-EMA loss reads; null: all."""
     text: str = "masked"
     """Which form of the texts the image-text loss reads where data.text_mask makes one: masked | plain."""
+    occlusion: OcclusionOptions = field(default_factory=OcclusionOptions)
 
     exchange: str = "gather"
     """gather: each rank collects all ranks' features | ring: the texts travel from rank to rank, and the memory of the
@@ -173,6 +200,8 @@ class LossConfig:
         for name, options in vars(self).items():
             if isinstance(options, Weighted) and options.weight < 0:
                 raise ValueError(f"loss.{name}.weight: {options.weight} must be 0 or more")
+        if self.release not in ("aclip", "slip"):
+            raise ValueError(f"loss.release: {self.release!r} is neither aclip nor slip")
         if self.text not in ("masked", "plain"):
             raise ValueError(f"loss.text: {self.text!r} is neither masked nor plain")
         if self.o2o_temperature <= 0:

@@ -2,10 +2,23 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from amclip_ds.model.batch_norm import BatchNorm
 from amclip_ds.model.config import HeadsConfig
+
+
+def of_views(
+    head: "MLPHead", views_VBD: Tensor, all_reduce_sum: Callable[[Tensor], Tensor], config: HeadsConfig
+) -> Tensor:
+    """[V, B, in] -> [V, B, out]: the views in one batch of the norm, or each in its own, one after the other.
+
+    Collective with batch norm: every rank must call.
+    """
+    if config.norm_by == "view":
+        return torch.stack([head(view, all_reduce_sum) for view in views_VBD])
+    return head(views_VBD.flatten(0, 1), all_reduce_sum).unflatten(0, views_VBD.shape[:2])
 
 
 class MLPHead(nn.Module):

@@ -70,7 +70,7 @@ class TeacherModel(nn.Module):
         """images [B, 3, h, w] normalised. wants: of cls, patches, scores. Collective: every rank must call."""
         output = self.vision(images, with_scores="scores" in wants, cls_only="patches" not in wants)
         patches = output.tokens[:, 1:] if "patches" in wants else None
-        seen = Seen(output.cls, patches, output.scores)
+        seen = Seen(self.vision.feature(output.tokens), patches, output.scores)
         copies = {name: nn.ModuleDict() for name in self._observers} | dict(self.objectives.items())
         targets: Targets = {}
         for name, observer in self._observers.items():
@@ -80,7 +80,7 @@ class TeacherModel(nn.Module):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised -> embeddings [B, E], fp32 rows of unit length."""
-        return normalise(self.image_projection(self.vision(images, cls_only=True).cls))
+        return normalise(self.image_projection(self.vision.feature(self.vision(images, cls_only=True).tokens)))
 
     def embed_texts(self, token_ids: Tensor) -> Tensor:
         """[B, T] -> embeddings [B, E], fp32 rows of unit length."""

@@ -98,7 +98,7 @@ class VisionOutput(NamedTuple):
 
     @property
     def cls(self) -> Tensor:
-        """[B, D]"""
+        """[B, D] the class token"""
         return self.tokens[:, 0]
 
 
@@ -110,6 +110,7 @@ class VisionTower(nn.Module):
         vit = build_vit(config)
         self.savings = savings or Savings()
         self.checkpoint_every = config.checkpoint_every
+        self.pool = config.pool
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.grid: int = grid_of(config.image_size, self.patch_size)
         self.width: int = vit.embed_dim
@@ -134,11 +135,17 @@ class VisionTower(nn.Module):
 
         selections choose the tokens that stay, unless keep_indices [B, K] says which; neither: all stay.
         with_scores: also how much CLS attends to each patch, the mean over all blocks and heads; the CLS column is
-        dropped after the softmax and not renormalised. cls_only: nothing but the class token is read.
+        dropped after the softmax and not renormalised. cls_only: of the tokens nothing but the feature is read.
         """
         x, keep_indices = self._embed(images, selections, keep_indices, num_views)
-        tokens, scores = self.through_blocks(x, with_scores, cls_only and self.savings.last_block)
+        tokens, scores = self.through_blocks(
+            x, with_scores, cls_only and self.pool == "cls" and self.savings.last_block
+        )
         return VisionOutput(tokens, keep_indices, scores)
+
+    def feature(self, tokens: Tensor) -> Tensor:
+        """What stands for an image: [..., 1 + K, D] after the last norm -> [..., D]."""
+        return tokens.select(-2, 0) if self.pool == "cls" else tokens.mean(dim=-2)
 
     def _embed(
         self, images: Tensor, selections: tuple[Selection, ...], keep_indices: Tensor | None, num_views: int

@@ -34,13 +34,27 @@ Chosen = Mapping[str, Any]
 """The objectives that a run builds: name -> options, in the order of OBJECTIVES."""
 
 
-def chosen(loss: LossConfig, heads: HeadsConfig, pairs_views: bool = True, has_masked_text: bool = False) -> Chosen:
-    """The objectives that have a weight. pairs_views: simclr.Options. has_masked_text: data.text_mask makes one."""
+def chosen(
+    loss: LossConfig, heads: HeadsConfig, pairs_views: bool = True, has_masked_text: bool = False,
+    gathers_gradient: bool = True,
+) -> Chosen:  # fmt: skip
+    """The objectives that have a weight. has_masked_text: data.text_mask makes one.
+
+    pairs_views, gathers_gradient: False is A-CLIP's, SLIP's published code, for a method that loss.release says is
+    theirs.
+    """
     text = loss.text if has_masked_text else "plain"
+    pairs_views = pairs_views or loss.release != "aclip"
+    gathers_gradient = gathers_gradient or loss.release != "slip"
     image_text = "sigmoid" if loss.kind == "sigmoid" else "contrastive"
     options: dict[str, Any] = {
         image_text: contrastive.Options(
-            loss.contrastive_weight, loss.views, chunk=loss.chunk, text=text, exchange=loss.exchange
+            loss.contrastive_weight,
+            loss.views,
+            chunk=loss.chunk,
+            text=text,
+            exchange=loss.exchange,
+            gathers_gradient=gathers_gradient,
         ),
         "simclr": simclr.Options(
             loss.o2o_weight,

@@ -13,7 +13,7 @@ from amclip_ds.comm import Comm
 from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import HeadsConfig
 from amclip_ds.model.features import Features, Seen, Terms
-from amclip_ds.model.heads import MLPHead
+from amclip_ds.model.heads import MLPHead, of_views
 from amclip_ds.objectives.base import Objective, Weighted
 
 
@@ -41,8 +41,9 @@ class BYOL(Objective):
 
     def forward(self, features: Features, targets: tuple[Tensor, ...], comm: Comm) -> Terms:
         assert features.cls is not None
-        projected = self.projector(features.cls.flatten(0, 1), comm.all_reduce_sum)
-        predicted = self.predictor(projected, comm.all_reduce_sum).unflatten(0, features.cls.shape[:2])
+        heads = self.options.heads
+        projected = of_views(self.projector, features.cls, comm.all_reduce_sum, heads)
+        predicted = of_views(self.predictor, projected, comm.all_reduce_sum, heads)
         return {"o2e": online_to_ema(predicted, targets[0])}
 
 

@@ -25,6 +25,8 @@ class Options(Weighted):
     """Which form of the texts it reads: plain | masked."""
     exchange: str = "gather"
     """gather | ring: loss.exchange."""
+    gathers_gradient: bool = True
+    """False: on several ranks the columns carry no gradient, as SLIP's published code (half of it is then missing)."""
 
 
 class Contrastive(Objective):
@@ -37,18 +39,25 @@ class Contrastive(Objective):
         assert features.image_embeds is not None and features.text_embeds is not None
         assert features.logit_scale is not None
         images, texts, scale = features.image_embeds, features.text_embeds, features.logit_scale
-        loss = ring.info_nce if self.options.exchange == "ring" else info_nce
-        return {"contrastive": loss(images, texts, scale, comm, self.options.chunk)}
+        options = self.options
+        if options.exchange == "ring" and options.gathers_gradient:
+            return {"contrastive": ring.info_nce(images, texts, scale, comm, options.chunk)}
+        return {"contrastive": info_nce(images, texts, scale, comm, options.chunk, options.gathers_gradient)}
 
 
-def info_nce(images_VBE: Tensor, texts_BE: Tensor, scale: Tensor, comm: Comm, chunk: int = 0) -> Tensor:
+def info_nce(
+    images_VBE: Tensor, texts_BE: Tensor, scale: Tensor, comm: Comm, chunk: int = 0, gathers_gradient: bool = True
+) -> Tensor:
     """Mean over views and both directions of the cross-entropy against all ranks' samples.
 
     Collective: every rank must call. chunk: rows of logits held at a time, forward and backward; 0: all.
+    gathers_gradient: Options.
     """
     V, B, _ = images_VBE.shape
-    all_images = comm.all_gather(images_VBE.transpose(0, 1).contiguous()).transpose(0, 1)  # [V, W * B, E]
-    all_texts = comm.all_gather(texts_BE)
+    is_cut = comm.world_size > 1 and not gathers_gradient
+    columns_VBE, columns_BE = (images_VBE.detach(), texts_BE.detach()) if is_cut else (images_VBE, texts_BE)
+    all_images = comm.all_gather(columns_VBE.transpose(0, 1).contiguous()).transpose(0, 1)  # [V, W * B, E]
+    all_texts = comm.all_gather(columns_BE)
     labels = comm.rank * B + torch.arange(B, device=texts_BE.device)
     total = texts_BE.new_zeros(())
     for images, columns in zip(images_VBE, all_images):

@@ -3,29 +3,20 @@
 Shapes: B samples of this rank, W ranks, D vision width.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from amclip_ds.comm import Comm
+from amclip_ds.model.config import OcclusionOptions
 from amclip_ds.model.features import Features, Terms
-from amclip_ds.objectives.base import Objective, Weighted
-
-
-@dataclass
-class Options(Weighted):
-    temperature: float = 0.07
-    """Of the softmax over candidates."""
-    kappa: float = 1 / 64
-    """How much closeness is stretched: similarity = (1 + cos) / 2 / (1 + kappa (1 - cos))."""
+from amclip_ds.objectives.base import Objective
 
 
 class Occlusion(Objective):
     """Cross-entropy between the class tokens of the first two views, both ways; negatives are all ranks'."""
 
-    Options = Options
+    Options = OcclusionOptions
     features = frozenset({"cls"})
     views = (0, 1)
 

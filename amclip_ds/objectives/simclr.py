@@ -14,7 +14,7 @@ from amclip_ds.comm import Comm
 from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import HeadsConfig
 from amclip_ds.model.features import Features, Terms
-from amclip_ds.model.heads import MLPHead
+from amclip_ds.model.heads import MLPHead, of_views
 from amclip_ds.objectives.base import Objective, Weighted
 from amclip_ds.objectives.contrastive import cross_entropy
 
@@ -44,8 +44,8 @@ class SimCLR(Objective):
 
     def forward(self, features: Features, targets: tuple[Tensor, ...], comm: Comm) -> Terms:
         assert features.cls is not None
-        projected = self.head(features.cls.flatten(0, 1), comm.all_reduce_sum).unflatten(0, features.cls.shape[:2])
         options = self.options
+        projected = of_views(self.head, features.cls, comm.all_reduce_sum, options.heads)
         return {"o2o": online_to_online(projected, options.temperature, comm, options.pairs_views, options.chunk)}
 
 

@@ -90,7 +90,7 @@ def close(ours: Tensor, theirs: Tensor, what: str, *, atol: float = 0.0, rtol: f
 
 
 def close_loss(ours: Tensor, theirs: float, what: str) -> None:
-    off = abs(float(ours) - theirs) / abs(theirs)
+    off = abs(float(ours.detach()) - theirs) / abs(theirs)
     assert off <= LOSS, f"{what} is {float(ours)}, not {theirs}: off by {off:.3g} of it"
 
 

@@ -8,8 +8,9 @@ import pytest
 from amclip_ds import cli, config, configfile
 from amclip_ds.errors import SettingsError, UserError
 from amclip_ds.method import method_of
+from amclip_ds.recipe_headers import all_headers
 
-METHODS = ("clip", "flip", "random2x", "aclip", "aclip-eff")
+METHODS = tuple(header.method for header in all_headers())
 SIZES = ("tiny", "vits16", "vits16-moco", "vitb16", "vitl16")
 
 

@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "meter": MIDDLE | {"step"},
     "scenes": MIDDLE | {"config", "evaluate", "step"},
     "picture": MIDDLE | {"scenes"},
+    "recipe_headers": set(),
 }
 READS_ENVIRONMENT = {"engine/runtime.py", "launch.py"}
 

@@ -128,10 +128,21 @@ def test_draws_have_the_papers_chances_and_ranges() -> None:
     }
 
 
+def test_simclrs_draws_have_slips_chances_and_ranges() -> None:
+    """10,000 draws: more saturation and blur than A-CLIP's, no solarize; A-CLIP's are other ones."""
+    random = np.random.default_rng(0)
+    rows = np.stack([photometric.draw(random, "simclr") for _ in range(10_000)])
+    chances = [(rows[:, column] > 0).mean() for column in (0, 9, 10, 11)]
+    assert np.allclose(chances, [0.8, 0.2, 0.5, 0.0], atol=0.02)
+    assert 0.6 <= rows[:, 3].min() < 0.61 and 1.39 < rows[:, 3].max() <= 1.4
+    again = np.random.default_rng(0)
+    assert not np.array_equal(rows, np.stack([photometric.draw(again) for _ in range(10_000)]))
+
+
 def test_what_is_drawn_next_does_not_depend_on_what_was_decided() -> None:
     """Otherwise a blurred first view would change the second one."""
     for seed in range(200):
         drawn, reference = np.random.default_rng(seed), np.random.default_rng(seed)
-        photometric.draw(drawn)
+        photometric.draw(drawn, "simclr" if seed % 2 else "aclip")
         reference.random(9), reference.permutation(4)
         assert drawn.random() == reference.random()

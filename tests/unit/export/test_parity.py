@@ -164,6 +164,16 @@ def test_open_clip_refuses_what_it_cannot_hold(real_pairs: str, tmp_path: Path) 
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
+def test_a_mean_of_tokens_goes_to_timm_and_nowhere_that_takes_another(real_pairs: str, tmp_path: Path) -> None:
+    module, located = random_model("flip-tiny", 5)
+    assert located.config is not None and located.config.model.vision.pool == "mean"
+    assert write_proved("timm", module, located, "student", tmp_path / "timm", real_pairs).holds
+    for fmt in ("open_clip", "hf"):
+        with pytest.raises(UserError, match=rf"--format {fmt}: model\.vision\.pool=mean .* timm and onnx can"):
+            write_proved(fmt, module, located, "student", tmp_path / fmt, real_pairs)
+    assert [path.name for path in tmp_path.iterdir()] == ["timm"]
+
+
 def test_golden_tokens_through_transformers(exported: Path, shared_dir: Path) -> None:
     """Equal up to the end token wherever cleaning (ftfy, html) leaves the text as it is."""
     from open_clip.tokenizer import basic_clean, whitespace_clean

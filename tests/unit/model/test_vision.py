@@ -31,6 +31,28 @@ def test_equals_timm(name: str) -> None:
             torch.testing.assert_close(tower(images).cls, expected)
 
 
+def test_the_mean_of_all_tokens_is_timms_with_its_prefix() -> None:
+    """FLIP's feature: class token, kept patches, after the norm; removed ones are in no mean."""
+    import timm
+
+    config = tiny.vision_config(pool="mean")
+    tower = VisionTower(config)
+    vit = timm.create_model(
+        config.name, num_classes=0, img_size=32, patch_size=config.patch_size, embed_dim=config.width,
+        depth=config.depth, num_heads=config.heads, mlp_ratio=config.mlp_ratio, global_pool="avg",
+        pool_include_prefix=True, fc_norm=False,
+    )  # fmt: skip
+    state = {key: torch.randn(value.shape) * 0.2 for key, value in tower.state_dict().items()}
+    tower.load_state_dict(state)
+    vit.load_state_dict(state)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        tokens = tower(images).tokens
+        torch.testing.assert_close(tower.feature(tokens), vit(images))
+        assert not torch.allclose(tower.feature(tokens), tokens[:, 0])
+        torch.testing.assert_close(tower.feature(tokens.unflatten(0, (3, 1)))[:, 0], vit(images))
+
+
 def test_removed_tokens_do_not_exist_and_order_does_not_matter() -> None:
     tower = tower_of()
     images = torch.randn(2, 3, 32, 32)

@@ -1,0 +1,145 @@
+"""What the shipped recipes say of themselves, and what they are."""
+
+import pytest
+
+from amclip_ds import cli, config
+from amclip_ds.masks import NONE
+from amclip_ds.masks.units import num_kept
+from amclip_ds.method import method_of
+from amclip_ds.recipe_headers import GROUPS, PARTS, Header, all_headers, read_header
+
+PUBLISHED = {  # as their own code has them (methods.md of the facts): views are cropped alone, patch embeddings trained
+    "clip": (5e-4, 0.5, [0.9, 0.98], 3586), "flip": (5e-4, 0.2, [0.9, 0.95], 3586),
+    "centered": (1e-3, 0.2, [0.9, 0.98], 10_000), "cluster": (5e-4, 0.2, [0.9, 0.98], 2000),
+    "pgs": (1e-3, 0.2, [0.9, 0.98], 10_000), "slip": (3e-3, 0.1, [0.9, 0.98], 3586),
+}  # fmt: skip
+KEPT = {"clip": 196, "flip": 98, "random2x": 98, "aclip": 100, "aclip-eff": 100, "centered": 98, "cluster": 137,
+        "pgs": 137, "salience": 98, "disjoint": 98, "siglip": 196, "slip": 196}  # fmt: skip
+
+
+@pytest.mark.parametrize("header", all_headers(), ids=lambda header: header.method)
+def test_every_recipe_says_where_it_is_from(header: Header) -> None:
+    assert tuple(header.parts) == PARTS and header.group in GROUPS and all(header.parts.values())
+    assert header.title.endswith(".") and "\n" not in header.title
+
+
+def test_a_header_that_is_not_complete_is_an_error(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "own.yaml").write_text("# Own.\n# Group: the paper's table\n# Source: here\nmask: {}\n")
+    monkeypatch.setattr("amclip_ds.recipe_headers.FOLDER", tmp_path)
+    with pytest.raises(ValueError, match="recipe own: its header needs a title and Group, Source, Changes"):
+        read_header("own")
+
+
+@pytest.mark.parametrize("method", list(KEPT))
+def test_tokens_kept_at_b16(method: str) -> None:
+    loaded = config.load(f"{method}-vitb16")
+    assert {num_kept(mask, 14) for mask in method_of(loaded).masks} == {KEPT[method]}
+
+
+@pytest.mark.parametrize("method", list(PUBLISHED))
+def test_baselines_and_masks_train_as_published(method: str) -> None:
+    loaded = config.load(f"{method}-vitb16")
+    optim = loaded.optim
+    assert (optim.lr, optim.weight_decay, list(optim.betas), optim.warmup_steps) == PUBLISHED[method]
+    assert not loaded.model.vision.freeze_patch_embed and not loaded.data.photometric
+    assert not method_of(loaded).needs_teacher
+
+
+def test_tiny_keeps_its_own_optimizer() -> None:
+    for header in all_headers():
+        loaded = config.load(f"{header.method}-tiny")
+        assert (loaded.optim.lr, loaded.optim.weight_decay, loaded.optim.warmup_steps) == (1.5e-3, 0.05, 30)
+
+
+def test_the_paper_s_own_recipes_are_what_they_were() -> None:
+    for method in ("aclip", "aclip-eff", "random2x"):
+        loaded = config.load(f"{method}-vitb16")
+        assert loaded.model.vision.freeze_patch_embed and loaded.data.photometric and loaded.optim.warmup_steps == 2000
+        assert loaded.model.vision.pool == "cls" and loaded.data.num_views == 2
+
+
+def test_masks_of_single_patches_have_units_of_one() -> None:
+    for header in all_headers():
+        loaded = config.load(f"{header.method}-vitb16")
+        if loaded.mask.strategy not in (NONE, "attentive"):
+            assert loaded.mask.unit == 1
+
+
+def test_a_pipe_gets_the_names_and_one_recipe_its_header(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    names = capsys.readouterr().out.split()
+    assert names == config.recipe_names() and "clip-vitb16" in names
+    assert cli.main(["recipes", "clip-vitb16"]) == 0
+    printed = capsys.readouterr().out
+    assert "SLIP's baseline" in printed and "37.6" in printed and "Inferred: " in printed
+
+
+def test_a_terminal_gets_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    from amclip_ds.commands import recipes
+
+    recipes.print_methods()
+    printed = capsys.readouterr().out
+    assert all(group in printed for group in {header.group for header in all_headers()})
+    assert all(header.method in printed for header in all_headers())
+
+
+def test_the_method_of_a_name() -> None:
+    assert config.method_of_recipe("aclip-eff-vits16-moco") == "aclip-eff"
+    assert config.method_of_recipe("aclip-eff-vits16") == "aclip-eff"
+    assert config.method_of_recipe("none-tiny") is None and config.method_of_recipe("x/clip-tiny") is None
+
+
+def test_slip_has_a_plain_view_for_the_text_and_two_changed_ones_for_simclr() -> None:
+    loaded = config.load("slip-vitb16")
+    plain, *changed = loaded.data.all_views()
+    assert plain.scale == (0.5, 1.0) and not plain.flip and not plain.photometric
+    for view in changed:
+        assert (view.scale, view.flip, view.photometric, view.colours) == ((0.08, 1.0), True, True, "simclr")
+    objectives = method_of(loaded).objectives
+    assert objectives["contrastive"].views == [0] and objectives["simclr"].views == [1, 2]
+    assert objectives["simclr"].heads.norm_by == "view" and set(objectives) == {"contrastive", "simclr"}
+
+
+@pytest.mark.parametrize(
+    ("method", "gathers", "pairs"), [("slip", False, True), ("clip", False, None), ("aclip", True, False)]
+)
+def test_compat_release_is_each_methods_own_published_code(method: str, gathers: bool, pairs: bool | None) -> None:
+    paper, release = (method_of(config.load(f"{method}-tiny", [f"compat={compat}"])).objectives
+                      for compat in ("paper", "release"))  # fmt: skip
+    assert paper["contrastive"].gathers_gradient and release["contrastive"].gathers_gradient is gathers
+    if pairs is not None:
+        assert paper["simclr"].pairs_views and release["simclr"].pairs_views is pairs
+
+
+def test_disjoint_views_share_a_crop_and_are_compared() -> None:
+    loaded = config.load("disjoint-vitb16")
+    first, second = loaded.data.all_views()
+    assert second == first._replace(draws_of=0) and "occlusion" in method_of(loaded).objectives
+
+
+@pytest.mark.parametrize(
+    ("recipe", "word", "said"),
+    [
+        ("slip", "loss.o2o_views=[1,3]", "loss.o2o_views: there is no view 3; there are 3, from 0 to 2"),
+        ("slip", "loss.views=[-1]", "loss.views: there is no view -1"),
+        ("slip", "loss.o2o_views=[1]", "loss.o2o_views: [1] are not two views, which this loss compares"),
+        ("slip", "loss.o2o_views=null", "loss.o2o_weight: this loss needs data.num_views=2, not 3"),
+        ("aclip", "loss.o2e_views=[2]", "loss.o2e_views: there is no view 2; there are 2"),
+        ("clip", "loss.occlusion.weight=1", "loss.occlusion.weight: this loss needs data.num_views=2, not 1"),
+        ("aclip", "mask.keep_ratio=0.05", "mask.keep_ratio: 0.05 of 16 units of 2 x 2 patches is less than one"),
+        ("centered", "mask.keep_ratio=0.01", "mask.keep_ratio: 0.01 of 64 units of 1 x 1 patches is less than one"),
+        ("slip", "data.colours=mocov3", "data.colours: 'mocov3' is none of aclip, simclr"),
+        ("slip", "data.views.1.colours=x", "data.views.1.colours: 'x' is none of aclip, simclr"),
+        ("slip", "heads.norm_by=views", "heads.norm_by: 'views' is neither batch nor view"),
+        ("slip", "loss.release=moco", "loss.release: 'moco' is neither aclip nor slip"),
+        ("clip", "model.vision.pool=avg", "model.vision.pool: 'avg' is neither cls nor mean"),
+        ("centered", "mask.centered.sigma2=0", "mask.centered.sigma2: 0.0 is not above 0"),
+        ("cluster", "mask.cluster.rule=both", "mask.cluster.rule: 'both' is neither topk nor fill"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_its_key(
+    recipe: str, word: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["recipes", f"{recipe}-tiny", word]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert said in printed and len(printed.splitlines()) == 1
