@@ -17,4 +17,4 @@ class Compat:
     """Frequency text masks keep whole words until the budget is full; False: as many words as it has tokens, cut."""
 
 
-COMPAT = {"paper": Compat(True, True, True, True), "release": Compat(False, False, False, False)}
+COMPAT = {"paper": Compat(True, True, True, True, True), "release": Compat(False, False, False, False, False)}

@@ -85,7 +85,7 @@ def close(ours: Tensor, theirs: Tensor, what: str, *, atol: float = 0.0, rtol: f
     """rtol: of their tensor's largest element."""
     assert ours.shape == theirs.shape, f"{what}: {list(ours.shape)} instead of {list(theirs.shape)}"
     allowed = atol + rtol * float(theirs.double().abs().max())
-    off = float((ours.double() - theirs.double()).abs().max())
+    off = float((ours.detach().double() - theirs.double()).abs().max())
     assert off <= allowed, f"{what} off by {off:.3g}, allowed {allowed:.3g}"
 
 
