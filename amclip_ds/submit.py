@@ -76,6 +76,8 @@ class Plan:
 def make_plan(args: argparse.Namespace) -> Plan:
     """Checks recipe, batch, memory, a sample of the shards and eval.data; writes RUN/slurm. Raises UserError."""
     config = settings.load(args.recipe, args.overrides, args.plugin)
+    if args.gpus_per_node is None and args.tasks_per_node is None:
+        args.gpus_per_node = gpus_of_partition(args.partition)
     per_node = args.gpus_per_node or args.tasks_per_node or 1
     for name, value in (("--nodes", args.nodes), ("--chain", args.chain), ("tasks per node", per_node)):
         if value < 1:
@@ -94,6 +96,27 @@ def make_plan(args: argparse.Namespace) -> Plan:
     plan.found += describe_evaluation(config)
     write_script(plan, args)
     return plan
+
+
+def gpus_of_partition(partition: str | None) -> int | None:
+    """How many GPUs a node of the partition has, the fewest where they differ; None where Slurm names none.
+
+    partition: None means the default one, or all where Slurm marks none.
+    """
+    words = ["sinfo", "--noheader", "--format=%P %G"] + ([f"--partition={partition}"] if partition else [])
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    rows = [line.split(None, 1) for line in done.stdout.splitlines() if len(line.split(None, 1)) == 2]
+    rows = [row for row in rows if row[0].endswith("*")] or rows
+    counts = [_gpus_in(gres) for _, gres in rows]
+    return min(counts) if counts and all(counts) else None
+
+
+def _gpus_in(gres: str) -> int:
+    """`gpu:a100:4(S:0-1),gpu:2` holds 6, whatever else stands there none."""
+    return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres))
 
 
 def describe_batch(config: TrainConfig, world_size: int) -> str:

@@ -125,3 +125,35 @@ def test_a_plugin_goes_with_the_job(shards: Path, tmp_path: Path, monkeypatch: p
         plugins.LOADED.clear()
         MASKS.pop("own_of_a_job", None)
         sys.modules.pop("amclip_plugin_job_mask", None)
+
+
+SINFO = {
+    "gpu* gpu:a100:4(S:0-1)": 4,
+    "gpu* gpu:8\ncpu (null)": 8,
+    "gpu* gpu:8\ngpu* gpu:h100:4": 4,
+    "cpu* (null)\ngpu gpu:8": None,
+    "all* gpu:a100:2,gpu:t4:1,nvme:4": 3,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("answer", SINFO)
+def test_submit_asks_for_the_gpus_of_the_partition(
+    answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What sinfo says; told how many, it is not asked."""
+    (tmp_path / "answer").write_text(answer + "\n")
+    (tmp_path / "sinfo").write_text(f"#!/bin/sh\ncat {tmp_path}/answer\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert submit.gpus_of_partition(None) == SINFO[answer]
+
+
+def test_a_submission_takes_those_gpus(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sinfo").write_text("#!/bin/sh\necho 'gpu* gpu:4'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    code, run = submitted(shards, "--json", str(shards.parent / "plan.json"))
+    assert code == 0 and "--gpus-per-node=4" in json.loads((shards.parent / "plan.json").read_text())["command"]
+    code, run = submitted(shards, "--tasks-per-node", "2", "--json", str(shards.parent / "plan.json"))
+    assert code == 0 and "--gpus-per-node=4" not in json.loads((shards.parent / "plan.json").read_text())["command"]
