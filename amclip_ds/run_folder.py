@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from amclip_ds import config as settings
-from amclip_ds import run_files
+from amclip_ds import plugins, run_files
 from amclip_ds.backlog import Backlog
 from amclip_ds.config import TrainConfig
 from amclip_ds.engine.collectives import on_main
@@ -57,11 +57,15 @@ def open_folder(config: TrainConfig) -> tuple[Path, int]:
 
 
 def write_settings(folder: Path, config: TrainConfig, write: Callable[[Path, str], None]) -> None:
-    """RUN/config.yaml and versions.json. Again at every start, but after the resume: one that is refused for what its
-    settings would change must not leave them in the run's name. Raises what `write` does. Rank 0 only.
+    """RUN/config.yaml, versions.json and a copy of each plug-in's file. Again at every start, but after the resume: one
+    that is refused for what its settings would change must not leave them in the run's name. Raises what `write` does.
+    Rank 0 only.
     """
     write(folder / run_files.CONFIG, settings.dump(config))
     write(folder / run_files.VERSIONS, describe_versions())
+    for plugin in plugins.LOADED.values():
+        if plugin.text is not None:
+            write(folder / run_files.copy_of(plugin.name, plugin.hash), plugin.text.decode(errors="replace"))
 
 
 def next_attempt(folder: Path) -> int:

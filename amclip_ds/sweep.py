@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds import config as settings
-from amclip_ds import configfile, plain_yaml, run_files
+from amclip_ds import configfile, plain_yaml, plugins, run_files
+from amclip_ds.arguments import add_plugin
 from amclip_ds.display import one_line, printable
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import read_json, write_atomically
@@ -134,9 +135,12 @@ def main(argv: list[str] | None = None) -> int:
             sub.add_argument("index", type=int)
         if name == "finish":
             sub.add_argument("code", type=int)
+        if name == "overrides":
+            add_plugin(sub)
     args = parser.parse_args(argv)
     try:
         if args.command == "overrides":
+            plugins.load(args.plugin)  # their keys may be swept
             print(*overrides_of(args.sweep, args.index), sep="\n")
         elif args.command == "table":
             print(printable(render(table(args.sweep, args.out))), end="")

@@ -89,6 +89,7 @@ class StudentEngine:
         for buffer in module.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.float()
+        exact_buffers(module, self.start)
         exact_masters(self.engine, self.start, self.dtype)
         if self.stage == 3:
             gather_with_the_model(module)
@@ -252,6 +253,13 @@ def exact_masters(engine: Any, start: Start, dtype: torch.dtype) -> None:
     for name, shard in shards.master_shards(engine).items():
         whole = init_tensor(name, shapes[name], start).reshape(-1)
         shard.tensor.copy_(whole[shard.start : shard.start + shard.length])
+
+
+@torch.no_grad()
+def exact_buffers(module: nn.Module, start: Start) -> None:
+    """Gives buffers that an engine made bf16 their full fp32 start again."""
+    for name, buffer in persistent_buffers(module).items():
+        buffer.copy_(init_tensor(name, buffer.shape, start))
 
 
 def gather_with_the_model(module: AClip) -> None:

@@ -16,7 +16,7 @@ from amclip_ds.engine.communication_time import COMMUNICATION
 from amclip_ds.engine.compile import compile_towers
 from amclip_ds.engine.ds_config import TOWER
 from amclip_ds.engine.shards import Shard
-from amclip_ds.engine.student import StudentEngine, build_context, start_weights
+from amclip_ds.engine.student import StudentEngine, build_context, exact_buffers, start_weights
 from amclip_ds.errors import UserError
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.teacher_model import TeacherModel
@@ -104,6 +104,7 @@ class Sharded:
         for buffer in module.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.float()
+        exact_buffers(module, student.start)
 
     def __call__(self, method: Callable[..., Any], *inputs: Any) -> Any:
         """A method of TeacherModel over the inputs, through its engine."""

@@ -19,7 +19,7 @@ class Counting(Objective):
     features = frozenset({"patches"})
     targets = frozenset({"patches"})
     averaged = ("head",)
-    init = {"centre": constant(0.0), "gain": constant(1.0)}
+    init = {"centre": constant(0.1), "gain": constant(1.0)}
 
     def __init__(self, options: Any, sizes: Any) -> None:
         super().__init__(options, sizes)
@@ -51,14 +51,15 @@ class Counting(Objective):
 def counted(ds: str, accumulation: int) -> list[dict[str, Any]]:
     """By step: the calls, whether it was applied, the centre, the loss. The third step's loss is not finite."""
     OBJECTIVES["counting"] = Counting
-    found = []
+    found: list[dict[str, Any]] = []
     with running(ds, steps=4, accumulation=accumulation, own={"counting": Weighted(weight=0.5)}) as run:
         own: Any = run.student.module.objectives["counting"]  # type: ignore[index]
+        first = own.centre.tolist()
         for step in range(4):
             CALLS.clear()
             own.factor = float("nan") if step == 2 else 1.0
             taken = run.step(step)
             row = {"applied": taken["applied"], "centre": own.centre.tolist(), "loss": taken["loss"]}
             found.append(row | {"calls": dict(CALLS)})
-        found.append({"state": sorted(run.student.full_state())})
+        found.append({"first": first, "state": sorted(run.student.full_state())})
     return found

@@ -58,6 +58,8 @@ def test_its_mask_and_objective_train(trained: tuple[Path, list[str]]) -> None:
     weights = load_file(folder / "run" / "student.safetensors")
     assert weights["objectives.dense.centre"].abs().min() > 0  # it moved
     assert "objectives.dense.head.weight" in load_file(folder / "run" / "teacher.safetensors")
+    copies = sorted(path.name[:15] for path in (folder / "run").glob("plugin-*.py.txt"))
+    assert len(copies) == 2 and copies[0] == "plugin-contrast"
     config = (folder / "run" / "config.yaml").read_text()
     assert "- contrast sha256:" in config and "- dense sha256:" in config and "prototypes: 32" in config
 

@@ -1,12 +1,14 @@
 """A sweep's overrides and its table."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from amclip_ds import config, sweep
+from amclip_ds import config, plugins, sweep
 from amclip_ds.errors import UserError
+from amclip_ds.masks import MASKS
 
 
 def written(folder: Path, text: str) -> Path:
@@ -95,3 +97,22 @@ def test_lines_that_cannot_be_read_are_counted_in_the_table(tmp_path: Path) -> N
     rows = sweep.table(path, out)
     assert [row.get("unreadable lines") for row in rows] == [3, None] and [row["step"] for row in rows] == [7, 7]
     assert "unreadable lines" in sweep.render(rows) and "unreadable" not in sweep.render(rows[1:])
+
+
+def test_keys_of_a_plugin_are_swept_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As sweep.sbatch asks; without the plug-in the key is unknown."""
+    (tmp_path / "swept_mask.py").write_text(
+        "from dataclasses import dataclass\nfrom amclip_ds.masks import Mask\n"
+        "@dataclass\nclass Options:\n    slope: float = 1.0\n"
+        "MASKS = {'swept': Mask(lambda inputs, options: inputs.noise, frozenset({'noise'}), Options)}\n"
+    )
+    path = written(tmp_path, "grid: {mask.strategy: swept, mask.swept.slope: [1, 2]}\n")
+    try:
+        assert sweep.main(["overrides", str(path), "1"]) == 2
+        assert "mask.swept.slope: unknown key" in capsys.readouterr().out
+        assert sweep.main(["overrides", str(path), "1", "--plugin", str(tmp_path / "swept_mask.py")]) == 0
+        assert capsys.readouterr().out.split() == ["mask.strategy=swept", "mask.swept.slope=2"]
+    finally:
+        plugins.LOADED.clear()
+        MASKS.pop("swept", None)
+        sys.modules.pop("amclip_plugin_swept_mask", None)

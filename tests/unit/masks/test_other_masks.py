@@ -9,7 +9,7 @@ from torch import Tensor
 
 from amclip_ds.masks import MASKS, MaskConfig, MaskInputs, centered, cluster, options_of, pgs, salience
 from amclip_ds.masks.selection import select
-from tests.unit.tensor_memory import TensorMemory
+from benchmarks.tensor_memory import TensorMemory
 
 GRID, PATCH, WIDTH = 8, 4, 12
 

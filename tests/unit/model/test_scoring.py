@@ -5,8 +5,8 @@ from torch import Tensor
 
 from amclip_ds.model import scoring
 from amclip_ds.model.vision import VisionTower
+from benchmarks.tensor_memory import TensorMemory
 from tests.unit.model import tiny
-from tests.unit.tensor_memory import TensorMemory
 
 
 def full_map_scores(tower: VisionTower, images: Tensor) -> Tensor:

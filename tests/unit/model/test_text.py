@@ -4,8 +4,8 @@ from transformers.models.clip import CLIPTextConfig, CLIPTextModel
 
 from amclip_ds.model.init import Start, initialise
 from amclip_ds.model.text import TextConfig, TextTower
+from benchmarks.tensor_memory import TensorMemory
 from tests.unit.model import tiny
-from tests.unit.tensor_memory import TensorMemory
 
 
 def tower_of(**changes: object) -> TextTower:

@@ -6,8 +6,8 @@ from amclip_ds.masks.units import num_kept
 from amclip_ds.model.config import patch_grid
 from amclip_ds.model.init import Start, initialise
 from amclip_ds.model.vision import VisionConfig, VisionTower, build_vit
+from benchmarks.tensor_memory import TensorMemory
 from tests.unit.model import tiny
-from tests.unit.tensor_memory import TensorMemory
 
 
 def tower_of(**changes: object) -> VisionTower:

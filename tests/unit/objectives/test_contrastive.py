@@ -6,7 +6,7 @@ from torch import Tensor
 from amclip_ds.comm import SingleProcess
 from amclip_ds.objectives.contrastive import cross_entropy, info_nce
 from amclip_ds.objectives.sigmoid import sigmoid
-from tests.unit.tensor_memory import TensorMemory
+from benchmarks.tensor_memory import TensorMemory
 from tests.unit.thread_ranks import ThreadComm, run_threads
 
 V, N, E = 2, 12, 8

@@ -12,7 +12,8 @@ from amclip_ds.comm import SingleProcess
 from amclip_ds.objectives import ring
 from amclip_ds.objectives.contrastive import info_nce
 from amclip_ds.objectives.sigmoid import sigmoid
-from tests.unit.tensor_memory import TensorMemory
+from benchmarks.losses import Alike
+from benchmarks.tensor_memory import TensorMemory
 from tests.unit.thread_ranks import ThreadComm, run_threads
 
 LOCAL, WIDTH = 7, 5  # samples of a rank, of which no chunk here is a divisor
@@ -111,23 +112,6 @@ def test_ranks_whose_losses_count_differently() -> None:
     torch.testing.assert_close(torch.cat([one[0] for one in ours], 1), wanted[0])
     torch.testing.assert_close(torch.cat([one[1] for one in ours]), wanted[1])
     torch.testing.assert_close(ours[0][2] + ours[1][2], wanted[2])
-
-
-class Alike(SingleProcess):
-    """As many ranks as are asked for, all alike: what is handed over is a tensor of its own."""
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        return torch.cat([x] * self.world_size)
-
-    def ring_shift(self, x: Tensor) -> Tensor:
-        return x.clone()
-
-    def ring_ahead(self, x: Tensor) -> Callable[[], Tensor]:
-        arrived = x.clone()
-        return lambda: arrived
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
