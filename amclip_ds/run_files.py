@@ -23,7 +23,6 @@ STOP = "STOP"
 """a person's wish that the run saves and stops"""
 
 
-
 def copy_of(plugin: str, its_hash: str) -> str:
     """The copy of a plug-in's file, for whoever wants to know what the run did; nothing ever imports it."""
     return f"plugin-{plugin}-{its_hash[:12]}.py.txt"
