@@ -5,12 +5,14 @@ from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds import run_files
+from amclip_ds.config import TrainConfig
 from amclip_ds.display import code, code_block, one_line
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.source import Located
 from amclip_ds.export.proof import Proof
 from amclip_ds.files import read_json
 from amclip_ds.jsonl import read, read_lines
+from amclip_ds.masks import NONE, masks_of_views
 from amclip_ds.redact import redact
 
 LOADING = {
@@ -84,8 +86,8 @@ def write_card(fmt: str, located: Located, weights: str, proof: Proof, license_i
         + ("  # FILL IN: of the weights, which the licence of the data may limit" if license_id == UNKNOWN else ""),
         f"library_name: {library}", "tags: [clip, a-clip, zero-shot-image-classification]", "---", "",
         f"# {code(config.model.vision.name)}, A-CLIP, {weights}", "",
-        f"Pre-trained by amclip_ds with {code(f'mask.strategy={config.mask.strategy}')}"
-        f" (keep ratio {config.mask.keep_ratio}), {located.step} steps of {config.batch.global_size} pairs;"
+        f"Pre-trained by amclip_ds with {masks_in_words(config)}, {located.step} steps of"
+        f" {config.batch.global_size} pairs;"
         f" these are the {weights}'s weights{averaged}, fp32.", "",
         "## Loading", "", LOADING[fmt], "",
         f"Images: {config.model.vision.image_size} px, shortest side resized (bilinear), centre crop, ImageNet mean"
@@ -145,3 +147,17 @@ def _count(row: dict[str, Any]) -> str:
     """How many samples a row is of."""
     count = row.get("num_samples")
     return str(count) if isinstance(count, int) else "?"
+
+
+def masks_in_words(config: TrainConfig) -> str:
+    """The masks of the views; where they differ, which views have which."""
+    masks = masks_of_views(config.mask, config.data.view_masks())
+    different = [mask for place, mask in enumerate(masks) if mask not in masks[:place]]
+    said = []
+    for mask in different:
+        ratio = f"{mask.keep_ratio}" + (f" to {mask.final_keep_ratio}" if mask.final_keep_ratio is not None else "")
+        views = [f"{view + 1}" for view, other in enumerate(masks) if other == mask]
+        of = f" on view {' and '.join(views)}" if len(different) > 1 else ""
+        kept = f" (keep ratio {ratio})" if mask.strategy != NONE else ""
+        said.append(f"{code(f'mask.strategy={mask.strategy}')}{kept}{of}")
+    return ", ".join(said)

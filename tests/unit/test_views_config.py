@@ -6,6 +6,7 @@ import pytest
 
 from amclip_ds import config, configfile
 from amclip_ds.errors import SettingsError, UserError
+from amclip_ds.export.card import masks_in_words
 from amclip_ds.method import method_of
 
 THREE = "data.views=[{}, {flip: true, scale: [0.2, 1]}, {same_crop_as: 1, mask: {strategy: none}}]"
@@ -175,3 +176,18 @@ def test_views_with_different_schedules_go_together_when_they_keep_equally_many(
 def test_lists_of_sections_are_found_by_their_type() -> None:
     assert configfile.item_kind(config.keys_and_types()["data.views"]) is config.ViewConfig
     assert configfile.item_kind(config.keys_and_types()["data.captions"]) is None
+
+
+def test_the_card_of_an_export_says_each_view_s_mask() -> None:
+    assert masks_in_words(load()) == "`mask.strategy=random` (keep ratio 0.5)"
+    words = ["data.views.1.mask.strategy=none", "mask.schedule=linear", "mask.final_keep_ratio=0.75"]
+    first, second = masks_in_words(load(*words)).split(", ")
+    assert first == "`mask.strategy=random` (keep ratio 0.5 to 0.75) on view 1"
+    assert second == "`mask.strategy=none` on view 2"
+
+
+def test_the_page_s_yaml_loads(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "views.md").read_text()
+    file = tmp_path / "mine.yaml"
+    file.write_text("recipe: random2x-tiny\n" + page.split("```yaml\n")[1].split("```")[0])
+    assert kept(config.load(str(file))) == [((0,), ["random"]), ((1,), ["none"]), ((2,), ["random"])]
