@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from amclip_ds import run_files
 from amclip_ds.config import TrainConfig
 from amclip_ds.engine.memory import measured_model_state, relative_difference
 from amclip_ds.engine.runtime import Runtime
@@ -18,7 +19,6 @@ from amclip_ds.record import Record
 from amclip_ds.teacher import Teacher
 
 AFTER_STEPS = 2  # the optimizer's moments are made in the first
-FILE = "plan.json"
 
 
 def device_of(runtime: Runtime) -> Gpu | None:
@@ -103,7 +103,7 @@ class Forecast:
             "peak_gib": peak,
         }
         record.replace(
-            record.folder / FILE, json.dumps({"predicted": self._predicted, "measured": measured}, indent=1) + "\n"
+            record.folder / run_files.PLAN, json.dumps({"predicted": self._predicted, "measured": measured}, indent=1) + "\n"
         )
         planned = self._predicted["between_steps_gib"]
         at_peak = "" if peak is None else f"; peak {self._predicted['peak_gib']:.2f} planned, {peak:.2f} measured"

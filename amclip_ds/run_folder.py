@@ -25,7 +25,7 @@ from amclip_ds.errors import AmclipError, in_one_line
 from amclip_ds.files import not_written, write_atomically
 from amclip_ds.jsonl import append_line, read
 from amclip_ds.preconditions import check_folder
-from amclip_ds.redact import redact_all
+from amclip_ds.redact import redact, redact_all
 from amclip_ds.resilience.ownership import Owner, OwnershipLost
 from amclip_ds.timeline import Timeline
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from amclip_ds.engine.student import StudentEngine
     from amclip_ds.teacher import Teacher
 
+MAX_CHANGES = 1 << 20  # characters
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "transformers", "webdataset", "accelerate",
             "open_clip_torch", "safetensors", "numpy")  # fmt: skip
 
@@ -66,6 +67,8 @@ def write_settings(folder: Path, config: TrainConfig, write: Callable[[Path, str
     for plugin in plugins.LOADED.values():
         if plugin.text is not None:
             write(folder / run_files.copy_of(plugin.name, plugin.hash), plugin.text.decode(errors="replace"))
+    if changes := git_changes():
+        write(folder / run_files.CHANGES, changes)
 
 
 def next_attempt(folder: Path) -> int:
@@ -159,6 +162,16 @@ def git_revision() -> str | None:
         return revision + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", cwd=here) else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def git_changes() -> str:
+    """What differs here from the revision that git_revision names, as a patch; empty where nothing does, or nobody
+    can say, or where it is longer than any patch that is meant."""
+    try:
+        patch = _git("diff", "HEAD", cwd=Path(__file__).parents[1])
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return redact(patch) + "\n" if 0 < len(patch) <= MAX_CHANGES else ""
 
 
 def _git(*words: str, cwd: Path) -> str:

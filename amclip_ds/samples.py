@@ -1,5 +1,6 @@
 """The samples of any step of a run, found again from its number: the order of data is a pure function of it."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -47,11 +48,16 @@ def config_of(run: Path) -> TrainConfig:
     """The settings of a run, for reading its data here. Raises UserError."""
     if not (run / run_files.CONFIG).is_file():
         raise UserError(f"{run}: not a run's folder: it has no config.yaml")
-    found = settings.load_run(run / run_files.CONFIG)
-    found.run.out = str(run)
-    found.data.workers = 0
-    found.data.stage_dir = ""
-    return found
+    return for_reading(settings.load_run(run / run_files.CONFIG), run)
+
+
+def for_reading(config: TrainConfig, run: Path) -> TrainConfig:
+    """The same settings, with data that this process reads by itself; an index is looked for in the run's folder."""
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, out=str(run)),
+        data=dataclasses.replace(config.data, workers=0, stage_dir=""),
+    )
 
 
 @contextmanager
