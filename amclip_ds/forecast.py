@@ -103,7 +103,8 @@ class Forecast:
             "peak_gib": peak,
         }
         record.replace(
-            record.folder / run_files.PLAN, json.dumps({"predicted": self._predicted, "measured": measured}, indent=1) + "\n"
+            record.folder / run_files.PLAN,
+            json.dumps({"predicted": self._predicted, "measured": measured}, indent=1) + "\n",
         )
         planned = self._predicted["between_steps_gib"]
         at_peak = "" if peak is None else f"; peak {self._predicted['peak_gib']:.2f} planned, {peak:.2f} measured"
