@@ -104,7 +104,8 @@ def _settings(run: Path, config: TrainConfig) -> Iterator[Finding]:
     written = plain_yaml.read(run / run_files.CONFIG)
     flat = dict(_flat(written)) if isinstance(written, dict) else {}
     now = {key: value for key, value, _ in settings.explain(config)}
-    odd = [key for key, value in now.items() if key in flat and flat[key] != value and key != "run.out"]
+    then = {key: value for key, value, _ in settings.explain(settings.load_run(run / run_files.CONFIG))}
+    odd = [key for key, value in now.items() if key in then and then[key] != value and key != "run.out"]
     new = [key for key in now if key not in flat and key.split(".")[0] in written]
     if odd:
         yield Finding("settings", WARN, f"other values here: {', '.join(odd[:8])}", "leave those words out")
