@@ -22,6 +22,7 @@ KNOWN_KEYS = {
     "o2e_weight",
     "o2o_temperature",
     "chunk",
+    "exchange",
     "text",
 }
 
@@ -108,11 +109,15 @@ def _known(config: Any, width: int) -> dict[str, Part]:
         embeds = frozenset({"image_embeds", "text_embeds"})
         if loss.kind == "sigmoid":
             found["sigmoid"] = Part(
-                features=embeds | {"logit_bias"}, text=text, cost=lambda sizes: sigmoid_cost(sizes, loss.chunk)
+                features=embeds | {"logit_bias"},
+                text=text,
+                cost=lambda sizes: (ring_cost if loss.exchange == "ring" else sigmoid_cost)(sizes, loss.chunk),
             )
         else:
             found["contrastive"] = Part(
-                features=embeds, text=text, cost=lambda sizes: contrastive_cost(sizes, loss.chunk)
+                features=embeds,
+                text=text,
+                cost=lambda sizes: (ring_cost if loss.exchange == "ring" else contrastive_cost)(sizes, loss.chunk),
             )
     if loss.o2o_weight > 0:
         head = shapes.simclr_head(width, heads)
@@ -179,6 +184,15 @@ def sigmoid_cost(sizes: Sizes, chunk: int) -> Cost:
     flops = 8.0 * sizes.views * sizes.local * sizes.local * sizes.world * sizes.embed_dim
     texts = sizes.world * sizes.local * sizes.embed_dim * FP32
     return Cost(flops, float(texts), 4.0 * FP32 * rows * sizes.local)
+
+
+def ring_cost(sizes: Sizes, chunk: int) -> Cost:
+    """A tile of [B, B] logits, or a chunk of its rows, at a time: once forward, once again and for two gradients
+    backward. Texts and their gradients travel: those here, those that come."""
+    rows = min(chunk or sizes.local, sizes.local)
+    flops = 8.0 * sizes.views * sizes.local * sizes.local * sizes.world * sizes.embed_dim
+    texts = float(FP32 * sizes.local * sizes.embed_dim)
+    return Cost(flops, (sizes.views + 1) * texts, 4.0 * FP32 * rows * sizes.local + 4 * texts)
 
 
 def _logits(directions: int, rows: int, columns: int, width: int, copies: int, chunk: int) -> Cost:

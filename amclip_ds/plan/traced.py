@@ -38,6 +38,10 @@ class MetaRanks:
         """A copy."""
         return x * 1
 
+    def ring_ahead(self, x: Tensor) -> Callable[[], Tensor]:
+        """Likewise."""
+        return lambda: x * 1
+
 
 def parts_of(config: Any, width: int, grid: int, patch: int) -> dict[str, Part]:
     """plan.objectives.parts_of, of modules. Raises UserError for an objective that cannot be built."""

@@ -22,6 +22,8 @@ SETTINGS = {
     "aclip": [],
     "layer": ["heads.norm=layer"],
     "sigmoid": ["loss.kind=sigmoid", "loss.o2o_weight=0"],
+    "ring": ["loss.exchange=ring", "loss.chunk=16"],
+    "sigmoid on a ring": ["loss.exchange=ring", "loss.kind=sigmoid"],
     "chunks": ["loss.chunk=16", "loss.o2e_weight=0"],
 }
 
