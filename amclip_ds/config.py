@@ -57,7 +57,8 @@ SIZES = {  # the largest value -> the keys that take no more: beyond, a run woul
     10**6: "run.epochs optim.lr optim.weight_decay optim.eps optim.warmup_start_lr optim.final_lr"
     " optim.clip_grad_norm optim.vision_lr_scale optim.text_lr_scale loss.contrastive_weight loss.o2o_weight"
     " loss.o2e_weight loss.o2o_temperature eval.batch_size loss.occlusion.weight loss.occlusion.temperature"
-    " loss.occlusion.kappa mask.attentive_noise.noise mask.salience.noise mask.centered.sigma2",
+    " loss.occlusion.kappa loss.clipkd.weight loss.clipkd.feature_weight loss.clipkd.interactive_weight"
+    " loss.clipkd.relation_weight mask.attentive_noise.noise mask.salience.noise mask.centered.sigma2",
     2**17: "heads.hidden_dim heads.output_dim",
     2**16: "model.vision.width model.text.width model.embed_dim model.text.context_length data.prefetch"
     " data.open_shards data.text_mask.tokens",
@@ -555,7 +556,14 @@ def _check_read_views(config: TrainConfig) -> None:
         )
     if loss.occlusion.weight > 0 and num_views < 2:
         raise SettingsError(f"loss.occlusion.weight: this loss needs data.num_views=2, not {num_views}; or set it to 0")
-    reads_frozen = False
+    reads_frozen = loss.clipkd.weight > 0
+    if reads_frozen:
+        _check_places("loss.clipkd.views", loss.clipkd.views, num_views)
+    if reads_frozen and not config.distill.teacher:
+        raise SettingsError(
+            "distill.teacher: loss.clipkd compares with a finished model; name a run or a checkpoint, or set"
+            " loss.clipkd.weight=0"
+        )
     for name, kind in _loaded_objectives().items():
         options = None if name in FLAT_OBJECTIVES else getattr(loss, name, None)
         if options is None or options.weight == 0:

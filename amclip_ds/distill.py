@@ -10,7 +10,7 @@ from amclip_ds.errors import UserError
 from amclip_ds.evaluate.source import build_towers, locate
 from amclip_ds.model.amclip import by_view
 from amclip_ds.model.config import ModelConfig
-from amclip_ds.model.features import FROZEN_IMAGES, FROZEN_TEXTS, StudentInputs
+from amclip_ds.model.features import FROZEN_IMAGES, FROZEN_SCALE, FROZEN_TEXTS, StudentInputs
 
 
 class FrozenTeacher:
@@ -43,7 +43,8 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def look(self, inputs: StudentInputs, token_ids: Tensor, micro: int) -> dict[str, Tensor]:
-        """{FROZEN_IMAGES: [B, V, E], FROZEN_TEXTS: [B, E]}, fp32 rows of unit length; micro: samples at a time."""
+        """{FROZEN_IMAGES: [B, V, E], FROZEN_TEXTS: [B, E]}, fp32 rows of unit length, and FROZEN_SCALE: [B, 1], the
+        teacher's logit scale, exp'ed; micro: samples at a time."""
         images = torch.stack(
             by_view(inputs.groups, [group.images.flatten(0, 1) for group in inputs.groups])
         )  # [V, B, ...]
@@ -53,4 +54,5 @@ class FrozenTeacher:
             rows = self.towers.embed_images(piece.flatten(0, 1)).unflatten(0, piece.shape[:2])
             seen.append(rows.transpose(0, 1))
             read.append(self.towers.embed_texts(token_ids[start : start + micro]))
-        return {FROZEN_IMAGES: torch.cat(seen), FROZEN_TEXTS: torch.cat(read)}
+        scale = self.towers.logit_scale.detach().float().exp().expand(images.shape[1], 1)
+        return {FROZEN_IMAGES: torch.cat(seen), FROZEN_TEXTS: torch.cat(read), FROZEN_SCALE: scale}

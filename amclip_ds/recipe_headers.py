@@ -24,11 +24,16 @@ class Header:
 
     @property
     def group(self) -> str:
-        return self.parts["Group"]
+        return self.parts.get("Group", "others")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it says everything, as the shipped ones do."""
+        return bool(self.title) and tuple(self.parts) == PARTS and self.group in GROUPS
 
 
 def read_header(method: str) -> Header:
-    """The header of a method that has a recipe. Raises ValueError, naming the recipe, for one that is not complete."""
+    """The header of a method that has a recipe; what it does not say is left out."""
     title, parts, part = "", dict[str, str](), ""
     for line in (FOLDER / f"{method}.yaml").read_text(encoding="utf-8").splitlines():
         if not line.startswith("# "):
@@ -40,13 +45,11 @@ def read_header(method: str) -> Header:
             part, parts[name] = name, said
         else:
             title = f"{title} {line[2:]}".strip()
-    if tuple(parts) != PARTS or not title or parts["Group"] not in GROUPS:
-        raise ValueError(f"recipe {method}: its header needs a title and {', '.join(PARTS)}, in this order; groups are"
-                         f" {', '.join(GROUPS)}")  # fmt: skip
     return Header(method, title, parts)
 
 
 def all_headers() -> list[Header]:
     """Every method's, by group; in a group by name."""
     found = [read_header(path.stem) for path in FOLDER.glob("*.yaml")]
-    return sorted(found, key=lambda header: (GROUPS.index(header.group), header.method))
+    order = {group: place for place, group in enumerate(GROUPS)}
+    return sorted(found, key=lambda header: (order.get(header.group, len(order)), header.method))

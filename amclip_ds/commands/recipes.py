@@ -62,4 +62,5 @@ def lines_of_header(recipe: str) -> list[str]:
     if method is None:
         return []
     header = read_header(method)
-    return [header.title, *(f"{part}: {said}" for part, said in header.parts.items())]
+    said = [f"{part}: {text}" for part, text in header.parts.items()]
+    return [header.title, *said] if header.title else said

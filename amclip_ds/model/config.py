@@ -157,6 +157,25 @@ class OcclusionOptions(Weighted):
 
 
 @dataclass
+class ClipKDOptions(Weighted):
+    """CLIP-KD's losses against distill.teacher; each has its own weight beside `weight`, which multiplies them all."""
+
+    feature_weight: float = 2000.0
+    """Of the squared difference of the embeddings (FD), a mean over their channels."""
+    interactive_weight: float = 1.0
+    """Of the contrast with the teacher's embeddings (ICL)."""
+    relation_weight: float = 1.0
+    """Of the divergence from the teacher's distribution over the batch (CRD)."""
+    raw_scale: bool = False
+    """True: ICL's learned scale multiplies the cosine as it is, its logarithm, as in the published code."""
+
+    def __post_init__(self) -> None:
+        for name in ("feature_weight", "interactive_weight", "relation_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.clipkd.{name}: {getattr(self, name)} must be 0 or more")
+
+
+@dataclass
 class LossConfig:
     """A further objective's options are a section loss.NAME: a field of that name here, so that reading settings loads
     no torch; of an objective without one, and of a plug-in's, config.py makes the section from its Options."""
@@ -184,6 +203,7 @@ class LossConfig:
     text: str = "masked"
     """Which form of the texts the image-text loss reads where data.text_mask makes one: masked | plain."""
     occlusion: OcclusionOptions = field(default_factory=OcclusionOptions)
+    clipkd: ClipKDOptions = field(default_factory=ClipKDOptions)
 
     exchange: str = "gather"
     """gather: each rank collects all ranks' features | ring: the texts travel from rank to rank, and the memory of the

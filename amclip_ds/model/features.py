@@ -16,8 +16,8 @@ from amclip_ds.masks.selection import Selection
 
 Terms = dict[str, Tensor]
 """An objective's terms, each a scalar, unweighted; recorded as loss_NAME."""
-FROZEN_IMAGES, FROZEN_TEXTS = "frozen_images", "frozen_texts"
-FROZEN = (FROZEN_IMAGES, FROZEN_TEXTS)
+FROZEN_IMAGES, FROZEN_TEXTS, FROZEN_SCALE = "frozen_images", "frozen_texts", "frozen_scale"
+FROZEN = (FROZEN_IMAGES, FROZEN_TEXTS, FROZEN_SCALE)
 """what objectives may read of distill.teacher, in the order in which it follows their other targets"""
 Targets = dict[str, tuple[Tensor, ...]]
 """Objective -> what the teacher made for it; the first dimension of each tensor is samples."""

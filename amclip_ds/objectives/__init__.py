@@ -10,11 +10,12 @@ from torch import Tensor
 from amclip_ds.errors import UserError, name_of
 from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import FLAT_OBJECTIVES, HeadsConfig, LossConfig, ModelConfig, Weighted
-from amclip_ds.model.features import FROZEN, FROZEN_IMAGES, FROZEN_TEXTS, Features, Seen, Targets, Terms
+from amclip_ds.model.features import FROZEN, FROZEN_IMAGES, Features, Seen, Targets, Terms
 from amclip_ds.model.init import LOGIT_SCALE, Start
 from amclip_ds.objectives import byol, contrastive, simclr
 from amclip_ds.objectives.base import Objective
 from amclip_ds.objectives.byol import BYOL
+from amclip_ds.objectives.clipkd import ClipKD
 from amclip_ds.objectives.contrastive import Contrastive
 from amclip_ds.objectives.occlusion import Occlusion
 from amclip_ds.objectives.sigmoid import Sigmoid
@@ -26,6 +27,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "simclr": SimCLR,
     "byol": BYOL,
     "occlusion": Occlusion,
+    "clipkd": ClipKD,
 }  # in the order in which their terms are summed
 __all__ = ["OBJECTIVES", "Features", "Objective", "Seen", "Terms", "Weighted", "build", "builder", "chosen"]
 RECORDED = ("contrastive", "o2o", "o2e")  # terms of which every run has a number, 0 where the objective is not built
@@ -103,7 +105,7 @@ def with_frozen(objectives: Chosen, targets: Targets, looked: Mapping[str, Tenso
     for name, options in objectives.items():
         kind = OBJECTIVES[name]
         views = list(getattr(options, "views", None) or kind.views or range(looked[FROZEN_IMAGES].shape[1]))
-        held = {FROZEN_IMAGES: looked[FROZEN_IMAGES][:, views], FROZEN_TEXTS: looked[FROZEN_TEXTS]}
+        held = {**looked, FROZEN_IMAGES: looked[FROZEN_IMAGES][:, views]}
         found[name] = (*targets.get(name, ()), *(held[part] for part in FROZEN if part in kind.targets))
     return found
 

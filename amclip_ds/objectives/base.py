@@ -31,8 +31,8 @@ class Objective(nn.Module):
     features: ClassVar[frozenset[str]] = frozenset()
     """of FEATURES; patches and tokens are seen by per_sample alone, embeddings by forward alone"""
     targets: ClassVar[frozenset[str]] = frozenset()
-    """of TARGETS: what `observe` reads of the teacher; frozen_images [B, V, E] of its views and frozen_texts [B, E] are
-    distill.teacher's embeddings, and follow what `observe` gives"""
+    """of TARGETS: what `observe` reads of the teacher; frozen_images [B, V, E] of its views, frozen_texts [B, E] and
+    frozen_scale [B, 1] are distill.teacher's embeddings and logit scale, and follow what `observe` gives"""
     views: ClassVar[tuple[int, ...] | None] = None
     """the places in data.views that it reads; None: all"""
     text: ClassVar[str] = "plain"

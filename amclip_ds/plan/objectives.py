@@ -24,6 +24,7 @@ KNOWN_KEYS = {
     "chunk",
     "exchange",
     "text",
+    "release",
 }
 
 

@@ -11,6 +11,7 @@ from amclip_ds.method import method_of
 from amclip_ds.objectives import RECORDED
 from amclip_ds.recipe_headers import all_headers
 from tests.e2e.conftest import Amclip
+from tests.recipes import words_of
 
 METHODS = [header.method for header in all_headers()]
 
@@ -26,10 +27,18 @@ def train(amclip: Amclip, shared_dir: Path, out: Path, method: str, *words: str,
     return read_lines(out / "metrics.jsonl")
 
 
+def needed(amclip: Amclip, shared_dir: Path, folder: Path, method: str) -> list[str]:
+    """A teacher for those that learn from one."""
+    if not words_of(method):
+        return []
+    train(amclip, shared_dir, folder / "teacher", "clip", ranks=1)
+    return [f"distill.teacher={folder}/teacher"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_on_real_pairs_on_two_ranks(method: str, shared_dir: Path, tmp_path: Path, amclip: Amclip) -> None:
-    rows = train(amclip, shared_dir, tmp_path / "run", method)
-    loaded = config.load(f"{method}-tiny")
+    rows = train(amclip, shared_dir, tmp_path / "run", method, *needed(amclip, shared_dir, tmp_path, method))
+    loaded = config.load(f"{method}-tiny", words_of(method))
     terms = {name for name in rows[-1] if name.startswith("loss_")}
     assert len(rows) == 3 and all(math.isfinite(row["loss"]) for row in rows)
     assert terms >= {f"loss_{name}" for name in RECORDED} and rows[-1]["loss_contrastive"] > 0
@@ -43,9 +52,9 @@ def test_trains_on_real_pairs_on_two_ranks(method: str, shared_dir: Path, tmp_pa
 @pytest.mark.parametrize("method", METHODS)
 def test_worlds_and_splits_agree(method: str, stage: int, shared_dir: Path, tmp_path: Path, amclip: Amclip) -> None:
     """1, 2 and 4 ranks, whole and in pieces: the losses of three steps within 1e-5 relative."""
-    found = {}
+    found, words = {}, needed(amclip, shared_dir, tmp_path, method)
     for ranks, per_gpu in ((1, 16), (1, 4), (2, 8), (2, 4), (4, 4), (4, 2)):
-        rows = train(amclip, shared_dir, tmp_path / f"{ranks}x{per_gpu}", method, f"batch.per_gpu={per_gpu}",
+        rows = train(amclip, shared_dir, tmp_path / f"{ranks}x{per_gpu}", method, *words, f"batch.per_gpu={per_gpu}",
                      f"engine.deepspeed=zero{stage}_fp32.json", ranks=ranks)  # fmt: skip
         found[ranks, per_gpu] = [row["loss"] for row in rows]
     reference = found.pop((1, 16))

@@ -10,7 +10,7 @@ from amclip_ds.comm import Comm
 from amclip_ds.model.amclip import Sizes, normalise
 from amclip_ds.model.config import HeadsConfig
 from amclip_ds.model.features import Features
-from amclip_ds.objectives import contrastive, simclr
+from amclip_ds.objectives import clipkd, contrastive, simclr
 from amclip_ds.objectives.sigmoid import sigmoid
 from tests.parity.numbers import ALONE, Numbers, close, close_gradient, close_loss
 from tests.unit.thread_ranks import run_threads
@@ -113,7 +113,7 @@ def on_two_ranks(
         return loss_of([tensor.chunk(2)[comm.rank] for tensor in given], comm)
 
     losses = run_threads(2, work)
-    return [float(loss) for loss in losses], list(torch.autograd.grad(torch.stack(losses).mean(), given))
+    return [float(loss.detach()) for loss in losses], list(torch.autograd.grad(torch.stack(losses).mean(), given))
 
 
 def check_slip_on_two_ranks(numbers: Numbers) -> None:
@@ -178,3 +178,58 @@ def check_siglip_on_ranks(numbers: Numbers) -> None:
             found = torch.autograd.grad(torch.stack(losses).mean(), given)
             for part, gradient in zip(("image", "text"), found):
                 close_gradient(gradient, numbers[f"{case}/siglip/grad/{part}"], f"{case}: {name}, {part}")
+
+
+def clipkd_losses(numbers: Numbers, case: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of one process. The teacher of 12 channels meets the student's embeddings through linear projections."""
+    image, text = given["student_image"], given["student_text"]
+    teacher = [numbers[f"{case}/in/teacher_{part}"] for part in ("image", "text")]
+    near = [image, text]
+    if f"{case}/w/visual_proj.weight" in numbers:
+        near = [rows @ given[f"w/{tower}_proj.weight"].T + given[f"w/{tower}_proj.bias"]
+                for rows, tower in ((image, "visual"), (text, "text"))]  # fmt: skip
+    near, own = [normalise(rows) for rows in near], (normalise(image), normalise(text))
+    scale, theirs = given["log_scale"].exp(), numbers[f"{case}/in/teacher_scale"]
+    raw = given["w/cross_logit_scale"]
+    return {
+        "task": contrastive.info_nce(own[0][None], own[1], scale, ALONE),
+        "fd": clipkd.feature(near[0], teacher[0]) + clipkd.feature(near[1], teacher[1]),
+        "icl": clipkd.interactive(near[0], near[1], teacher[0], teacher[1], raw, ALONE),
+        "crd": clipkd.relation(own, (teacher[0], teacher[1]), scale, theirs, ALONE),
+    }
+
+
+def check_clipkd(numbers: Numbers) -> None:
+    """FD, ICL (its scale as published, not exp'ed) and CRD, the sum that its authors train with, and the task."""
+    for case, facts in numbers.cases.items():
+        inputs = {name: f"{case}/in/{name}" for name in ("student_image", "student_text", "log_scale")}
+        inputs |= {name.removeprefix(f"{case}/"): name for name in numbers.names(f"{case}/w/")}
+        given = {name: numbers[theirs].clone().requires_grad_() for name, theirs in inputs.items()}
+        for part, loss in clipkd_losses(numbers, case, given).items():
+            close_loss(loss, facts["global_losses"][part], f"{case}: {part}")
+            prefix = f"{case}/grad_{part}/"
+            names = [name.removeprefix(prefix) for name in numbers.names(prefix)]
+            leaves_of = [given[name] for name in names]
+            found = torch.autograd.grad(loss.sum(), leaves_of, allow_unused=True, retain_graph=True)
+            for name, gradient in zip(names, found):
+                close_gradient(gradient, numbers[f"{prefix}{name}"], f"{case}: {part}, {name}")
+
+
+def check_clipkd_on_two_ranks(numbers: Numbers) -> None:
+    """The mean of the ranks' losses and its gradient are one process's (the release's are half of it)."""
+    for case in numbers.cases:
+        scale, theirs = numbers[f"{case}/in/log_scale"].exp(), numbers[f"{case}/in/teacher_scale"]
+        teacher = [numbers[f"{case}/in/teacher_{part}"] for part in ("image", "text")]
+        rows = [numbers[f"{case}/in/student_{part}"] for part in ("image", "text")]
+
+        def crd(parts: list[Tensor], comm: Comm, *more: Any) -> Tensor:
+            own = (normalise(parts[0]), normalise(parts[1]))
+            taught = tuple(rows.chunk(comm.world_size)[comm.rank] for rows in teacher)  # noqa: B023
+            return clipkd.relation(own, taught, scale, theirs, comm)  # type: ignore[arg-type]  # noqa: B023
+
+        losses, gradients = on_two_ranks(rows, crd)
+        close_loss(
+            torch.tensor(losses).mean(), numbers.cases[case]["global_losses"]["crd"], f"{case}: crd of two ranks"
+        )
+        for part, gradient in zip(("image", "text"), gradients):
+            close_gradient(gradient, numbers[f"{case}/grad_crd/student_{part}"], f"{case}: two ranks, {part}")

@@ -9,6 +9,7 @@ from amclip_ds import cli, config, configfile
 from amclip_ds.errors import SettingsError, UserError
 from amclip_ds.method import method_of
 from amclip_ds.recipe_headers import all_headers
+from tests.recipes import words_of
 
 METHODS = tuple(header.method for header in all_headers())
 SIZES = ("tiny", "vits16", "vits16-moco", "vitb16", "vitl16")
@@ -16,7 +17,7 @@ SIZES = ("tiny", "vits16", "vits16-moco", "vitb16", "vitl16")
 
 @pytest.mark.parametrize("name", [f"{method}-{size}" for method in METHODS for size in SIZES])
 def test_every_recipe_loads_and_comes_back_from_its_dump(name: str, tmp_path: Path) -> None:
-    loaded = config.load(name)
+    loaded = config.load(name, words_of(name))
     file = tmp_path / "dumped.yaml"
     file.write_text(config.dump(loaded))
     again = config.load(str(file), [f"run.out={loaded.run.out}"])

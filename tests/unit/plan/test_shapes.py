@@ -13,6 +13,7 @@ from amclip_ds.model.vision import build_vit
 from amclip_ds.objectives import builder
 from amclip_ds.plan import shapes
 from amclip_ds.plan.work import work_of
+from tests.recipes import words_of
 
 RECIPES = [name for name in config.recipe_names() if name.endswith("-tiny")] + ["aclip-vits16-moco"]
 SETTINGS = {
@@ -39,7 +40,7 @@ def of_modules(
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_has_the_parameters_of_its_modules(recipe: str) -> None:
-    settings = config.load(recipe)
+    settings = config.load(recipe, words_of(recipe))
     step = work_of(settings, 1)
     student, teacher = of_modules(settings)
     assert [(name, (p.shape, p.requires_grad)) for name, p in step.student.items()] == list(student.items())
