@@ -27,7 +27,7 @@ def check(config: TrainConfig, resume: str = "auto") -> None:
         settings.check_buildable(config)  # only timm knows the name, and it loads torch
     check_inputs(config.data, config.eval.data)
     config.data.text_mask.read_table()
-    if config.distill.teacher and not Path(config.distill.teacher).exists():
+    if config.distill.teacher and not hub.local(config.distill.teacher).exists():
         raise UserError(f"distill.teacher: no such file or folder: {config.distill.teacher}")
     check_init(config)
     if resume not in ("auto", "never") and not Path(resume).exists():
