@@ -191,7 +191,7 @@ def _open_set(spec: str, split: str, task: str, classnames: str, templates: str,
     else:
         found, home = folders.find(folder, split, classnames != "folder"), folder
         if found is None:
-            raise UserError(f"{spec}: neither tars nor images in it")
+            raise UserError(f"{spec}: {_what_else(folder)}")
     is_multilabel = found is None and _said_of(folder) == MULTILABEL
     task = _task_of(folder, found is not None or classnames != "folder") if task == "auto" else task
     name = _name_of(folder)
@@ -217,6 +217,22 @@ def _open_set(spec: str, split: str, task: str, classnames: str, templates: str,
         prompts = names.templates(home, templates, default, hint, known_name(name))
     note = "; ".join(part for part in (found.note if found else "", names.describe(prompts)) if part)
     return _checked(EvalSet(name, task, samples, chosen, prompts, spec, is_multilabel, note), spec)
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder without tars and images holds, of what is often taken for a set to evaluate on."""
+    names_in = {path.name for path in folder.iterdir()} | {path.name for path in folder.glob("*/*")}
+    if names_in & {"data_batch_1", "batches.meta", "meta"} and any(
+        name.startswith(("test", "data_")) for name in names_in
+    ):
+        what = "CIFAR's pickles, which are never loaded, since they may run code"
+    elif any(name.endswith(("-ubyte", "-ubyte.gz")) for name in names_in):
+        what = "the files of MNIST, which are not read"
+    elif any(name.endswith(".mat") for name in names_in):
+        what = "files of Matlab, which are not read"
+    else:
+        return "neither tars nor images in it"
+    return f"{what}; write a folder a class, or CLIP_benchmark's layout (clip_benchmark_export_wds does)"
 
 
 def _checked(data: EvalSet, spec: str) -> EvalSet:
