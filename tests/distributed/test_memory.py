@@ -1,8 +1,11 @@
 """Model state by part, measured in tensor storages, against the formula of plan/model_state.py (docs/memory.md)."""
 
+from functools import cache
+
 import pytest
 
-from amclip_ds.engine.memory import relative_difference
+from amclip_ds.engine.memory import model_state_of, relative_difference
+from tests.distributed.cases_memory import small_settings
 from tests.harness import run_ranks
 
 FILES = [f"zero{stage}_fp32.json" for stage in range(4)] + [f"zero{stage}_bf16.json" for stage in (1, 2, 3)]
@@ -10,12 +13,17 @@ ALL = [(ds, world_size) for ds in FILES for world_size in (1, 2, 4)]
 SOME = {("zero0_fp32.json", 1), ("zero1_bf16.json", 2), ("zero2_bf16.json", 2), ("zero3_bf16.json", 4)}
 
 
+@cache
+def by_part(ds: str, world_size: int) -> list[dict[str, dict[str, float]]]:
+    """By rank: {"measured": part -> bytes, "expected": the formula's}."""
+    return run_ranks("tests.distributed.cases_memory:state_by_part", world_size=world_size, timeout_s=600, ds=ds)
+
+
 @pytest.mark.parametrize(
     ("ds", "world_size"), [pair if pair in SOME else pytest.param(*pair, marks=pytest.mark.nightly) for pair in ALL]
 )
 def test_model_state_by_part(ds: str, world_size: int) -> None:
-    results = run_ranks("tests.distributed.cases_memory:state_by_part", world_size=world_size, timeout_s=600, ds=ds)
-    for rank, found in enumerate(results):
+    for rank, found in enumerate(by_part(ds, world_size)):
         for part, expected in found["expected"].items():
             measured = found["measured"][part]
             assert relative_difference(measured, expected) < 0.01, (rank, part, measured, expected)
@@ -23,10 +31,6 @@ def test_model_state_by_part(ds: str, world_size: int) -> None:
 
 def test_another_stage_does_not_fit_the_formula() -> None:
     """The twin: what stage 2 measures, held against stage 3's formula."""
-    measured = run_ranks("tests.distributed.cases_memory:state_by_part", timeout_s=600, ds="zero2_bf16.json")[0][
-        "measured"
-    ]
-    expected = run_ranks("tests.distributed.cases_memory:state_by_part", timeout_s=600, ds="zero3_bf16.json")[0][
-        "expected"
-    ]
+    measured = by_part("zero2_bf16.json", 2)[0]["measured"]
+    expected = model_state_of(small_settings("zero3_bf16.json"), 2, 0)
     assert relative_difference(measured["parameters"], expected["parameters"]) > 0.3

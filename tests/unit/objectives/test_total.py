@@ -11,6 +11,7 @@ from amclip_ds.model.init import initialise
 from amclip_ds.objectives import Objective, builder, chosen, start_of
 from amclip_ds.objectives.contrastive import info_nce
 from amclip_ds.objectives.sigmoid import sigmoid
+from amclip_ds.objectives.simclr import online_to_online
 from tests.unit.model import tiny
 
 CLS, EOT = (torch.randn(*shape, generator=torch.Generator().manual_seed(3)) for shape in ((2, 6, 32), (6, 32)))
@@ -53,7 +54,14 @@ def test_sigmoid_is_chosen_by_the_kind() -> None:
 
 
 def test_the_pairing_reaches_the_online_to_online_term() -> None:
-    assert losses(pairs_views=False)[1].terms["o2o"] < losses()[1].terms["o2o"]
+    for pairs_views in (True, False):
+        student, found = losses(pairs_views=pairs_views)
+        simclr = student.objectives["simclr"]
+        head = simclr.head(CLS.flatten(0, 1), SingleProcess().all_reduce_sum).unflatten(0, CLS.shape[:2])
+        right, wrong = (online_to_online(head, simclr.options.temperature, SingleProcess(), pairing)
+                        for pairing in (pairs_views, not pairs_views))  # fmt: skip
+        torch.testing.assert_close(found.terms["o2o"], right)
+        assert not torch.isclose(found.terms["o2o"], wrong)
 
 
 def test_an_objective_sees_only_its_views_and_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
