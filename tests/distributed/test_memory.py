@@ -4,7 +4,8 @@ from functools import cache
 
 import pytest
 
-from amclip_ds.engine.memory import model_state_of, relative_difference
+from amclip_ds.engine.memory import relative_difference
+from amclip_ds.plan.model_state import model_state_of
 from tests.distributed.cases_memory import small_settings
 from tests.harness import run_ranks
 
