@@ -97,7 +97,8 @@ def pixels(images_uint8: Tensor | None) -> Tensor:
 
 class Run:
     """Student, teacher and guards of one rank. optim, loss, mask, guards: changes to their settings.
-    own: further objectives, with their options."""
+    own: further objectives, with their options. roles: the second view keeps half as many tokens as the first, by
+    another mask, and the image-text loss reads shortened texts."""
 
     def __init__(
         self, ds: str, *, steps: int = 5, accumulation: int = 1, optim: dict[str, Any] | None = None,
@@ -105,7 +106,7 @@ class Run:
         seed: int = 0, recipe: bool = False, batch_size: int = GLOBAL_BATCH, depth: int = 2,
         checkpoint_every: int = 0, compile: str = "none",
         momentum: tuple[float, float] = (0.9, 0.99), guards: dict[str, Any] | None = None,
-        runtime: engine_runtime.Runtime | None = None, own: dict[str, Any] | None = None,
+        runtime: engine_runtime.Runtime | None = None, own: dict[str, Any] | None = None, roles: bool = False,
     ) -> None:  # fmt: skip
         self.runtime = runtime or engine_runtime.start()
         self.comm = DistributedComm()
@@ -116,7 +117,8 @@ class Run:
         sgd = {"name": "sgd", "lr": 0.05, "warmup_steps": 0, "weight_decay": 0.0}
         optim_config = OptimConfig(**(sgd | (optim or {})))
         teacher_config = TeacherConfig(momentum=momentum[0], final_momentum=momentum[1], placement=placement)
-        self.objectives = chosen(LossConfig(**(loss or {})), heads) | (own or {})
+        self.roles = roles
+        self.objectives = chosen(LossConfig(**(loss or {})), heads, has_masked_text=roles) | (own or {})
         self.student = StudentEngine(self.model, self.objectives, optim_config,
                                      EngineConfig(deepspeed=ds, compile=compile), seed=seed,
                                      runtime=self.runtime)  # fmt: skip
@@ -136,11 +138,18 @@ class Run:
             whole = replace(whole, mask_noise=noise_of(keep, self.model.vision.grid))
         return local_part(whole, self.runtime.rank, self.runtime.world_size)
 
+    def shortened(self, batch: Batch) -> Batch:
+        """The batch with its texts cut to 6 tokens, as data.text_mask gives them beside the whole ones."""
+        cut = batch.token_ids[:, :6].clone()
+        cut[:, -1] = self.model.text.eos_token_id
+        return replace(batch, masked_ids=cut)
+
     def method(self, replays: bool = False) -> Method:
         """The run's, with a mask that is watched; replays: the noise says what stays."""
         self.looked_at.clear()
         name = watch("given" if replays else self.mask.strategy, self.looked_at.append)
-        return Method(self.objectives, (MaskConfig(strategy=name),) * 2, self.model.vision.grid, COMPAT["paper"])
+        masks = (MaskConfig(name), MaskConfig("attentive", 0.25) if self.roles else MaskConfig(name))
+        return Method(self.objectives, masks, self.model.vision.grid, COMPAT["paper"])
 
     def scores(self) -> Tensor:
         """[V, b, U]: the teacher's scores of the last step, seen from the views."""

@@ -86,17 +86,18 @@ def _dense_embeddings(run: Run, weights: dict[str, Tensor], images: Tensor) -> T
         return module.embed_images(images)
 
 
-def gradients_by_split(ds: str, breaks: str | None = None) -> dict[int, dict[str, Tensor]]:
-    """Split -> parameter -> gradient of the same 16 samples, before any step. Whole on every rank.
+def gradients_by_split(ds: str, breaks: str | None = None, roles: bool = False) -> dict[int, dict[str, Tensor]]:
+    """Split -> parameter -> gradient of the same 16 samples, before any step. Whole on every rank. roles: cases.Run.
 
     breaks "boundary": every backward call ends the accumulation. "last": the last piece lies outside of it.
     "masks": the second pass keeps other tokens than the first.
     """
     found = {}
-    with running(ds, optim={"momentum": 0.0}) as run:
+    with running(ds, optim={"momentum": 0.0}, roles=roles) as run:
         halves = [local_part(global_batch(step, run.model), run.runtime.rank, run.runtime.world_size)
                   for step in (0, 1)]  # fmt: skip
         batch = both(*halves)
+        batch = run.shortened(batch) if roles else batch
         local = batch.token_ids.shape[0]
         for split in [split for split in (1, 2, 4, 8) if split <= local]:
             run.micro = local // split

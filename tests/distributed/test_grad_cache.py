@@ -12,9 +12,9 @@ from tests.harness import run_ranks
 STAGES = [f"zero{stage}_fp32.json" for stage in range(4)]
 
 
-def gradients(ds: str, breaks: str | None = None) -> dict[int, dict[str, Tensor]]:
+def gradients(ds: str, breaks: str | None = None, roles: bool = False) -> dict[int, dict[str, Tensor]]:
     case = "tests.distributed.cases_engine:gradients_by_split"
-    return run_ranks(case, world_size=2, timeout_s=600, ds=ds, breaks=breaks)[0]
+    return run_ranks(case, world_size=2, timeout_s=600, ds=ds, breaks=breaks, roles=roles)[0]
 
 
 def worst_error(whole: dict[str, Tensor], split: dict[str, Tensor]) -> float:
@@ -32,6 +32,15 @@ def test_gradients_of_every_split(ds: str) -> None:
     assert set(found) == {1, 2, 4, 8}
     for split in (2, 4, 8):
         assert worst_error(found[1], found[split]) <= 1e-5, split
+
+
+@pytest.mark.parametrize("ds", [*(pytest.param(ds, marks=pytest.mark.nightly) for ds in STAGES[:3]), STAGES[3]])
+def test_views_of_several_masks_and_a_second_text_pass(ds: str) -> None:
+    """Two passes of the vision tower, of 8 and of 4 tokens, and the text tower over shortened texts."""
+    found, alike = gradients(ds, roles=True), gradients(ds)
+    for split in (2, 4, 8):
+        assert worst_error(found[1], found[split]) <= 1e-5, split
+    assert worst_error(alike[1], found[1]) > 1e-2  # the masks and texts are others
 
 
 @pytest.mark.parametrize(
