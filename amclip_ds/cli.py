@@ -31,6 +31,7 @@ COMMANDS = {  # the word typed -> its module in amclip_ds/commands
     "plan": "plan",
     "doctor": "doctor",
     "reproduce": "reproduce",
+    "samples": "samples",
 }
 AGAIN_S = 3.0
 EPILOG = """exit codes: 0 done; 1 a fault of amclip or of the machine (its last lines say which);

@@ -1,25 +1,33 @@
 """The samples of any step of a run, found again from its number: the order of data is a pure function of it."""
 
+import base64
 import dataclasses
+import html
+import io
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from amclip_ds import config as settings
 from amclip_ds import run as runs
 from amclip_ds import run_files
 from amclip_ds.config import TrainConfig
-from amclip_ds.data import captions
+from amclip_ds.data import captions, photometric
 from amclip_ds.data.batch import Batch
+from amclip_ds.data.images import open_image
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.order import EpochOrder
 from amclip_ds.data.reader import ShardReader
+from amclip_ds.display import one_line
 from amclip_ds.engine.runtime import Runtime
 from amclip_ds.errors import UserError
+from amclip_ds.files import write_atomically
 from amclip_ds.method import method_of
 
 ALONE = Runtime(0, 1, 0, 1, 1, 0, torch.device("cpu"), "alone", True)
@@ -118,3 +126,147 @@ def _order(data: TrainingData, epoch: int) -> EpochOrder:
     return EpochOrder(
         data.index.counts[list(spec.members)], spec.mixture, spec.seed, epoch, spec.open_shards, spec.window
     )
+
+
+# --- `amclip samples` ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sample of a step, with its crops and its loss."""
+
+    sample: Looked
+    boxes: list[list[float]]
+    """top, left, height, width in source pixels: of each view, the teacher's last"""
+    loss: float | None
+    """image-text, mean of both directions; None: not asked for"""
+
+    def json(self) -> dict[str, Any]:
+        """For a program."""
+        sample = self.sample
+        return {
+            "place": sample.place,
+            "id": sample.sample_id,
+            "key": sample.key,
+            "shard": sample.shard,
+            "offset": sample.offset,
+            "caption": sample.caption,
+            "is_replacement": sample.is_replacement,
+            "boxes": self.boxes,
+            "loss": self.loss,
+        }
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The batch of a step."""
+
+    run: Path
+    step: int
+    epoch: int
+    weights_of: int | None
+    """the step of the weights that the losses are by"""
+    rows: list[Row]
+    incidents: list[dict[str, str]]
+
+    def worst(self, number: int) -> list[Row]:
+        """Those with the largest loss, the largest first."""
+        return sorted(self.rows, key=lambda row: -(row.loss or 0.0))[:number]
+
+    def json(self) -> dict[str, Any]:
+        """For a program."""
+        return {
+            "run": str(self.run),
+            "step": self.step,
+            "epoch": self.epoch,
+            "weights_of_step": self.weights_of,
+            "samples": [row.json() for row in self.rows],
+            "incidents": self.incidents,
+        }
+
+
+def of_step(run: Path, step: int, overrides: list[str], has_losses: bool) -> Shown:
+    """The samples of a step as they were trained on. Raises UserError where run, data or weights are not there."""
+    config = config_of(run)
+    if overrides:
+        config = for_reading(settings.load(str(run / run_files.CONFIG), overrides), run)
+    module, weights_of = _towers(run) if has_losses else (None, None)
+    with opened(config) as data:
+        batch = batch_of(data, step)
+        looked = members_of(data, config, step, batch.sample_ids.tolist())
+        epoch, _ = place_of(data, step)
+    losses = [None] * len(looked) if module is None else losses_of(module, batch)
+    boxes = batch.boxes.transpose(0, 1).tolist()
+    rows = [Row(*held) for held in zip(looked, boxes, losses)]
+    return Shown(run, step, epoch, weights_of, rows, batch.incidents)
+
+
+def _towers(run: Path) -> tuple[Any, int]:
+    from amclip_ds.evaluate.source import build_towers, locate
+
+    located = locate(run)
+    return build_towers(located, "student"), located.step
+
+
+@torch.no_grad()
+def losses_of(module: Any, batch: Batch, piece: int = 64) -> list[float | None]:
+    """The image-text loss of each sample of a batch: the mean over views and both directions, every token kept."""
+    views = photometric.apply(batch.views_uint8, batch.photometric)
+    texts = torch.cat([module.embed_texts(part) for part in batch.token_ids.split(piece)])
+    scale, labels = module.logit_scale.float().exp(), torch.arange(len(texts))
+    total = torch.zeros(len(texts))
+    for view in views:
+        images = torch.cat([module.embed_images(part) for part in view.split(piece)])
+        logits = scale * images @ texts.T
+        total += F.cross_entropy(logits, labels, reduction="none") + F.cross_entropy(logits.T, labels, reduction="none")
+    return (total / (2 * len(views))).tolist()
+
+
+def lines(shown: Shown, chosen: list[Row]) -> Iterator[str]:
+    """A line a sample and what stands in its place."""
+    by = "" if shown.weights_of is None else f"; losses by the weights of step {shown.weights_of}"
+    yield f"{shown.run}: step {shown.step} (epoch {shown.epoch}), {len(shown.rows)} samples{by}"
+    for row in chosen:
+        sample = row.sample
+        loss = "" if row.loss is None else f" loss {row.loss:.3f}"
+        other = " (in place of one that cannot be used)" if sample.is_replacement else ""
+        yield f"{sample.place}: id {sample.sample_id} {sample.key} in {sample.shard} at {sample.offset}{loss}{other}"
+        yield f"    {one_line(sample.caption)}"
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>body{{font:16px/1.4 system-ui,sans-serif;margin:1rem;color-scheme:light dark}}
+figure{{display:inline-block;width:240px;margin:.5rem;vertical-align:top}}img{{max-width:100%;display:block}}
+small{{overflow-wrap:anywhere}}</style><h1>{title}</h1>{figures}</html>
+"""
+
+
+def write_page(shown: Shown, chosen: list[Row], file: Path) -> None:
+    """One page with the pictures as they lie in the shards, opened and made small here. Raises UserError."""
+    figures = []
+    for row in chosen:
+        sample = row.sample
+        loss = "" if row.loss is None else f"loss {row.loss:.3f}<br>"
+        facts = html.escape(f"id {sample.sample_id}, {sample.key} in {sample.shard} at {sample.offset}")
+        caption = html.escape(one_line(sample.caption))
+        figures.append(
+            f"<figure>{_picture(sample)}<figcaption>{loss}{caption}<br><small>{facts}</small></figcaption></figure>"
+        )
+    title = html.escape(f"{shown.run.name}: step {shown.step}")
+    try:
+        write_atomically(file, PAGE.format(title=title, figures="\n".join(figures)))
+    except OSError as error:
+        raise UserError(f"--out {file}: cannot be written: {error.strerror}") from None
+
+
+def _picture(sample: Looked) -> str:
+    try:
+        image = open_image(sample.image).picture()
+    except ValueError as error:
+        return f"<p>{html.escape(str(error))}</p>"
+    image.thumbnail((240, 240))
+    held = io.BytesIO()
+    image.save(held, "JPEG", quality=85)
+    encoded = base64.b64encode(held.getvalue()).decode()
+    return f'<img alt="{html.escape(one_line(sample.caption))}" src="data:image/jpeg;base64,{encoded}">'

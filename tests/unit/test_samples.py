@@ -1,0 +1,159 @@
+"""`amclip samples`: what a step was trained on, found again from its number, in whatever world it ran."""
+
+import io
+import json
+import tarfile
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from amclip_ds import config, samples
+from amclip_ds.cli import main
+from amclip_ds.data.loader import TrainingData
+from amclip_ds.model.amclip import AClip
+
+NUMBER, BATCH, POISONED = 40, 16, 11
+WORDS = [
+    f"batch.global_size={BATCH}",
+    "run.steps=400",
+    "model.vision.depth=1",
+    "model.text.depth=1",
+    "mask.strategy=none",
+    "data.photometric=false",
+    "data.captions=[txt]",
+]
+
+
+def picture(number: int) -> Image.Image:
+    pixels = np.random.default_rng(number).integers(0, 255, (2, 2, 3), np.uint8)
+    return Image.fromarray(pixels).resize((64, 64))
+
+
+def caption(number: int) -> str:
+    return f"a picture of thing number {number}"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with settings and shards; one sample has another's caption."""
+    folder = tmp_path_factory.mktemp("samples")
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for number in range(NUMBER):
+            held = io.BytesIO()
+            picture(number).save(held, "PNG")
+            text = caption(3 if number == POISONED else number)
+            for suffix, content in (("png", held.getvalue()), ("txt", text.encode())):
+                info = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    settings = config.load("clip-tiny", [*WORDS, f"data.train={folder}/0.tar", f"run.out={folder}/run"])
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text(config.dump(settings))
+    return folder / "run"
+
+
+def trained_on(run: Path, steps: int, world: int) -> list[list[int]]:
+    """The ids of the first steps, as ranks of a world take them."""
+    settings = samples.config_of(run)
+    ids: list[list[int]] = [[] for _ in range(steps)]
+    for rank in range(world):
+        with closing(
+            TrainingData(
+                settings.data,
+                seed=settings.run.seed,
+                global_batch=BATCH,
+                rank=rank,
+                world_size=world,
+                image_size=64,
+                teacher_size=None,
+                num_units=0,
+                context_length=77,
+                index_dir=run,
+            )
+        ) as data:
+            stream = data.batches(None)
+            for step in range(steps):
+                ids[step] += next(iter(stream)).sample_ids.tolist()
+    return ids
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_samples_of_a_step_are_those_that_it_was_trained_on(run: Path, world: int) -> None:
+    expected = trained_on(run, 5, world)
+    for step in (1, 2, 5):
+        shown = samples.of_step(run, step, [], has_losses=False)
+        assert [row.sample.sample_id for row in shown.rows] == expected[step - 1]
+    assert samples.of_step(run, 1, [], False).rows != samples.of_step(run, 3, [], False).rows
+
+
+def test_a_sample_is_what_lies_in_the_shard(run: Path) -> None:
+    shown = samples.of_step(run, 10**6 + 1, [], has_losses=False)
+    assert shown.epoch == 10**6 // (NUMBER // BATCH)
+    for row in shown.rows:
+        sample = row.sample
+        number = int(sample.key)
+        with Path(sample.shard).open("rb") as file:
+            file.seek(sample.offset)
+            assert file.read(len(sample.image)) == sample.image
+        assert Image.open(io.BytesIO(sample.image)).tobytes() == picture(number).tobytes()
+        assert sample.caption == caption(3 if number == POISONED else number) and not sample.is_replacement
+        assert all(len(box) == 4 and box[2] > 0 for box in row.boxes)
+
+
+def overfitted(run: Path) -> None:
+    """Weights that know every right pair, as the run's."""
+    torch.manual_seed(0)
+    module = AClip(config.load_run(run / "config.yaml").model)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.05 if parameter.dim() > 1 else 0.01)
+    for name, parameter in module.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            torch.nn.init.ones_(parameter)
+    module.logit_scale.data.fill_(2.5)
+    images = torch.stack([torch.from_numpy(np.array(picture(n))).permute(2, 0, 1) for n in range(NUMBER)])
+    from amclip_ds.data import photometric
+    from amclip_ds.evaluate.encoder import token_ids
+
+    pixels, ids = photometric.normalise(images), token_ids(tuple(caption(n) for n in range(NUMBER)), 77)
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=2e-3)
+    for _ in range(60):
+        logits = module.logit_scale.exp() * module.embed_images(pixels) @ module.embed_texts(ids).T
+        labels = torch.arange(NUMBER)
+        loss = torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save_file(
+        {n: p.detach() for n, p in module.named_parameters()},
+        run / "student.safetensors",
+        {"step": "400", "weights": "student"},
+    )
+
+
+def test_a_poisonous_sample_is_the_worst(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overfitted(run)
+    step = next(n + 1 for n, ids in enumerate(trained_on(run, 6, 1)) if POISONED in ids and 3 not in ids)
+    file, page = tmp_path / "step.json", tmp_path / "worst.html"
+    words = ["samples", str(run), str(step), "--worst", "3", "--json", str(file), "--out", str(page)]
+    assert main(words) == 0
+    rows = json.loads(file.read_text())["samples"]
+    assert len(rows) == BATCH and max(rows, key=lambda row: row["loss"])["key"] == f"{POISONED:04d}"
+    assert f" {POISONED:04d} in " in capsys.readouterr().out
+    text = page.read_text()
+    assert text.count("<img ") == 3 and "http" not in text.replace("http-equiv", "")
+
+
+def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        (["samples", str(tmp_path), "1"], "not a run's folder"),
+        (["samples", str(run), "0"], "0 is below 1"),
+        (["samples", str(run), "1", "data.train=/nowhere.tar"], "/nowhere.tar"),
+    ):
+        assert main(words) == 2
+        printed = capsys.readouterr().err
+        assert said in printed and len(printed.strip().splitlines()) == 1
