@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: setup ## synthetic shards -> a tiny A-CLIP trained by DeepSpeed on 2 processes -> accuracy and pictures in OUT
+demo: setup ## synthetic shards -> a tiny A-CLIP and its control trained by DeepSpeed -> accuracy and pictures in OUT
 	@$(BIN)/amclip demo --out $(OUT) --setup-seconds $$(cat .cache/setup-seconds)
 
 test: setup ## every test but the nightly matrices

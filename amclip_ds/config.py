@@ -63,7 +63,7 @@ SIZES = {  # the largest value -> the keys that take no more: beyond, a run woul
     2**16: "model.vision.width model.text.width model.embed_dim model.text.context_length data.prefetch"
     " data.open_shards data.text_mask.tokens",
     2**13: "model.vision.image_size model.vision.patch_size model.vision.heads model.text.heads",
-    1000: "model.vision.depth model.text.depth data.workers",
+    1000: "run.profile model.vision.depth model.text.depth data.workers",
     100: "model.vision.mlp_ratio model.text.mlp_ratio data.num_views data.views",
     1: "optim.momentum",
 }
@@ -88,9 +88,11 @@ class RunConfig:
     """True: also write sample_ids.jsonl, the ids of every step in global order."""
     time_limit: str | None = None
     """Wall-clock limit, `HH:MM:SS` or `D-HH:MM:SS`: saves and stops (code 75) before it; else the Slurm job's own."""
+    profile: int | None = None
+    """So many steps (after the first 6) are profiled: RUN/profile/summary.txt and trace.json.gz; null: none."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "epochs"):
+        for name in ("steps", "epochs", "profile"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"run.{name}: {value} is not above 0")

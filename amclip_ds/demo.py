@@ -1,4 +1,5 @@
-"""`amclip demo`: synthetic shards -> a tiny A-CLIP trained by DeepSpeed -> accuracies, pictures, OUT/demo.json."""
+"""`amclip demo`: synthetic shards -> a tiny A-CLIP, and its control with random masks, trained by DeepSpeed ->
+accuracies, pictures, OUT/demo.json."""
 
 import json
 import os
@@ -27,6 +28,11 @@ from amclip_ds.model.vision import VisionTower
 TEST_SCENES = 2048
 LOOKED_AT = 512  # scenes over which the kept share of the object is averaged
 SEED = 0
+CONTROL = "random2x-tiny"
+SETTINGS = {
+    "aclip-tiny": ["loss.o2o_weight=0.1", "loss.o2e_weight=0.2"],  # docs/results/speed.md: what they do at this scale
+    CONTROL: [],
+}
 TELL_EVERY_S = 30.0
 
 
@@ -34,34 +40,38 @@ def demo(out: Path, steps: int, num_scenes: int, procs: int | None, setup_second
     """Runs the whole path and prints what came of it. Returns the exit code."""
     start = time.monotonic()
     claim(out)
-    shards, run = out / "scenes", out / "run"
+    shards, run, control = out / "scenes", out / "run", out / "random"
     if not (shards / "test").is_dir():
-        print(f"1/4  making {num_scenes} training and {TEST_SCENES} held-out scenes in {shards}")
+        print(f"1/5  making {num_scenes} training and {TEST_SCENES} held-out scenes in {shards}")
         synthetic.write_dataset(shards, num_train=num_scenes, num_test=TEST_SCENES, image_size=64, seed=SEED)
-    procs = procs or max(1, torch.cuda.device_count()) if torch.cuda.is_available() else procs or 2
+    procs = procs or max(1, torch.cuda.device_count())  # on a CPU one: two would spend a fifth of a step on gloo
     precision, why = choose_precision()
     about = describe_duration(steps * seconds_of_step(procs))
-    print(f"2/4  training aclip-tiny, {steps} steps, {procs} processes, ZeRO-2, {precision} ({why}): about {about}")
-    began = time.monotonic()
-    with telling_progress(run, steps):
-        code = run_ranks(train_command(shards, run, steps, precision), procs, str(run), listens=True)
-    train_seconds = time.monotonic() - began
+    where = f"{procs} process{'es' * (procs > 1)}, ZeRO-2, {precision} ({why})"
+    print(f"2/5  training aclip-tiny, {steps} steps, {where}: about {about}")
+    code, train_seconds = trained("aclip-tiny", shards, run, steps, precision, procs)
     if code:
         return code
-    print("3/4  looking at what the masks keep")
+    print(f"3/5  training {CONTROL}, its control: the same scenes and steps, tokens removed at random")
+    code, control_seconds = trained(CONTROL, shards, control, steps, precision, procs)
+    if code:
+        return code
+    print("4/5  looking at what the masks keep")
     config, student, teacher = scenes.load_modules(run)
     looks = scenes.look_at(config, teacher, shards / "test", num_scenes=LOOKED_AT)
     encoder = TowerEncoder(student, "student", config.model.vision.image_size, config.model.text.context_length,
                            torch.device("cpu"))  # fmt: skip
-    print("4/4  drawing")
+    print("5/5  drawing")
     picture.draw_masks(looks, out / "masks.png")
-    picture.draw_curves(run, out / "curves.png")
+    picture.draw_curves(run, out / "curves.png", control)
     colour, shape = scenes.part_accuracies(encoder, shards)
     result = final_accuracies(run) | {
         "classes": len(synthetic.CLASSES), "acc1_colour": colour, "acc1_shape": shape,
         "object_kept_attentive": looks.object_kept("attentive"), "object_kept_random": looks.object_kept("random"),
         "seconds": time.monotonic() - start + setup_seconds, "setup_seconds": setup_seconds,
-        "train_seconds": train_seconds, "precision": precision, "steps": steps, "run": str(run),
+        "acc1_random": final_accuracies(control)["acc1_student"], "control_seconds": control_seconds,
+        "train_seconds": train_seconds, "precision": precision, "steps": steps, "procs": procs, "run": str(run),
+        "control": str(control),
     }  # fmt: skip
     write_atomically(out / "demo.json", json.dumps(result, indent=1) + "\n")
     tell(out, result)
@@ -77,15 +87,25 @@ def claim(out: Path) -> None:
         (out / ".amclip-demo").touch()
     except OSError as error:
         raise not_written(f"--out {out}:", error) from None
-    shutil.rmtree(out / "run", ignore_errors=True)
+    for name in ("run", "random"):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
-def train_command(shards: Path, run: Path, steps: int, precision: str) -> list[str]:
-    """The command a user would type. The scenes are named by colour, which jitter, greyscale and solarize take away."""
+def trained(recipe: str, shards: Path, run: Path, steps: int, precision: str, procs: int) -> tuple[int, float]:
+    """Trains a recipe on the scenes: the exit code, and the seconds it took."""
+    began = time.monotonic()
+    with telling_progress(run, steps):
+        code = run_ranks(train_command(recipe, shards, run, steps, precision), procs, str(run), listens=True)
+    return code, time.monotonic() - began
+
+
+def train_command(recipe: str, shards: Path, run: Path, steps: int, precision: str) -> list[str]:
+    """The command a user would type. The scenes are named by colour, which hue, greyscale and solarize take away."""
     return [
-        sys.executable, "-m", "amclip_ds", "train", "aclip-tiny", f"data.train={shards}/train", f"run.out={run}",
+        sys.executable, "-m", "amclip_ds", "train", recipe, f"data.train={shards}/train", f"run.out={run}",
         f"run.steps={steps}", f"run.seed={SEED}", f"engine.deepspeed=zero2_{precision}.json",
-        f"eval.data={shards}", f"eval.every_steps={max(1, steps // 4)}", "data.photometric=false", "--resume", "never",
+        f"eval.data={shards}", f"eval.every_steps={max(25, steps // 4)}", "data.keep_colours=true",
+        *SETTINGS[recipe], "--resume", "never",
     ]  # fmt: skip
 
 
@@ -186,6 +206,7 @@ def tell(out: Path, result: dict[str, Any]) -> None:
         f" {result['precision']}:"
         f"\n  top-1 on {classes} classes of held-out scenes: student {result['acc1_student']:.1%}"
         f" ({times['student']:.1f} x chance), teacher {result['acc1_teacher']:.1%} ({times['teacher']:.1f} x chance)"
+        f"\n  the same steps with tokens removed at random ({CONTROL}): {result['acc1_random']:.1%}"
         f"\n  of these, the student has the right colour in {result['acc1_colour']:.1%}, the right shape in"
         f" {result['acc1_shape']:.1%} (chance {1 / 8:.1%} each)"
         f"\n  object tokens kept: attentive {result['object_kept_attentive']:.2f},"
@@ -194,6 +215,7 @@ def tell(out: Path, result: dict[str, Any]) -> None:
         f"\n  {out}/curves.png  losses and accuracy"
         f"\n  {out}/demo.json   these numbers"
         f"\n  {result['run']}/  the run: config.yaml, metrics.jsonl, eval.jsonl, tensorboard/, weights"
+        f"\n  {result['control']}/  its control"
         f"\n\nAll of it took {result['seconds']:.0f} s, set-up included. Next: `amclip train --help`, README."
     )
 

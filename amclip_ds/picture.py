@@ -48,21 +48,23 @@ def shade_removed(view_uint8: Tensor, kept_K: Tensor, looks: Looks) -> Tensor:
     return (_pixels(view_uint8) * shade[..., None]).to(torch.uint8)
 
 
-def draw_curves(run: Path, file: Path) -> None:
-    """Losses, zero-shot accuracy of student and teacher, and the rate of training, by step."""
+def draw_curves(run: Path, file: Path, control: Path | None = None) -> None:
+    """Losses, zero-shot accuracy of student and teacher, and the rate of training, by step.
+
+    control: another run, whose student's accuracy stands beside them.
+    """
     plt = _pyplot()
-    metrics, evaluations = (
-        read_lines(run / run_files.METRICS, run_files.STEP, run_files.MAX_METRICS),
-        read_lines(run / run_files.EVALUATIONS, run_files.EVALUATION),
-    )
+    metrics = read_lines(run / run_files.METRICS, run_files.STEP, run_files.MAX_METRICS)
     figure, (losses, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 3.6))
     steps = [row["step"] for row in metrics]
     for name in dict.fromkeys(key for row in metrics for key in row if key == "loss" or key.startswith("loss_")):
         losses.plot(steps, [row.get(name) for row in metrics], label=name, linewidth=1)
     losses.set_title("losses")
-    for weights in ("student", "teacher"):
-        rows = [row for row in evaluations if row["weights"] == weights and "acc1" in row["metrics"]]
-        accuracy.plot([row["step"] for row in rows], [row["metrics"]["acc1"] for row in rows], "o-", label=weights)
+    shown = [(run, "student", "student"), (run, "teacher", "teacher")]
+    for of, weights, label in [*shown, *([(control, "student", "random masks, student")] if control else [])]:
+        rows = [row for row in read_lines(of / run_files.EVALUATIONS, run_files.EVALUATION)
+                if row["weights"] == weights and "acc1" in row["metrics"]]  # fmt: skip
+        accuracy.plot([row["step"] for row in rows], [row["metrics"]["acc1"] for row in rows], "o-", label=label)
     accuracy.set_title("zero-shot top-1 on held-out data")
     accuracy.set_ylim(bottom=0)
     rate.plot(steps, [row.get("samples_per_s") for row in metrics], linewidth=1, label="samples per second")

@@ -18,6 +18,8 @@ from amclip_ds.data.loader import TrainingData
 from amclip_ds.distill import FrozenTeacher
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import DistributedComm, gather_objects, on_main
+from amclip_ds.engine.compile import mode_of
+from amclip_ds.engine.ds_config import NO_COMPILE, read_ds_config, stage_of
 from amclip_ds.engine.placement import SlurmJob
 from amclip_ds.engine.preflight import preflight
 from amclip_ds.engine.runtime import Runtime
@@ -30,6 +32,7 @@ from amclip_ds.method import Method, method_of
 from amclip_ds.model import start
 from amclip_ds.optim import Schedules
 from amclip_ds.plan.work import operations
+from amclip_ds.profiling import Profile
 from amclip_ds.record import Record
 from amclip_ds.redact import redact_all
 from amclip_ds.resilience.guards import Guards
@@ -93,12 +96,17 @@ class Run:
     guards: Guards
     ledger: Ledger
     meter: Meter
+    profile: Profile
     keeper: Keeper
     forecast: Forecast
 
     def batches(self) -> Iterator[Batch]:
         """The batches of the steps to come, on the device."""
         stream = self.watchdog.watched(self.meter.timed(self.data.batches(self.state.cursor)), self.state.step)
+        if self.state.step < self.total_steps:
+            with self.timeline.during("first_batch"):
+                batch = next(stream)
+            yield batch
         while self.state.step < self.total_steps:
             yield next(stream)
 
@@ -158,6 +166,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
 
     # A resumed run's weights are its checkpoint's: where the first ones came from need not exist any more.
     fresh = config if found is None else replace(config, model=replace(config.model, init_from=None))
+    if mode_of(str(config.engine.compile), stage_of(read_ds_config(config.engine)), runtime.device) != NO_COMPILE:
+        engine_runtime.keep_compiled(folder)
     with timeline.during("build"):
         student, teacher = build_engines(fresh, method, runtime)
     if config.model.init_from and found is None:
@@ -170,6 +180,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     guards = Guards(config.guards, record.incident)
     meter = Meter(config.batch.global_size, runtime, config.data.workers, operations(config, runtime.world_size),
                   student)  # fmt: skip
+    profile = Profile(folder, config.run.profile, runtime.is_main, record.say, runtime.device.type == "cuda")
+    stack.callback(profile.close)
 
     @contextmanager
     def saving() -> Iterator[None]:
@@ -199,6 +211,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         record=record, student=student, teacher=teacher,
         frozen=frozen, schedules=Schedules(config.optim, config.teacher, total_steps),
         guards=guards, ledger=Ledger(config.data.max_skip_rate, gather_objects, data.account), meter=meter,
+        profile=profile,
         keeper=keeper, forecast=forecast,
     )  # fmt: skip
 

@@ -30,6 +30,7 @@ class Teacher:
     ) -> None:  # fmt: skip
         self.placed = place_teacher(config.placement, model, objectives, student, device)
         self._student = student
+        self._masters: dict[str, Shard] | None = None
         self._is_whole = True  # student and teacher start alike
         names = {name for name, _ in self.placed.module.named_parameters()}
         mirrored = mirrored_names(names, averages_text_ends)
@@ -43,8 +44,14 @@ class Teacher:
         }  # fmt: skip
 
     def masters(self) -> dict[str, Shard]:
-        """This rank's shards of the student's fp32 masters."""
-        return shards.master_shards(self._student.engine)
+        """This rank's shards of the student's fp32 masters.
+
+        Found once, unless the host holds them: DeepSpeed's flat masters never move, and at stage 3 it waits for its
+        communication at each of the hundreds of questions.
+        """
+        if self._masters is None or self._student.in_host_memory:
+            self._masters = shards.master_shards(self._student.engine)
+        return self._masters
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:

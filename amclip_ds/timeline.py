@@ -24,11 +24,29 @@ class Timeline:
     def __init__(self, folder: Path, attempt: int, is_main: bool) -> None:
         self._file, self._attempt, self._is_main = folder / run_files.TIMELINE, attempt, is_main
         self.step = 0
+        self._start: dict[str, float] | None = {}  # part -> seconds, until the first step is over
 
     def start(self, **facts: Any) -> None:
         """The row of an attempt's start. before_s: since its process began (imports, and the ranks' meeting)."""
         before_s = time.time() - psutil.Process().create_time()
+        self._count("imports and meeting", before_s)
         self.add("start", before_s=round(before_s, 3), **facts)
+
+    def first_step(self) -> str | None:
+        """After the first step, once: how long its start took, by part, from the process's begin."""
+        if self._start is None:
+            return None
+        parts, self._start = self._start, None
+        whole = time.time() - psutil.Process().create_time()
+        parts["first step and the rest"] = whole - sum(parts.values())
+        told = ", ".join(
+            f"{part.replace('_', ' ')} {seconds:.1f}" for part, seconds in parts.items() if seconds >= 0.05
+        )
+        return f"start: {whole:.1f} s to the end of the first step ({told})"
+
+    def _count(self, part: str, seconds: float) -> None:
+        if self._start is not None:
+            self._start[part] = self._start.get(part, 0.0) + seconds
 
     def add(self, event: str, **facts: Any) -> None:
         """One row. Raises nothing: a row that the disk does not take is missing in the report, and only there."""
@@ -46,5 +64,6 @@ class Timeline:
             yield
         finally:
             seconds = round(time.monotonic() - began, 3)
+            self._count(event, seconds)
             if seconds >= SHORTEST_S:
                 self.add(event, seconds=seconds, **facts)

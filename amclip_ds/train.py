@@ -63,6 +63,10 @@ def account(run: Run, batch: Batch, result: StepResult) -> None:
     """
     state, record = run.state, run.record
     record.step = run.timeline.step = state.step
+    with run.meter.paused():  # writing a profile is no step's time
+        run.profile.step()
+    if line := run.timeline.first_step():
+        record.say(line)
     try:
         run.guards.account(state.step, result.applied, result.sample_ids)
     except RewindAsked:

@@ -16,7 +16,7 @@ from amclip_ds.model.savings import Savings
 # engines' own account. tests/unit/checkpoint/test_drift.py lists the others: a new key belongs into one of the two.
 FREE_SECTIONS = ("checkpoint", "log", "eval", "watchdog", "preemption", "ownership")
 FREE = {
-    *("run.out", "run.time_limit", "run.log_sample_ids", "run.deterministic"),
+    *("run.out", "run.time_limit", "run.log_sample_ids", "run.deterministic", "run.profile"),
     *("batch.per_gpu", "engine.deepspeed", "engine.compile", "engine.allow_untested", "teacher.placement"),
     *(f"engine.savings.{item.name}" for item in fields(Savings)),
     *("model.init_from", "model.vision.checkpoint_every", "model.text.checkpoint_every", "loss.chunk", "loss.exchange"),

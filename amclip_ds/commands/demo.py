@@ -1,8 +1,9 @@
-"""The embedded default: makes synthetic shards, trains a tiny A-CLIP through DeepSpeed here, evaluates it, draws it.
+"""The embedded default: makes synthetic shards, trains a tiny A-CLIP and a control with random masks through DeepSpeed
+here, evaluates and draws them.
 
   amclip demo --out out/demo
 
-About 5 minutes on two cores. At the end it prints the accuracies on held-out scenes and says where everything lies;
+About 7 minutes on two cores. At the end it prints the accuracies on held-out scenes and says where everything lies;
 the numbers are in OUT/demo.json, the pictures in OUT/*.png.
 """
 
@@ -16,10 +17,10 @@ HELP = "the whole path in minutes: data, training, evaluation, pictures"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder (default out/demo)")
-    parser.add_argument("--steps", type=whole(1), default=900, help="optimizer steps (default 900, about 5 minutes)")
+    parser.add_argument("--steps", type=whole(1), default=900, help="optimizer steps of each run (default 900)")
     parser.add_argument("--scenes", type=whole(1), default=20000, help="training scenes (default 20000)")
     parser.add_argument(
-        "--procs", type=whole(1, 1024), default=None, help="processes (default: one per GPU, or 2 on a CPU)"
+        "--procs", type=whole(1, 1024), default=None, help="processes (default: one per GPU, or one on a CPU)"
     )
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
 

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -92,6 +93,28 @@ def compiler() -> str | None:
     """The C++ compiler that a build here would use, if there is one."""
     named = os.environ.get("CXX")
     return next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
+
+
+def keep_compiled(run: Path) -> Path | None:
+    """Lets torch.compile keep what it makes beside the run, so that a restart makes nothing again.
+
+    In a folder of the user's own next to the run, never in it: what lies there is executed, and a run's folder may
+    come from a stranger. Returns it, or None where the environment names another one, or where this one belongs to
+    somebody else or others may write to it: then torch keeps to its own place.
+    """
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return None
+    folder = run.absolute().parent / f".amclip-compiled-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        return None
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    return folder
 
 
 def current_job() -> SlurmJob:

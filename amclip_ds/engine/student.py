@@ -62,6 +62,7 @@ class StudentEngine:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
             "wall_clock_breakdown": False,
+            "timers": {"throughput": {"enabled": False}},  # on, it waits for the whole device twice a step
         }
         if self.dtype == torch.bfloat16:  # without it, stages 1 and 2 would apply a gradient that is not finite
             self.ds_config["bf16"] = ds["bf16"] | {"check_grad_overflow": True}
@@ -74,7 +75,7 @@ class StudentEngine:
         self.compile_mode = mode_of(str(engine.compile), self.stage, runtime.device)
         self.not_compiled = compile_towers(module, self.compile_mode, self.stage)
         groups = parameter_groups(module.named_parameters(), optim)
-        in_host_memory = is_offloaded(ds, "offload_optimizer")
+        self.in_host_memory = in_host_memory = is_offloaded(ds, "offload_optimizer")
         optimizer = (
             build_cpu_adam(groups, optim, engine.deepspeed, runtime)
             if in_host_memory

@@ -9,7 +9,7 @@ from tests.e2e.conftest import Amclip
 
 NUMBERS = {
     "seconds", "setup_seconds", "train_seconds", "classes", "acc1_student", "acc1_teacher", "acc1_colour", "acc1_shape",
-    "object_kept_attentive", "object_kept_random", "run",
+    "object_kept_attentive", "object_kept_random", "acc1_random", "run", "control",
 }  # fmt: skip
 
 
@@ -19,7 +19,7 @@ def test_the_demo_leaves_numbers_pictures_and_a_run(tmp_path: Path, amclip: Amcl
     assert code == 0, printed
     numbers = json.loads((out / "demo.json").read_text())
     assert set(numbers) >= NUMBERS and numbers["classes"] == 64
-    for name in NUMBERS - {"seconds", "setup_seconds", "train_seconds", "classes", "run"}:
+    for name in NUMBERS - {"seconds", "setup_seconds", "train_seconds", "classes", "run", "control"}:
         assert 0 <= numbers[name] <= 1
     assert abs(numbers["object_kept_random"] - 0.5) < 0.06, "half of the tokens stay, whatever they show"
     assert {"student.safetensors", "teacher.safetensors", "eval.jsonl"} <= {

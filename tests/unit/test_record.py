@@ -143,6 +143,16 @@ def test_an_evaluations_classes_lie_beside_its_numbers(tmp_path: Path) -> None:
     assert not read_lines(tmp_path / "eval_classes.jsonl") and not read_lines(tmp_path / "eval.jsonl")
 
 
+def test_the_start_is_told_once_by_part(tmp_path: Path) -> None:
+    timeline = Timeline(tmp_path, attempt=0, is_main=False)  # other ranks write nothing, and count alike
+    timeline.start()
+    with timeline.during("build"):
+        time.sleep(0.1)
+    line = timeline.first_step()
+    assert line is not None and "imports and meeting " in line and "build " in line
+    assert timeline.first_step() is None
+
+
 def test_a_timeline_row_that_the_disk_does_not_take_ends_nothing(tmp_path: Path) -> None:
     timeline = Timeline(tmp_path, attempt=2, is_main=True)
     timeline.start(world_size=4)

@@ -1,0 +1,42 @@
+"""Where torch.compile keeps what it made: beside the run, in a folder that nobody else can write to."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from amclip_ds.engine.runtime import keep_compiled
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_it_lies_beside_the_run_and_is_the_users_own(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    folder = keep_compiled(run)
+    assert folder is not None and folder.parent == tmp_path and run not in folder.parents
+    assert folder.stat().st_mode & 0o777 == 0o700 and not list(run.iterdir())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
+    """What lies there is executed."""
+    folder = keep_compiled(tmp_path / "run")
+    assert folder is not None
+    del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    folder.chmod(0o777)
+    assert keep_compiled(tmp_path / "run") is None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert keep_compiled(tmp_path / "run") is None
+
+
+def test_the_environment_has_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/scratch/mine")
+    assert keep_compiled(tmp_path / "run") is None and os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/scratch/mine"

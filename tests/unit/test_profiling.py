@@ -1,0 +1,71 @@
+"""run.profile: the page of a real profile, and what becomes of one that cannot be written or is cut short."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from amclip_ds.profiling import WAIT, WARM, Profile, costs_of, kind_of
+
+
+def steps(profile: Profile, count: int) -> None:
+    left, right = torch.rand(256, 256), torch.rand(256, 256)
+    for _ in range(count):
+        torch.nn.functional.layer_norm(left @ right, (256,))
+        profile.step()
+
+
+def test_the_page_names_the_largest_costs(tmp_path: Path) -> None:
+    told: list[str] = []
+    profile = Profile(tmp_path, 3, True, told.append, on_gpu=False)
+    steps(profile, WAIT + WARM + 3 + 4)
+    profile.close()
+    [said] = told
+    assert said.startswith("profile of 3 steps: ") and "matrix products" in said
+    page = (tmp_path / "profile" / "summary.txt").read_text()
+    assert "3 steps of " in page and "aten::mm" in page and "elementwise and norms" in page
+    assert page.index("matrix products") < page.index("elementwise and norms")
+    with gzip.open(tmp_path / "profile" / "trace.json.gz") as file:
+        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+    assert names.count("aten::mm") == 3
+
+
+def test_a_run_that_ends_before_says_so(tmp_path: Path) -> None:
+    told: list[str] = []
+    profile = Profile(tmp_path, 50, True, told.append, on_gpu=False)
+    steps(profile, WAIT + WARM + 3)
+    profile.close()
+    assert "ended before" in told[0] and not (tmp_path / "profile").exists()
+
+
+def test_a_full_disk_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "profile").write_text("in the way")
+    told: list[str] = []
+    steps(Profile(tmp_path, 1, True, told.append, on_gpu=False), WAIT + WARM + 3)
+    assert "not written" in told[0] and "training goes on" in told[0]
+
+
+def test_other_ranks_and_other_runs_watch_nothing(tmp_path: Path) -> None:
+    for wanted, is_main in ((3, False), (None, True)):
+        profile = Profile(tmp_path, wanted, is_main, pytest.fail, on_gpu=False)
+        steps(profile, WAIT + WARM + 5)
+        profile.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("aten::addmm", "matrix products"), ("ncclDevKernel_AllReduce", "communication"), ("aten::copy_", "copies"),
+     ("gloo:all_reduce", "communication"), ("aten::_scaled_dot_product_flash_attention", "attention"),
+     ("aten::_foreach_lerp_", "optimizer"), ("aten::native_layer_norm", "elementwise and norms"), ("xyz", "other")],
+)  # fmt: skip
+def test_kinds(name: str, kind: str) -> None:
+    assert kind_of(name)[0] == kind
+
+
+def test_costs_are_of_a_step_and_sorted() -> None:
+    first, second = costs_of([("aten::mm", 1.0, 4), ("aten::copy_", 3.0, 2), ("aten::bmm", 1.0, 2)], steps=2)
+    assert (first.kind, first.seconds, first.calls) == ("copies", 1.5, 1)
+    assert (second.kind, second.seconds, second.calls) == ("matrix products", 1.0, 3)
