@@ -8,6 +8,7 @@ from amclip_ds import config as settings
 from amclip_ds import hub, run_files
 from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.config import TrainConfig
+from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.sources import check_inputs
 from amclip_ds.engine.ds_config import read_ds_config
 from amclip_ds.errors import UserError
@@ -26,6 +27,7 @@ def check(config: TrainConfig, resume: str = "auto") -> None:
     if config.model.vision.name not in settings.shipped_towers():
         settings.check_buildable(config)  # only timm knows the name, and it loads torch
     check_inputs(config.data, config.eval.data)
+    read_excluded(config.data.exclude)
     config.data.text_mask.read_table()
     if config.distill.teacher and not hub.local(config.distill.teacher).exists():
         raise UserError(f"distill.teacher: no such file or folder: {config.distill.teacher}")

@@ -195,6 +195,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     keeper = stack.enter_context(Keeper(
         folder, config, ranks, student=student, teacher=teacher, guards=guards, record=record, attempt=attempt,
         data_fingerprint=data.fingerprint, data_contents=data.contents, words_hash=data.words_hash,
+        excluded_hash=data.excluded_hash,
         before_commit=owner.check if owner else lambda: None, pausing=saving,
     ))  # fmt: skip
     with watchdog.during("resume"), timeline.during("resume"):

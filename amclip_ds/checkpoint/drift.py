@@ -38,9 +38,11 @@ HASH_KEYS = {  # a hash of the manifest -> the key that names it
     "contents": "data.train",
     "tokenizer": "data.tokenizer",
     "words": "data.text_mask.table",
+    "excluded": "data.exclude",
 }
 
 ABSENT = "(absent)"
+EXCLUDE = "data.exclude"
 PLUGINS = "plugins"  # names and hashes of what --plugin brought
 
 
@@ -93,7 +95,8 @@ def changes_between(
 
 def allowances(allow_drift: list[str], on_change: str) -> dict[str, str]:
     """The keys that may differ -> the setting that allows it."""
-    by_content = {"data.train": "data.on_change=report"} if on_change == "report" else {}
+    by_content = {EXCLUDE: EXCLUDE}  # somebody has looked at samples, and wants them out: recorded, from which step on
+    by_content |= {"data.train": "data.on_change=report"} if on_change == "report" else {}
     return by_content | dict.fromkeys(allow_drift, "checkpoint.allow_drift")
 
 

@@ -62,7 +62,7 @@ class Keeper:
     def __init__(
         self, folder: Path, config: TrainConfig, ranks: Ranks, *, student: "StudentEngine", teacher: "Teacher | None",
         guards: Guards, record: Record, attempt: int, data_fingerprint: str, data_contents: str,
-        words_hash: str = "", before_commit: Callable[[], None] = lambda: None,
+        words_hash: str = "", excluded_hash: str = "", before_commit: Callable[[], None] = lambda: None,
         pausing: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:  # fmt: skip
         self._folder, self._config, self._ranks, self._record = folder, config, ranks, record
@@ -72,6 +72,8 @@ class Keeper:
             self._hashes["contents"] = data_contents
         if words_hash:
             self._hashes["words"] = words_hash
+        if excluded_hash:
+            self._hashes["excluded"] = excluded_hash
         self._config_text = settings.dump(config)
         self._drift: list[str] = []
         self._saver = Saver(

@@ -16,6 +16,7 @@ from torch import Tensor
 from amclip_ds.data import captions, photometric
 from amclip_ds.data import contents as contents_of
 from amclip_ds.data.config import View
+from amclip_ds.data.exclude import Excluded
 from amclip_ds.data.index import Index, Sample
 from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.order import EpochOrder, Mixture
@@ -69,6 +70,8 @@ class ChunkSpec:
     on_change: str
     """`refuse` or `report`: data.on_change"""
     keep_colours: bool = False
+    excluded: Excluded = field(default_factory=Excluded)
+    """of data.exclude"""
 
 
 @dataclass
@@ -203,6 +206,8 @@ class ChunkMaker:
             if not bad:
                 return chunk
             wanted = {place: self._replacement(epoch, start + place, attempt) for place in bad}
+        if not chunk.incidents:
+            raise UserError(f"data.exclude: leaves out {MAX_REPLACED + 1} samples in a row; name fewer")
         last = chunk.incidents[-1]
         raise UserError(
             f"data.train: {MAX_REPLACED + 1} samples in a row cannot be used, the last of them {last['key']} in"
@@ -254,6 +259,8 @@ class ChunkMaker:
     def _fill(self, chunk: Chunk, place: int, wanted: _Wanted, contents: Contents, epoch: int) -> bool:
         """Puts a sample into its place. False, with an incident, if it cannot be used."""
         sample, spec = wanted.sample, self.spec
+        if (wanted.shard, sample.key) in spec.excluded:  # no incident: it is asked for, and data.max_skip_rate is not
+            return False
         random = keyed(spec.seed, "sample", epoch, sample.sample_id, wanted.copy)
         try:
             members = [self._content(contents, wanted.shard, at) for at in (sample.image, sample.text, sample.json)]

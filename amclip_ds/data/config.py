@@ -106,6 +106,8 @@ class DataConfig:
     """Samples shuffled together; a shard is read from front to back, a window at a time."""
     max_pixels: int = 89_478_485
     """An image whose header tells more is refused before it is decoded."""
+    exclude: str | None = None
+    """A text file of samples to leave out, a line each: KEY, or SHARD/KEY; each is replaced as an unusable one is."""
     max_skip_rate: float = 0.02
     """The run stops (code 3) when more than this part of the samples had to be replaced by others."""
     allow_pipe: bool = False

@@ -21,6 +21,7 @@ from amclip_ds.data.ahead import made_ahead
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.chunks import Chunk, ChunkMaker, ChunkSpec, Failed, join
 from amclip_ds.data.config import DataConfig
+from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.index import Index
 from amclip_ds.data.order import EpochOrder, Mixture
 from amclip_ds.data.photometric import Photometric
@@ -78,9 +79,11 @@ class TrainingData:
             fills_text_budget=fills_text_budget, words_hash=_words_hash(config.text_mask),
             sources=tuple(config.captions), per_line=config.caption_per_line, max_pixels=config.max_pixels,
             stage_dir=config.stage_dir, stage_bytes=int(config.stage_gb * 1e9), on_change=config.on_change,
-            keep_colours=config.keep_colours,
+            keep_colours=config.keep_colours, excluded=read_excluded(config.exclude),
         )  # fmt: skip
-        self.words_hash = self._spec.words_hash
+        self.words_hash, self.excluded_hash = self._spec.words_hash, self._spec.excluded.hash
+        if self.excluded_hash:
+            self._say(f"data: {len(self._spec.excluded)} samples are left out by {config.exclude}")
         self._known_damage = _damage(index, members) if rank == 0 else []
         self.account = account_of(index.shards[number] for number in dict.fromkeys(members))
         self.account.check(config.max_skip_rate)

@@ -13,8 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from amclip_ds import config, samples
+from amclip_ds.checkpoint import drift
 from amclip_ds.cli import main
+from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.loader import TrainingData
+from amclip_ds.errors import UserError
 from amclip_ds.model.amclip import AClip
 
 NUMBER, BATCH, POISONED = 40, 16, 11
@@ -146,6 +149,34 @@ def test_a_poisonous_sample_is_the_worst(run: Path, tmp_path: Path, capsys: pyte
     assert f" {POISONED:04d} in " in capsys.readouterr().out
     text = page.read_text()
     assert text.count("<img ") == 3 and "http" not in text.replace("http-equiv", "")
+
+
+def test_a_sample_that_is_left_out_is_replaced_and_the_others_stay(run: Path, tmp_path: Path) -> None:
+    step = next(n + 1 for n, ids in enumerate(trained_on(run, 6, 1)) if POISONED in ids)
+    before = samples.of_step(run, step, [], has_losses=False)
+    for line in (f"{POISONED:04d}", f"0.tar/{POISONED:04d}"):
+        (tmp_path / "bad.txt").write_text(f"# seen in a spike\n{line}\n")
+        after = samples.of_step(run, step, [f"data.exclude={tmp_path}/bad.txt"], has_losses=False)
+        differing = [(old, new) for old, new in zip(before.rows, after.rows) if old != new]
+        assert [old.sample.key for old, _ in differing] == [f"{POISONED:04d}"]
+        assert differing[0][1].sample.is_replacement and differing[0][1].sample.sample_id != POISONED
+        assert not after.incidents
+    (tmp_path / "bad.txt").write_text(f"other.tar/{POISONED:04d}\n")
+    assert samples.of_step(run, step, [f"data.exclude={tmp_path}/bad.txt"], False).rows == before.rows
+
+
+def test_a_resume_may_leave_samples_out_and_its_step_is_recorded() -> None:
+    changes = drift.compare({"data.exclude": "None"}, {"data.exclude": "bad.txt"})
+    assert not changes[0].is_free
+    assert drift.refuse_or_allow(changes, drift.allowances([], "refuse")) == changes
+
+
+def test_files_that_leave_nothing_out(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="data.exclude: .*missing"):
+        read_excluded(str(tmp_path / "none.txt"))
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(UserError, match="names no sample"):
+        read_excluded(str(tmp_path / "empty.txt"))
 
 
 def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

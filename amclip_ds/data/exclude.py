@@ -1,0 +1,48 @@
+"""data.exclude: samples that a run is to leave out, by their keys. Positions of the order stay; each is replaced.
+
+A line of the file is KEY, or SHARD/KEY with the file name of one shard; # begins a comment line. Loads no torch.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from posixpath import basename
+
+from amclip_ds.errors import UserError
+from amclip_ds.files import read_text
+
+MAX_FILE = 256 << 20
+
+
+class Excluded:
+    """The samples to leave out. Sent to loader workers whole."""
+
+    def __init__(self, lines: Iterable[str] = ()) -> None:
+        self._lines = frozenset(lines)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __contains__(self, place: tuple[str, str]) -> bool:
+        """place: (shard, key)."""
+        shard, key = place
+        return bool(self._lines) and (key in self._lines or f"{basename(shard)}/{key}" in self._lines)
+
+    @property
+    def hash(self) -> str:
+        """Of what is left out; empty: nothing is."""
+        return hashlib.sha256("\n".join(sorted(self._lines)).encode()).hexdigest() if self._lines else ""
+
+
+def read_excluded(file: str | None) -> Excluded:
+    """The samples that a file names; None: none. Raises UserError for a file that cannot be read, or names none."""
+    if not file:
+        return Excluded()
+    try:
+        lines = [line.strip() for line in read_text(Path(file), MAX_FILE).splitlines()]
+    except UserError as error:
+        raise UserError(f"data.exclude: {error}") from None
+    found = Excluded(line for line in lines if line and not line.startswith("#"))
+    if not len(found):
+        raise UserError(f"data.exclude: {file}: names no sample; a line is KEY, or SHARD/KEY")
+    return found
