@@ -70,7 +70,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bin folder of a new environment that holds the wheel alone; what it depends on is read from this one's."""
     home = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True, timeout=300)
-    pip = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "install", "-q", "--no-deps"]
+    pip = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "install", "-q", "--no-deps", "-I"]
     subprocess.run([*pip, "--no-index", str(wheel)], check=True, timeout=300)
     (here,) = home.glob("lib/python*/site-packages")
     (here / "zz_dependencies.pth").write_text(str(Path(pytest.__file__).resolve().parents[1]) + "\n")
