@@ -23,7 +23,7 @@ from amclip_ds.data.config import DataConfig, View, ViewConfig
 from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import LocalSettingsError, SettingsError, UserError, in_one_line
 from amclip_ds.evaluate import EvalConfig
-from amclip_ds.masks import MASKS, NONE, MaskConfig, ViewMask, masks_of_views
+from amclip_ds.masks import MASKS, NONE, MaskConfig, ViewMask, masks_of_views, needs_of
 from amclip_ds.masks.text import TEXT_MASKS
 from amclip_ds.masks.units import num_kept_units, num_units
 from amclip_ds.model.config import (
@@ -57,13 +57,14 @@ SIZES = {  # the largest value -> the keys that take no more: beyond, a run woul
     10**6: "run.epochs optim.lr optim.weight_decay optim.eps optim.warmup_start_lr optim.final_lr"
     " optim.clip_grad_norm optim.vision_lr_scale optim.text_lr_scale loss.contrastive_weight loss.o2o_weight"
     " loss.o2e_weight loss.o2o_temperature eval.batch_size loss.occlusion.weight loss.occlusion.temperature"
-    " loss.occlusion.kappa loss.clipkd.weight loss.clipkd.feature_weight loss.clipkd.interactive_weight"
-    " loss.clipkd.relation_weight mask.attentive_noise.noise mask.salience.noise mask.centered.sigma2",
+    " loss.occlusion.kappa loss.patches.weight loss.clipkd.weight loss.clipkd.feature_weight"
+    " loss.clipkd.interactive_weight loss.clipkd.relation_weight mask.attentive_noise.noise mask.salience.noise"
+    " mask.centered.sigma2",
     2**17: "heads.hidden_dim heads.output_dim",
     2**16: "model.vision.width model.text.width model.embed_dim model.text.context_length data.prefetch"
     " data.open_shards data.text_mask.tokens",
     2**13: "model.vision.image_size model.vision.patch_size model.vision.heads model.text.heads",
-    1000: "run.profile model.vision.depth model.text.depth data.workers",
+    1000: "run.profile model.vision.depth model.text.depth loss.patches.depth data.workers",
     100: "model.vision.mlp_ratio model.text.mlp_ratio data.num_views data.views",
     1: "optim.momentum",
 }
@@ -558,6 +559,7 @@ def _check_read_views(config: TrainConfig) -> None:
         )
     if loss.occlusion.weight > 0 and num_views < 2:
         raise SettingsError(f"loss.occlusion.weight: this loss needs data.num_views=2, not {num_views}; or set it to 0")
+    _check_teacher_view(config)
     reads_frozen = loss.clipkd.weight > 0
     if reads_frozen:
         _check_places("loss.clipkd.views", loss.clipkd.views, num_views)
@@ -590,6 +592,34 @@ def _check_read_views(config: TrainConfig) -> None:
             )
     if config.distill.teacher and not reads_frozen:
         raise SettingsError("distill.teacher: no objective of this run reads it; leave it out, or give one a weight")
+
+
+def _check_teacher_view(config: TrainConfig) -> None:
+    """Raises SettingsError for a teacher that looks at no view, and for what cannot be told of the one it looks at."""
+    views, looked_at, loss = config.data.all_views(), config.teacher.view, config.loss
+    masks = masks_of_views(config.mask, config.data.view_masks())
+    if looked_at is not None:
+        _check_places("teacher.view", [looked_at], len(views))
+        if any(view.flip for view in views) and any("scores" in needs_of(mask) for mask in masks):
+            raise SettingsError(
+                "teacher.view: scores of a view cannot be seen from mirrored ones (data.views.N.flip); leave out one"
+            )
+    if loss.patches.weight == 0:
+        return
+    read = loss.patches.views or [1]
+    _check_places("loss.patches.views", read, len(views))
+    for place in read:
+        source = place if views[place].draws_of is None else views[place].draws_of
+        first = views[looked_at].draws_of if looked_at is not None else None
+        if looked_at is None or source != (looked_at if first is None else first):
+            raise SettingsError(
+                f"teacher.view: loss.patches compares view {place} with what the teacher sees in the same crop; set it"
+                f" to {source}, the view of that crop, or loss.patches.weight=0"
+            )
+        if masks[place].strategy == NONE:
+            raise SettingsError(
+                f"loss.patches.weight: view {place} keeps every token; set data.views.{place}.mask.strategy, or it to 0"
+            )
 
 
 def _check_places(key: str, views: list[int] | None, num_views: int) -> None:

@@ -8,7 +8,7 @@ from amclip_ds.compat import COMPAT, Compat
 from amclip_ds.data.config import DataConfig
 from amclip_ds.masks import MaskConfig, masks_of_views, needs_of
 from amclip_ds.masks.units import NONE, num_kept, num_units
-from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig
+from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig, TeacherConfig
 from amclip_ds.objectives import OBJECTIVES, Chosen
 
 
@@ -21,6 +21,7 @@ class Settings(Protocol):
     loss: LossConfig
     mask: MaskConfig
     data: DataConfig
+    teacher: TeacherConfig
 
 
 NOISE = frozenset({"noise", "noise2"})
@@ -51,6 +52,8 @@ class Method:
     """patches along a side of a view"""
     compat: Compat = COMPAT["paper"]
     """what is done as A-CLIP's published code does it"""
+    teacher_view: int | None = None
+    """the view that the teacher looks at; None: a crop of its own"""
 
     @property
     def mask_needs(self) -> frozenset[str]:
@@ -106,4 +109,4 @@ def method_of(config: Settings) -> Method:
     masks_text = config.data.text_mask.strategy != NONE
     chosen = objectives.chosen(config.loss, config.heads, compat.pairs_views, masks_text, compat.gathers_gradient)
     masks = masks_of_views(config.mask, config.data.view_masks())
-    return Method(chosen, masks, config.model.vision.grid, compat)
+    return Method(chosen, masks, config.model.vision.grid, compat, config.teacher.view)

@@ -71,8 +71,9 @@ def train_step(
     student.set_lr(lr)
 
     observed = NOTHING_OBSERVED
-    if teacher is not None and batch.teacher_uint8 is not None:
-        observed = teacher.observe(photometric.normalise(batch.teacher_uint8), method.wants, comm)
+    looked_at = batch.teacher_uint8 if method.teacher_view is None else batch.views_uint8[method.teacher_view]
+    if teacher is not None and looked_at is not None:
+        observed = teacher.observe(photometric.normalise(looked_at), method.wants, comm)
     inputs = student_inputs(batch, observed.scores, method, schedules.progress(updates))
     targets = observed.targets
     if frozen is not None:
@@ -107,7 +108,9 @@ def student_inputs(batch: Batch, scores: Tensor | None, method: Method, progress
     groups = []
     for group in method.groups(progress):
         images = views if len(group.views) == len(views) else views[list(group.views)]
-        selections = [selection(mask, of, batch, scores, method.grid, progress) for mask, of in group.masks]
+        selections = [
+            selection(mask, of, batch, scores, method.grid, progress, method.teacher_view) for mask, of in group.masks
+        ]
         places = [tuple(group.views.index(view) for view in of) for _, of in group.masks]
         is_masked = any(mask.strategy != NONE for mask, _ in group.masks)
         groups.append(ViewGroup(group.views, images, tuple(
@@ -123,9 +126,10 @@ def texts_of(batch: Batch, method: Method) -> dict[str, Tensor]:
 
 
 def selection(
-    mask: MaskConfig, views: tuple[int, ...], batch: Batch, scores: Tensor | None, grid: int, progress: float
-) -> Selection:
-    """How the tokens of some views are chosen. scores: the teacher's, [B, n] of its crop."""
+    mask: MaskConfig, views: tuple[int, ...], batch: Batch, scores: Tensor | None, grid: int, progress: float,
+    teacher_view: int | None = None,
+) -> Selection:  # fmt: skip
+    """How the tokens of some views are chosen. scores: the teacher's, [B, n] of its crop or of teacher_view."""
     needs, chosen, units = needs_of(mask), list(views), (grid // mask.unit) ** 2
     given: dict[str, Tensor] = {"progress": torch.tensor(progress, device=batch.token_ids.device)}
     for name, draws in (("noise", batch.mask_noise), ("noise2", batch.mask_noise2)):
@@ -135,7 +139,7 @@ def selection(
     if "scores" in needs:
         assert scores is not None
         flips = None if batch.flips is None else batch.flips[chosen]
-        boxes = batch.boxes[[*chosen, -1]]
+        boxes = batch.boxes[[*chosen, -1 if teacher_view is None else teacher_view]]
         given["scores"] = scoring.scores_to_views(scores, boxes, grid, mask.unit, flips).flatten(0, 1)
     return Selection(mask, MaskInputs(grid, mask.unit, len(views), **given))
 

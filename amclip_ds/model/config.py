@@ -176,6 +176,18 @@ class ClipKDOptions(Weighted):
 
 
 @dataclass
+class PatchesOptions(Weighted):
+    """Prediction of the teacher's tokens at removed places (MaskCLIP), which sees that crop (teacher.view)."""
+
+    depth: int = 1
+    """Blocks of the decoder."""
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"loss.patches.depth: {self.depth} must be at least 1")
+
+
+@dataclass
 class LossConfig:
     """A further objective's options are a section loss.NAME: a field of that name here, so that reading settings loads
     no torch; of an objective without one, and of a plug-in's, config.py makes the section from its Options."""
@@ -204,6 +216,7 @@ class LossConfig:
     """Which form of the texts the image-text loss reads where data.text_mask makes one: masked | plain."""
     occlusion: OcclusionOptions = field(default_factory=OcclusionOptions)
     clipkd: ClipKDOptions = field(default_factory=ClipKDOptions)
+    patches: PatchesOptions = field(default_factory=PatchesOptions)
 
     exchange: str = "gather"
     """gather: each rank collects all ranks' features | ring: the texts travel from rank to rank, and the memory of the
@@ -246,12 +259,16 @@ class TeacherConfig:
     """Momentum at the end; a cosine between the two over the run."""
     resolution: str = "full"
     """full: the teacher sees the image at the student's size | half: at half of it, scoring blocks (A-CLIP-eff)."""
+    view: int | None = None
+    """A view, from 0, that the teacher looks at itself, without colour changes; null: a crop of its own around all."""
     placement: str = "auto"
     """auto: replicated at ZeRO 0-2, sharded at 3 | replicated | sharded: where the copy for the forward lies."""
 
     def __post_init__(self) -> None:
         if self.resolution not in ("full", "half"):
             raise ValueError(f"teacher.resolution: {self.resolution!r} is neither full nor half")
+        if self.view is not None and self.resolution == "half":
+            raise ValueError("teacher.view: the teacher then sees the view's size; leave out teacher.resolution=half")
         if self.placement not in ("auto", "replicated", "sharded"):
             raise ValueError(f"teacher.placement: {self.placement!r} is none of auto, replicated, sharded")
         for key in ("momentum", "final_momentum"):

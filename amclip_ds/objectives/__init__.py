@@ -18,6 +18,7 @@ from amclip_ds.objectives.byol import BYOL
 from amclip_ds.objectives.clipkd import ClipKD
 from amclip_ds.objectives.contrastive import Contrastive
 from amclip_ds.objectives.occlusion import Occlusion
+from amclip_ds.objectives.patches import Patches
 from amclip_ds.objectives.sigmoid import Sigmoid
 from amclip_ds.objectives.simclr import SimCLR
 
@@ -28,6 +29,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "byol": BYOL,
     "occlusion": Occlusion,
     "clipkd": ClipKD,
+    "patches": Patches,
 }  # in the order in which their terms are summed
 __all__ = ["OBJECTIVES", "Features", "Objective", "Seen", "Terms", "Weighted", "build", "builder", "chosen"]
 RECORDED = ("contrastive", "o2o", "o2e")  # terms of which every run has a number, 0 where the objective is not built

@@ -10,7 +10,7 @@ from amclip_ds.comm import Comm
 from amclip_ds.model.amclip import Sizes, normalise
 from amclip_ds.model.config import HeadsConfig
 from amclip_ds.model.features import Features
-from amclip_ds.objectives import clipkd, contrastive, simclr
+from amclip_ds.objectives import clipkd, contrastive, patches, simclr
 from amclip_ds.objectives.sigmoid import sigmoid
 from tests.parity.numbers import ALONE, Numbers, close, close_gradient, close_loss
 from tests.unit.thread_ranks import run_threads
@@ -233,3 +233,17 @@ def check_clipkd_on_two_ranks(numbers: Numbers) -> None:
         )
         for part, gradient in zip(("image", "text"), gradients):
             close_gradient(gradient, numbers[f"{case}/grad_crd/student_{part}"], f"{case}: two ranks, {part}")
+
+
+def check_feature_distillation(numbers: Numbers) -> None:
+    """Smooth L1 between a linear map of the student's tokens and the teacher's, whitened: the patches' target."""
+    names = ("in/student_tokens", "w/decoder.weight", "w/decoder.bias")
+    given = leaves(numbers, list(names))
+    target = patches.whitened(numbers["in/teacher_tokens"])
+    close(target, numbers["out/whitened_target"], "out/whitened_target", rtol=1e-5)
+    student, weight, bias = given.values()
+    loss = patches.smooth_l1(student @ weight.T + bias, target)
+    close_loss(loss, numbers.meta["loss"], "loss")
+    for name, found in zip(names, torch.autograd.grad(loss, list(given.values()))):
+        theirs = f"grad/{name.partition('/')[2]}"
+        close_gradient(found, numbers[theirs], theirs)

@@ -130,6 +130,14 @@ def test_disjoint_views_share_a_crop_and_are_compared() -> None:
         ("slip", "loss.o2o_views=[1]", "loss.o2o_views: [1] are not two views, which this loss compares"),
         ("slip", "loss.o2o_views=null", "loss.o2o_weight: this loss needs data.num_views=2, not 3"),
         ("aclip", "loss.o2e_views=[2]", "loss.o2e_views: there is no view 2; there are 2"),
+        ("maskclip", "teacher.view=null", "teacher.view: loss.patches compares view 1 with what the teacher sees"),
+        ("maskclip", "teacher.view=2", "teacher.view: there is no view 2; there are 2"),
+        ("maskclip", "data.views.1.mask.strategy=none", "loss.patches.weight: view 1 keeps every token"),
+        ("maskclip", "teacher.resolution=half", "teacher.view: the teacher then sees the view's size"),
+        ("maskclip", "loss.patches.views=[0]", "loss.patches.weight: view 0 keeps every token"),
+        ("clip", "loss.patches.weight=1", "loss.patches.views: there is no view 1; there are 1"),
+        ("random2x", "loss.patches.weight=1", "teacher.view: loss.patches compares view 1"),
+        ("aclip", "loss.patches.depth=0", "loss.patches.depth: 0 must be at least 1"),
         ("clipkd", "run.seed=0", "distill.teacher: loss.clipkd compares with a finished model"),
         ("clip", "loss.clipkd.weight=1", "distill.teacher: loss.clipkd compares with a finished model"),
         ("clip", "loss.clipkd.feature_weight=-1", "loss.clipkd.feature_weight: -1.0 must be 0 or more"),
@@ -152,3 +160,12 @@ def test_a_mistake_is_one_line_that_names_its_key(
     assert cli.main(["recipes", f"{recipe}-tiny", word]) == 2
     printed = capsys.readouterr().err.strip()
     assert said in printed and len(printed.splitlines()) == 1
+
+
+def test_maskclip_reads_the_whole_view_and_predicts_the_rest_of_a_quarter_of_it() -> None:
+    loaded = config.load("maskclip-vitb16")
+    method = method_of(loaded)
+    assert [num_kept(mask, 14) for mask in method.masks] == [196, 49]  # 147 places are predicted
+    assert method.objectives["contrastive"].views == [0] and method.objectives["patches"].weight == 0.05
+    assert method.teacher_view == 0 and method.wants == {"patches"} and method.needs_teacher
+    assert loaded.data.all_views()[1].draws_of == 0
