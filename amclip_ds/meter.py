@@ -28,9 +28,12 @@ class Meter:
     """Times the loop between two logged steps, and says what it waited for."""
 
     def __init__(
-        self, global_batch: int, runtime: Runtime, workers: int, operations: Operations, student: StudentEngine
+        self, global_batch: int, runtime: Runtime, workers: int, operations: Operations | None, student: StudentEngine
     ) -> None:
-        """The arithmetic is held against a matrix product in the dtype of the student's forward."""
+        """operations: None where they cannot be counted; then rows have no tflops and mfu.
+
+        The arithmetic is held against a matrix product in the dtype of the student's forward.
+        """
         self._global_batch, self._device, self._workers = global_batch, runtime.device, workers
         self._cores = cores_of_a_rank(runtime.local_world_size)
         self._operations, self._text = operations, student.module.text
@@ -70,11 +73,13 @@ class Meter:
         local = {"loss": float(result.loss)} | {name: float(part) for name, part in result.parts.items()}
         local |= {"data_wait_s": self._wait_s / steps, "step_s": elapsed / steps}
         local["communication_s"] = COMMUNICATION.take() / steps
-        local |= {"flops": self._operations(result.kept_tokens, self._tokens / steps), "rate": self.matrix_rate}
+        if self._operations is not None:
+            local |= {"flops": self._operations(result.kept_tokens, self._tokens / steps), "rate": self.matrix_rate}
         row: dict[str, Any] = dict(mean_over_ranks(local, self._device))
         row["samples_per_s"] = self._global_batch / row["step_s"]
-        flops_per_s = row.pop("flops") / row["step_s"]
-        row |= {"tflops": flops_per_s / 1e12, "mfu": flops_per_s / row.pop("rate")}
+        if self._operations is not None:
+            flops_per_s = row.pop("flops") / row["step_s"]
+            row |= {"tflops": flops_per_s / 1e12, "mfu": flops_per_s / row.pop("rate")}
         row["peak_memory_gib"] = max_over_ranks(peak_bytes(self._device) / GIB, self._device)
         row |= {
             "lr": result.lr, "momentum": result.momentum, "logit_scale": float(result.logit_scale),

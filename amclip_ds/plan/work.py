@@ -11,7 +11,7 @@ from typing import Any
 from amclip_ds import config as settings
 from amclip_ds.config import BatchPlan, TrainConfig
 from amclip_ds.engine.ds_config import AUTO, BLOCK, TOWER, read_ds_config
-from amclip_ds.errors import SettingsError, in_one_line
+from amclip_ds.errors import SettingsError, UserError, in_one_line
 from amclip_ds.masks import masks_of_views, needs_of
 from amclip_ds.masks.units import num_kept
 from amclip_ds.model.config import grid_of
@@ -245,9 +245,15 @@ def _observed(work: Work, sizes: objectives.Sizes) -> float:
     return sum(part.observed(sizes) for part in work.parts.values())
 
 
-def operations(config: TrainConfig, world: int) -> Callable[[int | list[int], float], float]:
-    """(kept tokens of the views, tokens of a text) -> the operations of a rank's batch: what a run's MFU goes by."""
-    work = work_of(config, world)
+def operations(config: TrainConfig, world: int) -> Callable[[int | list[int], float], float] | None:
+    """(kept tokens of the views, tokens of a text) -> the operations of a rank's batch: what a run's MFU goes by.
+
+    None where a part of the run cannot be counted: it may be sound all the same.
+    """
+    try:
+        work = work_of(config, world)
+    except UserError:
+        return None
 
     def of_step(kept: int | list[int], text_tokens: float) -> float:
         views = tuple(kept) if isinstance(kept, list) else (kept,) * len(work.views)

@@ -113,3 +113,10 @@ def test_recomputation_and_accumulation_cost_forwards() -> None:
     assert plain.again == 0 and recomputed.model == plain.model == split.model
     assert 0.3 * plain.vision < recomputed.again < 0.34 * plain.vision
     assert split.again > recomputed.again
+
+
+def test_what_cannot_be_counted_has_no_operations() -> None:
+    config_of = config.load("aclip-tiny", [*SMALL, "model.vision.name=no_such_vit", "model.vision.patch_size=8"])
+    assert work.operations(config_of, 1) is None
+    count = work.operations(config.load("aclip-tiny", SMALL), 1)
+    assert count is not None and count(32, 16.0) > count(16, 16.0) > count([16, 8], 16.0) > count([16, 8], 8.0)
