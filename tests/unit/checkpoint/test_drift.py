@@ -158,7 +158,7 @@ def test_a_free_change_is_let_pass_beside_an_allowed_one_and_not_recorded() -> N
 
 def test_what_allows_a_change_is_named() -> None:
     other = changes(hashes=HASHES | {"data": "c" * 64})
-    assert drift.allowances([], "refuse") == {}
+    assert drift.allowances([], "refuse") == {"data.exclude": "data.exclude"}  # of its own accord
     for named, on_change, by in (
         ([], "report", "data.on_change=report"),
         (["data.train"], "refuse", "checkpoint.allow_drift"),
