@@ -220,7 +220,7 @@ class LossConfig:
 
     exchange: str = "gather"
     """gather: each rank collects all ranks' features | ring: the texts travel from rank to rank, and the memory of the
-    image-text loss does not grow with their number."""
+    losses with negatives does not grow with their number."""
 
     def __post_init__(self) -> None:
         if self.exchange not in ("gather", "ring"):

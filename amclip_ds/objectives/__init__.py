@@ -66,6 +66,7 @@ def chosen(
             temperature=loss.o2o_temperature,
             chunk=loss.chunk,
             pairs_views=pairs_views,
+            exchange=loss.exchange,
             heads=heads,
         ),
         "byol": byol.Options(loss.o2e_weight, loss.o2e_views, heads=heads),

@@ -1,8 +1,8 @@
-"""The image-text losses on a ring of ranks: the texts travel, and each tile of logits is made once a pass.
+"""The losses with negatives on a ring of ranks: the texts travel, and each tile of logits is made once a pass.
 
-A tile is one rank's images against one rank's texts. It gives both directions of InfoNCE: its rows belong to the images
-here, its columns to texts whose sums travel with them. Logits and their gradients never exist but for one tile (or
-`chunk` rows of it), in the backward pass again, and what autograd keeps is this rank's own features and two numbers a
+A tile is one rank's images against one rank's texts (of NT-Xent: one rank's views against another's). It gives both
+directions of InfoNCE: its rows belong to the images here, its columns to texts whose sums travel with them. Logits and
+their gradients never exist but for one tile (or `chunk` rows of it), in the backward pass again, and what autograd keeps is this rank's own features and two numbers a
 sample: memory does not grow with the number of ranks.
 
 Values are means over this rank's rows; the mean over ranks of the gradients is the gradient of the global loss.
@@ -27,6 +27,13 @@ def info_nce(images_VBE: Tensor, texts_BE: Tensor, scale: Tensor, comm: Comm, ch
 def sigmoid(images_VBE: Tensor, texts_BE: Tensor, scale: Tensor, bias: Tensor, comm: Comm, chunk: int = 0) -> Tensor:
     """sigmoid.sigmoid, the same within rounding. Collective: every rank must call, forward and backward."""
     return _Sigmoid.apply(images_VBE, texts_BE, scale, bias, comm, chunk)
+
+
+def online_to_online(features_VBP: Tensor, temperature: float, comm: Comm, chunk: int = 0) -> Tensor:
+    """simclr.online_to_online between the two views, the same within rounding. Collective, forward and backward."""
+    if features_VBP.shape[0] != 2:
+        raise ValueError(f"loss.o2o_weight: this loss needs 2 views, not {features_VBP.shape[0]}")
+    return _NTXent.apply(F.normalize(features_VBP.float(), dim=-1).flatten(0, 1), temperature, comm, chunk)
 
 
 def _pieces(images_VBE: Tensor, chunk: int) -> Iterator[tuple[int, slice]]:
@@ -130,3 +137,45 @@ class _Sigmoid(torch.autograd.Function):
             texts_grad = comm.ring_shift(texts_grad)
             held = coming() if coming is not None else held
         return images_grad, texts_grad, scale_grad, bias_grad, None, None
+
+
+class _NTXent(torch.autograd.Function):
+    """Rows are both views of this rank; what travels is both views of another, whose rows are its own affair."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_NP: Tensor, temperature: float, comm: Comm, chunk: int) -> Tensor:
+        N = rows_NP.shape[0]
+        sums = rows_NP.new_full((N,), -torch.inf)  # log sum exp over all rows but itself
+        held = rows_NP
+        for shift in range(comm.world_size):
+            coming = comm.ring_ahead(held) if shift + 1 < comm.world_size else None
+            for _, rows in _pieces(rows_NP[None], chunk):
+                logits = rows_NP[rows] @ held.T / temperature
+                if shift == 0:
+                    _matching(logits, rows).fill_(-torch.inf)
+                sums[rows] = torch.logaddexp(sums[rows], logits.logsumexp(1))
+            held = coming() if coming is not None else held
+        partners = (rows_NP * rows_NP.roll(N // 2, 0)).sum(-1) / temperature
+        ctx.save_for_backward(rows_NP, sums)
+        ctx.temperature, ctx.comm, ctx.chunk = temperature, comm, chunk
+        return (sums - partners).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rows_NP, sums = ctx.saved_tensors
+        comm, N = ctx.comm, rows_NP.shape[0]
+        share = grad / (N * ctx.temperature)
+        rows_grad = rows_NP.roll(N // 2, 0) * (-2 * share)  # a pair's product is in both its rows
+        held_grad = torch.zeros_like(rows_NP)
+        held = rows_NP
+        for shift in range(comm.world_size):
+            coming = comm.ring_ahead(held) if shift + 1 < comm.world_size else None
+            for _, rows in _pieces(rows_NP[None], ctx.chunk):
+                tile = (rows_NP[rows] @ held.T).div_(ctx.temperature).sub_(sums[rows, None]).exp_().mul_(share)
+                if shift == 0:
+                    _matching(tile, rows).zero_()
+                rows_grad[rows] += tile @ held
+                held_grad += tile.T @ rows_NP[rows]
+            held_grad = comm.ring_shift(held_grad)
+            held = coming() if coming is not None else held
+        return rows_grad + held_grad, None, None, None

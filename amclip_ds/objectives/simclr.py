@@ -15,6 +15,7 @@ from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import HeadsConfig
 from amclip_ds.model.features import Features, Terms
 from amclip_ds.model.heads import MLPHead, of_views
+from amclip_ds.objectives import ring
 from amclip_ds.objectives.base import Objective, Weighted
 from amclip_ds.objectives.contrastive import cross_entropy
 
@@ -27,6 +28,8 @@ class Options(Weighted):
     """Rows of logits held at a time, forward and backward; 0: all."""
     pairs_views: bool = True
     """False: each view with itself, as A-CLIP's published code."""
+    exchange: str = "gather"
+    """gather | ring: loss.exchange; views with themselves are gathered."""
     heads: HeadsConfig = field(default_factory=HeadsConfig)
 
 
@@ -46,6 +49,8 @@ class SimCLR(Objective):
         assert features.cls is not None
         options = self.options
         projected = of_views(self.head, features.cls, comm.all_reduce_sum, options.heads)
+        if options.exchange == "ring" and options.pairs_views:
+            return {"o2o": ring.online_to_online(projected, options.temperature, comm, options.chunk)}
         return {"o2o": online_to_online(projected, options.temperature, comm, options.pairs_views, options.chunk)}
 
 

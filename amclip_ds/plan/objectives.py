@@ -122,12 +122,13 @@ def _known(config: Any, width: int) -> dict[str, Part]:
             )
     if loss.o2o_weight > 0:
         head = shapes.simclr_head(width, heads)
+        on_ring = loss.exchange == "ring"
         found["simclr"] = Part(
             {f"head.{name}": value for name, value in shapes.head_parameters(head, True).items()},
             features=frozenset({"cls"}),
             cost=lambda sizes: (
                 head_cost(head, sizes.views * sizes.local, sizes.bytes, heads)
-                + pairs_cost(sizes, heads.output_dim, loss.chunk)
+                + (pairs_ring_cost if on_ring else pairs_cost)(sizes, heads.output_dim, loss.chunk)
             ),
         )
     if loss.o2e_weight > 0:
@@ -194,6 +195,14 @@ def ring_cost(sizes: Sizes, chunk: int) -> Cost:
     flops = 8.0 * sizes.views * sizes.local * sizes.local * sizes.world * sizes.embed_dim
     texts = float(FP32 * sizes.local * sizes.embed_dim)
     return Cost(flops, (sizes.views + 1) * texts, 4.0 * FP32 * rows * sizes.local + 4 * texts)
+
+
+def pairs_ring_cost(sizes: Sizes, output_dim: int, chunk: int) -> Cost:
+    """Likewise of both views of a rank against both of another."""
+    both = 2 * sizes.local
+    flops = 8.0 * both * both * sizes.world * output_dim
+    features = float(FP32 * both * output_dim)
+    return Cost(flops, 2 * features, 4.0 * FP32 * min(chunk or both, both) * both + 4 * features)
 
 
 def _logits(directions: int, rows: int, columns: int, width: int, copies: int, chunk: int) -> Cost:

@@ -12,6 +12,7 @@ from amclip_ds.comm import SingleProcess
 from amclip_ds.objectives import ring
 from amclip_ds.objectives.contrastive import info_nce
 from amclip_ds.objectives.sigmoid import sigmoid
+from amclip_ds.objectives.simclr import online_to_online
 from benchmarks.losses import Alike
 from benchmarks.tensor_memory import TensorMemory
 from tests.unit.thread_ranks import ThreadComm, run_threads
@@ -130,3 +131,28 @@ def test_memory_is_flat_in_the_number_of_ranks(kind: str) -> None:
     print(f"{kind}: peak kB by ranks:", {name: {w: p // 1000 for w, p in of.items()} for name, of in peaks.items()})
     assert peaks["ring"][16] == peaks["ring"][4]  # from 3 on, texts arrive while others are held
     assert peaks["other"][16] > 1.5 * peaks["other"][4]
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_nt_xent_on_a_ring(world_size: int, chunk: int) -> None:
+    """Against the gathered loss of the whole batch, through the normalisation. Twins: a ring that stands still."""
+    given = [torch.randn(2, world_size * LOCAL, WIDTH, generator=torch.Generator().manual_seed(1))]
+
+    def over(change: Callable[[ThreadComm], None] = lambda comm: None) -> tuple[Tensor, Tensor]:
+        def work(comm: ThreadComm) -> tuple[Tensor, list[Tensor]]:
+            change(comm)
+            part = slice(comm.rank * LOCAL, (comm.rank + 1) * LOCAL)
+            return differentiated(lambda x: ring.online_to_online(x, 0.2, comm, chunk), [given[0][:, part]])
+
+        values, gradients = zip(*run_threads(world_size, work))
+        return torch.stack(values).mean(), torch.cat([one[0] for one in gradients], 1) / world_size
+
+    expected, [wanted] = differentiated(lambda x: online_to_online(x, 0.2, SingleProcess()), given)
+    value, gradient = over()
+    torch.testing.assert_close(value, expected, atol=0, rtol=2e-6)  # the features are made fp32
+    torch.testing.assert_close(gradient, wanted, atol=1e-7, rtol=1e-5)
+    if world_size > 2:
+        for wrong in (stuck, lost_sums):
+            value, gradient = over(wrong)
+            assert not (torch.isclose(value, expected, rtol=1e-5) and torch.allclose(gradient, wanted, rtol=1e-3))
