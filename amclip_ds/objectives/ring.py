@@ -2,7 +2,7 @@
 
 A tile is one rank's images against one rank's texts (of NT-Xent: one rank's views against another's). It gives both
 directions of InfoNCE: its rows belong to the images here, its columns to texts whose sums travel with them. Logits and
-their gradients never exist but for one tile (or `chunk` rows of it), in the backward pass again, and what autograd keeps
+their gradients never exist but for one tile (or `chunk` rows of it), in the backward pass again; what autograd keeps
 is this rank's own features and two numbers a sample: memory does not grow with the number of ranks.
 
 Values are means over this rank's rows; the mean over ranks of the gradients is the gradient of the global loss.
