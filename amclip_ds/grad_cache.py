@@ -39,7 +39,8 @@ def forward_backward(
     for feature in (cls, *eot.values()):
         feature.requires_grad_()
     terms, weighted = averaged(cached, [piece.stop - piece.start for piece in pieces])
-    losses = student.losses(cls, eot, targets, terms, weighted, comm)
+    given = dict(eot)  # ZeRO-3's hooks put other tensors, which are no leaves, into the dict that they are given
+    losses = student.losses(cls, given, targets, terms, weighted, comm)
     kept = kept_of_batch(inputs, [piece.kept for piece in cached])
     if not admit(losses):
         return losses, kept
