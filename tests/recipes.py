@@ -1,6 +1,9 @@
 """What a recipe needs besides data: words for those that name a key of their own."""
 
-NEEDS = {"clipkd": ["distill.teacher=a-finished-run"]}
+NEEDS = {
+    "clipkd": ["distill.teacher=a-finished-run"],
+    "frequency": ["data.text_mask.table=words.json"],
+}
 
 
 def words_of(recipe: str) -> list[str]:

@@ -28,9 +28,14 @@ def train(amclip: Amclip, shared_dir: Path, out: Path, method: str, *words: str,
 
 
 def needed(amclip: Amclip, shared_dir: Path, folder: Path, method: str) -> list[str]:
-    """A teacher for those that learn from one."""
+    """A teacher for those that learn from one, a table of words for those that go by it."""
     if not words_of(method):
         return []
+    if method == "frequency":
+        shards = f"{shared_dir}/data/openstax/train/{{00000..00003}}.tar"
+        code, printed = amclip("data", "stats", shards, "--words", f"{folder}/words.json")
+        assert code == 0, printed
+        return [f"data.text_mask.table={folder}/words.json"]
     train(amclip, shared_dir, folder / "teacher", "clip", ranks=1)
     return [f"distill.teacher={folder}/teacher"]
 

@@ -138,6 +138,7 @@ def test_disjoint_views_share_a_crop_and_are_compared() -> None:
         ("clip", "loss.patches.weight=1", "loss.patches.views: there is no view 1; there are 1"),
         ("random2x", "loss.patches.weight=1", "teacher.view: loss.patches compares view 1"),
         ("aclip", "loss.patches.depth=0", "loss.patches.depth: 0 must be at least 1"),
+        ("frequency", "run.seed=0", "data.text_mask.table: data.text_mask.strategy=frequency needs it"),
         ("clipkd", "run.seed=0", "distill.teacher: loss.clipkd compares with a finished model"),
         ("clip", "loss.clipkd.weight=1", "distill.teacher: loss.clipkd compares with a finished model"),
         ("clip", "loss.clipkd.feature_weight=-1", "loss.clipkd.feature_weight: -1.0 must be 0 or more"),
