@@ -67,7 +67,7 @@ def _software(told: dict[str, Any], here: dict[str, Any]) -> Iterator[Finding]:
     if not told:
         yield Finding("software", WARN, "the run left no versions.json", "nothing can be said")
         return
-    names = [name for name in here if name in told and name not in ("git", "command", "platform")]
+    names = [name for name in here if name in told and name not in ("git", "command", "platform", "threads")]
     differing = [f"{name} {told[name]} -> {here[name]}" for name in names if told[name] != here[name]]
     if not differing:
         yield Finding("software", OK, f"the same {len(names)} versions")
@@ -228,7 +228,18 @@ def repeat(run: Path, overrides: list[str], own: list[str], steps: int, procs: i
             "checkpoint.every_minutes=null",
             "eval.data=null",
         ]
-        command = [sys.executable, "-m", "amclip_ds", "train", *words, "--procs", str(world), *plugin_words(own)]
+        threads = _threads(run)  # sums on a CPU are rounded by how many threads share them
+        command = [
+            *threads,
+            sys.executable,
+            "-m",
+            "amclip_ds",
+            "train",
+            *words,
+            "--procs",
+            str(world),
+            *plugin_words(own),
+        ]
         rows = _train(command, again, last)
     differing = []
     for row in recorded:
@@ -241,8 +252,17 @@ def repeat(run: Path, overrides: list[str], own: list[str], steps: int, procs: i
         ]
     if differing:
         said = f"{len(differing)} numbers differ, the first: {differing[0]}"
-        return Finding("steps", FAIL, said, "what differs above explains it: software, data, world, processor")
+        return Finding(
+            "steps", FAIL, said, "software, data, ranks, threads (OMP_NUM_THREADS) and kind of processor decide"
+        )
     return Finding("steps", OK, f"{len(recorded)} recorded steps up to {last} on {world} ranks, every number the same")
+
+
+def _threads(run: Path) -> list[str]:
+    """The words that give a command the threads a rank that the run had, where it is recorded."""
+    told = read_json(run / run_files.VERSIONS, dict) if is_regular(run / run_files.VERSIONS) else {}
+    number = told.get("threads")
+    return ["env", f"OMP_NUM_THREADS={number}"] if type(number) is int and 0 < number < 10_000 else []
 
 
 def _train(command: list[str], folder: Path, last: int) -> dict[int, dict[str, Any]]:
