@@ -140,7 +140,8 @@ def describe_versions() -> str:
     versions = {name: _version(name) for name in PACKAGES}
     facts = {
         "amclip_ds": _version("amclip_ds"), "python": platform.python_version(),
-        "platform": platform.platform(), "threads": torch.get_num_threads(), "cuda": torch.version.cuda, "git": git_revision(),
+        "platform": platform.platform(), "threads": torch.get_num_threads(), "cuda": torch.version.cuda,
+        "git": git_revision(),
         "command": redact_all(sys.argv),
     }  # fmt: skip
     return json.dumps(facts | versions, indent=1) + "\n"
