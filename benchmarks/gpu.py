@@ -67,6 +67,7 @@ class Cell:
         from amclip_ds import run
         from amclip_ds.engine import runtime as engine_runtime
         from amclip_ds.engine.collectives import DistributedComm
+        from amclip_ds.method import method_of
         from amclip_ds.optim import Schedules
         from amclip_ds.resilience.guards import Guards
 
@@ -76,12 +77,13 @@ class Cell:
             f"data.train={args.data}", f"run.out={args.out.parent}/{size}{stage}{extra}", "run.steps=1000",
             "run.epochs=null", f"batch.global_size={self.batch_size}", f"batch.per_gpu={self.batch_size}",
             f"engine.deepspeed=zero{stage}_bf16.json", f"data.workers={workers}", "optim.warmup_steps=10",
-            f"engine.compile={str(extra == 'compile').lower()}",
+            f"engine.compile={'tower' if extra == 'compile' else 'none'}",
         ])  # fmt: skip
         Path(self.config.run.out).mkdir(parents=True, exist_ok=True)
         self.runtime = engine_runtime.start()
-        self.data = run.open_data(self.config, self.runtime)
-        self.student, self.teacher = run.build_engines(self.config, self.runtime)
+        self.method = method_of(self.config)
+        self.data = run.open_data(self.config, self.method, self.runtime)
+        self.student, self.teacher = run.build_engines(self.config, self.method, self.runtime)
         self.comm, self.guards = DistributedComm(), Guards(self.config.guards, lambda *row: None)
         self.schedules = Schedules(self.config.optim, self.config.teacher, 1000)
         self.batches = self.data.batches(None)
@@ -90,7 +92,7 @@ class Cell:
     def step(self, batch: Any = None) -> Any:
         from amclip_ds.step import train_step
 
-        return train_step(batch or self.batch, self.student, self.teacher, self.schedules, 5, self.config, self.comm,
+        return train_step(batch or self.batch, self.student, self.teacher, self.schedules, 5, self.method, self.comm,
                           self.batch_size, self.guards)  # fmt: skip
 
     def recompute(self, every: int) -> None:
