@@ -102,7 +102,9 @@ def keep_compiled(run: Path) -> Path | None:
     come from a stranger. Returns it, or None where the environment names another one, or where this one belongs to
     somebody else or others may write to it: then torch keeps to its own place.
     """
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():  # torch sets its own
         return None
     folder = run.absolute().parent / f".amclip-compiled-{os.getuid()}"
     try:

@@ -24,6 +24,14 @@ def test_it_lies_beside_the_run_and_is_the_users_own(tmp_path: Path) -> None:
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
 
 
+def test_what_torch_itself_has_set_is_no_wish_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    made = cache_dir()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == made
+    assert keep_compiled(tmp_path / "run") is not None
+
+
 def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
     """What lies there is executed."""
     folder = keep_compiled(tmp_path / "run")
