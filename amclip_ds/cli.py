@@ -25,6 +25,7 @@ COMMANDS = {  # the word typed -> its module in amclip_ds/commands
     "eval": "evaluate",
     "watch": "watch",
     "export": "export",
+    "masks": "masks",
     "report": "report",
     "checkpoints": "checkpoints",
     "submit": "submit",

@@ -14,6 +14,9 @@ UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e
                     "\ud800-\udfff\U000e0000-\U000e0fff]")  # fmt: skip
 
 
+WIDEST = 100_000  # columns of a table in a file or a pipe
+
+
 def printable(text: object) -> str:
     """The text with what a terminal would obey written out: `\\x1b`, `\\u202e`."""
     return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
@@ -43,18 +46,31 @@ def _fence(text: str, least: int) -> str:
     return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
 
 
-def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None, width: int | None = None
-) -> None:
-    """A table on standard output. width: columns where no terminal has its own."""
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """A table on standard output. Nothing of it is cut: what a terminal has no room for goes on in the next line, and
+    where there is no terminal a row is one line."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, title=None if title is None else Text(one_line(title)))
+    table = Table(title=None if title is None else Text(one_line(title)))
+    for column in columns:
+        table.add_column(Text(column), overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     screen = console()
-    screen.print(table, width=None if screen.is_terminal else width)
+    if not screen.is_terminal:
+        screen.width = WIDEST
+    screen.print(table)
+
+
+def duration(seconds: float) -> str:
+    """`41 s`, `7 min 5 s`, `3 h 12 min`, `2 d 4 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    for size, unit, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit} {seconds % size // below:.0f} {small}"
+    return f"{seconds:.0f} s"
 
 
 def console() -> Any:

@@ -4,7 +4,6 @@ Every file is appended to line by line, and none of them can end the run (backlo
 first, which moves rows past the checkpoint's step to *.superseded.jsonl, so that no step stands twice.
 """
 
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -35,6 +34,9 @@ class LogConfig:
     """Where curves go: tensorboard (RUN/tensorboard), wandb, trackio (pip install 'amclip_ds[track]'); [] for none."""
     project: str = "amclip_ds"
     """The project at wandb and trackio."""
+    pictures_every_steps: int = 1000
+    """What the masks keep of the same few images, in RUN/pictures and TensorBoard: every so many steps, with each
+    checkpoint by steps, at the first step and the last; 0: never."""
     tensorboard: bool = True
     """false: as if log.trackers were without tensorboard."""
     wandb_project: str | None = None
@@ -48,6 +50,8 @@ class LogConfig:
                 raise ValueError(f"log.trackers: {name!r} is none of {', '.join(TRACKERS)}")
         if not self.project:
             raise ValueError("log.project: a name, at wandb and trackio")
+        if self.pictures_every_steps < 0:
+            raise ValueError(f"log.pictures_every_steps: {self.pictures_every_steps} is below 0 (0 switches it off)")
 
     def chosen(self) -> dict[str, str]:
         """Tracker -> its project, in one order."""
@@ -97,15 +101,18 @@ def _term(key: str) -> str:
 class Record:
     """A run's pen, which cannot end the run: see backlog.py. On ranks other than 0 only incidents are written.
 
-    folder: the run's folder, existing. total_steps: for the progress line. samples_per_epoch: likewise.
+    folder: the run's folder, existing. total_steps, samples_per_epoch, checkpoint_every (steps): for
+    what is told of the progress.
     """
 
     def __init__(
         self, folder: Path, config: LogConfig, *, rank: int, world_size: int, attempt: int, total_steps: int,
         samples_per_epoch: int, first_step: int = 0, run_config: dict[str, Any] | None = None,
+        checkpoint_every: int | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.config, self.rank, self.world_size, self.attempt = folder, config, rank, world_size, attempt
         self.total_steps, self.samples_per_epoch = total_steps, samples_per_epoch
+        self._checkpoint_every = checkpoint_every
         self.is_main = rank == 0
         self.step = self._first_step = first_step
         self._backlog = Backlog(lambda cause, outcome: self.incident("record_held", cause, action=outcome))
@@ -113,8 +120,9 @@ class Record:
         self._trackers: list[Tracker] = []
         self._progress: Any = None
         if self.is_main:
-            if sys.stdout.isatty():
-                self._open_progress(first_step)
+            screen = display.console()
+            if screen.is_terminal and not screen.is_dumb_terminal:  # a dumb one shows lines, as a pipe does
+                self._open_progress(first_step, screen)
             self._trackers = [Tracker(name, project, folder, run_config or {}, self.incident, self.say)
                               for name, project in config.chosen().items() if name in OPEN]  # fmt: skip
 
@@ -140,10 +148,14 @@ class Record:
             return
         self._append(run_files.METRICS, row)
         self._track(row["step"], row)
-        line = self._line(row) + (f" | {note}" if note else "")
+        left = self._time_left(row)
+        line = " | ".join(part for part in (self._line(row), note, left) if part)
         if self._progress:
             self._note(line)
-            self._progress.update(self._task, completed=row["step"], loss=row["loss"], rate=row["samples_per_s"])
+            memory = row.get("peak_memory_gib")
+            told = [f"loss {row['loss']:.3f}", f"{row['samples_per_s']:.0f} samples/s",
+                    f"{memory:.1f} GiB" if memory else "", left, note.partition(" ")[0]]  # fmt: skip
+            self._progress.update(self._task, completed=row["step"], told=", ".join(part for part in told if part))
         else:
             self.say(line)
 
@@ -151,6 +163,13 @@ class Record:
         """The sample ids of one step, in global order."""
         if self.is_main:
             self._append(run_files.SAMPLE_IDS, {"step": step, "ids": ids})
+
+    def masks(self, row: dict[str, Any], jpeg: bytes, width: int, height: int) -> None:
+        """What the masks keep at a step: pictures/masks.jsonl, and the picture in TensorBoard."""
+        self._append(run_files.MASKS, row)
+        if "tensorboard" in self.config.chosen():
+            event = tensorboard_events.image(row["step"], "masks", jpeg, width, height)
+            self._backlog.append(self._events, event, head=tensorboard_events.head(self._first_step + 1))
 
     def evaluation(self, rows: Iterable[dict[str, Any]]) -> None:
         """Rows of an evaluation: eval.jsonl and the trackers."""
@@ -182,10 +201,18 @@ class Record:
         """Ends the live line, and waits a little for what the disk has not taken."""
         while self._trackers:
             self._trackers.pop().finish()
+        self._close_progress()
+        self._backlog.close()
+
+    def last_word(self, text: str) -> None:
+        """One line below all others, the live line too."""
+        self._close_progress()
+        self.say(text)
+
+    def _close_progress(self) -> None:
         if self._progress:
             self._progress.stop()
             self._progress = None
-        self._backlog.close()
 
     def __enter__(self) -> "Record":
         return self
@@ -207,6 +234,17 @@ class Record:
             f" Logit Scale: {row['logit_scale']:.3f} {terms} Loss: {row['loss']:.4f}{cost}"
         )
 
+    def _time_left(self, row: dict[str, Any]) -> str:
+        """`ETA 3 h 5 min, checkpoint in 41 s`: at the speed of the row, without saves and evaluations."""
+        left = self.total_steps - row["step"]
+        if left <= 0:
+            return ""
+        told = f"ETA {display.duration(left * row['step_s'])}"
+        if self._checkpoint_every:
+            until = min(left, self._checkpoint_every - row["step"] % self._checkpoint_every)
+            told += f", checkpoint in {display.duration(until * row['step_s'])}"
+        return told
+
     def _append(self, name: str, row: dict[str, Any]) -> None:
         self._backlog.append(self.folder / name, jsonl.encode(row))
 
@@ -225,13 +263,13 @@ class Record:
         for tracker in self._trackers:
             tracker.log(step, numbers)
 
-    def _open_progress(self, first_step: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def _open_progress(self, first_step: int, screen: Any) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("{task.fields[rate]:.0f} samples/s"), TimeRemainingColumn(),
-            console=display.console(),
+            TextColumn("training"), BarColumn(20), MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}", markup=False),
+            console=screen,
         )  # fmt: skip
         self._progress.start()
-        self._task = self._progress.add_task("train", total=self.total_steps, completed=first_step, loss=0.0, rate=0.0)
+        self._task = self._progress.add_task("train", total=self.total_steps, completed=first_step, told="first step")

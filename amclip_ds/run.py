@@ -31,6 +31,7 @@ from amclip_ds.meter import Meter
 from amclip_ds.method import Method, method_of
 from amclip_ds.model import start
 from amclip_ds.optim import Schedules
+from amclip_ds.pictures import Pictures
 from amclip_ds.plan.work import operations
 from amclip_ds.profiling import Profile
 from amclip_ds.record import Record
@@ -99,6 +100,7 @@ class Run:
     profile: Profile
     keeper: Keeper
     forecast: Forecast
+    pictures: Pictures
 
     def batches(self) -> Iterator[Batch]:
         """The batches of the steps to come, on the device."""
@@ -154,7 +156,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     record = stack.enter_context(Record(
         folder, config.log, rank=runtime.rank, world_size=runtime.world_size, attempt=attempt, total_steps=total_steps,
         samples_per_epoch=data.samples_per_epoch, first_step=found.manifest.step if found else 0,
-        run_config=redact_all(asdict(config)),
+        run_config=redact_all(asdict(config)), checkpoint_every=config.checkpoint.every_steps,
     ))  # fmt: skip
     record.say(describe(config, runtime, plan, data, total_steps))
     for line in evaluated_on:
@@ -206,14 +208,14 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
             timeline.add("resumed", checkpoint=str(found.path), world_size=saved.world_size, stage=saved.stage)
         if runtime.is_main:
             write_settings(folder, config, record.replace)
+    pictures = Pictures(config.log, config.checkpoint, method, data, record, runtime.device, total_steps)
     return Run(
         config=config, runtime=runtime, comm=comm, method=method, plan=plan, folder=folder, attempt=attempt,
         stops=stops, watchdog=watchdog, timeline=timeline, state=state, data=data, total_steps=total_steps,
         record=record, student=student, teacher=teacher,
         frozen=frozen, schedules=Schedules(config.optim, config.teacher, total_steps),
         guards=guards, ledger=Ledger(config.data.max_skip_rate, gather_objects, data.account), meter=meter,
-        profile=profile,
-        keeper=keeper, forecast=forecast,
+        profile=profile, keeper=keeper, forecast=forecast, pictures=pictures,
     )  # fmt: skip
 
 

@@ -20,6 +20,9 @@ PLAN = "plan.json"
 """what was planned of memory and speed, and what was measured"""
 CHANGES = "changes.diff"
 """what differed from the git revision that versions.json names"""
+PICTURES = "pictures"
+"""the folder of what the masks keep: samples.json, MASKS, images"""
+MASKS = "pictures/masks.jsonl"
 OWNER = "owner.json"
 VERDICT = "exit.json"
 REPORT = "report.html"
@@ -32,7 +35,7 @@ def copy_of(plugin: str, its_hash: str) -> str:
     return f"plugin-{plugin}-{its_hash[:12]}.py.txt"
 
 
-STEPPED = (METRICS, SAMPLE_IDS, EVALUATIONS, CLASSES, "pictures/masks.jsonl")
+STEPPED = (METRICS, SAMPLE_IDS, EVALUATIONS, CLASSES, MASKS)
 """those whose rows a resume sets aside where it writes their steps again"""
 
 STEP: dict[str, type] = {"step": int}
@@ -42,6 +45,8 @@ OF_CLASSES: dict[str, type] = STEP | {"weights": str, "dataset": str, "task": st
 INCIDENT: dict[str, type] = STEP | {"kind": str, "cause": str, "attempt": int}
 EVENT: dict[str, type] = STEP | {"event": str, "attempt": int}
 """of timeline.jsonl"""
+KEPT: dict[str, type] = STEP | {"kept": list}
+"""of pictures/masks.jsonl"""
 JOB_ATTEMPT: dict[str, type] = STEP | {"job": str, "verdict_time": int}
 """of slurm/attempts.jsonl"""
 MAX_METRICS = 1 << 30

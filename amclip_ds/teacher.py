@@ -83,6 +83,11 @@ class Teacher:
         return seen._replace(targets=targets)  # autograd saves no tensor of the inference mode
 
     @torch.no_grad()
+    def attention(self, images: Tensor) -> Tensor:
+        """TeacherModel.attention. Collective: every rank must call."""
+        return self.placed(TeacherModel.attention, images)
+
+    @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
         """TeacherModel.embed_images. Collective: every rank must call."""
         return self._whole(TeacherModel.embed_images, images)

@@ -29,6 +29,16 @@ def scalars(step: int, values: dict[str, float]) -> bytes:
     return _record(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
 
+def image(step: int, tag: str, content: bytes, width: int, height: int) -> bytes:
+    """One picture, encoded as PNG or JPEG."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    shown = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
+    summary = Summary(value=[Summary.Value(tag=tag, image=shown)])
+    return _record(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+
+
 def _record(data: bytes) -> bytes:
     from tensorboard.summary.writer.record_writer import RecordWriter
 

@@ -44,6 +44,7 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
             stop = run.stops.agreed(is_last=state.step == run.total_steps)
             account(run, batch, result)
             run.keeper.after_step(state, is_last=state.step == run.total_steps or stop is not None)
+            picture(run)
             if stop is not None:
                 raise Preempted(f"{stop}; stopped after step {state.step}")
             if evaluation_is_due(run):
@@ -52,8 +53,16 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
         run.watchdog.phase("end", state.step)
         write_run_weights(run.folder, run.student, run.teacher, state.step)
         run.record.say(run.ledger.summary())
-        run.record.say(str(run.folder))
+        run.record.last_word(str(run.folder))
     return 0
+
+
+def picture(run: Run) -> None:
+    """What the masks keep now, where it is due. Collective: every rank must call."""
+    if run.pictures.is_due(run.state.step):
+        with run.meter.paused(), run.watchdog.during("evaluate"):
+            progress = run.schedules.progress(run.state.updates)
+            run.pictures.after_step(run.state.step, progress, run.student, run.teacher)
 
 
 def account(run: Run, batch: Batch, result: StepResult) -> None:

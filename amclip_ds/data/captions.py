@@ -69,6 +69,11 @@ class ClipTokenizer:
             row[: len(ids)] = torch.tensor(ids)
         return rows
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """A row of ids as text again, lower-cased as it was encoded, without start, end and what fills it up."""
+        text = self._tokenizer.decode([number for number in ids if number not in (0, self.start, self.end)])
+        return text.strip()
+
 
 def tokenizer_hash() -> str:
     """A tokenizer is known by what it makes of PROBE."""

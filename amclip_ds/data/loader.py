@@ -121,6 +121,15 @@ class TrainingData:
                 yield self._batch(join(made, is_pinned), now, {"epoch": epoch, "step": step}, incidents)
                 incidents = []
 
+    def first(self, count: int) -> Batch:
+        """The first samples of epoch 0, at most `count`, the same on any world; made here and now. Raises UserError."""
+        maker = ChunkMaker(self._spec)
+        try:
+            made = _good(maker.make(0, 0, min(count, self.samples_per_epoch)))
+        finally:
+            maker.close()
+        return self._batch(made, 0, {"epoch": 0, "step": 0}, [])
+
     def close(self) -> None:
         """Ends the workers."""
         while self._streams:

@@ -19,7 +19,7 @@ from amclip_ds.engine.runtime import Runtime
 from amclip_ds.errors import UserError
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
-from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets, Terms
+from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets, Terms, ViewGroup
 from amclip_ds.model.init import Start, init_tensor, initialise, persistent_buffers
 from amclip_ds.objectives import Chosen, builder, start_of
 from amclip_ds.optim import WHOLE_TENSOR, OptimConfig, build_optimizer, parameter_groups
@@ -121,6 +121,10 @@ class StudentEngine:
     ) -> tuple[Losses, tuple[Tensor | None, ...]]:
         """AClip.encode_and_losses through the engine: a graph that spans two of its forwards is not to be had."""
         return self.engine(AClip.encode_and_losses, inputs, targets, comm)
+
+    def choose(self, group: ViewGroup) -> Tensor | None:
+        """AClip.choose through the engine."""
+        return self.engine(AClip.choose, group)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """AClip.embed_images through the engine."""

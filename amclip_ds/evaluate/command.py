@@ -18,8 +18,6 @@ from amclip_ds.evaluate.rows import append_new
 from amclip_ds.evaluate.source import Located, locate, open_encoder
 from amclip_ds.evaluate.tasks import open_for, run_task
 
-FILE_WIDTH = 140  # columns of the table where no terminal says otherwise
-
 
 def evaluate(args: argparse.Namespace) -> int:
     """Returns the exit code. Collective: every rank of the world must call."""
@@ -101,7 +99,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
                 )
             )
     columns = ("data set", "task", "weights", "step", "metric", "value", "95% interval", "samples", "images")
-    display.print_table(columns, cells, width=FILE_WIDTH)
+    display.print_table(columns, cells)
     for row in rows:
         for pair in row.get("confusions", [])[:3]:
             print(

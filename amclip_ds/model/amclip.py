@@ -143,6 +143,11 @@ class AClip(nn.Module):
         losses = self.losses(encoded.cls, encoded.eot, targets, encoded.terms, encoded.weighted, comm)
         return losses, encoded.kept
 
+    def choose(self, group: ViewGroup) -> Tensor | None:
+        """The tokens that stay of some views, [v * B, K]; None: all. The tower runs whole, though its first layer
+        decides: ZeRO-3 gathers ahead what follows in it."""
+        return self.vision(group.images.flatten(0, 1), group.selections, num_views=len(group.views)).keep_indices
+
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised, every token -> embeddings [B, E], fp32 rows of unit length."""
         return normalise(self.image_projection(self.vision.feature(self.vision(images, cls_only=True).tokens)))

@@ -78,6 +78,13 @@ class TeacherModel(nn.Module):
             check_targets(type(observer).observe, targets[name], images.shape[0])
         return Observed(targets, output.scores)
 
+    def attention(self, images: Tensor) -> Tensor:
+        """[B, N] fp32: how much the class token attends to each patch of the crop. No objective is asked, and no
+        statistic moves."""
+        scores = self.vision(images, with_scores=True).scores
+        assert scores is not None
+        return scores
+
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised -> embeddings [B, E], fp32 rows of unit length."""
         return normalise(self.image_projection(self.vision.feature(self.vision(images, cls_only=True).tokens)))

@@ -17,13 +17,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from amclip_ds.display import printable
+from amclip_ds.display import duration, printable
 from amclip_ds.errors import UserError
 from amclip_ds.files import write_atomically
 from amclip_ds.redact import redact, redact_all
 from amclip_ds.report import events as happened
 from amclip_ds.report.charts import Chart, Point, buckets, draw, number
 from amclip_ds.report.events import Event
+from amclip_ds.report.pictures import Pictures, read_pictures
 from amclip_ds.report.read import COUNTED, RunFacts, Series, read_run
 from amclip_ds.report.time_spent import PARTS, Attempt, attempts_of, goodput, total
 
@@ -93,7 +94,7 @@ class RunPage:
     num_losses: int
     classes: list[dict[str, Any]]
     commands: list[str]
-    pictures: Any
+    pictures: Pictures | None
     label: str = ""
     """what the run is called among others"""
     overview: Chart | None = None
@@ -112,6 +113,18 @@ class RunPage:
     @property
     def slow_rows(self) -> list[tuple[Any, ...]]:
         return [(event.step, event.cause) for event in self.slow_ranks]
+
+    @property
+    def memory_rows(self) -> list[tuple[str, str, str]]:
+        """(part, planned, measured) of a rank's memory, in GiB; what is not known is left empty."""
+        planned, measured = (self.facts.plan.get(name) for name in ("predicted", "measured"))
+        if not isinstance(planned, dict) or not isinstance(measured, dict):
+            return []
+        wholes = {"between_steps_gib": "model state between two steps", "peak_gib": "peak of a step"}
+        rows = [(word, planned.get(name), measured.get(name)) for name, word in wholes.items()]
+        parts = [held if isinstance(held := side.get("by_part"), dict) else {} for side in (planned, measured)]
+        rows += [(f"of it: {part}", parts[0].get(part), parts[1].get(part)) for part in {**parts[0], **parts[1]}]
+        return [(word, *(f"{gib:.3f}" if isinstance(gib, int | float) else "" for gib in held)) for word, *held in rows]
 
     @property
     def loss_rows(self) -> list[tuple[Any, ...]]:
@@ -138,6 +151,22 @@ def write_report(folders: list[Path], out: Path) -> int:
 
 def page(runs: list[RunFacts]) -> str:
     """The whole page."""
+    from markupsafe import Markup
+
+    script = (HERE / "page.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    views = [run_page(f"run{place}", run) for place, run in enumerate(runs)]
+    for view, label in zip(views, names_of(runs)):
+        view.label = label
+    return fill(
+        "page.html", runs=views, several=len(views) > 1, comparison=compare(runs) if len(runs) > 1 else [],
+        differences=differences(runs) if len(runs) > 1 else [], script=Markup(script), digest=digest,
+        kinds=happened.KINDS, written=time.time(),
+    )  # fmt: skip
+
+
+def fill(template: str, **values: Any) -> str:
+    """A template of this folder, its values escaped and made printable, with the page's style."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -149,16 +178,8 @@ def page(runs: list[RunFacts]) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": number, "date": date, "duration": duration}
-    script, style = (HERE / "page.js").read_text(), (HERE / "page.css").read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    views = [run_page(f"run{place}", run) for place, run in enumerate(runs)]
-    for view, label in zip(views, names_of(runs)):
-        view.label = label
-    return environment.get_template("page.html").render(
-        runs=views, several=len(views) > 1, comparison=compare(runs) if len(runs) > 1 else [],
-        differences=differences(runs) if len(runs) > 1 else [], script=Markup(script), style=Markup(style),
-        digest=digest, kinds=happened.KINDS, written=time.time(),
-    )  # fmt: skip
+    style = Markup((HERE / "page.css").read_text())
+    return environment.get_template(template).render(style=style, **values)
 
 
 def run_page(id: str, run: RunFacts) -> RunPage:
@@ -177,7 +198,7 @@ def run_page(id: str, run: RunFacts) -> RunPage:
         parts=[(key, PARTS[key], seconds, seconds / whole) for key, seconds in sums.items() if seconds > 0],
         goodput=goodput(sums), slow_ranks=[event for event in events if event.what == "straggler"],
         losses=losses[:MAX_LOSSES], num_losses=len(losses), classes=[classes(row) for row in run.classes],
-        commands=commands(run), pictures=None,
+        commands=commands(run), pictures=read_pictures(run.folder),
         overview=draw(f"{id}-overview", "Loss", "as trained on", [("loss", _column(run.metrics, "loss"))],
                       steps=span_of(run)),
     )  # fmt: skip
@@ -409,13 +430,3 @@ def date(seconds: float) -> str:
     if not 0 < seconds < 1e11:
         return ""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
-
-
-def duration(seconds: float) -> str:
-    """`41 s`, `7 min 5 s`, `3 h 12 min`, `2 d 4 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    for size, unit, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {unit} {seconds % size // below:.0f} {small}"
-    return f"{seconds:.0f} s"

@@ -56,6 +56,8 @@ class RunFacts:
     config: dict[str, Any]
     """dotted key -> value"""
     versions: dict[str, Any]
+    plan: dict[str, Any]
+    """plan.json: memory predicted and measured"""
     starts: list[dict[str, Any]]
     """attempts.jsonl"""
     timeline: list[dict[str, Any]]
@@ -104,7 +106,7 @@ def read_run(folder: Path) -> RunFacts:
         is_alive=verdict is None and last_write is not None and time.time() - last_write < ALIVE_S
         and not _is_released(folder / run_files.OWNER),
         last_write=last_write, config=flat(plain_yaml.read(folder / run_files.CONFIG)),
-        versions=_read_versions(folder / run_files.VERSIONS),
+        versions=_read_object(folder / run_files.VERSIONS), plan=_read_object(folder / run_files.PLAN),
         starts=list(rows(run_files.ATTEMPTS, {"attempt": int})),
         timeline=list(rows(run_files.TIMELINE, run_files.EVENT)),
         metrics=metrics, set_aside=set_aside, evaluations=list(rows(run_files.EVALUATIONS, run_files.EVALUATION)),
@@ -149,7 +151,7 @@ def _latest(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _read_versions(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         return read_json(path, dict)
     except UserError:

@@ -150,7 +150,7 @@ def test_a_shard_s_names_and_texts_are_shown(tmp_path: Path) -> None:
 
 def test_a_table_shows_brackets(capsys: pytest.CaptureFixture[str]) -> None:
     """rich would take them for markup."""
-    display.print_table(("[track]",), [("[red]class[/red] \x1b[31m",), (5,)], title="[bold]x", width=100)
+    display.print_table(("[track]",), [("[red]class[/red] \x1b[31m",), (5,)], title="[bold]x")
     said = capsys.readouterr().out
     assert "[red]class[/red] \\x1b[31m" in said and "[bold]x" in said and "\x1b" not in said
 

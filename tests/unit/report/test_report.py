@@ -10,7 +10,7 @@ import pytest
 from amclip_ds import cli
 from amclip_ds.errors import RunStopped, UserError
 from amclip_ds.report import charts, events
-from amclip_ds.report.page import differences, duration, page, write_report
+from amclip_ds.report.page import differences, page, write_report
 from amclip_ds.report.read import flat, read_run
 from amclip_ds.report.time_spent import attempts_of, goodput, total
 from amclip_ds.run_folder import write_verdict_at_end
@@ -170,13 +170,6 @@ def test_ticks_are_round(low: float, high: float, is_log: bool, found: list[floa
 
 
 def test_words() -> None:
-    assert [duration(s) for s in (3.21, 90, 125, 7500, 200000)] == [
-        "3.2 s",
-        "90 s",
-        "2 min 5 s",
-        "2 h 5 min",
-        "2 d 7 h",
-    ]
     assert [charts.number(x) for x in (0, 0.25, 12345.6, 4.1e-6, float("nan"))] == [
         "0", "0.25", "12,346", "4.1e-6", "none",
     ]  # fmt: skip

@@ -1,0 +1,183 @@
+"""`amclip masks`: what each mask keeps of some images, by the training path itself: crops, boxes, scores, selection.
+
+Shapes: V views, B images, N patches of a view, K kept.
+"""
+
+import base64
+import json
+import math
+import sys
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from amclip_ds.config import TrainConfig
+from amclip_ds.data.batch import Batch
+from amclip_ds.data.index import Index
+from amclip_ds.data.loader import TrainingData
+from amclip_ds.data.photometric import normalise
+from amclip_ds.data.reader import ShardReader
+from amclip_ds.errors import UserError
+from amclip_ds.evaluate.source import build_towers, locate
+from amclip_ds.files import write_atomically
+from amclip_ds.masks import MASKS, MaskConfig
+from amclip_ds.masks.units import num_units
+from amclip_ds.method import Method, method_of
+from amclip_ds.model.amclip import AClip, by_view
+from amclip_ds.pictures import captions_of, chosen, darkened, encoded, heat, outlined, sheet, thumbnail
+from amclip_ds.report.page import fill
+from amclip_ds.scenes import patches_inside
+from amclip_ds.step import student_inputs
+
+
+@dataclass
+class Kept:
+    """What one mask keeps of each view."""
+
+    name: str
+    by_view: list[Tensor]
+    """[B, K]"""
+    tokens: list[int]
+    """kept of each view"""
+    object_share: float | None
+    """the mean share of an object's patches that stay, over the views that show any; None: no boxes"""
+    note: str
+
+    @property
+    def about(self) -> str:
+        """The first line of what its module says of it."""
+        text = sys.modules[MASKS[self.name].priority.__module__].__doc__ or ""
+        return text.strip().split("\n")[0]
+
+
+def masks(source: Path, data: str, out: Path, images: int, names: list[str]) -> dict[str, Any]:
+    """Writes OUT/masks.png and masks.html. Returns what --json holds. Raises UserError."""
+    located = locate(source)
+    if located.config is None:
+        raise UserError(f"{source}: an export has no settings of views and masks; name the run or the checkpoint")
+    weights = "teacher" if "teacher" in located.weights else "student"
+    towers = build_towers(located, weights)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    batch, boxes = look_at(located.config, data, images, out)
+    method = method_of(located.config)
+    scores = attention(towers, batch)
+    found = [kept_by(name, method, towers, batch, scores, boxes) for name in names or MASKS]
+    picture = draw(batch, scores, found, method, boxes)
+    title = f"{source}: {weights}, step {located.step}"
+    try:
+        (out / "masks.png").write_bytes(encoded(picture))
+        write_atomically(out / "masks.html", page(title, found, method, picture, batch))
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    return {
+        "source": str(source), "weights": weights, "step": located.step, "images": len(batch.sample_ids),
+        "patches": method.grid**2,
+        "masks": {one.name: {"kept": one.tokens, "object_share": one.object_share} for one in found},
+    }  # fmt: skip
+
+
+def look_at(config: TrainConfig, data: str, images: int, scratch: Path) -> tuple[Batch, Tensor | None]:
+    """The first samples of the training order over the shards, and the objects' boxes [B, 4] where all have one."""
+    vision, method = config.model.vision, method_of(config)
+    settings = replace(config.data, train=data, index=None, workers=0, weights=None, resampled=False, stage_dir="")
+    with closing(TrainingData(
+        settings, seed=config.run.seed, global_batch=1, rank=0, world_size=1, image_size=vision.image_size,
+        teacher_size=vision.image_size // (2 if config.teacher.resolution == "half" else 1),
+        teacher_contains=method.compat.teacher_sees_views, draws_twice=True,
+        num_units=max(num_units(vision.grid, mask.unit) for mask in method.masks),
+        context_length=config.model.text.context_length, index_dir=scratch, say=lambda text: None,
+    )) as stream:  # fmt: skip
+        batch = stream.first(images)
+        return batch, object_boxes(stream.index, batch.sample_ids.tolist())
+
+
+def object_boxes(index: Index, sample_ids: list[int]) -> Tensor | None:
+    """[B, 4] top, left, height, width in source pixels, from each sample's json; None unless every one has it."""
+    found = []
+    with closing(ShardReader()) as reader:
+        for sample in map(index.sample, sample_ids):
+            if sample.json is None:
+                return None
+            try:
+                facts = json.loads(reader.read_many(sample.shard, [sample.json])[0])
+            except (ValueError, OSError, RecursionError):
+                return None
+            box = facts.get("box") if isinstance(facts, dict) else None
+            if not isinstance(box, list) or len(box) != 4 or not all(type(x) in (int, float) for x in box):
+                return None
+            found.append(box)
+    return torch.tensor(found, dtype=torch.float32)
+
+
+@torch.no_grad()
+def attention(towers: AClip, batch: Batch) -> Tensor:
+    """[B, n] fp32: how much the source's class token attends to each patch of the teacher's crop."""
+    assert batch.teacher_uint8 is not None
+    scores = towers.vision(normalise(batch.teacher_uint8), with_scores=True).scores
+    assert scores is not None
+    return scores
+
+
+@torch.no_grad()
+def kept_by(name: str, method: Method, towers: AClip, batch: Batch, scores: Tensor, boxes: Tensor | None) -> Kept:
+    """What one mask keeps of the views, with the run's unit and ratio, as at the end of the run."""
+    views = len(method.masks)
+    ratios = [mask.at(1.0).keep_ratio for mask in method.masks]
+    note = ""
+    if MASKS[name].disjoint and max(ratios) > 1 / views:
+        ratios = [1 / views] * views
+        note = f"keeps 1/{views}: views that share no token cannot keep more"
+    now: list[MaskConfig] = []
+    for mask, ratio in zip(method.masks, ratios):
+        ratio = (
+            math.floor(ratio * num_units(method.grid, mask.unit)) / num_units(method.grid, mask.unit) if note else ratio
+        )
+        now.append(replace(mask.at(1.0), strategy=name, keep_ratio=ratio))
+    inputs = student_inputs(batch, scores, replace(method, masks=tuple(now)), progress=1.0)
+    every = torch.arange(method.grid**2).expand(len(batch.sample_ids), -1)
+    kept = [every if rows is None else rows for rows in by_view(inputs.groups, chosen(inputs, towers.choose))]
+    return Kept(name, kept, [rows.shape[-1] for rows in kept], object_share(kept, batch, boxes, method.grid), note)
+
+
+def object_share(kept: list[Tensor], batch: Batch, boxes: Tensor | None, grid: int) -> float | None:
+    """The mean share of the object's patches that stay, over the views that show any of it."""
+    if boxes is None:
+        return None
+    inside = patches_inside(boxes, batch.boxes[:-1], grid, batch.flips)
+    stays = torch.stack([torch.zeros_like(seen).scatter_(-1, rows, True) for seen, rows in zip(inside, kept)])
+    shown = inside.sum(-1)
+    if not bool((shown > 0).any()):
+        return None
+    return float(((stays & inside).sum(-1)[shown > 0] / shown[shown > 0]).mean())
+
+
+def draw(batch: Batch, scores: Tensor, found: list[Kept], method: Method, boxes: Tensor | None) -> Image.Image:
+    """The grid: the teacher's crop, its attention, then both views under each mask; a row an image."""
+    assert batch.teacher_uint8 is not None
+    inside = None if boxes is None else patches_inside(boxes, batch.boxes[:-1], method.grid, batch.flips)
+    columns = [("teacher's crop", [thumbnail(image) for image in batch.teacher_uint8]),
+               ("its attention", [heat(row) for row in scores])]  # fmt: skip
+    for one in found:
+        for view, rows in enumerate(one.by_view):
+            pictures = [
+                darkened(image, rows[place], method.grid) for place, image in enumerate(batch.views_uint8[view])
+            ]
+            if inside is not None:
+                pictures = [outlined(shown, inside[view, place], method.grid) for place, shown in enumerate(pictures)]
+            columns.append((f"{one.name} {view + 1}", pictures))
+    return sheet(columns, captions_of(batch), has_scores=True, has_boxes=inside is not None)
+
+
+def page(title: str, found: list[Kept], method: Method, picture: Image.Image, batch: Batch) -> str:
+    """One HTML file: the numbers as a table, the picture, and what its shades mean."""
+    uri = "data:image/png;base64," + base64.b64encode(encoded(picture)).decode()
+    return fill("page.masks.html", title=title, found=found, patches=method.grid**2, uri=uri,
+                captions=captions_of(batch))  # fmt: skip
