@@ -61,8 +61,9 @@ def plain(text: str) -> str:
 def test_no_cell_of_a_table_is_cut_at_80_columns() -> None:
     """Folded cells put together again are the keys and values of the recipe, every letter."""
     printed = plain(on_a_terminal(["-m", "amclip_ds", "recipes", "aclip-tiny"]))
-    rows = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
-    assert rows and all(len(line) <= 80 for line in printed.splitlines())
+    table = [line for line in printed.splitlines() if line.startswith("│")]
+    assert table and all(len(line) <= 80 for line in table)
+    rows = [line.split("│")[1:-1] for line in table]
     for column, texts in enumerate(zip(*explained())):
         shown = "".join("".join(row[column].split()) for row in rows)
         assert shown == "".join("".join(text.split()) for text in texts)
