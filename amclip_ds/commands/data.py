@@ -29,7 +29,7 @@ PACK = """Makes tars to train on of images with captions.
   amclip data pack photos --out /data/photos                 a folder: NAME.txt beside NAME.jpg, or metadata.csv
   amclip data pack pairs.csv --out /data/pairs               a csv, tsv or jsonl of names and captions
   amclip data pack cc3m.tsv --image-key filepath --caption-key title --root /data/cc3m/images --out /data/cc3m
-  amclip data pack /data/pokemon --split train --out /data/p Parquet or Arrow with the images inside (Hugging Face)
+  amclip data pack /data/pokemon --split train --out /data/p  Parquet or Arrow with the images inside (Hugging Face)
 
 Every image is decoded; what training would trip over is left out, counted and named in DIR/pack.jsonl. Started again
 with the same arguments, a pack that was stopped goes on from its last whole tar. A sample's key is its row's number.

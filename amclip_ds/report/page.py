@@ -115,7 +115,7 @@ class RunPage:
         return [(event.step, event.cause) for event in self.slow_ranks]
 
     @property
-    def memory_rows(self) -> list[tuple[str, str, str]]:
+    def memory_rows(self) -> list[tuple[str, ...]]:
         """(part, planned, measured) of a rank's memory, in GiB; what is not known is left empty."""
         planned, measured = (self.facts.plan.get(name) for name in ("predicted", "measured"))
         if not isinstance(planned, dict) or not isinstance(measured, dict):
@@ -124,7 +124,8 @@ class RunPage:
         rows = [(word, planned.get(name), measured.get(name)) for name, word in wholes.items()]
         parts = [held if isinstance(held := side.get("by_part"), dict) else {} for side in (planned, measured)]
         rows += [(f"of it: {part}", parts[0].get(part), parts[1].get(part)) for part in {**parts[0], **parts[1]}]
-        return [(word, *(f"{gib:.3f}" if isinstance(gib, int | float) else "" for gib in held)) for word, *held in rows]
+        in_gib = [[f"{gib:.3f}" if isinstance(gib, int | float) else "" for gib in held] for _, *held in rows]
+        return [(word, *pair) for (word, *_), pair in zip(rows, in_gib)]
 
     @property
     def loss_rows(self) -> list[tuple[Any, ...]]:
