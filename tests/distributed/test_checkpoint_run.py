@@ -17,7 +17,8 @@ from tests.unit.checkpoint.damage import flip
 SMALL = ["model.vision.depth=1", "model.text.depth=1", "batch.global_size=24", "data.workers=0", "log.every_steps=1",
          "log.tensorboard=false", "run.log_sample_ids=true", "run.deterministic=true", "checkpoint.keep_last=100",
          "optim.warmup_steps=4"]  # fmt: skip
-OF_THE_MACHINE = {"attempt", "samples_per_s", "data_wait_s", "communication_s", "step_s", "time"}
+OF_THE_MACHINE = {"attempt", "samples_per_s", "data_wait_s", "communication_s", "step_s", "time", "tflops", "mfu",
+                  "peak_memory_gib"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
