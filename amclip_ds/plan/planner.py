@@ -376,6 +376,10 @@ def _notes(plan: Plan) -> list[str]:
             "nothing fits: model.vision.checkpoint_every=1, model.text.checkpoint_every=1 recompute activations; or"
             " take an _offload file of ds_configs, or more GPUs"
         )
+    if plan.config.distill.teacher:
+        found.append(
+            "distill.teacher: the weights and the forward of the frozen model are not counted; they come on top"
+        )
     share = settings.plan_batch(plan.config.batch, ask.gpus)
     if plan.recommended is not None and share.splits > 1 and chosen.largest_per_gpu == share.local:
         found.append(f"batch.per_gpu={share.local} fits: no accumulation, and no second forward for it")
