@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets, Terms, ViewGroup
 from amclip_ds.model.init import Start, init_tensor, initialise, persistent_buffers
+from amclip_ds.model.savings import Savings
 from amclip_ds.objectives import Chosen, builder, start_of
 from amclip_ds.optim import WHOLE_TENSOR, OptimConfig, build_optimizer, parameter_groups
 
@@ -67,9 +68,9 @@ class StudentEngine:
         if self.dtype == torch.bfloat16:  # without it, stages 1 and 2 would apply a gradient that is not finite
             self.ds_config["bf16"] = ds["bf16"] | {"check_grad_overflow": True}
         self.clip = optim.clip_grad_norm
-        self.savings = engine.savings
+        self.savings = savings_of(engine, self.stage, runtime.world_size)
         with build_context(self.stage, self.ds_config):
-            module = AClip(model, builder(objectives), engine.savings)
+            module = AClip(model, builder(objectives), self.savings)
         self.start = start_of(seed, model, objectives)
         start_weights(module, self.start, self.stage)
         self.compile_mode = mode_of(str(engine.compile), self.stage, runtime.device)
@@ -204,6 +205,14 @@ class StudentEngine:
     def full_state(self) -> dict[str, Tensor]:
         """Whole fp32 masters, frozen parameters and buffers on the CPU of rank 0; empty on the others."""
         return shards.gather_state(self.module, shards.master_shards(self.engine))
+
+
+def savings_of(engine: EngineConfig, stage: int, world_size: int) -> Savings:
+    """The savings that hold here. At ZeRO-3 each pass through a layer is a collective, and how many groups texts of like
+    length make depends on a rank's own texts: there they are taken together."""
+    if stage == 3 and world_size > 1:
+        return replace(engine.savings, texts_by_length=False)
+    return engine.savings
 
 
 def trust_the_norm(optimizer: Any) -> None:

@@ -15,7 +15,8 @@ class Savings:
     one_write: bool = True
     """With patchify: class token, kept patches and their positions are written at once, instead of joined later."""
     texts_by_length: bool = True
-    """Texts of like length are taken together, each group padded to its own longest text."""
+    """Texts of like length are taken together, each group padded to its own longest text. Not at ZeRO-3 on
+    several ranks, where all must take as many."""
     teacher_inference: bool = True
     """The teacher looks in torch's inference mode (where it is not sharded), which keeps no record for autograd."""
 
