@@ -208,8 +208,8 @@ class StudentEngine:
 
 
 def savings_of(engine: EngineConfig, stage: int, world_size: int) -> Savings:
-    """The savings that hold here. At ZeRO-3 each pass through a layer is a collective, and how many groups texts of like
-    length make depends on a rank's own texts: there they are taken together."""
+    """The savings that hold here. At ZeRO-3 each pass through a layer is a collective, and how many groups texts make
+    by their length depends on a rank's own: there they are taken together."""
     if stage == 3 and world_size > 1:
         return replace(engine.savings, texts_by_length=False)
     return engine.savings
