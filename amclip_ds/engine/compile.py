@@ -85,7 +85,8 @@ def _why_not(stage: int) -> str | None:
     if stage == 3:
         return "at ZeRO-3 a block's weights come and go between its parts, which torch.compile cannot hold"
     try:
-        x = torch.ones(8, requires_grad=True)
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # each has a toolchain of its own
+        x = torch.ones(8, requires_grad=True, device=device)
         torch.compile(_probe, backend=BACKEND, dynamic=False)(x).sum().backward()
     except Exception as error:  # whatever the compiler's toolchain raises
         reason = f"{type(error).__name__}: {in_one_line(error, 150)}"
