@@ -52,6 +52,12 @@ def test_trains_on_real_pairs_on_two_ranks(method: str, shared_dir: Path, tmp_pa
     assert any(row["step_applied"] for row in rows)
 
 
+def test_ranks_whose_texts_differ_in_length_train_at_zero3(shared_dir: Path, tmp_path: Path, amclip: Amclip) -> None:
+    """A rank that ran its text tower once more than another would wait for a gather that never comes."""
+    rows = train(amclip, shared_dir, tmp_path / "run", "maskclip", "engine.deepspeed=zero3_fp32.json")
+    assert len(rows) == 3 and all(math.isfinite(row["loss"]) for row in rows)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("method", METHODS)
