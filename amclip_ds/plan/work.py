@@ -144,6 +144,8 @@ def blocks_forward(width: int, hidden: int, depth: int, tokens: float, pooled: b
 
 def reads_one(work: Work, feature: str) -> bool:
     """Whether a tower's last block is computed for one token: nothing reads the others, its `feature`."""
+    if feature == "patches" and work.config.model.vision.pool != "cls":
+        return False  # the mean of all tokens
     return work.config.engine.savings.last_block and not any(feature in part.features for part in work.parts.values())
 
 
@@ -233,9 +235,8 @@ def _teacher_forward(work: Work) -> float:
     if work.teacher_grid is None:
         return 0.0
     tower, patches = work.tower, work.teacher_grid**2
-    pooled = work.config.engine.savings.last_block and not any(
-        "patches" in part.targets for part in work.parts.values()
-    )
+    reads_all = work.config.model.vision.pool != "cls" or any("patches" in part.targets for part in work.parts.values())
+    pooled = work.config.engine.savings.last_block and not reads_all
     linear, attention = blocks_forward(tower.width, tower.hidden, tower.depth, 1 + patches, pooled)
     scores = 2.0 * tower.depth * (1 + patches) * tower.width  # the row of the class token, once more in fp32
     return linear + attention + scores + 2.0 * patches * tower.width * 3 * tower.patch**2
