@@ -18,8 +18,6 @@ from typing import Any
 from amclip_ds.errors import UserError
 from amclip_ds.files import describe, open_regular, open_to_append
 from amclip_ds.redact import redact
-from amclip_ds.run_files import EVALUATION as EVALUATION
-from amclip_ds.run_files import MAX_METRICS as MAX_METRICS
 from amclip_ds.run_files import STEP
 
 KEPT, LATE, UNREADABLE = "kept", "superseded", "unreadable"
