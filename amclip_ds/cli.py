@@ -29,6 +29,7 @@ COMMANDS = {  # the word typed -> its module in amclip_ds/commands
     "report": "report",
     "checkpoints": "checkpoints",
     "submit": "submit",
+    "compare": "compare",
     "plan": "plan",
     "doctor": "doctor",
     "reproduce": "reproduce",

@@ -1,0 +1,51 @@
+"""Compares recipes under equal data, order and budget: trains each with each seed, then one table and one picture.
+
+  amclip compare clip-tiny random2x-tiny aclip-tiny data.train='/data/{00000..00009}.tar' eval.data=/data/eval \\
+      --seeds 3 --budget steps=900 --baseline clip-tiny --out runs/compare
+  amclip compare clip-tiny aclip-tiny ... --budget flops=1e15       as many steps of each as the operations pay for
+  amclip compare clip-tiny mine.yaml ... --budget seconds=600       a step of each is timed first
+
+A row with settings of its own is a yaml: `recipe: aclip-tiny` and what differs. Stopped, the same command goes on:
+whole runs are read, an interrupted one is resumed; more seeds or recipes may be added. OUT has a folder a run,
+compare.json, compare.txt and compare.png. Accuracy at equal time is read from each run's own
+evaluations (eval.every_steps).
+"""
+
+import argparse
+from pathlib import Path
+
+from amclip_ds import json_file
+from amclip_ds.arguments import add_plugin, whole
+from amclip_ds.errors import SettingsError
+
+HELP = "train recipes under one budget and compare them"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="+", metavar="RECIPE|key=value", help="recipes, and settings that all have")
+    parser.add_argument("--seeds", type=whole(1, 1000), default=3, metavar="N", help="runs of each: seeds 0 to N-1 (3)")
+    parser.add_argument(
+        "--budget", required=True, metavar="UNIT=N", help="steps=, samples=, seconds= or flops= of each run"
+    )
+    parser.add_argument("--baseline", metavar="RECIPE", help="what the others are compared with (the first)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs and the table go")
+    parser.add_argument("--procs", type=whole(1, 1024), default=1, metavar="N", help="processes of a run (1)")
+    add_plugin(parser)
+    parser.add_argument("--json", metavar="FILE", help="also write rows and summary")
+
+
+def run(args: argparse.Namespace) -> int:
+    from amclip_ds.compare.compare import Comparison, compare
+    from amclip_ds.compare.runs import read_budget, row_name
+
+    recipes = [word for word in args.words if "=" not in word]
+    if not recipes:
+        raise SettingsError("RECIPE: missing; `amclip recipes` lists them")
+    ask = Comparison(
+        recipes, [word for word in args.words if "=" in word], args.seeds, read_budget(args.budget),
+        args.baseline or row_name(recipes[0]), args.out, args.procs, args.plugin,
+    )  # fmt: skip
+    result, code = compare(ask)
+    if result:
+        json_file.write(args.json, result)
+    return code

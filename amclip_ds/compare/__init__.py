@@ -1,0 +1,1 @@
+"""`amclip compare`: recipes under equal data, order and budget; one table and one picture."""

@@ -1,0 +1,140 @@
+"""Runs a comparison: what is missing is trained, what was interrupted is resumed, what is whole is read."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amclip_ds import preconditions
+from amclip_ds.arguments import plugin_words
+from amclip_ds.compare.runs import (
+    PLAN,
+    Budget,
+    Row,
+    Run,
+    check_against_earlier,
+    make_runs,
+    read_plan,
+    read_rows,
+    steps_of,
+)  # fmt: skip
+from amclip_ds.compare.table import Outcome, cells, draw, read_outcome, summarise
+from amclip_ds.config import load
+from amclip_ds.display import print_table, printable
+from amclip_ds.errors import INTERRUPTED, MISTAKE, TO_REQUEUE, AmclipError, UserError
+from amclip_ds.files import not_written, write_atomically
+from amclip_ds.launch import run_ranks
+
+TIMED_STEPS = 12
+"""of each recipe, for a budget of seconds"""
+STOPPED = (MISTAKE, TO_REQUEUE, INTERRUPTED, 128 + 2, 128 + 15)  # nothing that the next run would do better
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is to be compared, from the command line. baseline: a recipe among them."""
+
+    recipes: list[str]
+    overrides: list[str]
+    seeds: int
+    budget: Budget
+    baseline: str
+    out: Path
+    procs: int
+    plugins: list[str]
+
+
+def compare(ask: Comparison) -> tuple[dict[str, Any], int]:
+    """Trains what is not there, prints the table, writes OUT/compare.json, compare.txt and compare.png.
+
+    Returns what --json holds, and the exit code: that of a stop by a signal or a mistake; 1 where runs failed, which
+    the table then lacks; else 0. Raises UserError.
+    """
+    rows = read_rows(ask.recipes, ask.overrides, ask.plugins, ask.procs)
+    names = [row.name for row in rows]
+    if ask.baseline not in names:
+        raise UserError(f"--baseline {ask.baseline}: not among the recipes: {', '.join(names)}")
+    plan = read_plan(ask.out)
+    step_s = dict(plan["step_s"]) if plan else {}
+    if plan is None:
+        check_against_earlier([], ask.out, None)
+        _check_first(rows, ask)
+    if ask.budget.unit == "seconds":
+        for row in rows:
+            if row.name not in step_s:
+                step_s[row.name] = _measure(row, ask)
+                _note(ask.out, plan or {"runs": {}}, step_s)
+    runs = make_runs(rows, ask.seeds, steps_of(rows, ask.budget, step_s), ask.overrides, ask.out)
+    check_against_earlier(runs, ask.out, plan or {"runs": {}})
+    known = {run.folder.name: {"recipe": run.row.recipe, "words": list(run.words)} for run in runs}
+    _note(ask.out, {"runs": (plan["runs"] if plan else {}) | known}, step_s)
+    failed = []
+    for number, run in enumerate(runs, 1):
+        outcome = read_outcome(run)
+        if outcome.is_whole:
+            continue
+        print(f"compare: run {number} of {len(runs)}: {run.row.name}, seed {run.seed}, {run.steps} steps", flush=True)
+        code = _train(run.row.recipe, run.words, run.folder, ask)
+        if code in STOPPED:
+            print(printable(f"compare: stopped in run {number} of {len(runs)}; the same command goes on"))
+            return {}, code
+        if code:
+            failed.append(f"{run.folder.name} (exit {code})")
+    result = show(runs, ask.baseline, ask.out)
+    if failed:
+        print(printable(f"compare: {len(failed)} of {len(runs)} runs failed and are left out: {', '.join(failed)}"))
+    return result, 1 if failed else 0
+
+
+def show(runs: Sequence[Run], baseline: str, out: Path) -> dict[str, Any]:
+    """Prints the table of what there is and writes the files. Returns what --json holds."""
+    outcomes: list[Outcome] = [read_outcome(run) for run in runs]
+    summary = summarise(outcomes, baseline)
+    result = {"rows": [outcome.json() for outcome in outcomes], "summary": summary}
+    columns, lines = cells(summary)
+    try:
+        write_atomically(out / "compare.json", json.dumps(result, indent=1) + "\n")
+        write_atomically(out / "compare.txt", "".join("\t".join(line) + "\n" for line in [columns, *lines]))
+        draw(outcomes, out / "compare.png")
+    except OSError as error:
+        raise not_written(f"--out {out}:", error) from None
+    print_table(
+        columns, lines, title="mean ± standard deviation over seeds, in %; differences ± standard error", width=160
+    )
+    print(printable(f"{out}/compare.png: accuracy against compute; {out}/compare.json: every run"))
+    return result
+
+
+def _check_first(rows: Sequence[Row], ask: Comparison) -> None:
+    """What every run would be refused for is found before the first one."""
+    for row in rows:
+        folder = ask.out / f"{row.name}-seed0"
+        preconditions.check(load(row.recipe, [*ask.overrides, "run.steps=1", f"run.out={folder}"], ask.plugins))
+
+
+def _measure(row: Row, ask: Comparison) -> float:
+    """Seconds of a step of this recipe here, with these processes. Raises AmclipError."""
+    folder = ask.out / f"timing-{row.name}"
+    print(f"compare: {row.name}: {TIMED_STEPS} steps, to know how many the seconds hold", flush=True)
+    words = [*(word for word in ask.overrides if word.partition("=")[0] not in ("log.every_steps", "eval.every_steps"))]
+    words += [f"run.out={folder}", f"run.steps={TIMED_STEPS}", "log.every_steps=1", "eval.every_steps=null"]
+    code = _train(row.recipe, words, folder, ask)
+    outcome = read_outcome(Run(row, 0, TIMED_STEPS, folder, ()))
+    if code or not outcome.step_s:
+        raise AmclipError(f"{row.name}: its step could not be timed: the run in {folder} ended with code {code}")
+    return outcome.step_s
+
+
+def _train(recipe: str, words: Sequence[str], folder: Path, ask: Comparison) -> int:
+    command = [sys.executable, "-m", "amclip_ds", "train", recipe, *words, *plugin_words(ask.plugins)]
+    return run_ranks(command, ask.procs, folder, listens=True)
+
+
+def _note(out: Path, plan: dict[str, Any], step_s: dict[str, float]) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / PLAN, json.dumps({"runs": plan["runs"], "step_s": step_s}, indent=1) + "\n")
+    except OSError as error:
+        raise not_written(f"--out {out}:", error) from None

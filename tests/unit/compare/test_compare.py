@@ -1,0 +1,143 @@
+"""A comparison's runs and its table, from run folders as runs leave them."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from amclip_ds.compare.compare import show
+from amclip_ds.compare.runs import (
+    PLAN,
+    Budget,
+    Run,
+    check_against_earlier,
+    make_runs,
+    read_budget,
+    read_plan,
+    read_rows,
+    steps_of,
+)
+from amclip_ds.compare.table import Outcome, read_outcome, summarise
+from amclip_ds.errors import UserError
+
+WORDS = ["data.train=x.tar", "eval.data=y", "batch.global_size=64"]
+RECIPES = ["clip-tiny", "aclip-tiny"]
+
+
+def made_runs(out: Path, seeds: int = 3, steps: int = 100) -> list[Run]:
+    rows = read_rows(RECIPES, WORDS, [], 1)
+    return make_runs(rows, seeds, dict.fromkeys(RECIPES, steps), WORDS, out)
+
+
+def write_run(run: Run, acc1: float, step_s: float, code: int = 0, torn: bool = False) -> None:
+    """The records of a run that ended with this accuracy, having had half of it at half time."""
+    run.folder.mkdir(parents=True)
+    rows = [{"step": step, "loss": 1.0, "step_s": step_s, "peak_memory_gib": 2.0} for step in range(10, 101, 10)]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluations = [
+        {"step": step, "weights": "student", "dataset": "scenes", "task": "zeroshot_classification",
+         "metrics": {"acc1": acc1 * share}, "main_metric": "acc1"}
+        for step, share in ((50, 0.5), (100, 1.0))
+    ]  # fmt: skip
+    text = "".join(json.dumps(row) + "\n" for row in evaluations)
+    (run.folder / "eval.jsonl").write_text(text + ('{"step": 100, "wei' if torn else ""))
+    (run.folder / "exit.json").write_text(json.dumps({"code": code}))
+
+
+def test_the_table_has_means_spreads_and_paired_differences(tmp_path: Path) -> None:
+    runs = made_runs(tmp_path)
+    accuracies = {("clip-tiny", 0): 0.10, ("clip-tiny", 1): 0.20, ("clip-tiny", 2): 0.30,
+                  ("aclip-tiny", 0): 0.13, ("aclip-tiny", 1): 0.22, ("aclip-tiny", 2): 0.34}  # fmt: skip
+    for run in runs:
+        write_run(run, accuracies[run.row.name, run.seed], 0.5 if run.row.name == "clip-tiny" else 1.0, torn=True)
+    result = show(runs, "clip-tiny", tmp_path)
+    clip, aclip = result["summary"]
+    assert clip["metrics"]["acc1"]["mean"] == pytest.approx(0.20)
+    assert clip["metrics"]["acc1"]["std"] == pytest.approx(0.10)
+    # Seed by seed 0.03, 0.02, 0.04: the difference is far surer than the spread of either.
+    assert aclip["difference"]["acc1"]["mean"] == pytest.approx(0.03)
+    assert aclip["difference"]["acc1"]["std_error"] == pytest.approx(0.01 / math.sqrt(3))
+    # clip ends after 50 s, when aclip is at step 50 of 100.
+    assert clip["at_equal_time"]["seconds"] == aclip["at_equal_time"]["seconds"] == pytest.approx(50)
+    assert clip["at_equal_time"]["mean"] == pytest.approx(0.20)
+    assert aclip["at_equal_time"]["mean"] == pytest.approx((0.13 + 0.22 + 0.34) / 6)
+    assert aclip["tflop_per_step"] > clip["tflop_per_step"] > 0
+    row = json.loads((tmp_path / "compare.json").read_text())["rows"][0]
+    assert row["recipe"] == "clip-tiny" and row["samples"] == 6400 and row["samples_per_s"] == 128
+    assert row["peak_memory_gib"] == 2.0 and row["metrics"] == {"acc1": 0.1}
+    assert (tmp_path / "compare.png").stat().st_size > 5000
+    assert (tmp_path / "compare.txt").read_text().count("\n") == 3
+
+
+def test_a_run_that_failed_is_in_no_mean(tmp_path: Path) -> None:
+    runs = made_runs(tmp_path, seeds=2)
+    for run in runs[:3]:
+        write_run(run, 0.2 if run.seed == 0 else 0.9, 0.5, code=0 if run.seed == 0 else 3)
+    clip, aclip = summarise([read_outcome(run) for run in runs], "clip-tiny")
+    assert (clip["seeds"], clip["not_run"], clip["metrics"]["acc1"]["mean"]) == (1, 1, 0.2)
+    assert clip["metrics"]["acc1"]["std"] is None, "one seed has no spread"
+    assert aclip["difference"]["acc1"]["values"] == [0.0]
+
+
+def test_nothing_is_read_before_the_first_evaluation() -> None:
+    run = Run(None, 0, 100, Path("x"), ())  # type: ignore[arg-type]
+    outcome = Outcome(run, 0, 1.0, None, {"acc1": 0.4}, [(50, 0.2), (100, 0.4)], "acc1")
+    assert outcome.at(75) == pytest.approx(0.3)
+    assert outcome.at(49) is None and outcome.at(1000) == 0.4
+
+
+def test_budgets_in_other_units_are_steps(tmp_path: Path) -> None:
+    rows = read_rows(RECIPES, WORDS, [], 1)
+    assert steps_of(rows, read_budget("samples=6400"), {}) == dict.fromkeys(RECIPES, 100)
+    by_flops = steps_of(rows, Budget("flops", 1e14), {})
+    assert by_flops["clip-tiny"] > by_flops["aclip-tiny"]
+    assert by_flops["clip-tiny"] == int(1e14 / (rows[0].tflop_per_step * 1e12))
+    assert steps_of(rows, read_budget("seconds=60"), {"clip-tiny": 0.5, "aclip-tiny": 2.0}) == {
+        "clip-tiny": 120, "aclip-tiny": 30,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["steps", "steps=", "steps=0", "steps=-1", "steps=nan", "steps=1e400", "epochs=3"])
+def test_a_budget_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--budget"):
+        read_budget(text)
+
+
+def test_rows_of_other_data_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("recipe: aclip-tiny\ndata:\n  open_shards: 3\n")
+    with pytest.raises(UserError, match=r"data.open_shards: \d+ in clip-tiny, 3 in other"):
+        read_rows(["clip-tiny", str(other)], WORDS, [], 1)
+    with pytest.raises(UserError, match="run.seed=1: compare sets it"):
+        read_rows(RECIPES, [*WORDS, "run.seed=1"], [], 1)
+    with pytest.raises(UserError, match="given twice"):
+        read_rows(["clip-tiny", "clip-tiny"], WORDS, [], 1)
+    with pytest.raises(UserError, match="eval.data"):
+        read_rows(RECIPES, ["data.train=x.tar"], [], 1)
+
+
+def test_runs_of_other_words_are_not_taken_for_these(tmp_path: Path) -> None:
+    runs = made_runs(tmp_path)
+    plan = {"runs": {run.folder.name: {"words": list(run.words)} for run in runs}, "step_s": {}}
+    (tmp_path / PLAN).write_text(json.dumps(plan))
+    check_against_earlier(runs, tmp_path, read_plan(tmp_path))
+    rows = read_rows(RECIPES, [*WORDS, "optim.lr=0.1"], [], 1)
+    others = make_runs(rows, 3, dict.fromkeys(RECIPES, 100), [*WORDS, "optim.lr=0.1"], tmp_path)
+    with pytest.raises(UserError, match=r"clip-tiny-seed0 has other settings \(optim.lr=0.1\)"):
+        check_against_earlier(others, tmp_path, read_plan(tmp_path))
+    (tmp_path / "empty").mkdir()
+    check_against_earlier(runs, tmp_path / "empty", None)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    with pytest.raises(UserError, match="holds other things"):
+        check_against_earlier(runs, tmp_path / "full", None)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"runs": {"a": 1}, "step_s": {}}', '{"runs": {}, "step_s": {"a": -1.0}}']
+)
+def test_a_plan_that_is_none_of_ours_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / PLAN).write_text(text)
+    with pytest.raises(UserError, match=PLAN):
+        read_plan(tmp_path)
