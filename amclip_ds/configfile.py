@@ -12,6 +12,7 @@ A list of sections (a field `list[Dataclass]`) has keys by place, from 0: `views
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import os
@@ -49,8 +50,39 @@ def keys_and_types(kind: type, prefix: str = "") -> dict[str, Any]:
 
 def with_sections(base: type[Config], sections: Mapping[str, type]) -> type[Config]:
     """The dataclass with further sections, name -> dataclass, or with others in the place of its own."""
-    fields = [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in sections.items()]
-    return dataclasses.make_dataclass(base.__name__, fields, bases=(base,), namespace={"has_no_source": True})
+    return _made(base, tuple(sections.items()))
+
+
+@functools.cache
+def _made(base: Any, sections: tuple[tuple[str, type], ...]) -> Any:
+    fields = [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in sections]
+    own = {"has_no_source": True, "made_of": (base, sections), "__reduce__": _reduced}
+    return dataclasses.make_dataclass(base.__name__, fields, bases=(base,), namespace=own)
+
+
+def _reduced(settings: Any) -> tuple[Any, ...]:
+    """For pickle, which finds no class that was made here: it is made again (settings go from rank to rank)."""
+    return _revived, (_parts_of(type(settings)), settings.__dict__)
+
+
+def _parts_of(kind: Any) -> Any:
+    if "made_of" not in vars(kind):
+        return kind
+    base, sections = kind.made_of
+    return _parts_of(base), tuple((name, _parts_of(section)) for name, section in sections)
+
+
+def _kind_of(parts: Any) -> Any:
+    if isinstance(parts, type):
+        return parts
+    base, sections = parts
+    return _made(_kind_of(base), tuple((name, _kind_of(section)) for name, section in sections))
+
+
+def _revived(parts: Any, values: dict[str, Any]) -> Any:
+    settings = object.__new__(_kind_of(parts))
+    settings.__dict__.update(values)
+    return settings
 
 
 def check_options(kind: Any, who: str) -> None:

@@ -100,9 +100,7 @@ def show(runs: Sequence[Run], baseline: str, out: Path) -> dict[str, Any]:
         draw(outcomes, out / "compare.png")
     except OSError as error:
         raise not_written(f"--out {out}:", error) from None
-    print_table(
-        columns, lines, title="mean ± standard deviation over seeds, in %; differences ± standard error", width=160
-    )
+    print_table(columns, lines, title="mean ± standard deviation over seeds, in %; differences ± standard error")
     print(printable(f"{out}/compare.png: accuracy against compute; {out}/compare.json: every run"))
     return result
 

@@ -1,5 +1,6 @@
 """Recipes, overrides, and what is said of each mistake."""
 
+import pickle
 from functools import cache, reduce
 from pathlib import Path
 
@@ -301,3 +302,9 @@ def test_a_mistake_is_reported_by_one_rank(
         monkeypatch.setenv(name, str(value))
     assert cli.main(["recipes", *words]) == 2
     assert bool(capsys.readouterr().err) == is_reported
+
+
+def test_settings_with_sections_go_from_rank_to_rank() -> None:
+    loaded = config.load("aclip-tiny", ["data.train=x.tar"])
+    again = pickle.loads(pickle.dumps(loaded))
+    assert again == loaded and type(again) is type(loaded)

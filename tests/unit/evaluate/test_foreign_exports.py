@@ -334,12 +334,12 @@ def test_a_graph_s_memory_is_bounded(export) -> None:
     """A few bytes that ask for 40 GB."""
     folder = export("onnx")
     onnx, model = graph_of(folder)
-    shape = onnx.helper.make_tensor("shape", onnx.TensorProto.INT64, [1], [10_000_000_000])
+    shape = onnx.helper.make_tensor("how_many", onnx.TensorProto.INT64, [1], [10_000_000_000])
     wanted = model.graph.output[0].name
     for node in model.graph.node:
         node.output[:] = ["before" if name == wanted else name for name in node.output]
     model.graph.initializer.append(shape)
-    model.graph.node.append(onnx.helper.make_node("ConstantOfShape", ["shape"], ["all"]))
+    model.graph.node.append(onnx.helper.make_node("ConstantOfShape", ["how_many"], ["all"]))
     model.graph.node.append(onnx.helper.make_node("ReduceSum", ["all"], ["zero"], keepdims=0))
     model.graph.node.append(onnx.helper.make_node("Add", ["before", "zero"], [wanted]))
     onnx.save(model, folder / "image.onnx")
