@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.harness import run_ranks
 
 STEPS = 20
+SEED = 1  # 0 meets a ReLU's kink at its sixth step: one rank in pieces parts there too (adr/0091)
 BATCH = 32  # over fewer samples the heads' batch norm amplifies rounding
 SGD = {"name": "sgd", "lr": 0.01}
 ADAMW = {"name": "adamw", "lr": 2e-4, "weight_decay": 0.05}
@@ -75,7 +76,7 @@ class Verdict:
 _results: dict[tuple[Cell, int], dict[str, Any]] = {}
 
 
-def run(cells: list[Cell], seed: int = 0) -> list[dict[str, Any]]:
+def run(cells: list[Cell], seed: int = SEED) -> list[dict[str, Any]]:
     """What each cell's run gave. Cells of one ds_configs file and world share a launch; results are kept."""
     launches: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
@@ -165,7 +166,7 @@ def _flipped_in_step(theirs: Tensor, ours: Tensor, scores: Tensor) -> tuple[int,
 def seeds_spread(steps: int = STEPS) -> float:
     """How far two seeds' losses are apart in bf16: the mean over steps of the relative difference."""
     cell = Cell("zero1_bf16.json", 1, 1, steps=steps)
-    first, second = run([cell])[0]["losses"], run([cell], seed=1)[0]["losses"]
+    first, second = run([cell])[0]["losses"], run([cell], seed=SEED + 1)[0]["losses"]
     return statistics.mean(abs(a - b) / abs(a) for a, b in zip(first, second, strict=True))
 
 
