@@ -9,7 +9,7 @@ Every mistake is a UserError of one line that names the key and, where it is mis
 import difflib
 import sys
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -244,7 +244,7 @@ def load(
         _check_plugins(layer.pop("plugins", []), source)
     _check_parts(words, "")
     for source, layer in layers:
-        _check_parts(dict(_flat(layer)), f" (in {source})")
+        _check_parts(plain_yaml.flat(layer), f" (in {source})")
     loaded = _build(recipe, layers, overrides)
     loaded.plugins = own.identities()
     _check_together(loaded)
@@ -377,17 +377,6 @@ def _check_plugins(recorded: Any, source: str) -> None:
                 f"plugins: the run of these settings had the plug-in {name}; add --plugin with its file or name, which"
                 f" no yaml can do (in {source})"
             )
-
-
-def _flat(layer: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A yaml's nested sections as (dotted key, value); those of a list by their place."""
-    for name, value in layer.items():
-        is_list = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
-        inner = dict(enumerate(value)) if is_list else value
-        if isinstance(inner, dict):
-            yield from _flat(inner, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _without_plugins(layer: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def keys_and_types(kind: type, prefix: str = "") -> dict[str, Any]:
 
 def with_sections(base: type[Config], sections: Mapping[str, type]) -> type[Config]:
     """The dataclass with further sections, name -> dataclass, or with others in the place of its own."""
-    return _made(base, tuple(sections.items()))
+    made: type[Config] = _made(base, tuple(sections.items()))  # type: ignore[arg-type]
+    return made
 
 
 @functools.cache

@@ -74,6 +74,11 @@ def read_lines(path: Path, fields: Mapping[str, type] = {}, limit: int = MAX_REA
     return read(path, fields, limit)[0]
 
 
+def is_number(value: Any) -> bool:
+    """Whether a parsed value is a finite number; true and false are none."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def read(path: Path, fields: Mapping[str, type] = {}, limit: int = MAX_READ) -> tuple[list[dict[str, Any]], int]:
     """Such rows, and how many lines are none (a last one without an end may still be written, and is not counted).
 

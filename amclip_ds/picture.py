@@ -1,13 +1,13 @@
 """The pictures a run ends with: what the masks keep on held-out scenes, and the curves of losses and accuracy."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from amclip_ds import run_files
 from amclip_ds.jsonl import read_lines
+from amclip_ds.plots import pyplot
 from amclip_ds.scenes import Looks
 
 GONE = 0.18  # how bright a removed patch is left
@@ -15,7 +15,7 @@ GONE = 0.18  # how bright a removed patch is left
 
 def draw_masks(looks: Looks, file: Path, num_scenes: int = 8) -> None:
     """A row a scene: the teacher's crop with its caption, its scores, and both views under each mask."""
-    plt = _pyplot()
+    plt = pyplot()
     num_views = len(looks.views_uint8)
     views = [f"{name}, view {view + 1}" for name in looks.kept for view in range(num_views)]
     titles = ["teacher's crop", "its scores", *views]
@@ -53,7 +53,7 @@ def draw_curves(run: Path, file: Path, control: Path | None = None) -> None:
 
     control: another run, whose student's accuracy stands beside them.
     """
-    plt = _pyplot()
+    plt = pyplot()
     metrics = read_lines(run / run_files.METRICS, run_files.STEP, run_files.MAX_METRICS)
     figure, (losses, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 3.6))
     steps = [row["step"] for row in metrics]
@@ -82,13 +82,3 @@ def draw_curves(run: Path, file: Path, control: Path | None = None) -> None:
 def _pixels(image_uint8: Tensor) -> Tensor:
     """[3, H, H] -> [H, H, 3]"""
     return image_uint8.permute(1, 2, 0)
-
-
-def _pyplot() -> Any:
-    """matplotlib without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt

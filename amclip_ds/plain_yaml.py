@@ -33,6 +33,18 @@ def read(path: Path, *, follow: bool = True) -> Any:
     return parse(files.read_text(path, MAX_BYTES, follow=follow), str(path))
 
 
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys; lists of maps by their places."""
+    if isinstance(settings, list) and any(isinstance(item, dict) for item in settings):
+        settings = dict(enumerate(settings))
+    if not isinstance(settings, dict):
+        return {prefix.removesuffix("."): settings}
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.")
+    return found
+
+
 def parse(text: str, source: str) -> Any:
     """The content of a yaml text. source: what to blame. Raises UserError of one line."""
     if len(text) > MAX_BYTES:

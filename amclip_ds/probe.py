@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from amclip_ds import run as runs
@@ -163,5 +164,4 @@ def _device(runtime: Runtime) -> Gpu:
     found = device_of(runtime)
     if found is not None:
         return dataclasses.replace(found, name=f"{PROBED} ({found.name})")
-    pages = Path("/proc/meminfo").read_text().split()
-    return Gpu(f"{PROBED} (CPU)", int(pages[pages.index("MemTotal:") + 1]) * 1024 / GIB, None, None)
+    return Gpu(f"{PROBED} (CPU)", psutil.virtual_memory().total / GIB, None, None)

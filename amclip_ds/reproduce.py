@@ -102,7 +102,7 @@ def _revision(run: Path, told: dict[str, Any], here: dict[str, Any]) -> Iterator
 
 def _settings(run: Path, config: TrainConfig) -> Iterator[Finding]:
     written = plain_yaml.read(run / run_files.CONFIG)
-    flat = dict(_flat(written)) if isinstance(written, dict) else {}
+    flat = plain_yaml.flat(written) if isinstance(written, dict) else {}
     now = {key: value for key, value, _ in settings.explain(config)}
     then = {key: value for key, value, _ in settings.explain(settings.load_run(run / run_files.CONFIG))}
     odd = [key for key, value in now.items() if key in then and then[key] != value and key != "run.out"]
@@ -115,13 +115,6 @@ def _settings(run: Path, config: TrainConfig) -> Iterator[Finding]:
     if not config.run.deterministic:
         said = "run.deterministic=false: bit for bit on a CPU, to rounding on a GPU"
         yield Finding("determinism", OK, said)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        yield f"{prefix}{key}", value
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
 
 
 def _plugins(run: Path) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from amclip_ds.compare.runs import (
     steps_of,
 )  # fmt: skip
 from amclip_ds.compare.table import Outcome, cells, draw, read_outcome, summarise
-from amclip_ds.config import load
 from amclip_ds.display import print_table, printable
 from amclip_ds.errors import INTERRUPTED, MISTAKE, TO_REQUEUE, AmclipError, UserError
 from amclip_ds.files import not_written, write_atomically
@@ -109,7 +108,7 @@ def _check_first(rows: Sequence[Row], ask: Comparison) -> None:
     """What every run would be refused for is found before the first one."""
     for row in rows:
         folder = ask.out / f"{row.name}-seed0"
-        preconditions.check(load(row.recipe, [*ask.overrides, "run.steps=1", f"run.out={folder}"], ask.plugins))
+        preconditions.check(replace(row.config, run=replace(row.config.run, out=str(folder))))
 
 
 def _measure(row: Row, ask: Comparison) -> float:

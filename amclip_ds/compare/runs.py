@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def row_name(recipe: str) -> str:
     return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
 
 
-def read_rows(recipes: Sequence[str], overrides: Sequence[str], plugins: Sequence[str], procs: int) -> list[Row]:
+def read_rows(recipes: Sequence[str], overrides: Sequence[str], plugins: list[str], procs: int) -> list[Row]:
     """The recipes with the settings that all have. Raises UserError where they would not see the same data."""
     for word in overrides:
         if word.partition("=")[0] in OURS:
@@ -88,7 +89,7 @@ def read_rows(recipes: Sequence[str], overrides: Sequence[str], plugins: Sequenc
         work = work_of(config, procs)
         rows.append(Row(name, recipe, config, flops_of(work).model * procs / TERA))
     for key in EQUAL:
-        values = {row.name: _value(row.config, key) for row in rows}
+        values = {row.name: attrgetter(key)(row.config) for row in rows}
         if len(set(map(repr, values.values()))) > 1:
             (first, one), (second, other) = _two_that_differ(values)
             raise UserError(f"{key}: {one} in {first}, {other} in {second}; give one for all: {key}=VALUE")
@@ -147,19 +148,15 @@ def read_plan(out: Path) -> dict[str, Any] | None:
         return None
     plan = read_json(out / PLAN, dict)
     runs, step_s = plan.get("runs"), plan.get("step_s")
-    is_ours = isinstance(runs, dict) and isinstance(step_s, dict)
-    if not is_ours or not all(isinstance(run, dict) and isinstance(run.get("words"), list) for run in runs.values()):
+    are_runs = isinstance(runs, dict) and all(
+        isinstance(run, dict) and isinstance(run.get("words"), list) for run in runs.values()
+    )
+    are_times = isinstance(step_s, dict) and all(
+        type(value) is float and 0 < value < math.inf for value in step_s.values()
+    )
+    if not are_runs or not are_times:
         raise UserError(f"{out / PLAN}: not what `amclip compare` wrote")
-    if not all(type(value) is float and 0 < value < math.inf for value in step_s.values()):
-        raise UserError(f"{out / PLAN}: step_s: not what `amclip compare` wrote")
     return plan
-
-
-def _value(config: TrainConfig, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part, None)
-    return value
 
 
 def _two_that_differ(values: dict[str, Any]) -> tuple[tuple[str, Any], tuple[str, Any]]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from amclip_ds import run_files
 from amclip_ds.compare.runs import Run
-from amclip_ds.jsonl import read_lines
+from amclip_ds.jsonl import is_number, read_lines
+from amclip_ds.plots import pyplot
 from amclip_ds.record import read_verdict
 
 WARM_SHARE = 0.1  # of a run's first rows: the clock has not settled
@@ -60,8 +61,8 @@ def read_outcome(run: Run) -> Outcome:
     """A run's records. Lines that cannot be read are left out, as everywhere (amclip report counts them)."""
     verdict = read_verdict(run.folder)
     rows = _rows(run.folder / run_files.METRICS, run_files.STEP)
-    times = [row["step_s"] for row in rows[math.ceil(len(rows) * WARM_SHARE) :] if _is_number(row.get("step_s"))]
-    peaks = [row["peak_memory_gib"] for row in rows if _is_number(row.get("peak_memory_gib"))]
+    times = [row["step_s"] for row in rows[math.ceil(len(rows) * WARM_SHARE) :] if is_number(row.get("step_s"))]
+    peaks = [row["peak_memory_gib"] for row in rows if is_number(row.get("peak_memory_gib"))]
     evaluations = _rows(run.folder / run_files.EVALUATIONS, run_files.EVALUATION)
     evaluations = [row for row in evaluations if row["step"] <= run.steps]
     sets = list(dict.fromkeys(row["dataset"] for row in evaluations))
@@ -70,7 +71,7 @@ def read_outcome(run: Run) -> Outcome:
         if row["step"] == run.steps:
             place = "" if row["dataset"] == sets[0] else f"{row['dataset']} "
             place += "" if row["weights"] == "student" else f"{row['weights']}_"
-            metrics |= {place + name: value for name, value in row["metrics"].items() if _is_number(value)}
+            metrics |= {place + name: value for name, value in row["metrics"].items() if is_number(value)}
     curve, main = _curve(evaluations, sets)
     return Outcome(
         run, verdict["code"] if verdict else None, statistics.median(times) if times else None,
@@ -82,8 +83,9 @@ def _curve(evaluations: list[dict[str, Any]], sets: list[str]) -> tuple[list[tup
     points, main = {}, ""
     for row in evaluations:
         if row["weights"] == "student" and row["dataset"] == sets[0]:
-            main = row.get("main_metric") if isinstance(row.get("main_metric"), str) else next(iter(row["metrics"]), "")
-            if _is_number(row["metrics"].get(main)):
+            named = row.get("main_metric")
+            main = named if isinstance(named, str) else next(iter(row["metrics"]), "")
+            if is_number(row["metrics"].get(main)):
                 points[row["step"]] = float(row["metrics"][main])
     return sorted(points.items()), main
 
@@ -152,11 +154,7 @@ def cells(summary: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 
 def draw(outcomes: Sequence[Outcome], file: Path) -> None:
     """The main metric against the operations spent: a line a recipe, the mean of its seeds, with their range."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7.5, 4.8))
     lines = iter(zip(["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"] * 9,
                      [*["-"] * 7, *["--"] * 7, *[":"] * 49]))  # fmt: skip
@@ -216,7 +214,3 @@ def _percent(spread: dict[str, Any] | None, signed: bool = False) -> str:
 
 def _form(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)

@@ -10,6 +10,7 @@ from amclip_ds.data.captions import tokenizer_hash
 from amclip_ds.data.check import Report, token_lengths
 from amclip_ds.data.grouping import IMAGE_TYPES
 from amclip_ds.masks.text.table import FORMAT
+from amclip_ds.plots import pyplot
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 CONTEXT_LENGTH = 77
@@ -67,11 +68,7 @@ def word_table(report: Report) -> dict[str, Any]:
 
 def draw(report: Report, file: Path) -> Path:
     """A histogram of each distribution, as one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     columns = distributions(report)
     figure, axes = plt.subplots(2, len(columns) // 2, figsize=(4 * len(columns) // 2, 6))
     for axis, (name, values) in zip(axes.flat, columns.items()):

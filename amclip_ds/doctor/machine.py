@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from amclip_ds.doctor import FAIL, OK, WARN, Check, Finding
 from amclip_ds.errors import UserError, in_one_line
 
@@ -272,8 +274,8 @@ def _limits() -> Iterator[Finding]:
 def _memory() -> Iterator[Finding]:
     from amclip_ds.data.parallel import num_cores
 
-    words = Path("/proc/meminfo").read_text().split()
-    total, free = (int(words[words.index(key) + 1]) * 1024 / 2**30 for key in ("MemTotal:", "MemAvailable:"))
+    memory = psutil.virtual_memory()
+    total, free = memory.total / 2**30, memory.available / 2**30
     cores, load = num_cores(), os.getloadavg()[0]
     said = f"{free:.1f} of {total:.1f} GiB free, {cores} cores, load {load:.1f}"
     if free < 2:

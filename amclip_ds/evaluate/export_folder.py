@@ -4,7 +4,6 @@ Each function reads one file of the folder and returns plain values of known key
 build from these values alone: they never see the folder, so nothing in it can name code, a hub, or another file.
 """
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 from amclip_ds.data.photometric import MEAN, STD
 from amclip_ds.errors import UserError
 from amclip_ds.files import read_json
+from amclip_ds.jsonl import is_number
 from amclip_ds.model.weight_files import inside
 
 MAX_PIXELS = 1024  # a side of an image
@@ -57,7 +57,7 @@ def whole(low: int, high: int) -> Check:
 
 
 def number(low: float, high: float) -> Check:
-    return Check(f"a number from {low:g} to {high:g}", lambda value: _is_number(value) and low <= value <= high)
+    return Check(f"a number from {low:g} to {high:g}", lambda value: is_number(value) and low <= value <= high)
 
 
 def one_of(*values: Any) -> Check:
@@ -86,10 +86,6 @@ def texts(pattern: str) -> Check:
     return Check(
         f"a text of the form {pattern}", lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value))
     )
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 FLAG = Check("true or false", lambda value: type(value) is bool)

@@ -105,7 +105,7 @@ def read_run(folder: Path) -> RunFacts:
         folder=folder, name=folder.resolve().name, verdict=verdict,
         is_alive=verdict is None and last_write is not None and time.time() - last_write < ALIVE_S
         and not _is_released(folder / run_files.OWNER),
-        last_write=last_write, config=flat(plain_yaml.read(folder / run_files.CONFIG)),
+        last_write=last_write, config=plain_yaml.flat(plain_yaml.read(folder / run_files.CONFIG)),
         versions=_read_object(folder / run_files.VERSIONS), plan=_read_object(folder / run_files.PLAN),
         starts=list(rows(run_files.ATTEMPTS, {"attempt": int})),
         timeline=list(rows(run_files.TIMELINE, run_files.EVENT)),
@@ -114,18 +114,6 @@ def read_run(folder: Path) -> RunFacts:
         incidents=list(rows(run_files.INCIDENTS, run_files.INCIDENT)),
         summary=_summary(folder / run_files.LOG), unreadable=unreadable,
     )  # fmt: skip
-
-
-def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys; lists of maps by their places."""
-    if isinstance(settings, list) and any(isinstance(item, dict) for item in settings):
-        settings = dict(enumerate(settings))
-    if not isinstance(settings, dict):
-        return {prefix.removesuffix("."): settings}
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.")
-    return found
 
 
 def _rows(path: Path, fields: dict[str, type], unreadable: dict[str, int]) -> Iterator[dict[str, Any]]:

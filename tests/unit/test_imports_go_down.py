@@ -15,6 +15,7 @@ EVERYBODY = {
     "json_file",
     "jsonl",
     "plain_yaml",
+    "plots",
     "redact",
     "run_files",
     "safetensors_header",

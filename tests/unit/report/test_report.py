@@ -9,9 +9,10 @@ import pytest
 
 from amclip_ds import cli
 from amclip_ds.errors import RunStopped, UserError
+from amclip_ds.plain_yaml import flat
 from amclip_ds.report import charts, events
 from amclip_ds.report.page import differences, page, write_report
-from amclip_ds.report.read import flat, read_run
+from amclip_ds.report.read import read_run
 from amclip_ds.report.time_spent import attempts_of, goodput, total
 from amclip_ds.run_folder import write_verdict_at_end
 from tests.unit.report.runs import event, eventful, incident, long, metrics_row
