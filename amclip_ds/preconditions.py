@@ -54,7 +54,9 @@ def check_folder(folder: Path) -> None:
             raise UserError(f"run.out: {folder} cannot be written: {above} is not yours to write in") from None
         return
     except NotADirectoryError:
-        raise UserError(f"run.out: {folder} is a file, or lies below one; name a folder") from None
+        raise UserError(
+            f"run.out: {folder} cannot be written: it is a file, or lies below one; name a folder"
+        ) from None
     except OSError as error:
         raise UserError(f"run.out: {folder} cannot be read: {error.strerror}") from None
     strange = [name for name in names if name not in BESIDE and not name.startswith(".") and not name.endswith(OUTPUT)]

@@ -113,6 +113,7 @@ def begin(args: argparse.Namespace) -> str:
         args.tasks = nodes * args.tasks_per_node
     settings.plan_batch(config.batch, args.tasks)
     folder = run / "slurm"
+    preconditions.check_folder(run)
     earlier, step = read_lines(folder / run_files.ATTEMPTS, run_files.JOB_ATTEMPT), newest_step(run)
     mine = [row for row in earlier if row["job"] == args.job]
     resume = resume_mode(wanted.resume, mine, step)

@@ -95,7 +95,7 @@ def test_mistakes_are_one_line_and_never_requeued(cluster: Cluster, synthetic: P
         "unknown key": (runs.tiny(synthetic, "run", "optim.lrr=1"), {}, "unknown key; did you mean optim.lr?"),
         "batch": (runs.tiny(synthetic, "run", "batch.global_size=25"), {}, "batch.global_size: 25"),
         "more nodes than shards": (few, {}, "data.train: 1 shard(s) for 2 nodes"),
-        "unwritable": (runs.tiny(synthetic, locked / "run"), {}, f"run.out: {locked}/run is a file, or lies below one"),
+        "unwritable": (runs.tiny(synthetic, locked / "run"), {}, f"run.out: {locked}/run cannot be written"),
         "no checkout": (runs.tiny(synthetic, "run"), {"AMCLIP_HOME": "/no/checkout"}, "no checkout at /no/checkout"),
     }  # fmt: skip
     jobs = {
