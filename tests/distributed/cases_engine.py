@@ -221,9 +221,12 @@ def checkpointed(ds: str) -> dict[int, dict[str, Any]]:
     for every in (0, 1, 2):
         run = Run(ds, runtime=runtime, depth=4, checkpoint_every=every, steps=3)
         calls = [0] * 8
-        blocks = [*run.student.module.vision.blocks, *run.student.module.text.encoder.layers]  # type: ignore[misc]
-        for index, block in enumerate(blocks):
-            block.register_forward_pre_hook(lambda *_, c=calls, i=index: c.__setitem__(i, c[i] + 1))
+        module: Any = run.student.module
+        # By their first layer: the last block of a tower is run layer by layer (engine.savings.last_block).
+        firsts = [block.norm1 for block in module.vision.blocks]
+        firsts += [layer.layer_norm1 for layer in module.text.encoder.layers]
+        for index, first in enumerate(firsts):
+            first.register_forward_pre_hook(lambda *_, c=calls, i=index: c.__setitem__(i, c[i] + 1))
         rows = [run.step(step) for step in range(3)]
         found[every] = {"losses": [row["loss"] for row in rows], "norms": [row["norm"] for row in rows],
                         "calls": [count / 3 for count in calls]}  # fmt: skip
