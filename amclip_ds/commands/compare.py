@@ -1,9 +1,8 @@
 """Compares recipes under equal data, order and budget: trains each with each seed, then one table and one picture.
 
-  amclip compare clip-tiny random2x-tiny aclip-tiny data.train='/data/{00000..00009}.tar' eval.data=/data/eval \\
-      --seeds 3 --budget steps=900 --baseline clip-tiny --out runs/compare
-  amclip compare clip-tiny aclip-tiny ... --budget flops=1e15       as many steps of each as the operations pay for
-  amclip compare clip-tiny mine.yaml ... --budget seconds=600       a step of each is timed first
+  amclip compare clip-tiny random2x-tiny aclip-tiny data.train=/data/cc eval.data=/data/ev --budget steps=900 --out cmp
+  amclip compare clip-tiny aclip-tiny ... --budget flops=1e15 --out cmp       as many steps as the operations pay for
+  amclip compare clip-tiny aclip-tiny ... --budget seconds=600 --out cmp      a step of each is timed first
 
 A row with settings of its own is a yaml: `recipe: aclip-tiny` and what differs. Stopped, the same command goes on:
 whole runs are read, an interrupted one is resumed; more seeds or recipes may be added. OUT has a folder a run,

@@ -13,6 +13,7 @@ from amclip_ds.jsonl import read_lines
 
 MOST_STEPS, MOST_SAMPLES, MOST_VIEWS = 24, 16, 8
 MAX_IMAGE = 1 << 18
+MAX_SIDE = 512  # pixels
 MAX_GRID = 128
 
 
@@ -100,18 +101,18 @@ def _add(
 
 def _uri(folder: Path, name: str) -> str:
     """The image's own pixels, encoded anew: whatever else the file held is left behind. Empty where it is none."""
-    from PIL import Image
+    from amclip_ds.data.images import kind_of, open_image
 
     if "/" in name or name.startswith("."):
         return ""
     try:
         content = read_bytes(folder / name, MAX_IMAGE)
-        with Image.open(io.BytesIO(content), formats=("WEBP",)) as image:
-            if max(image.size) > 512:
-                return ""
-            held = io.BytesIO()
-            image.convert("RGB").save(held, "WEBP", quality=80)
-    except (OSError, ValueError, SyntaxError):
+        source = open_image(content)
+        if kind_of(content) != "WEBP" or max(source.height, source.width) > MAX_SIDE:
+            return ""
+        held = io.BytesIO()
+        source.picture(plain=True).save(held, "WEBP", quality=80)
+    except (OSError, ValueError):
         return ""
     return "data:image/webp;base64," + base64.b64encode(held.getvalue()).decode()
 

@@ -33,7 +33,17 @@ def batch_of(size: int, *incidents: tuple[str, str]) -> Batch:
     ]
     empty = torch.empty(0)
     return Batch(
-        empty, None, empty, Photometric(np.empty((0, 0, 12))), empty, empty, torch.arange(size), 0, {}, rows, 10 * size
+        empty,
+        None,
+        empty,
+        Photometric(np.empty((0, 0, 12))),
+        empty,
+        empty,
+        torch.arange(size),
+        0,
+        {},
+        incidents=rows,
+        read_bytes=10 * size,
     )
 
 

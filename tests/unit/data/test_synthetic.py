@@ -12,7 +12,7 @@ from PIL import Image
 
 from amclip_ds.data import synthetic
 from amclip_ds.data.synthetic import CLASSES, COLOURS, SHAPES, SceneConfig, make_scene, write_dataset
-from amclip_ds.errors import UserError
+from amclip_ds.errors import AmclipError, UserError
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -138,8 +138,9 @@ def test_a_folder_is_never_written_over(tmp_path: Path) -> None:
 
 def test_an_error_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "make_scene", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(AmclipError, match="No space left") as caught:
         write_dataset(tmp_path / "scenes", 3, 3)
+    assert caught.value.exit_code == 1, "a full disk is the machine's fault"
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     with pytest.raises(UserError, match="--image-size"):

@@ -161,7 +161,7 @@ def test_the_runs_own_sets_are_the_default() -> None:
     from amclip_ds.evaluate.source import Located
 
     def of(settings: config.TrainConfig | None, data: list[str] | None) -> tuple[list[str], str]:
-        return _specs_of(Namespace(data=data), Located(Path("run"), "run", ("student",), 1, None, settings))
+        return _specs_of(Namespace(data=data), Located(Path("run"), "run", ("student",), 1, None, settings), None)
 
     own = config.load("clip-tiny", ["eval.data=/a::/b", "data.train=x"])
     assert of(own, None) == (["/a", "/b"], "eval.data") and of(own, ["/c"]) == (["/c"], "--data")
