@@ -3,7 +3,6 @@
 import hashlib
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from amclip_ds import config, masks, plugins
 from amclip_ds.checkpoint import drift
 from amclip_ds.errors import SettingsError, UserError
 from amclip_ds.masks import MASKS
+from tests.unit.conftest import forget_plugins
 
 MASK = """
 from dataclasses import dataclass
@@ -54,20 +54,6 @@ class Mine(Objective):
 
 OBJECTIVES = {"mine": Mine}
 """
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_loaded() -> Iterator[None]:
-    """A plug-in is the process's: the next test begins without."""
-    from amclip_ds.objectives import OBJECTIVES
-
-    before = dict(MASKS), dict(OBJECTIVES), dict(plugins.LOADED), set(sys.modules)
-    yield
-    for table, kept in zip((MASKS, OBJECTIVES, plugins.LOADED), before):
-        table.clear()
-        table.update(kept)  # type: ignore[arg-type]
-    for name in set(sys.modules) - before[3]:
-        del sys.modules[name]
 
 
 def written(folder: Path, text: str, name: str = "mine.py") -> str:
@@ -144,9 +130,7 @@ def test_the_key_plugins_is_not_set_by_hand() -> None:
 
 def test_a_plugin_that_has_changed_is_drift_and_one_that_is_missing_is_named(tmp_path: Path) -> None:
     def text_of(content: str | None) -> str:
-        plugins.LOADED.clear()
-        MASKS.pop("mine", None)
-        sys.modules.pop("amclip_plugin_mine", None)
+        forget_plugins()
         return config.dump(config.load("aclip-tiny", [], [written(tmp_path, content)] if content else []))
 
     first, changed, without = text_of(MASK), text_of(MASK + "\n# another\n"), text_of(None)
@@ -243,8 +227,7 @@ def test_an_installed_plugin_is_named_by_its_entry_point_or_module(name: str, in
 
 def test_a_package_is_known_by_all_its_files(installed: str) -> None:
     def identity() -> list[str]:
-        plugins.LOADED.clear()
-        MASKS.pop("mine", None)
+        forget_plugins()
         return config.load("aclip-tiny", [], ["their_masks"]).plugins
 
     first = identity()

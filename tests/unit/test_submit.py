@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -99,32 +98,24 @@ def test_a_plugin_goes_with_the_job(shards: Path, tmp_path: Path, monkeypatch: p
     """By its absolute path, wherever the job starts; and what train.sbatch asks first takes the same words."""
     from amclip_ds import plugins, slurm_attempt
     from amclip_ds.arguments import plugin_words
-    from amclip_ds.masks import MASKS
+    from tests.unit.conftest import forget_plugins
 
     text = "from amclip_ds.masks import Mask\nMASKS = {'own_of_a_job': Mask(lambda inputs, options: inputs.noise)}\n"
     (tmp_path / "job_mask.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     named = ["mask.strategy=own_of_a_job", "--json", str(tmp_path / "plan.json")]
-    try:
-        code, run = submitted(shards, "--plugin", "job_mask.py", *named)
-        assert code == 0
-        command = json.loads((tmp_path / "plan.json").read_text())["command"]
-        script = next(place for place, word in enumerate(command) if word.endswith("train.sbatch"))
-        words = command[script + 1 :]
-        assert words[-1] == f"--plugin={tmp_path}/job_mask.py" == plugin_words(["job_mask.py"])[0]
-        assert "--plugin=" in (run / "slurm" / "submit.sh").read_text()
-        monkeypatch.chdir("/")
-        plugins.LOADED.clear()
-        MASKS.pop("own_of_a_job")
-        for name in [name for name in sys.modules if name.startswith("amclip_plugin_")]:
-            del sys.modules[name]
-        asked = ["begin", "--job", "7", "--nodes", "1", "--tasks", "1", "--", *words]
-        assert slurm_attempt.main(asked) == 0 and plugins.identities()[0].startswith("job_mask sha256:")
-        assert "job_mask sha256:" in (run / "slurm" / "config-7-0.yaml").read_text()
-    finally:
-        plugins.LOADED.clear()
-        MASKS.pop("own_of_a_job", None)
-        sys.modules.pop("amclip_plugin_job_mask", None)
+    code, run = submitted(shards, "--plugin", "job_mask.py", *named)
+    assert code == 0
+    command = json.loads((tmp_path / "plan.json").read_text())["command"]
+    script = next(place for place, word in enumerate(command) if word.endswith("train.sbatch"))
+    words = command[script + 1 :]
+    assert words[-1] == f"--plugin={tmp_path}/job_mask.py" == plugin_words(["job_mask.py"])[0]
+    assert "--plugin=" in (run / "slurm" / "submit.sh").read_text()
+    monkeypatch.chdir("/")
+    forget_plugins()
+    asked = ["begin", "--job", "7", "--nodes", "1", "--tasks", "1", "--", *words]
+    assert slurm_attempt.main(asked) == 0 and plugins.identities()[0].startswith("job_mask sha256:")
+    assert "job_mask sha256:" in (run / "slurm" / "config-7-0.yaml").read_text()
 
 
 SINFO = {

@@ -1,14 +1,12 @@
 """What a run reports of its plan: a line, RUN/plan.json, and a refusal where the model cannot fit."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from amclip_ds import config, plugins
+from amclip_ds import config
 from amclip_ds.errors import UserError
 from amclip_ds.forecast import Forecast
-from amclip_ds.objectives import OBJECTIVES
 from amclip_ds.plan.gpus import GPUS, Gpu
 
 
@@ -24,13 +22,6 @@ def test_what_may_run_out_is_said_and_what_cannot_fit_is_refused() -> None:
     assert "it may run out; a smaller batch.per_gpu" in Forecast(settings, 8, Gpu("x", 10.0, None, None)).line()
     with pytest.raises(UserError, match="the model state alone is 1.0 GiB on each of 8 ranks, and the GPU has 0.5"):
         Forecast(settings, 8, Gpu("x", 0.5, None, None))
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_loaded() -> Iterator[None]:
-    yield
-    OBJECTIVES.pop("reads", None)
-    plugins.LOADED.clear()
 
 
 PLUGIN = """
