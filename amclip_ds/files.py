@@ -60,14 +60,18 @@ def read_bytes(path: Path, limit: int = MAX_TEXT, *, follow: bool = True) -> byt
     """A whole ordinary file. Raises OSError, also where it holds more than `limit` bytes."""
     parts, size = [], 0
     with open_regular(path, follow=follow) as file:
-        while part := os.read(
-            file.fileno(), min(READ, limit + 1 - size)
-        ):  # files of /proc have size 0: read to the end
+        if os.fstat(file.fileno()).st_size > limit:  # a sparse one is not filled with zeros first
+            raise _too_large(path, limit)
+        while part := os.read(file.fileno(), min(READ, limit + 1 - size)):  # files of /proc have size 0: to the end
             parts.append(part)
             size += len(part)
             if size > limit:
-                raise OSError(errno.EFBIG, f"more than the {limit} bytes that such a file may have", str(path))
+                raise _too_large(path, limit)
     return b"".join(parts)
+
+
+def _too_large(path: Path, limit: int) -> OSError:
+    return OSError(errno.EFBIG, f"more than the {limit} bytes that such a file may have", str(path))
 
 
 def read_text(path: Path, limit: int = MAX_TEXT, *, follow: bool = True) -> str:

@@ -79,3 +79,18 @@ def test_an_atomic_write_goes_through_no_link(tmp_path: Path) -> None:
     files.write_atomically(tmp_path / "exit.json", "new")
     assert (tmp_path / "victim").read_text() == "mine" and (tmp_path / "exit.json").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exit.json", "victim"]
+
+
+def test_a_sparse_file_over_the_limit_takes_no_memory(tmp_path: Path) -> None:
+    """Twin: one byte of it more than the limit is refused all the same, where no size is known."""
+    import tracemalloc
+
+    with (tmp_path / "holes").open("wb") as file:
+        file.truncate(1 << 30)
+    tracemalloc.start()
+    with pytest.raises(OSError, match="more than the 268435456 bytes"):
+        files.read_bytes(tmp_path / "holes", 1 << 28)
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
+    with pytest.raises(OSError, match="more than the 10 bytes"):
+        files.read_bytes(Path("/proc/self/status"), 10)

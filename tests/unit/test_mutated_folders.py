@@ -178,7 +178,7 @@ def watched(folders: Folders, may_link: bool = False) -> Iterator[Watch]:
         "/etc/nsswitch.conf",
         "/etc/resolv.conf",
         "/etc/ld.so.cache",
-        os.environ["TORCH_EXTENSIONS_DIR"],
+        os.environ.get("TORCH_EXTENSIONS_DIR", sys.prefix),
     )
     watch.allowed = tuple(f"{os.path.realpath(place)}/" for place in given)
     watch.allowed += (f"{folders.outside}/",) if may_link else ()
