@@ -123,7 +123,7 @@ def parameter_groups(
     No decay: fewer than two dimensions (biases, norms, the logit scale). Order: that of the first member's appearance,
     but what does not fill 16 bytes evenly (the logit scale) comes last of all: DeepSpeed lays a run's weights end to
     end in one buffer, and behind a single odd element every later weight would start at an address from which a GPU's
-    matrix products take several times as long (docs/log.md).
+    matrix products take several times as long (docs/results/gpu-step.md).
     """
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     depths = {tower: _depth(tower, (name for name, _ in named)) for tower in ("vision", "text")}

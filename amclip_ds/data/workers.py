@@ -219,7 +219,7 @@ def _become_worker() -> None:
 
 def _give_memory_back() -> None:
     """Keeps large buffers out of the heap. glibc moves its threshold up when they are freed, and decoded images of
-    all sizes then leave holes that a worker never gives back (measured: docs/log.md)."""
+    all sizes then leave holes that a worker never gives back (measured)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another libc
             libc = ctypes.CDLL(None)

@@ -50,7 +50,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A whole training step on one GPU with everything on the device, bf16, uncompiled (docs/log.md)."""
+    """A whole training step on one GPU with everything on the device, bf16, uncompiled (docs/results/gpu-step.md)."""
 
     gpu: str
     recipe: str

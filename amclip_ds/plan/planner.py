@@ -17,9 +17,9 @@ from amclip_ds.plan.work import Work
 
 GIB = 1024.0**3
 YFCC15M = 14_688_256  # samples of an epoch in the papers' runs: 3,586 steps of 4,096
-SAVE_STALL_BYTES_PER_S = 42.7e9  # a rank's part copied into pinned memory (one H200, docs/log.md)
-SAVE_WRITE_BYTES_PER_S = 0.62e9  # hashed and written by one rank (docs/log.md)
-DECODED_PER_CORE = 384  # samples a second: photographs of 500 x 375 into three crops of 224 px (docs/log.md)
+SAVE_STALL_BYTES_PER_S = 42.7e9  # a rank's part copied into pinned memory (one H200, docs/results/saving.md)
+SAVE_WRITE_BYTES_PER_S = 0.62e9  # hashed and written by one rank (docs/results/saving.md)
+DECODED_PER_CORE = 384  # samples/s of 500 x 375 into three crops of 224 px (docs/results/decoding.md)
 CONTEXT_GIB = 1.0  # CUDA, NCCL and cuBLAS beside torch's allocator
 FRAGMENTED = 0.03  # of the peak, held by the allocator and not usable
 LIVE = {"stage3_max_live_parameters": 1e9, "stage3_prefetch_bucket_size": 5e7}  # DeepSpeed's defaults, in elements

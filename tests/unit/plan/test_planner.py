@@ -17,7 +17,7 @@ from amclip_ds.plan.planner import GIB, Ask, Plan, communication_bytes, make_pla
 from amclip_ds.plan.work import work_of
 
 RECOMPUTED = ["model.vision.checkpoint_every=1", "model.text.checkpoint_every=1"]
-PEAKS = [  # docs/log.md and the table of one H100: GiB that torch had allocated at most
+PEAKS = [  # docs/results/gpu-step.md and the table of one H100: GiB that torch had allocated at most
     ("aclip-vitb16", 1, 256, [], 23.1),
     ("aclip-vitb16", 2, 256, [], 23.1),
     ("aclip-vitb16", 3, 256, [], 23.5),

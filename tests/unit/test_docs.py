@@ -1,0 +1,90 @@
+"""The records are true to themselves: links lead somewhere, lists are whole, the tour covers every module."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRACKED = [
+    ROOT / name
+    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    if (ROOT / name).is_file()
+] or [path for path in ROOT.rglob("*") if path.suffix in (".md", ".py") and ".venv" not in path.parts]
+PAGES = [path for path in TRACKED if path.suffix == ".md"]
+DECISIONS = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
+    found = (target.split("#")[0] for target in LINK.findall(text) if not re.match(r"[a-z]+:", target))
+    return [target for target in found if target and not (page.parent / target).exists()]
+
+
+def test_every_link_leads_somewhere() -> None:
+    assert len(PAGES) > 50
+    broken = {str(page.relative_to(ROOT)): broken_links(page, page.read_text()) for page in PAGES}
+    assert not {page: targets for page, targets in broken.items() if targets}
+
+
+def test_a_broken_link_is_seen() -> None:
+    assert broken_links(ROOT / "README.md", "see [the log](docs/log.md)") == ["docs/log.md"]
+
+
+def test_every_page_and_decision_that_is_cited_exists() -> None:
+    numbers = {page.name[:4] for page in DECISIONS}
+    wrong = []
+    for path in TRACKED:
+        if path.suffix not in (".md", ".py", ".sh", ".sbatch", ".yaml") or path == Path(__file__):
+            continue
+        text = path.read_text()
+        wrong += [f"{path}: {page}" for page in re.findall(r"docs/[\w/-]+\.md", text) if not (ROOT / page).exists()]
+        cited = re.findall(r"(?:adr/|ADR )(\d{4})", text)
+        wrong += [f"{path}: ADR {number}" for number in cited if number not in numbers]
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", DECISIONS, ids=lambda page: page.name[:4])
+def test_a_decision_has_title_status_date_decision_and_reason(page: Path) -> None:
+    lines = page.read_text().splitlines()
+    assert re.fullmatch(rf"# {page.name[:4]}\. \S.{{5,95}}", lines[0])
+    status = r"(proposed|accepted|superseded by \d{4})"
+    assert re.fullmatch(rf"Status: {status}\. Date: \d{{4}}-\d\d-\d\d(, changed \d{{4}}-\d\d-\d\d)?\.", lines[2])
+    assert lines[4].startswith("**Decision.**")
+    assert "\n**Why" in page.read_text()
+
+
+def test_the_list_of_decisions_is_whole() -> None:
+    rows = re.findall(r"^\| \[(.+)\]\((.+)\) \| (.+) \| (.+) \|$", (ROOT / "docs/adr/README.md").read_text(), re.M)
+    expected = []
+    for page in DECISIONS:
+        lines = page.read_text().splitlines()
+        status, date = re.findall(r"^Status: (.+?)\. Date: ([\d-]+)", lines[2])[0]
+        expected.append((lines[0][2:], page.name, status, date))
+    assert rows == expected
+
+
+@pytest.mark.parametrize("folder", ["results", "log"])
+def test_the_list_of_pages_is_whole(folder: str) -> None:
+    pages = {path.name for path in (ROOT / "docs" / folder).glob("*.md")} - {"README.md"}
+    assert set(LINK.findall((ROOT / "docs" / folder / "README.md").read_text())) >= pages
+
+
+def test_the_tour_covers_every_module_and_package() -> None:
+    tour = (ROOT / "CONTRIBUTING.md").read_text()
+    package = ROOT / "amclip_ds"
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    packages = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    missing = sorted(name for name in modules | packages if f"`{name}`" not in tour)
+    assert not missing, f"CONTRIBUTING.md names no {missing}"
+
+
+def test_what_the_tour_names_exists() -> None:
+    tour = (ROOT / "CONTRIBUTING.md").read_text()
+    for path, name in re.findall(r"`([\w/]+\.py):([\w.]+)`", tour):
+        text = (ROOT / "amclip_ds" / path).read_text()
+        assert all(re.search(rf"(def|class) {part}\b", text) for part in name.split(".")), f"{path}:{name}"
+    for path in re.findall(r"`([\w/]+\.py)`", tour):
+        assert (ROOT / "amclip_ds" / path).exists() or (ROOT / path).exists() or list(ROOT.rglob(path)), path
