@@ -219,7 +219,7 @@ def trust_the_norm(optimizer: Any) -> None:
     """Leaves DeepSpeed's look for a gradient that is not finite to the norm, which it takes right after (stages 1, 2).
 
     A NaN or an infinity anywhere makes the norm one, on all ranks, and the step is skipped alike; looking at every
-    parameter first, eight kernels and more for each, took a sixth of a step of ViT-B on a GPU (docs/results/gpu-step.md).
+    parameter first, eight kernels and more for each, took a sixth of a step of ViT-B (docs/results/gpu-step.md).
     """
     assert optimizer.compute_grad_norm
     optimizer.has_overflow = lambda partition_gradients=True: False
