@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 OUT ?= out/demo
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help demo test test-quick nightly check setup clean
+.PHONY: help demo test test-quick nightly check docs setup clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,10 @@ check: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup ## the documentation as a site, in out/site: offline, and a warning ends it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "out/site/index.html (with its search: $(BIN)/python -m http.server -d out/site)"
 
 setup: .cache/setup-seconds ## the virtual environment, the pinned packages
 

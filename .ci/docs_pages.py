@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the pages that are made from the program itself, and those whose file is elsewhere in the repository."""
+"""A hook of mkdocs: the pages that are made from the program itself, and those whose file is elsewhere."""
 
 import importlib
 import os
@@ -12,6 +12,7 @@ from amclip_ds import cli, config
 from amclip_ds.recipe_headers import FOLDER, all_headers
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 ELSEWHERE = {  # page -> the file it is a copy of
     "slurm.md": ROOT / "slurm" / "README.md",
     "ds-configs.md": ROOT / "ds_configs" / "README.md",
@@ -25,7 +26,11 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 def recipes() -> str:
     """Every method's recipe by group: what it says of itself, and its keys."""
-    lines = ["# Recipes", "", f"A recipe is METHOD-SIZE; SIZE is {', '.join(f'`{size}`' for size in config.size_names())}."]
+    lines = [
+        "# Recipes",
+        "",
+        f"A recipe is METHOD-SIZE; SIZE is {', '.join(f'`{size}`' for size in config.size_names())}.",
+    ]
     lines += ["`amclip recipes METHOD-SIZE` prints one resolved: every key, its value, what it means.", ""]
     group = ""
     for header in all_headers():
@@ -84,7 +89,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if page.file.src_uri in ELSEWHERE or page.file.src_uri in GENERATED:
         return markdown
     here = Path(page.file.src_uri).parent
-    return _with_links_of(markdown, ROOT / "docs" / here, here)
+    return _with_links_of(markdown, DOCS / here, here)
 
 
 def _with_links_of(text: str, folder: Path, page_folder: Path) -> str:
@@ -99,8 +104,8 @@ def _with_links_of(text: str, folder: Path, page_folder: Path) -> str:
         file = (folder / path).resolve()
         if file in copies:
             page: Path | str = copies[file]
-        elif file.is_relative_to(ROOT / "docs") and file.is_file():
-            page = file.relative_to(ROOT / "docs")
+        elif file.is_relative_to(DOCS) and (file.is_file() or file.name in GENERATED):
+            page = file.relative_to(DOCS)
         else:
             return words
         return f"{mark}[{words}]({os.path.relpath(page, page_folder)}{'#' + anchor if anchor else ''})"

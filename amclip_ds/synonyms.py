@@ -1,4 +1,4 @@
-"""What other trainers call our keys: a word of theirs -> ours, suggested and never applied (README: open_clip's part).
+"""What other trainers call our keys: a word of theirs -> ours, suggested and never applied (docs/open-clip.md).
 
 Words are compared without leading dashes, in lower case, with `_` for `-`.
 """

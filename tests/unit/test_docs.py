@@ -1,5 +1,6 @@
 """The records are true to themselves: links lead somewhere, lists are whole, the tour covers every module."""
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -14,13 +15,15 @@ TRACKED = [
 ] or [path for path in ROOT.rglob("*") if path.suffix in (".md", ".py") and ".venv" not in path.parts]
 PAGES = [path for path in TRACKED if path.suffix == ".md"]
 DECISIONS = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))
+MADE_BY_THE_BUILD = {ROOT / "docs" / f"{name}.md" for name in ("recipes", "commands", "keys")}  # .ci/docs_pages.py
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def broken_links(page: Path, text: str) -> list[str]:
     text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
     found = (target.split("#")[0] for target in LINK.findall(text) if not re.match(r"[a-z]+:", target))
-    return [target for target in found if target and not (page.parent / target).exists()]
+    places = {target: page.parent / target for target in found if target}
+    return [target for target, place in places.items() if not place.exists() and place not in MADE_BY_THE_BUILD]
 
 
 def test_every_link_leads_somewhere() -> None:
@@ -88,3 +91,36 @@ def test_what_the_tour_names_exists() -> None:
         assert all(re.search(rf"(def|class) {part}\b", text) for part in name.split(".")), f"{path}:{name}"
     for path in re.findall(r"`([\w/]+\.py)`", tour):
         assert (ROOT / "amclip_ds" / path).exists() or (ROOT / path).exists() or list(ROOT.rglob(path)), path
+
+
+def messages_of_the_program() -> list[str]:
+    """All texts in the code: pieces of a message are joined, what is filled in is `...`."""
+    found = []
+    for path in [*(ROOT / "amclip_ds").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
+                found.append("".join(str(part) for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def listed_messages() -> list[str]:
+    """The messages in the first column of docs/troubleshooting.md."""
+    rows = re.findall(r"^\| (`.+?`) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    return [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+
+
+def unknown_messages(listed: list[str]) -> list[str]:
+    """Those that no single text of the program contains, whatever stands for the `...`."""
+    program = messages_of_the_program()
+    patterns = {text: re.compile(".*".join(map(re.escape, text.strip(".").split("...")))) for text in listed}
+    return [text for text, pattern in patterns.items() if not any(map(pattern.search, program))]
+
+
+def test_troubleshooting_lists_messages_that_there_are() -> None:
+    listed = listed_messages()
+    assert len(listed) > 35
+    assert not unknown_messages(listed)
+    assert unknown_messages(["run.out: ... is held by ...; stop that one first"])

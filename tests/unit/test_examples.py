@@ -1,4 +1,5 @@
-"""Every example of every --help, and every amclip line of the README, is a command that parses, its keys with it."""
+"""Every example of every --help, and every amclip line of the README and the docs, is a command that parses, its keys
+with it; those that need neither a run nor a GPU are run, with their paths replaced."""
 
 import importlib
 import re
@@ -54,13 +55,58 @@ def test_every_help_has_an_example_that_parses(command: str) -> None:
         check(words)
 
 
-def test_the_readmes_commands_parse() -> None:
-    text = (ROOT / "README.md").read_text()
-    blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", text, flags=re.S))
-    found = examples(blocks, SHELLS)
-    assert len(found) >= 4
-    for words in found:
+def of_page(page: Path) -> list[list[str]]:
+    """The amclip lines of a page's code blocks."""
+    text = page.read_text().replace("\\\n", " ")
+    return examples("\n".join(re.findall(r"```\w*\n(.*?)```", text, flags=re.S)), SHELLS)
+
+
+PAGES = {
+    str(page.relative_to(ROOT)): of_page(page)
+    for page in (ROOT / "README.md", ROOT / "slurm" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+
+
+def test_the_pages_have_commands() -> None:
+    assert (
+        len(PAGES["README.md"]) >= 4 and len(PAGES["docs/quick-start.md"]) >= 8 and len(PAGES["docs/cluster.md"]) >= 7
+    )
+
+
+@pytest.mark.parametrize("page", [page for page, found in PAGES.items() if found])
+def test_a_pages_commands_parse(page: str) -> None:
+    for words in PAGES[page]:
         check(words)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("examples") / "scenes"
+    words = ["data", "synth", "--out", str(folder), "--train", "64", "--test", "64", "--shard-size", "32"]
+    assert cli.main([*words, "--workers", "1"]) == 0
+    return folder
+
+
+def is_cheap(words: list[str]) -> bool:
+    """Whether it needs neither a run nor a GPU, and takes seconds."""
+    if words[0] == "data":
+        return words[1] in ("check", "index", "stats")
+    return words[0] == "recipes" or (words[0] == "plan" and "--probe" not in words)
+
+
+ALL = {" ".join(words): words for found in PAGES.values() for words in found}
+RUN = [words for words in ALL.values() if is_cheap(words)]
+
+
+@pytest.mark.parametrize("words", RUN, ids=" ".join)
+def test_a_pages_cheap_commands_run(
+    words: list[str], scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    replaced = [str(scenes / "train") if "/" in word and "=" not in word else word for word in words]
+    if "--workers" in replaced:
+        replaced[replaced.index("--workers") + 1] = "1"
+    assert cli.main(replaced) == 0
 
 
 @pytest.mark.parametrize("line", ["amclip train aclip-tiny run.stepps=4", "amclip report runs/x --output y"])

@@ -1,4 +1,4 @@
-"""Other trainers' words: the table that answers them and the README's say the same, and name keys that there are."""
+"""Other trainers' words: the table that answers them and docs/open-clip.md agree, and name keys that exist."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from amclip_ds import config, synonyms
 from amclip_ds.cli import main
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "open-clip.md"
 OPTIONS = {"--procs", "--resume", "--nodes", "--gpus-per-node", "--time"}
 
 
@@ -21,8 +21,8 @@ def named(text: str) -> set[str]:
 
 
 def rows() -> list[tuple[set[str], str]]:
-    """(open_clip's flags, what stands beside them) of each row of the README's table."""
-    table = README.read_text().split("| open_clip | here | |")[1].split("\n\n")[0]
+    """(open_clip's flags, what stands beside them) of each row of the table in docs/open-clip.md."""
+    table = TABLE.read_text().split("| open_clip | here | |")[1].split("\n\n")[0]
     cells = [line.split("|")[1:4] for line in table.splitlines()[2:]]
     return [({synonyms.normalise(flag) for flag in re.findall(r"--[\w-]+", theirs)}, ours + note)
             for theirs, ours, note in cells]  # fmt: skip
