@@ -9,8 +9,10 @@ def main() -> int:
     is_heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # and not ignored, as below nohup
     if is_heard:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from amclip_ds import cli
+    from amclip_ds import cli, completion
 
+    if completion.is_asked():
+        completion.answer()
     if is_heard:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return cli.main()

@@ -34,12 +34,14 @@ COMMANDS = {  # the word typed -> its module in amclip_ds/commands
     "doctor": "doctor",
     "reproduce": "reproduce",
     "samples": "samples",
+    "completion": "completion",
 }
 AGAIN_S = 3.0
 EPILOG = """exit codes: 0 done; 1 a fault of amclip or of the machine (its last lines say which);
 2 a mistake in the command, config or data (one clear line); 3 the run stopped itself (guards);
 75 stopped by a signal after a committed checkpoint: the same command goes on; 130 interrupted
-before there was anything to save. `amclip COMMAND --help` teaches each command."""
+before there was anything to save. `amclip COMMAND --help` explains each command;
+`amclip completion bash` makes TAB complete them, with recipes and keys."""
 
 
 def build_parser(only: str | None = None) -> Parser:

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "picture": MIDDLE | {"scenes"},
     "recipe_headers": set(),
 }
-READS_ENVIRONMENT = {"engine/runtime.py", "launch.py"}
+READS_ENVIRONMENT = {"engine/runtime.py", "launch.py", "completion.py"}  # the last what a shell asks at TAB
 
 
 def room_of(path: Path) -> str:
