@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from amclip_ds.cli import main
+from amclip_ds.completion import script
 
 ASK = """
 amclip() {{ {python} -m amclip_ds "$@"; }}
-source <(amclip completion bash)
+source ./script
 COMP_LINE={line!r}; COMP_POINT=${{#COMP_LINE}}; COMP_TYPE=9
 _python_argcomplete amclip
 printf '%s\\n' "${{COMPREPLY[@]}}"
@@ -21,6 +22,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 
 def offered(line: str, folder: Path) -> list[str]:
     """COMPREPLY of a real bash with the cursor behind `line`."""
+    (folder / "script").write_text(script("bash"))
     program = ASK.format(python=sys.executable, line=line)
     done = subprocess.run(["bash", "-c", program], cwd=folder, capture_output=True, text=True, env=dict(os.environ))
     return done.stdout.splitlines()
