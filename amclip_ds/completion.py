@@ -1,7 +1,7 @@
 """Shell completion: `amclip completion bash|zsh` prints the shell's part; here is what it asks `amclip` at each TAB.
 
-argcomplete asks and answers; commands and options come from the parsers, recipes, keys and their values from the settings.
-Torch is not loaded. Keys are offered in front of options, not behind them.
+argcomplete asks and answers; commands and options come from the parsers, recipes, keys and values from the
+settings. Torch is not loaded. Keys are offered in front of options, not behind them.
 """
 
 import os
