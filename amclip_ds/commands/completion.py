@@ -1,8 +1,8 @@
 """Prints what makes a shell complete commands, options, recipes, keys and their values at TAB.
 
-  amclip completion bash > ~/.local/share/bash-completion/completions/amclip      for every new shell
-  source <(amclip completion bash)                                                for this one
-  amclip completion zsh > ~/.zfunc/_amclip                    with `fpath+=~/.zfunc` before compinit in ~/.zshrc
+amclip completion bash > ~/.local/share/bash-completion/completions/amclip      for every new shell
+source <(amclip completion bash)                                                for this one
+amclip completion zsh > ~/.zfunc/_amclip                    with `fpath+=~/.zfunc` before compinit in ~/.zshrc
 """
 
 import argparse
