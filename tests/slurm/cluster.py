@@ -221,10 +221,18 @@ class Cluster:
         os.kill(self._daemon_pid(f"slurmd.{node}"), signal.SIGKILL)
 
     def lose(self, node: str) -> None:
-        """A node that is gone: its slurmd killed, and what it runs stands still."""
+        """A node that is gone: its slurmd killed, and what it runs is stopped.
+
+        srun is killed: a stopped one still has messages taken in for it, so that the other node's step waits for
+        replies beyond UnkillableStepTimeout (60 s) and Slurm drains that node. To a dead host there is no connection.
+        """
         self.kill_slurmd(node)
-        for pid in self.tasks_on(node):
+        pids = self.tasks_on(node)
+        for pid in pids:
             os.kill(pid, signal.SIGSTOP)
+        for pid in pids:
+            if Path(f"/proc/{pid}/comm").read_text().strip() == "srun":
+                os.kill(pid, signal.SIGKILL)
 
     def revive(self, node: str, wait: bool = True) -> None:
         """A slurmd for a node that lost it, after ending what the old one left running there."""
