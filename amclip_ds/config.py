@@ -58,13 +58,17 @@ SIZES = {  # the largest value -> the keys that take no more: beyond, a run woul
     " optim.clip_grad_norm optim.vision_lr_scale optim.text_lr_scale loss.contrastive_weight loss.o2o_weight"
     " loss.o2e_weight loss.o2o_temperature eval.batch_size loss.occlusion.weight loss.occlusion.temperature"
     " loss.occlusion.kappa loss.patches.weight loss.clipkd.weight loss.clipkd.feature_weight"
-    " loss.clipkd.interactive_weight loss.clipkd.relation_weight mask.attentive_noise.noise mask.salience.noise"
+    " loss.clipkd.interactive_weight loss.clipkd.relation_weight loss.detailclip.weight loss.detailclip.patch_weight"
+    " loss.detailclip.cls_weight loss.detailclip.pixel_weight loss.detailclip.student_temperature"
+    " loss.detailclip.teacher_temperature loss.detailclip.patch_temperature mask.attentive_noise.noise mask.salience.noise"
     " mask.centered.sigma2",
-    2**17: "heads.hidden_dim heads.output_dim",
+    2**17: "heads.hidden_dim heads.output_dim loss.detailclip.prototypes loss.detailclip.hidden_dim"
+    " loss.detailclip.bottleneck_dim",
     2**16: "model.vision.width model.text.width model.embed_dim model.text.context_length data.prefetch"
     " data.open_shards data.text_mask.tokens",
     2**13: "model.vision.image_size model.vision.patch_size model.vision.heads model.text.heads",
-    1000: "run.profile model.vision.depth model.text.depth loss.patches.depth data.workers",
+    1000: "run.profile model.vision.depth model.text.depth loss.patches.depth loss.detailclip.depth"
+    " loss.detailclip.decoder_heads data.workers",
     100: "model.vision.mlp_ratio model.text.mlp_ratio data.num_views data.views",
     1: "optim.momentum",
 }
@@ -567,6 +571,11 @@ def _check_read_views(config: TrainConfig) -> None:
                 f"distill.teacher: loss.{name} compares with a finished model; name a run or a checkpoint, or set"
                 f" loss.{name}.weight=0"
             )
+        if kind.reads_average() and kind.sees != config.teacher.sees:
+            raise SettingsError(
+                f"teacher.sees: loss.{name} compares with what the teacher sees under teacher.sees={kind.sees}; set it,"
+                f" or loss.{name}.weight=0"
+            )
         views = getattr(options, "views", None)
         _check_places(f"loss.{name}.views", views, num_views)
         if not views and max(kind.views or (0,)) >= num_views:
@@ -593,6 +602,7 @@ def _check_teacher_view(config: TrainConfig) -> None:
             raise SettingsError(
                 "teacher.view: scores of a view cannot be seen from mirrored ones (data.views.N.flip); leave out one"
             )
+    _check_looks_at_views(config)
     if loss.patches.weight == 0:
         return
     read = loss.patches.views or [1]
@@ -608,6 +618,39 @@ def _check_teacher_view(config: TrainConfig) -> None:
         if masks[place].strategy == NONE:
             raise SettingsError(
                 f"loss.patches.weight: view {place} keeps every token; set data.views.{place}.mask.strategy, or it to 0"
+            )
+
+
+def _check_looks_at_views(config: TrainConfig) -> None:
+    """Raises SettingsError for an objective whose teacher must look at all views, and for one for which it must not."""
+    views, loss, detail = config.data.all_views(), config.loss, config.loss.detailclip
+    looks_at_views = config.teacher.sees == "views"
+    of_crop = {"loss.o2e_weight": loss.o2e_weight, "loss.patches.weight": loss.patches.weight}
+    for key, weight in of_crop.items():
+        if weight and looks_at_views:
+            raise SettingsError(
+                f"teacher.sees: {key} compares with one crop that the teacher sees, not with views; set {key}=0, or"
+                f" teacher.sees=crop"
+            )
+    if detail.weight == 0:
+        return
+    if not looks_at_views:
+        raise SettingsError(
+            "teacher.sees: loss.detailclip compares with what the teacher sees of the views; set teacher.sees=views"
+        )
+    read = detail.views or list(range(len(views)))
+    _check_places("loss.detailclip.views", detail.views, len(views))
+    if detail.cls_weight and len(read) < 2:
+        raise SettingsError(
+            f"loss.detailclip.cls_weight: one view is compared with another, and there is {len(read)}; set"
+            f" data.num_views=2, or it to 0"
+        )
+    masks = masks_of_views(config.mask, config.data.view_masks())
+    for place in read if detail.patch_weight or detail.pixel_weight else []:
+        if masks[place].strategy == NONE:
+            raise SettingsError(
+                f"loss.detailclip.weight: view {place} keeps every token; set data.views.{place}.mask.strategy, or"
+                f" loss.detailclip.patch_weight=0 loss.detailclip.pixel_weight=0"
             )
 
 

@@ -40,7 +40,7 @@ def forward_backward(
         feature.requires_grad_()
     terms, weighted = averaged(cached, [piece.stop - piece.start for piece in pieces])
     given = dict(eot)  # ZeRO-3's hooks put other tensors, which are no leaves, into the dict that they are given
-    losses = student.losses(cls, given, targets, terms, weighted, comm)
+    losses = student.losses(cls, given, targets, terms, weighted, comm, inputs.progress)
     kept = kept_of_batch(inputs, [piece.kept for piece in cached])
     if not admit(losses):
         return losses, kept

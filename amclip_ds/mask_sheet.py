@@ -20,7 +20,7 @@ from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.index import Index
 from amclip_ds.data.loader import TrainingData
-from amclip_ds.data.photometric import normalise
+from amclip_ds.data import photometric
 from amclip_ds.data.reader import ShardReader
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.source import build_towers, locate
@@ -121,7 +121,7 @@ def object_boxes(index: Index, sample_ids: list[int]) -> Tensor | None:
 def attention(towers: AClip, batch: Batch) -> Tensor:
     """[B, n] fp32: how much the source's class token attends to each patch of the teacher's crop."""
     assert batch.teacher_uint8 is not None
-    scores = towers.vision(normalise(batch.teacher_uint8), with_scores=True).scores
+    scores = towers.vision(photometric.normalise(batch.teacher_uint8), with_scores=True).scores
     assert scores is not None
     return scores
 
@@ -141,7 +141,8 @@ def kept_by(name: str, method: Method, towers: AClip, batch: Batch, scores: Tens
             math.floor(ratio * num_units(method.grid, mask.unit)) / num_units(method.grid, mask.unit) if note else ratio
         )
         now.append(replace(mask.at(1.0), strategy=name, keep_ratio=ratio))
-    inputs = student_inputs(batch, scores, replace(method, masks=tuple(now)), progress=1.0)
+    images = photometric.apply(batch.views_uint8, batch.photometric)
+    inputs = student_inputs(batch, images, scores, replace(method, masks=tuple(now)), progress=1.0)
     every = torch.arange(method.grid**2).expand(len(batch.sample_ids), -1)
     kept = [every if rows is None else rows for rows in by_view(inputs.groups, chosen(inputs, towers.choose))]
     return Kept(name, kept, [rows.shape[-1] for rows in kept], object_share(kept, batch, boxes, method.grid), note)

@@ -54,6 +54,13 @@ class Method:
     """what is done as A-CLIP's published code does it"""
     teacher_view: int | None = None
     """the view that the teacher looks at; None: a crop of its own"""
+    sees_views: bool = False
+    """whether it looks at all views instead"""
+
+    @property
+    def has_teacher_crop(self) -> bool:
+        """Whether samples carry a crop for the teacher alone."""
+        return self.needs_teacher and self.teacher_view is None and not self.sees_views
 
     @property
     def mask_needs(self) -> frozenset[str]:
@@ -109,4 +116,5 @@ def method_of(config: Settings) -> Method:
     masks_text = config.data.text_mask.strategy != NONE
     chosen = objectives.chosen(config.loss, config.heads, compat.pairs_views, masks_text, compat.gathers_gradient)
     masks = masks_of_views(config.mask, config.data.view_masks())
-    return Method(chosen, masks, config.model.vision.grid, compat, config.teacher.view)
+    return Method(chosen, masks, config.model.vision.grid, compat, config.teacher.view,
+                  config.teacher.sees == "views")  # fmt: skip

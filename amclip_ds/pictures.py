@@ -35,7 +35,7 @@ from amclip_ds.method import Method
 from amclip_ds.model.amclip import by_view
 from amclip_ds.model.features import StudentInputs, ViewGroup
 from amclip_ds.record import LogConfig, Record
-from amclip_ds.step import student_inputs
+from amclip_ds.step import student_inputs, teachers_images
 from amclip_ds.teacher import Teacher
 
 IMAGES = 8
@@ -106,12 +106,14 @@ class Pictures:
 def look(batch: Batch, method: Method, student: StudentEngine, teacher: Teacher | None, progress: float) -> Shot:
     """What stays of each view now. Collective: every rank must call."""
     scores = None
-    if teacher is not None and batch.teacher_uint8 is not None and "scores" in method.wants:
-        images = photometric.normalise(batch.teacher_uint8)
-        scores = teacher.attention(images)
-    inputs = student_inputs(batch, scores, method, progress)
+    views = photometric.apply(batch.views_uint8, batch.photometric)
+    if teacher is not None and "scores" in method.wants:
+        scores = teacher.attention(teachers_images(batch, views, method))
+    inputs = student_inputs(batch, views, scores, method, progress)
     kept = by_view(inputs.groups, chosen(inputs, student.choose))
     on_cpu = [None if rows is None else rows.cpu() for rows in kept]
+    if scores is not None and scores.dim() == 3:
+        scores = scores[0]  # of the views themselves: the first one's
     return Shot(on_cpu, None if scores is None else scores.float().cpu())
 
 
@@ -175,8 +177,10 @@ def shares(scores: Tensor) -> bytes:
 def draw(batch: Batch, shot: Shot, method: Method, captions: list[str]) -> Image.Image:
     """A row an image: the teacher's crop and its scores, then each view with what is removed darkened; a legend."""
     columns: list[tuple[str, list[Image.Image]]] = []
-    if shot.scores is not None and batch.teacher_uint8 is not None:
-        columns.append(("teacher's crop", [thumbnail(image) for image in batch.teacher_uint8]))
+    if shot.scores is not None:
+        crop = batch.teacher_uint8
+        looked_at = batch.views_uint8[method.teacher_view or 0] if crop is None else crop
+        columns.append(("teacher's crop", [thumbnail(image) for image in looked_at]))
         columns.append(("its attention", [heat(row) for row in shot.scores]))
     for view, (rows, mask) in enumerate(zip(shot.kept, method.masks)):
         pictures = [thumbnail(image) if rows is None else darkened(image, rows[place], method.grid)

@@ -248,7 +248,7 @@ def open_data(config: TrainConfig, method: Method, runtime: Runtime, resumes: bo
     return TrainingData(
         config.data, seed=config.run.seed, global_batch=config.batch.global_size, rank=runtime.rank,
         world_size=runtime.world_size, image_size=vision.image_size,
-        teacher_size=teacher_size if method.needs_teacher and method.teacher_view is None else None,
+        teacher_size=teacher_size if method.has_teacher_crop else None,
         fills_text_budget=method.compat.fills_text_budget, teacher_contains=method.compat.teacher_sees_views,
         num_units=method.draws, draws_twice=method.draws_twice,
         context_length=config.model.text.context_length, once=on_main,

@@ -16,6 +16,7 @@ from amclip_ds.engine.student import SKIPPED, StudentEngine
 from amclip_ds.grad_cache import forward_backward
 from amclip_ds.masks import NONE, MaskConfig, MaskInputs, needs_of
 from amclip_ds.masks.selection import Selection
+from amclip_ds.masks.units import pool
 from amclip_ds.method import Method
 from amclip_ds.model import scoring
 from amclip_ds.model.features import Losses, StudentInputs, ViewGroup
@@ -70,11 +71,12 @@ def train_step(
     lr = schedules.lr(updates)
     student.set_lr(lr)
 
+    progress = schedules.progress(updates)
+    views = photometric.apply(batch.views_uint8, batch.photometric)
     observed = NOTHING_OBSERVED
-    looked_at = batch.teacher_uint8 if method.teacher_view is None else batch.views_uint8[method.teacher_view]
-    if teacher is not None and looked_at is not None:
-        observed = teacher.observe(photometric.normalise(looked_at), method.wants, comm)
-    inputs = student_inputs(batch, observed.scores, method, schedules.progress(updates))
+    if teacher is not None:
+        observed = teacher.observe(teachers_images(batch, views, method), method.wants, comm)
+    inputs = student_inputs(batch, views, observed.scores, method, progress)
     targets = observed.targets
     if frozen is not None:
         targets = with_frozen(method.objectives, targets, frozen.look(inputs, batch.token_ids, micro))
@@ -102,9 +104,22 @@ def recorded(losses: Losses) -> dict[str, Tensor]:
     return {f"loss_{name}": term for name, term in terms.items()}
 
 
-def student_inputs(batch: Batch, scores: Tensor | None, method: Method, progress: float) -> StudentInputs:
-    """What the student reads: the views, changed and normalised, by group, with what their masks go by."""
-    views = photometric.apply(batch.views_uint8, batch.photometric)
+def teachers_images(batch: Batch, views: Tensor, method: Method) -> Tensor:
+    """What the teacher looks at, normalised: a crop [B, 3, h, w], or the views as the student gets them."""
+    if method.sees_views:
+        return views
+    crop = batch.teacher_uint8 if method.teacher_view is None else batch.views_uint8[method.teacher_view]
+    assert crop is not None
+    return photometric.normalise(crop)
+
+
+def student_inputs(
+    batch: Batch, views: Tensor, scores: Tensor | None, method: Method, progress: float
+) -> StudentInputs:
+    """What the student reads: the views [V, B, 3, H, W], changed and normalised, by group, with what their masks go by.
+
+    scores: the teacher's of its crop [B, n], or of all views [V, B, N].
+    """
     groups = []
     for group in method.groups(progress):
         images = views if len(group.views) == len(views) else views[list(group.views)]
@@ -116,7 +131,7 @@ def student_inputs(batch: Batch, scores: Tensor | None, method: Method, progress
         groups.append(ViewGroup(group.views, images, tuple(
             chosen._replace(views=at) for chosen, at in zip(selections, places)
         ) if is_masked else ()))  # fmt: skip
-    return StudentInputs(tuple(groups), texts_of(batch, method), batch.text_lengths)
+    return StudentInputs(tuple(groups), texts_of(batch, method), batch.text_lengths, progress)
 
 
 def texts_of(batch: Batch, method: Method) -> dict[str, Tensor]:
@@ -129,7 +144,8 @@ def selection(
     mask: MaskConfig, views: tuple[int, ...], batch: Batch, scores: Tensor | None, grid: int, progress: float,
     teacher_view: int | None = None,
 ) -> Selection:  # fmt: skip
-    """How the tokens of some views are chosen. scores: the teacher's, [B, n] of its crop or of teacher_view."""
+    """How the tokens of some views are chosen. scores: the teacher's, [B, n] of its crop or of teacher_view, or
+    [V, B, N] of all views."""
     needs, chosen, units = needs_of(mask), list(views), (grid // mask.unit) ** 2
     given: dict[str, Tensor] = {"progress": torch.tensor(progress, device=batch.token_ids.device)}
     for name, draws in (("noise", batch.mask_noise), ("noise2", batch.mask_noise2)):
@@ -138,10 +154,19 @@ def selection(
             given[name] = draws[chosen, :, :units].flatten(0, 1)
     if "scores" in needs:
         assert scores is not None
-        flips = None if batch.flips is None else batch.flips[chosen]
-        boxes = batch.boxes[[*chosen, -1 if teacher_view is None else teacher_view]]
-        given["scores"] = scoring.scores_to_views(scores, boxes, grid, mask.unit, flips).flatten(0, 1)
+        given["scores"] = scores_of(chosen, batch, scores, grid, mask.unit, teacher_view)
     return Selection(mask, MaskInputs(grid, mask.unit, len(views), **given))
+
+
+def scores_of(
+    views: list[int], batch: Batch, scores: Tensor, grid: int, unit: int, teacher_view: int | None
+) -> Tensor:
+    """The teacher's scores seen from some views, [v * B, U]."""
+    if scores.dim() == 3:  # of the views themselves
+        return pool(scores[views].flatten(0, 1), grid, unit)
+    flips = None if batch.flips is None else batch.flips[views]
+    boxes = batch.boxes[[*views, -1 if teacher_view is None else teacher_view]]
+    return scoring.scores_to_views(scores, boxes, grid, unit, flips).flatten(0, 1)
 
 
 def by_view(inputs: StudentInputs, kept: list[Tensor | None]) -> list[Tensor | None]:

@@ -79,7 +79,7 @@ class Teacher:
         """TeacherModel.observe, without gradient. Collective: every rank must call."""
         with torch.inference_mode(self._student.savings.teacher_inference and not self.placed.is_sharded):
             seen = self.placed(TeacherModel.observe, images, wants, comm)
-        targets = {name: tuple(target.clone() for target in targets) for name, targets in seen.targets.items()}
+        targets = {name: tuple(copied(target) for target in targets) for name, targets in seen.targets.items()}
         return seen._replace(targets=targets)  # autograd saves no tensor of the inference mode
 
     @torch.no_grad()
@@ -120,3 +120,10 @@ class Teacher:
         masters = self.masters()
         held = self._ema | {name: masters[name] for name in self._mirrored}
         return shards.gather_state(self.placed.module, held)
+
+
+def copied(target: Tensor) -> Tensor:
+    """A copy; what is one thing for all samples (an expanded tensor) stays one."""
+    if target.dim() and target.shape[0] > 1 and target.stride(0) == 0:
+        return target[:1].clone().expand_as(target)
+    return target.clone()

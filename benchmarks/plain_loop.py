@@ -64,7 +64,8 @@ class PlainLoop:
                 images = photometric.normalise(batch.teacher_uint8)
                 seen = self.teacher.observe(images, self.method.wants, self.comm)
             scores, targets = seen.scores, seen.targets
-        inputs = student_inputs(batch, scores, self.method, self.schedules.progress(self.updates))
+        views = photometric.apply(batch.views_uint8, batch.photometric)
+        inputs = student_inputs(batch, views, scores, self.method, self.schedules.progress(self.updates))
         losses, _ = self.student.encode_and_losses(inputs, targets, self.comm)
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()

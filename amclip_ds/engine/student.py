@@ -113,9 +113,10 @@ class StudentEngine:
         sample_terms: Terms,
         sample_loss: Tensor | None,
         comm: Comm,
+        progress: float,
     ) -> Losses:
         """AClip.losses through the engine."""
-        return self.engine(AClip.losses, cls, eot, targets, sample_terms, sample_loss, comm)
+        return self.engine(AClip.losses, cls, eot, targets, sample_terms, sample_loss, comm, progress)
 
     def encode_and_losses(
         self, inputs: StudentInputs, targets: Targets, comm: Comm

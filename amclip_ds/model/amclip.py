@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
 from amclip_ds.errors import UserError, name_of
+from amclip_ds.masks.selection import pixels_of
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.features import (
     Encoded,
@@ -89,11 +90,14 @@ class AClip(nn.Module):
         ]  # fmt: skip
         tokens = by_view(inputs.groups, [output.tokens for output in outputs])
         kept = tuple(output.keep_indices for output in outputs)
-        features = Features(cls=self._features_of_views(tokens, outputs))
+        features = Features(cls=self._features_of_views(tokens, outputs), progress=inputs.progress)
         if "patches" in wanted:
             features = features._replace(
                 patches=tuple(view[:, 1:] for view in tokens), keep_indices=tuple(by_view(inputs.groups, kept))
             )
+        if "pixels" in wanted:
+            images = by_view(inputs.groups, [group.images.flatten(0, 1) for group in inputs.groups])
+            features = features._replace(pixels=tuple(pixels_of(view, self.vision.grid) for view in images))
         texts = {name: self._read(inputs, name) for name in inputs.texts}
         terms, weighted = self._per_sample(features, texts, targets)
         assert features.cls is not None
@@ -112,16 +116,18 @@ class AClip(nn.Module):
 
     def losses(
         self, cls: Tensor, eot: dict[str, Tensor], targets: Targets, sample_terms: Terms, sample_loss: Tensor | None,
-        comm: Comm,
+        comm: Comm, progress: float = 1.0,
     ) -> Losses:  # fmt: skip
         """The loss of this rank's whole batch. Collective: every rank must call.
 
         sample_terms, sample_loss: the per-sample terms of the batch and their weighted sum, from encode.
+        progress: how much of the run is done, 0 to 1.
         """
         found: dict[str, Terms] = {}
         for name in self._order():
             objective = self._objectives()[name]
             features = self._features_of_batch(objective, cls, eot.get(objective.text_pass or ""))
+            features = features._replace(progress=progress)
             found[name] = objective(features, targets.get(name, ()), comm)
             self._check_terms(type(objective).forward, found[name], features)
         total, terms = sample_loss, dict(sample_terms)
@@ -140,7 +146,9 @@ class AClip(nn.Module):
     ) -> tuple[Losses, tuple[Tensor | None, ...]]:
         """encode, then losses, of a batch that is held whole; and the groups' keep_indices. Collective."""
         encoded = self.encode(inputs, targets)
-        losses = self.losses(encoded.cls, encoded.eot, targets, encoded.terms, encoded.weighted, comm)
+        losses = self.losses(
+            encoded.cls, encoded.eot, targets, encoded.terms, encoded.weighted, comm, inputs.progress
+        )
         return losses, encoded.kept
 
     def choose(self, group: ViewGroup) -> Tensor | None:
@@ -246,12 +254,14 @@ def given(features: Features, text: Features, objective: Any) -> Features:
     chosen = tuple(range(features.cls.shape[0])) if views is None else views
     patches: Any = features.patches
     kept: Any = features.keep_indices
+    pixels: Any = features.pixels
     is_by_patch = "patches" in wanted
     return Features(
         cls=of_views(features.cls, views) if "cls" in wanted else None, eot=text.eot if "eot" in wanted else None,
         patches=tuple(patches[view] for view in chosen) if is_by_patch else None,
         keep_indices=tuple(kept[view] for view in chosen) if is_by_patch else None,
         tokens=text.tokens if "tokens" in wanted else None, token_ids=text.token_ids if "tokens" in wanted else None,
+        pixels=tuple(pixels[view] for view in chosen) if "pixels" in wanted else None, progress=features.progress,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The keys of `model`, `heads`, `loss` and `teacher`. Loads no torch."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass
@@ -188,6 +188,67 @@ class PatchesOptions(Weighted):
 
 
 @dataclass
+class DetailCLIPOptions(Weighted):
+    """DetailCLIP's losses against what the teacher sees of the views (teacher.sees=views); `weight` multiplies all."""
+
+    patch_weight: float = 1.0
+    """Of the teacher's distribution over prototypes at removed places of the same view."""
+    cls_weight: float = 1.0
+    """Of its distribution for the class token of the other view."""
+    pixel_weight: float = 1.0
+    """Of the removed patches' pixels, whitened by patch."""
+    depth: int = 1
+    """Blocks of the decoder."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+    prototypes: int | None = None
+    """Prototypes; null: twice heads.hidden_dim (8192)."""
+    hidden_dim: int | None = None
+    """Width of the prototype head's hidden layers; null: half of heads.hidden_dim (2048)."""
+    bottleneck_dim: int | None = None
+    """Width of what meets the prototypes; null: heads.output_dim (256)."""
+    student_temperature: float = 0.1
+    """Of the student's softmax over prototypes."""
+    teacher_temperature: float = 0.04
+    """Of the teacher's, and of its patches' during the first loss.detailclip.warmup of the run."""
+    patch_temperature: float = 0.07
+    """Of the teacher's patches after that."""
+    warmup: float = 0.04
+    """Share of the run after which the patches' temperature is loss.detailclip.patch_temperature (1 of 25 epochs)."""
+    centre_momentum: float = 0.9
+    """How slowly the centres of the teacher's logits follow the batches."""
+
+    def __post_init__(self) -> None:
+        for name in ("patch_weight", "cls_weight", "pixel_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.detailclip.{name}: {getattr(self, name)} must be 0 or more")
+        for name in ("student_temperature", "teacher_temperature", "patch_temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"loss.detailclip.{name}: {getattr(self, name)} must be positive")
+        for name in ("depth", "decoder_heads", "prototypes", "hidden_dim", "bottleneck_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"loss.detailclip.{name}: {value} must be at least 1")
+        for name in ("warmup", "centre_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"loss.detailclip.{name}: {getattr(self, name)} is outside [0, 1]")
+
+    @property
+    def has_prototypes(self) -> bool:
+        """Whether a loss over prototypes has a weight."""
+        return self.patch_weight > 0 or self.cls_weight > 0
+
+    def sized(self, heads: HeadsConfig) -> "DetailCLIPOptions":
+        """With numbers in the place of nulls."""
+        return replace(
+            self,
+            prototypes=self.prototypes or 2 * heads.hidden_dim,
+            hidden_dim=self.hidden_dim or max(1, heads.hidden_dim // 2),
+            bottleneck_dim=self.bottleneck_dim or heads.output_dim,
+        )
+
+
+@dataclass
 class LossConfig:
     """A further objective's options are a section loss.NAME: a field of that name here, so that reading settings loads
     no torch; of an objective without one, and of a plug-in's, config.py makes the section from its Options."""
@@ -217,6 +278,7 @@ class LossConfig:
     occlusion: OcclusionOptions = field(default_factory=OcclusionOptions)
     clipkd: ClipKDOptions = field(default_factory=ClipKDOptions)
     patches: PatchesOptions = field(default_factory=PatchesOptions)
+    detailclip: DetailCLIPOptions = field(default_factory=DetailCLIPOptions)
 
     exchange: str = "gather"
     """gather: each rank collects all ranks' features | ring: the texts travel from rank to rank, and the memory of the
@@ -259,6 +321,9 @@ class TeacherConfig:
     """Momentum at the end; a cosine between the two over the run."""
     resolution: str = "full"
     """full: the teacher sees the image at the student's size | half: at half of it, scoring blocks (A-CLIP-eff)."""
+    sees: str = "crop"
+    """crop: the teacher looks at one crop, its own or teacher.view | views: at all views as the student gets them,
+    with their colour changes and whole."""
     view: int | None = None
     """A view, from 0, that the teacher looks at itself, without colour changes; null: a crop of its own around all."""
     placement: str = "auto"
@@ -267,6 +332,12 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.resolution not in ("full", "half"):
             raise ValueError(f"teacher.resolution: {self.resolution!r} is neither full nor half")
+        if self.sees not in ("crop", "views"):
+            raise ValueError(f"teacher.sees: {self.sees!r} is neither crop nor views")
+        if self.sees == "views" and self.resolution == "half":
+            raise ValueError("teacher.sees: views have their own size; leave out teacher.resolution=half")
+        if self.sees == "views" and self.view is not None:
+            raise ValueError("teacher.sees: views are all of them; leave out teacher.view")
         if self.view is not None and self.resolution == "half":
             raise ValueError("teacher.view: the teacher then sees the view's size; leave out teacher.resolution=half")
         if self.placement not in ("auto", "replicated", "sharded"):

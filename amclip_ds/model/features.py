@@ -44,6 +44,8 @@ class StudentInputs(NamedTuple):
     """text pass -> token ids [B, T]; those that some objective reads"""
     text_lengths: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     """text pass -> [B] tokens of each text, as far as the host knows them"""
+    progress: float = 1.0
+    """how much of the run is done, 0 to 1"""
 
     @property
     def num_samples(self) -> int:
@@ -56,7 +58,8 @@ class StudentInputs(NamedTuple):
             selections = () if kept is not None else tuple(chosen.part(samples) for chosen in group.selections)
             groups.append(ViewGroup(group.views, group.images[:, samples], selections, kept[index] if kept else None))
         texts = {name: token_ids[samples] for name, token_ids in self.texts.items()}
-        return StudentInputs(tuple(groups), texts, {name: rows[samples] for name, rows in self.text_lengths.items()})
+        lengths = {name: rows[samples] for name, rows in self.text_lengths.items()}
+        return StudentInputs(tuple(groups), texts, lengths, self.progress)
 
 
 class Features(NamedTuple):
@@ -82,10 +85,18 @@ class Features(NamedTuple):
     """(1,) fp32, exp'ed; with the embeddings"""
     logit_bias: Tensor | None = None
     """(1,) fp32"""
+    pixels: tuple[Tensor, ...] | None = None
+    """by view [B, N, p * p * 3] fp32: the normalised pixels of each patch, kept or not, row by row, the channel
+    fastest (per_sample alone)"""
+    progress: float = 1.0
+    """how much of the run is done, 0 to 1"""
 
 
 class Seen(NamedTuple):
-    """What the teacher saw of its crop; a field is None unless something of the run wants it. N patches of the crop."""
+    """What the teacher saw of its crop; a field is None unless something of the run wants it. N patches of the crop.
+
+    Under teacher.sees=views it saw all views instead: V views follow B in every shape.
+    """
 
     cls: Tensor | None
     """[B, D]"""

@@ -126,6 +126,12 @@ def uniform_by_fan_in(draw: np.random.Generator, shape: Shape, model: ModelConfi
     return torch.from_numpy(draw.random(size=tuple(shape), dtype=np.float32)).mul_(2 * bound).sub_(bound)
 
 
+def xavier(draw: np.random.Generator, shape: Shape, model: ModelConfig) -> Tensor:
+    """Of a matrix: +- (6 / (inputs + outputs)) ** 0.5."""
+    bound = (6 / sum(shape)) ** 0.5
+    return torch.from_numpy(draw.random(size=tuple(shape), dtype=np.float32)).mul_(2 * bound).sub_(bound)
+
+
 def _head_weight(draw: np.random.Generator, shape: Shape, model: ModelConfig) -> Tensor:
     """A linear's weight is a matrix, a norm's a vector."""
     return torch.ones(tuple(shape)) if len(shape) == 1 else uniform_by_fan_in(draw, shape, model)

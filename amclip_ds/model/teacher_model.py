@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from amclip_ds.comm import Comm
 from amclip_ds.model.amclip import Sizes, no_objectives, normalise, sizes_of
 from amclip_ds.model.config import ModelConfig
-from amclip_ds.model.features import FROZEN, Seen, Targets, check_targets
+from amclip_ds.model.features import Seen, Targets, check_targets
 from amclip_ds.model.savings import Savings
 from amclip_ds.model.text import TextTower
 from amclip_ds.model.vision import VisionTower
@@ -24,7 +24,7 @@ class Observed(NamedTuple):
 
     targets: Targets
     scores: Tensor | None
-    """[B, N] fp32"""
+    """[B, N] fp32; of all views [V, B, N]"""
 
 
 class TeacherModel(nn.Module):
@@ -47,7 +47,7 @@ class TeacherModel(nn.Module):
         self.requires_grad_(False)
 
     def _take(self, name: str, objective: Any) -> None:
-        if not set(objective.targets) - set(FROZEN) and not objective.averaged:
+        if not objective.reads_average() and not objective.averaged:
             return
         copies = nn.ModuleDict({part: getattr(objective, part) for part in objective.averaged})
         if copies:
@@ -67,23 +67,29 @@ class TeacherModel(nn.Module):
         return method(self, *inputs)
 
     def observe(self, images: Tensor, wants: frozenset[str], comm: Comm) -> Observed:
-        """images [B, 3, h, w] normalised. wants: of cls, patches, scores. Collective: every rank must call."""
-        output = self.vision(images, with_scores="scores" in wants, cls_only="patches" not in wants)
+        """images [B, 3, h, w] normalised, or all views [V, B, 3, h, w]: then V follows B in what is seen, and is first
+        in the scores. wants: of cls, patches, scores. Collective: every rank must call."""
+        views = images.shape[:-3]
+        output = self.vision(
+            images.flatten(0, -4), with_scores="scores" in wants, cls_only="patches" not in wants
+        )
+        scores = None if output.scores is None else output.scores.unflatten(0, views)
         patches = output.tokens[:, 1:] if "patches" in wants else None
-        seen = Seen(self.vision.feature(output.tokens), patches, output.scores)
+        saw = (self.vision.feature(output.tokens), patches, output.scores)
+        seen = Seen(*(None if part is None else samples_first(part.unflatten(0, views), len(views)) for part in saw))
         copies = {name: nn.ModuleDict() for name in self._observers} | dict(self.objectives.items())
         targets: Targets = {}
         for name, observer in self._observers.items():
             targets[name] = observer.observe(copies[name], seen, comm)
-            check_targets(type(observer).observe, targets[name], images.shape[0])
-        return Observed(targets, output.scores)
+            check_targets(type(observer).observe, targets[name], views[-1])
+        return Observed(targets, scores)
 
     def attention(self, images: Tensor) -> Tensor:
-        """[B, N] fp32: how much the class token attends to each patch of the crop. No objective is asked, and no
-        statistic moves."""
-        scores = self.vision(images, with_scores=True).scores
+        """[B, N] fp32, of all views [V, B, N]: how much the class token attends to each patch of the crop. No objective
+        is asked, and no statistic moves. images: as observe."""
+        scores = self.vision(images.flatten(0, -4), with_scores=True).scores
         assert scores is not None
-        return scores
+        return scores.unflatten(0, images.shape[:-3])
 
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised -> embeddings [B, E], fp32 rows of unit length."""
@@ -92,6 +98,11 @@ class TeacherModel(nn.Module):
     def embed_texts(self, token_ids: Tensor) -> Tensor:
         """[B, T] -> embeddings [B, E], fp32 rows of unit length."""
         return normalise(self.text_projection(self.text(token_ids)))
+
+
+def samples_first(part: Tensor, dimensions: int) -> Tensor:
+    """[B, ...] as it is; [V, B, ...] of two leading dimensions as [B, V, ...]."""
+    return part if dimensions == 1 else part.transpose(0, 1)
 
 
 def mirrored_names(names: Iterable[str], averages_text_ends: bool) -> set[str]:

@@ -17,6 +17,7 @@ from amclip_ds.objectives.base import Objective
 from amclip_ds.objectives.byol import BYOL
 from amclip_ds.objectives.clipkd import ClipKD
 from amclip_ds.objectives.contrastive import Contrastive
+from amclip_ds.objectives.detailclip import DetailCLIP
 from amclip_ds.objectives.occlusion import Occlusion
 from amclip_ds.objectives.patches import Patches
 from amclip_ds.objectives.sigmoid import Sigmoid
@@ -30,6 +31,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "occlusion": Occlusion,
     "clipkd": ClipKD,
     "patches": Patches,
+    "detailclip": DetailCLIP,
 }  # in the order in which their terms are summed
 __all__ = ["OBJECTIVES", "Features", "Objective", "Seen", "Terms", "Weighted", "build", "builder", "chosen"]
 RECORDED = ("contrastive", "o2o", "o2e")  # terms of which every run has a number, 0 where the objective is not built
@@ -72,6 +74,7 @@ def chosen(
         "byol": byol.Options(loss.o2e_weight, loss.o2e_views, heads=heads),
     }
     options |= {name: getattr(loss, name) for name in OBJECTIVES if name not in FLAT_OBJECTIVES and hasattr(loss, name)}
+    options["detailclip"] = loss.detailclip.sized(heads)
     return {name: options[name] for name in OBJECTIVES if name in options and options[name].weight > 0}
 
 

@@ -12,10 +12,11 @@ from amclip_ds.model.config import Weighted
 from amclip_ds.model.features import FROZEN, Features, Seen, Terms
 from amclip_ds.model.init import Rule
 
-FEATURES = frozenset({"cls", "eot", "image_embeds", "text_embeds", "logit_bias", "patches", "tokens"})
+FEATURES = frozenset({"cls", "eot", "image_embeds", "text_embeds", "logit_bias", "patches", "pixels", "tokens"})
 OF_TEXTS = frozenset({"eot", "text_embeds", "tokens"})
 TEXT_PASSES = ("plain", "masked")  # masked: as data.text_mask makes it
 TARGETS = frozenset({"cls", "patches", "scores", *FROZEN})
+LOOKS = ("crop", "views")
 
 
 class Objective(nn.Module):
@@ -29,10 +30,12 @@ class Objective(nn.Module):
     Options: ClassVar[type] = Weighted
     """a dataclass with a `weight`; its keys are loss.NAME.*"""
     features: ClassVar[frozenset[str]] = frozenset()
-    """of FEATURES; patches and tokens are seen by per_sample alone, embeddings by forward alone"""
+    """of FEATURES; patches, pixels and tokens are seen by per_sample alone, embeddings by forward alone"""
     targets: ClassVar[frozenset[str]] = frozenset()
     """of TARGETS: what `observe` reads of the teacher; frozen_images [B, V, E] of its views, frozen_texts [B, E] and
     frozen_scale [B, 1] are distill.teacher's embeddings and logit scale, and follow what `observe` gives"""
+    sees: ClassVar[str] = "crop"
+    """of LOOKS, as teacher.sees: what the teacher must look at, where `observe` reads it"""
     views: ClassVar[tuple[int, ...] | None] = None
     """the places in data.views that it reads; None: all"""
     text: ClassVar[str] = "plain"
@@ -68,6 +71,11 @@ class Objective(nn.Module):
     def reads_frozen(cls) -> bool:
         """Whether it reads distill.teacher."""
         return bool(cls.targets & set(FROZEN))
+
+    @classmethod
+    def reads_average(cls) -> bool:
+        """Whether `observe` reads what the averaged teacher sees."""
+        return bool(cls.targets - set(FROZEN))
 
     def weight_of(self, term: str) -> float:
         """The weight of one of its terms."""
@@ -106,6 +114,8 @@ def check_declarations(kind: Any, who: str) -> None:
         raise UserError(f"{who}: averaged is no tuple of names; write ({kind.averaged!r},)")
     if kind.views is not None and not all(isinstance(view, int) and view >= 0 for view in kind.views):
         raise UserError(f"{who}: views are places in data.views, from 0 on; None: all")
+    if kind.sees not in LOOKS:
+        raise UserError(f"{who}: sees is {kind.sees!r}, and there are {' and '.join(LOOKS)}")
     if kind.text not in TEXT_PASSES:
         raise UserError(f"{who}: text is {kind.text!r}, and there are {' and '.join(TEXT_PASSES)}")
     if "weight" not in getattr(kind.Options, "__dataclass_fields__", {}) or kind.Options().weight != 0:

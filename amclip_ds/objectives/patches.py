@@ -5,6 +5,7 @@ feature distillation (arXiv 2205.14141): the teacher's tokens, each whitened. It
 Shapes: B samples, N patches, K kept, D width.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,11 @@ class Patches(Objective):
 
     def __init__(self, options: Any, sizes: Sizes) -> None:
         super().__init__(options, sizes)
-        self.decoder = PatchDecoder(sizes.vision_width, sizes.grid, options.depth)
+        width = sizes.vision_width
+        heads = max(1, width // HEAD_WIDTH)
+        self.decoder = PatchDecoder(
+            width, sizes.grid, options.depth, nn.Linear(width, width), heads if width % heads == 0 else 1
+        )
 
     def observe(self, copies: nn.ModuleDict, seen: Seen, comm: Comm) -> tuple[Tensor, ...]:
         assert seen.patches is not None
@@ -57,39 +62,51 @@ class Patches(Objective):
 class PatchDecoder(nn.Module):
     """Kept tokens, mask tokens at the other places, fixed sine-cosine positions, a few blocks."""
 
-    def __init__(self, width: int, grid: int, depth: int) -> None:
+    def __init__(
+        self, width: int, grid: int, depth: int, output: nn.Module, heads: int, eps: float = 1e-5, by_axis: bool = False
+    ) -> None:
+        """output: what makes the predictions of the last norm's tokens. eps: of the blocks' norms. by_axis: see positions."""
         super().__init__()
         from timm.models.vision_transformer import Block
 
-        self.grid = grid
+        self.grid, self.by_axis = grid, by_axis
         self.embed = nn.Linear(width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        heads = max(1, width // HEAD_WIDTH)
+        norm = partial(nn.LayerNorm, eps=eps)
         self.blocks = nn.ModuleList(
-            Block(width, heads if width % heads == 0 else 1, MLP_RATIO, qkv_bias=True) for _ in range(depth)
+            Block(width, heads, MLP_RATIO, qkv_bias=True, norm_layer=norm) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, width)
+        self.head = output
 
     def forward(self, cls_BD: Tensor, patches_BKD: Tensor, keep_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions [B, N - K, D] and the removed places [B, N - K], ascending."""
+        removed = removed_places(keep_BK, self.grid**2)
+        left = self.tokens(cls_BD, patches_BKD, keep_BK).take_along_dim(removed[..., None], 1)
+        return self.head(self.norm(left)), removed
+
+    def tokens(self, cls_BD: Tensor, patches_BKD: Tensor, keep_BK: Tensor) -> Tensor:
+        """Of every place, before the last norm: [B, N, D]."""
         B, N = keep_BK.shape[0], self.grid**2
         x = self.embed(torch.cat([cls_BD[:, None], patches_BKD], dim=1))
         places = keep_BK[..., None].expand(-1, -1, x.shape[-1])
         full = self.mask_token.to(x.dtype).expand(B, N, -1).scatter(1, places, x[:, 1:])
-        x = torch.cat([x[:, :1], full + positions(self.grid, x)], dim=1)
+        x = torch.cat([x[:, :1], full + positions(self.grid, x, self.by_axis)], dim=1)
         for block in self.blocks:
             x = block(x)
-        removed = removed_places(keep_BK, N)
-        left = x[:, 1:].take_along_dim(removed[..., None], 1)
-        return self.head(self.norm(left)), removed
+        return x[:, 1:]
 
 
-def positions(grid: int, like: Tensor) -> Tensor:
-    """[N, D] of the 2-D sine-cosine table."""
+def positions(grid: int, like: Tensor, by_axis: bool = False) -> Tensor:
+    """[N, D] of the 2-D sine-cosine table. by_axis: first the channels of columns, then those of rows; else sines of
+    both, then cosines."""
     from timm.layers import build_sincos2d_pos_embed
 
-    return build_sincos2d_pos_embed([grid, grid], dim=like.shape[-1], device=like.device).to(like.dtype)
+    table = build_sincos2d_pos_embed([grid, grid], dim=like.shape[-1], device=like.device)
+    if by_axis:
+        sines_y, sines_x, cosines_y, cosines_x = table.chunk(4, dim=-1)
+        table = torch.cat([sines_x, cosines_x, sines_y, cosines_y], dim=-1)
+    return table.to(like.dtype)
 
 
 def removed_places(keep_BK: Tensor, N: int) -> Tensor:

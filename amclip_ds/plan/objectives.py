@@ -47,6 +47,8 @@ class Sizes:
     """patch tokens of each view"""
     text_tokens: int
     teacher_patches: int
+    teacher_looks: int = 0
+    """views that the teacher looks at; 0: one crop"""
 
 
 @dataclass(frozen=True)

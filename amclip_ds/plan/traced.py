@@ -69,7 +69,7 @@ def part_of(name: str, options: Any, sizes: ModelSizes) -> Part:
     measure = functools.lru_cache(lambda of: trace(name, module, of, sizes))
     return Part(
         found,
-        tuple(kind.averaged),
+        tuple(module.averaged),
         frozenset(kind.targets) - set(FROZEN),  # which another model gives
         frozenset(kind.features),
         text=module.text_pass,
@@ -104,10 +104,11 @@ def trace(name: str, objective: Any, sizes: Sizes, model: ModelSizes) -> tuple[C
 def _observe(objective: Any, sizes: Sizes, model: ModelSizes, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], float]:
     B, N, D = sizes.local, sizes.teacher_patches, model.vision_width
     wanted = objective.targets
+    rows = (B, sizes.teacher_looks) if sizes.teacher_looks else (B,)
     seen = Seen(
-        torch.empty(B, D, dtype=dtype),
-        torch.empty(B, N, D, dtype=dtype) if "patches" in wanted else None,
-        torch.empty(B, N) if "scores" in wanted else None,
+        torch.empty(*rows, D, dtype=dtype),
+        torch.empty(*rows, N, D, dtype=dtype) if "patches" in wanted else None,
+        torch.empty(*rows, N) if "scores" in wanted else None,
     )
     copies = nn.ModuleDict({part: getattr(objective, part) for part in objective.averaged})
     counter = FlopCounterMode(display=False)
@@ -146,6 +147,9 @@ def _features(
             patches=tuple(of(B, sizes.kept[view], D) for view in views),
             keep_indices=tuple(torch.empty(B, sizes.kept[view], dtype=torch.long) for view in views),
         )
+    if "pixels" in wanted:
+        patches = of(B, model.grid**2, 3 * model.patch**2, dtype=torch.float32).detach()
+        found = found._replace(pixels=(patches,) * V)
     if "tokens" in wanted:
         ids = torch.empty(B, sizes.text_tokens, dtype=torch.long)
         found = found._replace(tokens=of(B, sizes.text_tokens, model.text_width), token_ids=ids)

@@ -63,6 +63,7 @@ class Work:
             kept=self.views,
             text_tokens=self.text_tokens,
             teacher_patches=(self.teacher_grid or self.grid) ** 2,
+            teacher_looks=len(self.views) if self.config.teacher.sees == "views" else 0,
         )
 
 
@@ -204,7 +205,7 @@ def flops_of(work: Work) -> Flops:
     return Flops(
         vision=B * vision,
         text=B * text,
-        teacher=B * _teacher_forward(work) + _observed(work, sizes),
+        teacher=B * max(1, sizes.teacher_looks) * _teacher_forward(work) + _observed(work, sizes),
         objectives=sum(part.cost(sizes).flops for part in work.parts.values()),
         again=B * again,
     )
@@ -351,7 +352,8 @@ def input_bytes(work: Work) -> dict[str, float]:
     """The images of a rank's batch on the device: as bytes, and changed and normalised in fp32."""
     side, B = work.config.model.vision.image_size, work.batch.local
     pixels = 3 * side**2
-    teacher = 3 * (side * work.teacher_grid // work.grid) ** 2 if work.teacher_grid else 0
+    has_crop = work.teacher_grid and work.config.teacher.view is None and work.config.teacher.sees == "crop"
+    teacher = 3 * (side * (work.teacher_grid or 0) // work.grid) ** 2 if has_crop else 0
     return {
         "images": float(B * (len(work.views) * pixels + teacher)),
         "photometric": float(FP32 * B * len(work.views) * pixels),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from amclip_ds.compat import COMPAT
 from amclip_ds.data.batch import Batch
+from amclip_ds.data import photometric
 from amclip_ds.data.photometric import normalise
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import DistributedComm
@@ -156,11 +157,15 @@ class Run:
         pieces = [inputs.scores.unflatten(0, (2, -1)) for inputs in self.looked_at if inputs.scores is not None]
         return torch.cat(pieces, dim=1)
 
+    def views(self, batch: Batch) -> Tensor:
+        """As the student gets them."""
+        return photometric.apply(batch.views_uint8, batch.photometric)
+
     def gradients(self, batch: Batch) -> Losses:
         """Leaves the batch's gradients in the engine, and takes no step."""
         method = self.method()
         observed = self.teacher.observe(pixels(batch.teacher_uint8), method.wants, self.comm)
-        inputs = student_inputs(batch, observed.scores, method, progress=0.0)
+        inputs = student_inputs(batch, self.views(batch), observed.scores, method, progress=0.0)
         losses, _ = forward_backward(self.student, inputs, observed.targets, self.comm, self.micro)
         return losses
 

@@ -13,12 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import SHARED
-from tests.parity import masks, numbers, objectives, texts
+from tests.parity import detailclip, masks, numbers, objectives, texts
 from tests.parity.numbers import Numbers
 
 FOLDER = Path(os.environ.get("AMCLIP_ORACLE_DIR", SHARED / "oracle")) / "methods"
-NOT_YET = {"detailclip"}  # of which no check is written yet
-FILES = [path for path in sorted(FOLDER.glob("*.safetensors")) if path.stem.rpartition("_seed")[0] not in NOT_YET]
+FILES = sorted(FOLDER.glob("*.safetensors"))
 Check = Callable[[Numbers], None]
 CHECKS: dict[str, list[Check]] = {
     "flip": [masks.check_flip],
@@ -37,6 +36,7 @@ CHECKS: dict[str, list[Check]] = {
     ],
     "siglip": [objectives.check_siglip, objectives.check_siglip_on_ranks],
     "fd": [objectives.check_feature_distillation],
+    "detailclip": [detailclip.check_steps],
     "clipkd": [objectives.check_clipkd, objectives.check_clipkd_on_two_ranks],
 }
 SEED_0_ONLY = {
@@ -46,7 +46,8 @@ SEED_0_ONLY = {
 INPUTS = {  # what a file's checks start from: another value there is another question, not a wrong answer
     "flip": r".*\.noise", "glip": r".*\.noise", "images": r".*", "cluster": r".*_noise",
     "pgs": r".*_noise|embeddings|edges\.release|.*plus_sinkhorn|sinkhorn\..*\.in", "sbam": r".*\.(noise|tokens)",
-    "slip": r"(in|w)/.*", "clipkd": r".*/(in|w)/.*", "fd": r"(in|w)/.*", "siglip": r"in/.*|[^/]*/(log_scale|bias)",
+    "slip": r"(in|w)/.*", "clipkd": r".*/(in|w)/.*", "fd": r"(in|w)/.*", "detailclip": r"step\d/in/.*|w/.*|teacher_w_before/.*",
+    "siglip": r"in/.*|[^/]*/(log_scale|bias)",
     "ocl": r".*\.noise|loss\.cls_features|similarity\.cosine",
 }  # fmt: skip
 NOT_BUILT = r"teacher\d+/(grad_(gd|afd|cross_kd)/.*|w/(fusion|(visual|text)_fusion).*)"
