@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from amclip_ds.config import TrainConfig
+from amclip_ds.data import photometric
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.index import Index
 from amclip_ds.data.loader import TrainingData
-from amclip_ds.data import photometric
 from amclip_ds.data.reader import ShardReader
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.source import build_towers, locate

@@ -158,9 +158,7 @@ def selection(
     return Selection(mask, MaskInputs(grid, mask.unit, len(views), **given))
 
 
-def scores_of(
-    views: list[int], batch: Batch, scores: Tensor, grid: int, unit: int, teacher_view: int | None
-) -> Tensor:
+def scores_of(views: list[int], batch: Batch, scores: Tensor, grid: int, unit: int, teacher_view: int | None) -> Tensor:
     """The teacher's scores seen from some views, [v * B, U]."""
     if scores.dim() == 3:  # of the views themselves
         return pool(scores[views].flatten(0, 1), grid, unit)

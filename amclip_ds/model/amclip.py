@@ -146,9 +146,7 @@ class AClip(nn.Module):
     ) -> tuple[Losses, tuple[Tensor | None, ...]]:
         """encode, then losses, of a batch that is held whole; and the groups' keep_indices. Collective."""
         encoded = self.encode(inputs, targets)
-        losses = self.losses(
-            encoded.cls, encoded.eot, targets, encoded.terms, encoded.weighted, comm, inputs.progress
-        )
+        losses = self.losses(encoded.cls, encoded.eot, targets, encoded.terms, encoded.weighted, comm, inputs.progress)
         return losses, encoded.kept
 
     def choose(self, group: ViewGroup) -> Tensor | None:

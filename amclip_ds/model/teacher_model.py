@@ -70,9 +70,7 @@ class TeacherModel(nn.Module):
         """images [B, 3, h, w] normalised, or all views [V, B, 3, h, w]: then V follows B in what is seen, and is first
         in the scores. wants: of cls, patches, scores. Collective: every rank must call."""
         views = images.shape[:-3]
-        output = self.vision(
-            images.flatten(0, -4), with_scores="scores" in wants, cls_only="patches" not in wants
-        )
+        output = self.vision(images.flatten(0, -4), with_scores="scores" in wants, cls_only="patches" not in wants)
         scores = None if output.scores is None else output.scores.unflatten(0, views)
         patches = output.tokens[:, 1:] if "patches" in wants else None
         saw = (self.vision.feature(output.tokens), patches, output.scores)

@@ -1,10 +1,11 @@
-"""DetailCLIP: what each view lacks is predicted as pixels and as the teacher's prototypes, and each view's class token as
-the teacher's of the other (arXiv 2409.06809; KishoreP1/DetailCLIP b66fd64).
+"""DetailCLIP: what each view lacks is predicted as pixels and as the teacher's prototypes, and its class token as the
+teacher's of the other view (arXiv 2409.06809; KishoreP1/DetailCLIP b66fd64).
 
 The teacher sees the whole views themselves (teacher.sees=views). Shapes: V views, B samples, N patches, K kept,
 D width, d bottleneck of the head, P prototypes.
 """
 
+import math
 from itertools import permutations
 from typing import Any
 
@@ -22,6 +23,7 @@ from amclip_ds.objectives.base import Objective
 from amclip_ds.objectives.patches import PatchDecoder
 
 PIXEL_EPS = 1e-6
+ENTROPY = "detail_entropy"  # of the teacher's mean distribution, by its largest: 1 all prototypes alike, 0 one of them
 
 
 class DetailCLIP(Objective):
@@ -57,6 +59,8 @@ class DetailCLIP(Objective):
         self._means: Tensor | None = None  # of the last batch, until commit: no state
 
     def weight_of(self, term: str) -> float:
+        if term == ENTROPY:
+            return 0.0  # recorded alone
         return self.options.weight * getattr(self.options, f"{term.removeprefix('detail_')}_weight")
 
     def observe(self, copies: nn.ModuleDict, seen: Seen, comm: Comm) -> tuple[Tensor, ...]:
@@ -66,13 +70,17 @@ class DetailCLIP(Objective):
         assert seen.cls is not None and seen.patches is not None
         head: Any = copies["head"]
         tokens = torch.cat([seen.cls[:, :, None], seen.patches], dim=2)
+        if self.chosen_views is not None:
+            tokens = tokens[:, list(self.chosen_views)]
         return head(tokens), head.prototypes().expand(len(tokens), -1, -1)
 
     def per_sample(self, features: Features, targets: tuple[Tensor, ...]) -> Terms:
         assert features.cls is not None and features.patches is not None and features.pixels is not None
         terms: Terms = {}
         if self.options.patch_weight or self.options.pixel_weight:
-            decoded = [self._decoded(*view) for view in zip(features.cls, features.patches, features.keep_indices or ())]
+            decoded = [
+                self._decoded(*view) for view in zip(features.cls, features.patches, features.keep_indices or ())
+            ]
             if self.options.pixel_weight:
                 terms["detail_pixel"] = torch.stack(
                     [self._pixels(*view, of) for view, of in zip(decoded, features.pixels)]
@@ -84,13 +92,16 @@ class DetailCLIP(Objective):
         return terms
 
     def forward(self, features: Features, targets: tuple[Tensor, ...], comm: Comm) -> Terms:
-        """The means that move the centres; no term."""
-        if targets:
-            inside, prototypes = targets
-            by_token = inside.float().mean(dim=(0, 1))  # logits are linear: their means are the means' logits
-            means = torch.stack([by_token[0], by_token[1:].mean(0)]) @ prototypes[0].float().T
-            self._means = comm.all_reduce_sum(means) / comm.world_size
-        return {}
+        """The means that move the centres; and how evenly the teacher uses its prototypes, which has no weight."""
+        if not targets:
+            return {}
+        inside, prototypes = targets
+        by_token = inside.float().mean(dim=(0, 1))  # logits are linear: their means are the means' logits
+        means = torch.stack([by_token[0], by_token[1:].mean(0)]) @ prototypes[0].float().T
+        used = self._taught(inside[:, :, 0], prototypes, self.centre, self.options.teacher_temperature).mean((0, 1))
+        means = comm.all_reduce_sum(torch.cat([means, used[None]])) / comm.world_size
+        self._means = means[:2]
+        return {ENTROPY: torch.special.entr(means[2]).sum() / math.log(self.options.prototypes)}
 
     def commit(self, comm: Comm) -> None:
         if self._means is not None:

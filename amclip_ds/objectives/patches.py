@@ -65,7 +65,7 @@ class PatchDecoder(nn.Module):
     def __init__(
         self, width: int, grid: int, depth: int, output: nn.Module, heads: int, eps: float = 1e-5, by_axis: bool = False
     ) -> None:
-        """output: what makes the predictions of the last norm's tokens. eps: of the blocks' norms. by_axis: see positions."""
+        """output: makes predictions of the last norm's tokens. eps: of the blocks' norms. by_axis: see positions."""
         super().__init__()
         from timm.models.vision_transformer import Block
 

@@ -170,7 +170,7 @@ def _measure(module: nn.Module, run: Callable[[], dict[str, Tensor]]) -> Cost:
 
     counter = FlopCounterMode(display=False)
     with counter, saved_tensors_hooks(pack, lambda tensor: tensor):
-        terms = run()
+        terms = [term.float().sum() for term in run().values() if term.requires_grad]  # some are recorded alone
         if terms:
-            torch.stack([term.float().sum() for term in terms.values()]).sum().backward()
+            torch.stack(terms).sum().backward()
     return Cost(float(counter.get_total_flops()), float(sum(held.values())))

@@ -254,6 +254,7 @@ def operations(config: TrainConfig, world: int) -> Callable[[int | list[int], fl
     """
     try:
         work = work_of(config, world)
+        flops_of(work)  # traces what is not known beforehand
     except UserError:
         return None
 

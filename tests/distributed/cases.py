@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from amclip_ds.compat import COMPAT
-from amclip_ds.data.batch import Batch
 from amclip_ds.data import photometric
+from amclip_ds.data.batch import Batch
 from amclip_ds.data.photometric import normalise
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import DistributedComm

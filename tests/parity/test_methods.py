@@ -46,7 +46,8 @@ SEED_0_ONLY = {
 INPUTS = {  # what a file's checks start from: another value there is another question, not a wrong answer
     "flip": r".*\.noise", "glip": r".*\.noise", "images": r".*", "cluster": r".*_noise",
     "pgs": r".*_noise|embeddings|edges\.release|.*plus_sinkhorn|sinkhorn\..*\.in", "sbam": r".*\.(noise|tokens)",
-    "slip": r"(in|w)/.*", "clipkd": r".*/(in|w)/.*", "fd": r"(in|w)/.*", "detailclip": r"step\d/in/.*|w/.*|teacher_w_before/.*",
+    "slip": r"(in|w)/.*", "clipkd": r".*/(in|w)/.*", "fd": r"(in|w)/.*",
+    "detailclip": r"step\d/in/.*|w/.*|teacher_w_before/.*",
     "siglip": r"in/.*|[^/]*/(log_scale|bias)",
     "ocl": r".*\.noise|loss\.cls_features|similarity\.cosine",
 }  # fmt: skip

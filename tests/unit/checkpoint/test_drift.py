@@ -23,7 +23,7 @@ MATHEMATICS = {
     *("model.vision.width", "mask.keep_ratio", "mask.strategy", "mask.unit"),
     *("heads.hidden_dim", "heads.norm", "heads.norm_momentum", "heads.output_dim"),
     *("loss.contrastive_weight", "loss.kind", "loss.o2e_weight", "loss.o2o_temperature", "loss.o2o_weight"),
-    *("teacher.final_momentum", "teacher.momentum", "teacher.resolution", "teacher.view"),
+    *("teacher.final_momentum", "teacher.momentum", "teacher.resolution", "teacher.sees", "teacher.view"),
     *("optim.betas", "optim.clip_grad_norm", "optim.eps", "optim.final_lr", "optim.layer_decay", "optim.lr"),
     *("optim.momentum", "optim.name", "optim.text_lr_scale", "optim.vision_lr_scale", "optim.warmup_start_lr"),
     *("optim.warmup_steps", "optim.weight_decay", "guards.spike", "guards.spike_deviations", "guards.spike_window"),
