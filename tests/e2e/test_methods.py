@@ -16,12 +16,15 @@ from tests.recipes import words_of
 METHODS = [header.method for header in all_headers()]
 
 
-def train(amclip: Amclip, shared_dir: Path, out: Path, method: str, *words: str, ranks: int = 2) -> list[dict]:
+def train(
+    amclip: Amclip, shared_dir: Path, out: Path, method: str, *words: str, ranks: int = 2, steps: int = 3,
+    options: tuple[str, ...] = (),
+) -> list[dict]:  # fmt: skip
     """The rows of a short run over OpenStax pairs."""
     shards = shared_dir / "data" / "openstax" / "train"
     code, printed = amclip(
-        "train", f"{method}-tiny", f"data.train={shards}/{{00000..00003}}.tar", f"run.out={out}", "run.steps=3",
-        "batch.global_size=16", "log.every_steps=1", *words, ranks=ranks,
+        "train", *options, f"{method}-tiny", f"data.train={shards}/{{00000..00003}}.tar", f"run.out={out}",
+        f"run.steps={steps}", "batch.global_size=16", "log.every_steps=1", *words, ranks=ranks,
     )  # fmt: skip
     assert code == 0, printed
     return read_lines(out / "metrics.jsonl")
@@ -71,3 +74,28 @@ def test_worlds_and_splits_agree(method: str, stage: int, shared_dir: Path, tmp_
     reference = found.pop((1, 16))
     for cell, losses in found.items():
         assert all(abs(a - b) <= 1e-5 * abs(a) for a, b in zip(reference, losses, strict=True)), cell
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", METHODS)
+def test_13_and_27_steps_are_40(method: str, shared_dir: Path, tmp_path: Path, amclip: Amclip) -> None:
+    """Every recorded number of the last 27, bit for bit: centres, learned scales, word tables."""
+    words = [*needed(amclip, shared_dir, tmp_path, method), "checkpoint.every_steps=13"]
+    whole = train(amclip, shared_dir, tmp_path / "whole", method, *words, steps=40)
+    saved = tmp_path / "whole" / "checkpoints" / "step_00000013"
+    rest = train(amclip, shared_dir, tmp_path / "rest", method, *words, steps=40, options=("--resume", str(saved)))
+    names = [name for name in whole[0] if name.startswith("loss") or name in ("step", "grad_norm", "logit_scale")]
+    assert [[row[name] for name in names] for row in rest] == [[row[name] for name in names] for row in whole[13:]]
+    assert len(rest) == 27
+
+
+@pytest.mark.nightly
+def test_detailclips_prototypes_do_not_collapse(scenes: Path, tmp_path: Path, amclip: Amclip) -> None:
+    """300 steps on scenes: the teacher's mean distribution keeps more than half of the entropy of all prototypes."""
+    code, printed = amclip(
+        "train", "detailclip-tiny", f"data.train={scenes}/train", f"run.out={tmp_path}/run", "run.steps=300",
+        "batch.global_size=32", ranks=1,
+    )  # fmt: skip
+    assert code == 0, printed
+    last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["loss_detail_entropy"] > 0.5 and last["loss_detail_patch"] > 0

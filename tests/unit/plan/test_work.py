@@ -53,6 +53,22 @@ def test_operations_are_those_that_torch_counts(recipe: str, words: list[str]) -
     assert flops.vision + flops.text == pytest.approx(counter.get_total_flops() + 0.5 * B * attention, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "ratio"), [("slip", 2.71), ("maskclip", 1.58), ("detailclip", 1.84), ("siglip", 1.0), ("flip", 0.57)]
+)
+def test_operations_against_clips_are_the_published_designs(recipe: str, ratio: float) -> None:
+    """At B/16, without the exact saving of the last block, which the counts behind these ratios do not have."""
+    clip, other = (work.flops_of(work.work_of(config.load(f"{name}-vitb16", ["engine.savings.last_block=false"]), 64))
+                   for name in ("clip", recipe))  # fmt: skip
+    assert other.model / clip.model == pytest.approx(ratio, rel=0.05)
+
+
+def test_the_teacher_that_sees_views_has_no_crop_and_looks_at_each() -> None:
+    detail, aclip = of_recipe("detailclip-vitb16"), of_recipe("aclip-vitb16", *PLAIN)
+    assert work.input_bytes(detail)["images"] == B * 2 * 3 * 224**2 < work.input_bytes(aclip)["images"]
+    assert work.flops_of(detail).teacher > 2 * work.flops_of(aclip).teacher
+
+
 @pytest.mark.parametrize("words", [[], PLAIN], ids=["saving", "plain"])
 def test_the_teachers_operations(words: list[str]) -> None:
     step = of_recipe("aclip-vitb16", *words)
