@@ -1,7 +1,8 @@
 """The settings of a run: composes the rooms' dataclasses; loads recipe < yaml < key=value; validates, explains, dumps.
 
 A recipe's name is METHOD-SIZE (`aclip-vitb16`): `recipes/methods/aclip.yaml` and then `recipes/sizes/vitb16.yaml` are
-laid over the defaults: a method's published optimizer holds for the published sizes, `tiny` has its own. A yaml of
+laid over the defaults: a method's published optimizer holds for the published sizes, `tiny` has its own. What a method
+lays over a size is in its `sizes`. A yaml of
 one's own may begin with `recipe: aclip-vitb16` and change what it likes.
 Every mistake is a UserError of one line that names the key and, where it is misspelt, the nearest valid one.
 """
@@ -46,6 +47,9 @@ from amclip_ds.resilience.config import (
 )
 
 RECIPES = Path(__file__).parent / "recipes"
+OVER_SIZES = "sizes"  # of a method's yaml: what it lays over a size, or over the `others`
+NEEDED = "<needed>"  # in a recipe: a value that must be given
+WHAT_IS_NEEDED = {"model.init_from": "name the run that it goes on from, a checkpoint or safetensors"}
 YEARS = 10**9  # seconds: the system's clocks and timers take no more
 SIZES = {  # the largest value -> the keys that take no more: beyond, a run would not fail here but fill a machine
     10**10: "run.steps optim.warmup_steps",
@@ -282,6 +286,10 @@ def _build(recipe: str, read: list[tuple[str, dict[str, Any]]], overrides: Seque
         raise SettingsError("plugins: written by the run, not set by hand; name them by --plugin NAME_OR_FILE.py")
     values = dict(ChainMap(*reversed(layers)))
     for key, value in values.items():
+        if value == NEEDED:
+            where = f"{sources[key]} needs" if key in sources else "this recipe needs"
+            raise SettingsError(f"{key}: {where} it; {WHAT_IS_NEEDED.get(key, 'give it a value')}")
+    for key, value in values.items():
         if key in LIMITS and value is not None and value > LIMITS[key]:
             raise SettingsError(f"{key}: {value} is above {LIMITS[key]}, more than any run has use for")
     _check_options(values)
@@ -452,9 +460,12 @@ def _layers(recipe: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict[str
     """The yaml layers a recipe stands for, with the name to blame for a mistake in each."""
     if method := method_of_recipe(recipe):
         size = recipe.removeprefix(f"{method}-")
+        layer = plain_yaml.read(RECIPES / "methods" / f"{method}.yaml")
+        over_size = layer.pop(OVER_SIZES, {})
         return [
-            (f"recipe {method}", plain_yaml.read(RECIPES / "methods" / f"{method}.yaml")),
+            (f"recipe {method}", layer),
             (f"recipe size {size}", plain_yaml.read(RECIPES / "sizes" / f"{size}.yaml")),
+            (f"recipe {method}", over_size.get(size, over_size.get("others", {}))),
         ]
     path = Path(recipe)
     if not recipe.endswith((".yaml", ".yml")):

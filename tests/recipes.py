@@ -2,6 +2,8 @@
 
 NEEDS = {
     "clipkd": ["distill.teacher=a-finished-run"],
+    "flip-tune": ["model.init_from=a-finished-run"],
+    "clipa-tune": ["model.init_from=a-finished-run"],
     "frequency": ["data.text_mask.table=words.json"],
 }
 

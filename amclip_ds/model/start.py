@@ -4,11 +4,12 @@ Read parameter by parameter, so that no rank holds more than one whole. Pickles 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -118,7 +119,8 @@ def open_source(path: str, weights: str = "student") -> Source:
 def loaded_tensor(source: str, name: str, shape: Sequence[int]) -> Tensor | None:
     """The parameter of that name, or None where the source lacks it (a head that the other run did not train).
 
-    Position embeddings of another grid are resampled; the patch bias that some libraries lack is zero.
+    Positions of another grid or length and patches of another size are resampled (RESAMPLED); the patch bias that some
+    libraries lack is zero.
     Raises UserError for a tensor of another shape, or in pieces that do not make it whole.
     """
     found = open_source(source)
@@ -132,21 +134,57 @@ def loaded_tensor(source: str, name: str, shape: Sequence[int]) -> Tensor | None
 
 def fit(tensor: Tensor, name: str, shape: Sequence[int], source: str) -> Tensor:
     """The tensor in the shape that the model wants. Raises UserError where it cannot be."""
-    wanted = torch.Size(shape)
+    wanted = tuple(shape)
     long_axes = [[size for size in sizes if size > 1] for sizes in (tensor.shape, wanted)]
-    if tensor.numel() == wanted.numel() and (tensor.dim() == 1 or long_axes[0] == long_axes[1]):
+    if tensor.numel() == math.prod(wanted) and (tensor.dim() == 1 or long_axes[0] == long_axes[1]):
         return tensor.reshape(wanted)
-    if name == "vision.pos_embed" and tensor.numel() % wanted[-1] == 0:
-        return resample_positions(tensor.reshape(1, -1, wanted[-1]), wanted[1])
+    if resample := RESAMPLED.get(name):
+        resampled = resample(tensor, wanted)
+        if resampled is not None:
+            return resampled
     raise UserError(f"model.init_from: {name} is {list(tensor.shape)} in {source}, the model's is {list(wanted)}")
 
 
-def resample_positions(positions: Tensor, length: int) -> Tensor:
-    """[1, 1 + n, D] -> [1, length, D], bicubic over the square grid; the CLS row stays."""
+def resample_positions(positions: Tensor, wanted: Sequence[int]) -> Tensor | None:
+    """[1, 1 + n, D] -> [1, 1 + m, D], bicubic over the square grid; the CLS row stays. None: of another width."""
     from timm.layers import resample_abs_pos_embed
 
+    _, length, width = wanted
+    if positions.numel() % width:
+        return None
     side = math.isqrt(length - 1)
-    return resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=1)
+    return resample_abs_pos_embed(positions.reshape(1, -1, width), [side, side], num_prefix_tokens=1)
+
+
+def resample_text_positions(positions: Tensor, wanted: Sequence[int]) -> Tensor | None:
+    """[n, W] -> [m, W]: more are interpolated linearly (align_corners false); of fewer the first stay, so that texts
+    that fit read as before. None: of another width."""
+    length, width = wanted
+    if positions.numel() % width or positions.dim() == 2 and positions.shape[1] != width:
+        return None
+    positions = positions.reshape(-1, width)  # flat, where it came in pieces
+    if length <= positions.shape[0]:
+        return positions[:length].contiguous()
+    return F.interpolate(positions.T[None], size=length, mode="linear", align_corners=False)[0].T.contiguous()
+
+
+def resample_patches(weight: Tensor, wanted: Sequence[int]) -> Tensor | None:
+    """[D, 3, p, p] -> [D, 3, q, q]: so that images resized from p to q pixels a patch give what they gave (FlexiViT's
+    pseudo-inverse). None: of another width."""
+    from timm.layers import resample_patch_embed
+
+    width, channels, *_ = wanted
+    side = math.isqrt(weight.numel() // (width * channels))
+    if weight.numel() != width * channels * side**2 or weight.dim() == 4 and weight.shape[0] != width:
+        return None
+    return resample_patch_embed(weight.reshape(width, channels, side, side), list(wanted[2:]))
+
+
+RESAMPLED: dict[str, Callable[[Tensor, Sequence[int]], Tensor | None]] = {
+    "vision.pos_embed": resample_positions,
+    "text.embeddings.position_embedding.weight": resample_text_positions,
+    "vision.patch_embed.proj.weight": resample_patches,
+}
 
 
 def describe(source: str, names: Iterable[str]) -> list[str]:

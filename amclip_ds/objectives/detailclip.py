@@ -33,7 +33,7 @@ class DetailCLIP(Objective):
     features = frozenset({"cls", "patches", "pixels"})
     targets = frozenset({"cls", "patches"})
     sees = "views"
-    averaged = ("head",)
+    averaged: tuple[str, ...] = ("head",)  # type: ignore[misc]  # of the instance: without prototypes there is none
     init = {
         r"decoder\.mask_token": normal(0.02),
         r"decoder\.(embed|blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12]))\.weight": xavier,
@@ -55,7 +55,7 @@ class DetailCLIP(Objective):
             self.register_buffer("centre", torch.zeros(options.prototypes))
             self.register_buffer("patch_centre", torch.zeros(options.prototypes))
         else:
-            self.averaged = ()  # type: ignore[misc]  # nothing of it reads an average
+            self.averaged = ()  # nothing of it reads an average
         self._means: Tensor | None = None  # of the last batch, until commit: no state
 
     def weight_of(self, term: str) -> float:
@@ -148,7 +148,8 @@ class DetailCLIP(Objective):
 
     def _cross_entropy(self, tokens: Tensor, taught: Tensor) -> Tensor:
         """The mean over tokens of the cross-entropy of the student's distribution over prototypes."""
-        logits = self.head.prototypes(self.head(tokens)).float()
+        head: Any = self.head
+        logits = head.prototypes(head(tokens)).float()
         return -(taught * (logits / self.options.student_temperature).log_softmax(dim=-1)).sum(-1).mean()
 
 

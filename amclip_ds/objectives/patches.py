@@ -72,7 +72,7 @@ class PatchDecoder(nn.Module):
         self.grid, self.by_axis = grid, by_axis
         self.embed = nn.Linear(width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        norm = partial(nn.LayerNorm, eps=eps)
+        norm: Any = partial(nn.LayerNorm, eps=eps)
         self.blocks = nn.ModuleList(
             Block(width, heads, MLP_RATIO, qkv_bias=True, norm_layer=norm) for _ in range(depth)
         )

@@ -17,7 +17,7 @@ PUBLISHED = {  # as their own code has them (methods.md of the facts): views are
     "pgs": (1e-3, 0.2, [0.9, 0.98], 10_000), "slip": (3e-3, 0.1, [0.9, 0.98], 3586),
 }  # fmt: skip
 KEPT = {"clip": 196, "flip": 98, "random2x": 98, "aclip": 100, "aclip-eff": 100, "centered": 98, "cluster": 137,
-        "pgs": 137, "salience": 98, "disjoint": 98, "siglip": 196, "slip": 196}  # fmt: skip
+        "pgs": 137, "salience": 98, "disjoint": 98, "siglip": 196, "slip": 196, "detailclip": 100}  # fmt: skip
 
 
 @pytest.mark.parametrize("header", all_headers(), ids=lambda header: header.method)
@@ -52,8 +52,33 @@ def test_baselines_and_masks_train_as_published(method: str) -> None:
 
 def test_tiny_keeps_its_own_optimizer() -> None:
     for header in all_headers():
+        if header.method.endswith("-tune"):  # of tiny's
+            continue
         loaded = config.load(f"{header.method}-tiny", words_of(header.method))
         assert (loaded.optim.lr, loaded.optim.weight_decay, loaded.optim.warmup_steps) == (1.5e-3, 0.05, 30)
+
+
+@pytest.mark.parametrize(("method", "first", "part"), [("flip-tune", "flip", 0.01), ("clipa-tune", "clipa-pre", 0.1)])
+@pytest.mark.parametrize("size", ["tiny", "vitb16", "vitl16"])
+def test_a_second_stage_is_its_first_with_whole_images_and_a_smaller_rate(
+    method: str, first: str, part: float, size: str
+) -> None:
+    second, before = config.load(f"{method}-{size}", words_of(method)), config.load(f"{first}-{size}")
+    assert second.optim.lr == pytest.approx(part * before.optim.lr) and second.mask.strategy == NONE
+    assert second.model.vision.pool == before.model.vision.pool and second.data == before.data
+    assert second.model.text == before.model.text and second.optim.betas == before.optim.betas
+    whole, cut = (loaded.model.vision.image_size for loaded in (second, before))
+    assert whole == (64 if size == "tiny" else 224) and cut == (whole // 2 if first == "clipa-pre" else whole)
+    length = (second.run.steps or 0) / (before.run.steps or 1) if size == "tiny" else (second.run.epochs or 0) / 25
+    assert length < 0.11
+
+
+def test_a_start_that_is_needed_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for method in ("flip-tune", "clipa-tune"):
+        assert cli.main(["train", f"{method}-tiny", "data.train=x", "--procs", "2"]) == 2
+        printed = capsys.readouterr().err.strip()
+        assert f"model.init_from: recipe {method} needs it; name the run that it goes on from" in printed
+        assert len(printed.splitlines()) == 1
 
 
 def test_the_paper_s_own_recipes_are_what_they_were() -> None:

@@ -130,3 +130,38 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     (tmp_path / "torn.safetensors").write_bytes(json.dumps({}).encode())
     with pytest.raises(UserError, match="torn.safetensors"):
         start.Source(tmp_path / "torn.safetensors")
+
+
+POSITIONS = "text.embeddings.position_embedding.weight"
+PATCHES = "vision.patch_embed.proj.weight"
+
+
+@pytest.mark.parametrize("is_flat", [False, True], ids=["whole", "in pieces"])
+def test_text_positions_become_more_by_linear_interpolation_and_fewer_by_leaving_the_last(is_flat: bool) -> None:
+    held = torch.randn(16, 24)
+    given = held.flatten() if is_flat else held
+    more = start.fit(given, POSITIONS, (32, 24), "w")
+    wanted = torch.nn.functional.interpolate(held.T[None], size=32, mode="linear", align_corners=False)[0].T
+    assert torch.equal(more, wanted) and torch.equal(more[0], held[0]) and torch.equal(more[-1], held[-1])
+    torch.testing.assert_close(more[1], 0.75 * held[0] + 0.25 * held[1])
+    assert torch.equal(start.fit(given, POSITIONS, (9, 24), "w"), held[:9])
+
+
+@pytest.mark.parametrize("is_flat", [False, True], ids=["whole", "in pieces"])
+def test_patches_of_another_size_give_of_resized_images_what_they_gave(is_flat: bool) -> None:
+    held = torch.randn(32, 3, 4, 4)
+    found = start.fit(held.flatten() if is_flat else held, PATCHES, (32, 3, 8, 8), "w")
+    small = torch.randn(5, 3, 4, 4)
+    large = torch.nn.functional.interpolate(small, size=(8, 8), mode="bicubic", antialias=True)
+    before, after = (torch.einsum("bchw,dchw->bd", image, weight) for image, weight in ((small, held), (large, found)))
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "wanted"),
+    [(POSITIONS, (16, 20), (32, 24)), (PATCHES, (16, 3, 8, 8), (32, 3, 4, 4)), (PATCHES, (2, 5), (32, 3, 4, 4))],
+)
+def test_another_width_is_one_line(name: str, held: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=f"model.init_from: {name} is") as error:
+        start.fit(torch.zeros(held), name, wanted, "w")
+    assert "\n" not in str(error.value)

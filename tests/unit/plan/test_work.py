@@ -54,7 +54,8 @@ def test_operations_are_those_that_torch_counts(recipe: str, words: list[str]) -
 
 
 @pytest.mark.parametrize(
-    ("recipe", "ratio"), [("slip", 2.71), ("maskclip", 1.58), ("detailclip", 1.84), ("siglip", 1.0), ("flip", 0.57)]
+    ("recipe", "ratio"),
+    [("slip", 2.71), ("maskclip", 1.58), ("detailclip", 1.84), ("siglip", 1.0), ("flip", 0.57), ("clipa-pre", 0.24)],
 )
 def test_operations_against_clips_are_the_published_designs(recipe: str, ratio: float) -> None:
     """At B/16, without the exact saving of the last block, which the counts behind these ratios do not have."""
