@@ -563,6 +563,7 @@ def _check_read_views(config: TrainConfig) -> None:
         )
     if loss.occlusion.weight > 0 and num_views < 2:
         raise SettingsError(f"loss.occlusion.weight: this loss needs data.num_views=2, not {num_views}; or set it to 0")
+    _check_starts(loss)
     _check_teacher_view(config)
     reads_frozen = loss.clipkd.weight > 0
     if reads_frozen:
@@ -601,6 +602,14 @@ def _check_read_views(config: TrainConfig) -> None:
             )
     if config.distill.teacher and not reads_frozen:
         raise SettingsError("distill.teacher: no objective of this run reads it; leave it out, or give one a weight")
+
+
+def _check_starts(loss: LossConfig) -> None:
+    """Raises SettingsError for a run that would begin without any loss."""
+    late = [name for name, options in vars(loss).items() if getattr(options, "weight", 0) and options.start > 0]
+    on = [name for name, options in vars(loss).items() if getattr(options, "weight", 0) and options.start == 0]
+    if late and not on and not (loss.contrastive_weight or loss.o2o_weight or loss.o2e_weight):
+        raise SettingsError(f"loss.{late[0]}.start: nothing else has a weight before it begins; set it to 0")
 
 
 def _check_teacher_view(config: TrainConfig) -> None:

@@ -20,8 +20,9 @@ from amclip_ds.step import StepResult
 
 GIB = 1024.0**3
 SIDE = {"cuda": 8192, "cpu": 512}  # of the matrices whose product gives a device's rate
-Operations = Callable[[int | list[int], float], float]
-"""(kept tokens of the views, tokens of a text) -> floating point operations of a rank's batch, recomputation apart."""
+Operations = Callable[[int | list[int], float, float], float]
+"""(kept tokens of the views, tokens of a text, how much of the run is done) -> floating point operations of a rank's
+batch, recomputation apart."""
 
 
 class Meter:
@@ -74,7 +75,8 @@ class Meter:
         local |= {"data_wait_s": self._wait_s / steps, "step_s": elapsed / steps}
         local["communication_s"] = COMMUNICATION.take() / steps
         if self._operations is not None:
-            local |= {"flops": self._operations(result.kept_tokens, self._tokens / steps), "rate": self.matrix_rate}
+            flops = self._operations(result.kept_tokens, self._tokens / steps, result.progress)
+            local |= {"flops": flops, "rate": self.matrix_rate}
         row: dict[str, Any] = dict(mean_over_ranks(local, self._device))
         row["samples_per_s"] = self._global_batch / row["step_s"]
         if self._operations is not None:

@@ -1,6 +1,6 @@
 """What a configuration's masks and objectives are, and what of the run follows from their declarations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from amclip_ds import objectives
@@ -71,6 +71,17 @@ class Method:
     def wants(self) -> frozenset[str]:
         """What of the teacher's look is read: cls, patches, scores."""
         return objectives.wants_of(self.objectives) | (self.mask_needs & {"scores"})
+
+    def at(self, progress: float) -> "Method":
+        """Without the objectives that have not begun when so much of the run is done, 0 to 1, and without the last
+        views where nothing else reads them."""
+        on = objectives.begun(self.objectives, progress)
+        if len(on) == len(self.objectives):
+            return self
+        read = [objectives.views_of(name, options) for name, options in on.items()]
+        every = range(len(self.masks))
+        last = max(max(every if views is None else views) for views in read)
+        return replace(self, objectives=on, masks=self.masks[: last + 1])
 
     @property
     def texts(self) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -115,10 +115,14 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 
 def parameter_groups(
-    named_parameters: "Iterable[tuple[str, nn.Parameter]]", config: OptimConfig
+    named_parameters: "Iterable[tuple[str, nn.Parameter]]",
+    config: OptimConfig,
+    starts: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """The trainable parameters by weight decay and learning-rate scale, each group {params, names, weight_decay, lr,
-    lr_scale}. Whoever sets the learning rate gives a group lr * lr_scale.
+    lr_scale, start}. Whoever sets the learning rate gives a group lr * lr_scale, and 0 before its start.
+
+    starts: objective -> the share of the run after which it begins.
 
     No decay: fewer than two dimensions (biases, norms, the logit scale). Order: that of the first member's appearance,
     but what does not fill 16 bytes evenly (the logit scale) comes last of all: DeepSpeed lays a run's weights end to
@@ -127,14 +131,17 @@ def parameter_groups(
     """
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     depths = {tower: _depth(tower, (name for name, _ in named)) for tower in ("vision", "text")}
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, float], dict[str, Any]] = {}
     for name, parameter in sorted(named, key=lambda item: _is_odd(item[1])):
         # Under ZeRO-3 a parameter is an empty vector between its uses; its true shape is ds_shape.
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         decay = config.weight_decay if dimensions >= 2 else 0.0
         scale = lr_scale(name, depths, config)
-        fresh = {"params": [], "names": [], "weight_decay": decay, "lr": config.lr * scale, "lr_scale": scale}
-        group = groups.setdefault((decay, scale), fresh)
+        of_objective = name.split(".")[1] if name.startswith("objectives.") else ""
+        start = (starts or {}).get(of_objective, 0.0)
+        fresh = {"params": [], "names": [], "weight_decay": decay, "lr": config.lr * scale, "lr_scale": scale,
+                 "start": start}  # fmt: skip
+        group = groups.setdefault((decay, scale, start), fresh)
         group["params"].append(parameter)
         group["names"].append(name)
     return sorted(groups.values(), key=lambda group: _is_odd(group["params"][-1]))

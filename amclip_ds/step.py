@@ -55,6 +55,8 @@ class StepResult:
     kept_tokens: int | list[int]
     """of each view, a list where they differ"""
     sample_ids: Tensor
+    progress: float = 1.0
+    """how much of the run was done before it, 0 to 1"""
 
 
 def train_step(
@@ -68,17 +70,17 @@ def train_step(
     guards: sees the loss before its gradient exists; what it refuses is not stepped, on any rank.
     frozen: distill.teacher.
     """
-    lr = schedules.lr(updates)
-    student.set_lr(lr)
+    lr, progress = schedules.lr(updates), schedules.progress(updates)
+    student.set_lr(lr, progress)
 
-    progress = schedules.progress(updates)
+    method = method.at(progress)
     views = photometric.apply(batch.views_uint8, batch.photometric)
     observed = NOTHING_OBSERVED
-    if teacher is not None:
-        observed = teacher.observe(teachers_images(batch, views, method), method.wants, comm)
+    if teacher is not None and method.needs_teacher:
+        observed = teacher.observe(teachers_images(batch, views, method), method.wants, comm, progress)
     inputs = student_inputs(batch, views, observed.scores, method, progress)
     targets = observed.targets
-    if frozen is not None:
+    if frozen is not None and method.reads_frozen:
         targets = with_frozen(method.objectives, targets, frozen.look(inputs, batch.token_ids, micro))
     losses, kept = forward_backward(student, inputs, targets, comm, micro, guards.admit)
     outcome = student.step() if guards.admitted else SKIPPED
@@ -86,7 +88,7 @@ def train_step(
     momentum = schedules.momentum(updates + 1)
     if outcome.applied:
         student.clamp_logit_scale()
-        student.commit(comm)
+        student.commit(comm, progress)
         if teacher is not None:
             teacher.update(momentum)
             teacher.publish(whole=False)
@@ -95,6 +97,7 @@ def train_step(
         loss=losses.total.detach(), parts=recorded(losses), lr=lr,
         momentum=momentum, grad_norm=outcome.grad_norm, applied=outcome.applied, logit_scale=losses.logit_scale,
         keep_indices=keep_indices, kept_tokens=count_kept(keep_indices, method.grid**2), sample_ids=batch.sample_ids,
+        progress=progress,
     )  # fmt: skip
 
 
@@ -122,7 +125,7 @@ def student_inputs(
     """
     groups = []
     for group in method.groups(progress):
-        images = views if len(group.views) == len(views) else views[list(group.views)]
+        images = views if group.views == tuple(range(len(views))) else views[list(group.views)]
         selections = [
             selection(mask, of, batch, scores, method.grid, progress, method.teacher_view) for mask, of in group.masks
         ]

@@ -75,10 +75,10 @@ class Teacher:
         self.placed.publish(published, whole)
 
     @torch.no_grad()
-    def observe(self, images: Tensor, wants: frozenset[str], comm: Comm) -> Observed:
+    def observe(self, images: Tensor, wants: frozenset[str], comm: Comm, progress: float = 1.0) -> Observed:
         """TeacherModel.observe, without gradient. Collective: every rank must call."""
         with torch.inference_mode(self._student.savings.teacher_inference and not self.placed.is_sharded):
-            seen = self.placed(TeacherModel.observe, images, wants, comm)
+            seen = self.placed(TeacherModel.observe, images, wants, comm, progress)
         targets = {name: tuple(copied(target) for target in targets) for name, targets in seen.targets.items()}
         return seen._replace(targets=targets)  # autograd saves no tensor of the inference mode
 

@@ -23,6 +23,7 @@ from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets, Te
 from amclip_ds.model.init import Start, init_tensor, initialise, persistent_buffers
 from amclip_ds.model.savings import Savings
 from amclip_ds.objectives import Chosen, builder, start_of
+from amclip_ds.objectives.base import start_of as start_share
 from amclip_ds.optim import WHOLE_TENSOR, OptimConfig, build_optimizer, parameter_groups
 
 LOGIT_SCALE_RANGE = (0.0, math.log(100.0))
@@ -75,7 +76,8 @@ class StudentEngine:
         start_weights(module, self.start, self.stage)
         self.compile_mode = mode_of(str(engine.compile), self.stage, runtime.device)
         self.not_compiled = compile_towers(module, self.compile_mode, self.stage)
-        groups = parameter_groups(module.named_parameters(), optim)
+        starts = {name: start_share(options) for name, options in objectives.items()}
+        groups = parameter_groups(module.named_parameters(), optim, starts)
         self.in_host_memory = in_host_memory = is_offloaded(ds, "offload_optimizer")
         optimizer = (
             build_cpu_adam(groups, optim, engine.deepspeed, runtime)
@@ -151,10 +153,13 @@ class StudentEngine:
             yield
         self.engine.allreduce_gradients()
 
-    def set_lr(self, lr: float) -> None:
-        """Sets each group's learning rate to lr times its lr_scale."""
+    def set_lr(self, lr: float, progress: float = 1.0) -> None:
+        """Sets each group's learning rate to lr times its lr_scale; 0 for what begins later, which then does not decay.
+
+        progress: how much of the run is done, 0 to 1.
+        """
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr * group.get("lr_scale", 1.0) if progress >= group.get("start", 0.0) else 0.0
 
     def step(self) -> StepOutcome:
         """One optimizer step, unless the gradient is not finite: then nothing changes, on all ranks."""
@@ -181,10 +186,11 @@ class StudentEngine:
         return StepOutcome(True, float(norm))
 
     @torch.no_grad()
-    def commit(self, comm: Comm) -> None:
-        """What the objectives do after an applied step. Collective."""
+    def commit(self, comm: Comm, progress: float = 1.0) -> None:
+        """What the objectives that have begun do after an applied step. Collective."""
         for objective in self.module.objectives.values():  # type: ignore[operator,union-attr]
-            objective.commit(comm)
+            if objective.is_on(progress):
+                objective.commit(comm)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -69,9 +69,9 @@ class AClip(nn.Module):
         self.logit_scale = nn.Parameter(torch.zeros(1))  # (1,): a 0-d parameter crashes deepspeed.initialize
         self.logit_bias = nn.Parameter(torch.zeros(1)) if "logit_bias" in self.features() else None
 
-    def features(self) -> frozenset[str]:
-        """What the objectives read, all together."""
-        return frozenset().union(*(objective.features for objective in self._objectives().values()))
+    def features(self, progress: float = 1.0) -> frozenset[str]:
+        """What the objectives that have begun read, all together."""
+        return frozenset().union(*(objective.features for objective in self._objectives(progress).values()))
 
     def forward(self, method: Callable[..., Any], *inputs: Any) -> Any:
         """The engine's entry: `method` of this class over the inputs (an engine's hooks watch forward alone)."""
@@ -79,7 +79,7 @@ class AClip(nn.Module):
 
     def encode(self, inputs: StudentInputs, targets: Targets) -> Encoded:
         """Both towers over some samples, and the per-sample terms, which read tokens. targets: of the same samples."""
-        wanted = self.features()
+        wanted = self.features(inputs.progress)
         cls_only = "patches" not in wanted
         outputs = [
             self.vision(
@@ -99,7 +99,7 @@ class AClip(nn.Module):
             images = by_view(inputs.groups, [group.images.flatten(0, 1) for group in inputs.groups])
             features = features._replace(pixels=tuple(pixels_of(view, self.vision.grid) for view in images))
         texts = {name: self._read(inputs, name) for name in inputs.texts}
-        terms, weighted = self._per_sample(features, texts, targets)
+        terms, weighted = self._per_sample(features, texts, targets, inputs.progress)
         assert features.cls is not None
         eot = {name: text.eot for name, text in texts.items() if text.eot is not None}
         return Encoded(features.cls, eot, kept, terms, weighted)
@@ -108,7 +108,8 @@ class AClip(nn.Module):
         """One text pass, with its tokens where an objective reads them."""
         token_ids = inputs.texts[name]
         if any(
-            "tokens" in objective.features and objective.text_pass == name for objective in self._objectives().values()
+            "tokens" in objective.features and objective.text_pass == name
+            for objective in self._objectives(inputs.progress).values()
         ):
             tokens, eot = self.text.encode(token_ids)
             return Features(eot=eot, tokens=tokens, token_ids=token_ids)
@@ -124,14 +125,15 @@ class AClip(nn.Module):
         progress: how much of the run is done, 0 to 1.
         """
         found: dict[str, Terms] = {}
-        for name in self._order():
-            objective = self._objectives()[name]
+        objectives = self._objectives(progress)
+        for name in in_order(objectives):
+            objective = objectives[name]
             features = self._features_of_batch(objective, cls, eot.get(objective.text_pass or ""))
             features = features._replace(progress=progress)
             found[name] = objective(features, targets.get(name, ()), comm)
             self._check_terms(type(objective).forward, found[name], features)
         total, terms = sample_loss, dict(sample_terms)
-        for name, objective in self._objectives().items():
+        for name, objective in objectives.items():
             for term, value in found[name].items():
                 weighted = objective.weight_of(term) * value
                 total = weighted if total is None else total + weighted
@@ -168,23 +170,17 @@ class AClip(nn.Module):
             return self.vision.feature(outputs[0].tokens.unflatten(0, (len(tokens), -1)))
         return torch.stack([self.vision.feature(view) for view in tokens])
 
-    def _objectives(self) -> dict[str, Any]:
-        return dict(self.objectives.items())
-
-    def _order(self) -> list[str]:
-        """The order of their forwards: those on the embeddings last.
-
-        Autograd sums a feature's gradients beginning with its last reader: the order is part of the numbers.
-        """
-        objectives = self._objectives()
-        return sorted(objectives, key=lambda name: "image_embeds" in objectives[name].features)
+    def _objectives(self, progress: float) -> dict[str, Any]:
+        """Those that have begun."""
+        objectives: dict[str, Any] = dict(self.objectives.items())
+        return {name: objective for name, objective in objectives.items() if objective.is_on(progress)}
 
     def _per_sample(
-        self, features: Features, texts: dict[str, Features], targets: Targets
+        self, features: Features, texts: dict[str, Features], targets: Targets, progress: float
     ) -> tuple[Terms, Tensor | None]:
         terms: Terms = {}
         total = None
-        for name, objective in self._objectives().items():
+        for name, objective in self._objectives(progress).items():
             text = texts.get(objective.text_pass or "", Features())
             own = given(features, text, objective)
             found = objective.per_sample(own, targets.get(name, ()))
@@ -223,6 +219,14 @@ class AClip(nn.Module):
             assert self.logit_bias is not None
             features = features._replace(logit_bias=self.logit_bias.float())
         return features
+
+
+def in_order(objectives: Mapping[str, Any]) -> list[str]:
+    """The order of the objectives' forwards: those on the embeddings last.
+
+    Autograd sums a feature's gradients beginning with its last reader: the order is part of the numbers.
+    """
+    return sorted(objectives, key=lambda name: "image_embeds" in objectives[name].features)
 
 
 def check_new(term: str, terms: Terms, objective: Any) -> None:

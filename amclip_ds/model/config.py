@@ -138,6 +138,8 @@ class Weighted:
     """Weight of its terms in the loss; 0: it is not built."""
     views: list[int] | None = None
     """The views that it reads, by their places in data.views; null: those that it is made for, else all."""
+    start: float = 0.0
+    """Share of the run, from 0 to below 1, after which it begins; before, it costs nothing and its heads stay."""
 
 
 @dataclass
@@ -295,6 +297,8 @@ class LossConfig:
         for name, options in vars(self).items():
             if isinstance(options, Weighted) and options.weight < 0:
                 raise ValueError(f"loss.{name}.weight: {options.weight} must be 0 or more")
+            if isinstance(options, Weighted) and not 0 <= options.start < 1:
+                raise ValueError(f"loss.{name}.start: {options.start} is outside [0, 1), a share of the run")
         if self.release not in ("aclip", "slip"):
             raise ValueError(f"loss.release: {self.release!r} is neither aclip nor slip")
         if self.text not in ("masked", "plain"):

@@ -66,9 +66,10 @@ class TeacherModel(nn.Module):
         """The engine's entry: `method` of this class over the inputs. Call it under torch.no_grad()."""
         return method(self, *inputs)
 
-    def observe(self, images: Tensor, wants: frozenset[str], comm: Comm) -> Observed:
+    def observe(self, images: Tensor, wants: frozenset[str], comm: Comm, progress: float = 1.0) -> Observed:
         """images [B, 3, h, w] normalised, or all views [V, B, 3, h, w]: then V follows B in what is seen, and is first
-        in the scores. wants: of cls, patches, scores. Collective: every rank must call."""
+        in the scores. wants: of cls, patches, scores. progress: how much of the run is done, 0 to 1.
+        Collective: every rank must call."""
         views = images.shape[:-3]
         output = self.vision(images.flatten(0, -4), with_scores="scores" in wants, cls_only="patches" not in wants)
         scores = None if output.scores is None else output.scores.unflatten(0, views)
@@ -78,6 +79,8 @@ class TeacherModel(nn.Module):
         copies = {name: nn.ModuleDict() for name in self._observers} | dict(self.objectives.items())
         targets: Targets = {}
         for name, observer in self._observers.items():
+            if not observer.is_on(progress):
+                continue
             targets[name] = observer.observe(copies[name], seen, comm)
             check_targets(type(observer).observe, targets[name], views[-1])
         return Observed(targets, scores)

@@ -12,7 +12,7 @@ from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import FLAT_OBJECTIVES, HeadsConfig, LossConfig, ModelConfig, Weighted
 from amclip_ds.model.features import FROZEN, FROZEN_IMAGES, Features, Seen, Targets, Terms
 from amclip_ds.model.init import LOGIT_SCALE, Start
-from amclip_ds.objectives import byol, contrastive, simclr
+from amclip_ds.objectives import base, byol, contrastive, simclr
 from amclip_ds.objectives.base import Objective
 from amclip_ds.objectives.byol import BYOL
 from amclip_ds.objectives.clipkd import ClipKD
@@ -103,6 +103,17 @@ def texts_of(objectives: Chosen) -> frozenset[str]:
 def wants_of(objectives: Chosen) -> frozenset[str]:
     """What of the teacher their `observe` reads."""
     return frozenset().union(*(OBJECTIVES[name].targets for name in objectives)) - set(FROZEN)
+
+
+def begun(objectives: Chosen, progress: float) -> Chosen:
+    """Those that have begun when so much of the run is done, 0 to 1."""
+    return {name: options for name, options in objectives.items() if progress >= base.start_of(options)}
+
+
+def views_of(name: str, options: Any) -> tuple[int, ...] | None:
+    """The views that an objective reads; None: all."""
+    chosen = getattr(options, "views", None)
+    return tuple(chosen) if chosen else OBJECTIVES[name].views
 
 
 def with_frozen(objectives: Chosen, targets: Targets, looked: Mapping[str, Tensor]) -> Targets:

@@ -77,6 +77,10 @@ class Objective(nn.Module):
         """Whether `observe` reads what the averaged teacher sees."""
         return bool(cls.targets - set(FROZEN))
 
+    def is_on(self, progress: float) -> bool:
+        """Whether it has begun when so much of the run is done, 0 to 1."""
+        return progress >= start_of(self.options)
+
     def weight_of(self, term: str) -> float:
         """The weight of one of its terms."""
         return self.options.weight
@@ -98,6 +102,11 @@ class Objective(nn.Module):
 
     def commit(self, comm: Comm) -> None:
         """After each applied step: moves state (buffers) such as centres, alike on every rank. Collective."""
+
+
+def start_of(options: Any) -> float:
+    """The share of the run after which an objective begins."""
+    return float(getattr(options, "start", 0.0))
 
 
 def check_declarations(kind: Any, who: str) -> None:

@@ -79,6 +79,8 @@ class Part:
     """the form of the texts that it reads (objectives.base.TEXT_PASSES)"""
     cost: Callable[[Sizes], Cost] = lambda sizes: FREE
     """of the whole local batch"""
+    start: float = 0.0
+    """share of the run after which it begins"""
     observed: Callable[[Sizes], float] = lambda sizes: 0.0
     """floating point operations of making its targets"""
 

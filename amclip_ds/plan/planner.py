@@ -380,6 +380,9 @@ def _notes(plan: Plan) -> list[str]:
         found.append(
             "distill.teacher: the weights and the forward of the frozen model are not counted; they come on top"
         )
+    for name, options in vars(plan.config.loss).items():
+        if getattr(options, "weight", 0) and options.start:
+            found.append(f"loss.{name} begins after {options.start:.0%} of the run: these are the numbers from then on")
     share = settings.plan_batch(plan.config.batch, ask.gpus)
     if plan.recommended is not None and share.splits > 1 and chosen.largest_per_gpu == share.local:
         found.append(f"batch.per_gpu={share.local} fits: no accumulation, and no second forward for it")

@@ -14,6 +14,7 @@ from amclip_ds.method import method_of
 from amclip_ds.model.amclip import Sizes as ModelSizes
 from amclip_ds.model.features import FROZEN, Features, Seen
 from amclip_ds.objectives import OBJECTIVES
+from amclip_ds.objectives.base import start_of
 from amclip_ds.plan.objectives import Cost, Part, Sizes
 from amclip_ds.plan.shapes import Parameter
 
@@ -73,6 +74,7 @@ def part_of(name: str, options: Any, sizes: ModelSizes) -> Part:
         frozenset(kind.targets) - set(FROZEN),  # which another model gives
         frozenset(kind.features),
         text=module.text_pass,
+        start=start_of(options),
         cost=lambda of: measure(of)[0],
         observed=lambda of: measure(of)[1],
     )

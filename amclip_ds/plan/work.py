@@ -247,8 +247,21 @@ def _observed(work: Work, sizes: objectives.Sizes) -> float:
     return sum(part.observed(sizes) for part in work.parts.values())
 
 
-def operations(config: TrainConfig, world: int) -> Callable[[int | list[int], float], float] | None:
-    """(kept tokens of the views, tokens of a text) -> the operations of a rank's batch: what a run's MFU goes by.
+def begun(work: Work, progress: float) -> Work:
+    """A step when so much of the run is done, 0 to 1: without what begins later and what that alone reads."""
+    parts = {name: part for name, part in work.parts.items() if part.start <= progress}
+    if len(parts) == len(work.parts):
+        return work
+    from amclip_ds.method import method_of  # of objectives that are known by their modules alone: torch is loaded
+
+    now = method_of(work.config).at(progress)
+    teacher_grid = work.teacher_grid if now.needs_teacher else None
+    return replace(work, parts=parts, views=work.views[: len(now.masks)], teacher_grid=teacher_grid)
+
+
+def operations(config: TrainConfig, world: int) -> Callable[[int | list[int], float, float], float] | None:
+    """(kept tokens of the views, tokens of a text, how much of the run is done) -> the operations of a rank's batch:
+    what a run's MFU goes by.
 
     None where a part of the run cannot be counted: it may be sound all the same.
     """
@@ -258,9 +271,10 @@ def operations(config: TrainConfig, world: int) -> Callable[[int | list[int], fl
     except UserError:
         return None
 
-    def of_step(kept: int | list[int], text_tokens: float) -> float:
-        views = tuple(kept) if isinstance(kept, list) else (kept,) * len(work.views)
-        return flops_of(replace(work, views=views, text_tokens=round(text_tokens))).model
+    def of_step(kept: int | list[int], text_tokens: float, progress: float) -> float:
+        now = begun(work, progress)
+        views = tuple(kept) if isinstance(kept, list) else (kept,) * len(now.views)
+        return flops_of(replace(now, views=views, text_tokens=round(text_tokens))).model
 
     return of_step
 

@@ -95,6 +95,23 @@ def test_13_and_27_steps_are_40(method: str, shared_dir: Path, tmp_path: Path, a
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_objective_begins_later_alike_at_every_stage(
+    stage: int, shared_dir: Path, tmp_path: Path, amclip: Amclip
+) -> None:
+    """Before it begins its weights do not move, nor decay; against stage 0 in one process."""
+    words = ["loss.patches.start=0.5", "optim.weight_decay=0.5", "optim.warmup_steps=0"]
+    found = []
+    for ranks, ds in ((1, 0), (2, stage)):
+        rows = train(amclip, shared_dir, tmp_path / str(ds), "maskclip", *words, f"engine.deepspeed=zero{ds}_fp32.json",
+                     ranks=ranks, steps=8)  # fmt: skip
+        assert ["loss_patches" in row for row in rows] == [False] * 4 + [True] * 4
+        assert [row["kept_tokens"] for row in rows] == [64] * 4 + [[64, 16]] * 4
+        found.append([row["loss"] for row in rows])
+    assert all(abs(a - b) <= 1e-4 * abs(a) for a, b in zip(*found, strict=True)), found
+
+
+@pytest.mark.nightly
 def test_detailclips_prototypes_do_not_collapse(scenes: Path, tmp_path: Path, amclip: Amclip) -> None:
     """300 steps on scenes: the teacher's mean distribution keeps more than half of the entropy of all prototypes."""
     code, printed = amclip(

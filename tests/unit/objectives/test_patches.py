@@ -4,12 +4,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from amclip_ds import config
 from amclip_ds.comm import SingleProcess
 from amclip_ds.errors import UserError
-from amclip_ds.model.amclip import Sizes
+from amclip_ds.method import Method, method_of
+from amclip_ds.model.amclip import AClip, Sizes
 from amclip_ds.model.config import PatchesOptions
 from amclip_ds.model.features import Features, Seen
+from amclip_ds.model.init import initialise
+from amclip_ds.objectives import OBJECTIVES, builder, start_of
 from amclip_ds.objectives.patches import Patches, positions, removed_places, whitened
+from amclip_ds.optim import OptimConfig, parameter_groups
+from tests.unit.model import tiny
 
 GRID, WIDTH, B, K = 4, 32, 6, 5
 SIZES = Sizes(WIDTH, 12, 8, GRID, 8, 16, 100)
@@ -79,6 +85,51 @@ def test_the_target_is_the_teachers_tokens_whitened() -> None:
 def test_positions_tell_places_apart() -> None:
     table = positions(GRID, torch.empty(1, WIDTH))
     assert table.shape == (GRID**2, WIDTH) and len(table.unique(dim=0)) == GRID**2
+
+
+def late(*words: str) -> Method:
+    return method_of(config.load("maskclip-tiny", ["loss.patches.start=0.8", *words]))
+
+
+def test_before_it_begins_nothing_that_it_alone_reads_is_made() -> None:
+    before, after = late().at(0.79), late().at(0.8)
+    assert list(before.objectives) == ["contrastive"] and not before.needs_teacher and len(before.masks) == 1
+    assert after == late() and after.needs_teacher and len(after.groups(0.8)) == 2
+    read = late("loss.views=[0,1]").at(0.1)
+    assert len(read.masks) == 2 and not read.needs_teacher
+
+
+def test_before_it_begins_the_model_gives_no_term_of_it() -> None:
+    model, options = tiny.model_config(), PatchesOptions(0.5, start=0.8)
+    objectives = {"contrastive": OBJECTIVES["contrastive"].Options(1.0, [0]), "patches": options}
+    student = AClip(model, builder(objectives))
+    initialise(student, start_of(0, model, objectives))
+    images, texts = torch.randn(2 * B, 3, 32, 32), torch.full((B, 8), tiny.EOS)
+    whole = tiny.inputs(images, texts, torch.arange(4).expand(2 * B, 4))
+    targets = {"patches": (torch.randn(B, GRID**2, 32),)}
+    found = {
+        progress: student.encode_and_losses(whole._replace(progress=progress), targets if progress >= 0.8 else {},
+                                            SingleProcess())[0]
+        for progress in (0.0, 0.79, 0.8)
+    }  # fmt: skip
+    assert set(found[0.0].terms) == set(found[0.79].terms) == {"contrastive"} and "patches" in found[0.8].terms
+    groups = parameter_groups(student.named_parameters(), OptimConfig(), {"contrastive": 0.0, "patches": 0.8})
+    starts = {name: group["start"] for group in groups for name in group["names"]}
+    assert {name for name, share in starts.items() if share} == {name for name in starts if "patches." in name}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["loss.patches.start=1"], "loss.patches.start: 1.0 is outside [0, 1), a share of the run"),
+        (["loss.patches.start=0.5", "loss.contrastive_weight=0"], "loss.patches.start: nothing else has a weight"),
+        (["loss.patches.from=0.5"], "loss.patches.from: unknown key; did you mean loss.patches.start?"),
+    ],
+)
+def test_a_wrong_start_is_one_line(words: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        config.load("maskclip-tiny", words)
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_view_that_keeps_everything_is_one_line() -> None:

@@ -136,4 +136,15 @@ def test_what_cannot_be_counted_has_no_operations() -> None:
     config_of = config.load("aclip-tiny", [*SMALL, "model.vision.name=no_such_vit", "model.vision.patch_size=8"])
     assert work.operations(config_of, 1) is None
     count = work.operations(config.load("aclip-tiny", SMALL), 1)
-    assert count is not None and count(32, 16.0) > count(16, 16.0) > count([16, 8], 16.0) > count([16, 8], 8.0)
+    assert count is not None and count(32, 16.0, 0) > count(16, 16.0, 0) > count([16, 8], 16.0, 0) > count(
+        [16, 8], 8.0, 0
+    )
+
+
+def test_what_begins_later_costs_nothing_before() -> None:
+    late = work.operations(config.load("maskclip-tiny", [*SMALL, "loss.patches.start=0.8"]), 1)
+    whole = work.operations(config.load("maskclip-tiny", SMALL), 1)
+    clip = work.operations(config.load("clip-tiny", SMALL), 1)
+    assert late is not None and whole is not None and clip is not None
+    assert late(64, 16.0, 0.79) == pytest.approx(clip(64, 16.0, 0.79), rel=0.01)
+    assert late([64, 16], 16.0, 0.8) == whole([64, 16], 16.0, 0.0) > 1.3 * late(64, 16.0, 0.0)
