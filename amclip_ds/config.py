@@ -66,7 +66,8 @@ SIZES = {  # the largest value -> the keys that take no more: beyond, a run woul
     " loss.detailclip.cls_weight loss.detailclip.pixel_weight loss.detailclip.student_temperature"
     " loss.detailclip.teacher_temperature loss.detailclip.patch_temperature mask.attentive_noise.noise"
     " mask.salience.noise mask.centered.sigma2",
-    2**17: "heads.hidden_dim heads.output_dim loss.detailclip.prototypes loss.detailclip.hidden_dim"
+    2**17: "heads.hidden_dim heads.output_dim loss.clipkd.project_to loss.detailclip.prototypes"
+    " loss.detailclip.hidden_dim"
     " loss.detailclip.bottleneck_dim",
     2**16: "model.vision.width model.text.width model.embed_dim model.text.context_length data.prefetch"
     " data.open_shards data.text_mask.tokens",

@@ -1,44 +1,56 @@
-"""A second teacher that stays as it is: a finished model of ours, whose embeddings objectives read (distill.teacher).
+"""A second teacher that stays as it is: a finished model whose embeddings objectives read (distill.teacher): a run or a
+checkpoint of ours, or an export for open_clip or transformers, of whichever model.
 
 Every rank holds it whole, in fp32. Shapes: V views, B samples, E the teacher's embedding.
 """
 
+from typing import Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from amclip_ds.data.captions import build_tokenizer
+from amclip_ds.data.photometric import MEAN, STD
 from amclip_ds.errors import UserError
-from amclip_ds.evaluate.source import build_towers, locate
+from amclip_ds.evaluate.libraries import Library
+from amclip_ds.evaluate.source import Located, build_towers, locate, open_encoder
 from amclip_ds.model.amclip import by_view
-from amclip_ds.model.config import ModelConfig
+from amclip_ds.model.config import ModelConfig, check_teacher_fits
 from amclip_ds.model.features import FROZEN_IMAGES, FROZEN_SCALE, FROZEN_TEXTS, StudentInputs
+
+WITH_BOTH_TOWERS = ("open_clip", "hf")
+TRIED = ("A photo of two dogs.", "Z\u00fcrich, 3 o'clock!")  # captions whose ids tell tokenizers apart
+
+
+class Towers(Protocol):
+    """Both towers, frozen."""
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """(1,) its logarithm."""
+        ...
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised as ours -> [B, E], fp32 rows of unit length."""
+        ...
+
+    def embed_texts(self, token_ids: Tensor) -> Tensor:
+        """[B, T] -> [B, E] likewise."""
+        ...
 
 
 class FrozenTeacher:
     """Reads the student's own views, with their colour changes and without a mask, and the plain texts."""
 
     def __init__(self, source: str, student: ModelConfig, device: torch.device) -> None:
-        """source: a run, or a checkpoint; of the two that it may hold, its teacher. Raises UserError."""
+        """source: a run, a checkpoint or an export; of the two that a run may hold, its teacher. Raises UserError."""
         try:
             located = locate(source)
-            if located.config is None:
-                raise UserError(f"{located.path} is an export for {located.kind}; name a run or a checkpoint of ours")
-            self.towers = build_towers(located, located.weights[-1], device)
+            self.towers: Towers = _library(located, student, device) or _own(located, student, device)
         except UserError as error:
-            raise UserError(f"distill.teacher: {error}") from None
-        text = located.config.model.text
-        if (text.vocab_size, text.eos_token_id) != (student.text.vocab_size, student.text.eos_token_id):
-            raise UserError(f"distill.teacher: {located.path} has another vocabulary than the student")
-        if text.context_length < student.text.context_length:
-            raise UserError(
-                f"distill.teacher: {located.path} reads texts of {text.context_length} tokens, the student of"
-                f" {student.text.context_length}; set model.text.context_length={text.context_length}"
-            )
-        if student.vision.image_size % self.towers.vision.patch_size:
-            raise UserError(
-                f"distill.teacher: the patches of {located.path} are {self.towers.vision.patch_size} pixels, which do"
-                f" not divide model.vision.image_size={student.vision.image_size}"
-            )
-        self.embed_dim = located.config.model.embed_dim
+            text = str(error)
+            raise UserError(text if text.startswith("distill.teacher: ") else f"distill.teacher: {text}") from None
         self.about = f"distill.teacher: the {located.weights[-1]} of {located.path}, step {located.step}, frozen"
 
     @torch.no_grad()
@@ -56,3 +68,59 @@ class FrozenTeacher:
             read.append(self.towers.embed_texts(token_ids[start : start + micro]))
         scale = self.towers.logit_scale.detach().float().exp().expand(images.shape[1], 1)
         return {FROZEN_IMAGES: torch.cat(seen), FROZEN_TEXTS: torch.cat(read), FROZEN_SCALE: scale}
+
+
+def _own(located: Located, student: ModelConfig, device: torch.device) -> Towers:
+    assert located.config is not None
+    check_teacher_fits(located.config.model, student, str(located.path))
+    return build_towers(located, located.weights[-1], device)
+
+
+def _library(located: Located, student: ModelConfig, device: torch.device) -> "LibraryTowers | None":
+    """The towers of an export; None: it is none."""
+    if located.config is not None:
+        return None
+    if located.kind not in WITH_BOTH_TOWERS:
+        raise UserError(f"{located.path} is an export for {located.kind}; name one for open_clip or transformers")
+    library = open_encoder(located, located.weights[-1], device)
+    assert isinstance(library, Library)
+    return LibraryTowers(library, student)
+
+
+class LibraryTowers:
+    """A library's model, which sees pixels of its own size, mean and deviation, and our token ids."""
+
+    def __init__(self, library: Library, student: ModelConfig) -> None:
+        """Raises UserError for a tokenizer that is not CLIP's, and for texts that it cannot take."""
+        self.library = library
+        tokenizer, length = build_tokenizer(), student.text.context_length
+        theirs = library.tokenise(list(TRIED))
+        self.context_length = theirs.shape[1]
+        if self.context_length < length:
+            raise UserError(
+                f"{library.path} reads texts of {self.context_length} tokens, the student of {length}; set"
+                f" model.text.context_length={self.context_length}"
+            )
+        for text, row in zip(TRIED, theirs.tolist()):
+            ids = tokenizer.encode(text)
+            if row[: len(ids) + 2] != [tokenizer.start, *ids, tokenizer.end]:
+                raise UserError(
+                    f"{library.path} has another tokenizer than CLIP's, and the student reads CLIP's tokens"
+                )
+        mean, std = (torch.tensor(list(part), device=library.device).view(3, 1, 1) for part in library.mean_std)
+        own_mean, own_std = (torch.tensor(part, device=library.device).view(3, 1, 1) for part in (MEAN, STD))
+        self.factor, self.shift = own_std / std, (own_mean - mean) / std
+        self.logit_scale = torch.tensor([library.logit_scale()], device=library.device).log()
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised as ours -> [B, E], fp32 rows of unit length."""
+        size = (self.library.image_size, self.library.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+        return self.library.image(images * self.factor + self.shift)
+
+    def embed_texts(self, token_ids: Tensor) -> Tensor:
+        """[B, T] -> [B, E] likewise."""
+        filled = F.pad(token_ids, (0, self.context_length - token_ids.shape[1]))
+        with self.library._blamed():
+            return F.normalize(self.library.embed_ids(filled).float(), dim=-1)

@@ -12,6 +12,7 @@ from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.sources import check_inputs
 from amclip_ds.engine.ds_config import read_ds_config
 from amclip_ds.errors import UserError
+from amclip_ds.model.config import check_teacher_fits, other_width
 
 # One of them: a run.
 OURS = {run_files.ATTEMPTS, run_files.METRICS, run_files.VERSIONS, run_files.CHECKPOINTS, "slurm", "index"}
@@ -29,8 +30,7 @@ def check(config: TrainConfig, resume: str = "auto") -> None:
     check_inputs(config.data, config.eval.data)
     read_excluded(config.data.exclude)
     config.data.text_mask.read_table()
-    if config.distill.teacher and not hub.local(config.distill.teacher).exists():
-        raise UserError(f"distill.teacher: no such file or folder: {config.distill.teacher}")
+    check_teacher(config)
     check_init(config)
     if resume not in ("auto", "never") and not Path(resume).exists():
         raise UserError(f"--resume {resume}: no such checkpoint; auto (the default) takes the newest of run.out")
@@ -42,6 +42,35 @@ def check(config: TrainConfig, resume: str = "auto") -> None:
         if importlib.util.find_spec(tracker) is None:
             key = "log.wandb_project" if tracker == "wandb" and config.log.wandb_project else "log.trackers"
             raise UserError(f"{key}: {tracker} is not installed: pip install 'amclip_ds[track]', or leave it out")
+
+
+def check_teacher(config: TrainConfig) -> None:
+    """Raises UserError where distill.teacher points nowhere, or at a model that does not fit the student."""
+    if not config.distill.teacher:
+        return
+    path = hub.local(config.distill.teacher)
+    if not path.exists():
+        raise UserError(f"distill.teacher: no such file or folder: {config.distill.teacher}{hub.missing(str(path))}")
+    for folder in (path, path.absolute().parent.parent):  # of a run, or of the run of a checkpoint
+        if (folder / run_files.CONFIG).is_file():
+            teacher = settings.load_run(folder / run_files.CONFIG).model
+            check_teacher_fits(teacher, config.model, str(path))
+            check_width(config, teacher.embed_dim)
+            return
+    from amclip_ds.evaluate import export_folder  # it loads torch
+
+    if (path / "open_clip_config.json").is_file():
+        check_width(config, export_folder.read_open_clip(path).model["embed_dim"])
+    elif (path / "config.json").is_file() and "projection_dim" in export_folder.read_own(path / "config.json"):
+        check_width(config, export_folder.read_hugging_face(path).model["projection_dim"])
+
+
+def check_width(config: TrainConfig, width: int) -> None:
+    """Raises UserError for a teacher whose embeddings are of another width than what is compared with them."""
+    options = config.loss.clipkd
+    own = options.project_to or config.model.embed_dim
+    if options.weight and width != own:
+        raise UserError(other_width(width, config.model.embed_dim, options.project_to))
 
 
 def check_folder(folder: Path) -> None:

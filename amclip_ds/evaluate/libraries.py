@@ -80,6 +80,8 @@ class Library:
     is_tower_alone = False
     """Whether there is no text tower, and the embedding is the tower's own feature."""
     say: Callable[[str], None] | None = None
+    mean_std: tuple[Sequence[float], Sequence[float]] = (photometric.MEAN, photometric.STD)
+    """of the pixels that it was trained on, by channel"""
 
     def __init__(self, weights: str, image_size: int, device: torch.device, own_pixels: bool) -> None:
         self.weights, self.image_size, self.device, self.own_pixels = weights, image_size, device, own_pixels
@@ -172,7 +174,9 @@ class OpenClipModel(Library):
         open_clip.factory.load_checkpoint(self.model, str(file), strict=True)
         self.model.to(device).eval()
         size = self.model.visual.image_size
-        self.transform = image_transform_v2(PreprocessCfg(**facts.preprocess | {"size": size}), is_train=False)
+        pixels = PreprocessCfg(**facts.preprocess | {"size": size})
+        self.mean_std = (pixels.mean, pixels.std)
+        self.transform = image_transform_v2(pixels, is_train=False)
         length = self.model.context_length
         self.tokenizer: Any
         if facts.has_tokenizer_file:
@@ -233,6 +237,7 @@ class HuggingFaceModel(Library):
         name = pixels.pop("image_processor_type", pixels.pop("feature_extractor_type", "CLIPImageProcessor"))
         processor = library.ViTImageProcessor if name.startswith("ViT") else library.CLIPImageProcessor
         self.processor: Any = processor(**pixels)
+        self.mean_std = (self.processor.image_mean, self.processor.image_std)
         config = self.model.config.text_config
         self.tokenizer = ForeignTokenizer(
             path / "tokenizer.json", config.max_position_embeddings, _pad_id(path), config.vocab_size

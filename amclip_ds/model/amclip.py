@@ -208,11 +208,16 @@ class AClip(nn.Module):
         cls = of_views(cls, objective.chosen_views)
         features = Features(cls=cls, eot=eot)
         if "image_embeds" in wanted:
-            rows = normalise(self.image_projection(cls.flatten(0, 1)))
-            features = features._replace(image_embeds=rows.unflatten(0, cls.shape[:2]))
+            rows = self.image_projection(cls.flatten(0, 1))
+            features = features._replace(image_embeds=normalise(rows).unflatten(0, cls.shape[:2]))
+            if "image_projected" in wanted:
+                features = features._replace(image_projected=rows.unflatten(0, cls.shape[:2]))
         if "text_embeds" in wanted:
             assert eot is not None
-            features = features._replace(text_embeds=normalise(self.text_projection(eot)))
+            rows = self.text_projection(eot)
+            features = features._replace(text_embeds=normalise(rows))
+            if "text_projected" in wanted:
+                features = features._replace(text_projected=rows)
         if "image_embeds" in wanted or "text_embeds" in wanted:
             features = features._replace(logit_scale=self.logit_scale.float().exp())
         if "logit_bias" in wanted:

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass, field, replace
 
+from amclip_ds.errors import UserError
+
 
 @dataclass
 class VisionConfig:
@@ -168,6 +170,9 @@ class ClipKDOptions(Weighted):
     """Of the contrast with the teacher's embeddings (ICL)."""
     relation_weight: float = 1.0
     """Of the divergence from the teacher's distribution over the batch (CRD)."""
+    project_to: int | None = None
+    """Width of the teacher's embeddings where it is not model.embed_dim: FD and ICL then compare linear maps of the
+    student's, as published; null: no map."""
     raw_scale: bool = False
     """True: ICL's learned scale multiplies the cosine as it is, its logarithm, as in the published code."""
 
@@ -175,6 +180,36 @@ class ClipKDOptions(Weighted):
         for name in ("feature_weight", "interactive_weight", "relation_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.clipkd.{name}: {getattr(self, name)} must be 0 or more")
+        if self.project_to is not None and self.project_to < 1:
+            raise ValueError(f"loss.clipkd.project_to: {self.project_to} must be at least 1")
+
+
+def other_width(theirs: int, own: int, mapped: int | None) -> str:
+    """What is said of a teacher whose embeddings meet none of that width."""
+    now = f"loss.clipkd.project_to is {mapped}" if mapped else f"the student's {own}"
+    return (
+        f"distill.teacher: its embeddings are {theirs} wide, {now}; set loss.clipkd.project_to={theirs}, or"
+        f" model.embed_dim={theirs}"
+    )
+
+
+def check_teacher_fits(teacher: ModelConfig, student: ModelConfig, name: str) -> None:
+    """Raises UserError, in one line, for a frozen teacher of ours (distill.teacher) that cannot read what this student
+    reads."""
+    theirs, own = teacher.text, student.text
+    if (theirs.vocab_size, theirs.eos_token_id) != (own.vocab_size, own.eos_token_id):
+        raise UserError(f"distill.teacher: {name} has another vocabulary than the student")
+    if theirs.context_length < own.context_length:
+        raise UserError(
+            f"distill.teacher: {name} reads texts of {theirs.context_length} tokens, the student of"
+            f" {own.context_length}; set model.text.context_length={theirs.context_length}"
+        )
+    try:
+        patch_grid(teacher.vision, student.vision.image_size)
+    except ValueError:
+        raise UserError(
+            f"distill.teacher: the patches of {name} do not divide model.vision.image_size={student.vision.image_size}"
+        ) from None
 
 
 @dataclass

@@ -81,6 +81,10 @@ class Features(NamedTuple):
     """[B, T, W] the text's tokens after the last norm (per_sample alone)"""
     token_ids: Tensor | None = None
     """with tokens: [B, T]"""
+    image_projected: Tensor | None = None
+    """[V, B, E] the embeddings of images before they have unit length, in the dtype of the forward"""
+    text_projected: Tensor | None = None
+    """[B, E] likewise of texts"""
     logit_scale: Tensor | None = None
     """(1,) fp32, exp'ed; with the embeddings"""
     logit_bias: Tensor | None = None

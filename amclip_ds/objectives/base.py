@@ -12,8 +12,8 @@ from amclip_ds.model.config import Weighted
 from amclip_ds.model.features import FROZEN, Features, Seen, Terms
 from amclip_ds.model.init import Rule
 
-FEATURES = frozenset({"cls", "eot", "image_embeds", "text_embeds", "logit_bias", "patches", "pixels", "tokens"})
-OF_TEXTS = frozenset({"eot", "text_embeds", "tokens"})
+OF_TEXTS = frozenset({"eot", "text_embeds", "text_projected", "tokens"})
+FEATURES = OF_TEXTS | {"cls", "image_embeds", "image_projected", "logit_bias", "patches", "pixels"}
 TEXT_PASSES = ("plain", "masked")  # masked: as data.text_mask makes it
 TARGETS = frozenset({"cls", "patches", "scores", *FROZEN})
 LOOKS = ("crop", "views")

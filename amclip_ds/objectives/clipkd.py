@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
 from amclip_ds.errors import UserError
-from amclip_ds.model.amclip import Sizes
-from amclip_ds.model.config import ClipKDOptions
+from amclip_ds.model.amclip import Sizes, normalise
+from amclip_ds.model.config import ClipKDOptions, other_width
 from amclip_ds.model.features import FROZEN_IMAGES, FROZEN_SCALE, FROZEN_TEXTS, Features, Terms
 from amclip_ds.model.init import constant
 from amclip_ds.objectives.base import Objective
@@ -24,13 +24,16 @@ class ClipKD(Objective):
     """The student's embeddings, each view's, against the teacher's of the same view and of the texts."""
 
     Options = ClipKDOptions
-    features = frozenset({"image_embeds", "text_embeds"})
+    features = frozenset({"image_embeds", "text_embeds", "image_projected", "text_projected"})
     targets = frozenset({FROZEN_IMAGES, FROZEN_TEXTS, FROZEN_SCALE})
     init = {"kd_scale": constant(math.log(1 / 0.07))}
 
     def __init__(self, options: Any, sizes: Sizes) -> None:
         super().__init__(options, sizes)
         self.kd_scale = nn.Parameter(torch.zeros(1))
+        if options.project_to is not None:
+            self.image_map = nn.Linear(sizes.embed_dim, options.project_to)
+            self.text_map = nn.Linear(sizes.embed_dim, options.project_to)
 
     def weight_of(self, term: str) -> float:
         return self.options.weight * getattr(self.options, f"{term.removeprefix('kd_')}_weight")
@@ -39,23 +42,28 @@ class ClipKD(Objective):
         images, texts, scale = features.image_embeds, features.text_embeds, features.logit_scale
         assert images is not None and texts is not None and scale is not None
         seen, read, teachers_scale = targets[0].transpose(0, 1).float(), targets[1].float(), targets[2][:1].float()
-        if seen.shape[-1] != images.shape[-1]:
-            raise UserError(
-                f"distill.teacher: its embeddings are {seen.shape[-1]} wide, the student's {images.shape[-1]}; set"
-                f" model.embed_dim={seen.shape[-1]}"
-            )
+        near_images, near_texts = self._in_the_teachers_space(features)
+        if seen.shape[-1] != near_images.shape[-1]:
+            raise UserError(other_width(seen.shape[-1], images.shape[-1], self.options.project_to))
         own = self.kd_scale.float() if self.options.raw_scale else self.kd_scale.float().exp()
-        views = list(zip(images, seen))
         sums = [
             (
-                feature(image, taught) + feature(texts, read),
-                interactive(image, texts, taught, read, own, comm),
+                feature(near, taught) + feature(near_texts, read),
+                interactive(near, near_texts, taught, read, own, comm),
                 relation((image, texts), (taught, read), scale, teachers_scale, comm),
             )
-            for image, taught in views
+            for image, near, taught in zip(images, near_images, seen)
         ]
         means = [torch.stack(parts).mean() for parts in zip(*sums)]
         return dict(zip(("kd_feature", "kd_interactive", "kd_relation"), means))
+
+    def _in_the_teachers_space(self, features: Features) -> tuple[Tensor, Tensor]:
+        """The student's embeddings of images [V, B, E] and texts [B, E] as FD and ICL compare them, unit rows."""
+        assert features.image_embeds is not None and features.text_embeds is not None
+        if self.options.project_to is None:
+            return features.image_embeds, features.text_embeds
+        assert features.image_projected is not None and features.text_projected is not None
+        return normalise(self.image_map(features.image_projected)), normalise(self.text_map(features.text_projected))
 
 
 def feature(rows_BE: Tensor, taught_BE: Tensor) -> Tensor:

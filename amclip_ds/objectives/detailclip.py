@@ -116,10 +116,11 @@ class DetailCLIP(Objective):
 
     def _pixels(self, decoded: Tensor, removed: Tensor, pixels_BNC: Tensor) -> Tensor:
         """The squared error of a view's removed patches, each patch's pixels whitened by themselves."""
+        pixels: Any = self.pixels
         target = pixels_BNC.take_along_dim(removed[..., None], 1)
         variance = target.var(dim=-1, keepdim=True)  # unbiased
         target = (target - target.mean(dim=-1, keepdim=True)) / (variance + PIXEL_EPS).sqrt()
-        return F.mse_loss(self.pixels(decoded).float(), target)
+        return F.mse_loss(pixels(decoded).float(), target)
 
     def _patches(self, decoded: list[tuple[Tensor, Tensor]], targets: tuple[Tensor, ...], progress: float) -> Tensor:
         """Each view's removed places against what the teacher saw there in the same view."""

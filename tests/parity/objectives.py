@@ -180,15 +180,35 @@ def check_siglip_on_ranks(numbers: Numbers) -> None:
                 close_gradient(gradient, numbers[f"{case}/siglip/grad/{part}"], f"{case}: {name}, {part}")
 
 
+def in_the_teachers_space(numbers: Numbers, case: str, given: dict[str, Tensor]) -> list[Tensor]:
+    """The student's embeddings as FD and ICL compare them, through the objective with the file's maps."""
+    image, text = given["student_image"], given["student_text"]
+    maps = {f"{ours}_map.{part}": f"w/{theirs}_proj.{part}" for ours, theirs in (("image", "visual"), ("text", "text"))
+            for part in ("weight", "bias")}  # fmt: skip
+    width = numbers[f"{case}/w/visual_proj.weight"].shape[0] if f"{case}/w/visual_proj.weight" in numbers else None
+    made = clipkd.ClipKD(clipkd.ClipKDOptions(1.0, project_to=width), Sizes(1, 1, image.shape[1], 1, 1, 1, 1))
+    features = Features(image_embeds=normalise(image)[None], text_embeds=normalise(text), image_projected=image[None],
+                        text_projected=text)  # fmt: skip
+    held = {name: given[theirs] for name, theirs in maps.items()} if width else {}
+
+    class Mapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of = made
+
+        def forward(self) -> tuple[Tensor, Tensor]:
+            return self.of._in_the_teachers_space(features)
+
+    images, texts = torch.func.functional_call(Mapped(), {f"of.{name}": leaf for name, leaf in held.items()}, ())
+    return [images[0], texts]
+
+
 def clipkd_losses(numbers: Numbers, case: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of one process. The teacher of 12 channels meets the student's embeddings through linear projections."""
     image, text = given["student_image"], given["student_text"]
     teacher = [numbers[f"{case}/in/teacher_{part}"] for part in ("image", "text")]
-    near = [image, text]
-    if f"{case}/w/visual_proj.weight" in numbers:
-        near = [rows @ given[f"w/{tower}_proj.weight"].T + given[f"w/{tower}_proj.bias"]
-                for rows, tower in ((image, "visual"), (text, "text"))]  # fmt: skip
-    near, own = [normalise(rows) for rows in near], (normalise(image), normalise(text))
+    own = (normalise(image), normalise(text))
+    near = in_the_teachers_space(numbers, case, given)
     scale, theirs = given["log_scale"].exp(), numbers[f"{case}/in/teacher_scale"]
     raw = given["w/cross_logit_scale"]
     return {

@@ -7,16 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from amclip_ds import config
+from amclip_ds import config, preconditions
 from amclip_ds.comm import Comm
-from amclip_ds.distill import FrozenTeacher
+from amclip_ds.data.captions import build_tokenizer
+from amclip_ds.data.photometric import MEAN, STD
+from amclip_ds.distill import FrozenTeacher, LibraryTowers
 from amclip_ds.errors import UserError
 from amclip_ds.method import Method, method_of
 from amclip_ds.model.config import Weighted
 from amclip_ds.model.features import Features, StudentInputs, Terms, ViewGroup
 from amclip_ds.objectives import OBJECTIVES, with_frozen
 from amclip_ds.objectives.base import Objective
-from tests.unit.evaluate.exports import write_run
+from tests.unit.evaluate.exports import tiny_model, write_export, write_run
 
 CPU = torch.device("cpu")
 
@@ -67,7 +69,7 @@ def test_it_sees_the_views_in_their_order_whatever_the_piece(run: Path) -> None:
     looked = teacher.look(given, given.texts["plain"], micro=2)
     whole = teacher.look(given, given.texts["plain"], micro=5)
     images, texts = looked["frozen_images"], looked["frozen_texts"]
-    assert images.shape == (5, 3, teacher.embed_dim) and texts.shape == (5, teacher.embed_dim)
+    assert images.shape == (5, 3, 128) and texts.shape == (5, 128)
     assert not images.requires_grad and "frozen" in teacher.about
     for name in looked:
         torch.testing.assert_close(looked[name], whole[name], rtol=1e-5, atol=1e-6)
@@ -114,7 +116,7 @@ def test_a_mistake_is_one_line_before_any_rank_starts(words: list[str], said: st
         (["model.text.vocab_size=49409"], "another vocabulary"),
         (
             ["model.vision.image_size=60", "model.vision.patch_size=6", "mask.unit=1"],
-            "are 8 pixels, which do not divide",
+            "do not divide model.vision.image_size=60",
         ),
     ],
 )
@@ -122,3 +124,67 @@ def test_a_teacher_that_does_not_fit(words: list[str], said: str, run: Path, tmp
     with pytest.raises(UserError, match="distill.teacher: ") as error:
         FrozenTeacher(str(run if words else tmp_path), config.load("clip-tiny", words).model, CPU)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fmt", ["open_clip", "hf"])
+def test_an_export_teaches_as_the_model_that_it_was_made_of(fmt: str, tmp_path: Path) -> None:
+    write_export(fmt, tmp_path / "export")
+    teacher, given = FrozenTeacher(str(tmp_path / "export"), config.load("clip-tiny").model, CPU), inputs()
+    module, _ = tiny_model()
+    looked = teacher.look(given, given.texts["plain"], micro=3)
+    torch.testing.assert_close(looked["frozen_texts"], module.embed_texts(given.texts["plain"]), atol=1e-5, rtol=0)
+    for view, images in ((2, given.groups[0].images[0]), (1, given.groups[1].images[1])):
+        torch.testing.assert_close(looked["frozen_images"][:, view], module.embed_images(images), atol=1e-5, rtol=0)
+    torch.testing.assert_close(looked["frozen_scale"][0], module.logit_scale.exp())
+
+
+def test_another_mean_and_size_are_the_librarys_own() -> None:
+    class Given:
+        image_size, device, mean_std, path = 32, CPU, ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), Path("given")
+
+        def tokenise(self, texts: list[str]) -> Tensor:
+            return build_tokenizer()(texts, 77)
+
+        def logit_scale(self) -> float:
+            return 10.0
+
+        def image(self, pixels: Tensor) -> Tensor:
+            return pixels
+
+    towers = LibraryTowers(Given(), config.load("clip-tiny").model)  # type: ignore[arg-type]
+    plain = torch.rand(2, 3, 1, 1).expand(2, 3, 64, 64)
+    ours = (plain - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    torch.testing.assert_close(towers.embed_images(ours), (plain[..., :32, :32] - 0.5) / 0.25, atol=1e-5, rtol=1e-5)
+    Given.tokenise = lambda self, texts: build_tokenizer()(texts, 77) + 1  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="another tokenizer than CLIP's"):
+        LibraryTowers(Given(), config.load("clip-tiny").model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fmt", ["timm", "onnx"])
+def test_an_export_without_both_towers_is_refused(fmt: str, tmp_path: Path) -> None:
+    write_export(fmt, tmp_path / "export")
+    with pytest.raises(UserError, match=f"distill.teacher: .*an export for {fmt}; name one for open_clip or transf"):
+        FrozenTeacher(str(tmp_path / "export"), config.load("clip-tiny").model, CPU)
+
+
+@pytest.mark.parametrize("source", ["run", "open_clip", "hf"])
+def test_another_width_is_told_before_any_rank_starts(source: str, run: Path, tmp_path: Path) -> None:
+    folder = run
+    if source != "run":
+        folder = tmp_path / "export"
+        write_export(source, folder)
+    words = [f"distill.teacher={folder}", "model.embed_dim=64"]
+    said = "its embeddings are 128 wide, the student's 64; set loss.clipkd.project_to=128, or model.embed_dim=128"
+    with pytest.raises(UserError, match=said) as error:
+        preconditions.check_teacher(config.load("clipkd-tiny", words))
+    assert "\n" not in str(error.value)
+    preconditions.check_teacher(config.load("clipkd-tiny", [*words, "loss.clipkd.project_to=128"]))
+    with pytest.raises(UserError, match="128 wide, loss.clipkd.project_to is 32"):
+        preconditions.check_teacher(config.load("clipkd-tiny", [*words, "loss.clipkd.project_to=32"]))
+
+
+def test_a_teacher_of_shorter_texts_is_told_before_any_rank_starts(run: Path) -> None:
+    with pytest.raises(UserError, match="reads texts of 77 tokens, the student of 99"):
+        preconditions.check_teacher(
+            config.load("clipkd-tiny", [f"distill.teacher={run}", "model.text.context_length=99"])
+        )

@@ -75,7 +75,7 @@ def test_all_ranks_samples_count(world_size: int) -> None:
 
 def test_a_teacher_of_another_width_is_one_line() -> None:
     with pytest.raises(
-        UserError, match="distill.teacher: its embeddings are 12 wide, the student's 8; set model.embed"
+        UserError, match="distill.teacher: its embeddings are 12 wide, the student's 8; set loss.clipkd.project_to=12"
     ):
         terms(unit(1, B, E), width=12)
 
@@ -83,3 +83,20 @@ def test_a_teacher_of_another_width_is_one_line() -> None:
 def test_without_a_weight_it_is_not_built() -> None:
     assert "clipkd" not in method_of(config.load("clip-tiny")).objectives
     assert "clipkd" in method_of(config.load("clipkd-tiny", ["distill.teacher=run"])).objectives
+
+
+def test_a_wider_teacher_meets_maps_of_the_students_embeddings() -> None:
+    made = ClipKD(ClipKDOptions(1.0, project_to=12), SIZES)
+    images, texts = torch.randn(1, B, E), torch.randn(B, E)
+    features = Features(
+        image_embeds=F.normalize(images, dim=-1), text_embeds=F.normalize(texts, dim=-1), image_projected=images,
+        text_projected=texts, logit_scale=torch.tensor([14.0]),
+    )  # fmt: skip
+    taught = unit(B, 1, 12, seed=2), unit(B, 12, seed=3), torch.full((B, 1), 50.0)
+    found = made(features, taught, SingleProcess())
+    near = F.normalize(made.image_map(images[0]), dim=-1), F.normalize(made.text_map(texts), dim=-1)
+    wanted = (near[0] - taught[0][:, 0]).square().mean() + (near[1] - taught[1]).square().mean()
+    torch.testing.assert_close(found["kd_feature"], wanted)
+    sum(found.values()).backward()  # type: ignore[union-attr]
+    assert all(weight.grad is not None and weight.grad.any() for name, weight in made.named_parameters())
+    assert not [name for name, _ in ClipKD(ClipKDOptions(1.0), SIZES).named_parameters() if "map" in name]
