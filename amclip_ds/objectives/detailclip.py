@@ -105,7 +105,8 @@ class DetailCLIP(Objective):
 
     def commit(self, comm: Comm) -> None:
         if self._means is not None:
-            for centre, mean in zip((self.centre, self.patch_centre), self._means):
+            centres: Any = (self.centre, self.patch_centre)
+            for centre, mean in zip(centres, self._means):
                 centre.lerp_(mean, 1 - self.options.centre_momentum)
 
     def _decoded(self, cls_BD: Tensor, patches_BKD: Tensor, keep_BK: Tensor | None) -> tuple[Tensor, Tensor]:
