@@ -4,7 +4,6 @@ Shapes: V views, B images, N patches of a view, K kept.
 """
 
 import base64
-import json
 import math
 import sys
 from contextlib import closing
@@ -19,19 +18,17 @@ from torch import Tensor
 from amclip_ds.config import TrainConfig
 from amclip_ds.data import photometric
 from amclip_ds.data.batch import Batch
-from amclip_ds.data.index import Index
 from amclip_ds.data.loader import TrainingData
-from amclip_ds.data.reader import ShardReader
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.source import build_towers, locate
 from amclip_ds.files import write_atomically
+from amclip_ds.mask_statistics import object_boxes, object_share, patches_inside
 from amclip_ds.masks import MASKS, MaskConfig
 from amclip_ds.masks.units import num_units
 from amclip_ds.method import Method, method_of
 from amclip_ds.model.amclip import AClip, by_view
 from amclip_ds.pictures import captions_of, chosen, darkened, encoded, heat, outlined, sheet, thumbnail
 from amclip_ds.report.page import fill
-from amclip_ds.scenes import patches_inside
 from amclip_ds.step import student_inputs
 
 
@@ -99,24 +96,6 @@ def look_at(config: TrainConfig, data: str, images: int, scratch: Path) -> tuple
         return batch, object_boxes(stream.index, batch.sample_ids.tolist())
 
 
-def object_boxes(index: Index, sample_ids: list[int]) -> Tensor | None:
-    """[B, 4] top, left, height, width in source pixels, from each sample's json; None unless every one has it."""
-    found = []
-    with closing(ShardReader()) as reader:
-        for sample in map(index.sample, sample_ids):
-            if sample.json is None:
-                return None
-            try:
-                facts = json.loads(reader.read_many(sample.shard, [sample.json])[0])
-            except (ValueError, OSError, RecursionError):
-                return None
-            box = facts.get("box") if isinstance(facts, dict) else None
-            if not isinstance(box, list) or len(box) != 4 or not all(type(x) in (int, float) for x in box):
-                return None
-            found.append(box)
-    return torch.tensor(found, dtype=torch.float32)
-
-
 @torch.no_grad()
 def attention(towers: AClip, batch: Batch) -> Tensor:
     """[B, n] fp32: how much the source's class token attends to each patch of the teacher's crop."""
@@ -145,19 +124,13 @@ def kept_by(name: str, method: Method, towers: AClip, batch: Batch, scores: Tens
     inputs = student_inputs(batch, images, scores, replace(method, masks=tuple(now)), progress=1.0)
     every = torch.arange(method.grid**2).expand(len(batch.sample_ids), -1)
     kept = [every if rows is None else rows for rows in by_view(inputs.groups, chosen(inputs, towers.choose))]
-    return Kept(name, kept, [rows.shape[-1] for rows in kept], object_share(kept, batch, boxes, method.grid), note)
-
-
-def object_share(kept: list[Tensor], batch: Batch, boxes: Tensor | None, grid: int) -> float | None:
-    """The mean share of the object's patches that stay, over the views that show any of it."""
-    if boxes is None:
-        return None
-    inside = patches_inside(boxes, batch.boxes[:-1], grid, batch.flips)
-    stays = torch.stack([torch.zeros_like(seen).scatter_(-1, rows, True) for seen, rows in zip(inside, kept)])
-    shown = inside.sum(-1)
-    if not bool((shown > 0).any()):
-        return None
-    return float(((stays & inside).sum(-1)[shown > 0] / shown[shown > 0]).mean())
+    return Kept(
+        name,
+        kept,
+        [rows.shape[-1] for rows in kept],
+        object_share(kept, boxes, batch.boxes[:-1], method.grid, batch.flips),
+        note,
+    )
 
 
 def draw(batch: Batch, scores: Tensor, found: list[Kept], method: Method, boxes: Tensor | None) -> Image.Image:

@@ -66,12 +66,14 @@ class Meter:
             yield
         self._began += time.perf_counter() - began
 
-    def row(self, result: StepResult) -> dict[str, Any]:
-        """The step's losses as means over the ranks, and the interval's times. Collective: every rank must call."""
+    def row(self, result: StepResult, more: dict[str, float] | None = None) -> dict[str, Any]:
+        """The step's losses, and `more` of it, as means over the ranks; the interval's times. Collective: every rank
+        must call."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         steps, elapsed = max(1, self._steps), time.perf_counter() - self._began
         local = {"loss": float(result.loss)} | {name: float(part) for name, part in result.parts.items()}
+        local |= more or {}
         local |= {"data_wait_s": self._wait_s / steps, "step_s": elapsed / steps}
         local["communication_s"] = COMMUNICATION.take() / steps
         if self._operations is not None:

@@ -29,6 +29,7 @@ from amclip_ds.engine.collectives import on_main
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.errors import AmclipError, in_one_line
 from amclip_ds.files import write_atomically
+from amclip_ds.mask_statistics import object_boxes, object_share
 from amclip_ds.masks import NONE
 from amclip_ds.masks.selection import choose
 from amclip_ds.method import Method
@@ -64,10 +65,12 @@ class Pictures:
         self._method, self._record, self._total = method, record, total_steps
         self._steps = [every for every in (log.pictures_every_steps, checkpoint.every_steps) if every]
         self._batch: Batch | None = None
+        self._objects: Tensor | None = None
         if not log.pictures_every_steps or all(mask.strategy == NONE for mask in method.masks):
             return
         try:
-            self._batch = on_main(partial(data.first, IMAGES)).to(device)
+            batch, self._objects = on_main(partial(first_samples, data))
+            self._batch = batch.to(device)
             if record.is_main:
                 store_samples(record.folder / run_files.PICTURES, self._batch, method)
         except (AmclipError, OSError) as error:
@@ -91,15 +94,28 @@ class Pictures:
     def _store(self, step: int, shot: Shot) -> None:
         assert self._batch is not None
         picture = draw(self._batch, shot, self._method, captions_of(self._batch))
-        self._record.masks(row_of(step, shot, self._method.grid), encoded(picture, "JPEG"), *picture.size)
+        self._record.masks(self._row(step, shot), encoded(picture, "JPEG"), *picture.size)
         partial = self._record.folder / run_files.PICTURES / ".masks.png.partial"
         partial.write_bytes(encoded(picture))
         partial.replace(self._record.folder / run_files.PICTURES / "masks.png")
+
+    def _row(self, step: int, shot: Shot) -> dict[str, Any]:
+        assert self._batch is not None
+        views, flips = self._batch.boxes[:-1].cpu(), self._batch.flips
+        share = object_share(shot.kept, self._objects, views, self._method.grid, None if flips is None else flips.cpu())
+        row = row_of(step, shot, self._method.grid)
+        return row if share is None else row | {"object_share": round(share, 4)}
 
     def _failed(self, error: Exception) -> None:
         cause = f"pictures of the masks: {in_one_line(error, 300)}"
         if self._record.is_main:
             self._record.incident("pictures", cause, action="training goes on")
+
+
+def first_samples(data: TrainingData) -> tuple[Batch, Tensor | None]:
+    """The samples of the pictures, and where their objects are, if the data say it. Raises UserError."""
+    batch = data.first(IMAGES)
+    return batch, object_boxes(data.index, batch.sample_ids.tolist())
 
 
 @torch.no_grad()
@@ -156,7 +172,8 @@ def store_samples(folder: Path, batch: Batch, method: Method) -> None:
 
 def row_of(step: int, shot: Shot, grid: int) -> dict[str, Any]:
     """A row of masks.jsonl. kept: by view and image, a bit a patch in hexadecimal, the first patch the highest bit
-    (null: all stay). scores: by image, two digits a patch, the least attended of the image 00, the most ff."""
+    (null: all stay). scores: by image, two digits a patch, the least attended of the image 00, the most ff. Where the
+    data have boxes, object_share beside them: how much of the objects' patches stays."""
     kept = [None if rows is None else [bits(row, grid * grid) for row in rows.tolist()] for rows in shot.kept]
     scores = None if shot.scores is None else [shares(row).hex() for row in shot.scores]
     return {"step": step, "kept": kept, "scores": scores}

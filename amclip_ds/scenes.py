@@ -27,6 +27,7 @@ from amclip_ds.data.reader import ShardReader
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.encoder import TowerEncoder, encode_images
 from amclip_ds.evaluate.zero_shot import build_classifier
+from amclip_ds.mask_statistics import patches_inside
 from amclip_ds.masks import MaskConfig, masks_of_views
 from amclip_ds.masks.selection import select
 from amclip_ds.masks.units import num_units
@@ -110,23 +111,6 @@ def read_facts(index: Index, sample_ids: list[int]) -> list[dict]:
             assert sample.json is not None
             found.append(json.loads(reader.read_many(sample.shard, [sample.json])[0]))
         return found
-
-
-def patches_inside(object_boxes: Tensor, view_boxes: Tensor, grid: int, flips: Tensor | None = None) -> Tensor:
-    """[B, 4] objects and [V, B, 4] views (top, left, height, width, in source pixels) -> [V, B, grid * grid] bool.
-
-    flips: [V, B] bool, the views that are mirrored after the crop.
-    """
-    centres = (torch.arange(grid) + 0.5) / grid
-    top, left, height, width = view_boxes.unbind(-1)
-    y = top[..., None] + centres * height[..., None]  # [V, B, grid]
-    x = left[..., None] + centres * width[..., None]
-    object_top, object_left, object_height, object_width = (edge[:, None] for edge in object_boxes.unbind(-1))
-    in_rows = (y >= object_top) & (y < object_top + object_height)
-    in_columns = (x >= object_left) & (x < object_left + object_width)
-    if flips is not None:
-        in_columns = torch.where(flips[..., None], in_columns.flip(-1), in_columns)
-    return (in_rows[..., :, None] & in_columns[..., None, :]).flatten(-2)
 
 
 def part_accuracies(encoder: TowerEncoder, folder: Path, batch_size: int = 128) -> tuple[float, float]:

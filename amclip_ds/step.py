@@ -57,6 +57,8 @@ class StepResult:
     sample_ids: Tensor
     progress: float = 1.0
     """how much of the run was done before it, 0 to 1"""
+    scores: Tensor | None = None
+    """[B, n] the teacher's of its crop, or [V, B, N] of all views; where a mask goes by them"""
 
 
 def train_step(
@@ -97,7 +99,7 @@ def train_step(
         loss=losses.total.detach(), parts=recorded(losses), lr=lr,
         momentum=momentum, grad_norm=outcome.grad_norm, applied=outcome.applied, logit_scale=losses.logit_scale,
         keep_indices=keep_indices, kept_tokens=count_kept(keep_indices, method.grid**2), sample_ids=batch.sample_ids,
-        progress=progress,
+        progress=progress, scores=observed.scores,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from amclip_ds import plugins, preconditions, run_files
+from amclip_ds import mask_statistics, plugins, preconditions, run_files
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
 from amclip_ds.engine.collectives import on_main
@@ -88,9 +88,16 @@ def account(run: Run, batch: Batch, result: StepResult) -> None:
         record.sample_ids(state.step, run.comm.all_gather(batch.sample_ids).tolist())
     if record.is_due(state.step):
         run.ledger.settle()
-        row = state.numbers() | {"attempt": run.attempt, "time": round(time.time(), 3)} | run.meter.row(result)
+        row = state.numbers() | {"attempt": run.attempt, "time": round(time.time(), 3)}
+        row |= run.meter.row(result, masks_of(batch, result, run.method.grid))
         record.metrics(row, note=str(run.meter.verdict(row)))
         run.watchdog.tell_slow_ranks(record)
+
+
+def masks_of(batch: Batch, result: StepResult, grid: int) -> dict[str, float]:
+    """What the masks did to this rank's samples of a step that is reported."""
+    views = len(result.keep_indices)
+    return mask_statistics.of_step(result.keep_indices, result.scores, batch.boxes[:views], grid, batch.flips)
 
 
 def evaluate(run: Run) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from amclip_ds import run_files
 from amclip_ds.errors import UserError
 from amclip_ds.files import read_bytes, read_json
-from amclip_ds.jsonl import read_lines
+from amclip_ds.jsonl import is_number, read_lines
 
 MOST_STEPS, MOST_SAMPLES, MOST_VIEWS = 24, 16, 8
 MAX_IMAGE = 1 << 18
@@ -47,6 +47,8 @@ class Pictures:
 
     steps: list[int]
     samples: list[Sample]
+    numbers: list[tuple[int, float | None, float | None]] = field(default_factory=list)
+    """(step, agreement with the last step's choice, share of the objects' patches that stays)"""
 
 
 def read_pictures(run: Path) -> Pictures | None:
@@ -68,7 +70,29 @@ def read_pictures(run: Path) -> Pictures | None:
     for place, facts in enumerate(listed[:MOST_SAMPLES] if isinstance(listed, list) else []):
         if isinstance(facts, dict):
             samples.append(_sample(folder, place, facts, rows, grid, masks))
-    return Pictures([row["step"] for row in rows], samples)
+    return Pictures([row["step"] for row in rows], samples, numbers_of(rows))
+
+
+def numbers_of(rows: list[dict[str, Any]]) -> list[tuple[int, float | None, float | None]]:
+    """By row. Agreement: how many of the patches that the last row keeps this one keeps too; of masks that go by the
+    teacher's scores, since chance agrees with nothing."""
+    found = []
+    for row in rows:
+        share = row.get("object_share")
+        same = agreement(row["kept"], rows[-1]["kept"]) if row.get("scores") else None
+        found.append((row["step"], same, share if is_number(share) else None))
+    return found if any(same is not None or share is not None for _, same, share in found) else []
+
+
+def agreement(kept: list[Any], last: list[Any]) -> float | None:
+    """Of two rows' choices, the mean over views and images; None where nothing can be compared."""
+    shares = []
+    for view, final in zip(kept, last):
+        for one, other in zip(view, final) if isinstance(view, list) and isinstance(final, list) else []:
+            if isinstance(other, str) and _is_hex(other, len(other)) and _is_hex(one, len(other)):
+                held = int(other or "0", 16)
+                shares.append((int(one or "0", 16) & held).bit_count() / max(1, held.bit_count()))
+    return sum(shares) / len(shares) if shares else None
 
 
 def _sample(

@@ -116,7 +116,7 @@ def test_detailclips_prototypes_do_not_collapse(scenes: Path, tmp_path: Path, am
     """300 steps on scenes: the teacher's mean distribution keeps more than half of the entropy of all prototypes."""
     code, printed = amclip(
         "train", "detailclip-tiny", f"data.train={scenes}/train", f"run.out={tmp_path}/run", "run.steps=300",
-        "batch.global_size=32", ranks=1,
+        "batch.global_size=32", ranks=1, timeout_s=2000,
     )  # fmt: skip
     assert code == 0, printed
     last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]

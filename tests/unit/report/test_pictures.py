@@ -97,6 +97,26 @@ def test_the_page_shows_the_masks_of_any_step(stored: tuple[Path, list[pictures.
         assert page.errors == []
 
 
+def test_the_masks_in_numbers(stored: tuple[Path, list[pictures.Shot]]) -> None:
+    """Agreement with the last step's choice, of what it keeps; the objects' share where a row has it."""
+    run, shots = stored
+    first, last = (shot.kept[0] for shot in shots)
+    assert first is not None and last is not None
+    shared = [len(set(one.tolist()) & set(other.tolist())) / KEPT for one, other in zip(first, last)]
+    found = read_pictures(run)  # of the second view's first row everything stays: there is nothing to compare
+    assert (
+        found is not None
+        and found.numbers[0][1] == pytest.approx(sum(shared) / 3)
+        and found.numbers[-1] == (100, 1.0, None)
+    )
+    row = pictures.row_of(200, shots[1], GRID) | {"object_share": 0.75}
+    append_line(run / "pictures" / "masks.jsonl", row)
+    append_line(run / "pictures" / "masks.jsonl", row | {"step": 300, "object_share": "x", "scores": None})
+    found = read_pictures(run)
+    assert found is not None and found.numbers[2] == (200, 1.0, 0.75) and found.numbers[3] == (300, None, None)
+    assert "75%" in write_report([run], run / "report.html").read_text()
+
+
 def test_what_no_run_stores_is_left_out(stored: tuple[Path, list[pictures.Shot]]) -> None:
     """Names that lead elsewhere, files that are no image, rows of another shape."""
     folder = stored[0] / "pictures"
