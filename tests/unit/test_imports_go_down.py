@@ -49,7 +49,8 @@ MAY_IMPORT = {
     "evaluate": MIDDLE | {"backlog", "evaluate", "checkpoint", "config"},
     "export": MIDDLE | {"export", "evaluate", "checkpoint", "config"},
     "meter": MIDDLE | {"step"},
-    "scenes": MIDDLE | {"config", "evaluate", "step"},
+    "mask_statistics": {"data"},
+    "scenes": MIDDLE | {"config", "evaluate", "step", "mask_statistics"},
     "picture": MIDDLE | {"scenes"},
     "recipe_headers": set(),
 }
