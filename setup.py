@@ -1,4 +1,4 @@
-"""Adds to what pyproject.toml says: the environment's torchvision hook lies beside the package, editable or not, and a
+"""Adds to what pyproject.toml says: the environment's torchvision hook is beside the package, editable or not, and a
 wheel holds the benchmarks as amclip_ds.benchmarks (a checkout has them at its top).
 """
 
@@ -12,7 +12,7 @@ BENCHMARKS = [path for path in sorted(Path("benchmarks").glob("*.py")) if "from 
 
 
 class BuildPy(build_py):
-    """An editable install builds no package; its wheel holds what lies in the install command's folder."""
+    """An editable install builds no package; its wheel holds what is in the install command's folder."""
 
     def run(self):
         super().run()

@@ -20,7 +20,7 @@ ELSEWHERE = {  # page -> the file it is a copy of
     "contributing.md": ROOT / "CONTRIBUTING.md",
     "changelog.md": ROOT / "CHANGELOG.md",
 }
-EXPLAINED = "aclip-vitb16"  # the recipe whose values stand beside the keys
+EXPLAINED = "aclip-vitb16"  # the recipe whose values are beside the keys
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 

@@ -28,16 +28,16 @@ class Parser(argparse.ArgumentParser):
 
     def _refuse_strangers(self, words: list[str]) -> None:
         words = words[: words.index("--")] if "--" in words else words
-        told = {}
+        reported = {}
         for before, word in zip(["", *words], words):
             option = word.split("=", 1)[0]
             is_option = re.match(r"--?[A-Za-z]", word) and option not in self._option_string_actions
             if is_option and before == "--sbatch":
                 raise SettingsError(f"--sbatch {word}: write --sbatch={word}")
             if is_option:
-                told[option] = f"{option}: unknown option; {self._suggest(option, word)}"
-        if told:
-            raise SettingsError("; ".join(told.values()))
+                reported[option] = f"{option}: unknown option; {self._suggest(option, word)}"
+        if reported:
+            raise SettingsError("; ".join(reported.values()))
 
     def _suggest(self, option: str, word: str) -> str:
         """An option of this command, or the key that it means where the command takes keys."""

@@ -4,7 +4,7 @@
     backlog.append(path, content)       # raises nothing; full, read-only, over quota, gone, not permitted: all the same
     backlog.close()                     # waits a little for what is still held
 
-A trouble is reported on standard error when it begins and when it is over; then `recovered` is told what was late and
+A trouble is reported on standard error when it begins and when it is over; then `recovered` is given what was late and
 what was lost. Each file's part of the memory has a bound, beyond which its oldest lines are lost, and counted.
 """
 
@@ -66,7 +66,7 @@ class Backlog:
         self._hold(path, content, jsonl.append if head is None else add)
 
     def replace(self, path: Path, text: str) -> None:
-        """Makes `text` the file's whole content, old or new whatever happens."""
+        """Makes `text` the file's whole content, old or new in any case."""
         with self._lock:
             file = self._files.get(path)
             if file is not None:
@@ -129,7 +129,7 @@ class Backlog:
         if trouble is None:
             cause = f"{path} cannot be written ({files.describe(error)})"
             trouble = self._troubles[key] = _Trouble(cause, time.monotonic())
-            _say(f"{cause}: the work goes on, what is recorded is held in memory")
+            _say(f"{cause}: the work continues, what is recorded is held in memory")
         trouble.files.add(path)
         trouble.late[path.name] += len(file.waiting)
         file.trouble = trouble

@@ -8,7 +8,7 @@ class Compat:
     pairs_views: bool
     """Online-to-online compares a view with the other one; False: with itself."""
     teacher_sees_views: bool
-    """The teacher's crop contains every view; False: part of a view lies outside in about 7 of 10 samples."""
+    """The teacher's crop contains every view; False: part of a view is outside in about 7 of 10 samples."""
     gathers_gradient: bool
     """SLIP's contrastive loss has the gathered columns' gradient; False: on several ranks it has not."""
     averages_text_ends: bool

@@ -12,7 +12,7 @@ SHELLS = ("bash", "zsh")
 
 
 def is_asked() -> bool:
-    """Whether a shell asks what may stand at its cursor, instead of running a command."""
+    """Whether a shell asks what may follow at its cursor, instead of running a command."""
     return ASKED in os.environ
 
 

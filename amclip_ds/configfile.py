@@ -307,11 +307,11 @@ def read_overrides(words: Sequence[str], known: Mapping[str, Any]) -> Values:
 
 def _twice(key: str, given: list[str]) -> str:
     """Most often a shell has made several words of one."""
-    told = f"{key} is given {len(given)} times: {key}={given[0]} and {key}={given[-1]}"
+    reported = f"{key} is given {len(given)} times: {key}={given[0]} and {key}={given[-1]}"
     whole = unexpand(given)
     if whole is None:
-        return f"{told}; give it once"
-    return f"{told}; a shell expands braces outside quotes: write '{key}={whole}'"
+        return f"{reported}; give it once"
+    return f"{reported}; a shell expands braces outside quotes: write '{key}={whole}'"
 
 
 def unexpand(given: Sequence[str]) -> str | None:
@@ -445,7 +445,7 @@ def _expand(key: str, text: str) -> str:
     missing = re.search(r"\$\{?([A-Za-z_]\w*)\}?", expanded)
     if missing:
         raise LocalSettingsError(f"{key}: the environment variable {missing.group(1)} in {text!r} is not set")
-    plain_yaml.refuse_interpolation(expanded, key)  # config.yaml, which it will stand in, has none
+    plain_yaml.refuse_interpolation(expanded, key)  # config.yaml, which will hold it, has none
     return expanded
 
 

@@ -26,14 +26,14 @@ from amclip_ds.model.text import TextTower
 from amclip_ds.model.vision import VisionTower
 
 TEST_SCENES = 2048
-LOOKED_AT = 512  # scenes over which the kept share of the object is averaged
+NUM_SCENES = 512  # scenes over which the kept share of the object is averaged
 SEED = 0
 CONTROL = "random2x-tiny"
 SETTINGS = {
     "aclip-tiny": ["loss.o2o_weight=0.1", "loss.o2e_weight=0.2"],  # docs/results/speed.md: what they do at this scale
     CONTROL: [],
 }
-TELL_EVERY_S = 30.0
+REPORT_EVERY_S = 30.0
 
 
 def demo(out: Path, steps: int, num_scenes: int, procs: int | None, setup_seconds: float) -> int:
@@ -56,18 +56,18 @@ def demo(out: Path, steps: int, num_scenes: int, procs: int | None, setup_second
     code, control_seconds = trained(CONTROL, shards, control, steps, precision, procs)
     if code:
         return code
-    print("4/5  looking at what the masks keep")
+    print("4/5  measuring what the masks keep")
     config, student, teacher = scenes.load_modules(run)
-    looks = scenes.look_at(config, teacher, shards / "test", num_scenes=LOOKED_AT)
+    masked = scenes.mask_scenes(config, teacher, shards / "test", num_scenes=NUM_SCENES)
     encoder = TowerEncoder(student, "student", config.model.vision.image_size, config.model.text.context_length,
                            torch.device("cpu"))  # fmt: skip
     print("5/5  drawing")
-    picture.draw_masks(looks, out / "masks.png")
+    picture.draw_masks(masked, out / "masks.png")
     picture.draw_curves(run, out / "curves.png", control)
     colour, shape = scenes.part_accuracies(encoder, shards)
     result = final_accuracies(run) | {
         "classes": len(synthetic.CLASSES), "acc1_colour": colour, "acc1_shape": shape,
-        "object_kept_attentive": looks.object_kept("attentive"), "object_kept_random": looks.object_kept("random"),
+        "object_kept_attentive": masked.object_kept("attentive"), "object_kept_random": masked.object_kept("random"),
         "seconds": time.monotonic() - start + setup_seconds, "setup_seconds": setup_seconds,
         "acc1_random": final_accuracies(control)["acc1_student"], "control_seconds": control_seconds,
         "train_seconds": train_seconds, "precision": precision, "steps": steps, "procs": procs, "run": str(run),
@@ -159,7 +159,7 @@ def telling_progress(run: Path, steps: int) -> Iterator[None]:
 
     def tell() -> None:
         began, first = time.monotonic(), 0
-        while not over.wait(TELL_EVERY_S):
+        while not over.wait(REPORT_EVERY_S):
             rows = read_lines(run / run_files.METRICS, run_files.STEP, run_files.MAX_METRICS)
             step = rows[-1]["step"] if rows else 0
             if not first:
@@ -198,7 +198,7 @@ def final_accuracies(run: Path) -> dict[str, Any]:
 
 
 def tell(out: Path, result: dict[str, Any]) -> None:
-    """The closing words: the numbers, against chance, and where everything lies."""
+    """The closing words: the numbers, against chance, and where everything is."""
     classes = result["classes"]
     times = {name: result[f"acc1_{name}"] * classes for name in ("student", "teacher")}
     print(

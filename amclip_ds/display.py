@@ -47,7 +47,7 @@ def _fence(text: str, least: int) -> str:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
-    """A table on standard output. Nothing of it is cut: what a terminal has no room for goes on in the next line, and
+    """A table on standard output. Nothing of it is cut: what has no space continues in the next line, and
     where there is no terminal a row is one line."""
     from rich.table import Table
     from rich.text import Text

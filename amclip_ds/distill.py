@@ -54,7 +54,7 @@ class FrozenTeacher:
         self.about = f"distill.teacher: the {located.weights[-1]} of {located.path}, step {located.step}, frozen"
 
     @torch.no_grad()
-    def look(self, inputs: StudentInputs, token_ids: Tensor, micro: int) -> dict[str, Tensor]:
+    def embed(self, inputs: StudentInputs, token_ids: Tensor, micro: int) -> dict[str, Tensor]:
         """{FROZEN_IMAGES: [B, V, E], FROZEN_TEXTS: [B, E]}, fp32 rows of unit length, and FROZEN_SCALE: [B, 1], the
         teacher's logit scale, exp'ed; micro: samples at a time."""
         images = torch.stack(

@@ -11,7 +11,7 @@ MISTAKE = 2
 """The user's."""
 STOPPED_ITSELF = 3
 TO_REQUEUE = 75
-"""Stopped from outside, after a committed checkpoint: started again, it goes on."""
+"""Stopped from outside, after a committed checkpoint: started again, it continues."""
 FROM_A_FILE = "amclip_plugin_"  # how the module of a plug-in's file is called, so that it takes no other's name
 INTERRUPTED = 130
 """Before there was anything to save."""
@@ -29,7 +29,7 @@ class AmclipError(Exception):
 
 
 class UserError(AmclipError):
-    """The user's mistake: the message is one line that names the key or file and the mend."""
+    """The user's mistake: the message is one line that names the key or file and the fix."""
 
     exit_code = MISTAKE
 

@@ -107,7 +107,7 @@ def not_written(what: str, error: OSError) -> AmclipError:
     full, over quota or broken, which the same command may survive later. what: the key or option, and the path.
     """
     if error.errno in OF_THE_MACHINE:
-        return AmclipError(f"{what} cannot be written: {describe(error)}; once that is over, the same command goes on")
+        return AmclipError(f"{what} cannot be written: {describe(error)}; once that is over, the same command resumes")
     return UserError(f"{what} cannot be written: {describe(error)}")
 
 

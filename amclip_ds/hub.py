@@ -21,7 +21,7 @@ def is_hub_name(source: str) -> bool:
 
 
 def local(source: str) -> Path:
-    """Where a source lies on this machine; a name of the hub is downloaded first. Raises LocalSettingsError."""
+    """Where a source is on this machine; a name of the hub is downloaded first. Raises LocalSettingsError."""
     if source.startswith(LOCAL):
         return Path(source.removeprefix(LOCAL)).expanduser()
     if not is_hub_name(source):

@@ -1,4 +1,4 @@
-"""`--json FILE`, as every command has it: looked at before the work, written after it."""
+"""`--json FILE`, as every command has it: checked before the work, written after it."""
 
 import json
 import os

@@ -26,7 +26,7 @@ from amclip_ds.signals import STOPPING, heeded
 
 PR_SET_PDEATHSIG = 1
 GRACE_S = 5.0  # what the others get to notice by themselves that a rank is gone
-GRACE_WHEN_STOPPING_S = 30.0  # likewise while they may be committing a checkpoint
+GRACE_WHEN_STOPPING_S = 30.0  # the same while they may be committing a checkpoint
 TAIL_BYTES = 4000
 AGREED = (MISTAKE, STOPPED_ITSELF, TO_REQUEUE)  # codes with which all ranks leave alike
 
@@ -197,7 +197,7 @@ def _as_code(status: int) -> int:
 
 
 def _identity(path: Path | None) -> tuple[int, int] | None:
-    """Tells one writing of a file from another."""
+    """Distinguishes one writing of a file from another."""
     try:
         return (path.stat().st_mtime_ns, path.stat().st_ino) if path else None
     except OSError:

@@ -63,7 +63,7 @@ def masks(source: Path, data: str, out: Path, images: int, names: list[str]) -> 
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
-    batch, boxes = look_at(located.config, data, images, out)
+    batch, boxes = load_images(located.config, data, images, out)
     method = method_of(located.config)
     scores = attention(towers, batch)
     found = [kept_by(name, method, towers, batch, scores, boxes) for name in names or MASKS]
@@ -81,7 +81,7 @@ def masks(source: Path, data: str, out: Path, images: int, names: list[str]) -> 
     }  # fmt: skip
 
 
-def look_at(config: TrainConfig, data: str, images: int, scratch: Path) -> tuple[Batch, Tensor | None]:
+def load_images(config: TrainConfig, data: str, images: int, scratch: Path) -> tuple[Batch, Tensor | None]:
     """The first samples of the training order over the shards, and the objects' boxes [B, 4] where all have one."""
     vision, method = config.model.vision, method_of(config)
     settings = replace(config.data, train=data, index=None, workers=0, weights=None, resampled=False, stage_dir="")

@@ -53,9 +53,9 @@ class Method:
     compat: Compat = COMPAT["paper"]
     """what is done as A-CLIP's published code does it"""
     teacher_view: int | None = None
-    """the view that the teacher looks at; None: a crop of its own"""
+    """the view that the teacher sees; None: a crop of its own"""
     sees_views: bool = False
-    """whether it looks at all views instead"""
+    """whether it sees all views instead"""
 
     @property
     def has_teacher_crop(self) -> bool:
@@ -69,7 +69,7 @@ class Method:
 
     @property
     def wants(self) -> frozenset[str]:
-        """What of the teacher's look is read: cls, patches, scores."""
+        """Which of the teacher's outputs are read: cls, patches, scores."""
         return objectives.wants_of(self.objectives) | (self.mask_needs & {"scores"})
 
     def at(self, progress: float) -> "Method":

@@ -3,7 +3,7 @@
     @kept_from_ending_the_work
     def main(argv): ...
 
-What cannot be written is lost, and the work goes on. At the end one line on standard error says so, with code 1 where
+What cannot be written is lost, and the work continues. At the end one line on standard error says so, with code 1 where
 all was well otherwise: the output of a command is its work. Of `train` it is not: that is in the run's folder.
 """
 

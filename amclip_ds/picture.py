@@ -8,27 +8,27 @@ from torch import Tensor
 from amclip_ds import run_files
 from amclip_ds.jsonl import read_lines
 from amclip_ds.plots import pyplot
-from amclip_ds.scenes import Looks
+from amclip_ds.scenes import MaskedScenes
 
 GONE = 0.18  # how bright a removed patch is left
 
 
-def draw_masks(looks: Looks, file: Path, num_scenes: int = 8) -> None:
+def draw_masks(masked: MaskedScenes, file: Path, num_scenes: int = 8) -> None:
     """A row a scene: the teacher's crop with its caption, its scores, and both views under each mask."""
     plt = pyplot()
-    num_views = len(looks.views_uint8)
-    views = [f"{name}, view {view + 1}" for name in looks.kept for view in range(num_views)]
+    num_views = len(masked.views_uint8)
+    views = [f"{name}, view {view + 1}" for name in masked.kept for view in range(num_views)]
     titles = ["teacher's crop", "its scores", *views]
     figure, axes = plt.subplots(num_scenes, len(titles), figsize=(1.75 * len(titles), 1.95 * num_scenes), squeeze=False)
     for scene, row in enumerate(axes):
-        side = int(looks.scores.shape[1] ** 0.5)
-        row[0].imshow(_pixels(looks.teacher_uint8[scene]))
-        row[0].set_xlabel(looks.captions[scene], fontsize=8)
-        row[1].imshow(looks.scores[scene].reshape(side, side), cmap="magma")
+        side = int(masked.scores.shape[1] ** 0.5)
+        row[0].imshow(_pixels(masked.teacher_uint8[scene]))
+        row[0].set_xlabel(masked.captions[scene], fontsize=8)
+        row[1].imshow(masked.scores[scene].reshape(side, side), cmap="magma")
         panels = iter(row[2:])
-        for keep_indices in looks.kept.values():
+        for keep_indices in masked.kept.values():
             for view in range(num_views):
-                next(panels).imshow(shade_removed(looks.views_uint8[view, scene], keep_indices[view][scene], looks))
+                next(panels).imshow(shade_removed(masked.views_uint8[view, scene], keep_indices[view][scene], masked))
         for axis, title in zip(row, titles):
             axis.set_xticks([])
             axis.set_yticks([])
@@ -39,9 +39,9 @@ def draw_masks(looks: Looks, file: Path, num_scenes: int = 8) -> None:
     plt.close(figure)
 
 
-def shade_removed(view_uint8: Tensor, kept_K: Tensor, looks: Looks) -> Tensor:
+def shade_removed(view_uint8: Tensor, kept_K: Tensor, masked: MaskedScenes) -> Tensor:
     """[3, H, H] with the removed patches darkened, as [H, H, 3]."""
-    grid = int(looks.is_object.shape[-1] ** 0.5)
+    grid = int(masked.is_object.shape[-1] ** 0.5)
     bright = torch.full((grid * grid,), GONE).scatter_(0, kept_K, 1.0).reshape(grid, grid)
     patch = view_uint8.shape[-1] // grid
     shade = bright.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
@@ -51,7 +51,7 @@ def shade_removed(view_uint8: Tensor, kept_K: Tensor, looks: Looks) -> Tensor:
 def draw_curves(run: Path, file: Path, control: Path | None = None) -> None:
     """Losses, zero-shot accuracy of student and teacher, and the rate of training, by step.
 
-    control: another run, whose student's accuracy stands beside them.
+    control: another run, whose student's accuracy is beside them.
     """
     plt = pyplot()
     metrics = read_lines(run / run_files.METRICS, run_files.STEP, run_files.MAX_METRICS)

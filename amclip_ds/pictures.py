@@ -1,4 +1,4 @@
-"""What the masks keep of the same few training images while a run goes on: RUN/pictures, TensorBoard, the report.
+"""What the masks keep of the same few training images during a run: RUN/pictures, TensorBoard, the report.
 
     pictures = Pictures(...)                # once; the images are the first of epoch 0, on any world
     pictures.after_step(step, progress)     # in the loop; collective
@@ -81,10 +81,10 @@ class Pictures:
         return step in (1, self._total) or any(step % every == 0 for every in self._steps)
 
     def after_step(self, step: int, progress: float, student: StudentEngine, teacher: Teacher | None) -> None:
-        """Looks, and stores what it sees, where it is due. Collective: every rank must call."""
+        """Applies the masks and stores what they keep, where it is due. Collective: every rank must call."""
         if self._batch is None or not self.is_due(step):
             return
-        shot = look(self._batch, self._method, student, teacher, progress)
+        shot = observe(self._batch, self._method, student, teacher, progress)
         if self._record.is_main:
             try:
                 self._store(step, shot)
@@ -109,7 +109,7 @@ class Pictures:
     def _failed(self, error: Exception) -> None:
         cause = f"pictures of the masks: {in_one_line(error, 300)}"
         if self._record.is_main:
-            self._record.incident("pictures", cause, action="training goes on")
+            self._record.incident("pictures", cause, action="training continues")
 
 
 def first_samples(data: TrainingData) -> tuple[Batch, Tensor | None]:
@@ -119,7 +119,7 @@ def first_samples(data: TrainingData) -> tuple[Batch, Tensor | None]:
 
 
 @torch.no_grad()
-def look(batch: Batch, method: Method, student: StudentEngine, teacher: Teacher | None, progress: float) -> Shot:
+def observe(batch: Batch, method: Method, student: StudentEngine, teacher: Teacher | None, progress: float) -> Shot:
     """What stays of each view now. Collective: every rank must call."""
     scores = None
     views = photometric.apply(batch.views_uint8, batch.photometric)
@@ -134,7 +134,7 @@ def look(batch: Batch, method: Method, student: StudentEngine, teacher: Teacher 
 
 
 def chosen(inputs: StudentInputs, through_tower: Callable[[ViewGroup], Tensor | None]) -> list[Tensor | None]:
-    """By group of views: the tokens that stay, [v * B, K]; None: all. through_tower is asked where a mask looks at
+    """By group of views: the tokens that stay, [v * B, K]; None: all. through_tower is asked where a mask reads
     patch embeddings, on every rank alike."""
     found: list[Tensor | None] = []
     for group in inputs.groups:

@@ -105,7 +105,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise ValueError(f"a key that is not a text (line {key.start_mark.line + 1})")
             if key.value in names and key.tag != MERGE:
-                raise ValueError(f"{key.value[:60]!r} stands twice in one map (line {key.start_mark.line + 1})")
+                raise ValueError(f"{key.value[:60]!r} is given twice in one map (line {key.start_mark.line + 1})")
             names.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -115,7 +115,7 @@ def _check(root: yaml.Node) -> None:
     measured: dict[int, tuple[int, int]] = {}
 
     def measure(node: yaml.Node, above: tuple[int, ...]) -> tuple[int, int]:
-        """(values, levels) of what stands at a node, its aliases unfolded."""
+        """(values, levels) of what is at a node, its aliases unfolded."""
         line = f"(line {node.start_mark.line + 1})"
         if id(node) in above:
             raise ValueError(f"an alias that holds itself {line}")

@@ -126,7 +126,7 @@ def _of_file(path: Path, text: bytes) -> Plugin:
         exec(compile(text, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[plugin.module]
-        raise UserError(f"--plugin {path}: {_told_of_import(error, str(path))}") from None
+        raise UserError(f"--plugin {path}: {_import_failure(error, str(path))}") from None
     return plugin
 
 
@@ -135,12 +135,12 @@ def _of_module(name: str, source: str) -> Plugin:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise UserError(f"--plugin {source}: {_told_of_import(error)}") from None
+            raise UserError(f"--plugin {source}: {_import_failure(error)}") from None
         raise UserError(
             f"--plugin {source}: no module of that name is installed; a file is named with its .py"
         ) from None
     except (Exception, SystemExit) as error:
-        raise UserError(f"--plugin {source}: {_told_of_import(error)}") from None
+        raise UserError(f"--plugin {source}: {_import_failure(error)}") from None
     return Plugin(name, name, _hash_of_files(module), None)
 
 
@@ -232,13 +232,13 @@ def blamed() -> Iterator[None]:
     except AmclipError:
         raise
     except Exception as error:
-        told = _told_of_run(error)
-        if told is None:
+        reported = _run_failure(error)
+        if reported is None:
             raise
-        raise UserError(told) from error
+        raise UserError(reported) from error
 
 
-def _told_of_run(error: Exception) -> str | None:
+def _run_failure(error: Exception) -> str | None:
     """The line about an error of a plug-in's; None where it is not one's."""
     if isinstance(error, MemoryError) or type(error).__name__ in MACHINE_FAULTS:
         return None
@@ -259,7 +259,7 @@ def _files_of(plugin: Plugin) -> tuple[str, ...]:
     return tuple(f"{folder}/" for folder in getattr(module, "__path__", ())) or (str(module.__file__),)
 
 
-def _told_of_import(error: BaseException, file: str = "") -> str:
+def _import_failure(error: BaseException, file: str = "") -> str:
     """`NameError: ... (line 3)`"""
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
     line = getattr(error, "lineno", None) or (lines[-1] if lines else None)

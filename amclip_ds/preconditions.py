@@ -83,9 +83,7 @@ def check_folder(folder: Path) -> None:
             raise UserError(f"run.out: {folder} cannot be written: {above} is not yours to write in") from None
         return
     except NotADirectoryError:
-        raise UserError(
-            f"run.out: {folder} cannot be written: it is a file, or lies below one; name a folder"
-        ) from None
+        raise UserError(f"run.out: {folder} cannot be written: it is a file, or below one; name a folder") from None
     except OSError as error:
         raise UserError(f"run.out: {folder} cannot be read: {error.strerror}") from None
     strange = [name for name in names if name not in BESIDE and not name.startswith(".") and not name.endswith(OUTPUT)]
@@ -97,12 +95,12 @@ def check_folder(folder: Path) -> None:
 
 
 def goes_on(config: TrainConfig) -> bool:
-    """Whether there is a checkpoint: what a run began with, or is evaluated on, must not keep it from going on."""
+    """Whether there is a checkpoint: what a run began with, or is evaluated on, must not keep it from resuming."""
     return bool(list_steps(Path(config.run.out, run_files.CHECKPOINTS)))
 
 
 def check_init(config: TrainConfig) -> None:
-    """Raises UserError where model.init_from points nowhere; a run that goes on needs it no more."""
+    """Raises UserError where model.init_from points nowhere; a run that resumes needs it no more."""
     source = config.model.init_from
     if source and not goes_on(config) and not hub.local(source).exists():
         raise UserError(f"model.init_from: no such file or folder: {source}{hub.missing(source)}")

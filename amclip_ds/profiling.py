@@ -77,7 +77,7 @@ def page_of(operators: list[tuple[str, float, int]], steps: int, wall_s: float, 
 class Profile:
     """Watches some steps of rank 0; elsewhere, and where steps is None, it does nothing.
 
-    say: where the summary's place is told. Call `step` after each step.
+    say: reports where the summary is. Call `step` after each step.
     """
 
     def __init__(self, folder: Path, steps: int | None, is_main: bool, say: Any, on_gpu: bool) -> None:
@@ -123,7 +123,7 @@ class Profile:
             seen.export_chrome_trace(str(self._folder / "trace.json.gz"))
             write_atomically(self._folder / "summary.txt", page)
         except (OSError, RuntimeError) as error:
-            self._say(f"run.profile: not written: {error}; training goes on")
+            self._say(f"run.profile: not written: {error}; training continues")
             return
         self._say(f"profile of {steps} steps: {self._folder}/summary.txt, trace.json.gz\n{page.split(chr(10) * 2)[1]}")
 

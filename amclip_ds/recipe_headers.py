@@ -2,7 +2,7 @@
 numbers are known, what is inferred.
 
 The first line is what it is; `# Group: ...`, `# Source: ...` and so on begin a part each, and a line that begins with
-`#   ` goes on with the part above it.
+`#   ` continues with the part above it.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """What a run writes down: metrics.jsonl, eval.jsonl, incidents.jsonl, out.log, TensorBoard, and the live line.
 
 Every file is appended to line by line, and none of them can end the run (backlog.py). A resume calls `supersede`
-first, which moves rows past the checkpoint's step to *.superseded.jsonl, so that no step stands twice.
+first, which moves rows past the checkpoint's step to *.superseded.jsonl, so that no step is there twice.
 """
 
 import time
@@ -20,7 +20,7 @@ from amclip_ds.trackers import OPEN, Tracker
 from amclip_ds.trackers import run_id as run_id
 
 CLASSES = ("per_class", "confusions", "confusion_matrix")  # of an evaluation: kept in eval_classes.jsonl
-TOLD = ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")  # of an evaluation, on the screen
+HEADLINE_METRICS = ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")  # on the screen
 TRACKERS = ("tensorboard", *OPEN)
 
 
@@ -102,7 +102,7 @@ class Record:
     """A run's pen, which cannot end the run: see backlog.py. On ranks other than 0 only incidents are written.
 
     folder: the run's folder, existing. total_steps, samples_per_epoch, checkpoint_every (steps): for
-    what is told of the progress.
+    what the progress line needs.
     """
 
     def __init__(
@@ -153,9 +153,9 @@ class Record:
         if self._progress:
             self._note(line)
             memory = row.get("peak_memory_gib")
-            told = [f"loss {row['loss']:.3f}", f"{row['samples_per_s']:.0f} samples/s",
+            reported = [f"loss {row['loss']:.3f}", f"{row['samples_per_s']:.0f} samples/s",
                     f"{memory:.1f} GiB" if memory else "", left, note.partition(" ")[0]]  # fmt: skip
-            self._progress.update(self._task, completed=row["step"], told=", ".join(part for part in told if part))
+            self._progress.update(self._task, completed=row["step"], note=", ".join(filter(None, reported)))
         else:
             self.say(line)
 
@@ -176,8 +176,9 @@ class Record:
         for row in rows if self.is_main else ():
             for name, lines in evaluation_lines([row]).items():
                 self._backlog.append(self.folder / name, lines)
-            told = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items() if name in TOLD)
-            self.say(f"Eval Step: {row['step']} {row['dataset']} {row['weights']}: {told}")
+            shown = {name: row["metrics"][name] for name in row["metrics"] if name in HEADLINE_METRICS}
+            reported = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+            self.say(f"Eval Step: {row['step']} {row['dataset']} {row['weights']}: {reported}")
             prefix = f"eval/{row['weights']}/{row['dataset']}"
             self._track(row["step"], {f"{prefix}/{name}": value for name, value in row["metrics"].items()})
 
@@ -189,7 +190,7 @@ class Record:
         })  # fmt: skip
 
     def incidents(self, rows: Iterable[dict[str, str]]) -> None:
-        """Samples that were skipped or mended, as the data's ledger tells them: kind, shard, key, cause. Any rank."""
+        """Samples that were skipped or mended, as the data's ledger lists them: kind, shard, key, cause. Any rank."""
         for row in rows:
             self.incident(**{"action": "replaced by another sample"} | row)  # type: ignore[arg-type]
 
@@ -239,11 +240,11 @@ class Record:
         left = self.total_steps - row["step"]
         if left <= 0:
             return ""
-        told = f"ETA {display.duration(left * row['step_s'])}"
+        reported = f"ETA {display.duration(left * row['step_s'])}"
         if self._checkpoint_every:
             until = min(left, self._checkpoint_every - row["step"] % self._checkpoint_every)
-            told += f", checkpoint in {display.duration(until * row['step_s'])}"
-        return told
+            reported += f", checkpoint in {display.duration(until * row['step_s'])}"
+        return reported
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         self._backlog.append(self.folder / name, jsonl.encode(row))
@@ -268,8 +269,8 @@ class Record:
 
         self._progress = Progress(
             TextColumn("training"), BarColumn(20), MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}", markup=False),
+            TextColumn("{task.fields[note]}", markup=False),
             console=screen,
         )  # fmt: skip
         self._progress.start()
-        self._task = self._progress.add_task("train", total=self.total_steps, completed=first_step, told="first step")
+        self._task = self._progress.add_task("train", total=self.total_steps, completed=first_step, note="first step")

@@ -3,14 +3,14 @@
 Hidden are the user and password of a URL, query values that sign or open it (X-Amz-Signature, sig, token, Expires,
 ...), and in a command its headers, password options, secret variables and tokens of known shape. Everything that a run
 records goes through here: the writers of rows and settings, the log, the index, and every message of an AmclipError.
-A record is therefore no source of a secret: a run that goes on takes it from its command line or `$VARIABLE` again.
+A record is therefore no source of a secret: a run that resumes takes it from its command line or `$VARIABLE` again.
 """
 
 import re
 from typing import Any
 
 HIDDEN = "***"
-"""What stands in the place of a secret."""
+"""What replaces a secret."""
 _END = r"\s\"'\\<>|`{},&;#"
 _SECRET_WORD = (
     r"token|signature|secret|passw|passphrase|pwd|credential|api[-_]?key|access[-_]?key|key[-_]?id|key[-_]?pair"

@@ -53,37 +53,37 @@ def run_settings(run: Path, overrides: list[str], own: list[str]) -> TrainConfig
 
 def compare(run: Path, config: TrainConfig) -> Iterator[Finding]:
     """What of the run is the same here. Raises UserError for a folder that is no run."""
-    told = read_json(run / run_files.VERSIONS, dict) if is_regular(run / run_files.VERSIONS) else {}
+    reported = read_json(run / run_files.VERSIONS, dict) if is_regular(run / run_files.VERSIONS) else {}
     here = json.loads(run_folder.describe_versions())
-    yield from _software(told, here)
-    yield from _revision(run, told, here)
+    yield from _software(reported, here)
+    yield from _revision(run, reported, here)
     yield from _settings(run, config)
     yield from _plugins(run)
     yield from _data(run, config)
     yield from _world(run, config)
 
 
-def _software(told: dict[str, Any], here: dict[str, Any]) -> Iterator[Finding]:
-    if not told:
+def _software(reported: dict[str, Any], here: dict[str, Any]) -> Iterator[Finding]:
+    if not reported:
         yield Finding("software", WARN, "the run left no versions.json", "nothing can be said")
         return
-    names = [name for name in here if name in told and name not in ("git", "command", "platform", "threads")]
-    differing = [f"{name} {told[name]} -> {here[name]}" for name in names if told[name] != here[name]]
+    names = [name for name in here if name in reported and name not in ("git", "command", "platform", "threads")]
+    differing = [f"{name} {reported[name]} -> {here[name]}" for name in names if reported[name] != here[name]]
     if not differing:
         yield Finding("software", OK, f"the same {len(names)} versions")
         return
     exact = any(entry.split()[0] in (*EXACT, "cuda", "python") for entry in differing)
-    wanted = " ".join(f"{name}=={told[name]}" for name in names if told[name] != here[name] and name in EXACT)
+    wanted = " ".join(f"{name}=={reported[name]}" for name in names if reported[name] != here[name] and name in EXACT)
     fix = f"pip install {shlex.quote(wanted)}" if wanted else "the same Python and CUDA"
     yield Finding("software", FAIL if exact else WARN, "; ".join(differing), fix)
-    if told.get("platform") != here.get("platform"):
+    if reported.get("platform") != here.get("platform"):
         yield Finding(
-            "machine", WARN, f"{told.get('platform')} -> {here.get('platform')}", "other processors round otherwise"
+            "machine", WARN, f"{reported.get('platform')} -> {here.get('platform')}", "other processors round otherwise"
         )
 
 
-def _revision(run: Path, told: dict[str, Any], here: dict[str, Any]) -> Iterator[Finding]:
-    then, now = told.get("git"), here.get("git")
+def _revision(run: Path, reported: dict[str, Any], here: dict[str, Any]) -> Iterator[Finding]:
+    then, now = reported.get("git"), here.get("git")
     if not isinstance(then, str):
         yield Finding("revision", WARN, "the run was not started from a checkout: its version alone is known")
         return
@@ -253,8 +253,8 @@ def repeat(run: Path, overrides: list[str], own: list[str], steps: int, procs: i
 
 def _threads(run: Path) -> list[str]:
     """The words that give a command the threads a rank that the run had, where it is recorded."""
-    told = read_json(run / run_files.VERSIONS, dict) if is_regular(run / run_files.VERSIONS) else {}
-    number = told.get("threads")
+    reported = read_json(run / run_files.VERSIONS, dict) if is_regular(run / run_files.VERSIONS) else {}
+    number = reported.get("threads")
     return ["env", f"OMP_NUM_THREADS={number}"] if type(number) is int and 0 < number < 10_000 else []
 
 
@@ -279,8 +279,8 @@ def _train(command: list[str], folder: Path, last: int) -> dict[int, dict[str, A
                     process.wait()
         if last not in rows:
             output.seek(0)
-            told = output.read()[-20000:].decode(errors="replace").strip().splitlines() or ["nothing"]
-            raise UserError(f"the run could not be started again: it said last: {in_one_line(told[-1], 300)}")
+            reported = output.read()[-20000:].decode(errors="replace").strip().splitlines() or ["nothing"]
+            raise UserError(f"the run could not be started again: it said last: {in_one_line(reported[-1], 300)}")
         return rows
 
 

@@ -48,7 +48,7 @@ from amclip_ds.timeline import Timeline
 
 @dataclass
 class TrainState:
-    """Where the run stands; with the engines' tensors, all that a resume needs."""
+    """Where the run is; with the engines' tensors, all that a resume needs."""
 
     step: int = 0
     """Batches consumed."""
@@ -57,7 +57,7 @@ class TrainState:
     samples_seen: int = 0
     epoch: int = 0
     cursor: dict[str, Any] | None = None
-    """Where the stream of batches stands."""
+    """Where the stream of batches is."""
     guards: dict[str, Any] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, int]:
@@ -116,7 +116,7 @@ class Run:
 def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     """Builds a run and takes over the checkpoint that `resume` means; `stack` ends it, the last part first.
 
-    Collective: every rank must call. Raises UserError for what the user can mend.
+    Collective: every rank must call. Raises UserError for what the user can fix.
     """
     runtime = engine_runtime.start(deterministic=config.run.deterministic)
     stack.callback(engine_runtime.stop, runtime)
@@ -221,13 +221,13 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
 
 def check_evaluation(config: TrainConfig, *, is_resumed: bool) -> list[str]:
     """What eval.data was understood as, a line a set. Raises UserError for a mistake in it, but never for a run that
-    goes on: there it costs the evaluations alone."""
+    continues: there it costs the evaluations alone."""
     try:
         return [f"evaluation on {line}" for line in check_sets(config.eval.data)]
     except UserError as error:
         if not is_resumed:
             raise
-        return [f"no evaluation: {error}; training goes on"]
+        return [f"no evaluation: {error}; training continues"]
 
 
 def build_engines(config: TrainConfig, method: Method, runtime: Runtime) -> tuple[StudentEngine, Teacher | None]:

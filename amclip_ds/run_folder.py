@@ -81,7 +81,7 @@ def next_attempt(folder: Path) -> int:
 
 
 class HasStep(Protocol):
-    """What knows where the run stands."""
+    """What knows where the run is."""
 
     step: int
 
@@ -112,7 +112,7 @@ def write_verdict_at_end(
 
 
 def write_verdict(folder: Path, code: int, step: int, attempt: int, reason: str) -> None:
-    """RUN/exit.json: what a launcher's status cannot be trusted to tell. Rank 0 only, after the last commit.
+    """RUN/exit.json: what a launcher's status cannot be trusted to say. Rank 0 only, after the last commit.
 
     Waits a little for a disk that does not take it; without it, the processes' own statuses count.
     """
@@ -200,7 +200,7 @@ def write_run_weights(folder: Path, student: "StudentEngine", teacher: "Teacher 
 
 
 def write_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes named fp32 weights as one safetensors file, old or new whatever happens. Rank 0 only."""
+    """Writes named fp32 weights as one safetensors file, old or new in any case. Rank 0 only."""
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
     _sort_metadata(partial)

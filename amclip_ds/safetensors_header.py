@@ -26,7 +26,7 @@ PIECE = re.compile(r"([a-z_0-9]{1,64})\|([^|]{1,1000})\|([0-9]{1,18})\|([0-9]{1,
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies in a file: bytes [begin, end) after the header."""
+    """Where a tensor is in a file: bytes [begin, end) after the header."""
 
     dtype: str
     """the format's name of it: F32, BF16, ..."""
@@ -82,7 +82,7 @@ def step_of(path: Path, metadata: dict[str, str]) -> int:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice in the header")
+        raise ValueError("a name is there twice in the header")
     return found
 
 
@@ -109,7 +109,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_layout(path: Path, entries: dict[str, Entry], size: int) -> None:
-    """Tensors lie end to end: no overlap, no hole, nothing outside."""
+    """Tensors are end to end: no overlap, no hole, nothing outside."""
     offset = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != offset:

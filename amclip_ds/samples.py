@@ -34,7 +34,7 @@ ALONE = Runtime(0, 1, 0, 1, 1, 0, torch.device("cpu"), "alone", True)
 
 
 @dataclass(frozen=True)
-class Looked:
+class FoundSample:
     """A sample of a step."""
 
     place: int
@@ -47,9 +47,9 @@ class Looked:
     caption: str
     """the one that was drawn"""
     image: bytes
-    """its member, as it lies in the shard"""
+    """its member, as it is in the shard"""
     is_replacement: bool
-    """it stands in for one that cannot be used"""
+    """it replaces one that cannot be used"""
 
 
 def config_of(run: Path) -> TrainConfig:
@@ -60,7 +60,7 @@ def config_of(run: Path) -> TrainConfig:
 
 
 def for_reading(config: TrainConfig, run: Path) -> TrainConfig:
-    """The same settings, with data that this process reads by itself; an index is looked for in the run's folder."""
+    """The same settings, with data that this process reads by itself; an index is expected in the run's folder."""
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, out=str(run)),
@@ -88,8 +88,8 @@ def batch_of(data: TrainingData, step: int) -> Batch:
 
 
 def members_of(data: TrainingData, config: TrainConfig, step: int, ids: list[int] | None = None,
-               most: int | None = None) -> list[Looked]:  # fmt: skip
-    """The samples of a step with what lies in the shards, read but not decoded.
+               most: int | None = None) -> list[FoundSample]:  # fmt: skip
+    """The samples of a step with what is in the shards, read but not decoded.
 
     ids: of the batch as it was made (with replacements); None: those of the order. most: only the first so many.
     """
@@ -114,7 +114,7 @@ def members_of(data: TrainingData, config: TrainConfig, step: int, ids: list[int
             copy: int | str = f"instead of {start + place}" if is_other else int(rows[place][2])
             random = keyed(spec.seed, "sample", epoch, sample_id, copy)
             options = captions.candidates(text, fields, spec.sources, spec.per_line)
-            found.append(Looked(
+            found.append(FoundSample(
                 place, sample_id, sample.key, shard, sample.image[0], captions.choose(options, random), image or b"",
                 is_other,
             ))  # fmt: skip
@@ -135,7 +135,7 @@ def _order(data: TrainingData, epoch: int) -> EpochOrder:
 class Row:
     """A sample of a step, with its crops and its loss."""
 
-    sample: Looked
+    sample: FoundSample
     boxes: list[list[float]]
     """top, left, height, width in source pixels: of each view, the teacher's last"""
     loss: float | None
@@ -193,11 +193,11 @@ def of_step(run: Path, step: int, overrides: list[str], has_losses: bool) -> Sho
     module, weights_of = _towers(run) if has_losses else (None, None)
     with opened(config) as data:
         batch = batch_of(data, step)
-        looked = members_of(data, config, step, batch.sample_ids.tolist())
+        found_samples = members_of(data, config, step, batch.sample_ids.tolist())
         epoch, _ = place_of(data, step)
-    losses = [None] * len(looked) if module is None else losses_of(module, batch)
+    losses = [None] * len(found_samples) if module is None else losses_of(module, batch)
     boxes = batch.boxes.transpose(0, 1).tolist()
-    rows = [Row(*held) for held in zip(looked, boxes, losses)]
+    rows = [Row(*held) for held in zip(found_samples, boxes, losses)]
     return Shown(run, step, epoch, weights_of, rows, batch.incidents)
 
 
@@ -223,7 +223,7 @@ def losses_of(module: Any, batch: Batch, piece: int = 64) -> list[float | None]:
 
 
 def lines(shown: Shown, chosen: list[Row]) -> Iterator[str]:
-    """A line a sample and what stands in its place."""
+    """A line a sample and what is in its place."""
     by = "" if shown.weights_of is None else f"; losses by the weights of step {shown.weights_of}"
     yield f"{shown.run}: step {shown.step} (epoch {shown.epoch}), {len(shown.rows)} samples{by}"
     for row in chosen:
@@ -243,7 +243,7 @@ small{{overflow-wrap:anywhere}}</style><h1>{title}</h1>{figures}</html>
 
 
 def write_page(shown: Shown, chosen: list[Row], file: Path) -> None:
-    """One page with the pictures as they lie in the shards, opened and made small here. Raises UserError."""
+    """One page with the pictures as they are in the shards, opened and made small here. Raises UserError."""
     figures = []
     for row in chosen:
         sample = row.sample
@@ -260,7 +260,7 @@ def write_page(shown: Shown, chosen: list[Row], file: Path) -> None:
         raise UserError(f"--out {file}: cannot be written: {error.strerror}") from None
 
 
-def _picture(sample: Looked) -> str:
+def _picture(sample: FoundSample) -> str:
     try:
         image = open_image(sample.image).picture()
     except ValueError as error:

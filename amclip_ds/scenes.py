@@ -1,7 +1,7 @@
 """How much of a scene's one captioned object do the masks keep? The cheap, early test of an attentive teacher.
 
 Held-out synthetic scenes go through the training path itself (crops, boxes, teacher scores, selection). Their json says
-where the object lies. Random removal keeps keep_ratio of it.
+where the object is. Random removal keeps keep_ratio of it.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from amclip_ds.step import selection
 
 
 @dataclass
-class Looks:
+class MaskedScenes:
     """Scenes as a training step sees them. Shapes: V views, B scenes, N patches of a view, K kept."""
 
     views_uint8: Tensor
@@ -52,7 +52,7 @@ class Looks:
     kept: dict[str, list[Tensor]]
     """attentive, random -> by view [B, K] tokens that stay"""
     is_object: Tensor
-    """[V, B, N] bool: the patch's centre lies in the object's box"""
+    """[V, B, N] bool: the patch's centre is in the object's box"""
     captions: list[str]
 
     def object_kept(self, strategy: str) -> float:
@@ -65,7 +65,7 @@ class Looks:
 
 
 @torch.no_grad()
-def look_at(config: TrainConfig, teacher: TeacherModel, shards: Path, num_scenes: int) -> Looks:
+def mask_scenes(config: TrainConfig, teacher: TeacherModel, shards: Path, num_scenes: int) -> MaskedScenes:
     """The first scenes of the training order over `shards`, seen by the teacher."""
     vision = config.model.vision
     masks = masks_of_views(config.mask, config.data.view_masks())
@@ -88,7 +88,7 @@ def look_at(config: TrainConfig, teacher: TeacherModel, shards: Path, num_scenes
     kept = {name: [kept_by(dataclasses.replace(mask, strategy=name), view, batch, scores, vision.grid)
                    for view, mask in enumerate(masks)] for name in ("attentive", "random")}  # fmt: skip
     boxes = torch.tensor([fact["box"] for fact in facts], dtype=torch.float32)
-    return Looks(
+    return MaskedScenes(
         batch.views_uint8, batch.teacher_uint8, scores, kept,
         patches_inside(boxes, batch.boxes[:-1], vision.grid, batch.flips), [fact["captions"][0] for fact in facts],
     )  # fmt: skip

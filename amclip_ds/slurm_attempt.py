@@ -39,7 +39,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a job may go on restarting."""
+    """How often a job may restart."""
 
     max_restarts: int
     max_stalls: int
@@ -52,7 +52,7 @@ def newest_step(run: Path) -> int:
 
 
 def verdict_time(run: Path) -> int:
-    """When RUN/exit.json was written, in ns; 0 if there is none. Tells an attempt's own verdict from an older one."""
+    """When RUN/exit.json was written, in ns; 0 if there is none. An older verdict has another."""
     with contextlib.suppress(OSError):
         return (run / run_files.VERDICT).stat().st_mtime_ns
     return 0
@@ -81,7 +81,7 @@ def decide(verdict: dict[str, Any] | None, restarts: int, stalls: int, limits: L
         f"stopped at step {verdict.get('step')}: {verdict.get('reason', '')}" if verdict else f"crash (srun: {status})"
     )
     if verdict is not None and str(verdict.get("reason", "")).startswith(STOP_FILE):
-        return Decision(False, TO_REQUEUE, f"{what}; submit again to go on")
+        return Decision(False, TO_REQUEUE, f"{what}; submit again to continue")
     failed = TO_REQUEUE if verdict else (status if 0 < status < 128 else 1)
     if verdict is None and not limits.retry_crashes:
         return Decision(False, failed, f"{what}; the lines above name the rank (AMCLIP_RETRY_CRASHES=1 would requeue)")
@@ -167,8 +167,8 @@ def end(args: argparse.Namespace) -> str:
     stalls = count_stalls([row["step"] for row in mine], newest_step(run))
     limits = Limits(args.max_restarts, args.max_stalls, args.retry_crashes)
     decision = decide(verdict, args.restart, stalls, limits, args.status)
-    told = f"code {verdict['code']} in {run}/exit.json" if verdict else f"no verdict in {run}/exit.json"
-    _say(f"attempt over: {told}: {decision.reason}")
+    reported = f"code {verdict['code']} in {run}/exit.json" if verdict else f"no verdict in {run}/exit.json"
+    _say(f"attempt over: {reported}: {decision.reason}")
     return f"requeue {decision.reason}" if decision.requeue else f"exit {decision.code}"
 
 
@@ -190,7 +190,7 @@ def describe(
 ) -> None:
     """The head of an attempt in the job's log."""
     _say(f"job {args.job}, restart {args.restart}: {args.tasks} task(s) on {args.nodes} node(s): {args.node_list}")
-    _say(f"run {run.resolve()}; {'starts fresh' if step < 0 else f'goes on from step {step}'}; code {revision}")
+    _say(f"run {run.resolve()}; {'starts fresh' if step < 0 else f'resumes from step {step}'}; code {revision}")
     before = earlier[-1] if earlier else {}
     if before and before.get("revision") != revision:
         _say(f"note: the code changed since the last attempt, {before.get('revision')} -> {revision}")

@@ -1,4 +1,4 @@
-"""One optimisation step, in the paper's order: schedules, teacher's look, student and its masks, losses, step, teacher.
+"""One optimisation step, in the paper's order: schedules, teacher's forward, student and masks, losses, step, teacher.
 
 This is the only place that takes one. Shapes: V views, B this rank's samples, K kept tokens.
 """

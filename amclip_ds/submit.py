@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """RUN/slurm, where the script and the command lie."""
+        """RUN/slurm, where the script and the command are."""
         return Path(self.config.run.out) / "slurm"
 
     def shell_line(self) -> str:
@@ -56,7 +56,7 @@ class Plan:
         return ["env", *(f"{name}={value}" for name, value in self.environment.items()), *self.command]
 
     def lines(self) -> list[str]:
-        """What to tell the person who submits."""
+        """What the person who submits should know."""
         lines = [*self.found, f"run folder: {self.config.run.out}", redact(self.shell_line())]
         if self.holds_secrets():
             lines.append(f"the whole command, with its secrets, is in {self.folder}/submit.sh (mode 0600)")
@@ -115,7 +115,7 @@ def gpus_of_partition(partition: str | None) -> int | None:
 
 
 def _gpus_in(gres: str) -> int:
-    """`gpu:a100:4(S:0-1),gpu:2` holds 6, whatever else stands there none."""
+    """`gpu:a100:4(S:0-1),gpu:2` holds 6, anything else none."""
     return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres))
 
 

@@ -39,10 +39,10 @@ class Timeline:
         parts, self._start = self._start, None
         whole = time.time() - psutil.Process().create_time()
         parts["first step and the rest"] = whole - sum(parts.values())
-        told = ", ".join(
+        reported = ", ".join(
             f"{part.replace('_', ' ')} {seconds:.1f}" for part, seconds in parts.items() if seconds >= 0.05
         )
-        return f"start: {whole:.1f} s to the end of the first step ({told})"
+        return f"start: {whole:.1f} s to the end of the first step ({reported})"
 
     def _count(self, part: str, seconds: float) -> None:
         if self._start is not None:

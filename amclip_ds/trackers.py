@@ -1,6 +1,6 @@
 """Trackers of other houses beside TensorBoard: Weights & Biases and trackio. None of them can end or delay a run.
 
-A run keeps its name at a tracker in every attempt (RUN/run_id), so that resumed curves go on. Without a network, and
+A run keeps its name at a tracker in every attempt (RUN/run_id), so that resumed curves continue. Without a network, and
 without a word of the user on it, W&B keeps its files in RUN/wandb; trackio is local by itself.
 """
 
@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 def run_id(folder: Path) -> str:
     """What names this run and no other, in every attempt: kept in RUN/run_id, so that it outlives a rename.
 
-    Two runs of one recipe, in folders of one name, must not go on in each other's place at a tracker. Rank 0.
+    Two runs of one recipe, in folders of one name, must not continue in each other's place at a tracker. Rank 0.
     """
     file = folder / "run_id"
     if not is_regular(file):
@@ -36,7 +36,7 @@ def run_id(folder: Path) -> str:
 class Tracker:
     """A run at a tracker. Whatever fails there is an incident, once, and costs what it failed on.
 
-    incident(kind, cause, action=...): where it is recorded. say: where the user is told.
+    incident(kind, cause, action=...): where it is recorded. say: prints for the user.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class Tracker:
         except Exception as error:  # a library of another house, over a network
             if not self._is_failing:
                 cause = f"{type(error).__name__}: {in_one_line(error, 300)}"
-                print(f"amclip: {TITLES[self._name]} failed ({cause}); training goes on", file=sys.stderr, flush=True)
-                self._incident(self._name, cause, action="training goes on")
+                print(f"amclip: {TITLES[self._name]} failed ({cause}); training continues", file=sys.stderr, flush=True)
+                self._incident(self._name, cause, action="training continues")
             self._is_failing = True
 
 

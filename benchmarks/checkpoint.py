@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--share", type=int, default=2, help="ranks of the run of which --ranks are here")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--device", default="cpu", help="where the state lies: cpu | cuda")
+    parser.add_argument("--device", default="cpu", help="where the state is: cpu | cuda")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     port = free_port()

@@ -29,7 +29,7 @@ CELLS = [f"{size}:{stage}" for size in ("vitb16", "vitl16") for stage in (1, 2, 
 CELLS += ["vitb16:2:fed", "vitb16:2:compile"]
 FED_STEPS = 40  # more than the workers have made ahead
 GIB = 1024.0**3
-SIDE = 8192  # of the matrices that tell the machine's rate
+SIDE = 8192  # of the matrices that show the machine's rate
 
 
 @contextmanager

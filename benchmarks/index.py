@@ -19,7 +19,7 @@ SHARDS, PER_SHARD = 100, 5000
 
 
 def write_index(folder: Path) -> None:
-    """An index of samples that lie nowhere."""
+    """An index of samples that are nowhere."""
     keys = "".join(f"{number:09d}" for number in range(PER_SHARD)).encode()
     records = np.zeros(PER_SHARD, RECORD)
     records["image_block"], records["image_size"] = np.arange(PER_SHARD) * 120, 50_000

@@ -3,7 +3,7 @@
   python -m benchmarks.large_step [--recipe aclip-vitl16] [--deepspeed zero3_bf16.json] [--procs 2] [--steps 2]
 
 Printed: the model state that the formula (docs/memory.md) expects on a rank, the peak resident memory of each rank and
-of all together, and the seconds of the steps. What the machine has free is told first.
+of all together, and the seconds of the steps. What the machine has free is reported first.
 """
 
 import argparse

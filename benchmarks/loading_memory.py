@@ -1,4 +1,4 @@
-"""Does loading leak? Loads without end and tells the resident memory of the run's process and its workers each minute.
+"""Does loading leak? Loads without end and shows the resident memory of the run's process and its workers each minute.
 
 python -m benchmarks.loading_memory --shards '/data/{00000..00009}.tar' --minutes 30 --workers 2
 """
@@ -39,12 +39,12 @@ def main() -> None:
         DataConfig(train=args.shards, workers=args.workers), seed=0, global_batch=args.batch, rank=0, world_size=1,
         image_size=args.image_size, teacher_size=args.image_size, num_units=49, context_length=77,
     )  # fmt: skip
-    process, began, told, seen, rows = psutil.Process(), time.monotonic(), 0.0, 0, []
+    process, began, reported, seen, rows = psutil.Process(), time.monotonic(), 0.0, 0, []
     for batch in data.batches(None):
         seen += len(batch.sample_ids)
         elapsed = time.monotonic() - began
-        if elapsed - told >= 60:
-            told = elapsed
+        if elapsed - reported >= 60:
+            reported = elapsed
             memory = resident_mib(process)
             rows.append((elapsed, sum(memory)))
             parts = " ".join(f"{part:.0f}" for part in memory)

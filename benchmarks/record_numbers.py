@@ -2,7 +2,7 @@
 
     python benchmarks/record_numbers.py record CHECKOUT numbers.json [--full] [--only aclip]
     python benchmarks/record_numbers.py compare A B        each a file that `record` wrote, or a checkout
-    python benchmarks/record_numbers.py goes-on A B        checkouts: does B go on from A's checkpoint of step 10 as A?
+    python benchmarks/record_numbers.py goes-on A B        checkouts: does B resume from A's checkpoint of step 10 as A?
 
 A cell is a method x ZeRO stage x precision x ranks x GradCache splits: 20 steps of METHOD-tiny on synthetic scenes, or
 on photographs. Recorded are each step's loss and terms, gradient norm and kept tokens (exact, as hexadecimal floats),
@@ -204,8 +204,8 @@ def record(
 ) -> dict[str, Any]:
     """Runs the cells in a checkout. data: a folder for the scenes, which must be the same for what is compared.
 
-    folder: where the runs lie, one a cell; kept: they stay. resume: such a folder, from whose checkpoints of step HALF
-    the cells go on.
+    folder: where the runs are, one a cell; kept: they stay. resume: such a folder, from whose checkpoints of step HALF
+    the cells continue.
     """
     scenes = data / "scenes"
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

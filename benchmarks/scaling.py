@@ -71,9 +71,9 @@ def model(args: argparse.Namespace) -> int:
         parts = parts_of_step(work_of(settings.load(args.recipe, words), gpus, args.tokens), gpus, args)
         step_s = sum(parts.values())
         first = first or step_s
-        told = "  ".join(f"{part} {seconds * 1e3:.1f}" for part, seconds in parts.items())
+        reported = "  ".join(f"{part} {seconds * 1e3:.1f}" for part, seconds in parts.items())
         rate = f"{size / step_s:12,.0f} samples/s  {first / step_s:6.1%}"
-        print(f"{gpus:5} GPUs  {step_s * 1e3:8.1f} ms  {rate}  ({told} ms)")
+        print(f"{gpus:5} GPUs  {step_s * 1e3:8.1f} ms  {rate}  ({reported} ms)")
     return 0
 
 

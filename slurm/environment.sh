@@ -1,7 +1,7 @@
 # environment.sh: where a job of ours finds its folder, its site file and its Python. Read by every *.sbatch here.
 #
 # Sets python, job, AMCLIP_CONTAINER, AMCLIP_SRUN and the functions say, give_up and once. What is particular to a
-# cluster (modules, conda, container, network) stands in one file: slurm/sites/CLUSTERNAME.env, see sites/example.env, or
+# cluster (modules, conda, container, network) is in one file: slurm/sites/CLUSTERNAME.env, see sites/example.env, or
 # ~/.config/amclip/CLUSTERNAME.env, where the package is installed and has no folder of yours.
 set -u
 

@@ -80,7 +80,7 @@ def _ask(request: dict[str, Any]) -> list[int | str]:
 def _serve() -> None:
     """The server's loop: import once, then fork the ranks of each request and wait for them."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever the imports and the ranks print goes to standard error
+    os.dup2(2, 1)  # what the imports and the ranks print goes to standard error
     import torch
 
     torch.set_num_threads(1)

@@ -4,7 +4,7 @@
   amclip compare clip-tiny aclip-tiny ... --budget flops=1e15 --out cmp       as many steps as the operations pay for
   amclip compare clip-tiny aclip-tiny ... --budget seconds=600 --out cmp      a step of each is timed first
 
-A row with settings of its own is a yaml: `recipe: aclip-tiny` and what differs. Stopped, the same command goes on:
+A row with settings of its own is a yaml: `recipe: aclip-tiny` and what differs. Stopped, the same command resumes:
 whole runs are read, an interrupted one is resumed; more seeds or recipes may be added. OUT has a folder a run,
 compare.json, compare.txt and compare.png. Accuracy at equal time is read from each run's own
 evaluations (eval.every_steps).

@@ -2,7 +2,7 @@
 
   amclip data synth --out scenes            a small data set to try everything on
   amclip data pack pairs.csv --out /data/pairs    shards of a folder, a table, a Hugging Face data set
-  amclip data index '/data/{00000..00999}.tar'    where each sample lies; training reads it
+  amclip data index '/data/{00000..00999}.tar'    where each sample is; training reads it
   amclip data check /data/cc12m             before sbatch: what training would trip over; the exit code says go or no
   amclip data stats /data/cc12m --out stats  distributions: sizes, aspects, captions, tokens
 
@@ -32,7 +32,7 @@ PACK = """Makes tars to train on of images with captions.
   amclip data pack /data/pokemon --split train --out /data/p  Parquet or Arrow with the images inside (Hugging Face)
 
 Every image is decoded; what training would trip over is left out, counted and named in DIR/pack.jsonl. Started again
-with the same arguments, a pack that was stopped goes on from its last whole tar. A sample's key is its row's number.
+with the same arguments, a pack that was stopped resumes from its last whole tar. A sample's key is its row's number.
 Rows keep their order: shuffle a table that is sorted by class, since training shuffles within windows of shards.
 """
 SYNTH = """Makes cluttered scenes with one captioned object each: 8 shapes x 8 colours, so chance is 1/64.
@@ -43,12 +43,12 @@ SYNTH = """Makes cluttered scenes with one captioned object each: 8 shapes x 8 c
 The same arguments give the same bytes on every machine. DIR holds train/*.tar and, in CLIP_benchmark's layout, test/
 with classnames.txt and templates; each sample is key.jpg, key.txt, key.cls and key.json with the object's box.
 """
-INDEX = """Reads every tar once and writes where each sample lies and what it holds (46 bytes each, beside its key).
+INDEX = """Reads every tar once and writes where each sample is and what it holds (46 bytes each, beside its key).
 
   amclip data index '/data/cc12m/{00000..01242}.tar' --out /data/cc12m-index
   amclip train aclip-vitb16 data.train=/data/cc12m data.index=/data/cc12m-index
 
-Without --out the index lies beside the shards, where training finds it by itself. Training compares each member that it
+Without --out the index is beside the shards, where training finds it by itself. Training compares each member that it
 reads with the checksum noted here: a shard that changed is named, and refused (data.on_change); a touch is nothing.
 """
 CHECK = """Reads every sample as training would and accounts for each: expected = read + skipped + lost.
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     pack = _add(actions, "pack", "make shards of a folder, a table, a Hugging Face data set", PACK, _pack)
     pack.add_argument("source", metavar="SOURCE", help="a folder, a .csv, .tsv, .jsonl, .parquet or .arrow file")
-    pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or one to go on with")
+    pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or one to continue with")
     pack.add_argument(
         "--image-key", metavar="COLUMN", help="of the images' names or bytes (default: filepath, image, ...)"
     )
@@ -97,11 +97,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pack.add_argument("--workers", type=whole(1, 1024), metavar="N", help="threads (default: one per core)")
     pack.add_argument("--json", type=Path, metavar="FILE", help="write the counts there")
 
-    index = _add(actions, "index", "write where each sample of the shards lies", INDEX, _index)
+    index = _add(actions, "index", "write where each sample of the shards is", INDEX, _index)
     _add_shards(index)
     index.add_argument("--out", type=Path, metavar="DIR", help="the index's folder (default: beside the shards)")
 
-    check = _add(actions, "check", "look for what training would trip over", CHECK, _check)
+    check = _add(actions, "check", "find what training would trip over", CHECK, _check)
     _add_shards(check)
     _add_captions(check)
     check.add_argument(
@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--max-skip-rate", type=number(0, 1), metavar="F", help="to be skipped or doubled (default 0.02)"
     )
-    check.add_argument("--global-batch", type=whole(1), default=4096, metavar="N", help="to tell an epoch's steps")
+    check.add_argument("--global-batch", type=whole(1), default=4096, metavar="N", help="to count an epoch's steps")
     check.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
 
     stats = _add(actions, "stats", "distributions of sizes and captions, with pictures", STATS, _stats)
@@ -157,7 +157,7 @@ def _synth(args: argparse.Namespace) -> int:
         args.out, args.train, args.test, args.image_size, args.seed, shard_size=args.shard_size,
         coloured_distractors=args.coloured_distractors, workers=args.workers,
     )  # fmt: skip
-    done = "made" if made else "stand already"
+    done = "made" if made else "already exist"
     print(f"{args.train} training and {args.test} held-out scenes {done}")
     print(args.out)
     return 0

@@ -3,7 +3,7 @@ here, evaluates and draws them.
 
   amclip demo --out out/demo
 
-About 7 minutes on two cores. At the end it prints the accuracies on held-out scenes and says where everything lies;
+About 7 minutes on two cores. At the end it prints the accuracies on held-out scenes and says where everything is;
 the numbers are in OUT/demo.json, the pictures in OUT/*.png.
 """
 

@@ -1,4 +1,4 @@
-"""Looks at this machine, and at a run that does not learn: each finding is ok, warn or fail, with its fix.
+"""Checks this machine, and a run that does not learn: each finding is ok, warn or fail, with its fix.
 
   amclip doctor                        software, GPUs, compiler, disk, /dev/shm, limits, clock, launcher, collective
   amclip doctor runs/aclip-vitb16      the same, and why the run does not learn: loss, learning rate, logit scale,
@@ -18,7 +18,7 @@ HELP = "what this machine has and would fail at; why a run does not learn"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where runs are to lie (here)")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where runs are to be (here)")
     parser.add_argument("--json", metavar="FILE", help="also write the findings as JSON")
 
 

@@ -7,7 +7,7 @@
   amclip export runs/aclip-vitb16 --format onnx --out exported/onnx        both towers as graphs
 
 Embeddings of 64 real images and texts must agree within 1e-5 (--proof SHARDS; default: the run's own first training
-shard, or made scenes where none is at hand). Cosine and largest difference are printed. A mismatch deletes the export
+shard, or made scenes where none is available). Cosine and largest difference are printed. A mismatch deletes the export
 and exits with code 1.
 """
 

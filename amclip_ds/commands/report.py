@@ -1,4 +1,4 @@
-"""Writes a run, or several, as one HTML file: how it stands and why, curves, time line, data, masks, classes, settings.
+"""Writes a run, or several, as one HTML file: its state and why, curves, time line, data, masks, classes, settings.
 
   amclip report runs/aclip-vitb16                        -> runs/aclip-vitb16/report.html
   amclip report runs/clip runs/aclip --out both.html     compared: curves over each other, what differs

@@ -5,7 +5,7 @@
   amclip recipes aclip-vitb16        what can be set, and what it means
   amclip train aclip-tiny ... --plugin mine.py mask.strategy=mine loss.mine.weight=1        docs/add-your-own.md
 
-The last line printed is the run's folder. Started again with the same arguments, it goes on from its newest checkpoint.
+The last line printed is the run's folder. Started again with the same arguments, it resumes from its newest checkpoint.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--procs", type=whole(1, 1024), metavar="N", help="start N processes on this machine")
     parser.add_argument(
         "--resume", default="auto", metavar="auto|PATH|never",
-        help="auto (default): go on from the newest checkpoint, fresh only if there is none",
+        help="auto (default): resume from the newest checkpoint, fresh only if there is none",
     )  # fmt: skip
     add_plugin(parser)
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if args.procs is not None or is_alone():
         preconditions.check(settings, args.resume)
     if args.procs is not None:
-        config.plan_batch(settings.batch, args.procs)  # a mistake is told once, not by every rank
+        config.plan_batch(settings.batch, args.procs)  # a mistake is reported once, not by every rank
         argv = ["train", args.recipe, *args.overrides, "--resume", args.resume, *plugin_words(args.plugin)]
         patience_s = settings.preemption.forced_exit_s + 30  # the ranks' own timers come first, and show their stacks
         return run_ranks([sys.executable, "-m", "amclip_ds", *argv], args.procs, settings.run.out,

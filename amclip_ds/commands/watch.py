@@ -3,7 +3,7 @@
   amclip watch runs/aclip-vitb16 --data /eval/imagenet1k
 
 Reads only committed checkpoints, pins each while it reads it, and appends to the run's eval.jsonl. Started again, it
-goes on where it was. It ends when the run has ended and its last checkpoint is evaluated, or with --once.
+resumes where it was. It ends when the run has ended and its last checkpoint is evaluated, or with --once.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=("student", "teacher", "both"), default="both", help="which weights (both)"
     )
-    parser.add_argument("--every-s", type=number(0.1), default=10.0, metavar="S", help="seconds between two looks (10)")
+    parser.add_argument("--every-s", type=number(0.1), default=10.0, metavar="S", help="seconds between two polls (10)")
     parser.add_argument("--batch-size", type=whole(1), default=64, metavar="N", help="images in one forward (64)")
     parser.add_argument("--once", action="store_true", help="evaluate what is there now, then end")
 

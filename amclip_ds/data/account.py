@@ -20,7 +20,7 @@ class Account:
     left_out: dict[str, int]
     """cause -> images that are in the tars and in no sample"""
     scattered: int
-    """samples without a caption whose caption lies elsewhere in the tar"""
+    """samples without a caption whose caption is elsewhere in the tar"""
     first: dict[str, str]
     """cause -> the first one's name and shard"""
 

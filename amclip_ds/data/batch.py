@@ -19,7 +19,7 @@ class Batch:
     views_uint8: Tensor
     """[V, B, 3, H, H] crops, before photometric changes"""
     teacher_uint8: Tensor | None
-    """[B, 3, h, h], never photometrically changed; None where no teacher looks"""
+    """[B, 3, h, h], never photometrically changed; None where there is no teacher"""
     boxes: Tensor
     """[V + 1, B, 4] float32: top, left, height, width in source pixels; the last row is the teacher's"""
     photometric: Photometric
@@ -32,7 +32,7 @@ class Batch:
     """[B] int64: place in the index; the same sample has the same id in every epoch and world"""
     epoch: int
     cursor: dict[str, Any]
-    """where the stream stands AFTER this batch: {"epoch", "step"} in global batches"""
+    """where the stream is AFTER this batch: {"epoch", "step"} in global batches"""
     flips: Tensor | None = None
     """[V, B] bool: the views that were mirrored after the crop; None where no view is ever"""
     mask_noise2: Tensor | None = None

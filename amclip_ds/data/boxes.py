@@ -61,7 +61,7 @@ def enlarged_union(random: np.random.Generator, views: list[Box], height: int, w
 
 
 def enlarge_as_released(random: np.random.Generator, views: list[Box], height: int, width: int) -> Box:
-    """The published code's box, with its two slips: the second view's HEIGHT stands for its left edge, and the corner
+    """The published code's box, with its two slips: the second view's HEIGHT is taken for its left edge, and the corner
     moves outwards while height and width are drawn as if it had not."""
     first, second = views[0], views[-1]
     top, left = min(first[0], second[0]), min(first[1], second[2])
@@ -72,5 +72,5 @@ def enlarge_as_released(random: np.random.Generator, views: list[Box], height: i
 
 
 def _between(random: np.random.Generator, low: int, high: int) -> int:
-    """A uniform whole number in [low, high]. Draws one number whatever the range."""
+    """A uniform whole number in [low, high]. Draws one number regardless of the range."""
     return low + int(random.random() * (high - low + 1))

@@ -1,4 +1,4 @@
-"""Which shards are no longer what was indexed: suspected by size, time or ETag, found guilty by content.
+"""Which shards are no longer what was indexed: suspected by size, time or ETag, confirmed by content.
 
 A shard whose time alone is new (touched, copied, uploaded again) is scanned once more, and stays what it was if the
 checksums of all members are equal. One that differs is named with the first sample that does.
@@ -34,7 +34,7 @@ class Changed(NamedTuple):
 
 
 def changed_shards(index: Index, paths: list[str], numbers: list[int], processes: int) -> list[Changed]:
-    """What has changed in the shards of these numbers, that lie at these paths now."""
+    """What has changed in the shards of these numbers, that are at these paths now."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         doubts = list(pool.map(lambda of: _doubt(index, *of), zip(paths, numbers)))
     found = [Changed(redact(path), doubt) for path, doubt in zip(paths, doubts) if doubt == GONE]
@@ -56,7 +56,7 @@ def changed_shards(index: Index, paths: list[str], numbers: list[int], processes
 def _doubt(index: Index, path: str, number: int) -> str:
     """Why a shard may have changed, by what can be known without reading it; empty where nothing speaks for it.
 
-    Of one that lies elsewhere than it was indexed the fingerprint counts, not the time.
+    Of one that is elsewhere than it was indexed the fingerprint counts, not the time.
     """
     shard = index.shards[number]
     if is_remote(path):

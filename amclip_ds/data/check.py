@@ -1,4 +1,4 @@
-"""Looks at every sample of a set of shards before a run, and accounts for each: read, skipped or lost.
+"""Checks every sample of a set of shards before a run, and accounts for each: read, skipped or lost.
 
 expected = read + skipped + lost, always. Expected is what a `sizes.json` or img2dataset's `NAME_stats.json` beside the
 shards promises, else what the tar itself shows: samples begun, images that no sample has, and samples that damage has
@@ -32,8 +32,8 @@ from amclip_ds.errors import UserError
 from amclip_ds.files import read_json
 from amclip_ds.redact import redact_all
 
-TRAINING = DataConfig()  # what training would do unless told otherwise
-# What a sample can be skipped for, in the order looked at; what makes it lost; what is only worth knowing.
+TRAINING = DataConfig()  # what training would do unless set otherwise
+# What a sample can be skipped for, in the order checked; what makes it lost; what is only good to know.
 SKIPPED = (
     "surplus image",
     "no image",
@@ -73,7 +73,7 @@ MEASURED = np.dtype(
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """What is looked at."""
+    """What is checked."""
 
     captions: tuple[str, ...] = tuple(TRAINING.captions)
     """Where captions come from, as in data.captions."""
@@ -106,9 +106,9 @@ class ShardReport:
 
     path: str
     samples: int = 0
-    """in the tar, whether looked at or not; each surplus image counts as one"""
+    """in the tar, whether checked or not; each surplus image counts as one"""
     images: int = 0
-    """in the tar, whether looked at or not: those of samples, and the surplus"""
+    """in the tar, whether checked or not: those of samples, and the surplus"""
     expected: int = 0
     read: int = 0
     skipped: int = 0
@@ -159,7 +159,7 @@ class Report:
         """Whether to submit."""
         rate = self.config.max_skip_rate
         bad = self.total("skipped") + self.problems()["duplicate"]
-        surplus = sum(shard.surplus() for shard in self.shards)  # of all headers, where only a part is looked at
+        surplus = sum(shard.surplus() for shard in self.shards)  # of all headers, where only a part is checked
         is_lost = self.total("lost") > 0 or any(kind in shard.problems for shard in self.shards for kind in LOST)
         return (
             self.total("read") > 0 and not is_lost
@@ -209,7 +209,7 @@ class Report:
         """What became of the images in the tars, in one line."""
         surplus = sum(shard.surplus() for shard in self.shards)
         unusable = self.total("images") - self.total("read") - surplus
-        others = "unusable" if self.config.sample == 1 else "unusable or not looked at"
+        others = "unusable" if self.config.sample == 1 else "unusable or not checked"
         return f"{self.total('images')} images = {self.total('read')} read + {surplus} surplus + {unusable} {others}"
 
     def as_json(self) -> dict[str, Any]:
@@ -297,7 +297,7 @@ class _Pass:
         report.keys = zlib.compress("\n".join(key.replace("\n", " ") for key in self._keys).encode(*UTF8))
 
     def _groups(self, size: int) -> list[Group]:
-        """The samples of the tar, without those groups whose image lies elsewhere in it; counts as lost what damage has
+        """The samples of the tar, without those groups whose image is elsewhere in it; counts as lost what damage has
         swallowed whole."""
         groups: list[Group] = []
         damages: list[tuple[int, Damage]] = []
@@ -329,7 +329,7 @@ class _Pass:
             if damage.kind in ("header", "truncated") and not incomplete:
                 swallowed = max(swallowed, 1)
             elif damage.kind == "zeros" and not incomplete:
-                swallowed = 0  # joined tars; what a hole between whole samples held, nothing here can tell
+                swallowed = 0  # joined tars; what a hole between whole samples held, nothing here can say
             if swallowed > 0:
                 self._report.lost += swallowed
                 self._report.add("swallowed", f"by damage at byte {damage.offset}", swallowed)
@@ -341,7 +341,7 @@ class _Pass:
             report.lost += 1
             report.add("swallowed", one.key)
         elif problem == "no caption" and one.key in self._scattered:
-            report.skipped += 1  # told already: its caption is not adjacent
+            report.skipped += 1  # reported already: its caption is not adjacent
         elif problem:
             report.skipped += 1
             report.add(problem, one.key)

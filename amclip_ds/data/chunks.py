@@ -29,7 +29,7 @@ from amclip_ds.masks.text import TextMaskConfig, Words, masked, prepare
 from amclip_ds.masks.units import NONE
 
 Contents = dict[Request, bytes | OSError]
-MAX_REPLACED = 64  # bad samples in a row, each standing in for the last, before the stream counts as empty
+MAX_REPLACED = 64  # bad samples in a row, each replacing the last, before the stream counts as empty
 FLIP_P = 0.5
 CAPTIONS_REMEMBERED = 1 << 14
 CHANGES_TOLD = 16  # of a shard, by each worker: the whole shard may be another
@@ -104,19 +104,19 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Failed:
-    """A chunk that could not be made: an error that ends the run, told without a worker's traceback."""
+    """A chunk that could not be made: an error that ends the run, reported without a worker's traceback."""
 
     error: AmclipError
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One place of a chunk and the sample that stands there."""
+    """One place of a chunk and the sample that is there."""
 
     sample: Sample
     shard: str
     copy: int | str
-    """tells the copies of a sample in an epoch apart, so that each gets its own views"""
+    """distinguishes the copies of a sample in an epoch, so that each gets its own views"""
 
 
 class _Encoded(NamedTuple):
@@ -211,11 +211,11 @@ class ChunkMaker:
         last = chunk.incidents[-1]
         raise UserError(
             f"data.train: {MAX_REPLACED + 1} samples in a row cannot be used, the last of them {last['key']} in"
-            f" {last['shard']}: {last['cause']}; `amclip data check` tells what is wrong"
+            f" {last['shard']}: {last['cause']}; `amclip data check` shows what is wrong"
         )
 
     def _read_ahead(self, epoch: int, position: int) -> None:
-        """Asks for the window that a position lies in and the next one, once each, as one long read a shard."""
+        """Asks for the window that a position is in and the next one, once each, as one long read a shard."""
         assert self._index is not None
         order, spec = self.order(epoch), self.spec
         for at in (position, min(position + spec.window, order.length - 1)):
@@ -238,7 +238,7 @@ class ChunkMaker:
         return _Wanted(sample, self.spec.paths[shard], copy)
 
     def _replacement(self, epoch: int, position: int, attempt: int) -> _Wanted:
-        """The sample that stands in for a bad one: drawn from the epoch, keyed by the place, whoever asks."""
+        """The sample that replaces a bad one: drawn from the epoch, keyed by the place, whoever asks."""
         order = self.order(epoch)
         other = int(keyed(self.spec.seed, "replacement", epoch, position, attempt).integers(order.length))
         return self._wanted(self._rows(epoch, other, other + 1)[0], f"instead of {position}")

@@ -72,7 +72,7 @@ class DataConfig:
     train: str = ""
     """SHARDS: a folder, a glob, braces ('/data/{00000..00099}.tar'), a list.txt, URLs; sources joined by `::`."""
     index: str | None = None
-    """Folder of the index that `amclip data index` made; null: looked for beside the shards, made where missing."""
+    """Folder of the index that `amclip data index` made; null: expected beside the shards, made where missing."""
     weights: list[float] | None = None
     """A number for each source in data.train: how often an epoch holds its samples (2.0: twice); empty: once each."""
     resampled: bool = False
@@ -105,7 +105,7 @@ class DataConfig:
     shuffle_window: int = 8192
     """Samples shuffled together; a shard is read from front to back, a window at a time."""
     max_pixels: int = 89_478_485
-    """An image whose header tells more is refused before it is decoded."""
+    """An image whose header claims more is refused before it is decoded."""
     exclude: str | None = None
     """A text file of samples to leave out, a line each: KEY, or SHARD/KEY; each is replaced as an unusable one is."""
     max_skip_rate: float = 0.02

@@ -96,7 +96,7 @@ def group(found: Iterable[Member | Link | Damage]) -> Iterator[Group | Link | Me
 
 
 def scattered(groups: Iterable[Group]) -> set[str]:
-    """The keys whose image lies in one group and whose other members in another."""
+    """The keys whose image is in one group and whose other members in another."""
     with_image: set[str] = set()
     without: set[str] = set()
     for one in groups:

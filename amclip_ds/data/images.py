@@ -1,6 +1,6 @@
 """The one opener of images: training, checks, evaluation, export proofs and the demo read theirs through it.
 
-JPEG, PNG and WebP, told apart by their content and never by a name; no other decoder is started. What a header claims
+JPEG, PNG and WebP, by their content and never by a name; no other decoder is started. What a header claims
 is checked before a pixel is decoded. Images are read as a viewer shows them: upright (EXIF), CMYK as RGB, 16 bits
 scaled to 8, what is transparent over white, the first frame of an animation.
 """
@@ -53,7 +53,7 @@ START_OF_SCAN, END_OF_IMAGE, APP1 = 0xDA, 0xD9, 0xE1
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SEQUENTIAL = {0xC0, 0xC1, 0xC9}
 PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}
-XMP = b"XML:com.adobe.xmp\0\0"  # a text of a PNG, uncompressed, in which Pillow looks for the orientation
+XMP = b"XML:com.adobe.xmp\0\0"  # a text of a PNG, uncompressed, in which Pillow finds the orientation
 ORIENTATION = 0x0112
 EXIF_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF orientation -> the upright view of the pixels
     2: lambda pixels: pixels[:, ::-1],
@@ -138,7 +138,7 @@ class ImageSource:
 
 
 def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> ImageSource:
-    """Reads the header alone. Raises BadImage for one that cannot be read or tells more than max_pixels."""
+    """Reads the header alone. Raises BadImage for one that cannot be read or claims more than max_pixels."""
     kind = kind_of(content)
     if kind == "WEBP":
         _check_size(*_webp_size(content), max_pixels)  # Pillow takes memory for a canvas as soon as it opens one
@@ -196,7 +196,7 @@ class _Jpeg:
 
 
 def _walk_jpeg(content: bytes) -> _Jpeg:
-    """What the segments before the end mark say; what lies inside or behind them is not looked at.
+    """What the segments before the end mark say; what is inside or behind them is not checked.
 
     Raises BadImage for more scans or segments than an honest one has. A sequential JPEG whose first scan holds all
     colours is decoded in that one pass, whatever follows.
@@ -227,7 +227,7 @@ def _walk_jpeg(content: bytes) -> _Jpeg:
 
 
 def _bare_png(content: bytes) -> bytes:
-    """The chunks that make the picture: no texts, profiles and frames of an animation, whatever size they unpack to."""
+    """The chunks that make the picture: no texts, profiles and frames, whose unpacked size has no limit."""
     kept: list[bytes | memoryview] = [content[:8]]
     view, place = memoryview(content), 8
     for count in range(1, MAX_PARTS):

@@ -1,8 +1,8 @@
-"""The index of a set of shards: where each sample's members lie, and what its image header says. One pass makes it.
+"""The index of a set of shards: where each sample's members are, and what its image header says. One pass makes it.
 
 A folder of four files: `meta.json` (version, shards with size, mtime, fingerprint, counts and damage), `samples.bin`
 (34 bytes a sample, read by memory map), `keys.bin`, and `content.bin` with the checksums of each sample's members
-(contents.py), by which a shard that changed is noticed, whatever its size and time (changes.py).
+(contents.py), by which a shard that changed is noticed, regardless of its size and time (changes.py).
 """
 
 import contextlib
@@ -74,7 +74,7 @@ class Scanned(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """Where one sample lies."""
+    """Where one sample is."""
 
     sample_id: int
     shard: str
@@ -97,8 +97,8 @@ class Index:
         except UserError as error:
             raise UserError(f"data.index: {folder} holds no index ({error}); make it: amclip data index") from None
         if meta.get("version") != VERSION:
-            told = str(meta.get("version"))[:20]
-            raise UserError(f"data.index: {folder} has format {told}, this is {VERSION}; make it again")
+            reported = str(meta.get("version"))[:20]
+            raise UserError(f"data.index: {folder} has format {reported}, this is {VERSION}; make it again")
         self.shards = _entries_of(folder, meta)
         self.records = _map(folder / "samples.bin", RECORD)
         self.counts = np.array([shard.samples for shard in self.shards], dtype=np.int64)
@@ -119,7 +119,7 @@ class Index:
         return int(np.searchsorted(self.starts, sample_id, side="right")) - 1
 
     def sample(self, sample_id: int) -> Sample:
-        """Where a sample lies. sample_id: 0 .. len - 1, shards in the index's order."""
+        """Where a sample is. sample_id: 0 .. len - 1, shards in the index's order."""
         record = self.records[sample_id]
         shard = self.shard_of(sample_id)
 
@@ -164,7 +164,7 @@ class Index:
         return int(start["image_block"]) * BLOCK, max(ends)
 
     def fingerprint(self) -> str:
-        """A hash of what the samples are: equal for equal data, wherever it lies."""
+        """A hash of what the samples are: equal for equal data, wherever it is."""
         digest = hashlib.blake2b(digest_size=16)
         for shard in self.shards:
             name = Path(redact(shard.path)).name
@@ -179,7 +179,7 @@ class Index:
 
     def note_times(self, entries: dict[int, ShardEntry]) -> None:
         """Takes over size, time and ETag of shards whose content was found to be the same, so that they need not be
-        looked into again; in the file too, where it can be written."""
+        checked again; in the file too, where it can be written."""
         for number, entry in entries.items():
             self.shards[number] = replace(
                 self.shards[number], mtime_ns=entry.mtime_ns, etag=entry.etag or self.shards[number].etag
@@ -225,7 +225,7 @@ def _meta_of(entries: list[ShardEntry]) -> str:
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    """Puts the new index in the old one's place; where another process was faster, its index stands."""
+    """Puts the new index in the old one's place; where another process was faster, its index stays."""
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(old)
@@ -320,7 +320,7 @@ class _Found:
             self._without_caption.append(one.key)
 
     def name_the_incomplete(self) -> None:
-        """Once all members are known: what lacks an image or a caption, and what merely lies apart from it."""
+        """Once all members are known: what lacks an image or a caption, and what is only not adjacent to it."""
         elsewhere = set(self._without_image)
         if elsewhere:
             elsewhere &= {key.decode("utf-8", "surrogateescape") for key in self.keys}
@@ -381,7 +381,7 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def _entries_of(folder: Path, meta: dict[str, Any]) -> list[ShardEntry]:
-    """The shards that meta.json tells of, each field of its type. Raises UserError."""
+    """The shards that meta.json lists, each field of its type. Raises UserError."""
     try:
         entries = [ShardEntry(**entry) for entry in meta["shards"]]
         for entry in entries:
@@ -405,6 +405,6 @@ def fingerprint_of(path: str) -> str:
 
 @functools.cache
 def default_folder(shards: tuple[str, ...]) -> Path:
-    """Where the index of these shards is looked for: beside the first one, or in the working folder for remote ones."""
+    """Where the index of these shards is expected: beside the first one, or in the working folder for remote ones."""
     name = f"amclip-index-{hashlib.blake2b(repr(tuple(map(redact, shards))).encode(), digest_size=6).hexdigest()}"
     return (Path() if is_remote(shards[0]) else Path(shards[0]).parent) / name

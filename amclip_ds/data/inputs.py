@@ -1,7 +1,7 @@
 """What people give as shards that is none, each named for what it is, with what to do. Loads no torch.
 
 By name (`check_name`), by the first bytes and members of files (`check_contents`), by what a folder holds (`tars_of`,
-`check_foreign`). Damage is not looked for here: what may be a tar passes.
+`check_foreign`). Damage is not checked here: what may be a tar passes.
 """
 
 import os
@@ -18,8 +18,8 @@ from amclip_ds.errors import UserError
 from amclip_ds.files import open_regular
 
 HUGGING_FACE = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
-MEMBERS = 256  # of a tar that are looked at
-MANY = 10_000  # names of a folder that are looked at
+MEMBERS = 256  # of a tar that are checked
+MANY = 10_000  # names of a folder that are checked
 
 
 def check_name(path: str, shown: str, key: str) -> None:
@@ -30,7 +30,7 @@ def check_name(path: str, shown: str, key: str) -> None:
 
 
 def check_contents(paths: list[str], key: str, captioned: bool) -> None:
-    """Raises UserError where local files, each of some looked into, begin as something else or, where they are to be
+    """Raises UserError where local files, each of some sampled, begin as something else or, where they are to be
     `captioned`, hold labels without captions. Where a tar is among them, the others are damage, which training bears.
     """
     places = sorted({0, len(paths) // 2, len(paths) - 1}) if paths else ()
@@ -54,7 +54,7 @@ def _kind_inside(path: str, captioned: bool) -> str:
 
 def tars_of(folder: Path, key: str) -> list[str]:
     """The tars of a folder and of those below it, in the order of their names. Raises UserError where there is none, or
-    where compressed ones lie beside them, which would be left out without a word.
+    where compressed ones are beside them, which would be left out without a word.
     """
     files = sorted(str(path) for path in folder.rglob("*") if not path.name.startswith("."))
     packed = [Path(path).name for path in files if path.lower().endswith(COMPRESSED)]

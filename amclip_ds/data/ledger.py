@@ -1,4 +1,4 @@
-"""What became of the samples: read, skipped, mended, by shard and cause; and when too many are lost to go on."""
+"""What became of the samples: read, skipped, mended, by shard and cause; and when too many are lost to continue."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Counts:
     seen: int = 0
     """places in batches, each filled with a sample"""
     skipped: int = 0
-    """samples that could not stand in their place"""
+    """samples that could not be used in their place"""
     mended: int = 0
     retried: int = 0
     read_bytes: int = 0
@@ -31,7 +31,7 @@ class Counts:
 
     @property
     def tried(self) -> int:
-        """Samples looked at: each place's own, and every one that was to stand in for a bad one and was bad too."""
+        """Samples checked: each place's own, and every one that was to replace a bad one and was bad too."""
         return self.seen + self.skipped
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -45,7 +45,7 @@ class Counts:
 class Ledger:
     """This rank's account of the samples, settled with the others' now and then.
 
-    max_skip_rate: part of the samples tried that may be unusable, looked at over the last BLOCK to 2 BLOCK samples;
+    max_skip_rate: part of the samples tried that may be unusable, checked over the last BLOCK to 2 BLOCK samples;
     `amclip data check` counts the same part of the same samples before a run.
     images: what became of the shards' images before the first step.
     gather: gives every rank the list of all ranks' values (alone: a list of one), so that all decide alike.
@@ -80,7 +80,7 @@ class Ledger:
         if window.skipped > max(ALWAYS_BORNE, self._max_skip_rate * window.tried):
             raise RunStopped(
                 f"data.max_skip_rate: {window.skipped} of {window.tried} samples were unusable, above"
-                f" {self._max_skip_rate:.1%}; worst: {worst_shards(window)}; `amclip data check` tells all"
+                f" {self._max_skip_rate:.1%}; worst: {worst_shards(window)}; `amclip data check` shows all"
             )
         if self._recent.seen >= BLOCK:
             self._before, self._recent = self._recent, Counts()
@@ -105,8 +105,8 @@ def worst_shards(counts: Counts, number: int = 3) -> str:
     by_shard: Counter[str] = Counter()
     for (shard, _), count in counts.by_shard_and_kind.items():
         by_shard[shard] += count
-    told = []
+    reported = []
     for shard, count in by_shard.most_common(number):
         kinds = Counter({kind: n for (name, kind), n in counts.by_shard_and_kind.items() if name == shard})
-        told.append(f"{shard} {count} ({', '.join(kind for kind, _ in kinds.most_common(2))})")
-    return ", ".join(told)
+        reported.append(f"{shard} {count} ({', '.join(kind for kind, _ in kinds.most_common(2))})")
+    return ", ".join(reported)

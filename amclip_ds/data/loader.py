@@ -1,7 +1,7 @@
 """The training stream: which samples a rank gets in which step, made by worker processes, as batches on the CPU.
 
 Positions of an epoch (order.py) fall into global batches of `global_batch`; rank r of W takes the r-th of W equal
-slices of each. A cursor {"epoch", "step"} in global batches is the whole state, so the stream goes on unbroken from any
+slices of each. A cursor {"epoch", "step"} in global batches is the whole state, so the stream resumes unbroken from any
 batch, on any number of ranks and workers, and batches that were only prefetched are not lost.
 """
 
@@ -32,21 +32,21 @@ from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.masks.text import TextMaskConfig
 
 CHUNK = 64  # samples a worker makes at a time, at most
-HAVE_A_PLACE = ("no caption", "not adjacent")  # such a sample is in the order: it is replaced, and told then
+HAVE_A_PLACE = ("no caption", "not adjacent")  # such a sample is in the order: it is replaced, and reported then
 CPU = torch.device("cpu")
 
 
 class TrainingData:
     """One rank's part of the training stream.
 
-    image_size, teacher_size: sides of the views and of the teacher's crop in pixels (None: no teacher looks).
+    image_size, teacher_size: sides of the views and of the teacher's crop in pixels (None: there is no teacher).
     num_units: random numbers per view for the mask; draws_twice: masks read a second draw of them.
     teacher_contains: the teacher's crop contains every view (boxes.py). fills_text_budget: compat.Compat.
     once: does a work on rank 0 and gives every rank its result (engine.collectives.on_main), so that one rank alone
-    looks at the shards and builds a missing index; without it every process does so by itself. Collective through it.
+    reads the shards and builds a missing index; without it every process does so by itself. Collective through it.
     index_dir: where a missing index is put (the run folder: others train on the same shards); None: beside the shards.
     resumes: whether a checkpoint was trained on these shards, so that what has changed in them since is refused.
-    device: where the batches go next; for a GPU, images lie in page-locked memory.
+    device: where the batches go next; for a GPU, images are in page-locked memory.
     prepare: picklable, called first in each worker process.
     """
 

@@ -5,7 +5,7 @@
     OUT/pack.jsonl      what was packed: a head, then a line a tar with its rows and those left out
 
 Every image is decoded once; what training would trip over is left out and named. A tar appears under its name when it
-is whole, and then its line is written, so a pack that was killed goes on from its last whole tar.
+is whole, and then its line is written, so a pack that was killed resumes from its last whole tar.
 """
 
 import json
@@ -63,9 +63,9 @@ class Packed:
 
     def lines(self) -> list[str]:
         """For people."""
-        told = [f"left out: {count} rows: {cause}; the first is row {self.first[cause][0] + 1},"
+        reported = [f"left out: {count} rows: {cause}; the first is row {self.first[cause][0] + 1},"
                 f" {printable(self.first[cause][1])[:200]}" for cause, count in self.causes.most_common()]  # fmt: skip
-        return [*told, f"{self.rows} rows = {self.samples} samples in {len(self.shards)} tar(s)"
+        return [*reported, f"{self.rows} rows = {self.samples} samples in {len(self.shards)} tar(s)"
                        f" + {self.causes.total()} left out"]  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def pack(source: Source, out: Path, shard_size: int, threads: int, advance: Call
         write_atomically(out / "sizes.json", json.dumps(done.shards, indent=0) + "\n")
     except OSError as error:
         raise AmclipError(
-            f"--out {out}: cannot be written: {error.strerror or error}; the same command goes on"
+            f"--out {out}: cannot be written: {error.strerror or error}; the same command resumes"
         ) from None
     if not done.samples:
         raise UserError(f"SOURCE: none of {done.rows} rows can be packed: {'; '.join(done.lines()[:3])}")
@@ -114,7 +114,7 @@ def _open_record(out: Path, head: dict[str, Any]) -> Packed:
         changed = [key for key in head if rows[0].get(key) != head[key]]
         raise UserError(
             f"--out {out}: holds a pack of something else ({', '.join(changed)} differ); name another folder, or give"
-            " the same arguments to go on"
+            " the same arguments to continue"
         )
     for line in rows[1:]:
         if line.get("first_row") != found.rows or not (out / str(line.get("shard"))).exists() and line.get("samples"):

@@ -54,7 +54,7 @@ class Source(Protocol):
     count: int
     """of all rows"""
     fingerprint: str
-    """of what is read and how, so that a pack that goes on reads the same rows"""
+    """of what is read and how, so that a pack that continues reads the same rows"""
 
     def describe(self) -> str:
         """What was understood, in a line."""

@@ -28,10 +28,10 @@ def run_over(work: Callable[[Item], Result], items: Sequence[Item], processes: i
     done = 0
     while done < len(items):
         # A broken pool fails every unfinished item alike. The next one runs again alone, which shows whether it is the
-        # guilty one; the rest get a new pool.
+        # failing item; the rest get a new pool.
         try:
             pool = _pool(work, min(processes, len(items) - done))
-        except OSError as error:  # its locks lie in /dev/shm, which may be full
+        except OSError as error:  # its locks are in /dev/shm, which may be full
             print(f"data: no worker processes ({error.strerror}; /dev/shm full?): one by one", file=sys.stderr)
             yield from map(work, items[done:])
             return

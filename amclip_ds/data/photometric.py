@@ -121,7 +121,7 @@ def _hue(x: Tensor, shift: Tensor) -> Tensor:
     r, g, b = x.unbind(1)
     sector = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     hue = torch.where(chroma > 0, sector / 6, 0) + shift.view(-1, 1, 1)
-    # A channel is high - chroma * (how far its own hue lies from h on the circle, clipped): one formula, no cases.
+    # A channel is high - chroma * (how far its own hue is from h on the circle, clipped): one formula, no cases.
     channels = []
     for offset in (5.0, 3.0, 1.0):
         k = (offset + hue * 6) % 6

@@ -40,7 +40,7 @@ def decode(content: bytes) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """What stands between LF, CR or both."""
+    """What is between LF, CR or both."""
     return re.split(LINE_ENDS, text)
 
 

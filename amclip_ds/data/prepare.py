@@ -24,7 +24,7 @@ BUILD_TELLS_EVERY_S = 30.0
 
 @dataclass(frozen=True)
 class Sources:
-    """The shards of a run and where their index lies, found and checked once for all ranks."""
+    """The shards of a run and where their index is, found and checked once for all ranks."""
 
     shards: list[str]
     source_of_shard: list[int]
@@ -41,7 +41,7 @@ def find_sources(
     def redacted(text: str) -> None:
         say(redact(text))
 
-    def look() -> Sources | None:
+    def find_sources() -> Sources | None:
         """On one rank; answers now and then, so that no rank waits longer than a collective may take."""
         if not builder:
             builder.append(
@@ -49,7 +49,7 @@ def find_sources(
             )
         return builder[0].result(BUILD_TELLS_EVERY_S)
 
-    while (sources := once(look)) is None:
+    while (sources := once(find_sources)) is None:
         pass
     return sources
 
@@ -111,7 +111,7 @@ def _find_index(
                 if resumes and config.on_change == "refuse":
                     raise UserError(
                         f"data.train: {stale}; the checkpoint was trained on what it was: put that back, or start a new"
-                        f" run; data.on_change=report goes on with what there is now"
+                        f" run; data.on_change=report continues with what there is now"
                     )
                 say(f"data: {stale}; the index is made again")
     usable = [place for place in places if _writable(place.parent)]
@@ -135,7 +135,7 @@ def stale_index(folder: Path, shards: list[str]) -> str:
 
 
 def _build(shards: list[str], folder: Path, processes: int, say: Callable[[str], None]) -> None:
-    """Builds the index, telling its progress. Raises UserError for a shard that cannot be read at all."""
+    """Builds the index, printing its progress. Raises UserError for a shard that cannot be read at all."""
     with progress(f"data: indexing {len(shards)} shard(s)", len(shards), say) as advance:
         index = build_index(shards, folder, processes, lambda entry: advance())
     unreadable = [s for s in index.shards if any(problem["kind"] == "unreadable" for problem in s.problems)]
@@ -147,7 +147,7 @@ def _build(shards: list[str], folder: Path, processes: int, say: Callable[[str],
                         f"{and_more(unreadable)}")  # fmt: skip
     damaged = [shard for shard in index.shards if shard.problems]
     say(f"data: indexed {len(index)} samples in {len(shards)} shard(s) -> {folder}"
-        + (f"; {len(damaged)} shard(s) have damage, `amclip data check` tells what" if damaged else ""))  # fmt: skip
+        + (f"; {len(damaged)} shard(s) have damage, `amclip data check` shows what" if damaged else ""))  # fmt: skip
 
 
 def _writable(folder: Path) -> bool:
@@ -159,5 +159,5 @@ def _writable(folder: Path) -> bool:
 
 
 def and_more(listed: list[Any]) -> str:
-    """What is told behind the first of several: ' (and N more)', or nothing."""
+    """What is reported behind the first of several: ' (and N more)', or nothing."""
     return f" (and {len(listed) - 1} more)" if len(listed) > 1 else ""

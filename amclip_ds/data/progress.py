@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from amclip_ds import display
 
-TELL_EVERY_S = 30.0
+REPORT_EVERY_S = 30.0
 
 
 @contextmanager
@@ -21,15 +21,15 @@ def progress(what: str, total: int, say: Callable[[str], None] = print) -> Itera
             task = bar.add_task(what, total=total)
             yield lambda count=1: bar.advance(task, count)
         return
-    began = told = time.monotonic()
+    began = reported = time.monotonic()
     done = 0
 
     def advance(count: int = 1) -> None:
-        nonlocal done, told
+        nonlocal done, reported
         done += count
         now = time.monotonic()
-        if now - told > TELL_EVERY_S and done < total:
-            told = now
+        if now - reported > REPORT_EVERY_S and done < total:
+            reported = now
             say(f"{what}: {done} of {total}, about {(now - began) / done * (total - done):.0f} s left")
 
     yield advance

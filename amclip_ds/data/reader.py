@@ -50,7 +50,7 @@ class ShardReader:
 
     stage_dir: a node-local folder that shards are copied to before they are read, up to stage_bytes.
     on_retry: called with (shard, cause) for every request that had to be repeated.
-    sizes: of shards as they were indexed: one that is of another size now is told as changed, not as unreadable.
+    sizes: of shards as they were indexed: one that is of another size now is reported as changed, not as unreadable.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ def _download(url: str, file: Any) -> str:
 
 
 def identity_of(url: str) -> tuple[int, str]:
-    """(size, ETag) of a remote shard as its server tells them; (-1, "") where it does not, or does not answer."""
+    """(size, ETag) of a remote shard as its server gives them; (-1, "") where it does not, or does not answer."""
     from amclip_ds.data.remote import open_system
 
     try:

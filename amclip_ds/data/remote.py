@@ -27,7 +27,7 @@ Facts = tuple[int, str]
 
 
 class Http(HTTPFileSystem):
-    """http and https. `facts`: of each URL, as its last answer told; `whole`: URLs whose server sends no ranges."""
+    """http and https. `facts`: of each URL, from its last answer; `whole`: URLs whose server sends no ranges."""
 
     cachable = False
 

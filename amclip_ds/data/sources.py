@@ -77,7 +77,7 @@ def expand_shards(spec: str, key: str = "data.train", allow_pipe: bool = False) 
 
 
 def training_sources(config: DataConfig) -> list[list[str]]:
-    """The shards to train on, by source, as far as names and first bytes tell. Raises UserError."""
+    """The shards to train on, by source, as far as names and first bytes show. Raises UserError."""
     if not split_sources(config.train):
         raise UserError("data.train: give the shards to train on: a folder, a glob or '/data/{00000..00099}.tar'")
     found = expand_sources(config.train, "data.train", config.allow_pipe)
@@ -160,7 +160,7 @@ def _expand(source: str, key: str, allow_pipe: bool) -> list[str]:
     """Every shard of one source, in order."""
     if source in CHAINS:
         raise UserError(f"{key}: '{source}::' begins a chain of URLs, which is not read; give the tar's own URL")
-    if os.path.isfile(source):  # whatever its name looks like
+    if os.path.isfile(source):  # a file may be called like a glob
         return _expand_text(source, key, allow_pipe)
     try:
         written = list(islice(braceexpand.braceexpand(source), MAX_SHARDS + 1))

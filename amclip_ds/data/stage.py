@@ -1,6 +1,6 @@
 """Copies of shards on a node-local disk (data.stage_dir), within a budget; the least recently used copy goes first.
 
-The folder may be shared with everybody, so the copies lie in a folder of this user alone in it (`amclip-UID`, 0700),
+The folder may be shared with everybody, so the copies are in a folder of this user alone in it (`amclip-UID`, 0700),
 which is reached through a descriptor: what others put beside it, or in its place later, is never opened. A copy is
 read only if it is an ordinary file of ours with one name and the shard's size; whether its samples are those that were
 indexed is seen where they are read (chunks.py).
@@ -31,7 +31,7 @@ class Stage:
         self._fd = _private_folder(self.folder)
 
     def open(self, shard: str) -> int | None:
-        """A descriptor of the shard's copy; None where there is none yet, no room, or no luck: the shard serves."""
+        """A descriptor of the shard's copy; None: none yet, no space, or the copy failed; the shard serves."""
         source = os.stat(shard)
         copy = self.name_of(shard)
         found = self._open_copy(copy, source.st_size)

@@ -80,7 +80,7 @@ class Scene:
     captions: tuple[str, ...]
     """every phrasing"""
     caption: str
-    """the one that stands in the .txt"""
+    """the one that is in the .txt"""
 
 
 def write_dataset(
@@ -89,7 +89,7 @@ def write_dataset(
 ) -> bool:  # fmt: skip
     """Writes both splits; the folder appears whole, by one rename. Shows its progress.
 
-    Returns False, and writes nothing, where the same data set already stands.
+    Returns False, and writes nothing, where the same data set exists already.
     Raises UserError for a folder that holds something else or cannot be written.
     """
     config = SceneConfig(image_size, seed, coloured_distractors)

@@ -1,4 +1,4 @@
-"""Reads the headers of a tar without its contents, and goes on behind a damaged header instead of stopping silently."""
+"""Reads the headers of a tar without its contents, and behind a damaged header instead of stopping silently."""
 
 import tarfile
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ class Member:
     """of its content, in bytes from the start of the tar"""
     size: int
     is_sparse: bool = False
-    """its content lies there without its holes: not the file's bytes"""
+    """its content is there without its holes: not the file's bytes"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,9 @@ class Damage:
     offset: int
     """where, in bytes from the start of the tar"""
     cause: str
-    """the same words for the same fault, wherever it lies"""
+    """the same words for the same fault, wherever it is"""
     num_bytes: int = 0
-    """how much lies between the last member before and the next one behind it"""
+    """how much is between the last member before and the next one behind it"""
 
     def __str__(self) -> str:
         return f"at byte {self.offset}: {self.cause}"
@@ -64,7 +64,7 @@ def scan(file: BinaryIO, size: int) -> Iterator[Member | Link | Damage]:
     """The regular members of a tar of `size` bytes, in order, as tarfile reads them, and its links; devices and folders
     are left out.
 
-    A damaged header is told and skipped to the next valid one; so are zeros between members (joined tars, or a hole),
+    A damaged header is named and skipped to the next valid one; so are zeros between members (joined tars, or a hole),
     behind which other readers see nothing, a member cut off by the end of the file, and a missing end mark.
     """
     offset, ended, zeros_from = 0, False, 0
@@ -93,7 +93,7 @@ def scan(file: BinaryIO, size: int) -> Iterator[Member | Link | Damage]:
             continue
         content = offset + BLOCK + (_sparse_maps(file, offset, size) if header.type == tarfile.GNUTYPE_SPARSE else 0)
         if content + stored > size:
-            yield Damage("truncated", offset, "a member goes on behind the end of the file")
+            yield Damage("truncated", offset, "a member continues behind the end of the file")
             return
         start, offset = offset, content + -(-stored // BLOCK) * BLOCK
         if header.type in EXTENSIONS:
@@ -120,7 +120,7 @@ def scan(file: BinaryIO, size: int) -> Iterator[Member | Link | Damage]:
 
 
 def _after_zeros(file: BinaryIO, offset: int, size: int) -> int:
-    """Where the first block lies that holds anything; a hole of gigabytes is passed in megabytes."""
+    """Where the first block is that holds anything; a hole of gigabytes is passed in megabytes."""
     while offset + BLOCK <= size:
         file.seek(offset)
         chunk = file.read(ZEROS)

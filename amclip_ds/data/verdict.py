@@ -22,7 +22,7 @@ class Verdict:
 
 
 def judge(step_s: float, data_wait_s: float, communication_s: float, workers: int, cores_per_rank: int) -> Verdict:
-    """The verdict on a mean step of `step_s` seconds, of which the run stood waiting for data and for other ranks.
+    """The verdict on a mean step of `step_s` seconds, of which the run was waiting for data and for other ranks.
 
     Data comes first: a rank that waits for data lets the others wait for it, which looks like communication there.
     """

@@ -229,7 +229,7 @@ def _give_memory_back() -> None:
 
 def _end_with_the_run() -> None:
     """Ends this worker when the training process ends, however it does. Its parent is the server, which itself lives
-    until the last worker is gone, so that nothing but this pipe tells."""
+    until the last worker is gone, so that nothing but this pipe says so."""
     run = multiprocessing.parent_process()
     if run is not None:
         multiprocessing.connection.wait([run.sentinel])
@@ -270,7 +270,7 @@ def _send(to: socket.socket, value: Any) -> None:
 
 
 def _receive(source: socket.socket) -> Any:
-    """What `_send` sent; its arrays lie in the memory itself. Raises EOFError, OSError."""
+    """What `_send` sent; its arrays are in the memory itself. Raises EOFError, OSError."""
     message, descriptors, _, _ = socket.recv_fds(source, HEAD.size, 1)
     if len(message) < HEAD.size or not descriptors:
         raise EOFError

@@ -158,7 +158,7 @@ def _logit_scale(rows: list[dict[str, Any]]) -> Iterator[Finding]:
         )
         yield Finding("logit scale", WARN, said, fix)
     elif now <= FLOOR:
-        said = f"{now:.2f}: pinned at its floor of 1: the model gave up telling pairs apart"
+        said = f"{now:.2f}: pinned at its floor of 1: the model gave up distinguishing pairs"
         yield Finding("logit scale", FAIL, said, "a lower optim.lr; do captions and images belong together?")
     else:
         yield Finding("logit scale", OK, f"{now:.1f} (from {scales[0][1]:.1f})")
@@ -206,24 +206,24 @@ def _data(config: TrainConfig) -> Iterator[Finding]:
 
     try:
         with samples.opened(config) as data:
-            looked: list[samples.Looked] = []
+            seen: list[samples.FoundSample] = []
             step = 1
-            while len(looked) < SAMPLED and step <= data.steps_per_epoch:
-                looked += samples.members_of(data, config, step, most=SAMPLED - len(looked))
+            while len(seen) < SAMPLED and step <= data.steps_per_epoch:
+                seen += samples.members_of(data, config, step, most=SAMPLED - len(seen))
                 step += 1
     except (UserError, OSError, ValueError) as error:
-        yield Finding("data", WARN, f"the run's shards cannot be looked at here: {in_one_line(error, 200)}")
+        yield Finding("data", WARN, f"the run's shards cannot be read here: {in_one_line(error, 200)}")
         return
-    yield _duplicates("captions", [one.caption.strip().lower() for one in looked], config.batch.global_size)
-    yield _duplicates("images", [one.image for one in looked], config.batch.global_size)
-    lengths = [len(one.caption.split()) for one in looked]
+    yield _duplicates("captions", [one.caption.strip().lower() for one in seen], config.batch.global_size)
+    yield _duplicates("images", [one.image for one in seen], config.batch.global_size)
+    lengths = [len(one.caption.split()) for one in seen]
     if statistics.median(lengths) < 2:
         said = f"the median caption has {statistics.median(lengths):.0f} words"
         yield Finding("captions", WARN, said, "data.captions names the member or field with sentences")
 
 
 def _duplicates(what: str, values: list[Any], batch: int) -> Finding:
-    """Equal samples of a batch are each other's negatives, which no model can tell apart."""
+    """Equal samples of a batch are each other's negatives, which no model can distinguish."""
     counts, number = Counter(values), len(values)
     share = sum(count * (count - 1) for count in counts.values()) / max(1, number * (number - 1))
     among = share * (batch - 1)
@@ -249,15 +249,15 @@ def _features(run: Path, config: TrainConfig) -> Iterator[Finding]:
     try:
         located = locate(run)
         with samples.opened(config) as data:
-            looked = samples.members_of(data, config, 1, most=ENCODED)
-        looked = list({one.caption.lower(): one for one in looked}.values())
+            seen = samples.members_of(data, config, 1, most=ENCODED)
+        seen = list({one.caption.lower(): one for one in seen}.values())
         encoder = open_encoder(located, "student", torch.device("cpu"))
-        pictures = torch.stack([encoder.preprocess(open_image(one.image).picture()) for one in looked])
-        images, texts = encoder.image(pictures), encoder.text([one.caption for one in looked])
+        pictures = torch.stack([encoder.preprocess(open_image(one.image).picture()) for one in seen])
+        images, texts = encoder.image(pictures), encoder.text([one.caption for one in seen])
     except (UserError, OSError, ValueError) as error:
-        yield Finding("features", OK, f"not looked at: {in_one_line(error, 200)}")
+        yield Finding("features", OK, f"not measured: {in_one_line(error, 200)}")
         return
-    count = len(looked)
+    count = len(seen)
     if count < 4:
         yield Finding("features", WARN, f"{count} different captions among {ENCODED} samples: too few to compare")
         return

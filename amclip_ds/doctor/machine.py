@@ -300,7 +300,7 @@ def _clock(folder: Path) -> Iterator[Finding]:
     skew = _skew(folder)
     if skew is not None and abs(skew) > SKEW_S:
         said = f"{shown}: the disk's server is {skew:+.0f} s apart"
-        yield Finding("clock", WARN, said, "ntp on both: owners of runs and checkpoints are told apart by time")
+        yield Finding("clock", WARN, said, "ntp on both: owners of runs and checkpoints are distinguished by time")
         return
     synced = "" if _is_synchronised() else ", not synchronised by the kernel's account"
     yield Finding("clock", OK, f"{shown}{synced}")

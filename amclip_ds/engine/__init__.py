@@ -1,1 +1,1 @@
-"""The engine room: the only package that imports deepspeed."""
+"""The engine package: the only package that imports deepspeed."""

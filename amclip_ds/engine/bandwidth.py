@@ -12,7 +12,7 @@ from amclip_ds.engine.runtime import Runtime
 
 MIB = 2**20
 SLOW_SHARE = 0.5  # of the typical rate: below it, a pair of nodes is an outlier
-MAX_ROUNDS = 15  # of node against node: enough partners to tell a slow node from a slow partner
+MAX_ROUNDS = 15  # of node against node: enough partners to distinguish a slow node from a slow partner
 
 
 def measure_collectives(runtime: Runtime) -> tuple[float, float]:

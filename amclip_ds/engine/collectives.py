@@ -167,14 +167,14 @@ def on_all(work: Callable[[], T]) -> T:
         value = work()
     except Exception as error:
         failure = error
-    told = next((error for error in gather_objects(failure and _for_others(failure)) if error), None)
-    if told is not None:
-        raise told from failure
+    reported = next((error for error in gather_objects(failure and _for_others(failure)) if error), None)
+    if reported is not None:
+        raise reported from failure
     return value
 
 
 def _for_others(error: Exception) -> AmclipError:
-    """What the other ranks are told of an error: something that surely travels."""
+    """What the other ranks learn of an error: something that surely travels."""
     if isinstance(error, AmclipError):
         error.is_shared = True  # rank 0 reports it for all
         return error

@@ -1,4 +1,4 @@
-"""How long this rank's compute stood in collectives: DeepSpeed's, the losses', the batch norm's, the teacher's.
+"""How long this rank waited in collectives: DeepSpeed's, the losses', the batch norm's, the teacher's.
 
 What is timed is the wait that the step feels. On a CPU that is the wall time of the call, or of `wait()` where the call
 returned at once; on a GPU the time between two events on the current stream, so communication that runs hidden beside
@@ -103,7 +103,7 @@ def _timed(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 def time_engine_collectives() -> None:
     """From here on DeepSpeed's collectives in this process are timed. Needs its process group; does nothing twice."""
-    import deepspeed.comm.comm as door
+    import deepspeed.comm.comm as ds_comm
 
-    if door.cdb is not None and not isinstance(door.cdb, _TimedBackend):
-        door.cdb = _TimedBackend(door.cdb)
+    if ds_comm.cdb is not None and not isinstance(ds_comm.cdb, _TimedBackend):
+        ds_comm.cdb = _TimedBackend(ds_comm.cdb)

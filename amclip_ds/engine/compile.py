@@ -88,7 +88,7 @@ def _why_not(stage: int) -> str | None:
         device = "cuda" if torch.cuda.is_available() else "cpu"  # each has a toolchain of its own
         x = torch.ones(8, requires_grad=True, device=device)
         torch.compile(_probe, backend=BACKEND, dynamic=False)(x).sum().backward()
-    except Exception as error:  # whatever the compiler's toolchain raises
+    except Exception as error:  # the compiler's toolchain may raise anything
         reason = f"{type(error).__name__}: {in_one_line(error, 150)}"
         return f"torch.compile does not work on this machine ({reason})"
     return None

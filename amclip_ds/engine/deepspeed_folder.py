@@ -1,4 +1,4 @@
-"""Reads a folder of DeepSpeed's `save_checkpoint`. It is pickled: reading it runs whatever code stands in it."""
+"""Reads a folder of DeepSpeed's `save_checkpoint`. It is pickled: reading it runs the code in it."""
 
 import contextlib
 import sys

@@ -45,7 +45,7 @@ class EngineConfig:
 
 
 def read_ds_config(config: EngineConfig) -> dict[str, Any]:
-    """DeepSpeed's own settings. Raises UserError for a missing or unfit file, naming the key to use instead."""
+    """DeepSpeed's own settings. Raises UserError for a missing or invalid file, naming the key to use instead."""
     path = next((path for path in (Path(config.deepspeed), DS_CONFIGS / config.deepspeed) if path.is_file()), None)
     if path is None:
         known = ", ".join(sorted(file.name for file in DS_CONFIGS.glob("*.json")))
@@ -56,13 +56,13 @@ def read_ds_config(config: EngineConfig) -> dict[str, Any]:
         raise UserError(f"engine.deepspeed: {error}: not a DeepSpeed config in JSON") from None
     if not isinstance(ds.get("zero_optimization", {}), dict):
         raise UserError(f"engine.deepspeed: {path}: zero_optimization is no object")
-    for complaint in unfit(ds, config):
+    for complaint in validation_errors(ds, config):
         raise UserError(f"engine.deepspeed: {path.name} {complaint}")
     ds.pop("not_tested_here", None)
     return ds
 
 
-def unfit(ds: dict[str, Any], config: EngineConfig) -> Iterator[str]:
+def validation_errors(ds: dict[str, Any], config: EngineConfig) -> Iterator[str]:
     """What speaks against a DeepSpeed config, each as the rest of a sentence that begins with the file's name."""
     zero = ds.get("zero_optimization", {})
     for key, ours in DECIDED_BY_THE_RUN.items():

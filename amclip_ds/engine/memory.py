@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def measured_model_state(student: StudentEngine, teacher: "Teacher | None") -> dict[str, float]:
     """Bytes of the tensor storages that each part occupies on this rank now, each storage counted once.
 
-    Gradients stand between backward and step, moments after the first step.
+    Gradients are between backward and step, moments after the first step.
     """
     engine, optimizer = student.engine, student.engine.optimizer
     base = shards.base_optimizer(engine)

@@ -96,10 +96,10 @@ def _compile(announce: bool) -> None:
                 raise AmclipError(f"the compiler was not done after {BUILD_LIMIT_S:.0f} s") from None
             finally:
                 _end(process)
-        told = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        reported = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         if status != 0:
-            raise AmclipError(f"the build ended with {status}: {told[-1]}")
-        os.replace(told[-1], place)
+            raise AmclipError(f"the build ended with {status}: {reported[-1]}")
+        os.replace(reported[-1], place)
 
 
 def _end(process: subprocess.Popen) -> None:

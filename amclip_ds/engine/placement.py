@@ -39,7 +39,7 @@ class Placement:
     master_port: int
     launcher: str
     note: str = ""
-    """What a person should be told about this start, if anything."""
+    """What a person should know about this start, if anything."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SlurmJob:
     restart: int = 0
     """How often Slurm started the job again."""
     end: float | None = None
-    """The end of its time, in seconds since the epoch, where Slurm's version tells it in the environment."""
+    """The end of its time, in seconds since the epoch, where Slurm's version gives it in the environment."""
 
 
 def slurm_job(env: Mapping[str, str]) -> SlurmJob:
@@ -164,7 +164,7 @@ def _from_mpi(env: Mapping[str, str], launcher: str, names: tuple[str, str, str,
     several_nodes = local_world_size < world_size
     if several_nodes and not env.get("MASTER_ADDR"):
         raise UserError(
-            f"{launcher} over several nodes does not tell where rank 0 is: add -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
+            f"{launcher} over several nodes does not say where rank 0 is: add -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
             f" (-genv for Hydra), or start with srun"
         )
     job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_ID", "")
@@ -227,7 +227,7 @@ def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> i
 
 def _check_range(value: int, size: int, name: str, size_name: str) -> None:
     if not 0 <= value < size:
-        raise UserError(f"environment: {name}={value} does not lie in 0..{size - 1} ({size_name})")
+        raise UserError(f"environment: {name}={value} is not in 0..{size - 1} ({size_name})")
 
 
 def free_port() -> int:

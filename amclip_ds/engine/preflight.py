@@ -89,7 +89,7 @@ def preflight(
 ) -> Report:
     """Checks every node and says what it found. Collective: every rank must call.
 
-    config_text: the resolved settings. shards: the training shards, a sample of which is looked for from every node.
+    config_text: the resolved settings. shards: the training shards, a sample of which is read from every node.
     folder: the run's folder, where every node must be able to write. Raises UserError, the same on every rank, for
     mistakes, AmclipError for ranks that do not answer.
     """
@@ -116,12 +116,12 @@ def gather_facts(
     runtime: Runtime, config_text: str, shards: Sequence[str], folder: Path, group: dist.ProcessGroup
 ) -> list[Facts]:
     """Every rank's facts, in rank order. Collective: every rank must call."""
-    looks = runtime.local_rank == 0  # one look a node: a thousand ranks would storm the file system's metadata
+    probes = runtime.local_rank == 0  # one probe a node: a thousand ranks would storm the file system's metadata
     own = asdict(Facts(
         rank=runtime.rank, host=socket.gethostname(), code=code_hash(), config=_hash(config_text.encode()),
         versions=f"python {platform.python_version()}, torch {torch.__version__}", clock_s=0.0,
-        disk_error=write_probe(folder, runtime.rank) if looks else "",
-        missing_shards=tuple(look_for(shards)) if looks else (), **_gpu_facts(runtime.device),
+        disk_error=write_probe(folder, runtime.rank) if probes else "",
+        missing_shards=tuple(missing_of(shards)) if probes else (), **_gpu_facts(runtime.device),
     ))  # fmt: skip
     dist.barrier(group=group)
     own["clock_s"] = time.time()  # right after the barrier, so that the clocks can be compared
@@ -173,8 +173,8 @@ def write_probe(folder: Path, rank: int) -> str:
         return f"cannot write in {folder}: {error.strerror}"
 
 
-def look_for(shards: Sequence[str]) -> list[str]:
-    """Those of an even sample of the shards that cannot be read here; pipes and addresses are not looked at."""
+def missing_of(shards: Sequence[str]) -> list[str]:
+    """Those of an even sample of the shards that cannot be read here; pipes and addresses are not checked."""
     files = [shard for shard in shards if not is_remote(shard)]
     step = max(1, len(files) // SAMPLED_SHARDS)
     return [shard for shard in files[::step] if not os.access(shard, os.R_OK)]

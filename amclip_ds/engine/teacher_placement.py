@@ -1,4 +1,4 @@
-"""Where the teacher's copy for the forward lies: replicated on every rank, or sharded by ZeRO-3; and its publishing.
+"""Where the teacher's copy for the forward is: replicated on every rank, or sharded by ZeRO-3; and its publishing.
 
 The average itself is fp32 and sharded like the student's masters (teacher.py); what is published is in the student's
 compute dtype. Everything here is collective: every rank must call.

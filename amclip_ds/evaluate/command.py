@@ -74,7 +74,7 @@ def _hand_over(
     if located.run is not None and not args.no_append:
         appended = append_new(located.run, rows)
         print(f"{appended} of {len(rows)} rows appended to {located.run}/eval.jsonl"
-              + ("" if appended == len(rows) else ": the others stand there already"))  # fmt: skip
+              + ("" if appended == len(rows) else ": the others are there already"))  # fmt: skip
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

@@ -90,7 +90,7 @@ class EvalSet:
     """with `{c}` for the class name"""
     folder: str = field(default="", compare=False)
     is_multilabel: bool = False
-    """whether an image may have several labels, which stand in its `numbers`"""
+    """whether an image may have several labels, which are in its `numbers`"""
     note: str = field(default="", compare=False)
     """which prompts, and what else was understood"""
 
@@ -152,7 +152,7 @@ def open_set(
 
 
 def open_sets(specs: Sequence[str], key: str) -> list[EvalSet]:
-    """Opens several whose rows can be told apart. Raises UserError."""
+    """Opens several whose rows can be distinguished. Raises UserError."""
     found = [open_set(spec, key=key) for spec in specs]
     check_distinct(found, key)
     return found

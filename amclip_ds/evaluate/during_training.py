@@ -1,4 +1,4 @@
-"""Evaluation between two steps: the engines as they stand, student and teacher, on the sets of `eval.data`."""
+"""Evaluation between two steps: the engines as they are, student and teacher, on the sets of `eval.data`."""
 
 from functools import partial
 from typing import Any

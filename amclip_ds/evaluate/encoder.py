@@ -38,7 +38,7 @@ class Encoder(Protocol):
     """student | teacher"""
     image_size: int
     say: Callable[[str], None] | None
-    """where it is told how far the encoding is; None: nowhere"""
+    """called with how far the encoding is; None: not"""
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """One RGB image -> what `image` stacks."""
@@ -65,7 +65,7 @@ class Towers(Protocol):
         ...
 
     def embed_texts(self, token_ids: Tensor) -> Tensor:
-        """[B, T] -> [B, E] likewise."""
+        """[B, T] -> [B, E] the same."""
         ...
 
 
@@ -152,10 +152,10 @@ def encode_images(
         try:
             return encoder.preprocess(_read(sample, encoder.image_size))
         except Exception as error:
-            told = error if isinstance(error, AmclipError) else AmclipError(f"{sample.place}: {error}")
+            reported = error if isinstance(error, AmclipError) else AmclipError(f"{sample.place}: {error}")
             if comm.world_size == 1:
-                raise told from error
-            errors.append(told)  # raised after the last batch: the others wait for this rank's part of every forward
+                raise reported from error
+            errors.append(reported)  # raised after the last batch: others wait for this rank's part of every forward
             return encoder.preprocess(Image.new("RGB", (encoder.image_size, encoder.image_size)))
 
     def work(numbers: range, images: Sequence[Tensor]) -> Tensor:

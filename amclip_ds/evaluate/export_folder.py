@@ -137,7 +137,7 @@ def refuse_elsewhere(file: Path, content: Any, at: str = "") -> None:
 
 
 def read_own(file: Path) -> dict[str, Any]:
-    """A JSON file of the folder that it lies in, and of no other. Raises UserError."""
+    """A JSON file of the folder that it is in, and of no other. Raises UserError."""
     return read_json(inside(file.parent, file), dict)
 
 
@@ -370,7 +370,7 @@ def read_timm(folder: Path) -> TimmFacts:
 
 # ---- ONNX
 
-ONNX_FACTS = "clip_onnx.json"  # what lies beside image.onnx and text.onnx, and the input of each
+ONNX_FACTS = "clip_onnx.json"  # what is beside image.onnx and text.onnx, and the input of each
 ONNX_INPUTS = {"image": "pixel_values", "text": "input_ids"}
 ONNX: Known = {
     "image_size": SIDE, "context_length": whole(1, MAX_TOKENS), "eos_token_id": whole(0, MAX_VOCABULARY),

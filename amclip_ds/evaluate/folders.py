@@ -25,7 +25,7 @@ SUFFIXES = (*READ, "bmp", "ppm", "pgm", "gif", "tif", "tiff", "avif", "heic", "j
 LISTS = (".txt", ".csv", ".tsv")
 WNID = re.compile(r"n\d{8}", re.ASCII)
 MAX_LIST = 256 << 20  # bytes of a list of images
-SEARCHED = 20_000  # entries looked at to find an image below a folder
+SEARCHED = 20_000  # entries checked to find an image below a folder
 
 
 @dataclass
@@ -94,7 +94,7 @@ def _in_split(folder: Path, split: str) -> Found:
 
 
 def _classes(root: Path, below: list[Path], above: Path | None = None) -> Found | None:
-    """A folder a class; or images beside a list of their labels, which may lie in the folder `above` too."""
+    """A folder a class; or images beside a list of their labels, which may be in the folder `above` too."""
     loose = _images(root)
     if not below or (len(below) == 1 and not loose and _label_files(root, above, below[0])):
         return _labelled(root, above, below[0] if below else root)
@@ -116,7 +116,7 @@ def _classes(root: Path, below: list[Path], above: Path | None = None) -> Found 
 
 
 def _labelled(root: Path, above: Path | None, base: Path) -> Found | None:
-    """Images that lie beside a file with their labels."""
+    """Images that are beside a file with their labels."""
     images = _images(base)
     if not images:
         return None
@@ -230,7 +230,7 @@ def _folders_below(path: Path) -> list[Path]:
 
 
 def _has_image(path: Path) -> bool:
-    """Whether an image lies in a folder or below it."""
+    """Whether an image is in a folder or below it."""
     waiting, searched = [path], 0
     while waiting and searched < SEARCHED:
         at = waiting.pop()

@@ -48,7 +48,7 @@ def open_library(path: Path, kind: str, weights: str, device: torch.device, prep
     """kind: open_clip | hf | timm | onnx. preprocess: ours | library, whose pixels `preprocess` makes.
 
     Raises UserError for what may not be loaded, and for a model that does not give finite embeddings of one width;
-    whatever the library raises comes through.
+    what the library raises is not caught.
     """
     library = BUILDERS[kind](path, weights, device, preprocess == "library")
     library.path = path

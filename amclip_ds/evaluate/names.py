@@ -103,7 +103,7 @@ def class_names(folder: Path, choice: str, hint: str = "", name: str = "") -> tu
 
 
 def _check_distinct(names: Sequence[str], places: Sequence[str]) -> None:
-    """Two classes of one name cannot be told apart by any model. ImageNet's own thousand have two such pairs."""
+    """Two classes of one name cannot be distinguished by any model. ImageNet's own thousand have two such pairs."""
     seen: dict[str, str] = {}
     for name, place in zip(names, places):
         plain = " ".join(name.lower().split())  # as the tokenizer sees it

@@ -78,12 +78,12 @@ def _tensors(model: Any) -> Iterator[Any]:
 
 
 def _check_external(path: Path, tensor: Any) -> None:
-    """Raises UserError for weights that do not lie in a file of the folder."""
+    """Raises UserError for weights that are not in a file of the folder."""
     facts = {entry.key: entry.value for entry in tensor.external_data}
     location, offset, length = facts.get("location", ""), facts.get("offset", "0"), facts.get("length", "0")
     file = path.parent / location
     if not location or Path(location).name != location or location in (".", ".."):
-        raise UserError(f"{path}: the weights {tensor.name[:60]!r} lie at {location[:60]!r}, not beside it")
+        raise UserError(f"{path}: the weights {tensor.name[:60]!r} are at {location[:60]!r}, not beside it")
     inside(path.parent, file)
     if not file.is_file():
         raise UserError(f"{file}: missing, or no ordinary file; {path.name} has its weights there")
@@ -91,7 +91,7 @@ def _check_external(path: Path, tensor: Any) -> None:
         raise UserError(f"{path}: the weights {tensor.name[:60]!r} have no place in {file.name}")
     needed = _bytes_of(tensor)
     if length != str(needed) or int(offset) + needed > file.stat().st_size:
-        raise UserError(f"{path}: the weights {tensor.name[:60]!r} of {needed} bytes do not lie whole in {file.name}")
+        raise UserError(f"{path}: the weights {tensor.name[:60]!r} of {needed} bytes are not whole in {file.name}")
 
 
 def _bytes_of(tensor: Any) -> int:

@@ -5,7 +5,7 @@ image_retrieval_recall@k: of the captions, those that find their image among the
 Equal scores are ranked by place, the lowest first (metrics.py).
 
 Scores are computed in blocks of fixed size, shared by the ranks, of which only the first k of each query stay: memory
-is the embeddings and one block, whatever the number of pairs. 1 M images with 5 M captions at width 512: 12.3 GB of
+is the embeddings and one block, for any number of pairs. 1 M images with 5 M captions at width 512: 12.3 GB of
 embeddings on each rank, blocks of 64 MB, 5 TB of scores that are never held.
 
 Shapes: Q queries, M candidates, E embedding, I images, T texts.

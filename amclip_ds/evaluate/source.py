@@ -48,7 +48,7 @@ class Located:
 
 
 def locate(source: str | Path) -> Located:
-    """What lies at a path, or at `hf-hub:ORG/NAME`. A run without final weights stands for its newest valid checkpoint.
+    """What is at a path, or at `hf-hub:ORG/NAME`. A run without final weights is read as its newest valid checkpoint.
 
     Raises UserError.
     """

@@ -1,4 +1,4 @@
-"""Suites of sets by name: which sets they are, where they lie, what is reported of each, and the averages.
+"""Suites of sets by name: which sets they are, where they are, what is reported of each, and the averages.
 
     ROOT/wds_vtab-cifar10   ROOT/wds_vtab-cifar10_test   ROOT/vtab/cifar10   ROOT/cifar10        CLIP_benchmark's layout
     CACHE/datasets--clip-benchmark--wds_vtab-cifar10/snapshots/REVISION                           the hub's cache
@@ -78,7 +78,7 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Found:
-    """What of a suite lies here."""
+    """What of a suite is here."""
 
     suite: str
     folders: Mapping[str, Path]
@@ -95,7 +95,7 @@ class Found:
 
 
 def find(name: str, roots: Sequence[str]) -> Found:
-    """Where the sets of a suite lie; roots: folders, or none: the hub's cache. Raises UserError."""
+    """Where the sets of a suite are; roots: folders, or none: the hub's cache. Raises UserError."""
     suite = SUITES[name]
     places = [Path(root).expanduser() for root in roots] or [_cache()]
     for place in places:
@@ -110,7 +110,7 @@ def find(name: str, roots: Sequence[str]) -> Found:
             folders[key] = next(iter(found.values()))
     if not folders:
         wanted = ", ".join(f"wds_{key.replace('/', '-')}" for key in list(suite.metrics)[:3])
-        raise UserError(f"--suite {name}: none of its sets lies in {', '.join(map(str, places))} ({wanted}, ...)")
+        raise UserError(f"--suite {name}: none of its sets is in {', '.join(map(str, places))} ({wanted}, ...)")
     return Found(name, folders, tuple(key for key in suite.metrics if key not in folders and key not in suite.unread))
 
 
@@ -160,8 +160,8 @@ def report(found: Found, rows: Sequence[dict[str, Any]]) -> list[str]:
             wanted = members or tuple(suite.metrics)
             lacking = [key for key in wanted if key not in by_set]
             mean = sum(by_set[key] for key in wanted if key in by_set) / len(wanted)
-            told = f"{mean:.4f}" if not lacking else f"none: {len(lacking)} of {len(wanted)} sets are missing"
-            lines.append(f"{found.suite}, {weights}, {title}, {column}: {told}")
+            reported = f"{mean:.4f}" if not lacking else f"none: {len(lacking)} of {len(wanted)} sets are missing"
+            lines.append(f"{found.suite}, {weights}, {title}, {column}: {reported}")
     return lines
 
 

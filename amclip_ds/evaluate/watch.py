@@ -1,6 +1,6 @@
 """`amclip watch`: evaluates each committed checkpoint of a run once, beside the training.
 
-RUN/eval.jsonl is its whole memory: a checkpoint is done when a row for each data set and each of its weights stands
+RUN/eval.jsonl is its whole memory: a checkpoint is done when a row for each data set and each of its weights is there
 there. So it may be killed and started at any time, and a checkpoint that a resumed run writes again, whose rows the
 resume has set aside, is evaluated again. Only folders that appeared by the saver's rename and whose files verify are
 read; while it reads one, a pin keeps the run from deleting it.
@@ -47,8 +47,8 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
     failed: Failed = {}
     is_idle, unreadable = False, 0
     while True:
-        unreadable = _tell_unreadable(run / run_files.EVALUATIONS, unreadable)
-        has_ended = _has_ended(run)  # asked before the look: what was committed until then is seen by it
+        unreadable = _report_unreadable(run / run_files.EVALUATIONS, unreadable)
+        has_ended = _has_ended(run)  # asked before the listing: what was committed until then is seen by it
         for step, path in step_folders.list_steps(run / run_files.CHECKPOINTS):
             identity = _identity(path)
             if identity is None or identity in refused or not retention.is_whole(path):
@@ -78,10 +78,10 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
     return 0
 
 
-def _tell_unreadable(file: Path, told: int) -> int:
+def _report_unreadable(file: Path, reported: int) -> int:
     """How many lines of eval.jsonl are no rows: what they record is evaluated again. Said once for each number."""
     count = jsonl.read(file, run_files.EVALUATION)[1]
-    for line in jsonl.left_out(file, count) if count != told else ():
+    for line in jsonl.left_out(file, count) if count != reported else ():
         print(line, flush=True)
     return count
 
@@ -160,7 +160,7 @@ def _wait_for(run: Path, every_s: float, once: bool) -> None:
 
 
 def _identity(path: Path) -> tuple[Path, int] | None:
-    """What tells a checkpoint from another of the same step; None where it is gone."""
+    """What distinguishes a checkpoint from another of the same step; None where it is gone."""
     try:
         return path, (path / manifest.NAME).stat().st_mtime_ns
     except OSError:

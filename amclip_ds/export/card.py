@@ -65,7 +65,7 @@ training it was plain text.""",
 UNKNOWN = "unknown"
 USE = """Meant for research: zero-shot classification, image-text retrieval, features for probes and as a start for
 other training, on images and English texts like those it was trained on. Not meant for decisions about people, for
-surveillance, or for use without a test on the task at hand: it was not tested for bias, safety or other languages,
+surveillance, or for use without a test on the intended task: it was not tested for bias, safety or other languages,
 and it takes over what is wrong with its data."""
 
 
@@ -137,10 +137,10 @@ def _energy(located: Located) -> str:
     spent = [max(0, step - before) for before, step in zip([0, *steps], steps)]
     hours = sum(count * row["step_s"] for count, row in zip(spent, rows)) * devices / 3600
     name = planned.get("device")
-    told = f"{hours:.3g} device-hours of steps on {devices} {code(str(name)) if name else 'processes on CPUs'}"
+    reported = f"{hours:.3g} device-hours of steps on {devices} {code(str(name)) if name else 'processes on CPUs'}"
     if isinstance(watts, int | float):
-        told += f"; at full power of the boards ({watts:g} W each) {hours * watts / 1000:.3g} kWh"
-    return f"{told}. Hosts, network, cooling, evaluations and attempts that were thrown away are not in it."
+        reported += f"; at full power of the boards ({watts:g} W each) {hours * watts / 1000:.3g} kWh"
+    return f"{reported}. Hosts, network, cooling, evaluations and attempts that were thrown away are not in it."
 
 
 def _count(row: dict[str, Any]) -> str:

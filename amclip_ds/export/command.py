@@ -75,7 +75,7 @@ def load_back(folder: Path, fmt: str, weights: str) -> object:
     """The export as its library loads it. Raises ExportMismatch where the library refuses it."""
     try:
         return open_library(folder, fmt, weights, torch.device("cpu"))
-    except Exception as error:  # whatever the library raises, the export is worth nothing
+    except Exception as error:  # if the library raises anything, the export is useless
         reason = in_one_line(error, 300)
         raise ExportMismatch(
             f"{fmt} does not load the export, which was deleted: {type(error).__name__} {reason}"

@@ -1,7 +1,7 @@
 """A folder for ONNX runtimes: image.onnx and text.onnx, each from inputs to unit embeddings, and what goes before them.
 
 `clip_onnx.json` holds the preprocessing, the context length and exp(logit_scale); `tokenizer.json` is the byte-pair
-encoding for the `tokenizers` package. Weights lie in `.data` files beside the graphs, which have no limit of size.
+encoding for the `tokenizers` package. Weights are in `.data` files beside the graphs, which have no limit of size.
 """
 
 import json
@@ -62,9 +62,9 @@ def write(folder: Path, module: AClip, model: ModelConfig) -> None:
 
 
 def _write_graph(path: Path, module: nn.Module, example: Tensor, source: str, result: str) -> None:
-    told = logging.getLogger("torch.onnx")
-    level = told.level
-    told.setLevel(logging.ERROR)
+    reported = logging.getLogger("torch.onnx")
+    level = reported.level
+    reported.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -73,4 +73,4 @@ def _write_graph(path: Path, module: nn.Module, example: Tensor, source: str, re
                 dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, external_data=True, verbose=False,
             )  # fmt: skip
     finally:
-        told.setLevel(level)
+        reported.setLevel(level)

@@ -1,7 +1,7 @@
 """Does the other library compute the same? Unit embeddings of real images and texts, ours against theirs.
 
 First on the same pixel tensors and token ids, where they must agree within 1e-5; then through the library's own
-preprocessing and tokenizer, where a difference is told and only a large one is a mismatch.
+preprocessing and tokenizer, where a difference is reported and only a large one is a mismatch.
 """
 
 from dataclasses import asdict, dataclass
@@ -39,12 +39,12 @@ class Agreement:
     """the lowest"""
     max_difference: float
     must: str
-    """equal: within TOLERANCE | close: a cosine of OWN_COSINE | told: whatever it is"""
+    """equal: within TOLERANCE | close: a cosine of OWN_COSINE | reported: not judged"""
 
     @property
     def holds(self) -> bool:
         """NaN does not."""
-        holds = {"equal": self.max_difference <= TOLERANCE, "close": self.cosine >= OWN_COSINE, "told": True}
+        holds = {"equal": self.max_difference <= TOLERANCE, "close": self.cosine >= OWN_COSINE, "reported": True}
         return holds[self.must]
 
     def line(self) -> str:
@@ -119,7 +119,7 @@ def _made_samples(image_size: int) -> Samples:
     from amclip_ds.data.synthetic import SceneConfig, make_scene
 
     made = [make_scene(SceneConfig(image_size=max(64, image_size)), "test", n) for n in range(NUM_SAMPLES)]
-    origin = f"{len(made)} synthetic scenes (no training shard is at hand; --proof names real ones)"
+    origin = f"{len(made)} synthetic scenes (no training shard is available; --proof names real ones)"
     return Samples([scene.image for scene in made], [scene.caption for scene in made], origin)
 
 
@@ -135,7 +135,7 @@ def prove(module: AClip, model: ModelConfig, library: Any, samples: Samples) -> 
     agreements = [_agree("images, same pixels", image, _unit(_batched(library.embed_pixels, pixels)), "equal")]
     own = _unit(_batched(library.embed_pixels, torch.stack([library.own_pixels_of(i) for i in samples.images])))
     alike = torch.tensor([library.crops_as_we_do(i) for i in samples.images])
-    for what, rows, must in (("", alike, "close"), (", where it crops a pixel aside", ~alike, "told")):
+    for what, rows, must in (("", alike, "close"), (", where it crops a pixel aside", ~alike, "reported")):
         if rows.any():
             what = f"images, its own preprocessing{what} ({int(rows.sum())} images)"
             agreements.append(_agree(what, image[rows], own[rows], must))

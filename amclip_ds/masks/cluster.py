@@ -84,4 +84,4 @@ def by_rule(options: Any, similarity_BAU: "Tensor", noise2_BU: "Tensor") -> "Ten
     if options.rule == "topk":
         return -similarity_BAU.amax(dim=1)
     hidden = (similarity_BAU > options.threshold).any(dim=1)
-    return -(hidden.to(noise2_BU.dtype) + noise2_BU)  # draws lie in [0, 1): every visible unit comes first
+    return -(hidden.to(noise2_BU.dtype) + noise2_BU)  # draws are in [0, 1): every visible unit comes first

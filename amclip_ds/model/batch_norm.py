@@ -1,4 +1,4 @@
-"""Batch norm over all ranks, in fp32 whatever the model's dtype, on any device.
+"""Batch norm over all ranks, in fp32 regardless of the model's dtype, on any device.
 
 torch.nn.SyncBatchNorm refuses CPU tensors, and BatchNorm1d fails under a bf16 engine, whose buffers stay fp32.
 """

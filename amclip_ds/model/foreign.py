@@ -16,7 +16,7 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Rule:
-    """ours <-> theirs; `#` stands for the number of a block. One name a side, or three against one."""
+    """ours <-> theirs; `#` is the number of a block. One name a side, or three against one."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
@@ -170,15 +170,15 @@ WITHOUT_LEADING_AXES = {
     "visual.class_embedding", "visual.positional_embedding", "vision_model.embeddings.class_embedding",
     "vision_model.embeddings.position_embedding.weight", "logit_scale",
 }  # fmt: skip
-TELLING = ("vision.cls_token", "text.embeddings.token_embedding.weight")  # what a format is recognised by
+SIGNATURE_KEYS = ("vision.cls_token", "text.embeddings.token_embedding.weight")  # what a format is recognised by
 
 
 def recognise(keys: Iterable[str]) -> str | None:
     """The format whose names these keys are; None for none of them."""
     present = set(keys)
     for name, rules in FORMATS.items():
-        telling = [rule.theirs[0] for rule in rules if rule.ours[0] in TELLING]
-        if all(key in present for key in telling):
+        signature = [rule.theirs[0] for rule in rules if rule.ours[0] in SIGNATURE_KEYS]
+        if all(key in present for key in signature):
             return name
     return None
 

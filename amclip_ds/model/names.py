@@ -19,7 +19,7 @@ def first_name(name: str) -> str:
 
 
 def present_buffer(name: str) -> str:
-    """Likewise of a checkpoint's buffer, WHOSE.NAME."""
+    """The same of a checkpoint's buffer, WHOSE.NAME."""
     whose, dot, rest = name.partition(".")
     return whose + dot + present_name(rest)
 

@@ -11,7 +11,7 @@ class Savings:
     last_block: bool = True
     """A tower's last block is computed for the pooled token alone, where nothing reads the others."""
     patchify: bool = True
-    """Patches are cut out and multiplied as one matrix, those that stay alone (unless the mask looks at embeddings)."""
+    """Patches are cut out and multiplied as one matrix, those that stay alone (unless the mask reads embeddings)."""
     one_write: bool = True
     """With patchify: class token, kept patches and their positions are written at once, instead of joined later."""
     texts_by_length: bool = True

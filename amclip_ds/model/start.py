@@ -20,11 +20,11 @@ from amclip_ds.model.names import first_name, present_name
 from amclip_ds.model.weight_files import refuse_pickle, weight_files
 
 Pieces = list[tuple[int, str, str]]
-"""Where a tensor of a checkpoint lies: (first element of the flattened tensor, file, key in it), in order."""
+"""Where a tensor of a checkpoint is: (first element of the flattened tensor, file, key in it), in order."""
 KINDS = {"student": ("master", "frozen"), "teacher": ("ema", "frozen", "master")}
 """Kinds of pieces by preference: what is not averaged is the student's (frozen parameters, logit_scale)."""
 WHOLE = ("open_clip_model.safetensors", "model.safetensors", "model-*-of-*.safetensors", "*.safetensors")
-"""An export's weights; models of the hub often lie there in several libraries' forms, of which one is taken."""
+"""An export's weights; models of the hub are often there in several libraries' forms, of which one is taken."""
 
 
 class Source:
@@ -104,7 +104,7 @@ class Source:
         parts, at = [], 0
         for start, file, key in self._pieces[name]:
             if start != at:
-                raise UserError(f"model.init_from: {file}: elements of {name} are missing or stand there twice")
+                raise UserError(f"model.init_from: {file}: elements of {name} are missing or there twice")
             parts.append(self._read_key(key).flatten())
             at += parts[-1].numel()
         return torch.cat(parts)

@@ -20,7 +20,7 @@ OBSERVING = ("vision.", "objectives.")  # the parameters that `observe` reads; t
 
 
 class Observed(NamedTuple):
-    """What a look at the teacher's crop gave, as a tuple for ZeRO-3's hooks."""
+    """What the teacher's forward over its crop gave, as a tuple for ZeRO-3's hooks."""
 
     targets: Targets
     scores: Tensor | None

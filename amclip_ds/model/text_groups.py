@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 GROUPS = 4
 STEP = 8  # a group's length is a multiple of it: few shapes, which a compiler can keep
-WORTH = 0.85  # of the tokens: where more than that is left, texts are not taken apart
+MAX_SHARE = 0.85  # of the tokens: where more than that is left, texts are not taken apart
 
 
 class TextGroup(NamedTuple):
@@ -31,6 +31,6 @@ def groups_of(lengths: Sequence[int], longest: int, fixed_shapes: bool = False) 
         if groups and groups[-1].length == length and not fixed_shapes:
             rows = groups.pop().rows + rows
         groups.append(TextGroup(rows, length))
-    if not fixed_shapes and sum(len(rows) * length for rows, length in groups) > WORTH * B * longest:
+    if not fixed_shapes and sum(len(rows) * length for rows, length in groups) > MAX_SHARE * B * longest:
         return [TextGroup(list(range(B)), longest)]
     return groups

@@ -51,13 +51,13 @@ def build_vit(config: VisionConfig) -> Any:
     except (AssertionError, RuntimeError) as error:
         reason = in_one_line(error)
         raise ValueError(f"model.vision.name: {config.name!r} cannot be the tower: {reason}") from error
-    unfit = _why_unfit(vit)
-    if unfit:
-        raise ValueError(f"model.vision.name: {config.name!r} cannot be the tower: {unfit}")
+    reason = _why_unsupported(vit)
+    if reason:
+        raise ValueError(f"model.vision.name: {config.name!r} cannot be the tower: {reason}")
     return vit
 
 
-def _why_unfit(vit: Any) -> str | None:
+def _why_unsupported(vit: Any) -> str | None:
     from timm.layers import PatchEmbed
     from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
@@ -144,7 +144,7 @@ class VisionTower(nn.Module):
         return VisionOutput(tokens, keep_indices, scores)
 
     def feature(self, tokens: Tensor) -> Tensor:
-        """What stands for an image: [..., 1 + K, D] after the last norm -> [..., D]."""
+        """The feature of an image: [..., 1 + K, D] after the last norm -> [..., D]."""
         return tokens.select(-2, 0) if self.pool == "cls" else tokens.mean(dim=-2)
 
     def _embed(

@@ -43,7 +43,7 @@ class Chart:
     is_log: bool
     lines: list[Line] = field(default_factory=list)
     x_ticks: list[tuple[float, str]] = field(default_factory=list)
-    """place in percent, and what stands there"""
+    """place in percent, and what is there"""
     y_ticks: list[tuple[float, str]] = field(default_factory=list)
     table: list[list[str]] = field(default_factory=list)
     """rows of numbers in words: the same for those who cannot see it"""

@@ -16,7 +16,7 @@ MEANING = {
     FAULT: "a fault of amclip or of the machine",
     MISTAKE: "a mistake in the command, the settings or the data",
     STOPPED_ITSELF: "the run stopped itself (guards, data limits)",
-    TO_REQUEUE: "stopped from outside after a committed checkpoint; the same command goes on",
+    TO_REQUEUE: "stopped from outside after a committed checkpoint; the same command resumes",
     INTERRUPTED: "interrupted before there was anything to save",
 }
 
@@ -50,7 +50,7 @@ def in_words(kind: str) -> str:
 
 
 def describe_verdict(run: RunFacts, attempts: list[Attempt]) -> tuple[str, str, bool]:
-    """(one line, the reason, whether all is well): how the run stands."""
+    """(one line, the reason, whether all is well): the state of the run."""
     length = f" of {run.total_steps}" if run.total_steps else ""
     if run.verdict is not None:
         code = run.verdict["code"]
@@ -66,7 +66,7 @@ def describe_verdict(run: RunFacts, attempts: list[Attempt]) -> tuple[str, str, 
     return (
         f"Ended without a verdict, after step {run.last_step}{length}",
         "no exit.json: the processes were killed, or their machine went away; the last lines of the job's output say"
-        " more, and the same command goes on from the newest checkpoint",
+        " more, and the same command resumes from the newest checkpoint",
         False,
     )
 
@@ -82,7 +82,7 @@ def _starts(run: RunFacts, attempts: list[Attempt]) -> list[Event]:
         job = f", Slurm job {row['job']}, restart {row.get('restart')}" if row.get("job") else ""
         effect = []
         if saved:
-            effect.append(f"goes on from step {saved['step']}")
+            effect.append(f"resumes from step {saved['step']}")
             if before and before.last_step > saved["step"]:
                 effect.append(f"steps {saved['step'] + 1} to {before.last_step} are made again")
             if ranks and saved.get("world_size") not in (None, ranks):
@@ -115,7 +115,7 @@ def _waits(run: RunFacts) -> list[Event]:
 
 
 def _incidents(run: RunFacts) -> list[Event]:
-    """Those of one attempt and kind are one row as long as nothing else comes between; samples are told by kind."""
+    """Those of one attempt and kind are one row as long as nothing else comes between; samples are reported by kind."""
     found: list[Event] = []
     open_rows: dict[tuple[Any, ...], Event] = {}
     for row in run.incidents:
@@ -164,7 +164,7 @@ class Loss:
 
 
 def lost_samples(run: RunFacts) -> list[Loss]:
-    """The ledger: by shard and kind, the worst first. A resume may tell of the same sample again; it counts once."""
+    """The ledger: by shard and kind, the worst first. A resume may report the same sample again; it counts once."""
     counts: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], dict[str, Any]] = {}
     seen: set[tuple[str, str, str]] = set()

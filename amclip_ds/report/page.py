@@ -141,7 +141,7 @@ class RunPage:
 
 
 def write_report(folders: list[Path], out: Path) -> int:
-    """Reads the runs and writes the page, old or new whatever happens. Returns its size in bytes. Raises UserError."""
+    """Reads the runs and writes the page, old or new in any case. Returns its size in bytes. Raises UserError."""
     text = page([read_run(folder) for folder in folders])
     try:
         write_atomically(out, text)
@@ -240,7 +240,7 @@ def best_rows(run: RunFacts) -> list[dict[str, Any]]:
 
 
 def main_metric(row: dict[str, Any]) -> tuple[str, float]:
-    """The number that stands for an evaluation, and its name; an empty name where there is none."""
+    """The headline number of an evaluation, and its name; an empty name where there is none."""
     numbers = {name: value for name, value in row["metrics"].items() if isinstance(value, int | float)}
     named = row.get("main_metric")
     for name in (*([named] if isinstance(named, str) else []), *METRICS, *numbers):
@@ -305,7 +305,7 @@ def span_of(run: RunFacts) -> tuple[float, float]:
 
 
 def marks(run: RunFacts, events: list[Event]) -> list[Mark]:
-    """Where incidents, saves and starts lie on the axis of steps; those that fall together are one."""
+    """Where incidents, saves and starts are on the axis of steps; those that fall together are one."""
     first, last = span_of(run)
     alike = [(event.kind, event.step, event.what) for event in events if event.kind == happened.SAVE
              or (event.kind == happened.START and event.step)]  # fmt: skip

@@ -19,7 +19,7 @@ MAX_GRID = 128
 
 @dataclass
 class Picture:
-    """One image, with what lies over it at each step."""
+    """One image, with what is over it at each step."""
 
     name: str
     uri: str

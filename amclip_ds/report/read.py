@@ -44,7 +44,7 @@ class Series:
 
 @dataclass
 class RunFacts:
-    """One run as its folder tells it. Everything in it is somebody else's text until it is escaped."""
+    """One run as its folder describes it. Everything in it is somebody else's text until it is escaped."""
 
     folder: Path
     name: str
@@ -82,8 +82,8 @@ class RunFacts:
     @property
     def last_step(self) -> int:
         """The last step that is known of."""
-        told = self.verdict["step"] if self.verdict and isinstance(self.verdict.get("step"), int) else 0
-        return max(told, self.metrics.steps[-1] if self.metrics.steps else 0)
+        reported = self.verdict["step"] if self.verdict and isinstance(self.verdict.get("step"), int) else 0
+        return max(reported, self.metrics.steps[-1] if self.metrics.steps else 0)
 
 
 def read_run(folder: Path) -> RunFacts:

@@ -34,7 +34,7 @@ class Attempt:
     seconds: dict[str, float] = field(default_factory=dict)
     """part -> seconds"""
     first_step: int = 0
-    """the step it went on from"""
+    """the step it continued from"""
     last_step: int = 0
     world_size: int | None = None
     code: int | None = None

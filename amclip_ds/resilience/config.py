@@ -17,7 +17,7 @@ class GuardsConfig:
     spike_window: int = 100
     """Losses of applied steps that a loss is compared with; nothing is a spike before there are so many."""
     spike_deviations: float = 8.0
-    """A spike lies so many deviations (1.4826 median absolute ones) above the window's median."""
+    """A spike is this many deviations (1.4826 median absolute ones) above the window's median."""
     max_rewinds: int = 3
     """With spike=rewind: rewinds after which the next spike stops the run."""
 
@@ -38,7 +38,7 @@ class OwnershipConfig:
     heartbeat_s: float = 5.0
     """RUN/owner.json is renewed so often."""
     stale_s: float = 60.0
-    """An owner whose heartbeat stood still for so long is gone; another start takes the folder over."""
+    """An owner whose heartbeat stopped for so long is gone; another start takes the folder over."""
 
     def __post_init__(self) -> None:
         if self.heartbeat_s <= 0:
@@ -70,7 +70,7 @@ class WatchdogConfig:
     step_timeout_s: float | None = 300.0
     """A step or a wait for data that takes longer than this is a hang: all stacks are kept, the run ends. null: off."""
     phase_timeout_s: float = 3600.0
-    """Likewise for what takes longer: start, the first step (which may compile), resume, save, evaluation."""
+    """The same for what takes longer: start, the first step (which may compile), resume, save, evaluation."""
 
     def __post_init__(self) -> None:
         for name in ("step_timeout_s", "phase_timeout_s"):

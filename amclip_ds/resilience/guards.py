@@ -24,7 +24,7 @@ IDS_IN_A_LINE = 8
 
 
 class RewindAsked(RunStopped):
-    """guards.spike=rewind met a spike: reload the last checkpoint and go on behind the batches consumed so far.
+    """guards.spike=rewind met a spike: reload the last checkpoint and continue behind the batches consumed so far.
 
     The caller loads the checkpoint's weights, moments, average and counters, keeps its place in the data (reading the
     same batches again would bring the same spike), and gives its Guards the loaded state. Raised on every rank alike;
@@ -45,7 +45,7 @@ class Guards:
     def __init__(self, config: GuardsConfig, incident: Callable[..., None] | None = None) -> None:
         self.config = config
         self.reason: str | None = None
-        """Why the step at hand is not to be applied; None: it is."""
+        """Why the current step is not to be applied; None: it is."""
         self.window: list[float] = []
         self.skipped_in_a_row = 0
         self.skipped = 0
@@ -59,7 +59,7 @@ class Guards:
     def admit(self, losses: Losses) -> bool:
         """Whether this loss may be differentiated; the same on every rank. Collective: every rank must call.
 
-        losses: of this rank. Its features tell which of its samples are not finite; the terms cannot, since
+        losses: of this rank. Its features show which of its samples are not finite; the terms cannot, since
         one bad sample reaches every rank's through the gathered negatives.
         """
         self._bad_rows = bad_rows(losses)
@@ -139,14 +139,14 @@ class Guards:
         raise RewindAsked(f"guards.spike=rewind: step {step}: {self._spike}; no checkpoint to go back to", step)
 
     def _tell(self, kind: str, cause: str, step: int, sample_ids: Tensor, action: str) -> None:
-        """An incident of this rank, if it is among the suspects (where nobody can be told apart, all are)."""
+        """An incident of this rank, if it is among the suspects (where nobody can be distinguished, all are)."""
         rank = my_rank()
         if not self._bad_ranks or rank in self._bad_ranks:
             ids = self._suspects(sample_ids)
             self._incident(kind, f"step {step}: {cause}", key=",".join(map(str, ids)), action=action)
 
     def _suspects(self, sample_ids: Tensor) -> list[int]:
-        """This rank's samples whose embeddings are not finite; all of them where none can be told apart."""
+        """This rank's samples whose embeddings are not finite; all of them where none can be distinguished."""
         ids = sample_ids.tolist()
         return [ids[row] for row in self._bad_rows] or ids
 

@@ -46,7 +46,7 @@ class OwnershipLost(RunStopped):
 
 @dataclass(frozen=True)
 class Claim:
-    """Proof of ownership: a path and what stands in it. Small, so that a writing process can be given one."""
+    """Proof of ownership: a path and what is in it. Small, so that a writing process can be given one."""
 
     path: Path
     token: str
@@ -54,7 +54,7 @@ class Claim:
     def holds(self) -> bool:
         """Whether the folder is still ours. Opens the file: only an open makes NFS ask the server.
 
-        A folder that vanished whole is nobody else's: that is the next write's error to tell.
+        A folder that vanished whole is nobody else's: that is the next write's error to report.
         """
         try:
             return read_bytes(self.path, 100, follow=False).decode(errors="replace") == self.token
@@ -83,7 +83,7 @@ class Owner:
     def is_lost(self) -> bool:
         """Whether another trainer has taken over, as of a heartbeat ago. Costs nothing; before a commit, `check`.
 
-        Looks by itself where the heart stood still: this process was stopped, and may have just been woken.
+        Checks by itself where the heartbeat stopped: this process was stopped, and may have just been woken.
         """
         if not self._lost and time.monotonic() - self._beat_at > 2 * self._config.heartbeat_s:
             self._lost = not self.claim.holds()
@@ -94,7 +94,7 @@ class Owner:
         self.claim.check()
 
     def set_attempt(self, attempt: int) -> None:
-        """Tells the number of the attempt, which is known only once the folder is ours."""
+        """Sets the number of the attempt, which is known only once the folder is ours."""
         self._facts["attempt"] = attempt
         self._beat()
 
@@ -123,7 +123,7 @@ class Owner:
         try:
             write_atomically(self.claim.path.parent / run_files.OWNER,
                              json.dumps(self._facts | {"heartbeat": round(time.time(), 3)}) + "\n")  # fmt: skip
-        except OSError:  # a full disk for a while; a lasting one is the next commit's to tell
+        except OSError:  # a full disk for a while; a lasting one is the next commit's to report
             return
 
 
@@ -179,7 +179,7 @@ def _wait_until_gone(
     """Returns once nobody is at work in the folder. Raises UserError as soon as the owner shows that it lives.
 
     last: the highest claim. owner.json may for a moment be missing, or be another's who was just taken over from; then
-    nothing is concluded from it but what its next change tells.
+    nothing is concluded but from its next change.
     """
     seen = read_owner(folder) or {}
     if seen.get("claim") == last and _is_gone(seen, job, restart):
@@ -196,7 +196,7 @@ def _wait_until_gone(
             raise UserError(
                 f"run.out: {folder} is being trained by {describe(now)}; stop that one first, or take another run.out"
             )
-    say(f"{folder}: taken over from {describe(seen)}, whose heartbeat stands still")
+    say(f"{folder}: taken over from {describe(seen)}, whose heartbeat has stopped")
 
 
 def describe(owner: dict[str, Any]) -> str:
@@ -286,7 +286,7 @@ def _written_at(path: Path) -> float | None:
 
 
 def _machine() -> str:
-    """Tells whether a process number means the same here: this boot of this machine, this pid namespace."""
+    """Identifies where a process number means the same here: this boot of this machine, this pid namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -69,7 +69,7 @@ class Arrivals:
         self.interrupts += name == "SIGINT"
         if self.is_starting and self.interrupts > 1:
             _say("interrupted before the first step, nothing is lost; the same command starts again")
-            os._exit(INTERRUPTED)  # whatever the main thread is in: an import, a meeting, an index
+            os._exit(INTERRUPTED)  # the main thread may be in anything: an import, a meeting, an index
         if self.first is None:
             self.first = name
             self.arm()
@@ -151,7 +151,7 @@ class Preemption:
         self._deadlines[name] = time.monotonic() + seconds - margin
 
     def agreed(self, is_last: bool = False) -> str | None:
-        """Why the run is to save and stop now, the same on every rank; None: go on. Collective: every rank must call.
+        """Why the run is to save and stop now, the same on all ranks; None: train on. Collective: every rank must call.
 
         One all-reduce of one number. is_last: the run ends with this step anyway, nothing needs to stop it. Raises
         OwnershipLost, on every rank, where another trainer has the folder: call before the step is recorded there.
@@ -176,7 +176,7 @@ class Preemption:
             return None
         self._arrivals.arm()
         if REASONS[index] == "a STOP file" and self._runtime.is_main:
-            self._stop_file.unlink(missing_ok=True)  # it has been heard: started again, the run goes on
+            self._stop_file.unlink(missing_ok=True)  # it has been read: started again, the run continues
         return self._describe(REASONS[index], rank)
 
     def _own_reason(self) -> str | None:
@@ -186,7 +186,7 @@ class Preemption:
         if self._arrivals.first is not None:
             return self._arrivals.first
         now = time.monotonic()
-        if self._runtime.is_main:  # one clock and one look at the disk decide
+        if self._runtime.is_main:  # one clock and one read of the disk decide
             if now >= self._looked_at + LOOK_EVERY_S:
                 self._looked_at = now
                 self._stop_asked = self._stop_file.exists()

@@ -40,7 +40,7 @@ def read_beat(path: Path) -> dict[str, Any] | None:
 
 
 def start_time(pid: int) -> int:
-    """When a process started, in clock ticks since boot: tells it from a later one of the same number. 0: unknown."""
+    """When a process started, in clock ticks since boot: no later one of its number has it. 0: unknown."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -67,7 +67,7 @@ def watch(folder: Path) -> int:
             rank: beat for rank, beat in beats.items() if beat and process_state(beat["pid"], beat["started"])
         }  # fmt: skip
         over_for = over_for + 1 if all(beat["phase"] == DONE for beat in alive.values()) else 0
-        if over_for == 2:  # one look may fall into the middle of a write
+        if over_for == 2:  # one read may fall into the middle of a write
             return 0
         now = time.monotonic()
         if any(beat["phase"] != DONE and now - beat["at"] > beat["limit_s"] for beat in alive.values()):
@@ -86,7 +86,7 @@ def end_it(folder: Path, settings: dict[str, Any], beats: dict[int, dict[str, An
         own.with_suffix(".txt").write_text("".join(text_of(item) for item in reports))
         write_whole(own, json.dumps({"host": settings["host"], "ranks": reports}))
         nodes = wait_for_others(hangs, name, settings["num_nodes"])
-    except OSError as error:  # the file system may be what hangs or is gone: what this node knows must still be told
+    except OSError as error:  # the file system may be what hangs or is gone: what is known must still be reported
         say(f"watchdog: {hangs} cannot be written: {error}")
         nodes = {settings["node"]: {"host": settings["host"], "ranks": reports}}
     everybody = sorted((item for node in nodes.values() for item in node["ranks"]), key=lambda item: item["rank"])
@@ -165,12 +165,12 @@ def order(phase: str) -> int:
 
 def describe(ranks: list[dict[str, Any]], culprits: list[int], why: str) -> str:
     """The hang in one line."""
-    guilty = [item for item in ranks if item["rank"] in culprits]
-    first = guilty[0]
+    suspects = [item for item in ranks if item["rank"] in culprits]
+    first = suspects[0]
     frames = main_thread(first["stacks"])
     at = f", at {frames[0].removeprefix('File ')}" if frames else ""
     names = ", ".join(str(rank) for rank in culprits)
-    host = ", ".join(sorted({item["host"] for item in guilty}))
+    host = ", ".join(sorted({item["host"] for item in suspects}))
     return (
         f"no sign of life for {max(item['silent_s'] for item in ranks):.0f} s: rank {names} on {host} in phase"
         f" {first['phase']!r} after step {first['step']}; {why}{at}"

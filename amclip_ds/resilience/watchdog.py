@@ -83,7 +83,7 @@ class Watchdog:
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """A phase inside the loop, such as an evaluation or a save; afterwards the former one goes on."""
+        """A phase inside the loop, such as an evaluation or a save; afterwards the former one continues."""
         before = self._phase
         self.phase(name, self._step)
         try:
@@ -92,7 +92,7 @@ class Watchdog:
             self.phase(before, self._step)
 
     def watched(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
-        """The same batches; `step` steps lie behind the first. What happens between two of them is a step."""
+        """The same batches; `step` steps are done before the first. What happens between two of them is a step."""
         while True:
             self.phase("data", step)
             try:
@@ -119,7 +119,7 @@ class Watchdog:
         for rank, cause in self._own.compare():
             record.say(cause)
             if rank == self._runtime.rank:
-                record.incident("straggler", cause, action="told only")
+                record.incident("straggler", cause, action="reported only")
 
     def close(self) -> None:
         """Ends the watch of this rank; the watching process ends once all ranks of the node have."""
@@ -260,7 +260,7 @@ class OwnTime:
             others = statistics.median(own[:rank] + own[rank + 1 :])
             is_slow = measured > 1 and seconds > SLOW_FACTOR * others and seconds - others > SLOW_SHARE * step_s
             self._slow_for[rank] = self._slow_for[rank] + 1 if is_slow else 0
-            if self._slow_for[rank] == SLOW_INTERVALS:  # told once, until it has been well again
+            if self._slow_for[rank] == SLOW_INTERVALS:  # reported once, until it has been well again
                 found.append((rank, f"rank {rank} takes {seconds:.3f} s of its own a step (data and forward pass), the"
                               f" others {others:.3f} s: all wait for it"))  # fmt: skip
         return found

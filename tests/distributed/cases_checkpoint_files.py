@@ -88,7 +88,7 @@ def join_from_environment() -> None:
 def kill_trials(folder: str, trials: int, seed: int, style: str) -> dict[str, Any]:
     """Kills `trials` pairs of ranks that save without end. Returns counts and every violation found.
 
-    style: ours, or latest_first (a shard each, `latest` written by rank 0 as soon as its own shard stands).
+    style: ours, or latest_first (a shard each, `latest` written by rank 0 as soon as its own shard is).
     """
     dice = random.Random(seed)
     root, result = Path(folder), {"kills": 0, "lost": 0, "backwards": 0, "committed": 0, "phases": {}, "trouble": []}
@@ -104,21 +104,21 @@ def kill_trials(folder: str, trials: int, seed: int, style: str) -> dict[str, An
         result["kills"] += 1
         result["phases"][phase or "random"] = result["phases"].get(phase or "random", 0) + 1
         result["committed"] += len(acknowledged)
-        told = max([newest, *acknowledged])
+        reported = max([newest, *acknowledged])
         found, trouble = (_newest_of_ours if style == "ours" else _latest)(root)
-        if trouble or found < told:
+        if trouble or found < reported:
             result["lost"] += 1
-            result["trouble"].append(f"trial {trial} {plan}: newest {found}, told {told}; {trouble}")
+            result["trouble"].append(f"trial {trial} {plan}: newest {found}, reported {reported}; {trouble}")
         result["backwards"] += int(found < newest)
         newest = max(newest, found)
-        if style != "ours" and (trouble or found < told):
-            shutil.rmtree(root, ignore_errors=True)  # nothing to go on from: the next trial starts afresh
+        if style != "ours" and (trouble or found < reported):
+            shutil.rmtree(root, ignore_errors=True)  # nothing to resume from: the next trial starts afresh
             newest = 0
     return result
 
 
 def _one_trial(root: Path, style: str, plan: dict[str, Any]) -> list[int]:
-    """Forks the ranks, kills them as planned. Returns the steps that rank 0 told as committed."""
+    """Forks the ranks, kills them as planned. Returns the steps that rank 0 reported as committed."""
     port, (reader, writer) = free_port(), os.pipe()
     pids = []
     for rank in range(RANKS):
@@ -156,14 +156,14 @@ def _has_ended(pid: int) -> bool:
 
 
 def _await(reader: int, count: int, pids: list[int]) -> list[int]:
-    """The first `count` steps told, fewer if a rank ends before."""
+    """The first `count` steps reported, fewer if a rank ends before."""
     os.set_blocking(reader, False)
-    told: list[int] = []
+    reported: list[int] = []
     deadline = time.monotonic() + 60
-    while len(told) < count and time.monotonic() < deadline and not any(_has_ended(pid) for pid in pids):
-        told += _drain(reader)
+    while len(reported) < count and time.monotonic() < deadline and not any(_has_ended(pid) for pid in pids):
+        reported += _drain(reader)
         time.sleep(0.002)
-    return told
+    return reported
 
 
 def _drain(reader: int) -> list[int]:
@@ -292,7 +292,7 @@ def can_mount() -> str | None:
 def disk_case(folder: str, what: str, asynchronous: bool) -> dict[str, Any]:
     """Saves step 1; then trouble; tries step 2; mends it; saves step 3. Returns errors, seconds, what is left.
 
-    what: one_full (rank 1 alone runs out while it writes) | all_full (likewise, every rank) | too_small (seen before
+    what: one_full (rank 1 alone runs out while it writes) | all_full (the same, every rank) | too_small (seen before
     writing) | read_only | vanished.
     """
     own_mounts()

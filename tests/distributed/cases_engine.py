@@ -89,7 +89,7 @@ def _dense_embeddings(run: Run, weights: dict[str, Tensor], images: Tensor) -> T
 def gradients_by_split(ds: str, breaks: str | None = None, roles: bool = False) -> dict[int, dict[str, Tensor]]:
     """Split -> parameter -> gradient of the same 16 samples, before any step. Whole on every rank. roles: cases.Run.
 
-    breaks "boundary": every backward call ends the accumulation. "last": the last piece lies outside of it.
+    breaks "boundary": every backward call ends the accumulation. "last": the last piece is outside of it.
     "masks": the second pass keeps other tokens than the first.
     """
     found = {}
@@ -179,7 +179,7 @@ def not_finite(ds: str, accumulation: int = 1) -> dict[str, Any]:
     bad_batch = run.batch(8)
     if runtime.rank == last:
         spoilt = bad_batch.views_uint8.float()
-        spoilt[:, 1] = math.nan  # all of it: one pixel may lie in a token that is removed
+        spoilt[:, 1] = math.nan  # all of it: one pixel may be in a token that is removed
         bad_batch = replace(bad_batch, views_uint8=spoilt)
     bad_loss = run.step(8, batch=bad_batch)
     reason = run.guards.reason

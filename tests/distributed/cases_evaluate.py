@@ -1,4 +1,4 @@
-"""What the evaluation tests run on forked ranks: engines as training has them, evaluated where they stand."""
+"""What the evaluation tests run on forked ranks: engines as training has them, evaluated where they are."""
 
 from typing import Any
 

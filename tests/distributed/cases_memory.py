@@ -36,7 +36,7 @@ def small_settings(ds: str, placement: str = "auto", optim: str = "adamw") -> Tr
 
 
 def state_by_part(ds: str, placement: str = "auto", optim: str = "adamw") -> dict[str, dict[str, float]]:
-    """{"measured": part -> bytes, "expected": likewise}: this rank's, in a second step, between backward and step.
+    """{"measured": part -> bytes, "expected": the same}: this rank's, in a second step, between backward and step.
 
     Stage 1 holds whole gradients until the backward pass ends, and its share of them afterwards: measured in between.
     """

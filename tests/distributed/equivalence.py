@@ -62,9 +62,9 @@ class Verdict:
     student: float
     """largest difference of a weight over its tensor's largest"""
     teacher: float
-    """likewise, of the average"""
+    """the same, of the average"""
     statistics: float
-    """likewise, of both batch norms' running statistics"""
+    """the same, of both batch norms' running statistics"""
     worst: str
     """the student's tensor that is furthest"""
     flips: int

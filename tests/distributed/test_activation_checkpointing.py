@@ -1,4 +1,4 @@
-"""Recomputing every n-th block of both towers changes the memory, not the numbers; heads and placements likewise."""
+"""Recomputing every n-th block of both towers changes the memory, not the numbers; heads and placements the same."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Weights lie where a GPU reads them fast: behind the one odd element (the logit scale) nothing loses its alignment."""
+"""Weights are where a GPU reads them fast: behind the one odd element (the logit scale) nothing loses its alignment."""
 
 import pytest
 

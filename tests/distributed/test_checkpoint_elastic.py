@@ -49,7 +49,7 @@ def test_the_next_loss_agrees_in_rounding(tmp_path: Path) -> None:
         assert abs(loss(there["rows"][0]) - loss(saved["rows"][2])) < CLOSE
 
 
-def test_an_optimizer_that_looks_at_whole_tensors_goes_on_at_stage_0(tmp_path: Path) -> None:
+def test_an_optimizer_that_looks_at_whole_tensors_continues_at_stage_0(tmp_path: Path) -> None:
     """Stage 0: every rank holds everything, each writes its share; Adafactor's factors are smaller than its tensors."""
     settings = {"optim": "adafactor", "strategy": "random"}
     saved = at(tmp_path, 2, 0, steps=2, go_on=1, **settings)

@@ -1,4 +1,4 @@
-"""A resumed run cannot be told from an uninterrupted one: 40 steps against 13 + 27, every bit, on real engines."""
+"""A resumed run equals an uninterrupted one: 40 steps against 13 + 27, every bit, on real engines."""
 
 import itertools
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_13_and_27_steps_are_40(tmp_path: Path) -> None:
     [pytest.param(*cell, marks=() if cell == EVERY_DAY else pytest.mark.nightly) for cell in MATRIX],
 )
 def test_13_and_27_steps_are_40_everywhere(ds: str, accumulation: int, strategy: str, tmp_path: Path) -> None:
-    """The run that saves after 13 steps goes on to 40 itself: that a save disturbs nothing is shown above."""
+    """The run that saves after 13 steps continues to 40 itself: that a save disturbs nothing is shown above."""
     settings = settings_of(ds, accumulation, strategy)
     whole = launch(tmp_path, CUT, go_on=TOTAL - CUT, **settings)
     rest = launch(tmp_path, TOTAL - CUT, resume=True, save=False, **settings)
@@ -61,7 +61,7 @@ def test_13_and_27_steps_are_40_everywhere(ds: str, accumulation: int, strategy:
         assert rest[rank]["final"] == whole[rank]["final"]
 
 
-def test_whatever_a_load_forgets_shows(tmp_path: Path) -> None:
+def test_what_a_load_forgets_is_seen(tmp_path: Path) -> None:
     """The twins: a load that leaves one part of the state out is caught by what follows."""
     settings = settings_of("zero2_fp32.json", 1, "attentive")
     first = launch(tmp_path, 3, go_on=2, **settings)[0]

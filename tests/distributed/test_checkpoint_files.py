@@ -57,7 +57,7 @@ def test_trouble_with_the_disk_is_one_error_on_all_ranks(what: str, asynchronous
         assert result["untouched"], "the checkpoint before is as it was"
         if what != "vanished":  # what was written into a folder that is gone goes with the next start
             assert result["left"] == [], "no temporary file is left"
-        assert result["after"] == 3 and result["right"], "training goes on, and saves once there is room"
+        assert result["after"] == 3 and result["right"], "training continues, and saves once there is room"
     if what == "one_full":
         assert "rank 1" in results[0]["error"] and "rank 0" not in results[0]["error"]
 

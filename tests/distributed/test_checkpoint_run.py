@@ -48,7 +48,7 @@ def hashes(checkpoint: Path) -> dict[str, str]:
 
 
 def check_cut(scenes: Path, folder: Path, total: int, cut: int, ds: str) -> list[str]:
-    """An uninterrupted run of `total` steps, and one that goes on from its step `cut`: the same in every record."""
+    """An uninterrupted run of `total` steps, and one that resumes from its step `cut`: the same in every record."""
     keys = [f"data.train={scenes}", f"run.steps={total}", f"checkpoint.every_steps={cut}", *SMALL,
             f"engine.deepspeed={ds}"]  # fmt: skip
     whole, rest = folder / "whole", folder / "rest"
@@ -105,12 +105,12 @@ def test_a_resume_needs_no_first_weights(scenes: Path, tmp_path: Path) -> None:
     assert code == 0 and "parameters from" in printed, printed
     start.unlink()
     code, printed = amclip(*keys, "run.steps=3", "checkpoint.allow_drift=[run.steps]")
-    assert code == 0 and "goes on from" in printed, printed
+    assert code == 0 and "resumes from" in printed, printed
     code, printed = amclip(*keys, f"run.out={tmp_path}/fresh")
     assert code == 2 and "model.init_from: no such file" in printed, "the twin: a fresh start does need it"
 
 
-def test_a_spike_rewinds_to_the_checkpoint_and_the_data_go_on(scenes: Path, tmp_path: Path) -> None:
+def test_a_spike_rewinds_to_the_checkpoint_and_the_data_continue(scenes: Path, tmp_path: Path) -> None:
     """With no deviation allowed, the first loss above the others is a spike."""
     run = tmp_path / "run"
     code, printed = amclip(
@@ -119,7 +119,7 @@ def test_a_spike_rewinds_to_the_checkpoint_and_the_data_go_on(scenes: Path, tmp_
     )  # fmt: skip
     assert code in (0, 3) and "rewound to the weights of step_" in printed, printed
     rows = numbers(run)
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "no step stands twice"
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "no step is there twice"
     behind = [after["updates"] <= before["updates"] for before, after in zip(rows, rows[1:])]
     assert any(behind), "the applied updates went back"
     ids = [i for row in read_lines(run / "sample_ids.jsonl") for i in row["ids"]][:192]
@@ -142,7 +142,7 @@ def test_drift_damage_and_fresh_starts(scenes: Path, tmp_path: Path) -> None:
     assert [row["key"] for row in read_lines(run / "incidents.jsonl") if row["kind"] == "drift"] == ["optim.lr"]
     newest = run / "checkpoints" / step_folders.folder_name(4)
     assert manifest.verify(newest).drift == ["step 2: optim.lr: 0.0015 -> 0.5"], "recorded in what comes after"
-    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4], "no step stands twice"
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4], "no step is there twice"
     assert [row["step"] for row in read_lines(run / "metrics.superseded.jsonl")] == [3, 4]
 
     shutil.rmtree(newest)
@@ -151,12 +151,12 @@ def test_drift_damage_and_fresh_starts(scenes: Path, tmp_path: Path) -> None:
     code, printed = amclip(*keys)
     assert code == 2 and "optim/rank0000.safetensors" in printed and "checkpoint.fallback=true" in printed, printed
     code, printed = amclip(*keys, "checkpoint.fallback=true")
-    assert code == 0 and "goes on from" in printed, printed
+    assert code == 0 and "resumes from" in printed, printed
     kinds = [row["kind"] for row in read_lines(run / "incidents.jsonl")]
     assert "checkpoint_fallback" in kinds
     assert manifest.verify(newest).step == 4, "written anew"
     assert list((run / "checkpoints").glob("superseded-step_00000004-*")), "the damaged one was set aside, not deleted"
 
     code, printed = amclip(*keys, "--resume", "never")
-    assert code == 0 and "goes on from" not in printed, printed
+    assert code == 0 and "resumes from" not in printed, printed
     assert json.loads((run / "exit.json").read_text())["attempt"] == 5

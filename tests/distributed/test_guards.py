@@ -20,7 +20,7 @@ def look(results: list[dict[str, Any]], world_size: int) -> None:
         assert found["guards"] == results[0]["guards"] and found["guards"]["skipped"] == 5
         kinds = [(incident[0], incident[2]["key"]) for incident in found["incidents"]]
         of_gradient = ("non_finite_gradient", ",".join(str(100 * rank + row) for row in range(4)))
-        assert kinds[0] == of_gradient  # nobody can be told apart: every rank names its samples
+        assert kinds[0] == of_gradient  # nobody can be distinguished: every rank names its samples
         of_loss = [("non_finite_loss", str(100 * last + 1))] * 4
         assert kinds[1:] == (of_loss if rank == last else [])
         assert found["stopped"].startswith(

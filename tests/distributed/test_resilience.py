@@ -25,9 +25,9 @@ def test_all_ranks_stop_at_the_same_step(to: list[int], how: str, times: int, tm
         assert step in (5, 6) and reason == f"{how} on rank {max(to)}"
         assert results[max(to)]["count"] == times
     else:
-        told = {"STOP": "a STOP file", "limit": "run.time_limit=00:00:01 is near",
+        reported = {"STOP": "a STOP file", "limit": "run.time_limit=00:00:01 is near",
                 "slurm": "the end of the Slurm job is near"}  # fmt: skip
-        assert 5 <= step < 300 and reason == told[how]
+        assert 5 <= step < 300 and reason == reported[how]
     assert not (tmp_path / "STOP").exists(), "a STOP file that was heard must not stop the next start"
 
 

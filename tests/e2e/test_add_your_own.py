@@ -36,7 +36,7 @@ def test_the_page_keeps_its_promise_of_length(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory, amclip: Amclip) -> tuple[Path, list[str]]:
-    """8 steps with both parts on 2 ranks under ZeRO-3 with GradCache of 2 pieces; and the words that go on."""
+    """8 steps with both parts on 2 ranks under ZeRO-3 with GradCache of 2 pieces; and the words that continue."""
     folder = tmp_path_factory.mktemp("own")
     words = [
         "train", "aclip-tiny", f"data.train={scenes}/train", f"run.out={folder}/run", "run.steps=8",
@@ -71,7 +71,7 @@ def test_a_resume_is_exact_with_its_centre(trained: tuple[Path, list[str]], tmp_
     shutil.copytree(folder / "run" / "checkpoints" / "step_00000003", again / "checkpoints" / "step_00000003")
     code, printed = amclip(*[f"run.out={again}" if word.startswith("run.out=") else word for word in words], ranks=2)
     assert code == 0, printed
-    assert "goes on from" in printed and read_lines(again / "metrics.jsonl")[0]["step"] == 4
+    assert "resumes from" in printed and read_lines(again / "metrics.jsonl")[0]["step"] == 4
     for name in ("student", "teacher"):
         first, second = (path / f"{name}.safetensors" for path in (folder / "run", again))
         assert first.read_bytes() == second.read_bytes()

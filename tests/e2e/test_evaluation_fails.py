@@ -12,7 +12,7 @@ def test_a_failed_evaluation_is_an_incident_that_watch_makes_good(scenes: Path, 
     run, broken = tmp_path / "run", write_set(tmp_path / "broken", num_images=8)
     tar = broken / "test" / "0.tar"
     whole = tar.read_bytes()
-    at = whole.index(b"\x89PNG", whole.index(b"\x89PNG") + 1)  # the start looks at the first
+    at = whole.index(b"\x89PNG", whole.index(b"\x89PNG") + 1)  # the start reads the first
     tar.write_bytes(whole[:at] + bytes(64) + whole[at + 64 :])  # one image of rank 0's part
     train = (
         "train", "clip-tiny", f"data.train={scenes}/train", f"eval.data={broken}", f"run.out={run}", "run.steps=4",

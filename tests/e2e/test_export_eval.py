@@ -60,7 +60,7 @@ def test_any_number_of_ranks_reads_a_stage_3_checkpoint_alike(
 ) -> None:
     code, printed = amclip("eval", str(checkpoint), "--data", str(scenes), "--json", f"{tmp_path}/n.json", ranks=ranks)
     assert code == 0, printed
-    assert "0 of 2 rows appended" in printed  # they stand there already
+    assert "0 of 2 rows appended" in printed  # they are there already
     assert numbers(tmp_path / "n.json") == evaluated
 
 

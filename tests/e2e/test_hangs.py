@@ -52,7 +52,7 @@ def test_a_blocked_loader(scenes: Path, tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_a_rank_that_never_leaves_its_step(scenes: Path, tmp_path: Path) -> None:
-    """All ranks are in the same phase of the same step; the stacks tell who does not wait in a collective."""
+    """All ranks are in the same phase of the same step; the stacks show who does not wait in a collective."""
     run = tmp_path / "run"
     argv = ["train", *tiny(scenes, run, "run.steps=100000", f"watchdog.step_timeout_s={LIMIT_S}")]
     with pytest.raises(RankFailed, match="exit status -9"):
@@ -61,7 +61,7 @@ def test_a_rank_that_never_leaves_its_step(scenes: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.nightly
-def test_a_run_that_only_pauses_goes_on(scenes: Path, tmp_path: Path) -> None:
+def test_a_run_that_only_pauses_continues(scenes: Path, tmp_path: Path) -> None:
     """The twin: stopped for less than the limit, nothing is reported."""
     run = tmp_path / "run"
     trainer = Trainer(run, tiny(scenes, run, "watchdog.step_timeout_s=60"))

@@ -17,7 +17,7 @@ def findings(path: Path) -> dict[str, tuple[str, str]]:
 def test_a_run_and_its_capsule(
     scenes: Path, tmp_path: Path, amclip: Amclip, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, told = tmp_path / "run", tmp_path / "found.json"
+    run, reported = tmp_path / "run", tmp_path / "found.json"
     code, printed = amclip(
         "train",
         "random2x-tiny",
@@ -29,8 +29,9 @@ def test_a_run_and_its_capsule(
         "run.log_sample_ids=true",
     )
     assert code == 0, printed
-    assert main(["reproduce", str(run), "--steps", "2", "--json", str(told), "--capsule", f"{tmp_path}/c.tar.gz"]) == 0
-    found = findings(told)
+    words = ["reproduce", str(run), "--steps", "2", "--json", str(reported), "--capsule", f"{tmp_path}/c.tar.gz"]
+    assert main(words) == 0
+    found = findings(reported)
     assert found["steps"] == ("ok", "2 recorded steps up to 2 on 1 ranks, every number the same")
     assert found["data"][0] == "ok" and found["world"][0] == "ok" and found["software"][0] == "ok"
 
@@ -40,8 +41,8 @@ def test_a_run_and_its_capsule(
     assert {"config.yaml", "versions.json", "metrics.jsonl", "sample_ids.jsonl", "packages.txt", "README.txt"} <= {
         path.name for path in there.iterdir()
     }
-    assert main(["reproduce", str(there), f"data.train={scenes}/train", "--json", str(told)]) == 0
-    assert findings(told)["data"][0] == "ok"
+    assert main(["reproduce", str(there), f"data.train={scenes}/train", "--json", str(reported)]) == 0
+    assert findings(reported)["data"][0] == "ok"
 
     # The twin: numbers, data and software that are not the run's.
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -49,12 +50,12 @@ def test_a_run_and_its_capsule(
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     versions = json.loads((run / "versions.json").read_text())
     (run / "versions.json").write_text(json.dumps(versions | {"torch": "2.0.0", "git": "0" * 40}))
-    assert main(["reproduce", str(run), f"data.train={scenes}/test", "--json", str(told)]) == 2
-    found = findings(told)
+    assert main(["reproduce", str(run), f"data.train={scenes}/test", "--json", str(reported)]) == 2
+    found = findings(reported)
     assert found["data"][0] == "fail" and found["revision"][0] == "warn"
     assert found["software"][0] == "fail" and "torch 2.0.0 -> " in found["software"][1]
-    assert main(["reproduce", str(run), "--steps", "2", "--json", str(told)]) == 2
-    assert findings(told)["steps"][1].startswith("1 numbers differ, the first: step 2 loss: ")
+    assert main(["reproduce", str(run), "--steps", "2", "--json", str(reported)]) == 2
+    assert findings(reported)["steps"][1].startswith("1 numbers differ, the first: step 2 loss: ")
 
 
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

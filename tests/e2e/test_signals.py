@@ -1,4 +1,4 @@
-"""Signals to real trainers: one agreed stop, one checkpoint, code 75, and a resume that cannot be told from no stop."""
+"""Signals to real trainers: one agreed stop, one checkpoint, code 75, and a resume that equals no stop."""
 
 import os
 import signal
@@ -79,11 +79,11 @@ CASES = [
 def assert_stopped_well(trainer: Trainer) -> int:
     """Code 75 and its verdict, one new checkpoint at the agreed step, nothing left running. Returns the step."""
     assert trainer.end() == 75, trainer.printed()
-    told = verdict(trainer.run)
-    assert told["code"] == 75 and told["attempt"] == 0
-    assert checkpoints(trainer.run)[-1] == told["step"] == read_lines(trainer.run / "metrics.jsonl")[-1]["step"]
+    reported = verdict(trainer.run)
+    assert reported["code"] == 75 and reported["attempt"] == 0
+    assert checkpoints(trainer.run)[-1] == reported["step"] == read_lines(trainer.run / "metrics.jsonl")[-1]["step"]
     assert not trainer.left_behind()
-    return told["step"]
+    return reported["step"]
 
 
 def assert_goes_on_as_if_undisturbed(trainer: Trainer, step: int, undisturbed: dict[str, Any]) -> None:

@@ -100,7 +100,7 @@ def test_a_broken_jpeg_and_a_missing_text_are_counted_not_fatal(scenes: Path, tm
                            "run.steps=2", "batch.global_size=20", "data.max_skip_rate=0.5")  # fmt: skip
     assert code == 0, printed
     keys = {row["key"] for row in read_lines(tmp_path / "run" / "incidents.jsonl")}
-    assert len(keys) == 2, "what was skipped must stand in incidents.jsonl"
+    assert len(keys) == 2, "what was skipped must be in incidents.jsonl"
 
 
 def test_a_crash_on_one_rank_reaches_the_harness() -> None:

@@ -1,4 +1,4 @@
-"""Trainers as real processes, for tests that send them signals: started, followed by their records, looked for."""
+"""Trainers as real processes, for tests that send them signals: started, followed by their records, searched."""
 
 import json
 import os

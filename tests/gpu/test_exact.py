@@ -1,4 +1,4 @@
-"""On a real GPU a resumed run cannot be told from an uninterrupted one either: bf16, world 1, deterministic kernels."""
+"""On a real GPU a resumed run equals an uninterrupted one too: bf16, world 1, deterministic kernels."""
 
 import os
 import subprocess

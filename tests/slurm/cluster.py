@@ -1,7 +1,7 @@
 """A real two-node Slurm on this machine, for the tests: started, asked and stopped from here.
 
 No systemd, cgroups, dbus or accounting. Each slurmd lives in a UTS and a mount namespace of its own, so that it has its
-own host name and both names resolve, while nothing on the machine changes. Everything, the munge key included, lies
+own host name and both names resolve, while nothing on the machine changes. Everything, the munge key included, is
 under one short folder. Each node offers two fake GPUs (null devices): tasks see CUDA_VISIBLE_DEVICES as on a cluster.
 """
 
@@ -210,7 +210,7 @@ class Cluster:
         self.client("scontrol", "update", f"nodename={node}", "state=down", f"reason={reason}")
 
     def drain(self, node: str, reason: str = "test") -> None:
-        """Nothing new starts on the node until `node_up`, whatever its slurmd says."""
+        """Nothing new starts on the node until `node_up`, whether its slurmd answers or not."""
         self.client("scontrol", "update", f"nodename={node}", "state=drain", f"reason={reason}")
 
     def node_up(self, node: str) -> None:
@@ -322,7 +322,7 @@ class Cluster:
             raise ClusterError(f"{' '.join(command)}: status {done.returncode}{self.logs()}")
 
     def stop(self) -> None:
-        """Cancels all jobs, ends exactly our daemons and whatever their steps left, removes the folder."""
+        """Cancels all jobs, ends exactly our daemons and what their steps left, removes the folder."""
         if self._daemon_alive("slurmctld"):
             jobs = self.client("squeue", "-h", "-o", "%A", check=False).split()
             if jobs:

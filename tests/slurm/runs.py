@@ -63,7 +63,7 @@ def rows(run: Path, name: str = "metrics") -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> list[float]:
-    """The loss of every step, in order; fails if a step is missing or stands twice."""
+    """The loss of every step, in order; fails if a step is missing or there twice."""
     found = rows(run)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1)), [row["step"] for row in found]
     return [row["loss"] for row in found]

@@ -68,7 +68,7 @@ def test_amclip_submit_submits_a_chain(cluster: Cluster, synthetic: Path, tmp_pa
     assert done.stdout.splitlines()[-1] == f"{first} {second}"
     for job_id in (first, second):
         cluster.wait(job_id, "COMPLETED")
-    assert "goes on from step 4" in cluster.job_log(second)
+    assert "resumes from step 4" in cluster.job_log(second)
     assert "note: this node has GPUs (gpu:2) and the job asked for none" in cluster.job_log(first)
     assert [row["step"] for row in runs.rows(tmp_path / "run")] == [1, 2, 3, 4]
     assert runs.verdict(tmp_path / "run")["code"] == 0

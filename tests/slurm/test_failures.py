@@ -46,8 +46,8 @@ def test_a_rank_that_crashes_ends_the_job(cluster: Cluster, synthetic: Path, tmp
 
 
 @pytest.mark.nightly
-def test_a_hang_is_told_with_the_stacks_of_both_nodes(cluster: Cluster, synthetic: Path, tmp_path: Path) -> None:
-    """One watchdog a node; the first of them joins the reports, blames the rank that stands still, and ends the job."""
+def test_a_hang_is_reported_with_the_stacks_of_both_nodes(cluster: Cluster, synthetic: Path, tmp_path: Path) -> None:
+    """One watchdog a node; the first of them joins the reports, blames the rank that has stopped, and ends the job."""
     words = runs.tiny(synthetic, "run", "run.steps=5000", "watchdog.step_timeout_s=10")
     job_id = runs.submit_train(cluster, tmp_path, words, *runs.FOUR_TASKS)
     cluster.wait_log(job_id, r"Step: 5/")

@@ -39,7 +39,7 @@ def assert_equal_to_undisturbed(run: Path, undisturbed: Finished) -> None:
 def assert_saved_and_requeued(cluster: Cluster, job_id: int, run: Path) -> None:
     log = cluster.job_log(job_id)
     assert cluster.job(job_id)["Restarts"] == "1"
-    assert "code 75 in run/exit.json" in log and f"job {job_id}, restart 1" in log and "goes on from step" in log
+    assert "code 75 in run/exit.json" in log and f"job {job_id}, restart 1" in log and "resumes from step" in log
     assert runs.verdict(run)["code"] == 0 and runs.verdict(run)["attempt"] == 1
     assert [row["restart"] for row in runs.rows(run, "slurm/attempts")] == [0, 1]
 
@@ -145,7 +145,7 @@ def test_a_node_goes_down_and_returns(cluster: Cluster, synthetic: Path, tmp_pat
         cluster.node_up("node2")
 
     job_id = interrupt(cluster, synthetic, tmp_path, after_a_checkpoint(tmp_path / "run", down_and_up))
-    assert "goes on from step" in cluster.job_log(job_id)
+    assert "resumes from step" in cluster.job_log(job_id)
     assert_equal_to_undisturbed(tmp_path / "run", undisturbed)
 
 
@@ -217,6 +217,6 @@ def test_the_time_limit(cluster: Cluster, synthetic: Path, tmp_path: Path) -> No
     cluster.wait_requeued(job_id)
     log = cluster.job_log(job_id)
     assert "code 75 in run/exit.json" in log and "requeue of job" in log
-    cluster.wait_log(job_id, "goes on from step")
+    cluster.wait_log(job_id, "resumes from step")
     cluster.client("scancel", str(job_id))
     cluster.wait(job_id, "CANCELLED")

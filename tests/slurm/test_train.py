@@ -17,13 +17,13 @@ def test_a_job_trains_evaluates_and_completes(undisturbed: Finished) -> None:
     assert runs.verdict(undisturbed.run)["code"] == 0
     assert {row["weights"] for row in runs.rows(undisturbed.run, "eval")} == {"student", "teacher"}
     assert runs.rows(undisturbed.run)[-1]["samples_seen"] == runs.STEPS * 24
-    for told in (
+    for reported in (
         "restart 0: 4 task(s) on 2 node(s): node[1-2]",
         "watch: tail -f",
         "starts fresh",
         str(undisturbed.run),
     ):
-        assert told in undisturbed.log, told
+        assert reported in undisturbed.log, reported
     assert (undisturbed.run / "slurm" / "attempts.jsonl").exists()
     assert list((undisturbed.run / "slurm").glob("config-*-0.yaml"))
 

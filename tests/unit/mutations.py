@@ -168,7 +168,7 @@ def _header(path: Path, rng: random.Random) -> str:
 
 
 def _place(path: Path, rng: random.Random) -> str:
-    """What lies at the file's name is something else, or lies elsewhere."""
+    """What is at the file's name is something else, or is elsewhere."""
     way = rng.choice(
         ("gone", "folder", "pipe", "link out", "link to itself", "device", "sparse", "swapped", "unreadable")
     )

@@ -18,7 +18,7 @@ from amclip_ds.record import LogConfig, Record
 from tests.conftest import ROOT
 from tests.unit.test_record import ROW
 
-Told = list[tuple[str, str]]
+Recorder = list[tuple[str, str]]
 
 
 @pytest.fixture(autouse=True)
@@ -34,23 +34,23 @@ def test_rows_that_a_folder_does_not_take_come_later_in_order(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The folder is a file for a while: ENOTDIR, like any other error."""
-    folder, told = tmp_path / "run", Told()
+    folder, reported = tmp_path / "run", Recorder()
     folder.touch()
-    held = Backlog(lambda *what: told.append(what))
+    held = Backlog(lambda *what: reported.append(what))
     for row in rows(1, 2, 3):
         held.append(folder / "metrics.jsonl", row)
     held.append(folder / "out.log", b"a line\n")
     held.replace(folder / "config.yaml", "old\n")
     held.replace(folder / "config.yaml", "new\n")
     [line] = capsys.readouterr().err.splitlines()
-    assert "metrics.jsonl cannot be written (Not a directory): the work goes on" in line and not told
+    assert "metrics.jsonl cannot be written (Not a directory): the work continues" in line and not reported
 
     folder.unlink()
     folder.mkdir()
     held.append(folder / "metrics.jsonl", rows(4)[0])
     assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == [1, 2, 3, 4]
     assert (folder / "out.log").read_text() == "a line\n" and (folder / "config.yaml").read_text() == "new\n"
-    [(cause, outcome)] = told
+    [(cause, outcome)] = reported
     assert "Not a directory" in cause and "4 of metrics.jsonl" in outcome and "nothing is lost" in outcome
     [line] = capsys.readouterr().err.splitlines()
     assert "can be written again" in line
@@ -63,20 +63,20 @@ def test_memory_has_a_bound_and_what_is_lost_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(backlog, "MAX_HELD", 60)
-    folder, told = tmp_path / "run", Told()
-    held = Backlog(lambda *what: told.append(what))
+    folder, reported = tmp_path / "run", Recorder()
+    held = Backlog(lambda *what: reported.append(what))
     for row in rows(*range(10, 20)):  # 13 bytes each: 4 fit
         held.append(folder / "metrics.jsonl", row)
     folder.mkdir()
     held.close()
     assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == [16, 17, 18, 19]
-    assert "lost: 6 of metrics.jsonl" in told[0][1]
+    assert "lost: 6 of metrics.jsonl" in reported[0][1]
     capsys.readouterr()
 
-    gone = Backlog(lambda *what: told.append(what))
+    gone = Backlog(lambda *what: reported.append(what))
     gone.append(tmp_path / "no" / "metrics.jsonl", rows(1)[0])
     assert not gone.close(patience_s=0)
-    assert "to the end; lost: 1 of metrics.jsonl" in capsys.readouterr().err and len(told) == 1
+    assert "to the end; lost: 1 of metrics.jsonl" in capsys.readouterr().err and len(reported) == 1
 
 
 def test_threads_share_one(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def events_of(folder: Path) -> list[int]:
 
 
 def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
-    for first, last in ((1, 4), (3, 5)):  # a second attempt that goes on behind step 2
+    for first, last in ((1, 4), (3, 5)):  # a second attempt that resumes behind step 2
         pen = Record(tmp_path, LogConfig(every_steps=1), rank=0, world_size=2, attempt=0, total_steps=25,
                      samples_per_epoch=1000, first_step=first - 1)  # fmt: skip
         pen._events = pen._events.with_name(f"{tensorboard_events.file_name()}{first}")
@@ -229,10 +229,10 @@ def test_a_file_that_may_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     if subprocess.run(["chattr", "+i", tmp_path / "metrics.jsonl"], capture_output=True).returncode:
         pytest.skip("no immutable files here")
-    told = Told()
-    held = Backlog(lambda *what: told.append(what))
+    reported = Recorder()
+    held = Backlog(lambda *what: reported.append(what))
     held.append(tmp_path / "metrics.jsonl", rows(1)[0])
     subprocess.run(["chattr", "-i", tmp_path / "metrics.jsonl"], check=True)
     held.close()
-    assert "not permitted" in told[0][0] and json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1}
+    assert "not permitted" in reported[0][0] and json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1}
     assert stat.S_ISREG((tmp_path / "metrics.jsonl").stat().st_mode)

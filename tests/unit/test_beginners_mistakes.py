@@ -74,7 +74,7 @@ MISTAKES = [  # what is typed -> what the line must hold. SHARDS, RUN, FULL, YAM
     (f"{TRAIN} --procs 2 batch.global_size=33", "33 = 2 ranks x 16 + 1"),
     ("train aclip-tiny data.train=SHARDS run.out=FULL", "holds other things"),
     ("train YAML.empty run.stepz=1", "did you mean run.steps?"),
-    ("train YAML.twice", "stands twice"),
+    ("train YAML.twice", "is given twice"),
     ("train YAML.escape", "'a\\x1b[31m': unknown key"),
     ("train YAML.typo", "optim.lrr: unknown key; did you mean optim.lr?"),
     ("submit aclip-tiny --nodes 2 --gpus 8", "did you mean --gpus-per-node?"),
@@ -90,7 +90,7 @@ MISTAKES = [  # what is typed -> what the line must hold. SHARDS, RUN, FULL, YAM
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What each line of MISTAKES gave, all typed into one process."""
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "full").mkdir()
@@ -126,8 +126,8 @@ def make_shard(path: Path) -> None:
 
 
 @pytest.mark.parametrize("typed, said", MISTAKES, ids=[typed for typed, _ in MISTAKES])
-def test_a_mistake_is_one_line_with_the_fix(typed: str, said: str, told: dict[str, list[Any]]) -> None:
-    code, printed, line, loaded, ranks_s = told[typed]
+def test_a_mistake_is_one_line_with_the_fix(typed: str, said: str, reported: dict[str, list[Any]]) -> None:
+    code, printed, line, loaded, ranks_s = reported[typed]
     assert code == 2 and line.startswith("amclip") and line.count("\n") == 1 and printed == "", line
     assert said in line
     assert loaded == [] and ranks_s < 1.0

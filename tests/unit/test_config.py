@@ -223,7 +223,7 @@ def test_a_key_given_twice_is_refused_with_the_quotes(words: list[str], said: st
         ("run:\n", None),  # an empty section sets nothing
         ("run: 5\n", "run: 5 is no section"),
         ("- 1\n", "expected `key: value` lines"),
-        ("optim: {lr: 1, lr: 2}\n", "'lr' stands twice in one map (line 2)"),
+        ("optim: {lr: 1, lr: 2}\n", "'lr' is given twice in one map (line 2)"),
         ("optim.lr: 1\n", "optim.lr: nest it in a yaml"),
         ("data: {captions: txt}\n", "takes a list of texts"),
         ("data: {captions: [[txt]]}\n", "data.captions: ['txt'] does not fit"),

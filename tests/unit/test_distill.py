@@ -64,7 +64,7 @@ def inputs(samples: int = 5) -> StudentInputs:
     return StudentInputs((ViewGroup((2,), views[2:]), ViewGroup((0, 1), views[:2])), {"plain": token_ids})
 
 
-def test_it_sees_the_views_in_their_order_whatever_the_piece(run: Path) -> None:
+def test_it_sees_the_views_in_their_order_regardless_of_the_piece(run: Path) -> None:
     teacher, given = FrozenTeacher(str(run), config.load("clip-tiny").model, CPU), inputs()
     looked = teacher.look(given, given.texts["plain"], micro=2)
     whole = teacher.look(given, given.texts["plain"], micro=5)

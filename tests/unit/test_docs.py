@@ -113,7 +113,7 @@ def listed_messages() -> list[str]:
 
 
 def unknown_messages(listed: list[str]) -> list[str]:
-    """Those that no single text of the program contains, whatever stands for the `...`."""
+    """Those that no single text of the program contains, with anything for the `...`."""
     program = messages_of_the_program()
     patterns = {text: re.compile(".*".join(map(re.escape, text.strip(".").split("...")))) for text in listed}
     return [text for text, pattern in patterns.items() if not any(map(pattern.search, program))]

@@ -102,7 +102,7 @@ def test_pieces_have_the_whole_batch_s_gradients_and_choices() -> None:
 
 
 def test_a_loss_that_reads_masked_texts_leaves_the_plain_ones_alone() -> None:
-    """The image-text loss has no gradient by a word that only the plain texts hold; without it in a piece, likewise."""
+    """The image-text loss has no gradient by a word that only the plain texts hold; without it in a piece, the same."""
     module = student()
     del module.objectives["words"]
     given = inputs()

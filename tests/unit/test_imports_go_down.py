@@ -1,4 +1,4 @@
-"""Imports go one way: rooms import only rooms below them, deepspeed stays in engine/, os.environ in the runtime."""
+"""Imports go one way: packages import only packages below them, deepspeed in engine/, os.environ in the runtime."""
 
 import ast
 from pathlib import Path

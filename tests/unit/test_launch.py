@@ -107,8 +107,8 @@ def test_one_failure_ends_all(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     begun = time.monotonic()
     assert run_ranks(ranks_of(body, tmp_path), 2) == 7
     assert time.monotonic() - begun < 30
-    told = capfd.readouterr().err
-    assert "rank 1 failed first (exit 7)" in told and "out of luck" in told
+    reported = capfd.readouterr().err
+    assert "rank 1 failed first (exit 7)" in reported and "out of luck" in reported
 
 
 def test_a_rank_that_saved_and_left_does_not_hurry_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,9 +33,9 @@ ACTIONS = {
 def test_settings_are_read_without_torch(action: str) -> None:
     code = ACTIONS[action] + "\n" + REPORT
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    told = done.stdout.strip().splitlines()[-1]
-    print(action, told)
-    assert told.startswith("heavy: []"), told
+    reported = done.stdout.strip().splitlines()[-1]
+    print(action, reported)
+    assert reported.startswith("heavy: []"), reported
 
 
 def test_reading_settings_takes_little_cpu() -> None:
@@ -65,7 +65,7 @@ def test_a_module_that_is_no_command_says_what_to_type(module: str, command: str
 
 
 def test_commands_are_imported_without_a_word() -> None:
-    """The twin: what looks at how the interpreter was started must not take an import for it."""
+    """The twin: what reads how the interpreter was started must not take an import for it."""
     for start in ("from amclip_ds.commands import train", "import amclip_ds.commands"):
         done = subprocess.run([sys.executable, "-c", start, "-m", "amclip_ds.commands.train"], capture_output=True)
         assert (done.returncode, done.stderr) == (0, b"")

@@ -62,7 +62,7 @@ def test_the_masks_are_those_of_a_training_step(place: Path) -> None:
     located = locate(place / "run")
     assert located.config is not None
     towers, method = build_towers(located, "teacher"), method_of(located.config)
-    batch, boxes = mask_sheet.look_at(located.config, str(place / "scenes" / "test"), 4, place / "scratch")
+    batch, boxes = mask_sheet.load_images(located.config, str(place / "scenes" / "test"), 4, place / "scratch")
     assert boxes is not None
     scores = mask_sheet.attention(towers, batch)
     shared = {}

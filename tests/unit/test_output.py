@@ -1,4 +1,4 @@
-"""Standard output closed, full, or a pipe that nobody reads: the work goes on, or one line and a code."""
+"""Standard output closed, full, or a pipe that nobody reads: the work continues, or one line and a code."""
 
 import os
 import signal

@@ -35,7 +35,7 @@ REFUSED = {
     "a variable in a list": ("optim: {betas: [0.9, '${x}']}", r"optim\.betas"),
     "a variable as a key": ("run: {'${x}': 1}", r"\$\{x\}"),
     "OmegaConf's missing value": ("run: {out: '???'}", r"run\.out"),
-    "a key twice": ("run: {seed: 1, out: a, seed: 2}", "'seed' stands twice"),
+    "a key twice": ("run: {seed: 1, out: a, seed: 2}", "'seed' is given twice"),
     "a key that is a list": ("? [1, 2]\n: 3", "not a text"),
     "a number of 5,000 digits": ("run: {seed: " + "1" * 5000 + "}", "digits"),
     "two documents": ("a: 1\n--- \nb: 2", "another document"),

@@ -169,17 +169,17 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_plugin_is_one_line_and_leaves_nothing(case: str, tmp_path: Path) -> None:
-    text, told = WRONG[case]
+    text, reported = WRONG[case]
     before = dict(MASKS)
-    with pytest.raises(UserError, match=rf"--plugin .*mine.py: .*{told}") as caught:
+    with pytest.raises(UserError, match=rf"--plugin .*mine.py: .*{reported}") as caught:
         config.load("aclip-tiny", [], [written(tmp_path, text)])
     assert "\n" not in str(caught.value) and not plugins.LOADED and before == MASKS
     config.load("aclip-tiny", [], [written(tmp_path, MASK)])  # what was wrong can be loaded once it is right
 
 
 def test_a_plugin_that_is_missing_is_named(tmp_path: Path) -> None:
-    for source, told in ((f"{tmp_path}/mine.py", "No such file"), ("no_such_module", "no module of that name")):
-        with pytest.raises(UserError, match=f"--plugin {source}: {told}"):
+    for source, reported in ((f"{tmp_path}/mine.py", "No such file"), ("no_such_module", "no module of that name")):
+        with pytest.raises(UserError, match=f"--plugin {source}: {reported}"):
             config.load("aclip-tiny", [], [source])
     written(tmp_path, MASK), (tmp_path / "sub").mkdir()
     other = written(tmp_path / "sub", MASK)
@@ -277,15 +277,15 @@ MASKS = {name: Mask(globals()[name]) for name in ("wrong", "unknown", "unnamed",
 
 
 @pytest.mark.parametrize(
-    ("mask", "told"),
+    ("mask", "reported"),
     [("wrong", r"plug-in mine: wrong raised RuntimeError: .*line 9\); fix it there"),
      ("unknown", "unknown raised AttributeError: 'MaskInputs' object has no attribute 'depth'"),
      ("unnamed", r"unnamed raised TypeError: .*NoneType.*a field is None unless the mask's `needs`")],
 )  # fmt: skip
-def test_what_a_plugin_raises_is_one_line(mask: str, told: str, tmp_path: Path) -> None:
+def test_what_a_plugin_raises_is_one_line(mask: str, reported: str, tmp_path: Path) -> None:
     plugins.load([written(tmp_path, RAISES)])
     inputs = masks.MaskInputs(4, 1, 1)
-    with pytest.raises(UserError, match=told) as caught, plugins.blamed():
+    with pytest.raises(UserError, match=reported) as caught, plugins.blamed():
         MASKS[mask].priority(inputs, None)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
@@ -307,16 +307,16 @@ def names_of_masks(epoch: int, start: int, stop: int) -> tuple[list[str], list[s
 
 
 def test_loader_workers_load_what_the_ranks_have_read(tmp_path: Path) -> None:
-    """Also one that starts after the file has changed. Twin: a worker that is told nothing has ours alone."""
+    """Also one that starts after the file has changed. Twin: a worker that is reported nothing has ours alone."""
     from itertools import repeat
 
     from amclip_ds.data.workers import Workers
 
     file = Path(written(tmp_path, MASK))
     plugins.load([str(file)])
-    told = partial(plugins.again, list(plugins.LOADED.values()))
+    reported = partial(plugins.again, list(plugins.LOADED.values()))
     file.write_text("raise SystemExit('edited')\n")
-    for prepare, has_it in ((told, True), (None, False)):
+    for prepare, has_it in ((reported, True), (None, False)):
         workers = Workers(
             names_of_masks, repeat((0, 0, 1)), number=1, ahead=1, timeout_s=120, died=print, prepare=prepare
         )
@@ -374,8 +374,8 @@ def test_a_text_mask_of_ones_own(tmp_path: Path) -> None:
         caption = [("a", [1]), ("red", [2, 3]), ("dog", [4])]
         random = np.random.default_rng(0)
         assert text.masked(loaded, loaded, caption, random) == [3, 4]
-        for name, told in (("strange", r"gave \[7, 7\]; it picks of"), ("raises", "raised IndexError: list index out")):
-            with pytest.raises(UserError, match=f"text mask mine.{name} {told}"):
+        for name, reported in (("strange", r"gave \[7, 7\]; it picks of"), ("raises", "raised IndexError: list index")):
+            with pytest.raises(UserError, match=f"text mask mine.{name} {reported}"):
                 text.masked(text.TextMaskConfig(name, 4), None, caption, random)
         copy = Path(written(tmp_path, config.dump(config.load("aclip-tiny", words)), "config.yaml"))
         text.TEXT_MASKS.pop("last")

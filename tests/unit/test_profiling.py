@@ -18,11 +18,11 @@ def steps(profile: Profile, count: int) -> None:
 
 
 def test_the_page_names_the_largest_costs(tmp_path: Path) -> None:
-    told: list[str] = []
-    profile = Profile(tmp_path, 3, True, told.append, on_gpu=False)
+    reported: list[str] = []
+    profile = Profile(tmp_path, 3, True, reported.append, on_gpu=False)
     steps(profile, WAIT + WARM + 3 + 4)
     profile.close()
-    [said] = told
+    [said] = reported
     assert said.startswith("profile of 3 steps: ") and "matrix products" in said
     page = (tmp_path / "profile" / "summary.txt").read_text()
     assert "3 steps of " in page and "aten::mm" in page and "elementwise and norms" in page
@@ -33,18 +33,18 @@ def test_the_page_names_the_largest_costs(tmp_path: Path) -> None:
 
 
 def test_a_run_that_ends_before_says_so(tmp_path: Path) -> None:
-    told: list[str] = []
-    profile = Profile(tmp_path, 50, True, told.append, on_gpu=False)
+    reported: list[str] = []
+    profile = Profile(tmp_path, 50, True, reported.append, on_gpu=False)
     steps(profile, WAIT + WARM + 3)
     profile.close()
-    assert "ended before" in told[0] and not (tmp_path / "profile").exists()
+    assert "ended before" in reported[0] and not (tmp_path / "profile").exists()
 
 
 def test_a_full_disk_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / "profile").write_text("in the way")
-    told: list[str] = []
-    steps(Profile(tmp_path, 1, True, told.append, on_gpu=False), WAIT + WARM + 3)
-    assert "not written" in told[0] and "training goes on" in told[0]
+    reported: list[str] = []
+    steps(Profile(tmp_path, 1, True, reported.append, on_gpu=False), WAIT + WARM + 3)
+    assert "not written" in reported[0] and "training continues" in reported[0]
 
 
 def test_other_ranks_and_other_runs_watch_nothing(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_a_skipped_step_stays_strict_json(tmp_path: Path) -> None:
     assert row["loss"] is row["grad_norm"] is None and row["lr"] == 1e-3
 
 
-def test_only_rank_0_writes_but_any_rank_may_tell_an_incident(tmp_path: Path) -> None:
+def test_only_rank_0_writes_but_any_rank_may_report_an_incident(tmp_path: Path) -> None:
     with record(tmp_path, rank=1) as pen:
         pen.metrics(ROW)
         pen.say("nothing")
@@ -110,7 +110,7 @@ def test_attempts_count_from_0(tmp_path: Path) -> None:
     assert [next_attempt(tmp_path) for _ in range(3)] == [0, 1, 2]
 
 
-def test_an_attempt_keeps_its_number_whatever_became_of_the_rows(tmp_path: Path) -> None:
+def test_an_attempt_keeps_its_number_though_rows_are_lost(tmp_path: Path) -> None:
     assert [next_attempt(tmp_path) for _ in range(2)] == [0, 1]
     with (tmp_path / "attempts.jsonl").open("ab") as file:
         file.write(b"\0\0[torn\n")
@@ -130,7 +130,7 @@ def test_a_run_s_id_is_its_own_and_stays(tmp_path: Path) -> None:
     assert run_id(tmp_path / "renamed") == ids[0]
 
 
-def test_an_evaluations_classes_lie_beside_its_numbers(tmp_path: Path) -> None:
+def test_an_evaluations_classes_are_beside_its_numbers(tmp_path: Path) -> None:
     """eval.jsonl stays small; a resume sets the rows of both aside."""
     row = {"step": 20, "weights": "student", "dataset": "pets", "task": "zeroshot_classification",
            "metrics": {"acc1": 0.5}, "per_class": {"cat": [1, 2]}, "confusion_matrix": [[1]]}  # fmt: skip
@@ -143,7 +143,7 @@ def test_an_evaluations_classes_lie_beside_its_numbers(tmp_path: Path) -> None:
     assert not read_lines(tmp_path / "eval_classes.jsonl") and not read_lines(tmp_path / "eval.jsonl")
 
 
-def test_the_start_is_told_once_by_part(tmp_path: Path) -> None:
+def test_the_start_is_reported_once_by_part(tmp_path: Path) -> None:
     timeline = Timeline(tmp_path, attempt=0, is_main=False)  # other ranks write nothing, and count alike
     timeline.start()
     with timeline.during("build"):

@@ -103,7 +103,7 @@ def test_no_file_of_a_run_holds_the_secret(tmp_path: Path, monkeypatch: pytest.M
         check_inputs(again.data, None)
 
 
-def test_an_index_holds_no_secret_and_serves_whatever_the_secret_is(
+def test_an_index_holds_no_secret_and_serves_any_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A signed URL is another one every hour: the index and its fingerprint are those of the shard."""

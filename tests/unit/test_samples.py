@@ -1,4 +1,4 @@
-"""`amclip samples`: what a step was trained on, found again from its number, in whatever world it ran."""
+"""`amclip samples`: what a step was trained on, found again from its number, in any world."""
 
 import io
 import json
@@ -94,7 +94,7 @@ def test_the_samples_of_a_step_are_those_that_it_was_trained_on(run: Path, world
     assert samples.of_step(run, 1, [], False).rows != samples.of_step(run, 3, [], False).rows
 
 
-def test_a_sample_is_what_lies_in_the_shard(run: Path) -> None:
+def test_a_sample_is_what_is_in_the_shard(run: Path) -> None:
     shown = samples.of_step(run, 10**6 + 1, [], has_losses=False)
     assert shown.epoch == 10**6 // (NUMBER // BATCH)
     for row in shown.rows:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amclip_ds.scenes import Looks, patches_inside
+from amclip_ds.scenes import MaskedScenes, patches_inside
 
 
 def test_an_object_is_found_in_the_coordinates_of_each_view() -> None:
@@ -14,11 +14,11 @@ def test_an_object_is_found_in_the_coordinates_of_each_view() -> None:
     assert inside[1, 0].reshape(8, 8)[:4, 4:].all() and inside[1, 0].sum() == 16
 
 
-def looks(kept: torch.Tensor) -> Looks:
+def looks(kept: torch.Tensor) -> MaskedScenes:
     is_object = torch.zeros(1, 1, 16, dtype=torch.bool)
     is_object[..., :4] = True
     image = torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8)
-    return Looks(image, image[0], torch.zeros(1, 16), {"attentive": list(kept)}, is_object, ["a red ring"])
+    return MaskedScenes(image, image[0], torch.zeros(1, 16), {"attentive": list(kept)}, is_object, ["a red ring"])
 
 
 def test_the_share_kept() -> None:

@@ -144,7 +144,7 @@ def test_a_wrong_evaluation_set_ends_the_job_before_its_ranks(
     assert main(words) == 0, capsys.readouterr().err
 
 
-def test_a_folder_of_another_name_is_no_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+def test_a_folder_of_another_name_is_no_checkpoint_to_continue_from(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for name, is_one in (("step_5", False), ("step_00000005.partial", False), ("step_00000005", True)):
         (tmp_path / "checkpoints" / name).mkdir()

@@ -79,7 +79,7 @@ def test_a_broken_shard_is_named(shards: Path, capsys: pytest.CaptureFixture[str
     assert submitted(shards)[0] == 2 and "00003.tar" in capsys.readouterr().err
 
 
-def test_sbatchs_own_words_are_told(
+def test_sbatchs_own_words_are_reported(
     shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A refusal of sbatch (here a program of that name) is one line with its reason."""
@@ -132,7 +132,7 @@ SINFO = {
 def test_submit_asks_for_the_gpus_of_the_partition(
     answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What sinfo says; told how many, it is not asked."""
+    """What sinfo says; reported how many, it is not asked."""
     (tmp_path / "answer").write_text(answer + "\n")
     (tmp_path / "sinfo").write_text(f"#!/bin/sh\ncat {tmp_path}/answer\n")
     (tmp_path / "sinfo").chmod(0o755)

@@ -21,7 +21,7 @@ def named(text: str) -> set[str]:
 
 
 def rows() -> list[tuple[set[str], str]]:
-    """(open_clip's flags, what stands beside them) of each row of the table in docs/open-clip.md."""
+    """(open_clip's flags, what is beside them) of each row of the table in docs/open-clip.md."""
     table = TABLE.read_text().split("| open_clip | here | |")[1].split("\n\n")[0]
     cells = [line.split("|")[1:4] for line in table.splitlines()[2:]]
     return [({synonyms.normalise(flag) for flag in re.findall(r"--[\w-]+", theirs)}, ours + note)

@@ -92,7 +92,7 @@ def test_a_dumb_terminal_shows_the_steps_as_lines(tmp_path: Path) -> None:
     assert "\x1b" not in printed and "Step: 1/100" in printed and "Step: 10/100" in printed
 
 
-def test_no_color_is_heard(tmp_path: Path) -> None:
+def test_no_color_is_read(tmp_path: Path) -> None:
     """The twin: without it there are colours."""
     colour = re.compile(r"\x1b\[[0-9;]*(3[0-9]|38;5;\d+)m")
     assert not colour.search(on_a_terminal(["-c", TRAINING, str(tmp_path / "a")], NO_COLOR="1"))

@@ -12,7 +12,7 @@ START = "import sys; sys.path.insert(0, {folder!r}); import amclip_ds_torchvisio
 
 
 def python(script: str, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script in a folder where no amclip_ds lies, with the hook of this tree."""
+    """Runs a script in a folder where no amclip_ds is, with the hook of this tree."""
     command = [sys.executable, *flags, "-c", START.format(folder=str(HOOK.parent)) + script]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 

@@ -83,7 +83,7 @@ def record(folder: Path, name: str, first_step: int = 0) -> None:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_resumed_run_goes_on_under_its_name(name: str, tmp_path: Path, fake: object) -> None:
+def test_a_resumed_run_continues_under_its_name(name: str, tmp_path: Path, fake: object) -> None:
     module = fake(name)  # type: ignore[operator]
     record(tmp_path / "run", name)
     record(tmp_path / "run", name, first_step=1)

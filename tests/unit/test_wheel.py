@@ -121,7 +121,7 @@ def test_an_installed_wheel_submits(installed: Path, tmp_path: Path) -> None:
 
 
 def test_the_readme_runs_with_the_wheel_alone(installed: Path, tmp_path: Path) -> None:
-    """Its lines of Python, as they stand there, on a run and two pictures."""
+    """Its lines of Python, as they are, on a run and two pictures."""
     write_run(tmp_path / "runs" / "aclip-vitb16")
     for name in ("cat", "dog"):
         picture((90, 70), len(name)).save(tmp_path / f"{name}.jpg")
@@ -137,7 +137,7 @@ def test_the_readme_runs_with_the_wheel_alone(installed: Path, tmp_path: Path) -
 
 
 def test_what_is_imported_is_declared() -> None:
-    """Each package that the code imports by name stands in pyproject.toml, among the dependencies or in an extra."""
+    """Each package that the code imports by name is in pyproject.toml, among the dependencies or in an extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = [
         *project["dependencies"],

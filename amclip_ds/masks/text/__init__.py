@@ -92,7 +92,7 @@ def prepare(config: TextMaskConfig, fills: bool, table_hash: str) -> Any:
     if held is None:
         return config
     if held.hash != table_hash:
-        raise RunStopped(f"data.text_mask.table: {config.table} was changed while the run was going on")
+        raise RunStopped(f"data.text_mask.table: {config.table} was changed while the run was under way")
     if config.read_of_table == "classes":
         return held.words
     return frequency.Options(frequency.drop_probabilities(held.words, config.threshold), fills)

@@ -42,8 +42,8 @@ def draw(random: "np.random.Generator", n: int) -> "np.ndarray":
 
 def apply(words: "Words", drawn: "np.ndarray", budget: int, options: Any) -> Sequence[int]:
     """The words that stay, in the text's order."""
-    worth = [float(u) - options.drop.get(word, 1.0) for u, (word, _) in zip(drawn, words)]
-    order = sorted(range(len(words)), key=lambda place: -worth[place])
+    priority = [float(u) - options.drop.get(word, 1.0) for u, (word, _) in zip(drawn, words)]
+    order = sorted(range(len(words)), key=lambda place: -priority[place])
     if not options.fills:
         most = min(budget, len(words))
         return list(_ids(words, order[:most]))[:most]

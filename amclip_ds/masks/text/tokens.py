@@ -1,4 +1,4 @@
-"""Text masks that look at tokens alone: truncate, random, shuffle, block."""
+"""Text masks that read tokens alone: truncate, random, shuffle, block."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

@@ -180,7 +180,7 @@ NAMED = {  # the file that the refusal must name
     "latest to nowhere": "latest",
     "link for a folder": "model",
 }
-HINTS: dict[str, Callable[[Path], None]] = {  # what a resume may pass over, but must tell: a hint is only a hint
+HINTS: dict[str, Callable[[Path], None]] = {  # what a resume may pass over, but must report: a hint is only a hint
     "empty latest": lambda root: (root / "latest").write_text("") and None,
     "latest of rubbish": lambda root: (root / "latest").write_text("../../etc") and None,
     "latest to what was removed": lambda root: (root / "latest").write_text("step_00000000") and None,

@@ -17,7 +17,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_list_tells_what_there_is(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_shows_what_there_is(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoints", str(run), "--json", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["step"] for row in rows] == [1, 2, 3] and all(row["valid"] for row in rows)

@@ -109,7 +109,7 @@ def test_every_key_is_either_free_or_mathematics() -> None:
 
 
 def test_a_key_that_the_saved_run_did_not_know_yet_means_its_default() -> None:
-    """Or no run could go on with a version that has one key, mask or plug-in more. Twin: another value is refused."""
+    """Or no run could resume with a version that has one key, mask or plug-in more. Twin: another value is refused."""
     defaults = settings.dump(settings.TrainConfig())
     old = settings.dump(settings.load("aclip-tiny")).replace("  unit: 2\n", "").replace("  o2e_weight: 2.0\n", "")
     for word, differs in (

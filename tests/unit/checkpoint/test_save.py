@@ -1,4 +1,4 @@
-"""Saving on one rank: what stands in a folder, what is kept, what a failure leaves, when a save is due."""
+"""Saving on one rank: what is in a folder, what is kept, what a failure leaves, when a save is due."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from amclip_ds.errors import AmclipError, UserError
 from tests.distributed.cases_checkpoint_files import SIZES, holds_step, toy_counters, toy_state, value
 
 
-class Told:
+class Recorder:
     """A saver's lines and incidents."""
 
     def __init__(self) -> None:
@@ -30,12 +30,12 @@ class Told:
         return Saver(folder, config, Ranks(), say=self.lines.append, incident=lambda *what: self.incidents.append(what))
 
 
-def save_steps(folder: Path, *steps: int, **settings: Any) -> Told:
-    told = Told()
-    with told.saver(folder, **settings) as saver:
+def save_steps(folder: Path, *steps: int, **settings: Any) -> Recorder:
+    reported = Recorder()
+    with reported.saver(folder, **settings) as saver:
         for step in steps:
             saver.save(step, toy_state(step, 0, 1), wait=True)
-    return told
+    return reported
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -102,14 +102,14 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path: Path) ->
 
 def test_training_waits_only_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An asynchronous save returns while its writer cannot have ended; at most one is in flight."""
-    told = Told()
-    with told.saver(tmp_path, asynchronous=True) as saver:
+    reported = Recorder()
+    with reported.saver(tmp_path, asynchronous=True) as saver:
         saver.save(1, toy_state(1, 0, 1), wait=True)
         assert saver._writer is not None
         os.kill(saver._writer._process.pid, signal.SIGSTOP)
         state = toy_state(2, 0, 1)
         saver.save(2, state)
-        for held in state.sharded.values():  # training goes on, over the same memory
+        for held in state.sharded.values():  # training continues, over the same memory
             for shard in held.values():
                 shard.tensor.fill_(-1.0)
         assert steps_in(tmp_path) == [1] and saver.newest == 1
@@ -128,8 +128,8 @@ def test_training_waits_only_for_the_copy(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_signals_that_stop_a_run_do_not_stop_its_writer(tmp_path: Path) -> None:
     """Not even one that comes while the writer starts."""
-    told = Told()
-    with told.saver(tmp_path, asynchronous=True) as saver:
+    reported = Recorder()
+    with reported.saver(tmp_path, asynchronous=True) as saver:
         saver.save(1, toy_state(1, 0, 1))
         assert saver._writer is not None
         for _ in range(20):
@@ -141,8 +141,8 @@ def test_signals_that_stop_a_run_do_not_stop_its_writer(tmp_path: Path) -> None:
 
 
 def test_a_writer_that_dies_is_loud_and_replaced(tmp_path: Path) -> None:
-    told = Told()
-    with told.saver(tmp_path, asynchronous=True, every_steps=1) as saver:
+    reported = Recorder()
+    with reported.saver(tmp_path, asynchronous=True, every_steps=1) as saver:
         saver.save(1, toy_state(1, 0, 1), wait=True)
         assert saver._writer is not None
         os.kill(saver._writer._process.pid, signal.SIGSTOP)
@@ -150,15 +150,15 @@ def test_a_writer_that_dies_is_loud_and_replaced(tmp_path: Path) -> None:
         os.kill(saver._writer._process.pid, signal.SIGKILL)
         saver._writer._process.wait()
         saver.after_step(3, False, lambda: toy_state(3, 0, 1))
-    assert [kind for kind, *_ in told.incidents] == ["checkpoint_failed"]
-    assert "ended by itself" in told.incidents[0][1] and any("checkpoint failed" in line for line in told.lines)
+    assert [kind for kind, *_ in reported.incidents] == ["checkpoint_failed"]
+    assert "ended by itself" in reported.incidents[0][1] and any("checkpoint failed" in line for line in reported.lines)
     assert steps_in(tmp_path) == [1, 3]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_save_that_takes_too_long_has_failed(tmp_path: Path) -> None:
-    told = Told()
-    with told.saver(tmp_path, asynchronous=True, timeout_s=1.0) as saver:
+    reported = Recorder()
+    with reported.saver(tmp_path, asynchronous=True, timeout_s=1.0) as saver:
         saver.save(1, toy_state(1, 0, 1), wait=True)
         assert saver._writer is not None
         os.kill(saver._writer._process.pid, signal.SIGSTOP)
@@ -169,11 +169,11 @@ def test_a_save_that_takes_too_long_has_failed(tmp_path: Path) -> None:
 
 
 def test_the_last_save_raises_and_the_others_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = Told()
-    with told.saver(tmp_path, asynchronous=False, every_steps=1) as saver:
+    reported = Recorder()
+    with reported.saver(tmp_path, asynchronous=False, every_steps=1) as saver:
         monkeypatch.setattr(save, "_free_space", lambda path: 1000)
         saver.after_step(1, False, lambda: toy_state(1, 0, 1))
-        assert len(told.incidents) == 1 and "rank 0 sees 1 kB free" in told.incidents[0][1]
+        assert len(reported.incidents) == 1 and "rank 0 sees 1 kB free" in reported.incidents[0][1]
         with pytest.raises(SaveFailed, match="needs"):
             saver.after_step(2, True, lambda: toy_state(2, 0, 1))
     assert steps_in(tmp_path) == []
@@ -181,7 +181,7 @@ def test_the_last_save_raises_and_the_others_do_not(tmp_path: Path, monkeypatch:
 
 def test_saves_come_by_steps_by_the_clock_and_at_the_end(tmp_path: Path) -> None:
     def run(folder: Path, seconds: float, **settings: Any) -> list[int]:
-        with Told().saver(folder, asynchronous=False, keep_last=100, **settings) as saver:
+        with Recorder().saver(folder, asynchronous=False, keep_last=100, **settings) as saver:
             for step in range(1, 8):
                 time.sleep(seconds)
                 saver.after_step(step, step == 7, lambda step=step: toy_state(step, 0, 1))  # type: ignore[misc]
@@ -212,8 +212,8 @@ def test_a_host_without_memory_for_a_snapshot_saves_synchronously(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "available_memory", lambda: 1000)
-    told = save_steps(tmp_path, 1, asynchronous=True)
-    assert steps_in(tmp_path) == [1] and any("waits for the disk" in line for line in told.lines)
+    reported = save_steps(tmp_path, 1, asynchronous=True)
+    assert steps_in(tmp_path) == [1] and any("waits for the disk" in line for line in reported.lines)
 
 
 def test_a_save_of_a_committed_step_leaves_it(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_start_removes_what_a_kill_left(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
     for name in (".tmp-step_00000002", ".del-step_00000000-0"):
         (tmp_path / name / "model").mkdir(parents=True)
-    Told().saver(tmp_path).close()
+    Recorder().saver(tmp_path).close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
 
 
@@ -260,13 +260,13 @@ def test_which_checkpoint_a_resume_means(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_run_whose_folder_was_renamed_goes_on_and_says_where(asynchronous: bool, tmp_path: Path) -> None:
-    run, told = tmp_path / "run", Told()
-    with told.saver(run / "checkpoints", asynchronous=asynchronous) as saver:
+def test_a_run_whose_folder_was_renamed_continues_and_says_where(asynchronous: bool, tmp_path: Path) -> None:
+    run, reported = tmp_path / "run", Recorder()
+    with reported.saver(run / "checkpoints", asynchronous=asynchronous) as saver:
         saver.save(1, toy_state(1, 0, 1), wait=True)
         run.rename(tmp_path / "moved")
         saver.save(2, toy_state(2, 0, 1), wait=True)
     assert steps_in(tmp_path / "moved" / "checkpoints") == [1] and steps_in(run / "checkpoints") == [2]
     assert manifest.verify(run / "checkpoints" / "step_00000002").step == 2
-    [(kind, cause, _)] = told.incidents
+    [(kind, cause, _)] = reported.incidents
     assert kind == "folder_gone" and f"{run} is gone" in cause and "step_00000001" in cause

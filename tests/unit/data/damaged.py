@@ -36,7 +36,7 @@ def samples(numbers: Iterable[int]) -> list[File]:
 
 
 def tar_of(files: Iterable[File | tarfile.TarInfo], tar_format: int = tarfile.USTAR_FORMAT) -> bytes:
-    """A tar; a TarInfo stands for a member without content (links, devices)."""
+    """A tar; a TarInfo is a member without content (links, devices)."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=tar_format) as tar:
         for file in files:

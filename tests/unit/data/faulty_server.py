@@ -1,4 +1,4 @@
-"""A real local HTTP server of files, with ranges, that fails as told: 500, a reset, silence, slow and short answers."""
+"""A real local HTTP server of files, with ranges, that fails on demand: 500, reset, silence, slow and short answers."""
 
 import socket
 import struct

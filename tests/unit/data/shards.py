@@ -41,7 +41,7 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
 
 
 def write_shards(folder: Path, sizes: tuple[int, ...] = UNEVEN, **picture: int) -> list[str]:
-    """Shards 0.tar, 1.tar, ... of so many samples; caption and json tell shard and number."""
+    """Shards 0.tar, 1.tar, ... of so many samples; caption and json show shard and number."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for shard, size in enumerate(sizes):

@@ -90,7 +90,7 @@ def test_trim_cuts_padding_alone_in_buckets() -> None:
 
 
 def test_trimmed_texts_have_the_features_of_the_full_context() -> None:
-    """Causal attention: what stands behind the end cannot reach it. The twin: cutting the end off changes them."""
+    """Causal attention: what is behind the end cannot reach it. The twin: cutting the end off changes them."""
     from amclip_ds.model.text import TextConfig, TextTower
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The identity of data: what changed since it was indexed is named, whatever its size and time; a touch is nothing."""
+"""The identity of data: what changed since it was indexed is named, by content; a touch is nothing."""
 
 import contextlib
 import json
@@ -70,7 +70,7 @@ def test_a_member_that_changed_is_named(member: str, shards: list[str], tmp_path
     assert changed(index, shards) == [(shards[1], f"the {member} of 1_0007 is another")]
 
 
-def test_a_touched_shard_is_what_it_was_and_is_looked_into_once(
+def test_a_touched_shard_is_what_it_was_and_is_checked_once(
     shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = build_index(shards, tmp_path / "index", 1)

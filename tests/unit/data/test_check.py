@@ -146,7 +146,7 @@ def test_index_agrees_with_the_check(shards: Path, tmp_path: Path, capsys: pytes
     assert "2.tar: header (1)" in printed and printed.splitlines()[-1] == str(tmp_path / "index")
 
 
-def test_index_lies_beside_the_shards_unless_told(shards: Path) -> None:
+def test_index_is_beside_the_shards_unless_out_is_given(shards: Path) -> None:
     assert cli.main(["data", "index", str(shards / "0.tar"), "--workers", "1"]) == 0
     assert index.default_folder((str(shards / "0.tar"),)).is_dir()
 

@@ -163,7 +163,7 @@ def test_every_sample_is_accounted_for(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_training_goes_on_and_counts_the_same(name: str, tmp_path: Path) -> None:
+def test_training_continues_and_counts_the_same(name: str, tmp_path: Path) -> None:
     """A damaged shard beside a whole one: the epoch goes through; what is replaced is what the check calls skipped."""
     case = CASES[name]
     (tmp_path / "bad.tar").write_bytes(case.tar())
@@ -186,8 +186,8 @@ def test_training_goes_on_and_counts_the_same(name: str, tmp_path: Path) -> None
     tail = data.samples_per_epoch - 2 * data.steps_per_epoch
     assert abs(len(replaced) - (report.total("skipped") - without_image - too_long)) <= tail
     assert len(seen) >= data.samples_per_epoch - len(replaced) - tail
-    told = {incident["kind"] for incident in incidents if incident["action"] == "left out of every epoch"}
-    assert set(case.kinds) & {"truncated", "header", "zeros", "no image"} <= told
+    reported = {incident["kind"] for incident in incidents if incident["action"] == "left out of every epoch"}
+    assert set(case.kinds) & {"truncated", "header", "zeros", "no image"} <= reported
     assert case.kinds or not incidents
 
 
@@ -205,7 +205,7 @@ def stop_at_damage(found):  # type: ignore[no-untyped-def]
         yield item
 
 
-def test_a_mended_image_is_read_and_told(tmp_path: Path) -> None:
+def test_a_fixed_image_is_read_and_reported(tmp_path: Path) -> None:
     """A JPEG with a byte changed among its pixels: every viewer shows it, and so do we, but it is counted."""
     content = picture(4)
     changed = (flip(content, place, 1 << bit) for place in range(700, len(content) - 2) for bit in range(8))
@@ -251,14 +251,14 @@ def test_a_shard_that_kills_its_reader_is_named() -> None:
     assert [item for item in found if not isinstance(item, parallel.Died)] == [0, 1, 4, 16, 25]
 
 
-def test_an_unreadable_shard_is_told(tmp_path: Path) -> None:
+def test_an_unreadable_shard_is_reported(tmp_path: Path) -> None:
     (tmp_path / "00000.tar").write_bytes(WHOLE)
     report = check([str(tmp_path / "00000.tar"), str(tmp_path / "gone.tar")], CheckConfig(), processes=1)
     assert report.problems()["unreadable"] == 1 and not report.ok and report.total("read") == 10
 
 
 def test_flipping_any_header_byte_loses_nothing_silently(tmp_path: Path) -> None:
-    """Every byte of one header, one at a time: the sum holds, and where a sample is missing it is told."""
+    """Every byte of one header, one at a time: the sum holds, and where a sample is missing it is reported."""
     start, shard = header_at(WHOLE, "000004.jpg"), tmp_path / "00000.tar"
     for offset in [*range(0, 12), *range(95, 165), 257, 300, 400, 511]:
         shard.write_bytes(flip(WHOLE, start + offset, 0x05))

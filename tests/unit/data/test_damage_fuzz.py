@@ -1,4 +1,4 @@
-"""Mutated tars and images: whatever the bytes, no crash, no hang, bounded memory, and every sample accounted for."""
+"""Mutated tars and images: on any bytes no crash, no hang, bounded memory, and every sample accounted for."""
 
 import resource
 import time
@@ -54,7 +54,7 @@ def mutate(content: bytes, random: np.random.Generator, block: int) -> bytes:
                 changed[aligned : aligned + block] = bytes(len(changed[aligned : aligned + block]))
             case 6:
                 del changed[at:]
-            case _:  # a header's numbers, where most of the trouble lies
+            case _:  # a header's numbers, where most of the trouble is
                 aligned = int(random.integers(-(-size // BLOCK))) * BLOCK
                 changed[aligned + 124 : aligned + 136] = bytes(
                     random.choice([0, 48, 55, 128, 255], 12).astype(np.uint8)

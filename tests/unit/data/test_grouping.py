@@ -71,7 +71,7 @@ def test_surplus_images_are_counted_named_and_refused(tmp_path: Path, capsys: py
     assert "300 images = 101 read + 199 surplus + 0 unusable" in printed
 
 
-def test_a_few_surplus_images_are_told_and_trained_beside(tmp_path: Path) -> None:
+def test_a_few_surplus_images_are_reported_and_trained_beside(tmp_path: Path) -> None:
     shard = put(tmp_path, samples(range(100)) + [("000099.thumb.jpg", picture(7))])
     assert checked(shard).ok and checked(shard).problems() == {"surplus image": 1}
     said: list[str] = []
@@ -143,7 +143,7 @@ def test_members_that_are_not_adjacent_are_named_with_the_remedy(
     assert ADVICE["not adjacent"] in capsys.readouterr().out
 
 
-def test_a_json_that_lies_apart_costs_nothing_where_the_caption_does_not(tmp_path: Path) -> None:
+def test_a_json_that_is_apart_costs_nothing_where_the_caption_does_not(tmp_path: Path) -> None:
     files = samples(range(10)) + [(f"{number:06d}.json", b"{}") for number in range(10)]
     report = checked(put(tmp_path, files))
     assert report.total("read") == 10 and report.ok and report.problems() == {"not adjacent": 10}

@@ -85,7 +85,7 @@ def test_the_check_counts_the_causes(tmp_path: Path) -> None:
     assert sum(causes.values()) == 6 and not any("0x" in cause for cause in causes)
 
 
-def test_what_follows_the_end_mark_is_not_looked_at() -> None:
+def test_what_follows_the_end_mark_is_not_checked() -> None:
     video = b"\0\0\0\x18ftypmp42" + b"\xff\xda" * 1000 + np.random.default_rng(0).bytes(16 << 20)
     for content in (progressive(), jpeg(width=64, height=48)):
         began = time.monotonic()

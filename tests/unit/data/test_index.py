@@ -25,7 +25,7 @@ from amclip_ds.errors import UserError
 from tests.unit.data.shards import jpeg, write_shards, write_tar
 
 
-def test_every_member_lies_where_the_index_says(tmp_path: Path) -> None:
+def test_every_member_is_where_the_index_says(tmp_path: Path) -> None:
     paths = write_shards(tmp_path, (5, 1, 7), width=40, height=30)
     index = build_index(paths, tmp_path / "index", workers=1)
     assert len(index) == 13 and index.counts.tolist() == [5, 1, 7]
@@ -55,7 +55,7 @@ def test_in_processes_it_is_the_same(tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_what_is_missing_is_told(tmp_path: Path) -> None:
+def test_what_is_missing_is_reported(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", {
         "1.jpg": jpeg(), "1.txt": b"one", "2.jpg": jpeg(), "3.txt": b"no image", "4.png": b"no header", "4.json": b"{}",
     })  # fmt: skip
@@ -66,7 +66,7 @@ def test_what_is_missing_is_told(tmp_path: Path) -> None:
 
 
 def test_a_header_behind_a_long_profile_is_read(tmp_path: Path) -> None:
-    """Printers' colour profiles fill hundreds of kilobytes before the size is told."""
+    """Printers' colour profiles fill hundreds of kilobytes before the size is reported."""
     content = jpeg(width=33, height=22)
     padding = b"".join(b"\xff\xe2" + (60_002).to_bytes(2, "big") + bytes(60_000) for _ in range(5))
     shard = write_tar(tmp_path / "a.tar", {"1.jpg": content[:2] + padding + content[2:], "1.txt": b"one"})
@@ -79,7 +79,7 @@ def test_it_is_compact() -> None:
 
 
 def write_synthetic_index(folder: Path, num_shards: int, per_shard: int) -> None:
-    """An index of num_shards x per_shard samples that lie nowhere."""
+    """An index of num_shards x per_shard samples that are nowhere."""
     folder.mkdir()
     keys = "".join(f"{number:09d}" for number in range(per_shard)).encode()
     records = np.zeros(per_shard, RECORD)

@@ -77,12 +77,12 @@ def test_every_world_and_worker_count_makes_the_same_sequence(
     assert made == sequence
 
 
-def test_each_sample_comes_once_an_epoch_but_the_tail_which_is_told(uneven: Path, sequence: list[list[int]]) -> None:
-    told: list[str] = []
-    with contextlib.closing(open_data(uneven, say=told.append)) as data:
+def test_each_sample_comes_once_an_epoch_but_a_reported_tail(uneven: Path, sequence: list[list[int]]) -> None:
+    reported: list[str] = []
+    with contextlib.closing(open_data(uneven, say=reported.append)) as data:
         assert (data.samples_per_epoch, data.steps_per_epoch) == (sum(UNEVEN), STEPS)
     tail = sum(UNEVEN) - 12 * STEPS
-    assert any(f"the last {tail} " in line for line in told)
+    assert any(f"the last {tail} " in line for line in reported)
     for epoch in range(2):
         ids = sum(sequence[epoch * STEPS : (epoch + 1) * STEPS], [])
         assert len(ids) == len(set(ids)) == sum(UNEVEN) - tail
@@ -91,7 +91,7 @@ def test_each_sample_comes_once_an_epoch_but_the_tail_which_is_told(uneven: Path
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.tuples(st.integers(1, TWO_EPOCHS - 1), st.sampled_from([1, 2, 3, 4])), min_size=1, max_size=3))
-def test_cut_anywhere_and_resumed_on_another_world_it_goes_on_unbroken(
+def test_cut_anywhere_and_resumed_on_another_world_it_continues_unbroken(
     cuts: list[tuple[int, int]], uneven: Path, sequence: list[list[int]]
 ) -> None:
     made: list[list[int]] = []
@@ -261,15 +261,15 @@ def test_a_bad_sample_is_counted_and_replaced_by_the_same_other_one_everywhere(b
         assert run(world_size, workers)[0] == alone
 
 
-def test_what_indexing_found_is_told_by_rank_0_once(broken: Path) -> None:
-    told = []
+def test_what_indexing_found_is_reported_by_rank_0_once(broken: Path) -> None:
+    reported = []
     for rank in range(2):
         with contextlib.closing(open_data(broken, rank=rank, world_size=2)) as data:
             stream = data.batches(None)
-            told.append([row for batch in (next(stream), next(stream)) for row in batch.incidents])
-    indexed = [row for row in told[0] if "indexing" in row["cause"]]
+            reported.append([row for batch in (next(stream), next(stream)) for row in batch.incidents])
+    indexed = [row for row in reported[0] if "indexing" in row["cause"]]
     assert [(row["kind"], row["key"]) for row in indexed] == [("no image", "060")]
-    assert not [row for row in told[1] if "indexing" in row["cause"]]
+    assert not [row for row in reported[1] if "indexing" in row["cause"]]
 
 
 def test_a_stream_with_nothing_usable_is_an_error_not_a_hang(tmp_path: Path) -> None:
@@ -324,23 +324,23 @@ def test_weights_need_one_number_a_source(uneven: Path) -> None:
 
 def test_a_missing_index_is_made_in_the_runs_folder_and_found_again(tmp_path: Path) -> None:
     write_shards(tmp_path / "data", (20, 20))
-    told: list[str] = []
+    reported: list[str] = []
     for _ in range(2):
-        open_data(tmp_path / "data", index_dir=tmp_path / "run", say=told.append).close()
-    assert sum("indexed 40 samples" in line for line in told) == 1
+        open_data(tmp_path / "data", index_dir=tmp_path / "run", say=reported.append).close()
+    assert sum("indexed 40 samples" in line for line in reported) == 1
     assert len(list((tmp_path / "run").iterdir())) == 1
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["0.tar", "1.tar"]
 
 
 def test_a_shard_that_changed_makes_the_index_again(tmp_path: Path) -> None:
     write_shards(tmp_path / "data", (20, 20))
-    told: list[str] = []
+    reported: list[str] = []
     with contextlib.closing(open_data(tmp_path / "data", index_dir=tmp_path / "run")) as data:
         before = data.fingerprint
     write_shards(tmp_path / "data", (20, 24))
-    with contextlib.closing(open_data(tmp_path / "data", index_dir=tmp_path / "run", say=told.append)) as data:
+    with contextlib.closing(open_data(tmp_path / "data", index_dir=tmp_path / "run", say=reported.append)) as data:
         assert data.samples_per_epoch == 44 and data.fingerprint != before
-    assert any("1.tar: changed since it was indexed: 24 samples now, 20 when" in line for line in told)
+    assert any("1.tar: changed since it was indexed: 24 samples now, 20 when" in line for line in reported)
 
 
 def test_a_named_index_that_is_stale_is_refused(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_some_shards_of_a_larger_index_can_be_trained_on(tmp_path: Path) -> None
     assert data.samples_per_epoch == 20 and ids.min() >= 40
 
 
-def test_the_search_is_done_once_for_all_ranks_and_tells_in_between(uneven: Path, monkeypatch: Any) -> None:
+def test_the_search_is_done_once_for_all_ranks_and_reports_in_between(uneven: Path, monkeypatch: Any) -> None:
     """`once` is called again and again while rank 0 works, so that no collective waits longer than it may."""
     monkeypatch.setattr("amclip_ds.data.prepare.BUILD_TELLS_EVERY_S", 0.05)
     monkeypatch.setattr("amclip_ds.data.prepare._find_sources", lambda *args: time.sleep(0.4) or "found")
@@ -433,9 +433,9 @@ def test_killed_workers_are_replaced_and_the_stream_is_the_same_to_the_bit(uneve
         for name in ("views_uint8", "teacher_uint8", "boxes", "mask_noise", "token_ids", "sample_ids"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
         assert np.array_equal(one.photometric.table, other.photometric.table)
-    told = [row for batch in found for row in batch.incidents]
-    assert {row["kind"] for row in told} == {"worker_died"}
-    assert any("SIGKILL" in row["cause"] for row in told)
+    reported = [row for batch in found for row in batch.incidents]
+    assert {row["kind"] for row in reported} == {"worker_died"}
+    assert any("SIGKILL" in row["cause"] for row in reported)
 
 
 def test_a_place_that_kills_every_worker_is_an_error_not_a_loop() -> None:

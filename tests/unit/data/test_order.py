@@ -63,10 +63,10 @@ def test_a_weight_says_how_often_a_source_comes(weights: tuple[float, float]) ->
     rows = order.locate(0, order.length)
     seen = [int((rows[:, 0] < 2).sum()), int((rows[:, 0] >= 2).sum())]
     assert seen == [round(50 * weights[0]), round(50 * weights[1])]
-    assert len({tuple(row) for row in rows.tolist()}) == order.length, "copies of a sample are told apart"
+    assert len({tuple(row) for row in rows.tolist()}) == order.length, "copies of a sample are distinguished"
 
 
-def test_with_replacement_every_sample_has_the_same_chance_whatever_its_shards_size() -> None:
+def test_with_replacement_every_sample_has_the_same_chance_regardless_of_its_shards_size() -> None:
     counts, drawn = np.array([100, 300] * 20), np.zeros(40)
     for epoch in range(30):
         order = EpochOrder(counts, Mixture(np.zeros(40, int), (1.0,), with_replacement=True), 0, epoch, 4, 64)

@@ -1,4 +1,4 @@
-"""`amclip data pack`: of each kind of source the same samples; broken rows are named; killed, it goes on."""
+"""`amclip data pack`: of each kind of source the same samples; broken rows are named; killed, it continues."""
 
 import csv
 import json
@@ -163,7 +163,7 @@ def test_a_data_set_saved_to_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard_size", [3, 5])
-def test_a_killed_pack_goes_on(tmp_path: Path, shard_size: int) -> None:
+def test_a_killed_pack_continues(tmp_path: Path, shard_size: int) -> None:
     """Killed between any two tars and in the middle of one: the folder ends the same, to the byte."""
     table = write_table(tmp_path / "pairs.csv")
     words = ["--shard-size", str(shard_size)]

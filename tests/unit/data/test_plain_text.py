@@ -90,7 +90,7 @@ def test_what_somebody_sees_is_not(text: str) -> None:
     assert build_tokenizer().encode(text)
 
 
-def test_the_next_source_stands_in_for_a_blank_one() -> None:
+def test_the_next_source_replaces_a_blank_one() -> None:
     assert candidates("\u200b".encode(), b'{"caption": "a boat"}', ["txt|json:caption"], True) == ["a boat"]
     with pytest.raises(BadText, match="no text in txt") as caught:
         candidates(None, b'{"caption": "a boat"}', ["txt"], True)

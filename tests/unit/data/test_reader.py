@@ -38,11 +38,11 @@ def test_what_cannot_be_read_is_an_error_of_its_place_alone(shard: str, tmp_path
         ShardReader().read_many(shard, [beyond[1:]])
 
 
-def test_a_bad_moment_of_a_network_file_system_is_repeated_and_told(
+def test_a_bad_moment_of_a_network_file_system_is_repeated_and_reported(
     shard: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader, "FIRST_PAUSE_S", 0.001)
-    told: list[str] = []
+    reported: list[str] = []
     pread, failures = os.pread, [errno.ESTALE, errno.EIO]
 
     def sometimes(file: int, size: int, at: int) -> bytes:
@@ -51,8 +51,8 @@ def test_a_bad_moment_of_a_network_file_system_is_repeated_and_told(
         return pread(file, size, at)
 
     monkeypatch.setattr(os, "pread", sometimes)
-    assert ShardReader(on_retry=lambda shard, cause: told.append(cause)).read_many(shard, [(0, 2)]) == [b"\x00\x01"]
-    assert len(told) == 2
+    assert ShardReader(on_retry=lambda shard, cause: reported.append(cause)).read_many(shard, [(0, 2)]) == [b"\x00\x01"]
+    assert len(reported) == 2
     failures[:] = [errno.EIO] * 9
     assert isinstance(ShardReader().read([(shard, 0, 2)])[(shard, 0, 2)], OSError)
 
@@ -73,11 +73,11 @@ def test_opened_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_retry_gives_up_with_the_last_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "FIRST_PAUSE_S", 0.001)
-    told: list[str] = []
+    reported: list[str] = []
 
     def fail() -> Any:
-        raise RuntimeError(f"attempt {len(told)}")
+        raise RuntimeError(f"attempt {len(reported)}")
 
     with pytest.raises(OSError, match=r"attempt 2 \(3 attempts\)"):
-        retry(fail, told.append, attempts=3)
-    assert len(told) == 3
+        retry(fail, reported.append, attempts=3)
+    assert len(reported) == 3

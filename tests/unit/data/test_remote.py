@@ -113,7 +113,7 @@ def test_a_server_without_ranges(local: Path, tmp_path: Path) -> None:
 
 
 def test_indexing_and_checking_repeat_downloads(local: Path, tmp_path: Path) -> None:
-    """A shard cut within its download is fetched again; one that never comes is told as unreadable."""
+    """A shard cut within its download is fetched again; one that never comes is reported as unreadable."""
     urls = [f"{name}" for name in SHARDS]
     with FaultyServer(SHARDS, lambda number, _: ("cut", "reset", "500", "")[number % 4]) as server:
         urls = [f"{server.url}/{name}" for name in SHARDS]
@@ -129,9 +129,9 @@ def test_indexing_and_checking_repeat_downloads(local: Path, tmp_path: Path) -> 
 
 
 def read_one(server: FaultyServer) -> tuple[bytes | OSError, list[str]]:
-    told: list[str] = []
+    reported: list[str] = []
     request = (f"{server.url}/00000.tar", 512, 100)
-    return reader.ShardReader(on_retry=lambda shard, cause: told.append(cause)).read([request])[request], told
+    return reader.ShardReader(on_retry=lambda shard, cause: reported.append(cause)).read([request])[request], reported
 
 
 @pytest.mark.parametrize(
@@ -146,9 +146,9 @@ def read_one(server: FaultyServer) -> tuple[bytes | OSError, list[str]]:
 )
 def test_what_another_request_would_only_repeat_is_named_at_once(fault: str, said: str) -> None:
     with FaultyServer(SHARDS, lambda number, where: fault) as server:
-        content, told = read_one(server)
+        content, reported = read_one(server)
         report = check([f"{server.url}/00000.tar"], CheckConfig(), processes=1) if fault != "other range" else None
-    assert isinstance(content, OSError) and said in str(content) and not told
+    assert isinstance(content, OSError) and said in str(content) and not reported
     if report is not None:
         assert said in report.as_json()["shards"][0]["problems"][0]["key"]
 
@@ -158,8 +158,8 @@ def test_redirects_of_http_are_followed() -> None:
         FaultyServer(SHARDS) as target,
         FaultyServer(SHARDS, lambda number, where: f"redirect to {target.url}/00000.tar") as server,
     ):
-        content, told = read_one(server)
-    assert content == SHARDS["00000.tar"][512:612] and not told
+        content, reported = read_one(server)
+    assert content == SHARDS["00000.tar"][512:612] and not reported
 
 
 def test_https_is_not_left() -> None:
@@ -173,10 +173,10 @@ def test_https_is_not_left() -> None:
 
 def test_a_server_that_ignores_ranges_is_named_once() -> None:
     with FaultyServer(SHARDS, lambda number, where: "whole") as server:
-        told: list[str] = []
-        shards = reader.ShardReader(on_retry=lambda shard, cause: told.append(cause))
+        reported: list[str] = []
+        shards = reader.ShardReader(on_retry=lambda shard, cause: reported.append(cause))
         for offset in (0, 512, 1024):
             assert shards.read_many(f"{server.url}/00000.tar", [(offset, 10)]) == [
                 SHARDS["00000.tar"][offset : offset + 10]
             ]
-    assert told == ["the server ignores ranges: it sends the whole shard for each read"]
+    assert reported == ["the server ignores ranges: it sends the whole shard for each read"]

@@ -58,7 +58,7 @@ def test_sources_keep_apart(here: Path) -> None:
     assert expand_shards("HTTPS://user@host/{0..1}.tar", "SHARDS") == [f"https://user@host/{n}.tar" for n in (0, 1)]
 
 
-def test_a_file_that_exists_is_itself_whatever_its_name(here: Path) -> None:
+def test_a_file_that_exists_is_itself_regardless_of_its_name(here: Path) -> None:
     for name in ("a{0,1}.tar", "b::c.tar", "d[1].tar", "@e.tar"):
         os.link("data/0.tar", name)
         assert [Path(shard).name for shard in expand_shards(name, "SHARDS")] == [name]
@@ -217,7 +217,7 @@ def test_other_data_to_evaluate_on_are_named_too(spec: str, here: Path) -> None:
 
 
 def test_a_foreign_shard_among_many_is_no_damage(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only some are looked into at the start; the others are named where they are opened."""
+    """Only some are checked at the start; the others are named where they are opened."""
     for number in range(2, 9):
         os.link("data/0.tar", f"data/{number}.tar")
     (here / "data" / "3.tar").unlink()
@@ -260,7 +260,7 @@ def test_check_takes_several_sources(here: Path, monkeypatch: pytest.MonkeyPatch
     assert "2 shards, expected 6, read 6" in out.getvalue()
 
 
-def test_without_eval_data_the_present_folder_is_not_looked_at(here: Path) -> None:
+def test_without_eval_data_the_present_folder_is_not_checked(here: Path) -> None:
     """It was taken for an evaluation set: a run started beside a json file was refused. Twin: named, it is refused."""
     (here / "elsewhere").mkdir()
     (here / "elsewhere" / "facts.json").write_text("{}")

@@ -69,7 +69,7 @@ def test_the_budget_holds_and_the_least_recently_used_copy_goes(tmp_path: Path) 
     assert copies(stage) == sorted(map(stage.name_of, (shards[0], shards[2])))
     large = tmp_path / "large.tar"
     large.write_bytes(bytes(3000))
-    assert read(stage, str(large)) is None, "what does not fit is read where it lies"
+    assert read(stage, str(large)) is None, "what does not fit is read where it is"
 
 
 def test_while_another_process_copies_the_original_serves(shard: str, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def ours(path: Path) -> tuple[list[tuple[str, int, int, bool]], list[str], list[
 
 
 def assert_as_tarfile_reads(path: Path, ignore_zeros: bool = False) -> int:
-    """Every member by name, offset and size (of sparse ones the name alone, which is told); returns how many."""
+    """Every member by name, offset and size (of sparse ones the name alone, which is reported); returns how many."""
     members, links, damage = ours(path)
     with tarfile.open(path, encoding="utf-8", errors="surrogateescape", ignore_zeros=ignore_zeros) as tar:
         theirs = tar.getmembers()
@@ -179,7 +179,7 @@ def test_what_other_writers_may_write(name: str, tmp_path: Path) -> None:
     assert assert_as_tarfile_reads(tmp_path / "made.tar") >= 2
 
 
-def test_joined_tars_are_read_whole_and_told(tmp_path: Path) -> None:
+def test_joined_tars_are_read_whole_and_reported(tmp_path: Path) -> None:
     pax = tar_of([("é" * 80 + ".jpg", b"1")], tarfile.PAX_FORMAT)
     (tmp_path / "made.tar").write_bytes(tar_of(samples([0])) + pax + bytes(4 * BLOCK) + tar_of(samples([1])))
     assert assert_as_tarfile_reads(tmp_path / "made.tar", ignore_zeros=True) == 5
@@ -250,7 +250,7 @@ def test_a_reader_of_plain_headers_alone_is_caught(tmp_path: Path, monkeypatch: 
 
 
 def test_causes_can_be_counted() -> None:
-    """The same fault has the same words wherever it lies: no offset, no name, no address in them."""
+    """The same fault has the same words wherever it is: no offset, no name, no address in them."""
     tar = bytearray(tar_of(sample(0) + samples(range(1, 6))))
     for number in (1, 4):
         tar[tar.index(b"%06d.jpg\0" % number) + 100] ^= 0xFF

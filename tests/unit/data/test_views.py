@@ -156,7 +156,7 @@ def test_a_large_image_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xd8", b"\xff\xd8\xff\xe0junk", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"RIFF____WEBP"]
 )
-def test_what_is_no_image_is_told(content: bytes) -> None:
+def test_what_is_no_image_is_reported(content: bytes) -> None:
     with pytest.raises(BadImage) as caught:
         make_views(content, keyed(0), TWO, 16, 16)
     assert caught.value.kind == "unreadable"
@@ -170,7 +170,7 @@ def test_a_cut_image_is_refused(kind: str) -> None:
             make_views(content[: int(part * len(content))], keyed(0), TWO, 16, 16)
 
 
-def test_what_a_viewer_shows_all_the_same_is_mended_and_told() -> None:
+def test_what_a_viewer_shows_all_the_same_is_fixed_and_reported() -> None:
     """Junk between two segments: strict decoders refuse it, viewers do not."""
     content = jpeg(width=64, height=48)
     place = content.index(b"\xff\xdb")

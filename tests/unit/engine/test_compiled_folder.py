@@ -15,7 +15,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def test_it_lies_beside_the_run_and_is_the_users_own(tmp_path: Path) -> None:
+def test_it_is_beside_the_run_and_is_the_users_own(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     folder = keep_compiled(run)
@@ -33,7 +33,7 @@ def test_what_torch_itself_has_set_is_no_wish_of_the_user(tmp_path: Path, monkey
 
 
 def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
-    """What lies there is executed."""
+    """What is there is executed."""
     folder = keep_compiled(tmp_path / "run")
     assert folder is not None
     del os.environ["TORCHINDUCTOR_CACHE_DIR"]

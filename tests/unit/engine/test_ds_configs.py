@@ -1,4 +1,4 @@
-"""DeepSpeed's files: each is sound and explained; what cannot be served is one line that names the mend."""
+"""DeepSpeed's files: each is sound and explained; what cannot be served is one line that names the fix."""
 
 import json
 from pathlib import Path

@@ -62,7 +62,7 @@ def test_own_launcher() -> None:
     assert discover(PROCS) == Placement(1, 2, 1, 2, 0, 1, "127.0.0.1", 12345, "procs")
 
 
-def test_accelerate_on_the_cpu_starts_one_process_and_is_told() -> None:
+def test_accelerate_on_the_cpu_starts_one_process_and_is_reported() -> None:
     place = discover(ACCELERATE_CPU)
     assert (place.rank, place.world_size, place.launcher, place.master_port) == (0, 1, "alone", 0)
     assert "accelerate" in place.note and "--procs" in place.note
@@ -121,7 +121,7 @@ def test_mpirun() -> None:
         assert place.master_addr == "127.0.0.1" and place.master_port > 1024
 
 
-def test_mpirun_over_nodes_must_tell_where_rank_0_is() -> None:
+def test_mpirun_over_nodes_must_say_where_rank_0_is() -> None:
     several = OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"}
     with pytest.raises(UserError, match="-x MASTER_ADDR"):
         discover(several)

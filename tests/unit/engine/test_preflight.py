@@ -1,11 +1,11 @@
-"""What the facts of all ranks mean, and how a slow node is told from a slow partner."""
+"""What the facts of all ranks mean, and how a slow node is distinguished from a slow partner."""
 
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from amclip_ds.engine.bandwidth import name_outliers, tournament
-from amclip_ds.engine.preflight import Facts, code_hash, judge, look_for, write_probe
+from amclip_ds.engine.preflight import Facts, code_hash, judge, missing_of, write_probe
 
 FIT = [
     Facts(
@@ -77,7 +77,7 @@ def test_a_slow_node_is_named_and_its_partners_are_not() -> None:
     assert line.startswith("n3 ")
     (line,) = name_outliers(rates | {("n1", "n4"): 1.0})
     assert line.startswith("n1 and n4 are slow with each other")
-    assert name_outliers({("n1", "n2"): 0.1}) == [], "of two nodes nobody can tell which"
+    assert name_outliers({("n1", "n2"): 0.1}) == [], "of two nodes nobody can say which"
 
 
 def test_probes_of_disk_shards_and_code(tmp_path: Path) -> None:
@@ -85,8 +85,8 @@ def test_probes_of_disk_shards_and_code(tmp_path: Path) -> None:
     assert "cannot write" in write_probe(tmp_path / "nowhere", 0)
     there = tmp_path / "0.tar"
     there.touch()
-    assert look_for([str(there), "https://host/1.tar", "pipe:cat 2.tar"]) == []
-    assert look_for([str(there), str(tmp_path / "1.tar")]) == [str(tmp_path / "1.tar")]
+    assert missing_of([str(there), "https://host/1.tar", "pipe:cat 2.tar"]) == []
+    assert missing_of([str(there), str(tmp_path / "1.tar")]) == [str(tmp_path / "1.tar")]
 
 
 def test_another_code_has_another_hash(tmp_path: Path) -> None:

@@ -141,14 +141,14 @@ def test_the_classifier_is_kept_and_is_the_mean_of_its_prompts(tmp_path: Path) -
         assert torch.allclose(row, mean / mean.norm(), atol=1e-6)
 
 
-def test_how_far_it_is_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("amclip_ds.data.progress.TELL_EVERY_S", 0.0)
-    data, model, told = open_set(str(write_set(tmp_path / "set"))), tiny_encoder(), []
+def test_progress_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amclip_ds.data.progress.REPORT_EVERY_S", 0.0)
+    data, model, reported = open_set(str(write_set(tmp_path / "set"))), tiny_encoder(), []
     zero_shot.evaluate(model, data, 8, SingleProcess())
     model = tiny_encoder()
-    model.say = told.append
+    model.say = reported.append
     zero_shot.evaluate(model, data, 8, SingleProcess())
-    assert [line.split(",")[0] for line in told] == [
+    assert [line.split(",")[0] for line in reported] == [
         "student: texts: 8 of 10", "student: images: 8 of 21", "student: images: 16 of 21",
     ]  # fmt: skip
 

@@ -313,7 +313,7 @@ GRAPHS: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("an operator of a library", lambda onnx, model: add_node(
         onnx, model, onnx.helper.make_node("Trap", [], ["t"], domain="ai.onnx.contrib")), "operator"),
     ("a loop", loop, "operator"),
-    ("a shape that is not its bytes", claim_shape, "do not lie whole"),
+    ("a shape that is not its bytes", claim_shape, "are not whole"),
     ("a function", lambda onnx, model: model.functions.append(onnx.helper.make_function(
         "own", "F", [], [], [], [onnx.helper.make_opsetid("", 20)])), "functions"),
 ]  # fmt: skip

@@ -322,7 +322,7 @@ def test_what_can_be_known_at_the_start_is(tmp_path: Path) -> None:
         check_sets(str(tmp_path / "nowhere"))
 
 
-def test_a_mistake_in_eval_data_ends_a_start_and_no_run_that_goes_on(tmp_path: Path) -> None:
+def test_a_mistake_in_eval_data_ends_a_start_and_no_run_that_continues(tmp_path: Path) -> None:
     pairs = {f"{n}.{end}": data for n in range(3) for end, data in (("jpg", PICTURE), ("txt", b"words"))}
     bad = make(tmp_path / "imagenet", classes("val"))
     run, shard = tmp_path / "run", write_tar(tmp_path / "0.tar", pairs)

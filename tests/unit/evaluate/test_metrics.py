@@ -14,7 +14,7 @@ def scores_and_targets(tied: bool, num_classes: int = 7, num: int = 200, seed: i
 
 
 def slow_ranks(scores: torch.Tensor, targets: torch.Tensor) -> list[list[int]]:
-    """Each row's classes sorted by score, equal ones by number: where the target stands, and the first."""
+    """Each row's classes sorted by score, equal ones by number: where the target is, and the first."""
     found = []
     for row, target in zip(scores.tolist(), targets.tolist()):
         order = sorted(range(len(row)), key=lambda c: (-row[c], c))

@@ -24,7 +24,7 @@ def test_what_is_missing(tmp_path: Path) -> None:
     assert rows.missing(tmp_path, 3, SETS, ["student", "teacher"]) == {}
 
 
-def test_nothing_stands_twice(tmp_path: Path) -> None:
+def test_nothing_is_there_twice(tmp_path: Path) -> None:
     mine = [row(3, "student", "cars"), row(3, "teacher", "cars")]
     assert rows.append_new(tmp_path, mine[:1]) == 1
     assert rows.new(tmp_path, mine) == mine[1:]

@@ -1,4 +1,4 @@
-"""Suites: found where they lie; what CLIP_benchmark 1.6.2 counts from the same embeddings; averages; the table."""
+"""Suites: found where they are; what CLIP_benchmark 1.6.2 counts from the same embeddings; averages; the table."""
 
 import csv
 import io
@@ -249,7 +249,7 @@ def test_sets_of_the_hubs_cache(root: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_is_unclear_is_refused(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none of its sets lies in"):
+    with pytest.raises(UserError, match="none of its sets is in"):
         suites.find("vtab+", [str(tmp_path)])
     for name in ("wds_flickr30k", "flickr30k"):
         write(tmp_path / name, "retrieval", 0, captions)

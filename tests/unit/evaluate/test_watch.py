@@ -25,12 +25,12 @@ def test_it_says_what_it_waits_for(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_lines_that_cannot_be_read_are_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "eval.jsonl"
-    told = watch._tell_unreadable(file, 0)
-    assert told == 0 and not capsys.readouterr().out
+    reported = watch._report_unreadable(file, 0)
+    assert reported == 0 and not capsys.readouterr().out
     file.write_text('{"step": 3, "wei\nno row\n')
     for expected in (f"{file}: 2 line(s) cannot be read and are left out\n", ""):
-        told = watch._tell_unreadable(file, told)
-        assert told == 2 and capsys.readouterr().out == expected
+        reported = watch._report_unreadable(file, reported)
+        assert reported == 2 and capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize("once", [True, False])

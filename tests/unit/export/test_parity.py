@@ -208,7 +208,7 @@ def test_ids_are_decoded_to_words(fmt: str, exported: Path, shared_dir: Path) ->
 
 
 def test_the_cards_snippets_run_in_the_environment(exported: Path, tmp_path: Path) -> None:
-    """As they stand in the written README.md, in a Python that has imported nothing of ours."""
+    """As they are in the written README.md, in a Python that has imported nothing of ours."""
     script = ""
     for fmt in FORMATS:
         card = (exported / fmt / "README.md").read_text()

@@ -138,7 +138,7 @@ def test_the_stream_reads_the_table_once_and_refuses_another(tmp_path: Path) -> 
     changed = opened()
     table_of(tmp_path, {"picture": 51, "of": 40, "shard": 30})
     assert opened().words_hash != data.words_hash
-    with pytest.raises(RunStopped, match="data.text_mask.table: .* was changed while the run was going on"):
+    with pytest.raises(RunStopped, match="data.text_mask.table: .* was changed while the run was under way"):
         next(changed.batches(None))
     table_of(tmp_path, {"picture": 51}, tokenizer="another")
     with pytest.raises(UserError, match="is of the words of another tokenizer; make it again"):

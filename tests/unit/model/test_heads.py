@@ -41,7 +41,7 @@ def test_equals_torch_on_one_rank() -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_equals_one_rank_whatever_the_world(world_size: int) -> None:
+def test_equals_one_rank_regardless_of_the_world(world_size: int) -> None:
     x = (torch.randn(16, 6) * 2 + 30).double()
     weights = torch.randn(16, 6)
 

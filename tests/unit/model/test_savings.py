@@ -99,7 +99,7 @@ def test_patches_alone_do_not_need_every_patch() -> None:
     assert rows == [1 + 8, 1 + 16]
 
 
-def test_a_mask_that_looks_at_patches_sees_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_that_reads_patches_sees_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
     from amclip_ds import masks
 
     look = masks.Mask(lambda inputs, options: inputs.patches.square().sum(-1), needs=frozenset({"patches"}))

@@ -86,7 +86,7 @@ def slow_views(scores: Tensor, boxes: Tensor, side: int, grid: int, unit: int, a
 
 
 def random_boxes(samples: int, seed: int) -> Tensor:
-    """Boxes (top, left, height, width) in pixels; views may lie partly outside the teacher's box."""
+    """Boxes (top, left, height, width) in pixels; views may be partly outside the teacher's box."""
     draw = torch.Generator().manual_seed(seed)
     size = torch.randint(20, 300, (3, samples, 2), generator=draw)
     corner = torch.randint(0, 100, (3, samples, 2), generator=draw)

@@ -181,9 +181,9 @@ WRONG: dict[str, tuple[str, Any, str]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_return_is_one_line_that_names_the_part(case: str, kind: type[Everything]) -> None:
-    part, gives, told = WRONG[case]
+    part, gives, reported = WRONG[case]
     setattr(kind, part, gives)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=reported) as caught:
         passed()
     assert "\n" not in str(caught.value)
 

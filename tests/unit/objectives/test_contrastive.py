@@ -93,7 +93,7 @@ def test_sigmoid_round_the_ring_is_the_dense_one(world_size: int, chunk: int) ->
     close(gradients(loss, leaves), gradients(expected, leaves))
 
 
-def test_a_ring_that_stands_still_fails() -> None:
+def test_a_ring_that_has_stopped_fails() -> None:
     leaves = features()
 
     class Stuck(ThreadComm):

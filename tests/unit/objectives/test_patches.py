@@ -82,7 +82,7 @@ def test_the_target_is_the_teachers_tokens_whitened() -> None:
     torch.testing.assert_close(target.var(-1, unbiased=False), torch.ones(2, 9), atol=1e-3, rtol=0)
 
 
-def test_positions_tell_places_apart() -> None:
+def test_positions_distinguish_places() -> None:
     table = positions(GRID, torch.empty(1, WIDTH))
     assert table.shape == (GRID**2, WIDTH) and len(table.unique(dim=0)) == GRID**2
 

@@ -136,7 +136,7 @@ def test_memory_is_flat_in_the_number_of_ranks(kind: str) -> None:
 @pytest.mark.parametrize("chunk", [0, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_nt_xent_on_a_ring(world_size: int, chunk: int) -> None:
-    """Against the gathered loss of the whole batch, through the normalisation. Twins: a ring that stands still."""
+    """Against the gathered loss of the whole batch, through the normalisation. Twins: a ring that has stopped."""
     given = [torch.randn(2, world_size * LOCAL, WIDTH, generator=torch.Generator().manual_seed(1))]
 
     def over(change: Callable[[ThreadComm], None] = lambda comm: None) -> tuple[Tensor, Tensor]:

@@ -76,13 +76,13 @@ class Browser:
 
     async def _hear(self) -> dict[str, Any]:
         message = json.loads((await asyncio.wait_for(self._socket.receive(), 60)).data)
-        method, told = message.get("method"), message.get("params", {})
+        method, reported = message.get("method"), message.get("params", {})
         if method == "Runtime.exceptionThrown":
-            self.errors.append(str(told["exceptionDetails"].get("exception", told["exceptionDetails"]))[:500])
-        elif method == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
-            self.errors.append(told["entry"]["text"])
+            self.errors.append(str(reported["exceptionDetails"].get("exception", reported["exceptionDetails"]))[:500])
+        elif method == "Log.entryAdded" and reported["entry"]["level"] in ("error", "warning"):
+            self.errors.append(reported["entry"]["text"])
         elif method == "Network.requestWillBeSent":
-            self.requests.append(told["request"]["url"][:200])
+            self.requests.append(reported["request"]["url"][:200])
         return message
 
     async def _ask(self, method: str, **params: Any) -> Any:

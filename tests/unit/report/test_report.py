@@ -39,21 +39,22 @@ def test_time_adds_up_to_the_clock(run: Path) -> None:
 
 def test_every_event_has_its_cause_and_effect(run: Path) -> None:
     facts = read_run(run)
-    told = {found.what: found for found in events.events_of(facts, attempts_of(facts))}
-    assert told["broken image"].count == 3 and "/data/b.tar" in told["broken image"].cause
-    assert told["non finite loss"].effect == "skipped on all ranks" and "from rank 1" in told["non finite loss"].cause
-    assert "SIGTERM" in told["attempt 0 ends with code 75"].cause
-    resumed = next(found for name, found in told.items() if name.startswith("attempt 1 starts"))
+    reported = {found.what: found for found in events.events_of(facts, attempts_of(facts))}
+    assert reported["broken image"].count == 3 and "/data/b.tar" in reported["broken image"].cause
+    loss = reported["non finite loss"]
+    assert loss.effect == "skipped on all ranks" and "from rank 1" in loss.cause
+    assert "SIGTERM" in reported["attempt 0 ends with code 75"].cause
+    resumed = next(found for name, found in reported.items() if name.startswith("attempt 1 starts"))
     assert resumed.effect == (
-        "goes on from step 30; steps 31 to 40 are made again; the world changes from 4 to 2 ranks; batch and order of"
+        "resumes from step 30; steps 31 to 40 are made again; the world changes from 4 to 2 ranks; batch and order of"
         " samples stay"
     )
-    assert told["checkpoint"].effect == "training waited 2.0 s", "the two waits of one save are one event"
+    assert reported["checkpoint"].effect == "training waited 2.0 s", "the two waits of one save are one event"
     order = [found.time for found in events.events_of(facts, attempts_of(facts))]
     assert order == sorted(order)
 
 
-def test_the_ledger_counts_a_sample_once_though_a_resume_tells_of_it_again(run: Path, tmp_path: Path) -> None:
+def test_the_ledger_counts_a_sample_once_though_a_resume_reports_it_again(run: Path, tmp_path: Path) -> None:
     again = eventful(tmp_path / "run")
     incident(again, 0, 1, 31, "broken image", "cannot be decoded", shard="/data/b.tar", key="000")
     assert [(loss.shard, loss.kind, loss.count) for loss in events.lost_samples(read_run(again))] == [
@@ -139,9 +140,9 @@ def test_runs_are_compared(run: Path, tmp_path: Path) -> None:
     (other / "config.yaml").write_text(re.sub(r"\blr: .*", "lr: 0.5", config))
     (other / "versions.json").write_text(json.dumps({"torch": "9"}))
     facts = [read_run(run), read_run(other)]
-    told = dict(differences(facts))
-    assert told["optim.lr"][1] == "0.5" and told["version of torch"] == ["2.13.0", "9"]
-    assert set(told) == {"optim.lr", "run.out", "version of torch"}
+    reported = dict(differences(facts))
+    assert reported["optim.lr"][1] == "0.5" and reported["version of torch"] == ["2.13.0", "9"]
+    assert set(reported) == {"optim.lr", "run.out", "version of torch"}
     text = page(facts)
     assert "2 runs compared" in text and text.count('role="tablist"') == 3
 

@@ -18,7 +18,7 @@ from tests.unit.resilience import claimants
 
 LONG_AGO_S = 3600.0
 LEFT = {
-    "elsewhere, its heartbeat stands still": {"machine": "elsewhere"},
+    "elsewhere, its heartbeat has stopped": {"machine": "elsewhere"},
     "here, its process is gone": {"machine": ownership._machine(), "pid": 1 << 22, "started": 1},
     "released": {"machine": "elsewhere", "released": True},
     "the same job, started again": {"machine": "elsewhere", "job": "7", "restart": 0},

@@ -39,23 +39,23 @@ def feed(guards: Guards, losses: list[float], first_step: int = 1) -> list[bool]
     return applied
 
 
-def guards_with(told: list[Any], **settings: Any) -> Guards:
+def guards_with(reported: list[Any], **settings: Any) -> Guards:
     config = GuardsConfig(**({"spike_window": 10} | settings))
-    return Guards(config, lambda kind, cause, **more: told.append((kind, cause, more)))
+    return Guards(config, lambda kind, cause, **more: reported.append((kind, cause, more)))
 
 
 RIPPLES = [5.0 + 0.02 * (-1) ** n for n in range(10)]
 
 
 def test_a_loss_that_is_not_finite_is_refused_and_its_samples_named() -> None:
-    told: list[Any] = []
-    guards = guards_with(told, max_skipped=2)
+    reported: list[Any] = []
+    guards = guards_with(reported, max_skipped=2)
     for loss, bad in ((math.nan, (0, 2)), (1.0, (1,))):  # a finite loss over a bad sample is refused as well
         assert guards.admit(losses_of(loss)) == math.isfinite(loss)
         assert not guards.admit(losses_of(loss, bad)) and not guards.admitted
     guards.admit(losses_of(math.nan, (0, 2)))
     guards.account(11, False, IDS)
-    assert told == [("non_finite_loss", "step 11: non-finite loss, from rank 0",
+    assert reported == [("non_finite_loss", "step 11: non-finite loss, from rank 0",
                      {"key": "5,7", "action": "skipped on all ranks"})]  # fmt: skip
     assert feed(guards, [1.0]) == [True] and guards.skipped_in_a_row == 0 and guards.skipped == 1
     guards.admit(losses_of(math.nan, (1,)))
@@ -67,33 +67,33 @@ def test_a_loss_that_is_not_finite_is_refused_and_its_samples_named() -> None:
 
 
 def test_a_gradient_that_is_not_finite_counts_like_a_loss() -> None:
-    told: list[Any] = []
-    guards = guards_with(told, max_skipped=1)
+    reported: list[Any] = []
+    guards = guards_with(reported, max_skipped=1)
     assert guards.admit(losses_of(1.0))
     with pytest.raises(RunStopped, match="non-finite gradient"):
         guards.account(1, False, IDS)
-    assert told[0][0] == "non_finite_gradient" and told[0][2]["key"] == "5,6,7"
+    assert reported[0][0] == "non_finite_gradient" and reported[0][2]["key"] == "5,6,7"
 
 
 def test_no_spike_before_the_window_is_full_nor_downwards() -> None:
-    told: list[Any] = []
-    guards = guards_with(told, spike="skip")
+    reported: list[Any] = []
+    guards = guards_with(reported, spike="skip")
     assert all(feed(guards, [5.0, 90.0, 5.0]))
-    assert all(feed(guards_with(told, spike="skip"), [*RIPPLES, 1.0, 5.1]))
-    assert not told
+    assert all(feed(guards_with(reported, spike="skip"), [*RIPPLES, 1.0, 5.1]))
+    assert not reported
 
 
-def test_log_records_and_goes_on() -> None:
-    told: list[Any] = []
-    guards = guards_with(told)
+def test_log_records_and_continues() -> None:
+    reported: list[Any] = []
+    guards = guards_with(reported)
     assert all(feed(guards, [*RIPPLES, 6.0]))
-    assert [row[0] for row in told] == ["loss_spike"] and "leapt over" in told[0][1]
+    assert [row[0] for row in reported] == ["loss_spike"] and "leapt over" in reported[0][1]
     assert guards.window[-1] == 6.0
 
 
 def test_skip_leaves_the_step_out_of_the_window_and_stops_at_last() -> None:
-    told: list[Any] = []
-    guards = guards_with(told, spike="skip", max_skipped=3)
+    reported: list[Any] = []
+    guards = guards_with(reported, spike="skip", max_skipped=3)
     assert feed(guards, [*RIPPLES, 6.0, 5.0]) == [True] * 10 + [False, True]
     assert 6.0 not in guards.window and guards.skipped == 1
     with pytest.raises(RunStopped, match="3 steps in a row were skipped"):

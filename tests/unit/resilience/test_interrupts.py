@@ -31,7 +31,7 @@ def test_a_second_ctrl_c_during_the_start_quits() -> None:
 
 
 def test_other_signals_and_a_run_with_steps_are_not_quit() -> None:
-    """The twins: what has something to save goes on to save it."""
+    """The twins: what has something to save continues to save it."""
     for when, signals in (("starting", "SIGTERM,SIGTERM"), ("training", "SIGINT,SIGINT,SIGINT")):
         code, printed = listener(when, signals)
         assert code == 0 and "alive" in printed and printed.count("saving and stopping") == 1

@@ -28,13 +28,13 @@ def another_trainer(folder: Path, **facts: object) -> None:
     (folder / "owner.json").write_text(json.dumps(owner | {"machine": "elsewhere", "host": "node7"} | facts))
 
 
-def test_owner_json_tells_who(tmp_path: Path) -> None:
+def test_owner_json_shows_who(tmp_path: Path) -> None:
     owner = claim(tmp_path / "run", QUICK, job="42", say=quiet)
     owner.set_attempt(3)
-    told = read_owner(tmp_path / "run")
-    assert told is not None
-    assert (told["job"], told["attempt"], told["pid"]) == ("42", 3, os.getpid())
-    first = told["heartbeat"]
+    reported = read_owner(tmp_path / "run")
+    assert reported is not None
+    assert (reported["job"], reported["attempt"], reported["pid"]) == ("42", 3, os.getpid())
+    first = reported["heartbeat"]
     deadline = time.monotonic() + 20
     while (read_owner(tmp_path / "run") or {})["heartbeat"] == first:
         assert time.monotonic() < deadline
@@ -71,7 +71,7 @@ def test_a_dead_process_of_this_machine_is_no_owner(tmp_path: Path) -> None:
 
 def test_a_standing_heartbeat_is_waited_out_then_taken_over(tmp_path: Path) -> None:
     owner = claim(tmp_path, QUICK, say=quiet)
-    owner._over.set()  # the owner is stopped: its heart stands still
+    owner._over.set()  # the owner is stopped: its heart has stopped
     owner._thread.join()
     another_trainer(tmp_path)
     said: list[str] = []
@@ -150,7 +150,7 @@ def test_a_folder_that_vanished_is_not_anothers(tmp_path: Path) -> None:
     owner = claim(tmp_path / "run", QUICK, say=quiet)
     for path in (tmp_path / "run").iterdir():
         path.unlink()
-    owner.check()  # the next write will tell
+    owner.check()  # the next write will report it
     ownership._create(tmp_path / "run", 5)
     with pytest.raises(OwnershipLost):
         owner.check()

@@ -36,8 +36,8 @@ def rank(number: int, **facts: Any) -> dict[str, Any]:
     ],
 )
 def test_the_odd_one_is_blamed(odd: dict[str, Any], why: str) -> None:
-    culprits, told = watch_ranks.blame([rank(0), rank(1), rank(2, **odd), rank(3)])
-    assert culprits == [2] and why in told
+    culprits, reported = watch_ranks.blame([rank(0), rank(1), rank(2, **odd), rank(3)])
+    assert culprits == [2] and why in reported
 
 
 def test_nobody_is_singled_out_without_a_difference() -> None:
