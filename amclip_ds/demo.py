@@ -74,7 +74,7 @@ def demo(out: Path, steps: int, num_scenes: int, procs: int | None, setup_second
         "control": str(control),
     }  # fmt: skip
     write_atomically(out / "demo.json", json.dumps(result, indent=1) + "\n")
-    tell(out, result)
+    print_summary(out, result)
     return 0
 
 
@@ -157,7 +157,7 @@ def telling_progress(run: Path, steps: int) -> Iterator[None]:
     """Where no terminal shows the live line: now and then how many steps there are behind, and how long is left."""
     over = threading.Event()
 
-    def tell() -> None:
+    def print_progress() -> None:
         began, first = time.monotonic(), 0
         while not over.wait(REPORT_EVERY_S):
             rows = read_lines(run / run_files.METRICS, run_files.STEP, run_files.MAX_METRICS)
@@ -169,7 +169,7 @@ def telling_progress(run: Path, steps: int) -> Iterator[None]:
                 print(f"     step {step} of {steps}, about {describe_duration(left)} left", flush=True)
 
     if not sys.stdout.isatty():
-        threading.Thread(target=tell, name="progress", daemon=True).start()
+        threading.Thread(target=print_progress, name="progress", daemon=True).start()
     try:
         yield
     finally:
@@ -197,7 +197,7 @@ def final_accuracies(run: Path) -> dict[str, Any]:
     return {f"acc1_{row['weights']}": row["metrics"]["acc1"] for row in rows if row["step"] == last}
 
 
-def tell(out: Path, result: dict[str, Any]) -> None:
+def print_summary(out: Path, result: dict[str, Any]) -> None:
     """The closing words: the numbers, against chance, and where everything is."""
     classes = result["classes"]
     times = {name: result[f"acc1_{name}"] * classes for name in ("student", "teacher")}

@@ -30,7 +30,7 @@ from amclip_ds.teacher import Teacher
 class Frozen(Protocol):
     """distill.FrozenTeacher."""
 
-    def look(self, inputs: StudentInputs, token_ids: Tensor, micro: int) -> dict[str, Tensor]:
+    def embed(self, inputs: StudentInputs, token_ids: Tensor, micro: int) -> dict[str, Tensor]:
         """Its embeddings of the views and of the texts, by the names of features.FROZEN."""
         ...
 
@@ -83,7 +83,7 @@ def train_step(
     inputs = student_inputs(batch, views, observed.scores, method, progress)
     targets = observed.targets
     if frozen is not None and method.reads_frozen:
-        targets = with_frozen(method.objectives, targets, frozen.look(inputs, batch.token_ids, micro))
+        targets = with_frozen(method.objectives, targets, frozen.embed(inputs, batch.token_ids, micro))
     losses, kept = forward_backward(student, inputs, targets, comm, micro, guards.admit)
     outcome = student.step() if guards.admitted else SKIPPED
 

@@ -64,7 +64,7 @@ class Teacher:
     def publish(self, whole: bool = True) -> None:
         """Brings the weights of the teacher's forward up to date. Collective: every rank must call.
 
-        whole False: only what a training step looks through (vision tower and copies of heads); its texts
+        whole False: only what a training step reads (vision tower and copies of heads); its texts
         are read by evaluations alone, and sending the text tower after every step would double the traffic.
         """
         masters = self.masters()

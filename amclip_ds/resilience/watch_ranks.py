@@ -94,7 +94,7 @@ def end_it(folder: Path, settings: dict[str, Any], beats: dict[int, dict[str, An
     culprits, why = blame(everybody)
     cause = describe(everybody, culprits, why) + (f"; {silent} node(s) gave no report" if silent else "")
     if settings["node"] == min(nodes):
-        tell(settings, everybody, culprits, cause, hangs)
+        report_hang(settings, everybody, culprits, cause, hangs)
     descendants = children_of([item["pid"] for item in reports])
     for pid in [*(item["pid"] for item in reports), *descendants]:
         kill(pid, signal.SIGKILL)
@@ -177,7 +177,9 @@ def describe(ranks: list[dict[str, Any]], culprits: list[int], why: str) -> str:
     )
 
 
-def tell(settings: dict[str, Any], ranks: list[dict[str, Any]], culprits: list[int], cause: str, hangs: Path) -> None:
+def report_hang(
+    settings: dict[str, Any], ranks: list[dict[str, Any]], culprits: list[int], cause: str, hangs: Path
+) -> None:
     """The job's log and incidents.jsonl, by one node for all."""
     say(f"watchdog: {cause}\nwatchdog: the stacks of all ranks, also in {hangs}:")
     say("".join(map(text_of, ranks)).rstrip("\n"))

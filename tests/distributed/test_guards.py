@@ -10,7 +10,7 @@ FILES = [f"zero{stage}_fp32.json" for stage in range(4)] + [f"zero{stage}_bf16.j
 NIGHTLY = {"zero1_bf16.json", "zero3_bf16.json", "zero2_fp32.json"}
 
 
-def look(results: list[dict[str, Any]], world_size: int) -> None:
+def check(results: list[dict[str, Any]], world_size: int) -> None:
     last = world_size - 1
     for rank, found in enumerate(results):
         assert found["applied"] == (False, False, True)
@@ -31,13 +31,13 @@ def look(results: list[dict[str, Any]], world_size: int) -> None:
 
 @pytest.mark.parametrize("ds", [pytest.param(ds, marks=pytest.mark.nightly) if ds in NIGHTLY else ds for ds in FILES])
 def test_one_nan_on_one_rank(ds: str) -> None:
-    look(run_ranks("tests.distributed.cases_engine:not_finite", world_size=2, timeout_s=600, ds=ds), 2)
+    check(run_ranks("tests.distributed.cases_engine:not_finite", world_size=2, timeout_s=600, ds=ds), 2)
 
 
 @pytest.mark.parametrize("ds", ["zero0_fp32.json", "zero2_fp32.json"])
 def test_one_nan_in_an_accumulated_batch(ds: str) -> None:
     results = run_ranks("tests.distributed.cases_engine:not_finite", world_size=2, timeout_s=600, ds=ds, accumulation=2)
-    look(results, 2)
+    check(results, 2)
 
 
 def test_without_the_check_stage_0_applies_a_nan() -> None:

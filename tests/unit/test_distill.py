@@ -66,8 +66,8 @@ def inputs(samples: int = 5) -> StudentInputs:
 
 def test_it_sees_the_views_in_their_order_regardless_of_the_piece(run: Path) -> None:
     teacher, given = FrozenTeacher(str(run), config.load("clip-tiny").model, CPU), inputs()
-    looked = teacher.look(given, given.texts["plain"], micro=2)
-    whole = teacher.look(given, given.texts["plain"], micro=5)
+    looked = teacher.embed(given, given.texts["plain"], micro=2)
+    whole = teacher.embed(given, given.texts["plain"], micro=5)
     images, texts = looked["frozen_images"], looked["frozen_texts"]
     assert images.shape == (5, 3, 128) and texts.shape == (5, 128)
     assert not images.requires_grad and "frozen" in teacher.about
