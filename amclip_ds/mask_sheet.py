@@ -142,7 +142,8 @@ def draw(batch: Batch, scores: Tensor, found: list[Kept], method: Method, boxes:
     for one in found:
         for view, rows in enumerate(one.by_view):
             pictures = [
-                darkened(image, rows[place], method.grid) for place, image in enumerate(batch.views_uint8[view])
+                thumbnail(darkened(image, rows[place], method.grid))
+                for place, image in enumerate(batch.views_uint8[view])
             ]
             if inside is not None:
                 pictures = [outlined(shown, inside[view, place], method.grid) for place, shown in enumerate(pictures)]

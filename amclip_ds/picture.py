@@ -2,21 +2,19 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from amclip_ds import run_files
 from amclip_ds.jsonl import read_lines
+from amclip_ds.pictures import darkened
 from amclip_ds.plots import pyplot
 from amclip_ds.scenes import MaskedScenes
-
-GONE = 0.18  # how bright a removed patch is left
 
 
 def draw_masks(masked: MaskedScenes, file: Path, num_scenes: int = 8) -> None:
     """A row a scene: the teacher's crop with its caption, its scores, and both views under each mask."""
     plt = pyplot()
-    num_views = len(masked.views_uint8)
+    num_views, grid = len(masked.views_uint8), int(masked.is_object.shape[-1] ** 0.5)
     views = [f"{name}, view {view + 1}" for name in masked.kept for view in range(num_views)]
     titles = ["teacher's crop", "its scores", *views]
     figure, axes = plt.subplots(num_scenes, len(titles), figsize=(1.75 * len(titles), 1.95 * num_scenes), squeeze=False)
@@ -28,7 +26,8 @@ def draw_masks(masked: MaskedScenes, file: Path, num_scenes: int = 8) -> None:
         panels = iter(row[2:])
         for keep_indices in masked.kept.values():
             for view in range(num_views):
-                next(panels).imshow(shade_removed(masked.views_uint8[view, scene], keep_indices[view][scene], masked))
+                shown = darkened(masked.views_uint8[view, scene], keep_indices[view][scene], grid)
+                next(panels).imshow(_pixels(shown))
         for axis, title in zip(row, titles):
             axis.set_xticks([])
             axis.set_yticks([])
@@ -37,15 +36,6 @@ def draw_masks(masked: MaskedScenes, file: Path, num_scenes: int = 8) -> None:
     figure.tight_layout(pad=0.4)
     figure.savefig(file, dpi=110)
     plt.close(figure)
-
-
-def shade_removed(view_uint8: Tensor, kept_K: Tensor, masked: MaskedScenes) -> Tensor:
-    """[3, H, H] with the removed patches darkened, as [H, H, 3]."""
-    grid = int(masked.is_object.shape[-1] ** 0.5)
-    bright = torch.full((grid * grid,), GONE).scatter_(0, kept_K, 1.0).reshape(grid, grid)
-    patch = view_uint8.shape[-1] // grid
-    shade = bright.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
-    return (_pixels(view_uint8) * shade[..., None]).to(torch.uint8)
 
 
 def draw_curves(run: Path, file: Path, control: Path | None = None) -> None:

@@ -200,7 +200,7 @@ def draw(batch: Batch, shot: Shot, method: Method, captions: list[str]) -> Image
         columns.append(("teacher's crop", [thumbnail(image) for image in looked_at]))
         columns.append(("its attention", [heat(row) for row in shot.scores]))
     for view, (rows, mask) in enumerate(zip(shot.kept, method.masks)):
-        pictures = [thumbnail(image) if rows is None else darkened(image, rows[place], method.grid)
+        pictures = [thumbnail(image if rows is None else darkened(image, rows[place], method.grid))
                     for place, image in enumerate(batch.views_uint8[view])]  # fmt: skip
         columns.append((f"view {view + 1}: {mask.strategy}", pictures))
     return sheet(columns, captions, has_scores=shot.scores is not None)
@@ -249,12 +249,12 @@ def thumbnail(image_uint8: Tensor) -> Image.Image:
     return picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
-def darkened(image_uint8: Tensor, kept_K: Tensor, grid: int) -> Image.Image:
-    """[3, H, H] with the patches that are not kept darkened."""
-    bright = torch.full((grid * grid,), GONE).scatter_(0, kept_K, 1.0).reshape(1, 1, grid, grid)
+def darkened(image_uint8: Tensor, kept_K: Tensor, grid: int) -> Tensor:
+    """[3, H, H] with the patches that are not kept darkened, on the CPU."""
+    bright = torch.full((grid * grid,), GONE).scatter_(0, kept_K.cpu(), 1.0).reshape(1, 1, grid, grid)
     side = image_uint8.shape[-1]
     cells = torch.nn.functional.interpolate(bright, size=(side, side), mode="nearest")[0]
-    return thumbnail((image_uint8.cpu() * cells).to(torch.uint8))
+    return (image_uint8.cpu() * cells).to(torch.uint8)
 
 
 def outlined(picture: Image.Image, is_object_N: Tensor, grid: int) -> Image.Image:

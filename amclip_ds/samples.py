@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import html
 import io
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -234,39 +233,32 @@ def lines(shown: Shown, chosen: list[Row]) -> Iterator[str]:
         yield f"    {one_line(sample.caption)}"
 
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>body{{font:16px/1.4 system-ui,sans-serif;margin:1rem;color-scheme:light dark}}
-figure{{display:inline-block;width:240px;margin:.5rem;vertical-align:top}}img{{max-width:100%;display:block}}
-small{{overflow-wrap:anywhere}}</style><h1>{title}</h1>{figures}</html>
-"""
-
-
 def write_page(shown: Shown, chosen: list[Row], file: Path) -> None:
     """One page with the pictures as they are in the shards, opened and made small here. Raises UserError."""
+    from amclip_ds.report.page import fill
+
     figures = []
     for row in chosen:
         sample = row.sample
-        loss = "" if row.loss is None else f"loss {row.loss:.3f}<br>"
-        facts = html.escape(f"id {sample.sample_id}, {sample.key} in {sample.shard} at {sample.offset}")
-        caption = html.escape(one_line(sample.caption))
+        uri, problem = _picture(sample)
+        facts = f"id {sample.sample_id}, {sample.key} in {sample.shard} at {sample.offset}"
         figures.append(
-            f"<figure>{_picture(sample)}<figcaption>{loss}{caption}<br><small>{facts}</small></figcaption></figure>"
+            {"uri": uri, "problem": problem, "loss": row.loss, "caption": one_line(sample.caption), "facts": facts}
         )
-    title = html.escape(f"{shown.run.name}: step {shown.step}")
+    title = f"{shown.run.name}: step {shown.step}"
     try:
-        write_atomically(file, PAGE.format(title=title, figures="\n".join(figures)))
+        write_atomically(file, fill("page.samples.html", title=title, figures=figures))
     except OSError as error:
         raise UserError(f"--out {file}: cannot be written: {error.strerror}") from None
 
 
-def _picture(sample: FoundSample) -> str:
+def _picture(sample: FoundSample) -> tuple[str, str]:
+    """(its data: URI, "") or ("", why it cannot be shown)."""
     try:
         image = open_image(sample.image).picture()
     except ValueError as error:
-        return f"<p>{html.escape(str(error))}</p>"
+        return "", str(error)
     image.thumbnail((240, 240))
     held = io.BytesIO()
     image.save(held, "JPEG", quality=85)
-    encoded = base64.b64encode(held.getvalue()).decode()
-    return f'<img alt="{html.escape(one_line(sample.caption))}" src="data:image/jpeg;base64,{encoded}">'
+    return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}", ""

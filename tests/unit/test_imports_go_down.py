@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "meter": MIDDLE | {"step"},
     "mask_statistics": {"data"},
     "scenes": MIDDLE | {"config", "evaluate", "step", "mask_statistics"},
-    "picture": MIDDLE | {"scenes"},
+    "picture": MIDDLE | {"scenes", "pictures"},
     "recipe_headers": set(),
 }
 READS_ENVIRONMENT = {"engine/runtime.py", "launch.py", "completion.py"}  # the last what a shell asks at TAB

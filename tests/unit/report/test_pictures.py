@@ -137,7 +137,7 @@ def test_what_no_run_stores_is_left_out(stored: tuple[Path, list[pictures.Shot]]
 def test_the_picture_darkens_what_goes_and_nothing_else() -> None:
     image = torch.full((3, 64, 64), 200, dtype=torch.uint8)
     kept = torch.tensor([0, 1, 8, 9])
-    shown = np.asarray(pictures.darkened(image, kept, GRID))
+    shown = np.asarray(pictures.thumbnail(pictures.darkened(image, kept, GRID)))
     cell = pictures.SIDE // GRID
     assert (shown[: 2 * cell - 1, : 2 * cell - 1] == 200).all() and (shown[2 * cell + 1 :] == 36).all()
 
