@@ -39,7 +39,7 @@ COMMANDS = {  # the word typed -> its module in amclip_ds/commands
 AGAIN_S = 3.0
 EPILOG = """exit codes: 0 done; 1 a fault of amclip or of the machine (its last lines say which);
 2 a mistake in the command, config or data (one clear line); 3 the run stopped itself (guards);
-75 stopped by a signal after a committed checkpoint: the same command goes on; 130 interrupted
+75 stopped by a signal after a committed checkpoint: the same command resumes; 130 interrupted
 before there was anything to save. `amclip COMMAND --help` explains each command;
 `amclip completion bash` makes TAB complete them, with recipes and keys."""
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             return run(argv)
     except AmclipError as error:
         if not error.is_shared or is_first_rank():
-            further = "; the same command goes on from there" if isinstance(error, Preempted) else ""
+            further = "; the same command resumes from there" if isinstance(error, Preempted) else ""
             print(printable(f"{name}: {error}{further}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

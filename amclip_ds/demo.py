@@ -94,7 +94,7 @@ def claim(out: Path) -> None:
 def trained(recipe: str, shards: Path, run: Path, steps: int, precision: str, procs: int) -> tuple[int, float]:
     """Trains a recipe on the scenes: the exit code, and the seconds it took."""
     began = time.monotonic()
-    with telling_progress(run, steps):
+    with printed_progress(run, steps):
         code = run_ranks(train_command(recipe, shards, run, steps, precision), procs, str(run), listens=True)
     return code, time.monotonic() - began
 
@@ -153,7 +153,7 @@ def describe_duration(seconds: float) -> str:
 
 
 @contextmanager
-def telling_progress(run: Path, steps: int) -> Iterator[None]:
+def printed_progress(run: Path, steps: int) -> Iterator[None]:
     """Where no terminal shows the live line: now and then how many steps there are behind, and how long is left."""
     over = threading.Event()
 

@@ -34,7 +34,7 @@ def check(config: TrainConfig, resume: str = "auto") -> None:
     check_init(config)
     if resume not in ("auto", "never") and not Path(resume).exists():
         raise UserError(f"--resume {resume}: no such checkpoint; auto (the default) takes the newest of run.out")
-    if config.eval.data and not goes_on(config):
+    if config.eval.data and not resumes(config):
         from amclip_ds.evaluate.datasets import check_sets  # it needs numpy
 
         check_sets(config.eval.data)
@@ -94,7 +94,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def goes_on(config: TrainConfig) -> bool:
+def resumes(config: TrainConfig) -> bool:
     """Whether there is a checkpoint: what a run began with, or is evaluated on, must not keep it from resuming."""
     return bool(list_steps(Path(config.run.out, run_files.CHECKPOINTS)))
 
@@ -102,5 +102,5 @@ def goes_on(config: TrainConfig) -> bool:
 def check_init(config: TrainConfig) -> None:
     """Raises UserError where model.init_from points nowhere; a run that resumes needs it no more."""
     source = config.model.init_from
-    if source and not goes_on(config) and not hub.local(source).exists():
+    if source and not resumes(config) and not hub.local(source).exists():
         raise UserError(f"model.init_from: no such file or folder: {source}{hub.missing(source)}")

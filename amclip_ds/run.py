@@ -9,7 +9,7 @@ from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds import plugins
-from amclip_ds.checkpoint.keeper import Keeper, look
+from amclip_ds.checkpoint.keeper import Keeper, find_checkpoint
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.config import BatchPlan, TrainConfig
 from amclip_ds.data.batch import Batch
@@ -148,7 +148,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
 
     ranks = Ranks(config.checkpoint.timeout_s)
     with watchdog.during("verify"), timeline.during("verify"):
-        found = look(folder, resume, config, ranks)
+        found = find_checkpoint(folder, resume, config, ranks)
     with watchdog.during("index"), timeline.during("index"):
         evaluated_on = on_main(partial(check_evaluation, config, is_resumed=found is not None))
         data = stack.enter_context(closing(open_data(config, method, runtime, found is not None)))

@@ -221,7 +221,7 @@ def check_epoch(config: TrainConfig, shards: list[str]) -> None:
 
 def check_start(config: TrainConfig) -> None:
     """Whether the weights of model.init_from fit the model. Raises UserError."""
-    if not config.model.init_from or preconditions.goes_on(config):
+    if not config.model.init_from or preconditions.resumes(config):
         return
     import torch
 

@@ -32,7 +32,7 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
         if evaluation_is_missing(run):
             if run.runtime.is_main:
                 run.record.incident(
-                    MADE_UP, f"none was made at step {state.step}", action="made before training goes on"
+                    MADE_UP, f"none was made at step {state.step}", action="made before training continues"
                 )
             evaluate(run)
 
@@ -112,8 +112,8 @@ def evaluate(run: Run) -> None:
         made, failures = evaluate_engines(run.student, run.teacher, run.config, run.runtime, run.state.step)
     run.record.evaluation(not_yet_recorded(run, made))
     for cause in failures if run.runtime.is_main else ():
-        run.record.say(f"evaluation failed: {cause}; training goes on")
-        run.record.incident(FAILED, cause, action="training goes on; `amclip watch` evaluates the checkpoint later")
+        run.record.say(f"evaluation failed: {cause}; training continues")
+        run.record.incident(FAILED, cause, action="training continues; `amclip watch` evaluates the checkpoint later")
 
 
 def not_yet_recorded(run: Run, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -132,7 +132,7 @@ def evaluation_is_due(run: Run) -> bool:
 
 
 def evaluation_is_missing(run: Run) -> bool:
-    """Whether the run goes on from a step whose evaluation was not made, and not tried in vain either.
+    """Whether the run resumes from a step whose evaluation was not made, and not tried in vain either.
 
     Collective: every rank must call.
     """
@@ -146,7 +146,9 @@ def evaluation_is_missing(run: Run) -> bool:
             sets = [open_set(spec, key="eval.data") for spec in specs_of(run.config)]
             return bool(rows.missing(run.folder, run.state.step, sets, weights))
         except UserError as error:
-            run.record.say(f"whether step {run.state.step} is evaluated cannot be found out: {error}; training goes on")
+            run.record.say(
+                f"whether step {run.state.step} is evaluated cannot be found out: {error}; training continues"
+            )
             return False
 
     return run.state.step > 0 and evaluation_is_due(run) and on_main(is_missing)

@@ -65,7 +65,7 @@ class Snapshot:
         return True
 
     def take(self, files: Iterable[PlannedFile]) -> list[dict[str, Any]]:
-        """Copies the files' bytes. Returns where each lies: {"path", "offset", "length"}."""
+        """Copies the files' bytes. Returns where each is: {"path", "offset", "length"}."""
         assert self._memory is not None
         jobs, offset, on_gpu = [], 0, False
         for file in files:
@@ -121,7 +121,7 @@ class WriterProcess:
         job = {"fd": self.descriptor, "folder": str(folder), "files": files, "armed": sorted(failpoints.ARMED)}
         assert self._process.stdin
         self._answer = b""
-        with contextlib.suppress(BrokenPipeError):  # `answer` tells that it ended
+        with contextlib.suppress(BrokenPipeError):  # `answer` reports that it ended
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
             self._process.stdin.flush()
 

@@ -95,7 +95,7 @@ def changes_between(
 
 def allowances(allow_drift: list[str], on_change: str) -> dict[str, str]:
     """The keys that may differ -> the setting that allows it."""
-    by_content = {EXCLUDE: EXCLUDE}  # somebody has looked at samples, and wants them out: recorded, from which step on
+    by_content = {EXCLUDE: EXCLUDE}  # somebody has checked samples, and wants them out: recorded, from which step on
     by_content |= {"data.train": "data.on_change=report"} if on_change == "report" else {}
     return by_content | dict.fromkeys(allow_drift, "checkpoint.allow_drift")
 
@@ -110,7 +110,7 @@ def refuse_or_allow(changes: list[Change], allowed: Collection[str]) -> list[Cha
         advice = f"; add --plugin: {missing.saved} is not loaded" if missing else ""
         raise UserError(
             f"the checkpoint's run differs in what changes the mathematics: {'; '.join(map(str, refused))}"
-            f" (checkpoint.allow_drift=[{keys}] goes on all the same){advice}"
+            f" (checkpoint.allow_drift=[{keys}] continues anyway){advice}"
         )
     return grave
 

@@ -1,4 +1,4 @@
-"""Which files a rank writes for a state, and what stands in each."""
+"""Which files a rank writes for a state, and what is in each."""
 
 import json
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""The checkpoints of one run: which one it goes on from, what it takes over, when it saves, where a rewind goes to.
+"""The checkpoints of one run: which one it resumes from, what it takes over, when it saves, where a rewind goes to.
 
-    found = keeper.look(folder, resume, config, ranks)          # before the record opens: tells the first step
-    kept = keeper.Keeper(...)                                   # once engines and data stand
+    found = keeper.find_checkpoint(folder, resume, config, ranks)  # before the record opens: gives the first step
+    kept = keeper.Keeper(...)                                   # once there are engines and data
     kept.resume(found, state)
     kept.after_step(state, is_last)                             # in the loop
 
@@ -47,7 +47,7 @@ class Progress(Protocol):
     guards: dict[str, Any]
 
 
-def look(folder: Path, resume: str, config: TrainConfig, ranks: Ranks) -> Found | None:
+def find_checkpoint(folder: Path, resume: str, config: TrainConfig, ranks: Ranks) -> Found | None:
     """The checkpoint that `--resume` means, verified; None for a fresh start. Raises UserError on every rank."""
     return load.find(folder / run_files.CHECKPOINTS, resume, config.checkpoint.fallback, ranks)
 
@@ -119,7 +119,7 @@ class Keeper:
         self._fill(found, progress)
         progress.step, progress.samples_seen = kept["step"], kept["samples_seen"]
         progress.epoch, progress.cursor = kept["epoch"], kept["cursor"]
-        self._record.say(f"rewound to the weights of {found.path.name}; the data go on behind step {progress.step}")
+        self._record.say(f"rewound to the weights of {found.path.name}; the data continue behind step {progress.step}")
 
     def _state(self, progress: Progress) -> CheckpointState:
         progress.guards = self._guards.state_dict()
@@ -170,7 +170,7 @@ class Keeper:
 
     def _tell(self, found: Found) -> None:
         saved, ranks, stage = found.manifest, self._ranks.world_size, self._student.stage
-        self._record.say(f"goes on from {found.path} (step {saved.step}, attempt {self._attempt})")
+        self._record.say(f"resumes from {found.path} (step {saved.step}, attempt {self._attempt})")
         if (saved.world_size, saved.stage) != (ranks, stage):
             self._record.say(f"the checkpoint is of {saved.world_size} ranks at ZeRO stage {saved.stage}, this run has"
                              f" {ranks} at stage {stage}")  # fmt: skip

@@ -41,7 +41,7 @@ def superfluous(checkpoints: Path, config: CheckpointConfig) -> list[tuple[int, 
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the manifest stands and every file has its size; content is not read."""
+    """Whether there is a manifest and every file has its size; content is not read."""
     try:
         manifest.check_sizes(path, manifest.read(path))
     except DamagedError:
@@ -65,9 +65,9 @@ def set_aside(path: Path, prefix: str) -> Path:
 
 
 def supersede(checkpoints: Path, resumed: Path | None, step: int) -> list[Path]:
-    """Sets the checkpoints aside that a run which goes on from `step` will write again. Returns their new paths.
+    """Sets the checkpoints aside that a run which resumes from `step` will write again. Returns their new paths.
 
-    resumed: the one it goes on from, which stays (None: a fresh start). Nothing is deleted. Raises OSError.
+    resumed: the one it resumes from, which stays (None: a fresh start). Nothing is deleted. Raises OSError.
     """
     late = [(s, p) for s, p in step_folders.list_steps(checkpoints) if s >= step and not is_same(p, resumed)]
     if not late:
@@ -103,7 +103,7 @@ def tidy(checkpoints: Path) -> None:
 
 
 def set_aside_as(checkpoints: Path, prefix: str) -> list[Path]:
-    """What lies there under one of our names with that prefix. Raises OSError."""
+    """What is there under one of our names with that prefix. Raises OSError."""
     names = sorted(name for name in os.listdir(checkpoints) if name.startswith(prefix) and OURS.fullmatch(name))
     return [checkpoints / name for name in names]
 

@@ -206,7 +206,7 @@ def consolidate(path: Path, out: Path, which: str) -> int:
 def import_deepspeed(source: Path, tag: str | None, checkpoints: Path, config: TrainConfig) -> tuple[Path, list[str]]:
     """Writes a checkpoint of ours from a DeepSpeed `save_checkpoint` folder. Runs the pickled code in that folder.
 
-    config: of the run that shall go on from it. Returns the checkpoint and what a person should know. Raises UserError.
+    config: of the run that shall resume from it. Returns the checkpoint and what to report. Raises UserError.
     """
     theirs, method = read_deepspeed_folder(source, tag), method_of(config)
     with torch.device("meta"):

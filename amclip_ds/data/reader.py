@@ -156,7 +156,7 @@ class ShardReader:
     def _read_again(self, shard: str, start: int, stop: int, first: Any) -> bytes | OSError:
         if isinstance(first, Refused):
             return first
-        said = f"{len(first)} of {stop - start} bytes came" if isinstance(first, bytes) else _told(first)
+        said = f"{len(first)} of {stop - start} bytes came" if isinstance(first, bytes) else _cause_of(first)
         self._on_retry(shard, said)
         system = self._remote(shard)
 
@@ -197,7 +197,7 @@ class ShardReader:
         return self._files[shard]
 
 
-def _told(error: BaseException) -> str:
+def _cause_of(error: BaseException) -> str:
     return redact(f"{type(error).__name__}: {error}")
 
 
@@ -209,7 +209,7 @@ def retry(request: Callable[[], T], on_failure: Callable[[str], None], attempts:
         except Refused:
             raise
         except Exception as error:  # fsspec's back ends raise their own kinds: any of them may be a moment's failure
-            cause = _told(error)
+            cause = _cause_of(error)
             on_failure(cause)
             if attempt + 1 == attempts:
                 raise OSError(f"{cause} ({attempts} attempts)") from error

@@ -96,7 +96,7 @@ def write_dataset(
     if num_train < 0 or num_test < 0 or shard_size < 1:
         raise UserError(f"--train {num_train}, --test {num_test}, --shard-size {shard_size}: too few")
     asked = {"format": FORMAT, "num_train": num_train, "num_test": num_test, "shard_size": shard_size, **asdict(config)}
-    if _stands(folder, asked):
+    if _is_made(folder, asked):
         return False
     with _appearing_whole(folder) as partial:
         jobs = [*_shards(partial, "train", num_train, shard_size), *_shards(partial, "test", num_test, shard_size)]
@@ -251,7 +251,7 @@ def _write_benchmark_files(folder: Path, num_shards: int) -> None:
     (folder / "dataset_type.txt").write_text("classification\n")
 
 
-def _stands(folder: Path, asked: dict[str, Any]) -> bool:
+def _is_made(folder: Path, asked: dict[str, Any]) -> bool:
     try:
         return json.loads((folder / "scenes.json").read_text()) == asked
     except (OSError, json.JSONDecodeError):

@@ -1,4 +1,4 @@
-"""Who am I among the ranks? `start()` joins the process group and tells a Runtime; `stop()` leaves it.
+"""Who am I among the ranks? `start()` joins the process group and returns a Runtime; `stop()` leaves it.
 
 This is the one module that reads os.environ for a run (placement.py says what it means). Nothing here seeds a random
 generator or imports MPI.
@@ -77,7 +77,7 @@ def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
 
 
 def stop(runtime: Runtime) -> None:
-    """Leaves the process group, if it still stands."""
+    """Leaves the process group, if there still is one."""
     import torch.distributed
 
     if torch.distributed.is_initialized():
@@ -98,7 +98,7 @@ def compiler() -> str | None:
 def keep_compiled(run: Path) -> Path | None:
     """Lets torch.compile keep what it makes beside the run, so that a restart makes nothing again.
 
-    In a folder of the user's own next to the run, never in it: what lies there is executed, and a run's folder may
+    In a folder of the user's own next to the run, never in it: what is there is executed, and a run's folder may
     come from a stranger. Returns it, or None where the environment names another one, or where this one belongs to
     somebody else or others may write to it: then torch keeps to its own place.
     """
@@ -125,8 +125,10 @@ def current_job() -> SlurmJob:
     if found.job and found.end is None:
         with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
             asked = ["squeue", "--noheader", "--jobs", found.job, "--format", "%e"]
-            told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.split()
-            found = dataclasses.replace(found, end=datetime.fromisoformat(told[0]).timestamp() if told else None)
+            reported = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.split()
+            found = dataclasses.replace(
+                found, end=datetime.fromisoformat(reported[0]).timestamp() if reported else None
+            )
     return found
 
 
@@ -172,7 +174,7 @@ def _init_process_group(place: Placement, port: int, device: "torch.device", tim
     import logging
 
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # told, DeepSpeed need not warn that it found no other
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would warn that it found no other
     import deepspeed
     import torch.distributed
 

@@ -168,7 +168,7 @@ def encode_images(
     with warnings.catch_warnings():  # the readers' own calls of it cross each other: what they leave ends here
         loaded = _load_ahead([[samples[number] for number in batch] for batch in batches], load)
         rows = []
-        with _telling(encoder, "images", len(samples), comm) as advance:
+        with _progress_of(encoder, "images", len(samples), comm) as advance:
             for batch, images in zip(batches, loaded):
                 rows.append(work(batch, images))
                 advance(comm.world_size * len(batch))
@@ -177,7 +177,7 @@ def encode_images(
 
 
 @contextmanager
-def _telling(encoder: Encoder, what: str, total: int, comm: Comm) -> Iterator[Callable[..., None]]:
+def _progress_of(encoder: Encoder, what: str, total: int, comm: Comm) -> Iterator[Callable[..., None]]:
     """Yields what to call with the number of images or texts that were done since."""
     if encoder.say is None or comm.rank:
         yield lambda count: None
@@ -199,7 +199,7 @@ def _read(sample: Sample, size: int) -> Image.Image:
 def encode_texts(encoder: Encoder, texts: Sequence[str], batch_size: int, comm: Comm) -> Tensor:
     """Embeddings of all texts [N, E], on every rank. Collective: every rank must call."""
     rows = []
-    with _telling(encoder, "texts", len(texts), comm) as advance:
+    with _progress_of(encoder, "texts", len(texts), comm) as advance:
         for batch in _deal(len(texts), batch_size, comm):
             padded = [texts[number] for number in batch] + [""] * (batch_size - len(batch))
             rows.append(encoder.text(padded)[: len(batch)])

@@ -75,13 +75,13 @@ def describe(predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray, secon
         step, weights, data.name, task, found, len(targets),
         metrics.classification_intervals(predicted, rank, targets, num_classes),
         main_metric=MAIN_METRIC.get(name, "acc1"),
-        per_class=dict(zip(_told_apart(data.classnames), np.stack([hits, totals], 1).tolist())),
+        per_class=dict(zip(_distinct(data.classnames), np.stack([hits, totals], 1).tolist())),
         confusions=metrics.confusion_pairs(predicted, targets, data.classnames),
         **({"confusion_matrix": metrics.confusion_matrix(predicted, targets, num_classes)}
            if num_classes <= LARGEST_MATRIX else {}),
     )  # fmt: skip
 
 
-def _told_apart(names: Sequence[str]) -> list[str]:
+def _distinct(names: Sequence[str]) -> list[str]:
     """ImageNet has two classes called `missile` and two called `sunglasses`: those get their label too."""
     return [f"{name} ({label})" if names.count(name) > 1 else name for label, name in enumerate(names)]

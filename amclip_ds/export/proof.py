@@ -94,7 +94,7 @@ class Samples:
 def gather_samples(spec: str | None, config: TrainConfig) -> Samples:
     """NUM_SAMPLES images with a caption each: of the shards named, else of the run's own training shards, else made."""
     if spec is None:
-        spec = _first_shard_at_hand(config)
+        spec = _first_local_shard(config)
     if spec is None:
         return _made_samples(config.model.vision.image_size)
     found = open_set(spec, task=RETRIEVAL, key="--proof").samples
@@ -103,7 +103,7 @@ def gather_samples(spec: str | None, config: TrainConfig) -> Samples:
                    f"{len(chosen)} images and captions of {spec}")  # fmt: skip
 
 
-def _first_shard_at_hand(config: TrainConfig) -> str | None:
+def _first_local_shard(config: TrainConfig) -> str | None:
     """The first training shard, where it is a readable file."""
     if not config.data.train:
         return None

@@ -20,7 +20,7 @@ INPUTS = frozenset({"noise", "noise2", "scores", "patches", "pixels"})
 
 
 class MaskInputs(NamedTuple):
-    """What a mask may look at; a field is None unless its `needs` names it.
+    """What a mask may read; a field is None unless its `needs` names it.
 
     B = views x samples, rows view-major; N patches of a view, U units (blocks of unit x unit patches), D width.
     """

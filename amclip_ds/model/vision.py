@@ -51,9 +51,8 @@ def build_vit(config: VisionConfig) -> Any:
     except (AssertionError, RuntimeError) as error:
         reason = in_one_line(error)
         raise ValueError(f"model.vision.name: {config.name!r} cannot be the tower: {reason}") from error
-    reason = _why_unsupported(vit)
-    if reason:
-        raise ValueError(f"model.vision.name: {config.name!r} cannot be the tower: {reason}")
+    if unsupported := _why_unsupported(vit):
+        raise ValueError(f"model.vision.name: {config.name!r} cannot be the tower: {unsupported}")
     return vit
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from amclip_ds import config
-from amclip_ds.preconditions import goes_on
+from amclip_ds.preconditions import resumes
 from amclip_ds.record import read_verdict
 from amclip_ds.slurm_attempt import (
     Limits,
@@ -148,7 +148,7 @@ def test_a_folder_of_another_name_is_no_checkpoint_to_continue_from(tmp_path: Pa
     (tmp_path / "checkpoints").mkdir()
     for name, is_one in (("step_5", False), ("step_00000005.partial", False), ("step_00000005", True)):
         (tmp_path / "checkpoints" / name).mkdir()
-        assert goes_on(config.load("aclip-tiny", [f"run.out={tmp_path}"])) == is_one, name
+        assert resumes(config.load("aclip-tiny", [f"run.out={tmp_path}"])) == is_one, name
 
 
 def test_rows_that_are_no_attempts_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
