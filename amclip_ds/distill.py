@@ -20,7 +20,7 @@ from amclip_ds.model.config import ModelConfig, check_teacher_fits
 from amclip_ds.model.features import FROZEN_IMAGES, FROZEN_SCALE, FROZEN_TEXTS, StudentInputs
 
 WITH_BOTH_TOWERS = ("open_clip", "hf")
-TRIED = ("A photo of two dogs.", "Z\u00fcrich, 3 o'clock!")  # captions whose ids tell tokenizers apart
+TRIED = ("A photo of two dogs.", "Z\u00fcrich, 3 o'clock!")  # captions whose ids distinguish tokenizers
 
 
 class Towers(Protocol):
@@ -36,7 +36,7 @@ class Towers(Protocol):
         ...
 
     def embed_texts(self, token_ids: Tensor) -> Tensor:
-        """[B, T] -> [B, E] likewise."""
+        """[B, T] -> [B, E] the same."""
         ...
 
 
@@ -120,7 +120,7 @@ class LibraryTowers:
         return self.library.image(images * self.factor + self.shift)
 
     def embed_texts(self, token_ids: Tensor) -> Tensor:
-        """[B, T] -> [B, E] likewise."""
+        """[B, T] -> [B, E] the same."""
         filled = F.pad(token_ids, (0, self.context_length - token_ids.shape[1]))
         with self.library._blamed():
             return F.normalize(self.library.embed_ids(filled).float(), dim=-1)

@@ -201,7 +201,7 @@ def _check(args: argparse.Namespace) -> int:
     from amclip_ds.data import stats
     from amclip_ds.data.check import CheckConfig
 
-    report = _look(args, "checking", CheckConfig(**_settings(args, max_skip_rate=args.max_skip_rate)))
+    report = _run_check(args, "checking", CheckConfig(**_settings(args, max_skip_rate=args.max_skip_rate)))
     tokens, epoch = stats.summarise_tokens(report), _epoch(report, args.global_batch, _workers(args))
     found = report.as_json() | {"epoch": epoch, "tokens": tokens}
     _print_problems(report)
@@ -218,7 +218,7 @@ def _stats(args: argparse.Namespace) -> int:
     from amclip_ds.data.check import CheckConfig
 
     json_file.check(args.words, "--words")
-    report = _look(args, "counting", CheckConfig(**_settings(args, decode=False, count_words=args.words is not None)))
+    report = _run_check(args, "counting", CheckConfig(**_settings(args, decode=False, count_words=args.words is not None)))
     numbers = stats.summarise(report)
     shown = [place for place, part in enumerate(stats.PERCENTILES) if part in (1, 25, 50, 75, 99)]
     columns = [f"{stats.PERCENTILES[place]}%" for place in shown]
@@ -240,7 +240,7 @@ def _stats(args: argparse.Namespace) -> int:
     return 0
 
 
-def _look(args: argparse.Namespace, word: str, config: Any) -> "Report":
+def _run_check(args: argparse.Namespace, word: str, config: Any) -> "Report":
     from amclip_ds.data.check import check
     from amclip_ds.data.progress import progress
 

@@ -292,7 +292,7 @@ class _Pass:
                 report.add("surplus caption", texts[0][1].name, len(texts))
             if one.at_damage or self._config.sample >= 1 or self._random.random() < self._config.sample:
                 report.skipped += len(surplus)
-                self._look_at(one)
+                self._check_sample(one)
         report.measured = np.array(self._rows, dtype=MEASURED)
         report.keys = zlib.compress("\n".join(key.replace("\n", " ") for key in self._keys).encode(*UTF8))
 
@@ -334,7 +334,7 @@ class _Pass:
                 self._report.lost += swallowed
                 self._report.add("swallowed", f"by damage at byte {damage.offset}", swallowed)
 
-    def _look_at(self, one: Group) -> None:
+    def _check_sample(self, one: Group) -> None:
         report = self._report
         problem, row = self._problem_of(one)
         if problem == "no image" and one.at_damage:

@@ -131,7 +131,7 @@ def test_an_export_teaches_as_the_model_that_it_was_made_of(fmt: str, tmp_path: 
     write_export(fmt, tmp_path / "export")
     teacher, given = FrozenTeacher(str(tmp_path / "export"), config.load("clip-tiny").model, CPU), inputs()
     module, _ = tiny_model()
-    looked = teacher.look(given, given.texts["plain"], micro=3)
+    looked = teacher.embed(given, given.texts["plain"], micro=3)
     torch.testing.assert_close(looked["frozen_texts"], module.embed_texts(given.texts["plain"]), atol=1e-5, rtol=0)
     for view, images in ((2, given.groups[0].images[0]), (1, given.groups[1].images[1])):
         torch.testing.assert_close(looked["frozen_images"][:, view], module.embed_images(images), atol=1e-5, rtol=0)
