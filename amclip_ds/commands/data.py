@@ -218,7 +218,9 @@ def _stats(args: argparse.Namespace) -> int:
     from amclip_ds.data.check import CheckConfig
 
     json_file.check(args.words, "--words")
-    report = _run_check(args, "counting", CheckConfig(**_settings(args, decode=False, count_words=args.words is not None)))
+    report = _run_check(
+        args, "counting", CheckConfig(**_settings(args, decode=False, count_words=args.words is not None))
+    )
     numbers = stats.summarise(report)
     shown = [place for place, part in enumerate(stats.PERCENTILES) if part in (1, 25, 50, 75, 99)]
     columns = [f"{stats.PERCENTILES[place]}%" for place in shown]
