@@ -24,7 +24,7 @@ def of_step(
     """Of a step's samples. scores: the teacher's, [..., n]. view_boxes: [V, B, 4] (top, left, height, width).
 
     mask_kept: the mean share of the views' tokens that stays. mask_overlap, of two masked views and more: the share of
-    one's kept patches whose centre lies in a kept patch of the other. mask_score_entropy: 1 where the teacher attends
+    one's kept patches whose centre is in a kept patch of the other. mask_score_entropy: 1 where the teacher attends
     to all patches alike, near 0 where to one.
     """
     masked = [view for view, rows in enumerate(kept) if rows is not None]
@@ -45,7 +45,7 @@ def of_step(
 def overlap(
     one: int, other: int, kept: Kept, view_boxes: Tensor, grid: int, flips: Tensor | None = None
 ) -> Tensor:  # fmt: skip
-    """The share of a view's kept patches whose centre lies in a kept patch of another view of the same images."""
+    """The share of a view's kept patches whose centre is in a kept patch of another view of the same images."""
     rows, columns = kept[one], kept[other]
     assert rows is not None and columns is not None
     y, x = (rows // grid + 0.5) / grid, (rows % grid + 0.5) / grid  # [B, K], of the view's sides
