@@ -168,8 +168,9 @@ def _with_list(values: Values, key: str, length: str, default: int, sources: Map
         place, _, rest = name.removeprefix(f"{key}.").partition(".")
         if int(place) >= number:
             where = f" (in {sources[name]})" if name in sources else ""
-            raise SettingsError(f"{name}: there is no {key}.{place}; {length} is {number}, the places are 0 to"
-                                f" {number - 1}{where}")  # fmt: skip
+            raise SettingsError(
+                f"{name}: there is no {key}.{place}; {length} is {number}, the places are 0 to {number - 1}{where}"
+            )
         items[int(place)][rest] = value
     rest_of_them = {name: value for name, value in values.items() if name not in own}
     return rest_of_them | {key: [_nested(item) for item in items]}

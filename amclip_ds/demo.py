@@ -59,20 +59,30 @@ def demo(out: Path, steps: int, num_scenes: int, procs: int | None, setup_second
     print("4/5  measuring what the masks keep")
     config, student, teacher = scenes.load_modules(run)
     masked = scenes.mask_scenes(config, teacher, shards / "test", num_scenes=NUM_SCENES)
-    encoder = TowerEncoder(student, "student", config.model.vision.image_size, config.model.text.context_length,
-                           torch.device("cpu"))  # fmt: skip
+    encoder = TowerEncoder(
+        student, "student", config.model.vision.image_size, config.model.text.context_length, torch.device("cpu")
+    )
     print("5/5  drawing")
     picture.draw_masks(masked, out / "masks.png")
     picture.draw_curves(run, out / "curves.png", control)
     colour, shape = scenes.part_accuracies(encoder, shards)
     result = final_accuracies(run) | {
-        "classes": len(synthetic.CLASSES), "acc1_colour": colour, "acc1_shape": shape,
-        "object_kept_attentive": masked.object_kept("attentive"), "object_kept_random": masked.object_kept("random"),
-        "seconds": time.monotonic() - start + setup_seconds, "setup_seconds": setup_seconds,
-        "acc1_random": final_accuracies(control)["acc1_student"], "control_seconds": control_seconds,
-        "train_seconds": train_seconds, "precision": precision, "steps": steps, "procs": procs, "run": str(run),
+        "classes": len(synthetic.CLASSES),
+        "acc1_colour": colour,
+        "acc1_shape": shape,
+        "object_kept_attentive": masked.object_kept("attentive"),
+        "object_kept_random": masked.object_kept("random"),
+        "seconds": time.monotonic() - start + setup_seconds,
+        "setup_seconds": setup_seconds,
+        "acc1_random": final_accuracies(control)["acc1_student"],
+        "control_seconds": control_seconds,
+        "train_seconds": train_seconds,
+        "precision": precision,
+        "steps": steps,
+        "procs": procs,
+        "run": str(run),
         "control": str(control),
-    }  # fmt: skip
+    }
     write_atomically(out / "demo.json", json.dumps(result, indent=1) + "\n")
     print_summary(out, result)
     return 0
@@ -102,11 +112,23 @@ def trained(recipe: str, shards: Path, run: Path, steps: int, precision: str, pr
 def train_command(recipe: str, shards: Path, run: Path, steps: int, precision: str) -> list[str]:
     """The command a user would type. The scenes are named by colour, which hue, greyscale and solarize take away."""
     return [
-        sys.executable, "-m", "amclip_ds", "train", recipe, f"data.train={shards}/train", f"run.out={run}",
-        f"run.steps={steps}", f"run.seed={SEED}", f"engine.deepspeed=zero2_{precision}.json",
-        f"eval.data={shards}", f"eval.every_steps={max(25, steps // 4)}", "data.keep_colours=true",
-        *SETTINGS[recipe], "--resume", "never",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "amclip_ds",
+        "train",
+        recipe,
+        f"data.train={shards}/train",
+        f"run.out={run}",
+        f"run.steps={steps}",
+        f"run.seed={SEED}",
+        f"engine.deepspeed=zero2_{precision}.json",
+        f"eval.data={shards}",
+        f"eval.every_steps={max(25, steps // 4)}",
+        "data.keep_colours=true",
+        *SETTINGS[recipe],
+        "--resume",
+        "never",
+    ]
 
 
 def choose_precision() -> tuple[str, str]:

@@ -17,9 +17,13 @@ from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets, av
 
 
 def forward_backward(
-    student: StudentEngine, inputs: StudentInputs, targets: Targets, comm: Comm, micro: int,
+    student: StudentEngine,
+    inputs: StudentInputs,
+    targets: Targets,
+    comm: Comm,
+    micro: int,
     admit: Callable[[Losses], bool] = lambda losses: True,
-) -> tuple[Losses, list[Tensor | None]]:  # fmt: skip
+) -> tuple[Losses, list[Tensor | None]]:
     """The losses, and each group of views' keep_indices [v, B, K]; gradients have been left in the engine.
 
     micro: samples a piece; B or more runs the batch whole. Collective: every rank must call.

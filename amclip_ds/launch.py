@@ -43,9 +43,14 @@ class _Ranks:
 
 
 def run_ranks(
-    argv: list[str], procs: int, run_folder: str | Path | None = None, *, forced_exit_s: float = 600.0,
-    env: dict[str, str] | None = None, listens: bool = False,
-) -> int:  # fmt: skip
+    argv: list[str],
+    procs: int,
+    run_folder: str | Path | None = None,
+    *,
+    forced_exit_s: float = 600.0,
+    env: dict[str, str] | None = None,
+    listens: bool = False,
+) -> int:
     """Runs `argv` as `procs` ranks of this machine. Returns the exit code: RUN/exit.json's, else the first failure's.
 
     forced_exit_s: after a signal the ranks have so long to save and leave; then they are killed.
@@ -112,16 +117,26 @@ def _start(argv: list[str], variables: dict[str, str], output: Path | None, list
 
     with open(output or os.devnull, "wb") as file:
         return subprocess.Popen(
-            argv, env=variables, process_group=0, stdin=subprocess.DEVNULL, stdout=file if output else None,
-            stderr=subprocess.STDOUT if output else None, preexec_fn=prepare,
-        )  # fmt: skip
+            argv,
+            env=variables,
+            process_group=0,
+            stdin=subprocess.DEVNULL,
+            stdout=file if output else None,
+            stderr=subprocess.STDOUT if output else None,
+            preexec_fn=prepare,
+        )
 
 
 def _rank_variables(rank: int, procs: int, port: int) -> dict[str, str]:
     return {
-        "RANK": str(rank), "WORLD_SIZE": str(procs), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(procs),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "AMCLIP_LAUNCHER": "--procs",
-    }  # fmt: skip
+        "RANK": str(rank),
+        "WORLD_SIZE": str(procs),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(procs),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "AMCLIP_LAUNCHER": "--procs",
+    }
 
 
 @contextmanager

@@ -69,9 +69,11 @@ def _steady(stream: TextIO | None, descriptor: int) -> TextIO:
         with contextlib.suppress(OSError):
             stream.flush()
     return display.Screen(
-        io.BufferedWriter(_SteadyFile(descriptor)), encoding=getattr(stream, "encoding", "utf-8"),
-        errors="backslashreplace", line_buffering=is_terminal or descriptor == 2,
-    )  # fmt: skip
+        io.BufferedWriter(_SteadyFile(descriptor)),
+        encoding=getattr(stream, "encoding", "utf-8"),
+        errors="backslashreplace",
+        line_buffering=is_terminal or descriptor == 2,
+    )
 
 
 class _SteadyFile(io.FileIO):

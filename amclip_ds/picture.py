@@ -52,8 +52,11 @@ def draw_curves(run: Path, file: Path, control: Path | None = None) -> None:
     losses.set_title("losses")
     shown = [(run, "student", "student"), (run, "teacher", "teacher")]
     for of, weights, label in [*shown, *([(control, "student", "random masks, student")] if control else [])]:
-        rows = [row for row in read_lines(of / run_files.EVALUATIONS, run_files.EVALUATION)
-                if row["weights"] == weights and "acc1" in row["metrics"]]  # fmt: skip
+        rows = [
+            row
+            for row in read_lines(of / run_files.EVALUATIONS, run_files.EVALUATION)
+            if row["weights"] == weights and "acc1" in row["metrics"]
+        ]
         accuracy.plot([row["step"] for row in rows], [row["metrics"]["acc1"] for row in rows], "o-", label=label)
     accuracy.set_title("zero-shot top-1 on held-out data")
     accuracy.set_ylim(bottom=0)

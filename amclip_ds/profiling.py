@@ -11,18 +11,34 @@ from amclip_ds.files import write_atomically
 WAIT, WARM = 5, 1  # steps before the first that counts: allocations, autotuning, the compiler
 LARGEST = 5
 KINDS = (  # kind, names of operators and kernels that belong to it, what to change
-    ("communication", r"nccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter|broadcast|Send|Recv",
-     "more samples a rank (batch.per_gpu up to batch.global_size / ranks), a lower ZeRO stage, fewer nodes"),
+    (
+        "communication",
+        r"nccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter|broadcast|Send|Recv",
+        "more samples a rank (batch.per_gpu up to batch.global_size / ranks), a lower ZeRO stage, fewer nodes",
+    ),
     ("attention", r"scaled_dot|flash|fmha|attention|softmax", "bf16 (ds_configs/*_bf16.json); mask.keep_ratio"),
-    ("matrix products", r"\bmm\b|addmm|bmm|baddbmm|linear|matmul|gemm|cutlass|cublas|nvjet|convolution|conv2d",
-     "this is the work itself: bf16 where it is fp32, more samples at a time (batch.per_gpu)"),
-    ("optimizer", r"adam|sgd|lion|lamb|_foreach|multi_tensor|fused_", "more samples a step spread its cost; ZeRO 1 or 2"
-     " share it among ranks"),
-    ("copies", r"copy|memcpy|memset|\bcat\b|clone|contiguous|index|gather|scatter|\bto\b|_to_|fill|zero",
-     "engine.compile=tower fuses many; engine.savings.* on; offload off"),
-    ("elementwise and norms", r"norm|gelu|relu|sigmoid|add|mul|sub|div|sum|mean|exp|log|clamp|where|elementwise|reduce"
-     r"|triton|vectorized", "engine.compile=tower fuses them"),
-)  # fmt: skip
+    (
+        "matrix products",
+        r"\bmm\b|addmm|bmm|baddbmm|linear|matmul|gemm|cutlass|cublas|nvjet|convolution|conv2d",
+        "this is the work itself: bf16 where it is fp32, more samples at a time (batch.per_gpu)",
+    ),
+    (
+        "optimizer",
+        r"adam|sgd|lion|lamb|_foreach|multi_tensor|fused_",
+        "more samples a step spread its cost; ZeRO 1 or 2 share it among ranks",
+    ),
+    (
+        "copies",
+        r"copy|memcpy|memset|\bcat\b|clone|contiguous|index|gather|scatter|\bto\b|_to_|fill|zero",
+        "engine.compile=tower fuses many; engine.savings.* on; offload off",
+    ),
+    (
+        "elementwise and norms",
+        r"norm|gelu|relu|sigmoid|add|mul|sub|div|sum|mean|exp|log|clamp|where|elementwise|reduce"
+        r"|triton|vectorized",
+        "engine.compile=tower fuses them",
+    ),
+)
 OTHER = ("other", "see the trace")
 
 
@@ -101,9 +117,10 @@ class Profile:
         gpu = [ProfilerActivity.CUDA] if self._on_gpu else []
         assert self._steps is not None
         self._torch = profile(
-            activities=[ProfilerActivity.CPU, *gpu], on_trace_ready=self._write,
+            activities=[ProfilerActivity.CPU, *gpu],
+            on_trace_ready=self._write,
             schedule=schedule(wait=0, warmup=WARM, active=self._steps, repeat=1),
-        )  # fmt: skip
+        )
         self._torch.start()
 
     def _write(self, seen: Any) -> None:

@@ -106,10 +106,19 @@ class Record:
     """
 
     def __init__(
-        self, folder: Path, config: LogConfig, *, rank: int, world_size: int, attempt: int, total_steps: int,
-        samples_per_epoch: int, first_step: int = 0, run_config: dict[str, Any] | None = None,
+        self,
+        folder: Path,
+        config: LogConfig,
+        *,
+        rank: int,
+        world_size: int,
+        attempt: int,
+        total_steps: int,
+        samples_per_epoch: int,
+        first_step: int = 0,
+        run_config: dict[str, Any] | None = None,
         checkpoint_every: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self.config, self.rank, self.world_size, self.attempt = folder, config, rank, world_size, attempt
         self.total_steps, self.samples_per_epoch = total_steps, samples_per_epoch
         self._checkpoint_every = checkpoint_every
@@ -123,8 +132,11 @@ class Record:
             screen = display.console()
             if screen.is_terminal and not screen.is_dumb_terminal:  # a dumb one shows lines, as a pipe does
                 self._open_progress(first_step, screen)
-            self._trackers = [Tracker(name, project, folder, run_config or {}, self.incident, self.say)
-                              for name, project in config.chosen().items() if name in OPEN]  # fmt: skip
+            self._trackers = [
+                Tracker(name, project, folder, run_config or {}, self.incident, self.say)
+                for name, project in config.chosen().items()
+                if name in OPEN
+            ]
 
     def is_due(self, step: int) -> bool:
         """Whether this step is one of those reported."""
@@ -153,8 +165,13 @@ class Record:
         if self._progress:
             self._note(line)
             memory = row.get("peak_memory_gib")
-            reported = [f"loss {row['loss']:.3f}", f"{row['samples_per_s']:.0f} samples/s",
-                    f"{memory:.1f} GiB" if memory else "", left, note.partition(" ")[0]]  # fmt: skip
+            reported = [
+                f"loss {row['loss']:.3f}",
+                f"{row['samples_per_s']:.0f} samples/s",
+                f"{memory:.1f} GiB" if memory else "",
+                left,
+                note.partition(" ")[0],
+            ]
             self._progress.update(self._task, completed=row["step"], note=", ".join(filter(None, reported)))
         else:
             self.say(line)
@@ -184,10 +201,20 @@ class Record:
 
     def incident(self, kind: str, cause: str, *, shard: str = "", key: str = "", action: str = "") -> None:
         """Something that should not have happened, and what was done about it. Any rank."""
-        self._append(run_files.INCIDENTS, {
-            "time": round(time.time(), 3), "attempt": self.attempt, "step": self.step, "rank": self.rank,
-            "kind": kind, "shard": shard, "key": key, "cause": cause, "action": action,
-        })  # fmt: skip
+        self._append(
+            run_files.INCIDENTS,
+            {
+                "time": round(time.time(), 3),
+                "attempt": self.attempt,
+                "step": self.step,
+                "rank": self.rank,
+                "kind": kind,
+                "shard": shard,
+                "key": key,
+                "cause": cause,
+                "action": action,
+            },
+        )
 
     def incidents(self, rows: Iterable[dict[str, str]]) -> None:
         """Samples that were skipped or mended, as the data's ledger lists them: kind, shard, key, cause. Any rank."""
@@ -268,9 +295,11 @@ class Record:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._progress = Progress(
-            TextColumn("training"), BarColumn(20), MofNCompleteColumn(),
+            TextColumn("training"),
+            BarColumn(20),
+            MofNCompleteColumn(),
             TextColumn("{task.fields[note]}", markup=False),
             console=screen,
-        )  # fmt: skip
+        )
         self._progress.start()
         self._task = self._progress.add_task("train", total=self.total_steps, completed=first_step, note="first step")

@@ -26,19 +26,31 @@ _PATTERNS = [
         (r"(?i)(\b(?!abfss?:)[a-z][a-z0-9+.-]*://)[^/?#\s\"'\\<>]+@", rf"\1{HIDDEN}@"),  # abfs://CONTAINER@ is a place
         (rf"(?i)([?&;#](?:amp;)?(?:{_QUERY_NAME})=)(?:(?!::)[^{_END}])+", rf"\1{HIDDEN}"),
         (r"(?i)([?&](?:amp;)?(?:se|st|ske|skt)=)\d{4}-\d\d[\w:%.-]*", rf"\1{HIDDEN}"),  # hours of an Azure signature
-        (r"(?i)(\b(?:[\w-]*authorization|x-[\w-]*(?:key|token|auth|secret)[\w-]*|api-key|private-token|cookie)\s*:\s*)"
-         r"[^\"'\\\n]+", rf"\1{HIDDEN}"),
-        (rf"(\b[A-Z0-9_]*(?:SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|APIKEY|CREDENTIAL|_SAS)[A-Z0-9_]*=[\"']?)"
-         rf"[^{_END}]+", rf"\1{HIDDEN}"),
-        (rf"(?i)(\s--?(?:[\w-]*(?:password|passwd|token|api-key|secret|access-key)|(?:proxy-)?user|oauth2-bearer)[ =]+"
-         rf"[\"']?)[^{_END}]+", rf"\1{HIDDEN}"),
+        (
+            r"(?i)(\b(?:[\w-]*authorization|x-[\w-]*(?:key|token|auth|secret)[\w-]*|api-key|private-token|cookie)\s*:\s*)"
+            r"[^\"'\\\n]+",
+            rf"\1{HIDDEN}",
+        ),
+        (
+            rf"(\b[A-Z0-9_]*(?:SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|APIKEY|CREDENTIAL|_SAS)[A-Z0-9_]*=[\"']?)"
+            rf"[^{_END}]+",
+            rf"\1{HIDDEN}",
+        ),
+        (
+            r"(?i)(\s--?(?:[\w-]*(?:password|passwd|token|api-key|secret|access-key)|(?:proxy-)?user|oauth2-bearer)"
+            rf"[ =]+[\"']?)[^{_END}]+",
+            rf"\1{HIDDEN}",
+        ),
         (rf"(\s-u ?[\"']?)[^{_END}:]+:[^{_END}]+", rf"\1{HIDDEN}"),
         (r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}", rf"\1{HIDDEN}"),
-        (r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
-         r"|\bglpat-[\w-]{16,}|\bxox[abprs]-[\w-]{10,}|\bsk-[A-Za-z0-9_-]{20,}|\bAIza[\w-]{35}|\bya29\.[\w.-]{20,}"
-         r"|\beyJ[\w-]{10,}\.[\w-]+\.[\w-]+", HIDDEN),
+        (
+            r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
+            r"|\bglpat-[\w-]{16,}|\bxox[abprs]-[\w-]{10,}|\bsk-[A-Za-z0-9_-]{20,}|\bAIza[\w-]{35}|\bya29\.[\w.-]{20,}"
+            r"|\beyJ[\w-]{10,}\.[\w-]+\.[\w-]+",
+            HIDDEN,
+        ),
     )
-]  # fmt: skip
+]
 
 
 def redact(text: str) -> str:

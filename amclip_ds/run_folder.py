@@ -34,8 +34,18 @@ if TYPE_CHECKING:
     from amclip_ds.teacher import Teacher
 
 MAX_CHANGES = 1 << 20  # characters
-PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "transformers", "webdataset", "accelerate",
-            "open_clip_torch", "safetensors", "numpy")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "deepspeed",
+    "timm",
+    "transformers",
+    "webdataset",
+    "accelerate",
+    "open_clip_torch",
+    "safetensors",
+    "numpy",
+)
 
 
 def open_folder(config: TrainConfig) -> tuple[Path, int]:
@@ -139,11 +149,14 @@ def describe_versions() -> str:
     """Packages, Python, machine, command and git revision, as JSON."""
     versions = {name: _version(name) for name in PACKAGES}
     facts = {
-        "amclip_ds": _version("amclip_ds"), "python": platform.python_version(),
-        "platform": platform.platform(), "threads": torch.get_num_threads(), "cuda": torch.version.cuda,
+        "amclip_ds": _version("amclip_ds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
         "git": git_revision(),
         "command": redact_all(sys.argv),
-    }  # fmt: skip
+    }
     return json.dumps(facts | versions, indent=1) + "\n"
 
 

@@ -15,9 +15,22 @@ from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.files import describe, open_regular
 
 BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32,
-    "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+}
 MAX_HEADER = 16 << 20  # the format allows more; a rank's thousand tensors take 100 kB
 MAX_DIMENSIONS = 16
 PIECE = re.compile(r"([a-z_0-9]{1,64})\|([^|]{1,1000})\|([0-9]{1,18})\|([0-9]{1,18})")

@@ -86,8 +86,9 @@ def batch_of(data: TrainingData, step: int) -> Batch:
     return next(iter(stream))
 
 
-def members_of(data: TrainingData, config: TrainConfig, step: int, ids: list[int] | None = None,
-               most: int | None = None) -> list[FoundSample]:  # fmt: skip
+def members_of(
+    data: TrainingData, config: TrainConfig, step: int, ids: list[int] | None = None, most: int | None = None
+) -> list[FoundSample]:
     """The samples of a step with what is in the shards, read but not decoded.
 
     ids: of the batch as it was made (with replacements); None: those of the order. most: only the first so many.
@@ -113,10 +114,18 @@ def members_of(data: TrainingData, config: TrainConfig, step: int, ids: list[int
             copy: int | str = f"instead of {start + place}" if is_other else int(rows[place][2])
             random = keyed(spec.seed, "sample", epoch, sample_id, copy)
             options = captions.candidates(text, fields, spec.sources, spec.per_line)
-            found.append(FoundSample(
-                place, sample_id, sample.key, shard, sample.image[0], captions.choose(options, random), image or b"",
-                is_other,
-            ))  # fmt: skip
+            found.append(
+                FoundSample(
+                    place,
+                    sample_id,
+                    sample.key,
+                    shard,
+                    sample.image[0],
+                    captions.choose(options, random),
+                    image or b"",
+                    is_other,
+                )
+            )
     return found
 
 

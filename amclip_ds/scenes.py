@@ -57,8 +57,12 @@ class MaskedScenes:
 
     def object_kept(self, strategy: str) -> float:
         """The mean share of an object's tokens that stay, over the views that show any of it."""
-        stays = torch.stack([torch.zeros_like(inside).scatter_(-1, kept, True)
-                             for inside, kept in zip(self.is_object, self.kept[strategy])])  # fmt: skip
+        stays = torch.stack(
+            [
+                torch.zeros_like(inside).scatter_(-1, kept, True)
+                for inside, kept in zip(self.is_object, self.kept[strategy])
+            ]
+        )
         seen = self.is_object.sum(-1)
         share = (stays & self.is_object).sum(-1)[seen > 0] / seen[seen > 0]
         return float(share.mean())
@@ -72,26 +76,40 @@ def mask_scenes(config: TrainConfig, teacher: TeacherModel, shards: Path, num_sc
     with closing(
         TrainingData(
             dataclasses.replace(config.data, train=str(shards), index=None, workers=0, captions=["json:captions"]),
-            seed=config.run.seed, global_batch=num_scenes, rank=0, world_size=1, image_size=vision.image_size,
+            seed=config.run.seed,
+            global_batch=num_scenes,
+            rank=0,
+            world_size=1,
+            image_size=vision.image_size,
             teacher_size=vision.image_size // (2 if config.teacher.resolution == "half" else 1),
             num_units=max(num_units(vision.grid, mask.unit) for mask in masks),
             teacher_contains=COMPAT[config.compat].teacher_sees_views,
-            context_length=config.model.text.context_length, index_dir=config.run.out,
+            context_length=config.model.text.context_length,
+            index_dir=config.run.out,
         )
-    ) as data:  # fmt: skip
+    ) as data:
         batch = next(data.batches(None))
         facts = read_facts(data.index, batch.sample_ids.tolist())
     assert batch.teacher_uint8 is not None
     images = normalise(batch.teacher_uint8)
     scores = teacher.observe(images, frozenset({"cls", "scores"}), SingleProcess()).scores
     assert scores is not None
-    kept = {name: [kept_by(dataclasses.replace(mask, strategy=name), view, batch, scores, vision.grid)
-                   for view, mask in enumerate(masks)] for name in ("attentive", "random")}  # fmt: skip
+    kept = {
+        name: [
+            kept_by(dataclasses.replace(mask, strategy=name), view, batch, scores, vision.grid)
+            for view, mask in enumerate(masks)
+        ]
+        for name in ("attentive", "random")
+    }
     boxes = torch.tensor([fact["box"] for fact in facts], dtype=torch.float32)
     return MaskedScenes(
-        batch.views_uint8, batch.teacher_uint8, scores, kept,
-        patches_inside(boxes, batch.boxes[:-1], vision.grid, batch.flips), [fact["captions"][0] for fact in facts],
-    )  # fmt: skip
+        batch.views_uint8,
+        batch.teacher_uint8,
+        scores,
+        kept,
+        patches_inside(boxes, batch.boxes[:-1], vision.grid, batch.flips),
+        [fact["captions"][0] for fact in facts],
+    )
 
 
 def kept_by(mask: MaskConfig, view: int, batch: Batch, scores: Tensor, grid: int) -> Tensor:

@@ -42,8 +42,10 @@ def check(shards: str, out: Path, index: int, count: int, flags: list[str]) -> i
         joined = join([read_json(path, dict, 1 << 30) for path in reports])
         write_atomically(out / "check.json", json.dumps(joined, indent=1) + "\n")
         numbers = ", ".join(f"{name} {joined[name]}" for name in SUMS)
-        print(f"all {count} tasks: {len(joined['shards'])} shards, {numbers}: "
-              f"{'submit' if joined['ok'] else 'do not submit'} ({out}/check.json)")  # fmt: skip
+        print(
+            f"all {count} tasks: {len(joined['shards'])} shards, {numbers}: "
+            f"{'submit' if joined['ok'] else 'do not submit'} ({out}/check.json)"
+        )
         return 0 if joined["ok"] else 2
     return code
 

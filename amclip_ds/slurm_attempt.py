@@ -122,11 +122,21 @@ def begin(args: argparse.Namespace) -> str:
     revision = git_revision()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        append_line(folder / run_files.ATTEMPTS, {
-            "time": round(time.time(), 3), "job": args.job, "restart": args.restart, "nodes": args.node_list,
-            "num_nodes": args.nodes, "tasks": args.tasks, "step": step, "revision": revision,
-            "verdict_time": verdict_time(run), "command": ["amclip", "train", *args.train_arguments],
-        })  # fmt: skip
+        append_line(
+            folder / run_files.ATTEMPTS,
+            {
+                "time": round(time.time(), 3),
+                "job": args.job,
+                "restart": args.restart,
+                "nodes": args.node_list,
+                "num_nodes": args.nodes,
+                "tasks": args.tasks,
+                "step": step,
+                "revision": revision,
+                "verdict_time": verdict_time(run),
+                "command": ["amclip", "train", *args.train_arguments],
+            },
+        )
         write_atomically(folder / f"config-{args.job}-{args.restart}.yaml", settings.dump(config))
     except OSError as error:
         raise not_written(f"run.out: {run}", error) from None

@@ -68,9 +68,14 @@ class Plan:
     def facts(self) -> dict[str, Any]:
         """The same for a program."""
         return {
-            "run": self.config.run.out, "nodes": self.nodes, "world_size": self.world_size, "chain": self.chain,
-            "command": redact_all(self.command), "environment": self.environment, "found": self.found,
-        }  # fmt: skip
+            "run": self.config.run.out,
+            "nodes": self.nodes,
+            "world_size": self.world_size,
+            "chain": self.chain,
+            "command": redact_all(self.command),
+            "environment": self.environment,
+            "found": self.found,
+        }
 
 
 def make_plan(args: argparse.Namespace) -> Plan:

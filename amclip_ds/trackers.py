@@ -80,8 +80,9 @@ def _open_wandb(project: str, folder: Path, run_config: dict[str, Any], say: Say
     if why := _why_offline(wandb):
         how["mode"] = "offline"
         say(f"wandb: {why}: curves are kept in {folder}/wandb; later: wandb sync {folder}/wandb/offline-run-*")
-    return wandb.init(project=project, name=folder.name, dir=folder, id=run_id(folder), resume="allow",
-                      config=run_config, **how)  # fmt: skip
+    return wandb.init(
+        project=project, name=folder.name, dir=folder, id=run_id(folder), resume="allow", config=run_config, **how
+    )
 
 
 def _why_offline(wandb: Any) -> str:

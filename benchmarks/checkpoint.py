@@ -124,8 +124,12 @@ def measure(rank: int, port: int, args: argparse.Namespace, answers: Any) -> Non
                 stalls.append(time.perf_counter() - began)
                 saver.finish()
                 totals.append(time.perf_counter() - began)
-        result[mode] = {"first_s": stalls[0], "stall_s": statistics.median(stalls[1:]), "all_s": stalls,
-                        "total_s": statistics.median(totals[1:])}  # fmt: skip
+        result[mode] = {
+            "first_s": stalls[0],
+            "stall_s": statistics.median(stalls[1:]),
+            "all_s": stalls,
+            "total_s": statistics.median(totals[1:]),
+        }
     result["plain_copy_after_s"] = plain_copy_s(state, args.repeats) if _has_room(num_bytes, args.ranks) else None
     result["disk_rate"] = disk_rate(root, state)
     dist.barrier()
@@ -155,15 +159,24 @@ def report(results: list[dict[str, Any]], size: str, share: int) -> dict[str, An
     written_s = max(one["asynchronous"]["total_s"] for one in results)
     rate, disk = total / synchronous, sum(one["disk_rate"] for one in results)
     numbers = {
-        "size": size, "ranks": f"{len(results)} of {share}", "bytes": total, "plain_copy_s": max(copies),
-        "asynchronous_stall_s": stall, "first_asynchronous_stall_s": max(r["asynchronous"]["first_s"] for r in results),
-        "synchronous_stall_s": synchronous, "asynchronous_written_after_s": written_s,
-        "stall_over_plain_copy": stall / max(copies), "stall_over_synchronous": stall / synchronous,
-        "share_of_run_at_15_min": stall / (EVERY_S + stall), "synchronous_bytes_per_s": rate,
-        "disk_bytes_per_s": disk, "write_rate_over_disk": rate / disk, "asynchronous_rate": total / written_s,
+        "size": size,
+        "ranks": f"{len(results)} of {share}",
+        "bytes": total,
+        "plain_copy_s": max(copies),
+        "asynchronous_stall_s": stall,
+        "first_asynchronous_stall_s": max(r["asynchronous"]["first_s"] for r in results),
+        "synchronous_stall_s": synchronous,
+        "asynchronous_written_after_s": written_s,
+        "stall_over_plain_copy": stall / max(copies),
+        "stall_over_synchronous": stall / synchronous,
+        "share_of_run_at_15_min": stall / (EVERY_S + stall),
+        "synchronous_bytes_per_s": rate,
+        "disk_bytes_per_s": disk,
+        "write_rate_over_disk": rate / disk,
+        "asynchronous_rate": total / written_s,
         "verify_s": max(one["verify_s"] or 0.0 for one in results),
         "load_s": max(one.get("load_s", 0.0) for one in results),
-    }  # fmt: skip
+    }
     for name, value in numbers.items():
         print(f"{name:32s} {value:.4g}" if isinstance(value, float) else f"{name:32s} {value}")
     return numbers

@@ -114,9 +114,11 @@ def pipelines(rounds: int) -> dict[str, Any]:
         times = alternate({"ours": ours, "straightforward": Straightforward()}, files, rounds)
         ratios = [slow / fast for fast, slow in zip(times["ours"], times["straightforward"])]
         found[f"{width} x {height}"] = {
-            "kilobytes": statistics.mean(map(len, files)) / 1e3, "ratio": statistics.median(ratios),
-            "ratio_min": min(ratios), "ratio_max": max(ratios),
-        } | {name: 1 / statistics.median(values) for name, values in times.items()}  # fmt: skip
+            "kilobytes": statistics.mean(map(len, files)) / 1e3,
+            "ratio": statistics.median(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+        } | {name: 1 / statistics.median(values) for name, values in times.items()}
     return found
 
 
@@ -175,10 +177,17 @@ def loader(batches: int = 12) -> dict[str, float]:
                     tar.write({"__key__": f"{number:06d}", "jpg": make_jpeg(number, 500, 375), "txt": "a photo of one"})
         for workers in (0, 1, 2):
             data = TrainingData(
-                DataConfig(train=folder, workers=workers), seed=0, global_batch=64, rank=0, world_size=1,
-                image_size=VIEW, teacher_size=VIEW, num_units=49, context_length=77,
+                DataConfig(train=folder, workers=workers),
+                seed=0,
+                global_batch=64,
+                rank=0,
+                world_size=1,
+                image_size=VIEW,
+                teacher_size=VIEW,
+                num_units=49,
+                context_length=77,
                 say=lambda text: None,
-            )  # fmt: skip
+            )
             stream = data.batches()
             for _ in range(2 + 4 * workers):  # start, and what was made ahead meanwhile
                 next(stream)
@@ -197,14 +206,24 @@ def training(steps: int = 60) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         scenes, run = Path(folder, "scenes"), Path(folder, "run")
         synthetic.write_dataset(scenes, num_train=4000, num_test=0)
-        words = [f"data.train={scenes}/train", f"run.out={run}", f"run.steps={steps}", "data.workers=1",
-                 "engine.deepspeed=zero1_fp32.json", "log.every_steps=1", "log.tensorboard=false"]  # fmt: skip
+        words = [
+            f"data.train={scenes}/train",
+            f"run.out={run}",
+            f"run.steps={steps}",
+            "data.workers=1",
+            "engine.deepspeed=zero1_fp32.json",
+            "log.every_steps=1",
+            "log.tensorboard=false",
+        ]
         command = [sys.executable, "-m", "amclip_ds", "train", "aclip-tiny", *words, "--resume", "never"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][10:]
     waits, seconds = [row["data_wait_s"] for row in rows], [row["step_s"] for row in rows]
-    return {"step_s": statistics.median(seconds), "data_wait_s": statistics.median(waits),
-            "share": sum(waits) / sum(seconds)}  # fmt: skip
+    return {
+        "step_s": statistics.median(seconds),
+        "data_wait_s": statistics.median(waits),
+        "share": sum(waits) / sum(seconds),
+    }
 
 
 def main() -> int:
@@ -219,8 +238,11 @@ def main() -> int:
     found: dict[str, Any] = {"pipelines": pipelines(args.rounds)}
     print(f"{'source':14} {'kB':>6} {'ours':>8} {'straight':>8}  samples/s/core   ratio (worst to best round)")
     for name, row in found["pipelines"].items():
-        print(f"{name:14} {row['kilobytes']:6.0f} {row['ours']:8.0f} {row['straightforward']:8.0f} {'':17}"
-              f"{row['ratio']:5.1f} ({row['ratio_min']:.1f} to {row['ratio_max']:.1f})", flush=True)  # fmt: skip
+        print(
+            f"{name:14} {row['kilobytes']:6.0f} {row['ours']:8.0f} {row['straightforward']:8.0f} {'':17}"
+            f"{row['ratio']:5.1f} ({row['ratio_min']:.1f} to {row['ratio_max']:.1f})",
+            flush=True,
+        )
     found["parts"] = parts(args.rounds)
     for name, milliseconds in found["parts"].items():
         print(f"{name:40} {milliseconds:6.2f} ms")
@@ -228,8 +250,8 @@ def main() -> int:
     print("loader at 500 x 375: " + ", ".join(f"{name} {rate:.0f} samples/s" for name, rate in found["loader"].items()))
     if not args.no_train:
         found["training"] = training()
-        print("aclip-tiny: a step {step_s:.3f} s, {data_wait_s:.4f} s of it waits for data ({share:.1%} of the run)"
-              .format(**found["training"]))  # fmt: skip
+        said = "aclip-tiny: a step {step_s:.3f} s, {data_wait_s:.4f} s of it waits for data ({share:.1%} of the run)"
+        print(said.format(**found["training"]))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     return int(found["pipelines"]["500 x 375"]["ratio"] < NEEDED)

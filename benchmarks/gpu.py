@@ -73,12 +73,21 @@ class Cell:
 
         self.batch_size = args.batch[size]
         workers = args.workers if extra == "fed" else 0
-        self.config = settings.load(f"aclip-{size}", [
-            f"data.train={args.data}", f"run.out={args.out.parent}/{size}{stage}{extra}", "run.steps=1000",
-            "run.epochs=null", f"batch.global_size={self.batch_size}", f"batch.per_gpu={self.batch_size}",
-            f"engine.deepspeed=zero{stage}_bf16.json", f"data.workers={workers}", "optim.warmup_steps=10",
-            f"engine.compile={'tower' if extra == 'compile' else 'none'}",
-        ])  # fmt: skip
+        self.config = settings.load(
+            f"aclip-{size}",
+            [
+                f"data.train={args.data}",
+                f"run.out={args.out.parent}/{size}{stage}{extra}",
+                "run.steps=1000",
+                "run.epochs=null",
+                f"batch.global_size={self.batch_size}",
+                f"batch.per_gpu={self.batch_size}",
+                f"engine.deepspeed=zero{stage}_bf16.json",
+                f"data.workers={workers}",
+                "optim.warmup_steps=10",
+                f"engine.compile={'tower' if extra == 'compile' else 'none'}",
+            ],
+        )
         Path(self.config.run.out).mkdir(parents=True, exist_ok=True)
         self.runtime = engine_runtime.start()
         self.method = method_of(self.config)
@@ -92,8 +101,17 @@ class Cell:
     def step(self, batch: Any = None) -> Any:
         from amclip_ds.step import train_step
 
-        return train_step(batch or self.batch, self.student, self.teacher, self.schedules, 5, self.method, self.comm,
-                          self.batch_size, self.guards)  # fmt: skip
+        return train_step(
+            batch or self.batch,
+            self.student,
+            self.teacher,
+            self.schedules,
+            5,
+            self.method,
+            self.comm,
+            self.batch_size,
+            self.guards,
+        )
 
     def recompute(self, every: int) -> None:
         """Activation checkpointing of both towers."""
@@ -116,10 +134,17 @@ def measure(cell: Cell, rate: float, recompute: int, repeats: int) -> dict[str, 
     if not recompute:
         flops = cell.flops()
     return {
-        "batch": cell.batch_size, "checkpoint_every": recompute, "step_s": step_s, "fastest_s": min(times),
-        "slowest_s": max(times), "samples_per_s": cell.batch_size / step_s, "peak_gib": peak / GIB, "flops": flops,
-        "matrix_tflops": rate / 1e12, "mfu": flops / step_s / rate if flops else None,
-    }  # fmt: skip
+        "batch": cell.batch_size,
+        "checkpoint_every": recompute,
+        "step_s": step_s,
+        "fastest_s": min(times),
+        "slowest_s": max(times),
+        "samples_per_s": cell.batch_size / step_s,
+        "peak_gib": peak / GIB,
+        "flops": flops,
+        "matrix_tflops": rate / 1e12,
+        "mfu": flops / step_s / rate if flops else None,
+    }
 
 
 def measure_fed(cell: Cell) -> dict[str, Any]:
@@ -143,8 +168,14 @@ def measure_fed(cell: Cell) -> dict[str, Any]:
     fed, waited = wall(lambda: next(cell.batches).to(cell.runtime.device))
     after, _ = wall(lambda: None)
     resident = (before + after) / 2
-    return {"batch": cell.batch_size, "workers": cell.config.data.workers, "resident_step_s": [before, after],
-            "fed_step_s": fed, "waited_s": waited, "fed_over_resident": fed / resident}  # fmt: skip
+    return {
+        "batch": cell.batch_size,
+        "workers": cell.config.data.workers,
+        "resident_step_s": [before, after],
+        "fed_step_s": fed,
+        "waited_s": waited,
+        "fed_over_resident": fed / resident,
+    }
 
 
 def run_cell(args: argparse.Namespace) -> None:

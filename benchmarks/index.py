@@ -26,8 +26,9 @@ def write_index(folder: Path) -> None:
     records["flags"], records["key_offset"] = HAS_TEXT, 9 * np.arange(PER_SHARD)
     (folder / "samples.bin").write_bytes(records.tobytes() * SHARDS)
     (folder / "keys.bin").write_bytes(keys * SHARDS)
-    entries = [vars(ShardEntry(f"/data/{n:05d}.tar", 1 << 30, 0, f"{n:016x}", PER_SHARD, [], len(keys)))
-               for n in range(SHARDS)]  # fmt: skip
+    entries = [
+        vars(ShardEntry(f"/data/{n:05d}.tar", 1 << 30, 0, f"{n:016x}", PER_SHARD, [], len(keys))) for n in range(SHARDS)
+    ]
     meta = {"version": VERSION, "samples": SHARDS * PER_SHARD, "shards": entries}
     (folder / "meta.json").write_text(json.dumps(meta))
 

@@ -37,11 +37,19 @@ def main() -> int:
         scenes, run = Path(folder, "scenes"), Path(folder, "run")
         write_dataset(scenes, max(64, args.batch * args.steps), 0, 224, 0)
         words = [
-            f"data.train={scenes}/train", f"run.out={run}", f"run.steps={args.steps}", "log.every_steps=1",
-            "run.epochs=null", f"batch.global_size={args.batch}", f"engine.deepspeed={args.deepspeed}",
-            "optim.warmup_steps=0", "data.workers=0", "log.tensorboard=false",
-            "watchdog.step_timeout_s=null", *args.set,  # on a few cores a step takes minutes
-        ]  # fmt: skip
+            f"data.train={scenes}/train",
+            f"run.out={run}",
+            f"run.steps={args.steps}",
+            "log.every_steps=1",
+            "run.epochs=null",
+            f"batch.global_size={args.batch}",
+            f"engine.deepspeed={args.deepspeed}",
+            "optim.warmup_steps=0",
+            "data.workers=0",
+            "log.tensorboard=false",
+            "watchdog.step_timeout_s=null",
+            *args.set,  # on a few cores a step takes minutes
+        ]
         words = list({word.partition("=")[0]: word for word in words}.values())  # --set has the last word
         state = model_state_of(settings.load(args.recipe, words), args.procs)
         free = psutil.virtual_memory().available / GB

@@ -36,9 +36,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
     data = TrainingData(
-        DataConfig(train=args.shards, workers=args.workers), seed=0, global_batch=args.batch, rank=0, world_size=1,
-        image_size=args.image_size, teacher_size=args.image_size, num_units=49, context_length=77,
-    )  # fmt: skip
+        DataConfig(train=args.shards, workers=args.workers),
+        seed=0,
+        global_batch=args.batch,
+        rank=0,
+        world_size=1,
+        image_size=args.image_size,
+        teacher_size=args.image_size,
+        num_units=49,
+        context_length=77,
+    )
     process, began, reported, seen, rows = psutil.Process(), time.monotonic(), 0.0, 0, []
     for batch in data.batches(None):
         seen += len(batch.sample_ids)

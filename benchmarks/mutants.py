@@ -22,8 +22,9 @@ COPIED = ("amclip_ds", "tests", "ds_configs", "slurm", "benchmarks", "pyproject.
 
 def outcome(patch: Path, checkout: Path, tests: list[str]) -> str:
     """noticed | MISSED | STALE: what became of one fault in a copy of the checkout."""
-    applied = subprocess.run(["patch", "-p1", "--no-backup-if-mismatch", "-i", str(patch)], cwd=checkout,
-                             capture_output=True, text=True)  # fmt: skip
+    applied = subprocess.run(
+        ["patch", "-p1", "--no-backup-if-mismatch", "-i", str(patch)], cwd=checkout, capture_output=True, text=True
+    )
     if applied.returncode or "fuzz" in applied.stdout:
         return f"STALE   {' '.join(applied.stdout.split())[-200:]}"
     environment = os.environ | {"PYTHONPATH": str(checkout)}

@@ -75,10 +75,21 @@ def release_step(
     models, losses = load_release(checkout, timm)
     factory = getattr(models, name)
     online, average = (factory(num_classes=0, mask_ratio=ratio) for ratio in (0.5, 0.0))
-    model = models.ACLIP(
-        embed_dim=512, vision_width=online.embed_dim, vision_model=online, vision_model_ema=average, context_length=77,
-        vocab_size=49408, transformer_width=512, transformer_heads=8, transformer_layers=12,
-    ).to(views.device).train()  # fmt: skip
+    model = (
+        models.ACLIP(
+            embed_dim=512,
+            vision_width=online.embed_dim,
+            vision_model=online,
+            vision_model_ema=average,
+            context_length=77,
+            vocab_size=49408,
+            transformer_width=512,
+            transformer_heads=8,
+            transformer_layers=12,
+        )
+        .to(views.device)
+        .train()
+    )
     positions = boxes.transpose(0, 1).round().int()  # [B, 3, 4]
     criterion = losses.ACLIPLoss()
     return stepper(model, lambda: criterion(model(views.flatten(0, 1), teacher, token_ids, positions, 0.996))["loss"])
@@ -133,9 +144,14 @@ def main() -> int:
         two = engines["aclip"].batches[False]
         assert two.teacher_uint8 is not None
         works["published A-CLIP"] = release_step(
-            args.release, args.timm, published, photometric.normalise(two.views_uint8),
-            photometric.normalise(two.teacher_uint8), two.boxes, two.token_ids,
-        )  # fmt: skip
+            args.release,
+            args.timm,
+            published,
+            photometric.normalise(two.views_uint8),
+            photometric.normalise(two.teacher_uint8),
+            two.boxes,
+            two.token_ids,
+        )
     works |= {f"ours {name}": engine.step for name, engine in engines.items()}
     times = take_turns(works, args.repeats, args.warm)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32

@@ -112,10 +112,18 @@ def main() -> int:
         if not args.scenes:
             write_dataset(scenes, max(256, args.batch * min(args.steps, 100)), 0, 64, 0)
         words = [
-            f"data.train={scenes}/train", f"run.steps={args.steps}", "run.epochs=null", "data.workers=0",
-            f"batch.global_size={args.batch}", f"batch.per_gpu={args.batch}", "engine.deepspeed=zero1_fp32.json",
-            "engine.compile=none", "log.tensorboard=false", f"data.index={folder}/index", *args.set,
-        ]  # fmt: skip
+            f"data.train={scenes}/train",
+            f"run.steps={args.steps}",
+            "run.epochs=null",
+            "data.workers=0",
+            f"batch.global_size={args.batch}",
+            f"batch.per_gpu={args.batch}",
+            "engine.deepspeed=zero1_fp32.json",
+            "engine.compile=none",
+            "log.tensorboard=false",
+            f"data.index={folder}/index",
+            *args.set,
+        ]
         ours, rate = product_losses(words, args.recipe, Path(folder, "run"))
         config = settings.load(args.recipe, [*words, f"run.out={folder}/plain"])
         method = method_of(config)
@@ -134,8 +142,10 @@ def main() -> int:
     agreed = next((step for step, difference in enumerate(apart) if difference > TOLERANCE), args.steps)
     plain_rate = args.batch / sorted(times)[len(times) // 2]
     largest = max(apart[:agreed], default=0.0)
-    print(f"{args.recipe}: equal to {TOLERANCE:.0e} for {agreed} of {args.steps} steps (largest before: {largest:.1e});"
-          f" {rate:.0f} samples/s by the product, {plain_rate:.0f} by the loop")  # fmt: skip
+    print(
+        f"{args.recipe}: equal to {TOLERANCE:.0e} for {agreed} of {args.steps} steps (largest before: {largest:.1e});"
+        f" {rate:.0f} samples/s by the product, {plain_rate:.0f} by the loop"
+    )
     return int(agreed < args.steps)
 
 

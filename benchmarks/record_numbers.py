@@ -30,8 +30,20 @@ from typing import Any
 HERE = Path(__file__).resolve()
 METHODS = ("aclip", "aclip-eff", "clip", "flip", "random2x")
 STEPS, HALF, BATCH = 20, 10, 16
-EXACT = ("loss", "loss_contrastive", "loss_o2o", "loss_o2e", "grad_norm", "lr", "momentum", "logit_scale",
-         "kept_tokens", "step_applied", "samples_seen", "updates")  # fmt: skip
+EXACT = (
+    "loss",
+    "loss_contrastive",
+    "loss_o2o",
+    "loss_o2e",
+    "grad_norm",
+    "lr",
+    "momentum",
+    "logit_scale",
+    "kept_tokens",
+    "step_applied",
+    "samples_seen",
+    "updates",
+)
 # What a later checkout calls a tensor -> what it was called before: only the name moved.
 EARLIER_NAMES = (
     ("objectives.simclr.head.", "heads.o2o."),
@@ -57,28 +69,52 @@ class Cell:
     def overrides(self, out: Path, shards: str) -> list[str]:
         per_gpu = BATCH // self.ranks // self.splits
         return [
-            f"data.train={shards}", f"run.out={out}", f"run.steps={STEPS}", f"batch.global_size={BATCH}",
-            f"batch.per_gpu={per_gpu}", f"engine.deepspeed=zero{self.stage}_{self.precision}.json", "data.workers=0",
+            f"data.train={shards}",
+            f"run.out={out}",
+            f"run.steps={STEPS}",
+            f"batch.global_size={BATCH}",
+            f"batch.per_gpu={per_gpu}",
+            f"engine.deepspeed=zero{self.stage}_{self.precision}.json",
+            "data.workers=0",
             f"data.index={out.parent}/index-{'photographs' if self.photographs else 'scenes'}",
-            "log.every_steps=1", "log.tensorboard=false", "checkpoint.asynchronous=false", "optim.warmup_steps=5",
-        ]  # fmt: skip
+            "log.every_steps=1",
+            "log.tensorboard=false",
+            "checkpoint.asynchronous=false",
+            "optim.warmup_steps=5",
+        ]
 
 
 def cells(full: bool) -> list[Cell]:
     """All 120, or a few that hold every factor's every value, and aclip's crossed ones; one on photographs."""
     photographs = Cell("aclip", 2, "fp32", 2, 1, photographs=True)
     if full:
-        every = [Cell(method, stage, precision, ranks, splits) for method in METHODS for stage in (1, 2, 3)
-                 for precision in ("fp32", "bf16") for ranks in (1, 2) for splits in (1, 4)]  # fmt: skip
+        every = [
+            Cell(method, stage, precision, ranks, splits)
+            for method in METHODS
+            for stage in (1, 2, 3)
+            for precision in ("fp32", "bf16")
+            for ranks in (1, 2)
+            for splits in (1, 4)
+        ]
         return [*every, photographs]
     return [
-        Cell("aclip", 1, "fp32", 1, 1), Cell("aclip", 2, "fp32", 2, 4), Cell("aclip", 3, "bf16", 2, 1),
-        Cell("aclip", 3, "fp32", 2, 4), Cell("aclip", 1, "bf16", 2, 4), Cell("aclip-eff", 2, "bf16", 1, 4),
-        Cell("aclip-eff", 3, "fp32", 2, 1), Cell("aclip-eff", 1, "fp32", 2, 4), Cell("clip", 2, "fp32", 2, 1),
-        Cell("clip", 3, "bf16", 1, 4), Cell("flip", 1, "bf16", 2, 4), Cell("flip", 2, "fp32", 1, 1),
-        Cell("random2x", 3, "fp32", 2, 4), Cell("random2x", 2, "bf16", 2, 1), Cell("random2x", 1, "fp32", 1, 1),
+        Cell("aclip", 1, "fp32", 1, 1),
+        Cell("aclip", 2, "fp32", 2, 4),
+        Cell("aclip", 3, "bf16", 2, 1),
+        Cell("aclip", 3, "fp32", 2, 4),
+        Cell("aclip", 1, "bf16", 2, 4),
+        Cell("aclip-eff", 2, "bf16", 1, 4),
+        Cell("aclip-eff", 3, "fp32", 2, 1),
+        Cell("aclip-eff", 1, "fp32", 2, 4),
+        Cell("clip", 2, "fp32", 2, 1),
+        Cell("clip", 3, "bf16", 1, 4),
+        Cell("flip", 1, "bf16", 2, 4),
+        Cell("flip", 2, "fp32", 1, 1),
+        Cell("random2x", 3, "fp32", 2, 4),
+        Cell("random2x", 2, "bf16", 2, 1),
+        Cell("random2x", 1, "fp32", 1, 1),
         photographs,
-    ]  # fmt: skip
+    ]
 
 
 # --- inside the checkout that is recorded: one server, which forks the ranks of each cell
@@ -103,8 +139,10 @@ def serve(requests: list[dict[str, Any]]) -> None:
         found = read_numbers(out) if not any(codes) else {"failed": f"exit codes {codes}\n{said}"}
         if not request["kept"]:
             shutil.rmtree(out, ignore_errors=True)
-        print(json.dumps({"cell": request["name"], "seconds": round(time.monotonic() - began, 1), "numbers": found}),
-              flush=True)  # fmt: skip
+        print(
+            json.dumps({"cell": request["name"], "seconds": round(time.monotonic() - began, 1), "numbers": found}),
+            flush=True,
+        )
 
 
 def run_ranks(request: dict[str, Any], out: Path) -> list[int]:
@@ -116,8 +154,14 @@ def run_ranks(request: dict[str, Any], out: Path) -> list[int]:
         pid = os.fork()
         if not pid:
             world = str(request["ranks"])
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world,
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=world,
+                LOCAL_WORLD_SIZE=world,
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            )
             os._exit(one_rank(request, out, rank))
         pids.append(pid)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
@@ -180,8 +224,10 @@ def hashes(checkpoint: Path) -> dict[str, str]:
             for key in opened.keys():  # noqa: SIM118  not a dictionary
                 kind, name, start = [*key.split("|"), "0"][:3] if "|" in key else ("buffer", key, "0")
                 pieces.setdefault(f"{kind} {earlier(name)}", []).append((int(start), raw(opened.get_tensor(key))))
-    return {name: hashlib.sha256(b"".join(part for _, part in sorted(held))).hexdigest()[:16]
-            for name, held in sorted(pieces.items())}  # fmt: skip
+    return {
+        name: hashlib.sha256(b"".join(part for _, part in sorted(held))).hexdigest()[:16]
+        for name, held in sorted(pieces.items())
+    }
 
 
 def raw(tensor: Any) -> bytes:
@@ -220,8 +266,17 @@ def record(
         start = "never" if resume is None else str(resume / str(index) / "checkpoints" / f"step_{HALF:08d}")
         overrides = [*cell.overrides(out, of[cell.photographs]), *([f"checkpoint.every_steps={HALF}"] if kept else [])]
         overrides += plain_forward(checkout)
-        requests.append({"name": cell.name, "recipe": f"{cell.method}-tiny", "ranks": cell.ranks, "resume": start,
-                         "out": str(out), "overrides": overrides, "kept": kept})  # fmt: skip
+        requests.append(
+            {
+                "name": cell.name,
+                "recipe": f"{cell.method}-tiny",
+                "ranks": cell.ranks,
+                "resume": start,
+                "out": str(out),
+                "overrides": overrides,
+                "kept": kept,
+            }
+        )
     todo = folder / "requests.json"
     todo.write_text(json.dumps(requests))
     numbers: dict[str, Any] = {}

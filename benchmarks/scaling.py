@@ -51,11 +51,12 @@ def parts_of_step(work: Work, gpus: int, args: argparse.Namespace) -> dict[str, 
     hidden = min(reduce_s, args.overlap * compute * 2 / 3)
     weights = {0: 0, 1: 1, 2: 1, 3: 2}[work.stage]  # after the step; at stage 3 in the forward and in the backward
     return {
-        "compute": compute, "gradients": reduce_s - hidden,
+        "compute": compute,
+        "gradients": reduce_s - hidden,
         "weights": ring_s(work.bytes * trained, gpus, weights, link, latency) if weights else 0.0,
         "teacher": ring_s(work.bytes * published, gpus, 1, link, latency) if work.stage else 0.0,
         "embeddings": ring_s(rows, gpus, 2, link, latency),
-    }  # fmt: skip
+    }
 
 
 def model(args: argparse.Namespace) -> int:
@@ -88,21 +89,32 @@ def measure(args: argparse.Namespace) -> int:
             first = first or step_s
             size = args.per_rank * ranks
             rate = f"{size / step_s:8.1f} samples/s, {first / step_s:.1%} of the first row's speed a rank"
-            print(f"{ranks:3} ranks x {args.per_rank}: {step_s * 1e3:8.1f} ms, communication {waited * 1e3:.1f} ms,"
-                  f" {rate}", flush=True)  # fmt: skip
+            print(
+                f"{ranks:3} ranks x {args.per_rank}: {step_s * 1e3:8.1f} ms, communication {waited * 1e3:.1f} ms,"
+                f" {rate}",
+                flush=True,
+            )
     return 0
 
 
 def run_once(args: argparse.Namespace, run: Path, scenes: Path, ranks: int) -> list[dict[str, Any]]:
     """The rows of a short run, the first steps left out."""
     words = [
-        f"data.train={scenes}/train", f"run.out={run}", f"run.steps={args.steps}", "log.every_steps=1",
-        f"batch.global_size={args.per_rank * ranks}", f"batch.per_gpu={args.per_rank}", "optim.warmup_steps=0",
-        "data.workers=0", "log.tensorboard=false", *args.set,
-    ]  # fmt: skip
+        f"data.train={scenes}/train",
+        f"run.out={run}",
+        f"run.steps={args.steps}",
+        "log.every_steps=1",
+        f"batch.global_size={args.per_rank * ranks}",
+        f"batch.per_gpu={args.per_rank}",
+        "optim.warmup_steps=0",
+        "data.workers=0",
+        "log.tensorboard=false",
+        *args.set,
+    ]
     command = [sys.executable, "-m", "amclip_ds", "train", args.recipe, *words, "--procs", str(ranks)]
-    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)}, check=True,
-                   stdout=subprocess.DEVNULL)  # fmt: skip
+    subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)}, check=True, stdout=subprocess.DEVNULL
+    )
     return read_lines(run / "metrics.jsonl")[args.warm :]
 
 

@@ -27,18 +27,35 @@ from amclip_ds.data.synthetic import write_dataset
 from amclip_ds.jsonl import read_lines
 
 FAULTS = ("kill one rank", "kill all ranks", "kill the launcher", "SIGTERM", "SIGUSR1 to one rank", "STOP file")
-SETTINGS = ("batch.global_size=24", "data.workers=1", "log.every_steps=1", "log.tensorboard=false",
-            "checkpoint.every_steps=10", "optim.warmup_steps=20", "model.vision.depth=1",
-            "model.text.depth=1")  # fmt: skip
+SETTINGS = (
+    "batch.global_size=24",
+    "data.workers=1",
+    "log.every_steps=1",
+    "log.tensorboard=false",
+    "checkpoint.every_steps=10",
+    "optim.warmup_steps=20",
+    "model.vision.depth=1",
+    "model.text.depth=1",
+)
 WINDOW = 20
 
 
 def start(out: Path, data: Path, steps: int, world: int, stage: int) -> subprocess.Popen:
     """`amclip train` on `world` ranks of this machine."""
     argv = [
-        sys.executable, "-m", "amclip_ds", "train", "aclip-tiny", f"data.train={data}", f"run.out={out}",
-        f"run.steps={steps}", f"engine.deepspeed=zero{stage}_fp32.json", *SETTINGS, "--procs", str(world),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "amclip_ds",
+        "train",
+        "aclip-tiny",
+        f"data.train={data}",
+        f"run.out={out}",
+        f"run.steps={steps}",
+        f"engine.deepspeed=zero{stage}_fp32.json",
+        *SETTINGS,
+        "--procs",
+        str(world),
+    ]
     with (out.parent / f"{out.name}.log").open("ab") as log:
         return subprocess.Popen(argv, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -158,13 +175,20 @@ def main() -> int:
     a, b = smooth([calm[row["step"]] for row in rows]), smooth([row["loss"] for row in rows])
     worst = max((abs(x - y) / x for x, y in zip(a, b)), default=0.0)
     numbers = {
-        "steps_done": done, "steps_out_of_order": len(twice), "steps_lost_and_done_again": lost,
-        "faults": sum(fire["faults"].values()), "by_kind": fire["faults"], "codes": fire["codes"],
+        "steps_done": done,
+        "steps_out_of_order": len(twice),
+        "steps_lost_and_done_again": lost,
+        "faults": sum(fire["faults"].values()),
+        "by_kind": fire["faults"],
+        "codes": fire["codes"],
         "seconds_to_recover_median": statistics.median(fire["recoveries"]) if fire["recoveries"] else None,
         "seconds_to_recover_worst": max(fire["recoveries"], default=None),
-        "loss_worst_relative_difference_of_means_of_20": worst, "loss_last_calm": a[-1], "loss_last_fire": b[-1],
-        "goodput": step_s * done / fire["seconds"], "seconds": fire["seconds"],
-    }  # fmt: skip
+        "loss_worst_relative_difference_of_means_of_20": worst,
+        "loss_last_calm": a[-1],
+        "loss_last_fire": b[-1],
+        "goodput": step_s * done / fire["seconds"],
+        "seconds": fire["seconds"],
+    }
     print(json.dumps(numbers, indent=1))
     if args.json:
         args.json.write_text(json.dumps(numbers, indent=1) + "\n")

@@ -58,10 +58,17 @@ class Ours:
         precision = "bf16" if torch.cuda.is_available() else "fp32"
         given = {word.partition("=")[0] for word in words}
         defaults = [
-            f"data.train={scenes}/train", f"run.out={scenes}/run", "run.steps=1000", "run.epochs=null",
-            f"batch.global_size={batch}", f"batch.per_gpu={batch}", f"engine.deepspeed=zero1_{precision}.json",
-            "data.workers=0", "engine.compile=none", "model.vision.checkpoint_every=0",
-        ]  # fmt: skip
+            f"data.train={scenes}/train",
+            f"run.out={scenes}/run",
+            "run.steps=1000",
+            "run.epochs=null",
+            f"batch.global_size={batch}",
+            f"batch.per_gpu={batch}",
+            f"engine.deepspeed=zero1_{precision}.json",
+            "data.workers=0",
+            "engine.compile=none",
+            "model.vision.checkpoint_every=0",
+        ]
         self.config = settings.load(recipe, [word for word in defaults if word.partition("=")[0] not in given] + words)
         self.method = method_of(self.config)
         self.runtime = engine_runtime.start()
@@ -76,11 +83,15 @@ class Ours:
         """Random pixels, and texts of evenly spread lengths."""
         draw = torch.Generator().manual_seed(0)
         images = {"views_uint8": batch.views_uint8, "teacher_uint8": batch.teacher_uint8}
-        pixels = {name: torch.randint(0, 256, value.shape, generator=draw, dtype=torch.uint8)
-                  for name, value in images.items() if value is not None}  # fmt: skip
+        pixels = {
+            name: torch.randint(0, 256, value.shape, generator=draw, dtype=torch.uint8)
+            for name, value in images.items()
+            if value is not None
+        }
         text = self.config.model.text
-        ids, lengths = made_texts(len(batch.sample_ids), tokens, text.context_length, text.vocab_size,
-                                  text.eos_token_id)  # fmt: skip
+        ids, lengths = made_texts(
+            len(batch.sample_ids), tokens, text.context_length, text.vocab_size, text.eos_token_id
+        )
         if trimmed:
             ids = ids[:, : min(text.context_length, -(-max(lengths) // BUCKET) * BUCKET)].contiguous()
         made = dataclasses.replace(batch, token_ids=ids, text_lengths={"plain": lengths}, **pixels)
@@ -92,8 +103,17 @@ class Ours:
         for model in (self.student.module, *([self.teacher.placed.module] if self.teacher else [])):
             model.vision.savings = model.text.savings = chosen  # type: ignore[union-attr,assignment]
         batch = self.batches[variation in ("all", TRIMMED)]
-        return train_step(batch, self.student, self.teacher, self.schedules, 5, self.method, self.comm,
-                          len(batch.sample_ids), self.guards)  # fmt: skip
+        return train_step(
+            batch,
+            self.student,
+            self.teacher,
+            self.schedules,
+            5,
+            self.method,
+            self.comm,
+            len(batch.sample_ids),
+            self.guards,
+        )
 
 
 def savings_of(variation: str) -> Savings:
@@ -165,29 +185,42 @@ def operations_of(work: Callable[[], Any]) -> dict[str, int]:
     if not activities:
         return {"operators": sum(count for key, count in counts.items() if key.startswith("aten::"))}
     kinds = {"launches": ("LaunchKernel",), "copies": ("cudaMemcpy",), "synchronisations": ("Synchronize",)}
-    return {kind: sum(count for key, count in counts.items() if any(part in key for part in parts))
-            for kind, parts in kinds.items()}  # fmt: skip
+    return {
+        kind: sum(count for key, count in counts.items() if any(part in key for part in parts))
+        for kind, parts in kinds.items()
+    }
 
 
 def row_of(name: str, batch: int, times: list[float], flops: int, rate: float, peak: float | None) -> dict[str, Any]:
     """One line of the table."""
     step_s = statistics.median(times)
     return {
-        "name": name, "batch": batch, "step_s": step_s, "fastest_s": min(times), "slowest_s": max(times),
-        "samples_per_s": batch / step_s, "tflop": flops / 1e12, "matrix_tflops": rate / 1e12,
-        "mfu_of_matrix_rate": flops / step_s / rate, "mfu_of_peak": flops / step_s / peak / 1e12 if peak else None,
+        "name": name,
+        "batch": batch,
+        "step_s": step_s,
+        "fastest_s": min(times),
+        "slowest_s": max(times),
+        "samples_per_s": batch / step_s,
+        "tflop": flops / 1e12,
+        "matrix_tflops": rate / 1e12,
+        "mfu_of_matrix_rate": flops / step_s / rate,
+        "mfu_of_peak": flops / step_s / peak / 1e12 if peak else None,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None,
-    }  # fmt: skip
+    }
 
 
 def show(row: dict[str, Any], against: float | None = None) -> None:
     ratio = f"  x {against / row['step_s']:.3f}" if against else ""
     memory = f"  {row['peak_memory_gib']:.1f} GiB" if row["peak_memory_gib"] is not None else ""
-    more = "  ".join(f"{key} {row[key]}" for key in ("operators", "launches", "copies", "synchronisations")
-                     if key in row)  # fmt: skip
-    print(f"{row['name']:44} {row['step_s'] * 1e3:9.1f} ms [{row['fastest_s'] * 1e3:.1f}, {row['slowest_s'] * 1e3:.1f}]"
-          f"  {row['samples_per_s']:9.2f}/s  {row['tflop']:.3f} TFLOP  {row['mfu_of_matrix_rate']:6.1%}{memory}{ratio}"
-          f"  {more}", flush=True)  # fmt: skip
+    more = "  ".join(
+        f"{key} {row[key]}" for key in ("operators", "launches", "copies", "synchronisations") if key in row
+    )
+    print(
+        f"{row['name']:44} {row['step_s'] * 1e3:9.1f} ms [{row['fastest_s'] * 1e3:.1f}, {row['slowest_s'] * 1e3:.1f}]"
+        f"  {row['samples_per_s']:9.2f}/s  {row['tflop']:.3f} TFLOP  {row['mfu_of_matrix_rate']:6.1%}{memory}{ratio}"
+        f"  {more}",
+        flush=True,
+    )
 
 
 @contextmanager
@@ -217,15 +250,20 @@ def main() -> int:
     args = parser.parse_args()
     with made_scenes(args.batch) as scenes:
         engines = {recipe: Ours(recipe, args.set, args.batch, args.tokens, scenes) for recipe in args.recipes}
-    works = {f"{recipe} {variation}": (lambda engine=engine, variation=variation: engine.step(variation))
-             for recipe, engine in engines.items() for variation in args.vary}  # fmt: skip
+    works = {
+        f"{recipe} {variation}": (lambda engine=engine, variation=variation: engine.step(variation))
+        for recipe, engine in engines.items()
+        for variation in args.vary
+    }
     times = take_turns(works, args.repeats, args.warm)
     first = next(iter(engines.values()))
     rate = matrix_rate(first.student.dtype)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{device}, torch {torch.__version__}, {first.student.dtype}, {first.config.engine.deepspeed}, compile"
-          f" {first.student.compile_mode}, batch {args.batch}, captions of {args.tokens} tokens, a matrix product"
-          f" {rate / 1e12:.3f} TFLOP/s; medians of {args.repeats}, x: against the first row")  # fmt: skip
+    print(
+        f"{device}, torch {torch.__version__}, {first.student.dtype}, {first.config.engine.deepspeed}, compile"
+        f" {first.student.compile_mode}, batch {args.batch}, captions of {args.tokens} tokens, a matrix product"
+        f" {rate / 1e12:.3f} TFLOP/s; medians of {args.repeats}, x: against the first row"
+    )
     against = None
     for name, work in works.items():
         row = row_of(name, args.batch, times[name], flops_of(work), rate, args.peak) | operations_of(work)

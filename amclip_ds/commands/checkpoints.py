@@ -33,8 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", type=Path, metavar="DIR", help="import: a folder of DeepSpeed's save_checkpoint")
     parser.add_argument("--tag", metavar="T", help="import: which of its tags (what its `latest` names)")
     parser.add_argument("--config", metavar="FILE", help="import: recipe or yaml of the run (RUN/config.yaml)")
-    parser.add_argument("--trust-pickle", action="store_true",
-                        help="import: run the code pickled in the folder; without it nothing is read")  # fmt: skip
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="import: run the code pickled in the folder; without it nothing is read",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
 
 
@@ -132,8 +135,10 @@ def _import(args: argparse.Namespace, checkpoints: Path) -> dict[str, Any]:
     if args.source is None:
         raise UserError("import: --source DIR is missing: a folder of DeepSpeed's save_checkpoint")
     if not args.trust_pickle:
-        raise UserError(f"import: {args.source} is pickled, and reading it runs whatever code its writer put in it;"
-                        f" --trust-pickle says that you trust its writer")  # fmt: skip
+        raise UserError(
+            f"import: {args.source} is pickled, and reading it runs whatever code its writer put in it;"
+            f" --trust-pickle says that you trust its writer"
+        )
     recipe = args.config or str(args.run_folder / run_files.CONFIG)
     path, notes = tools.import_deepspeed(args.source, args.tag, checkpoints, config.load(recipe))
     print("\n".join([*notes, str(path)]))

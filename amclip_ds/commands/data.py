@@ -154,9 +154,15 @@ def _synth(args: argparse.Namespace) -> int:
     from amclip_ds.data import synthetic
 
     made = synthetic.write_dataset(
-        args.out, args.train, args.test, args.image_size, args.seed, shard_size=args.shard_size,
-        coloured_distractors=args.coloured_distractors, workers=args.workers,
-    )  # fmt: skip
+        args.out,
+        args.train,
+        args.test,
+        args.image_size,
+        args.seed,
+        shard_size=args.shard_size,
+        coloured_distractors=args.coloured_distractors,
+        workers=args.workers,
+    )
     done = "made" if made else "already exist"
     print(f"{args.train} training and {args.test} held-out scenes {done}")
     print(args.out)
@@ -265,10 +271,14 @@ def _epoch(report: "Report", global_batch: int, workers: int) -> dict[str, Any]:
     """How long an epoch is, and how long `workers` processes take to read and decode it."""
     samples, rate = report.samples_in_an_epoch(), report.samples_per_core_second()
     return {
-        "samples": samples, "global_batch": global_batch, "steps": samples // global_batch,
-        "gigabytes": report.total("num_bytes") / 1e9, "samples_per_core_second": rate, "workers": workers,
+        "samples": samples,
+        "global_batch": global_batch,
+        "steps": samples // global_batch,
+        "gigabytes": report.total("num_bytes") / 1e9,
+        "samples_per_core_second": rate,
+        "workers": workers,
         "reading_hours": samples / rate / workers / 3600 if rate else None,
-    }  # fmt: skip
+    }
 
 
 def _print_problems(report: "Report") -> None:

@@ -25,24 +25,48 @@ TASKS = ("zeroshot_classification", "retrieval", "linear_probe", "knn")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a run's folder, a checkpoint's, or an export's")
-    parser.add_argument("--data", action="append", metavar="DIR",
-                        help="what to evaluate on; repeatable (the run's eval.data)")  # fmt: skip
-    parser.add_argument("--suite", choices=SUITES, help="evaluate on the sets of a suite: those below --data, or else"
-                        " in the hub's cache, as wds_NAME folders")  # fmt: skip
-    parser.add_argument("--weights", choices=("student", "teacher", "both"), default="both",
-                        help="which weights (both; a source that has no teacher: the student)")  # fmt: skip
-    parser.add_argument("--task", action="append", choices=("auto", *TASKS),
-                        help="repeatable; auto (default): what the folder's dataset_type.txt says")  # fmt: skip
+    parser.add_argument(
+        "--data", action="append", metavar="DIR", help="what to evaluate on; repeatable (the run's eval.data)"
+    )
+    parser.add_argument(
+        "--suite",
+        choices=SUITES,
+        help="evaluate on the sets of a suite: those below --data, or else in the hub's cache, as wds_NAME folders",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("student", "teacher", "both"),
+        default="both",
+        help="which weights (both; a source that has no teacher: the student)",
+    )
+    parser.add_argument(
+        "--task",
+        action="append",
+        choices=("auto", *TASKS),
+        help="repeatable; auto (default): what the folder's dataset_type.txt says",
+    )
     parser.add_argument(
         "--split", default="", metavar="NAME", help="the split's folder (test; where there is none, val)"
     )
-    parser.add_argument("--templates", default="folder", metavar="folder|openai-7|openai-80|FILE",
-                        help="prompt templates (the folder's own; of an image folder openai-7)")  # fmt: skip
-    parser.add_argument("--classnames", default="folder", metavar="folder|imagenet|FILE",
-                        help="class names (the folder's own; wnids are known)")  # fmt: skip
+    parser.add_argument(
+        "--templates",
+        default="folder",
+        metavar="folder|openai-7|openai-80|FILE",
+        help="prompt templates (the folder's own; of an image folder openai-7)",
+    )
+    parser.add_argument(
+        "--classnames",
+        default="folder",
+        metavar="folder|imagenet|FILE",
+        help="class names (the folder's own; wnids are known)",
+    )
     parser.add_argument("--batch-size", type=whole(1), default=64, metavar="N", help="images in one forward (64)")
-    parser.add_argument("--preprocess", choices=("ours", "library"), default="ours",
-                        help="whose pixels an export sees: ours (default), or its own library's")  # fmt: skip
+    parser.add_argument(
+        "--preprocess",
+        choices=("ours", "library"),
+        default="ours",
+        help="whose pixels an export sees: ours (default), or its own library's",
+    )
     parser.add_argument("--procs", type=whole(1, 1024), metavar="N", help="start N processes on this machine")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers, in CLIP_benchmark's names")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write CLIP_benchmark's table")

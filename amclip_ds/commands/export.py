@@ -28,8 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--license", default="unknown", metavar="ID", help="of the weights, for the card (unknown: FILL IN)"
     )
-    parser.add_argument("--push", metavar="ORG/NAME", help="then upload it to the Hugging Face hub (hf, open_clip);"
-                        " offline: the command that does it")  # fmt: skip
+    parser.add_argument(
+        "--push",
+        metavar="ORG/NAME",
+        help="then upload it to the Hugging Face hub (hf, open_clip); offline: the command that does it",
+    )
     parser.add_argument("--private", action="store_true", help="as a private repository")
     parser.add_argument("--json", metavar="FILE", help="also write what the proof measured")
 

@@ -15,8 +15,12 @@ HELP = "write a run as one HTML file"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; several are compared")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (RUN/report.html; of several runs,"
-                        " report.html here)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the file to write (RUN/report.html; of several runs, report.html here)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,8 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the recipe")
     parser.add_argument("--nodes", type=whole(1, 100_000), default=1, metavar="N", help="nodes (1)")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--gpus-per-node", type=whole(1, 1024), metavar="N", help="GPUs on each, a task for each GPU"
-                      " (as many as the partition's nodes have)")  # fmt: skip
+    size.add_argument(
+        "--gpus-per-node",
+        type=whole(1, 1024),
+        metavar="N",
+        help="GPUs on each, a task for each GPU (as many as the partition's nodes have)",
+    )
     size.add_argument("--tasks-per-node", type=whole(1, 1024), metavar="N", help="tasks on each node without GPUs (1)")
     parser.add_argument("--gpu", metavar="NAME", help="kind of GPU (amclip plan): refuses what cannot fit")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of a GPU, as 80GB: refuses what cannot fit")

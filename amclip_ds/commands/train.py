@@ -21,9 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the recipe")
     parser.add_argument("--procs", type=whole(1, 1024), metavar="N", help="start N processes on this machine")
     parser.add_argument(
-        "--resume", default="auto", metavar="auto|PATH|never",
+        "--resume",
+        default="auto",
+        metavar="auto|PATH|never",
         help="auto (default): resume from the newest checkpoint, fresh only if there is none",
-    )  # fmt: skip
+    )
     add_plugin(parser)
 
 
@@ -41,8 +43,13 @@ def run(args: argparse.Namespace) -> int:
         config.plan_batch(settings.batch, args.procs)  # a mistake is reported once, not by every rank
         argv = ["train", args.recipe, *args.overrides, "--resume", args.resume, *plugin_words(args.plugin)]
         patience_s = settings.preemption.forced_exit_s + 30  # the ranks' own timers come first, and show their stacks
-        return run_ranks([sys.executable, "-m", "amclip_ds", *argv], args.procs, settings.run.out,
-                         forced_exit_s=patience_s, listens=True)  # fmt: skip
+        return run_ranks(
+            [sys.executable, "-m", "amclip_ds", *argv],
+            args.procs,
+            settings.run.out,
+            forced_exit_s=patience_s,
+            listens=True,
+        )
     if is_first_rank():
         print(f"{args.recipe} -> {settings.run.out}: loading torch and DeepSpeed", flush=True)
     from amclip_ds.train import train

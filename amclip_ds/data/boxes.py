@@ -29,9 +29,12 @@ def draw_boxes(
 
 
 def random_resized_crop(
-    random: np.random.Generator, height: int, width: int, scale: tuple[float, float] = SCALE,
+    random: np.random.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = SCALE,
     bounds: tuple[float, float] = RATIO,
-) -> Box:  # fmt: skip
+) -> Box:
     """torchvision's RandomResizedCrop.get_params: ten tries at an area and a ratio, then the central crop."""
     area = height * width
     tries = random.random((10, 4))  # always as many, so that what follows does not depend on how many were needed

@@ -65,10 +65,15 @@ EXTREME_ASPECT = 5.0
 CAPTIONS_TO_TOKENISE = 4000  # of the whole set: enough for percentiles
 MEASURED = np.dtype(
     [
-        ("hash", "<u8"), ("width", "<u4"), ("height", "<u4"), ("image_bytes", "<u4"), ("format", "u1"),
-        ("captions", "<u2"), ("characters", "<u4"),
+        ("hash", "<u8"),
+        ("width", "<u4"),
+        ("height", "<u4"),
+        ("image_bytes", "<u4"),
+        ("format", "u1"),
+        ("captions", "<u2"),
+        ("characters", "<u4"),
     ]
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -162,9 +167,11 @@ class Report:
         surplus = sum(shard.surplus() for shard in self.shards)  # of all headers, where only a part is checked
         is_lost = self.total("lost") > 0 or any(kind in shard.problems for shard in self.shards for kind in LOST)
         return (
-            self.total("read") > 0 and not is_lost
-            and bad <= rate * self.total("expected") and surplus <= rate * self.total("images")
-        )  # fmt: skip
+            self.total("read") > 0
+            and not is_lost
+            and bad <= rate * self.total("expected")
+            and surplus <= rate * self.total("images")
+        )
 
     def problems(self) -> Counter[str]:
         """Counts by kind."""
@@ -216,13 +223,18 @@ class Report:
         """The record that scripts read (design: `data check --json`)."""
         shards = [
             {
-                "path": shard.path, "ok": shard.is_ok(self.config.max_skip_rate), "samples": shard.samples,
+                "path": shard.path,
+                "ok": shard.is_ok(self.config.max_skip_rate),
+                "samples": shard.samples,
                 "problems": [{"kind": k, "key": key, "count": n} for k, (key, n) in shard.problems.items()],
-                "expected": shard.expected, "read": shard.read, "skipped": shard.skipped, "lost": shard.lost,
+                "expected": shard.expected,
+                "read": shard.read,
+                "skipped": shard.skipped,
+                "lost": shard.lost,
                 "causes": dict(shard.causes),
             }
             for shard in self.shards
-        ]  # fmt: skip
+        ]
         names = ("expected", "read", "skipped", "lost", "samples", "images", "num_bytes")
         totals = {name: self.total(name) for name in names}
         more = {"ok": self.ok, "samples_per_core_second": self.samples_per_core_second(), "config": asdict(self.config)}

@@ -268,9 +268,14 @@ class ChunkMaker:
             options = captions.candidates(members[1], members[2], spec.sources, spec.per_line)
             text = captions.choose(options, random)
             made = make_views(
-                members[0] or b"", random, spec.views, spec.image_size, spec.teacher_size, spec.teacher_contains,
+                members[0] or b"",
+                random,
+                spec.views,
+                spec.image_size,
+                spec.teacher_size,
+                spec.teacher_contains,
                 spec.max_pixels,
-            )  # fmt: skip
+            )
         except ShardChanged as error:
             self._report_change(wanted, str(error), "replaced", chunk)
             return False
@@ -373,8 +378,14 @@ def _differing(sample: Sample, members: list[bytes | None]) -> str:
     """Which of the members that were read is not what was indexed: image, text or json; empty if all are."""
     noted = sample.checksums or (0, 0, 0)
     pairs = zip(contents_of.MEMBERS, members, noted)
-    return next((name for name, content, known in pairs if content is not None and known
-                 and contents_of.checksum(content) != known), "")  # fmt: skip
+    return next(
+        (
+            name
+            for name, content, known in pairs
+            if content is not None and known and contents_of.checksum(content) != known
+        ),
+        "",
+    )
 
 
 def _incident(kind: str, shard: str, key: str, cause: str, action: str) -> dict[str, str]:

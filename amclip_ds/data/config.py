@@ -49,8 +49,10 @@ class ViewConfig:
             raise ValueError(f"{key}.same_crop_as: {self.same_crop_as} is no view before this one; {earlier}")
         for name in ("scale", "ratio", "flip", "colours"):
             if getattr(self, name) not in (None, ""):
-                raise ValueError(f"{key}.{name}: the crop is that of view {self.same_crop_as} (same_crop_as); set it"
-                                 f" there, or leave one of the two out")  # fmt: skip
+                raise ValueError(
+                    f"{key}.{name}: the crop is that of view {self.same_crop_as} (same_crop_as); set it"
+                    f" there, or leave one of the two out"
+                )
 
 
 class View(NamedTuple):
@@ -123,8 +125,15 @@ class DataConfig:
         for place, view in enumerate(self.views):
             view.check(place)
         self.num_views = len(self.views) or self.num_views
-        at_least = {"workers": 0, "prefetch": 1, "num_views": 1, "text_bucket": 0, "open_shards": 1,
-                    "shuffle_window": 1, "max_pixels": 1}  # fmt: skip
+        at_least = {
+            "workers": 0,
+            "prefetch": 1,
+            "num_views": 1,
+            "text_bucket": 0,
+            "open_shards": 1,
+            "shuffle_window": 1,
+            "max_pixels": 1,
+        }
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}: {getattr(self, name)} is below {least}")

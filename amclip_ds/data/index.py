@@ -33,11 +33,19 @@ VERSION = 1
 MAX_META = 64 << 20  # 200 bytes a shard
 RECORD = np.dtype(
     [
-        ("image_block", "<u4"), ("image_size", "<u4"), ("text_block", "<u4"), ("text_size", "<u4"),
-        ("json_block", "<u4"), ("json_size", "<u4"), ("width", "<u2"), ("height", "<u2"),
-        ("format", "u1"), ("flags", "u1"), ("key_offset", "<u4"),
+        ("image_block", "<u4"),
+        ("image_size", "<u4"),
+        ("text_block", "<u4"),
+        ("text_size", "<u4"),
+        ("json_block", "<u4"),
+        ("json_size", "<u4"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("format", "u1"),
+        ("flags", "u1"),
+        ("key_offset", "<u4"),
     ]
-)  # fmt: skip
+)
 HAS_TEXT, HAS_JSON, BAD_HEADER = 1, 2, 4
 HEADER_BYTES = 1 << 16  # an image's header with its EXIF block
 LONG_HEADER_BYTES = 1 << 22  # one that carries a colour profile of a printer, or a preview
@@ -127,20 +135,25 @@ class Index:
             return int(record[f"{name}_block"]) * BLOCK, int(record[f"{name}_size"])
 
         return Sample(
-            sample_id, self.shards[shard].path, self.key(sample_id), place("image"),
+            sample_id,
+            self.shards[shard].path,
+            self.key(sample_id),
+            place("image"),
             place("text") if record["flags"] & HAS_TEXT else None,
             place("json") if record["flags"] & HAS_JSON else None,
             None if self.contents is None else tuple(map(int, self.contents[sample_id])),
-        )  # fmt: skip
+        )
 
     def key(self, sample_id: int) -> str:
         """A sample's key: its members' common name."""
         shard = self.shard_of(sample_id)
         start = int(self._key_starts[shard]) + int(self.records[sample_id]["key_offset"])
         last = sample_id + 1 == self.starts[shard + 1]
-        stop = int(self._key_starts[shard + 1]) if last else (
-            int(self._key_starts[shard]) + int(self.records[sample_id + 1]["key_offset"])
-        )  # fmt: skip
+        stop = (
+            int(self._key_starts[shard + 1])
+            if last
+            else (int(self._key_starts[shard]) + int(self.records[sample_id + 1]["key_offset"]))
+        )
         return self._keys[start:stop].tobytes().decode("utf-8", "surrogateescape")
 
     def find(self, shards: list[str]) -> list[int]:
@@ -274,9 +287,16 @@ def _scan_open_shard(shard: str, opened: reader.Opened) -> Scanned:
     keys = b"".join(found.keys)
     checksums = np.array(found.checksums, dtype=CONTENT).tobytes()
     entry = ShardEntry(
-        redact(shard), size, mtime_ns, fingerprint(file, size), len(found.rows), listed, len(keys), digest(checksums),
+        redact(shard),
+        size,
+        mtime_ns,
+        fingerprint(file, size),
+        len(found.rows),
+        listed,
+        len(keys),
+        digest(checksums),
         etag,
-    )  # fmt: skip
+    )
     return Scanned(entry, np.array(found.rows, dtype=RECORD).tobytes(), keys, checksums)
 
 

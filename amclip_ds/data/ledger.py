@@ -36,10 +36,13 @@ class Counts:
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
-            self.seen + other.seen, self.skipped + other.skipped, self.mended + other.mended,
-            self.retried + other.retried, self.read_bytes + other.read_bytes,
+            self.seen + other.seen,
+            self.skipped + other.skipped,
+            self.mended + other.mended,
+            self.retried + other.retried,
+            self.read_bytes + other.read_bytes,
             self.by_shard_and_kind + other.by_shard_and_kind,
-        )  # fmt: skip
+        )
 
 
 class Ledger:
@@ -64,10 +67,13 @@ class Ledger:
         skipped = [row for row in batch.incidents if row["action"] == SKIPPED]
         kinds = Counter(row["kind"] for row in batch.incidents)
         self._local += Counts(
-            seen=len(batch.sample_ids), skipped=len(skipped), mended=kinds["mended"], retried=kinds["retried"],
+            seen=len(batch.sample_ids),
+            skipped=len(skipped),
+            mended=kinds["mended"],
+            retried=kinds["retried"],
             read_bytes=batch.read_bytes,
             by_shard_and_kind=Counter((row["shard"], row["kind"]) for row in skipped),
-        )  # fmt: skip
+        )
 
     def settle(self) -> Counts:
         """Adds up what all ranks entered since the last time. Raises RunStopped, on all of them, when too many samples

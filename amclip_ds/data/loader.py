@@ -51,12 +51,27 @@ class TrainingData:
     """
 
     def __init__(
-        self, config: DataConfig, *, seed: int, global_batch: int, rank: int, world_size: int, image_size: int,
-        teacher_size: int | None, num_units: int, context_length: int, draws_twice: bool = False,
-        teacher_contains: bool = True, fills_text_budget: bool = True, say: Callable[[str], None] = print,
-        once: Once | None = None, index_dir: str | Path | None = None, device: torch.device = CPU,
-        resumes: bool = False, prepare: Callable[[], object] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world_size: int,
+        image_size: int,
+        teacher_size: int | None,
+        num_units: int,
+        context_length: int,
+        draws_twice: bool = False,
+        teacher_contains: bool = True,
+        fills_text_budget: bool = True,
+        say: Callable[[str], None] = print,
+        once: Once | None = None,
+        index_dir: str | Path | None = None,
+        device: torch.device = CPU,
+        resumes: bool = False,
+        prepare: Callable[[], object] | None = None,
+    ) -> None:
         self._device, self._prepare = device, prepare
         self.config, self.global_batch = config, global_batch
         self._say = say if rank == 0 else lambda text: None
@@ -72,15 +87,32 @@ class TrainingData:
         members = index.find(sources.shards)
         mixture = _mixture(config, sources)
         self._spec = ChunkSpec(
-            index=sources.index, paths=tuple(sources.shards), members=tuple(members), mixture=mixture, seed=seed,
-            open_shards=config.open_shards, window=config.shuffle_window, views=config.all_views(),
-            image_size=image_size, teacher_size=teacher_size, teacher_contains=teacher_contains, num_units=num_units,
-            draws_twice=draws_twice, context_length=context_length, text_mask=config.text_mask,
-            fills_text_budget=fills_text_budget, words_hash=_words_hash(config.text_mask),
-            sources=tuple(config.captions), per_line=config.caption_per_line, max_pixels=config.max_pixels,
-            stage_dir=config.stage_dir, stage_bytes=int(config.stage_gb * 1e9), on_change=config.on_change,
-            keep_colours=config.keep_colours, excluded=read_excluded(config.exclude),
-        )  # fmt: skip
+            index=sources.index,
+            paths=tuple(sources.shards),
+            members=tuple(members),
+            mixture=mixture,
+            seed=seed,
+            open_shards=config.open_shards,
+            window=config.shuffle_window,
+            views=config.all_views(),
+            image_size=image_size,
+            teacher_size=teacher_size,
+            teacher_contains=teacher_contains,
+            num_units=num_units,
+            draws_twice=draws_twice,
+            context_length=context_length,
+            text_mask=config.text_mask,
+            fills_text_budget=fills_text_budget,
+            words_hash=_words_hash(config.text_mask),
+            sources=tuple(config.captions),
+            per_line=config.caption_per_line,
+            max_pixels=config.max_pixels,
+            stage_dir=config.stage_dir,
+            stage_bytes=int(config.stage_gb * 1e9),
+            on_change=config.on_change,
+            keep_colours=config.keep_colours,
+            excluded=read_excluded(config.exclude),
+        )
         self.words_hash, self.excluded_hash = self._spec.words_hash, self._spec.excluded.hash
         if self.excluded_hash:
             self._say(f"data: {len(self._spec.excluded)} samples are left out by {config.exclude}")
@@ -138,16 +170,22 @@ class TrainingData:
     def _batch(self, chunk: Chunk, epoch: int, cursor: dict[str, Any], incidents: list[dict[str, str]]) -> Batch:
         texts = {"plain": chunk.token_ids} | ({"masked": chunk.masked_ids} if chunk.masked_ids.shape[1] else {})
         return Batch(
-            views_uint8=chunk.views, teacher_uint8=chunk.teacher, boxes=torch.from_numpy(chunk.boxes),
-            photometric=Photometric(chunk.photometric), mask_noise=torch.from_numpy(chunk.noise),
+            views_uint8=chunk.views,
+            teacher_uint8=chunk.teacher,
+            boxes=torch.from_numpy(chunk.boxes),
+            photometric=Photometric(chunk.photometric),
+            mask_noise=torch.from_numpy(chunk.noise),
             token_ids=self._trimmed(chunk.token_ids),
-            sample_ids=torch.from_numpy(chunk.sample_ids), epoch=epoch, cursor=cursor,
+            sample_ids=torch.from_numpy(chunk.sample_ids),
+            epoch=epoch,
+            cursor=cursor,
             flips=torch.from_numpy(chunk.flips) if any(view.flip for view in self._spec.views) else None,
             masked_ids=self._trimmed(chunk.masked_ids) if chunk.masked_ids.shape[1] else None,
             mask_noise2=torch.from_numpy(chunk.noise2) if self._spec.draws_twice else None,
-            incidents=incidents + chunk.incidents, read_bytes=chunk.read_bytes,
+            incidents=incidents + chunk.incidents,
+            read_bytes=chunk.read_bytes,
             text_lengths={name: captions.lengths(torch.from_numpy(ids)) for name, ids in texts.items()},
-        )  # fmt: skip
+        )
 
     def _trimmed(self, token_ids: np.ndarray) -> torch.Tensor:
         return captions.trim(torch.from_numpy(token_ids), self.config.text_bucket)
@@ -174,14 +212,28 @@ class TrainingData:
         deaths: list[dict[str, str]] = []
 
         def died(cause: str) -> None:
-            deaths.append({"kind": "worker_died", "shard": "", "key": "", "cause": cause,
-                           "action": "another one makes the same samples"})  # fmt: skip
+            deaths.append(
+                {
+                    "kind": "worker_died",
+                    "shard": "",
+                    "key": "",
+                    "cause": cause,
+                    "action": "another one makes the same samples",
+                }
+            )
 
         config = self.config
-        with contextlib.closing(Workers(
-            ChunkMaker(self._spec).make, self._places(epoch, step), number=config.workers, ahead=config.prefetch,
-            timeout_s=config.timeout_s, died=died, prepare=self._prepare,
-        )) as workers:  # fmt: skip
+        with contextlib.closing(
+            Workers(
+                ChunkMaker(self._spec).make,
+                self._places(epoch, step),
+                number=config.workers,
+                ahead=config.prefetch,
+                timeout_s=config.timeout_s,
+                died=died,
+                prepare=self._prepare,
+            )
+        ) as workers:
             while True:
                 chunk = workers.next()
                 if isinstance(chunk, Fault):
@@ -193,15 +245,24 @@ class TrainingData:
 
     def _fingerprint(self, samples: str) -> str:
         """What the order follows from, apart from the seed: the same value, the same sequence of samples."""
-        facts = [samples, self.global_batch, self._spec.open_shards, self._spec.window, list(self._spec.members),
-                 self._spec.mixture.source_of_shard.tolist(), self._spec.mixture.weights,
-                 self._spec.mixture.with_replacement]  # fmt: skip
+        facts = [
+            samples,
+            self.global_batch,
+            self._spec.open_shards,
+            self._spec.window,
+            list(self._spec.members),
+            self._spec.mixture.source_of_shard.tolist(),
+            self._spec.mixture.weights,
+            self._spec.mixture.with_replacement,
+        ]
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
     def _check_enough(self) -> None:
         if self.samples_per_epoch == 0:
-            raise UserError(f"data.train: no sample with an image in {self.shards[0]}{and_more(self.shards)}"
-                            f"{self.account.why_empty()}")  # fmt: skip
+            raise UserError(
+                f"data.train: no sample with an image in {self.shards[0]}{and_more(self.shards)}"
+                f"{self.account.why_empty()}"
+            )
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"data.train: an epoch has {self.samples_per_epoch} samples, batch.global_size needs"
@@ -209,8 +270,10 @@ class TrainingData:
             )
         tail = self.samples_per_epoch - self.steps_per_epoch * self.global_batch
         if tail:
-            self._say(f"data: {self.samples_per_epoch} samples an epoch; the last {tail} of each epoch's order are left"
-                      f" out, which do not fill a batch of {self.global_batch}")  # fmt: skip
+            self._say(
+                f"data: {self.samples_per_epoch} samples an epoch; the last {tail} of each epoch's order are left"
+                f" out, which do not fill a batch of {self.global_batch}"
+            )
 
 
 def _mixture(config: DataConfig, sources: Sources) -> Mixture:
@@ -222,11 +285,17 @@ def _mixture(config: DataConfig, sources: Sources) -> Mixture:
 def _damage(index: Index, members: list[int]) -> list[dict[str, str]]:
     """What indexing found in the shards of this run, as incidents: members that no sample order can reach."""
     return [
-        {"kind": problem["kind"], "shard": index.shards[number].path, "key": printable(problem["key"]),
-         "cause": f"{problem['count']} x, found by indexing", "action": "left out of every epoch"}
-        for number in dict.fromkeys(members) for problem in index.shards[number].problems
+        {
+            "kind": problem["kind"],
+            "shard": index.shards[number].path,
+            "key": printable(problem["key"]),
+            "cause": f"{problem['count']} x, found by indexing",
+            "action": "left out of every epoch",
+        }
+        for number in dict.fromkeys(members)
+        for problem in index.shards[number].problems
         if problem["kind"] not in HAVE_A_PLACE
-    ]  # fmt: skip
+    ]
 
 
 def _words_hash(config: TextMaskConfig) -> str:

@@ -63,15 +63,25 @@ class Packed:
 
     def lines(self) -> list[str]:
         """For people."""
-        reported = [f"left out: {count} rows: {cause}; the first is row {self.first[cause][0] + 1},"
-                f" {printable(self.first[cause][1])[:200]}" for cause, count in self.causes.most_common()]  # fmt: skip
-        return [*reported, f"{self.rows} rows = {self.samples} samples in {len(self.shards)} tar(s)"
-                       f" + {self.causes.total()} left out"]  # fmt: skip
+        reported = [
+            f"left out: {count} rows: {cause}; the first is row {self.first[cause][0] + 1},"
+            f" {printable(self.first[cause][1])[:200]}"
+            for cause, count in self.causes.most_common()
+        ]
+        return [
+            *reported,
+            f"{self.rows} rows = {self.samples} samples in {len(self.shards)} tar(s) + {self.causes.total()} left out",
+        ]
 
     def facts(self) -> dict[str, Any]:
         """For a program."""
-        return {"rows": self.rows, "samples": self.samples, "left_out": self.causes.total(), "shards": self.shards,
-                "causes": dict(self.causes.most_common())}  # fmt: skip
+        return {
+            "rows": self.rows,
+            "samples": self.samples,
+            "left_out": self.causes.total(),
+            "shards": self.shards,
+            "causes": dict(self.causes.most_common()),
+        }
 
 
 def pack(source: Source, out: Path, shard_size: int, threads: int, advance: Callable[[int], None]) -> Packed:
@@ -143,9 +153,19 @@ class _Shards:
         if self._writer is None:
             from webdataset import ShardWriter
 
-            self._writer = ShardWriter(".%05d.tar.partial", self.size + 1, start_shard=len(self.done.shards),
-                                       opener=self._open, post=self._finish, verbose=0, encoder=False, mtime=0,
-                                       user="", group="", mode=0o644)  # fmt: skip
+            self._writer = ShardWriter(
+                ".%05d.tar.partial",
+                self.size + 1,
+                start_shard=len(self.done.shards),
+                opener=self._open,
+                post=self._finish,
+                verbose=0,
+                encoder=False,
+                mtime=0,
+                user="",
+                group="",
+                mode=0o644,
+            )
         self._writer.write({"__key__": f"{number:09d}", **sample})
         self._samples += 1
         if self._samples == self.size:
@@ -166,8 +186,13 @@ class _Shards:
         self._note(final)
 
     def _note(self, shard: str) -> None:
-        line = {"shard": shard, "first_row": self.done.rows, "rows": self._rows, "samples": self._samples,
-                "left_out": self._left_out}  # fmt: skip
+        line = {
+            "shard": shard,
+            "first_row": self.done.rows,
+            "rows": self._rows,
+            "samples": self._samples,
+            "left_out": self._left_out,
+        }
         append_line(self.out / RECORD, line)
         self.done.add(line)
         self._left_out, self._rows, self._samples = [], 0, 0

@@ -80,8 +80,10 @@ def open_source(spec: str, keys: Keys) -> Source:
     """Raises UserError for what is missing, unknown or unclear."""
     path = Path(spec).expanduser()
     if URL.match(spec):
-        raise UserError(f"SOURCE: {spec} is a URL; download it: for a data set of the hub, hf download NAME"
-                        " --repo-type dataset --local-dir DIR")  # fmt: skip
+        raise UserError(
+            f"SOURCE: {spec} is a URL; download it: for a data set of the hub, hf download NAME"
+            " --repo-type dataset --local-dir DIR"
+        )
     if path.is_dir():
         return _open_folder(path, keys)
     if not is_regular(path):
@@ -92,9 +94,11 @@ def open_source(spec: str, keys: Keys) -> Source:
         return Arrow([path], keys, spec)
     what = kind_by_name(spec)
     is_tar = path.suffix.lower() == ".tar"
-    raise UserError(f"SOURCE: {printable(spec)} is {'a shard already: amclip data check reads it' if is_tar else what}"
-                    if is_tar or what else f"SOURCE: {printable(spec)}: neither a folder, a table (csv, tsv, jsonl) nor"
-                    " Parquet or Arrow")  # fmt: skip
+    raise UserError(
+        f"SOURCE: {printable(spec)} is {'a shard already: amclip data check reads it' if is_tar else what}"
+        if is_tar or what
+        else f"SOURCE: {printable(spec)}: neither a folder, a table (csv, tsv, jsonl) nor Parquet or Arrow"
+    )
 
 
 def _open_folder(folder: Path, keys: Keys) -> Source:
@@ -148,8 +152,10 @@ class Folder:
         captions = sum(bool(kinds.keys() & {"txt", "json"}) for kinds in self._found.values())
         if not captions:
             what = f"{self.count} images and no caption" if self.count else "neither images nor tables"
-            raise UserError(f"SOURCE: {folder} holds {what}: put NAME.txt with the caption beside each NAME.jpg, or"
-                            " metadata.csv with the columns file_name and text")  # fmt: skip
+            raise UserError(
+                f"SOURCE: {folder} holds {what}: put NAME.txt with the caption beside each NAME.jpg, or"
+                " metadata.csv with the columns file_name and text"
+            )
         self.fingerprint = f"{self.count} files, {_checksum(self._found):08x}"
 
     def describe(self) -> str:
@@ -184,8 +190,10 @@ class Table:
         self.count = sum(1 for _ in self._cells())
         first = next((cells for cells in self._cells() if isinstance(cells, dict)), {})
         if URL.match(str(first.get(self.image, ""))):
-            raise UserError(f"SOURCE: {path}: its images are URLs; img2dataset downloads them into shards"
-                            " (--output_format=webdataset)")  # fmt: skip
+            raise UserError(
+                f"SOURCE: {path}: its images are URLs; img2dataset downloads them into shards"
+                " (--output_format=webdataset)"
+            )
         self.fingerprint = f"{path.stat().st_size} bytes, {self.image}, {self.caption}, {self.root.resolve()}"
 
     def describe(self) -> str:
@@ -330,8 +338,9 @@ class Arrow:
     def _row(self, file: Path, batch: Any, place: int, number: int) -> Row:
         name = f"{file.name}, row {number + 1}"
         try:
-            value, caption = (batch.column(batch.schema.get_field_index(key))[place].as_py()
-                              for key in (self.image, self.caption))  # fmt: skip
+            value, caption = (
+                batch.column(batch.schema.get_field_index(key))[place].as_py() for key in (self.image, self.caption)
+            )
         except (ValueError, UnicodeDecodeError, self._pa.ArrowException) as error:
             return Row(name, fault=f"cannot be read: {type(error).__name__}")
         content = value.get("bytes") if isinstance(value, dict) else value

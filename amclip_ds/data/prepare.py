@@ -32,9 +32,12 @@ class Sources:
 
 
 def find_sources(
-    config: DataConfig, say: Callable[[str], None], once: Once, index_dir: str | Path | None = None,
+    config: DataConfig,
+    say: Callable[[str], None],
+    once: Once,
+    index_dir: str | Path | None = None,
     resumes: bool = False,
-) -> Sources:  # fmt: skip
+) -> Sources:
     """The shards, checked, with an index that fits them, made where it is missing. Raises UserError."""
     builder: list[_Background] = []
 
@@ -143,11 +146,14 @@ def _build(shards: list[str], folder: Path, processes: int, say: Callable[[str],
         for name in ("meta.json", "samples.bin", "keys.bin", "content.bin"):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
-        raise UserError(f"data.train: {unreadable[0].path} cannot be read: {unreadable[0].problems[0]['key']}"
-                        f"{and_more(unreadable)}")  # fmt: skip
+        raise UserError(
+            f"data.train: {unreadable[0].path} cannot be read: {unreadable[0].problems[0]['key']}{and_more(unreadable)}"
+        )
     damaged = [shard for shard in index.shards if shard.problems]
-    say(f"data: indexed {len(index)} samples in {len(shards)} shard(s) -> {folder}"
-        + (f"; {len(damaged)} shard(s) have damage, `amclip data check` shows what" if damaged else ""))  # fmt: skip
+    say(
+        f"data: indexed {len(index)} samples in {len(shards)} shard(s) -> {folder}"
+        + (f"; {len(damaged)} shard(s) have damage, `amclip data check` shows what" if damaged else "")
+    )
 
 
 def _writable(folder: Path) -> bool:

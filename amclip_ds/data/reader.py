@@ -54,9 +54,12 @@ class ShardReader:
     """
 
     def __init__(
-        self, stage_dir: str | None = None, stage_bytes: int = 0, on_retry: Callable[[str, str], None] | None = None,
+        self,
+        stage_dir: str | None = None,
+        stage_bytes: int = 0,
+        on_retry: Callable[[str, str], None] | None = None,
         sizes: Mapping[str, int] = {},
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._sizes = sizes
         self._files: OrderedDict[str, int] = OrderedDict()
         self._systems: dict[str, Any] = {}

@@ -62,8 +62,9 @@ class Http(HTTPFileSystem):
         for method, more in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):  # a signed URL may be good for GET alone
             try:
                 async with await self._ask(method, url, more) as response:
-                    size = _total(response) if response.status == 206 else int(
-                        response.headers.get("Content-Length", -1))  # fmt: skip
+                    size = (
+                        _total(response) if response.status == 206 else int(response.headers.get("Content-Length", -1))
+                    )
                     return {"name": url, "size": size, "ETag": _etag(response), "type": "file"}
             except (OSError, aiohttp.ClientError):
                 if method == "GET":
@@ -99,8 +100,10 @@ class Http(HTTPFileSystem):
             encoding = response.headers.get("Content-Encoding", "identity")
             if encoding not in ("", "identity"):
                 response.close()
-                raise Refused(f"the server sends it with Content-Encoding: {encoding}, in which offsets are others;"
-                              f" switch that off for .tar files")  # fmt: skip
+                raise Refused(
+                    f"the server sends it with Content-Encoding: {encoding}, in which offsets are others;"
+                    f" switch that off for .tar files"
+                )
             return response
         raise Refused(f"more than {MAX_REDIRECTS} redirects")
 

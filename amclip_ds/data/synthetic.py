@@ -32,14 +32,23 @@ from amclip_ds.files import not_written
 
 SHAPES = ("circle", "square", "triangle", "bar", "star", "cross", "ring", "pillar")
 COLOURS = {
-    "red": (214, 39, 40), "green": (44, 160, 44), "blue": (40, 80, 215), "yellow": (235, 215, 40),
-    "purple": (130, 50, 180), "orange": (245, 135, 20), "cyan": (40, 200, 215), "pink": (245, 120, 190),
-}  # fmt: skip
+    "red": (214, 39, 40),
+    "green": (44, 160, 44),
+    "blue": (40, 80, 215),
+    "yellow": (235, 215, 40),
+    "purple": (130, 50, 180),
+    "orange": (245, 135, 20),
+    "cyan": (40, 200, 215),
+    "pink": (245, 120, 190),
+}
 CLASSES = tuple((shape, colour) for shape in SHAPES for colour in COLOURS)  # the label is the place in this list
 TEMPLATES = (
-    "a photo of one {c}", "there is one {c} here", "the {c} among other things", "a textured picture with the {c}",
+    "a photo of one {c}",
+    "there is one {c} here",
+    "the {c} among other things",
+    "a textured picture with the {c}",
     "one {c} in a cluttered scene",
-)  # fmt: skip
+)
 PHRASINGS = tuple(text.replace("{c}", "{colour} {shape}") for text in TEMPLATES) + ("a {shape} that is {colour}",)
 OBJECT_SIDE = (0.28, 0.42)  # of the image's shorter side
 DISTRACTORS = (2, 4)
@@ -84,9 +93,16 @@ class Scene:
 
 
 def write_dataset(
-    folder: Path, num_train: int, num_test: int, image_size: int = 64, seed: int = 0, *,
-    coloured_distractors: bool = False, shard_size: int = 1000, workers: int | None = None,
-) -> bool:  # fmt: skip
+    folder: Path,
+    num_train: int,
+    num_test: int,
+    image_size: int = 64,
+    seed: int = 0,
+    *,
+    coloured_distractors: bool = False,
+    shard_size: int = 1000,
+    workers: int | None = None,
+) -> bool:
     """Writes both splits; the folder appears whole, by one rename. Shows its progress.
 
     Returns False, and writes nothing, where the same data set exists already.

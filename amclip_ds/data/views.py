@@ -27,9 +27,14 @@ class Views:
 
 
 def make_views(
-    content: bytes, random: np.random.Generator, views: Sequence[View], size: int, teacher_size: int | None,
-    teacher_contains: bool = True, max_pixels: int = MAX_PIXELS,
-) -> Views:  # fmt: skip
+    content: bytes,
+    random: np.random.Generator,
+    views: Sequence[View],
+    size: int,
+    teacher_size: int | None,
+    teacher_contains: bool = True,
+    max_pixels: int = MAX_PIXELS,
+) -> Views:
     """The crops of one encoded image, not mirrored yet. teacher_contains: boxes.draw_boxes. Raises BadImage."""
     source = open_image(content, max_pixels)
     boxes = draw_boxes(random, source.height, source.width, views, teacher_contains)

@@ -81,9 +81,16 @@ class Workers:
     """
 
     def __init__(
-        self, make: Callable[..., Any], places: Iterator[Place], *, number: int, ahead: int, timeout_s: float,
-        died: Callable[[str], None], prepare: Callable[[], object] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        make: Callable[..., Any],
+        places: Iterator[Place],
+        *,
+        number: int,
+        ahead: int,
+        timeout_s: float,
+        died: Callable[[str], None],
+        prepare: Callable[[], object] | None = None,
+    ) -> None:
         self._prepare, self._pickled = prepare, pickle.dumps(make)
         self._places, self._timeout_s, self._died = places, timeout_s, died
         self._turn = self._deaths = 0

@@ -13,10 +13,23 @@ from typing import Any
 import torch
 
 COLLECTIVES = {
-    "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_gather",
-    "all_gather_into_tensor", "all_gather_coalesced", "all_to_all", "all_to_all_single", "broadcast", "gather",
-    "scatter", "send", "recv", "barrier",
-}  # fmt: skip
+    "all_reduce",
+    "all_reduce_coalesced",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_coalesced",
+    "all_to_all",
+    "all_to_all_single",
+    "broadcast",
+    "gather",
+    "scatter",
+    "send",
+    "recv",
+    "barrier",
+}
 MOST_EVENTS = 10_000  # pairs not yet added up; a GPU's events are not free
 
 

@@ -16,12 +16,19 @@ from amclip_ds.errors import UserError
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MPI_NAMES = {  # launcher -> its names for rank, size, local rank and local size
     "mpirun (Open MPI)": (
-        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     "mpirun (Hydra)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "mpirun (MVAPICH)": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK",
-                         "MV2_COMM_WORLD_LOCAL_SIZE"),
-}  # fmt: skip
+    "mpirun (MVAPICH)": (
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
+}
 FIRST_PORT, NUM_PORTS = 12000, 18000  # below the ephemeral range, so that no client socket takes one by chance
 
 
@@ -139,9 +146,16 @@ def _from_ranks(env: Mapping[str, str]) -> Placement:
     num_nodes = num_nodes or -(-world_size // local_world_size)
     node_rank = _integer(env, "GROUP_RANK", _integer(env, "CROSS_RANK", rank // local_world_size))
     return Placement(
-        rank, world_size, local_rank, local_world_size, node_rank, num_nodes,
-        env["MASTER_ADDR"], _integer(env, "MASTER_PORT"), launcher,
-    )  # fmt: skip
+        rank,
+        world_size,
+        local_rank,
+        local_world_size,
+        node_rank,
+        num_nodes,
+        env["MASTER_ADDR"],
+        _integer(env, "MASTER_PORT"),
+        launcher,
+    )
 
 
 def _rank_launcher(env: Mapping[str, str]) -> str:
@@ -170,9 +184,16 @@ def _from_mpi(env: Mapping[str, str], launcher: str, names: tuple[str, str, str,
     job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_ID", "")
     port = FIRST_PORT + zlib.crc32(job.encode()) % NUM_PORTS
     return Placement(
-        rank, world_size, local_rank, local_world_size, rank // local_world_size, -(-world_size // local_world_size),
-        env.get("MASTER_ADDR") or "127.0.0.1", _integer(env, "MASTER_PORT", port), launcher,
-    )  # fmt: skip
+        rank,
+        world_size,
+        local_rank,
+        local_world_size,
+        rank // local_world_size,
+        -(-world_size // local_world_size),
+        env.get("MASTER_ADDR") or "127.0.0.1",
+        _integer(env, "MASTER_PORT", port),
+        launcher,
+    )
 
 
 def _in_slurm_step(env: Mapping[str, str]) -> bool:
@@ -198,9 +219,16 @@ def _from_slurm(env: Mapping[str, str]) -> Placement:
     _check_range(local_rank, counts[node_rank], "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
     addr = env.get("MASTER_ADDR") or expand_first_host(env["SLURM_STEP_NODELIST"])
     return Placement(
-        rank, world_size, local_rank, counts[node_rank], node_rank, len(counts),
-        addr, _integer(env, "MASTER_PORT", slurm_port(env)), "srun",
-    )  # fmt: skip
+        rank,
+        world_size,
+        local_rank,
+        counts[node_rank],
+        node_rank,
+        len(counts),
+        addr,
+        _integer(env, "MASTER_PORT", slurm_port(env)),
+        "srun",
+    )
 
 
 def _alone(env: Mapping[str, str]) -> Placement:

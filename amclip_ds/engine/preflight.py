@@ -104,9 +104,12 @@ def preflight(
     pairs = measure_pairs(runtime, hosts, group) if runtime.num_nodes > 1 else {}
     warnings = verdict.warnings + name_outliers(pairs)
     report = Report(
-        seconds=round(time.monotonic() - start, 2), warnings=warnings, all_reduce_gb_per_s=reduce_rate,
-        all_gather_gb_per_s=gather_rate, pair_gb_per_s={f"{a} {b}": rate for (a, b), rate in pairs.items()},
-    )  # fmt: skip
+        seconds=round(time.monotonic() - start, 2),
+        warnings=warnings,
+        all_reduce_gb_per_s=reduce_rate,
+        all_gather_gb_per_s=gather_rate,
+        pair_gb_per_s={f"{a} {b}": rate for (a, b), rate in pairs.items()},
+    )
     for line in report.lines():
         say(line)
     return report
@@ -117,12 +120,19 @@ def gather_facts(
 ) -> list[Facts]:
     """Every rank's facts, in rank order. Collective: every rank must call."""
     probes = runtime.local_rank == 0  # one probe a node: a thousand ranks would storm the file system's metadata
-    own = asdict(Facts(
-        rank=runtime.rank, host=socket.gethostname(), code=code_hash(), config=_hash(config_text.encode()),
-        versions=f"python {platform.python_version()}, torch {torch.__version__}", clock_s=0.0,
-        disk_error=write_probe(folder, runtime.rank) if probes else "",
-        missing_shards=tuple(missing_of(shards)) if probes else (), **_gpu_facts(runtime.device),
-    ))  # fmt: skip
+    own = asdict(
+        Facts(
+            rank=runtime.rank,
+            host=socket.gethostname(),
+            code=code_hash(),
+            config=_hash(config_text.encode()),
+            versions=f"python {platform.python_version()}, torch {torch.__version__}",
+            clock_s=0.0,
+            disk_error=write_probe(folder, runtime.rank) if probes else "",
+            missing_shards=tuple(missing_of(shards)) if probes else (),
+            **_gpu_facts(runtime.device),
+        )
+    )
     dist.barrier(group=group)
     own["clock_s"] = time.time()  # right after the barrier, so that the clocks can be compared
     gathered: list[dict] = [{}] * runtime.world_size

@@ -62,18 +62,27 @@ def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
     # DeepSpeed and torch read these; DeepSpeed takes LOCAL_RANK for the index of the device, which is 0 for every task
     # that was bound to one GPU.
     os.environ.update(
-        RANK=str(place.rank), WORLD_SIZE=str(place.world_size), MASTER_ADDR=place.master_addr,
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.world_size),
+        MASTER_ADDR=place.master_addr,
         LOCAL_RANK=str(place.local_rank if index is None else index),
-    )  # fmt: skip
+    )
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
         torch.use_deterministic_algorithms(True)
     _meet(place, device, timeout_s)
     return Runtime(
-        rank=place.rank, world_size=place.world_size, local_rank=place.local_rank,
-        local_world_size=place.local_world_size, num_nodes=place.num_nodes, node_rank=place.node_rank, device=device,
-        launcher=place.launcher, is_main=place.rank == 0, note=place.note,
-    )  # fmt: skip
+        rank=place.rank,
+        world_size=place.world_size,
+        local_rank=place.local_rank,
+        local_world_size=place.local_world_size,
+        num_nodes=place.num_nodes,
+        node_rank=place.node_rank,
+        device=device,
+        launcher=place.launcher,
+        is_main=place.rank == 0,
+        note=place.note,
+    )
 
 
 def stop(runtime: Runtime) -> None:
@@ -186,9 +195,11 @@ def _init_process_group(place: Placement, port: int, device: "torch.device", tim
     os.environ["MASTER_PORT"] = str(port)
     try:
         deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False,
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
             timeout=timedelta(seconds=timeout_s),
-        )  # fmt: skip
+        )
         time_engine_collectives()
     except (torch.distributed.DistError, RuntimeError, ValueError) as error:
         text = in_one_line(error, 300)

@@ -94,8 +94,12 @@ class Sharded:
 
         ds = {key: value for key, value in student.ds_config.items() if key != "gradient_clipping"}
         # Nothing stays gathered between two forwards: a shard that changes must be seen by the next one.
-        ds["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0,
-                                   "stage3_prefetch_bucket_size": 0}  # fmt: skip
+        ds["zero_optimization"] = {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        }
         with build_context(3, ds):
             module = TeacherModel(model, builder(objectives), student.savings)
         start_weights(module, student.start, stage=3)

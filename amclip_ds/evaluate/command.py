@@ -28,8 +28,13 @@ def evaluate(args: argparse.Namespace) -> int:
         names = located.weights if args.weights == "both" else (args.weights,)
         suite = on_all(lambda: suites.find(args.suite, args.data or [])) if args.suite else None
         specs, key = _specs_of(args, located, suite)
-        opened = on_all(lambda: [open_for(task, spec, args.split, args.classnames, args.templates, key)
-                                 for spec in specs for task in args.task or ["auto"]])  # fmt: skip
+        opened = on_all(
+            lambda: [
+                open_for(task, spec, args.split, args.classnames, args.templates, key)
+                for spec in specs
+                for task in args.task or ["auto"]
+            ]
+        )
         check_distinct([data for _, data, _ in opened], key)
         if runtime.is_main:
             print(f"{located.path}: {located.kind}, step {located.step}; {', '.join(names)}", flush=True)
@@ -73,8 +78,10 @@ def _hand_over(
     json_file.write(args.json, named)
     if located.run is not None and not args.no_append:
         appended = append_new(located.run, rows)
-        print(f"{appended} of {len(rows)} rows appended to {located.run}/eval.jsonl"
-              + ("" if appended == len(rows) else ": the others are there already"))  # fmt: skip
+        print(
+            f"{appended} of {len(rows)} rows appended to {located.run}/eval.jsonl"
+            + ("" if appended == len(rows) else ": the others are there already")
+        )
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

@@ -133,9 +133,13 @@ class EvalSet:
 
 @lru_cache(maxsize=8)
 def open_set(
-    spec: str, split: str = "", task: str = "auto", classnames: str = "folder", templates: str = "folder",
+    spec: str,
+    split: str = "",
+    task: str = "auto",
+    classnames: str = "folder",
+    templates: str = "folder",
     key: str = "--data",
-) -> EvalSet:  # fmt: skip
+) -> EvalSet:
     """Opens a data set. Raises UserError that begins with `key` for what is missing, empty, inconsistent or unclear.
 
     split: "": test, or else what the folder has beside the training split.

@@ -31,8 +31,10 @@ def evaluate_engines(
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
     engines = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
-    encoders = [TowerEncoder(engine, name, config.model.vision.image_size, config.model.text.context_length,
-                             runtime.device) for name, engine in engines.items()]  # fmt: skip
+    encoders = [
+        TowerEncoder(engine, name, config.model.vision.image_size, config.model.text.context_length, runtime.device)
+        for name, engine in engines.items()
+    ]
     for spec in specs_of(config):
         try:  # what is raised here is raised on every rank alike: the collectives stay in step
             data = on_all(partial(open_set, spec, key="eval.data"))

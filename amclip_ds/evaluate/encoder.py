@@ -74,8 +74,9 @@ class TowerEncoder:
 
     say: Callable[[str], None] | None = None
 
-    def __init__(self, towers: Towers, weights: str, image_size: int, context_length: int,
-                 device: torch.device) -> None:  # fmt: skip
+    def __init__(
+        self, towers: Towers, weights: str, image_size: int, context_length: int, device: torch.device
+    ) -> None:
         """towers: AClip, TeacherModel, or the engine of one."""
         self.towers, self.weights, self.image_size = towers, weights, image_size
         self.context_length, self.device = context_length, device
@@ -139,9 +140,12 @@ def resize_and_crop(image: Image.Image, size: int) -> Tensor:
 
 
 def encode_images(
-    encoder: Encoder, samples: Sequence[Sample], batch_size: int, comm: Comm,
+    encoder: Encoder,
+    samples: Sequence[Sample],
+    batch_size: int,
+    comm: Comm,
     then: Callable[[Tensor, range], Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Embeddings of all images [N, E], or what `then(embeddings, their numbers)` makes of each batch; on every rank.
 
     Collective: every rank must call. Raises the first unreadable image's error, of any rank, on all of them.

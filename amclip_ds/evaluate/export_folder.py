@@ -94,8 +94,19 @@ SIZE = either(SIDE, list_of(2, SIDE))
 WIDTH, LAYERS, RATIO, SHARE = whole(1, MAX_WIDTH), whole(1, MAX_LAYERS), number(0.1, 64), number(0, 1)
 PER_CHANNEL = list_of(3, number(-1000, 1000))
 DEVIATION = list_of(3, number(1e-6, 1000))
-ACTIVATION = one_of("gelu", "quick_gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "silu", "swish", "tanh",
-                    "linear", "selu")  # fmt: skip
+ACTIVATION = one_of(
+    "gelu",
+    "quick_gelu",
+    "gelu_new",
+    "gelu_pytorch_tanh",
+    "gelu_fast",
+    "relu",
+    "silu",
+    "swish",
+    "tanh",
+    "linear",
+    "selu",
+)
 EPSILON = number(1e-12, 1e-2)
 TIMM_NAME = texts(r"[a-z][a-z0-9_]{1,80}(\.[a-z0-9_]{1,80})?")
 Known = dict[str, Check]
@@ -128,8 +139,10 @@ def refuse_elsewhere(file: Path, content: Any, at: str = "") -> None:
     if isinstance(content, dict):
         for key, value in content.items():
             if key in ELSEWHERE and value not in (None, False, "", {}, []):
-                raise UserError(f"{file}: {at}{key}: names code, weights or a model from elsewhere ({_short(value)}),"
-                                " which is never loaded")  # fmt: skip
+                raise UserError(
+                    f"{file}: {at}{key}: names code, weights or a model from elsewhere ({_short(value)}),"
+                    " which is never loaded"
+                )
             refuse_elsewhere(file, value, f"{at}{key}.")
     elif isinstance(content, list):
         for value in content:
@@ -154,46 +167,96 @@ def _check_tokens(file: Path, size: Any, patch: int) -> None:
 # ---- open_clip
 
 OPEN_CLIP_BLOCK: Known = {
-    "block_type": or_null(one_of("default", "custom")), "qk_norm": FLAG, "scaled_cosine_attn": FLAG,
-    "scale_heads": FLAG, "scale_attn_inner": FLAG, "scale_attn": FLAG, "scale_fc": FLAG, "output_tokens": one_of(False),
-    "ls_init_value": or_null(number(0, 1)), "final_ln_after_pool": FLAG, "mlp_ratio": RATIO, "width": WIDTH,
+    "block_type": or_null(one_of("default", "custom")),
+    "qk_norm": FLAG,
+    "scaled_cosine_attn": FLAG,
+    "scale_heads": FLAG,
+    "scale_attn_inner": FLAG,
+    "scale_attn": FLAG,
+    "scale_fc": FLAG,
+    "output_tokens": one_of(False),
+    "ls_init_value": or_null(number(0, 1)),
+    "final_ln_after_pool": FLAG,
+    "mlp_ratio": RATIO,
+    "width": WIDTH,
     "act_kwargs": or_null(one_of({}, {"approximate": "tanh"}, {"approximate": "none"})),
-    "norm_kwargs": or_null(Check("{'eps': a small number}", lambda value: isinstance(value, dict)
-                                 and all(key == "eps" and EPSILON.holds(eps) for key, eps in value.items()))),
-}  # fmt: skip
+    "norm_kwargs": or_null(
+        Check(
+            "{'eps': a small number}",
+            lambda value: (
+                isinstance(value, dict) and all(key == "eps" and EPSILON.holds(eps) for key, eps in value.items())
+            ),
+        )
+    ),
+}
 OPEN_CLIP_VISION: Known = OPEN_CLIP_BLOCK | {
-    "layers": either(LAYERS, list_of(4, LAYERS)), "head_width": WIDTH, "patch_size": SIDE, "image_size": SIZE,
-    "patch_dropout": SHARE, "attentional_pool": either(FLAG, one_of("parallel", "cascade")),
-    "attn_pooler_queries": whole(1, MAX_TOKENS), "attn_pooler_heads": whole(1, 1024), "no_ln_pre": FLAG,
-    "pos_embed_type": one_of("learnable", "sin_cos_2d"), "pool_type": one_of("tok", "avg", "none", ""),
-    "timm_model_name": or_null(TIMM_NAME), "timm_model_pretrained": FLAG,
+    "layers": either(LAYERS, list_of(4, LAYERS)),
+    "head_width": WIDTH,
+    "patch_size": SIDE,
+    "image_size": SIZE,
+    "patch_dropout": SHARE,
+    "attentional_pool": either(FLAG, one_of("parallel", "cascade")),
+    "attn_pooler_queries": whole(1, MAX_TOKENS),
+    "attn_pooler_heads": whole(1, 1024),
+    "no_ln_pre": FLAG,
+    "pos_embed_type": one_of("learnable", "sin_cos_2d"),
+    "pool_type": one_of("tok", "avg", "none", ""),
+    "timm_model_name": or_null(TIMM_NAME),
+    "timm_model_pretrained": FLAG,
     "timm_pool": one_of("", "avg", "avgmax", "max", "token", "map", "abs_attn", "rot_attn"),
-    "timm_proj": or_null(one_of("linear", "mlp", "none", "")), "timm_proj_bias": FLAG, "timm_drop": SHARE,
+    "timm_proj": or_null(one_of("linear", "mlp", "none", "")),
+    "timm_proj_bias": FLAG,
+    "timm_drop": SHARE,
     "timm_drop_path": or_null(SHARE),
-}  # fmt: skip
+}
 CLEANING = one_of("lower", "whitespace", "canonicalize")
 OPEN_CLIP_TEXT: Known = OPEN_CLIP_BLOCK | {
-    "layers": LAYERS, "context_length": whole(1, MAX_TOKENS), "vocab_size": whole(1, MAX_VOCABULARY),
-    "heads": whole(1, 1024), "embed_cls": FLAG, "pad_id": whole(0, MAX_VOCABULARY), "eos_id": whole(0, MAX_VOCABULARY),
-    "no_causal_mask": FLAG, "pool_type": one_of("argmax", "first", "last", "eos", "none", ""), "proj_bias": FLAG,
-    "proj_type": or_null(one_of("linear", "none", "")), "tokenizer_mode": or_null(one_of("")),
-    "hf_tokenizer_name": or_null(texts(".{0,200}")), "hf_model_name": or_null(one_of("")), "hf_model_pretrained": FLAG,
-    "hf_proj_type": texts(".{0,40}"), "hf_pooler_type": texts(".{0,40}"),
-    "tokenizer_kwargs": or_null(Check("{'clean': one of lower, whitespace, canonicalize}", lambda value:
-                                      isinstance(value, dict) and all(key == "clean" and CLEANING.holds(clean)
-                                                                      for key, clean in value.items()))),
-}  # fmt: skip
+    "layers": LAYERS,
+    "context_length": whole(1, MAX_TOKENS),
+    "vocab_size": whole(1, MAX_VOCABULARY),
+    "heads": whole(1, 1024),
+    "embed_cls": FLAG,
+    "pad_id": whole(0, MAX_VOCABULARY),
+    "eos_id": whole(0, MAX_VOCABULARY),
+    "no_causal_mask": FLAG,
+    "pool_type": one_of("argmax", "first", "last", "eos", "none", ""),
+    "proj_bias": FLAG,
+    "proj_type": or_null(one_of("linear", "none", "")),
+    "tokenizer_mode": or_null(one_of("")),
+    "hf_tokenizer_name": or_null(texts(".{0,200}")),
+    "hf_model_name": or_null(one_of("")),
+    "hf_model_pretrained": FLAG,
+    "hf_proj_type": texts(".{0,40}"),
+    "hf_pooler_type": texts(".{0,40}"),
+    "tokenizer_kwargs": or_null(
+        Check(
+            "{'clean': one of lower, whitespace, canonicalize}",
+            lambda value: (
+                isinstance(value, dict)
+                and all(key == "clean" and CLEANING.holds(clean) for key, clean in value.items())
+            ),
+        )
+    ),
+}
 OPEN_CLIP_MODEL: Known = {
-    "embed_dim": WIDTH, "vision_cfg": Check("a map", lambda value: isinstance(value, dict)),
-    "text_cfg": Check("a map", lambda value: isinstance(value, dict)), "quick_gelu": FLAG, "custom_text": FLAG,
-    "init_logit_scale": number(-100, 100), "init_logit_bias": or_null(number(-100, 100)),
+    "embed_dim": WIDTH,
+    "vision_cfg": Check("a map", lambda value: isinstance(value, dict)),
+    "text_cfg": Check("a map", lambda value: isinstance(value, dict)),
+    "quick_gelu": FLAG,
+    "custom_text": FLAG,
+    "init_logit_scale": number(-100, 100),
+    "init_logit_bias": or_null(number(-100, 100)),
     "nonscalar_logit_scale": FLAG,
-}  # fmt: skip
+}
 OPEN_CLIP_PREPROCESS: Known = {
-    "size": SIZE, "mode": one_of("RGB"), "mean": PER_CHANNEL, "std": DEVIATION,
-    "interpolation": one_of("bicubic", "bilinear"), "resize_mode": one_of("shortest", "longest", "squash"),
+    "size": SIZE,
+    "mode": one_of("RGB"),
+    "mean": PER_CHANNEL,
+    "std": DEVIATION,
+    "interpolation": one_of("bicubic", "bilinear"),
+    "resize_mode": one_of("shortest", "longest", "squash"),
     "fill_color": whole(0, 255),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -214,59 +277,104 @@ def read_open_clip(folder: Path) -> OpenClipFacts:
     file = folder / "open_clip_config.json"
     content = read_own(file)
     known_values(file, content, {}, needed=("model_cfg",), strict=False)
-    model = known_values(file, content["model_cfg"], OPEN_CLIP_MODEL, at="model_cfg.",
-                         needed=("embed_dim", "vision_cfg", "text_cfg"))  # fmt: skip
+    model = known_values(
+        file, content["model_cfg"], OPEN_CLIP_MODEL, at="model_cfg.", needed=("embed_dim", "vision_cfg", "text_cfg")
+    )
     vision = known_values(file, model["vision_cfg"], OPEN_CLIP_VISION, at="model_cfg.vision_cfg.")
     text = known_values(file, model["text_cfg"], OPEN_CLIP_TEXT, at="model_cfg.text_cfg.")
-    preprocess = known_values(file, content.get("preprocess_cfg") or {}, OPEN_CLIP_PREPROCESS, at="preprocess_cfg.",
-                              strict=False)  # fmt: skip
+    preprocess = known_values(
+        file, content.get("preprocess_cfg") or {}, OPEN_CLIP_PREPROCESS, at="preprocess_cfg.", strict=False
+    )
     vision["timm_model_pretrained"] = False
     if not vision.get("timm_model_name"):
         _check_tokens(file, vision.get("image_size", 224), vision.get("patch_size", 16))
     tokenizer = text.pop("tokenizer_kwargs", None) or {}
     has_tokenizer_file = bool(text.pop("hf_tokenizer_name", None))
     is_custom_text = model.pop("custom_text", False)
-    return OpenClipFacts(model | {"vision_cfg": vision, "text_cfg": text}, is_custom_text, preprocess, tokenizer,
-                         has_tokenizer_file)  # fmt: skip
+    return OpenClipFacts(
+        model | {"vision_cfg": vision, "text_cfg": text}, is_custom_text, preprocess, tokenizer, has_tokenizer_file
+    )
 
 
 # ---- transformers
 
 HF_TOWER: Known = {
-    "hidden_size": WIDTH, "intermediate_size": whole(1, 8 * MAX_WIDTH), "num_hidden_layers": LAYERS,
-    "num_attention_heads": whole(1, 1024), "hidden_act": ACTIVATION, "layer_norm_eps": EPSILON,
-    "initializer_range": number(0, 10), "initializer_factor": number(0, 10), "projection_dim": WIDTH,
+    "hidden_size": WIDTH,
+    "intermediate_size": whole(1, 8 * MAX_WIDTH),
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": whole(1, 1024),
+    "hidden_act": ACTIVATION,
+    "layer_norm_eps": EPSILON,
+    "initializer_range": number(0, 10),
+    "initializer_factor": number(0, 10),
+    "projection_dim": WIDTH,
     "attention_dropout": SHARE,
-}  # fmt: skip
+}
 HF_IMAGES: Known = {"image_size": SIDE, "patch_size": SIDE, "num_channels": one_of(3)}
 TOKEN_ID = or_null(whole(0, MAX_VOCABULARY))
 HF_TOWERS: dict[str, Known] = {
     "clip_vision_model": HF_TOWER | HF_IMAGES,
-    "vit": HF_TOWER | HF_IMAGES | {
-        "hidden_dropout_prob": SHARE, "attention_probs_dropout_prob": SHARE, "qkv_bias": FLAG, "encoder_stride": SIDE,
-        "pooler_output_size": or_null(WIDTH), "pooler_act": ACTIVATION,
+    "vit": HF_TOWER
+    | HF_IMAGES
+    | {
+        "hidden_dropout_prob": SHARE,
+        "attention_probs_dropout_prob": SHARE,
+        "qkv_bias": FLAG,
+        "encoder_stride": SIDE,
+        "pooler_output_size": or_null(WIDTH),
+        "pooler_act": ACTIVATION,
     },
-    "clip_text_model": HF_TOWER | {
-        "vocab_size": whole(1, MAX_VOCABULARY), "max_position_embeddings": whole(1, MAX_TOKENS),
-        "pad_token_id": TOKEN_ID, "bos_token_id": TOKEN_ID, "eos_token_id": whole(0, MAX_VOCABULARY),
+    "clip_text_model": HF_TOWER
+    | {
+        "vocab_size": whole(1, MAX_VOCABULARY),
+        "max_position_embeddings": whole(1, MAX_TOKENS),
+        "pad_token_id": TOKEN_ID,
+        "bos_token_id": TOKEN_ID,
+        "eos_token_id": whole(0, MAX_VOCABULARY),
     },
-}  # fmt: skip
+}
 HF_MODEL: Known = {
-    "model_type": one_of("clip", "vision-text-dual-encoder"), "projection_dim": WIDTH,
-    "logit_scale_init_value": number(-100, 100), "is_decoder": one_of(False), "pruned_heads": one_of({}),
-}  # fmt: skip
+    "model_type": one_of("clip", "vision-text-dual-encoder"),
+    "projection_dim": WIDTH,
+    "logit_scale_init_value": number(-100, 100),
+    "is_decoder": one_of(False),
+    "pruned_heads": one_of({}),
+}
 HF_PIXELS: Known = {
-    "image_processor_type": one_of("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil",
-                                   "ViTImageProcessor", "ViTImageProcessorFast", "ViTImageProcessorPil"),
+    "image_processor_type": one_of(
+        "CLIPImageProcessor",
+        "CLIPImageProcessorFast",
+        "CLIPImageProcessorPil",
+        "ViTImageProcessor",
+        "ViTImageProcessorFast",
+        "ViTImageProcessorPil",
+    ),
     "feature_extractor_type": one_of("CLIPFeatureExtractor", "ViTFeatureExtractor"),
-    "do_resize": FLAG, "do_center_crop": FLAG, "do_rescale": FLAG, "do_normalize": FLAG, "do_convert_rgb": FLAG,
-    "default_to_square": FLAG, "resample": whole(0, 5), "rescale_factor": number(1e-6, 1), "image_mean": PER_CHANNEL,
+    "do_resize": FLAG,
+    "do_center_crop": FLAG,
+    "do_rescale": FLAG,
+    "do_normalize": FLAG,
+    "do_convert_rgb": FLAG,
+    "default_to_square": FLAG,
+    "resample": whole(0, 5),
+    "rescale_factor": number(1e-6, 1),
+    "image_mean": PER_CHANNEL,
     "image_std": DEVIATION,
-    **dict.fromkeys(("size", "crop_size"), either(SIDE, Check(
-        f"sides from 1 to {MAX_PIXELS} by name (shortest_edge, or height and width)", lambda value:
-        isinstance(value, dict) and set(value) in ({"shortest_edge"}, {"height", "width"})
-        and all(map(SIDE.holds, value.values()))))),
-}  # fmt: skip
+    **dict.fromkeys(
+        ("size", "crop_size"),
+        either(
+            SIDE,
+            Check(
+                f"sides from 1 to {MAX_PIXELS} by name (shortest_edge, or height and width)",
+                lambda value: (
+                    isinstance(value, dict)
+                    and set(value) in ({"shortest_edge"}, {"height", "width"})
+                    and all(map(SIDE.holds, value.values()))
+                ),
+            ),
+        ),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -291,15 +399,24 @@ def read_hugging_face(folder: Path) -> HuggingFaceFacts:
     is_clip = model.pop("model_type") == "clip"
     towers: list[dict[str, Any]] = []
     types: list[str] = []
-    for side, allowed in (("vision", ("clip_vision_model",) if is_clip else ("vit", "clip_vision_model")),
-                          ("text", ("clip_text_model",))):  # fmt: skip
+    for side, allowed in (
+        ("vision", ("clip_vision_model",) if is_clip else ("vit", "clip_vision_model")),
+        ("text", ("clip_text_model",)),
+    ):
         known_values(file, content[f"{side}_config"], {}, at=f"{side}_config.", strict=False)
         kind = content[f"{side}_config"].get("model_type", allowed[0])
         if not isinstance(kind, str) or kind not in allowed:
             raise UserError(f"{file}: {side}_config.model_type: {_short(kind)} is not one of {', '.join(allowed)}")
         types.append(kind)
-        towers.append(known_values(file, content[f"{side}_config"], HF_TOWERS[kind] | {"is_decoder": one_of(False)},
-                                   at=f"{side}_config.", strict=False))  # fmt: skip
+        towers.append(
+            known_values(
+                file,
+                content[f"{side}_config"],
+                HF_TOWERS[kind] | {"is_decoder": one_of(False)},
+                at=f"{side}_config.",
+                strict=False,
+            )
+        )
         towers[-1].pop("is_decoder", None)
     _check_tokens(file, towers[0].get("image_size", 224), towers[0].get("patch_size", 16 if types[0] == "vit" else 32))
     facts: dict[str, Any] = {key: model[key] for key in ("projection_dim", "logit_scale_init_value") if key in model}
@@ -320,28 +437,54 @@ def _read_pixels(folder: Path) -> dict[str, Any]:
 # ---- timm
 
 TIMM_ARGS: Known = {
-    "img_size": SIZE, "patch_size": either(whole(1, 256), list_of(2, whole(1, 256))), "in_chans": one_of(3),
-    "num_classes": whole(0, 1_000_000), "global_pool": one_of("", "avg", "avgmax", "max", "token", "map"),
-    "embed_dim": WIDTH, "depth": LAYERS, "num_heads": whole(1, 1024), "mlp_ratio": RATIO, "qkv_bias": FLAG,
-    "qk_norm": FLAG, "proj_bias": FLAG, "init_values": or_null(number(0, 1)), "class_token": FLAG,
-    "pos_embed": one_of("", "none", "learn"), "no_embed_class": FLAG, "reg_tokens": whole(0, 256), "pre_norm": FLAG,
-    "final_norm": FLAG, "pool_include_prefix": FLAG, "fc_norm": or_null(FLAG), "dynamic_img_size": FLAG,
+    "img_size": SIZE,
+    "patch_size": either(whole(1, 256), list_of(2, whole(1, 256))),
+    "in_chans": one_of(3),
+    "num_classes": whole(0, 1_000_000),
+    "global_pool": one_of("", "avg", "avgmax", "max", "token", "map"),
+    "embed_dim": WIDTH,
+    "depth": LAYERS,
+    "num_heads": whole(1, 1024),
+    "mlp_ratio": RATIO,
+    "qkv_bias": FLAG,
+    "qk_norm": FLAG,
+    "proj_bias": FLAG,
+    "init_values": or_null(number(0, 1)),
+    "class_token": FLAG,
+    "pos_embed": one_of("", "none", "learn"),
+    "no_embed_class": FLAG,
+    "reg_tokens": whole(0, 256),
+    "pre_norm": FLAG,
+    "final_norm": FLAG,
+    "pool_include_prefix": FLAG,
+    "fc_norm": or_null(FLAG),
+    "dynamic_img_size": FLAG,
     "dynamic_img_pad": FLAG,
-    "drop_rate": SHARE, "pos_drop_rate": SHARE, "patch_drop_rate": one_of(0, 0.0), "proj_drop_rate": SHARE,
-    "attn_drop_rate": SHARE, "drop_path_rate": SHARE,
+    "drop_rate": SHARE,
+    "pos_drop_rate": SHARE,
+    "patch_drop_rate": one_of(0, 0.0),
+    "proj_drop_rate": SHARE,
+    "attn_drop_rate": SHARE,
+    "drop_path_rate": SHARE,
     "act_layer": or_null(one_of("gelu", "quick_gelu", "gelu_tanh", "relu", "silu", "swish")),
     "norm_layer": or_null(one_of("layernorm", "layernorm2d", "rmsnorm", "batchnorm2d")),
-}  # fmt: skip
+}
 CHANNELS_AND_SIDES = list_of(3, SIDE)
 TIMM_PIXELS: Known = {
-    "input_size": CHANNELS_AND_SIDES, "test_input_size": or_null(CHANNELS_AND_SIDES),
-    "min_input_size": or_null(CHANNELS_AND_SIDES), "fixed_input_size": FLAG,
+    "input_size": CHANNELS_AND_SIDES,
+    "test_input_size": or_null(CHANNELS_AND_SIDES),
+    "min_input_size": or_null(CHANNELS_AND_SIDES),
+    "fixed_input_size": FLAG,
     "interpolation": one_of("bicubic", "bilinear"),
-    "crop_pct": number(0.1, 2), "test_crop_pct": or_null(number(0.1, 2)),
-    "crop_mode": one_of("center", "squash", "border"), "mean": PER_CHANNEL, "std": DEVIATION,
-    "num_classes": whole(0, 1_000_000), "pool_size": or_null(list_of(2, SIDE)),
+    "crop_pct": number(0.1, 2),
+    "test_crop_pct": or_null(number(0.1, 2)),
+    "crop_mode": one_of("center", "squash", "border"),
+    "mean": PER_CHANNEL,
+    "std": DEVIATION,
+    "num_classes": whole(0, 1_000_000),
+    "pool_size": or_null(list_of(2, SIDE)),
     "test_pool_size": or_null(list_of(2, SIDE)),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -373,9 +516,13 @@ def read_timm(folder: Path) -> TimmFacts:
 ONNX_FACTS = "clip_onnx.json"  # what is beside image.onnx and text.onnx, and the input of each
 ONNX_INPUTS = {"image": "pixel_values", "text": "input_ids"}
 ONNX: Known = {
-    "image_size": SIDE, "context_length": whole(1, MAX_TOKENS), "eos_token_id": whole(0, MAX_VOCABULARY),
-    "logit_scale": number(0, 1e6), "mean": one_of(list(MEAN)), "std": one_of(list(STD)),
-}  # fmt: skip
+    "image_size": SIDE,
+    "context_length": whole(1, MAX_TOKENS),
+    "eos_token_id": whole(0, MAX_VOCABULARY),
+    "logit_scale": number(0, 1e6),
+    "mean": one_of(list(MEAN)),
+    "std": one_of(list(STD)),
+}
 
 
 def read_onnx(folder: Path) -> dict[str, Any]:

@@ -14,20 +14,37 @@ from amclip_ds.model.weight_files import inside
 
 # What ftfy does to punctuation, as far as a tokenizer's own normalizers can: curly quotes and ligatures. Dashes stay.
 PUNCTUATION = {
-    "[\u02bc\u2018-\u201b]": "'", "[\u201c-\u201f]": '"',
-    "\ufb00": "ff", "\ufb01": "fi", "\ufb02": "fl", "\ufb03": "ffi", "\ufb04": "ffl",
-}  # fmt: skip
+    "[\u02bc\u2018-\u201b]": "'",
+    "[\u201c-\u201f]": '"',
+    "\ufb00": "ff",
+    "\ufb01": "fi",
+    "\ufb02": "fl",
+    "\ufb03": "ffi",
+    "\ufb04": "ffl",
+}
 PATTERNS = {
-    *PUNCTUATION, WORDS, r"<\|startoftext\|>|<\|endoftext\|>|" + WORDS, r"\s+", " {2,}",
+    *PUNCTUATION,
+    WORDS,
+    r"<\|startoftext\|>|<\|endoftext\|>|" + WORDS,
+    r"\s+",
+    " {2,}",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-}  # fmt: skip
+}
 """The regular expressions that are taken: ours, CLIP's, GPT-2's. Another one may take exponential time."""
 PARTS = {
     "normalizer": {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Replace", "BertNormalizer"},
-    "pre_tokenizer": {"Split", "ByteLevel", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Metaspace", "Digits",
-                      "Punctuation"},
+    "pre_tokenizer": {
+        "Split",
+        "ByteLevel",
+        "Whitespace",
+        "WhitespaceSplit",
+        "BertPreTokenizer",
+        "Metaspace",
+        "Digits",
+        "Punctuation",
+    },
     "post_processor": {"RobertaProcessing", "BertProcessing", "TemplateProcessing", "ByteLevel"},
-}  # fmt: skip
+}
 LISTS = ("normalizers", "pretokenizers", "processors")
 MODELS = ("BPE", "WordPiece", "WordLevel", "Unigram")
 MAX_REPLACEMENT = 64  # characters
@@ -106,7 +123,9 @@ def _check_part(path: Path, name: str, part: Any, known: set[str]) -> None:
         raise UserError(f"{path}: {name}.type: {str(part.get('type'))[:60]!r} is not one of {', '.join(sorted(known))}")
     pattern = part.get("pattern")
     if isinstance(pattern, dict) and "Regex" in pattern and pattern["Regex"] not in PATTERNS:
-        raise UserError(f"{path}: {name}.pattern: {str(pattern['Regex'])[:60]!r} is none of the patterns of CLIP's and"
-                        " GPT's tokenizers, and another may never end")  # fmt: skip
+        raise UserError(
+            f"{path}: {name}.pattern: {str(pattern['Regex'])[:60]!r} is none of the patterns of CLIP's and"
+            " GPT's tokenizers, and another may never end"
+        )
     if part["type"] == "Replace" and len(str(part.get("content", ""))) > MAX_REPLACEMENT:
         raise UserError(f"{path}: {name}.content: longer than {MAX_REPLACEMENT} characters")

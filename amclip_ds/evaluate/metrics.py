@@ -34,8 +34,13 @@ def classify(scores: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([first, before.sum(1)], dim=1)
 
 
-def classification_metrics(predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray, num_classes: int,
-                           second_class_scores: np.ndarray | None = None) -> dict[str, float]:  # fmt: skip
+def classification_metrics(
+    predicted: np.ndarray,
+    rank: np.ndarray,
+    targets: np.ndarray,
+    num_classes: int,
+    second_class_scores: np.ndarray | None = None,
+) -> dict[str, float]:
     """predicted, rank (classes before the target) and targets [N] -> acc1, acc5, mean_per_class_recall, roc_auc.
 
     acc5 is left out below 5 classes. mean_per_class_recall is over the classes that occur. roc_auc needs
@@ -53,8 +58,9 @@ def classification_metrics(predicted: np.ndarray, rank: np.ndarray, targets: np.
     return metrics
 
 
-def metrics_of_set(name: str, predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray,
-                   groups: np.ndarray | None) -> dict[str, float]:  # fmt: skip
+def metrics_of_set(
+    name: str, predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray, groups: np.ndarray | None
+) -> dict[str, float]:
     """What is defined for one set alone. groups: [N, K] its metadata, or None."""
     if name == "iwildcam":
         from sklearn.metrics import f1_score
@@ -96,10 +102,14 @@ def confusion_pairs(predicted: np.ndarray, targets: np.ndarray, names: Sequence[
     totals = np.bincount(targets, minlength=len(names))
     order = np.lexsort((pairs[:, 1], pairs[:, 0], -counts))[:most]
     return [
-        {"true": names[pairs[i][0]], "predicted": names[pairs[i][1]], "count": int(counts[i]),
-         "of": int(totals[pairs[i][0]])}
+        {
+            "true": names[pairs[i][0]],
+            "predicted": names[pairs[i][1]],
+            "count": int(counts[i]),
+            "of": int(totals[pairs[i][0]]),
+        }
         for i in order
-    ]  # fmt: skip
+    ]
 
 
 def confusion_matrix(predicted: np.ndarray, targets: np.ndarray, num_classes: int) -> list[list[int]]:
@@ -150,8 +160,9 @@ def bootstrap(cells: Cells, level: float = 0.95, resamples: int = RESAMPLES, see
     return float(low), float(high)
 
 
-def classification_intervals(predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray,
-                             num_classes: int) -> dict[str, tuple[float, float]]:  # fmt: skip
+def classification_intervals(
+    predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray, num_classes: int
+) -> dict[str, tuple[float, float]]:
     """95% intervals by metric."""
     intervals = {"acc1": bootstrap(cells_of(rank < 1))}
     if num_classes >= 5:
@@ -160,11 +171,25 @@ def classification_intervals(predicted: np.ndarray, rank: np.ndarray, targets: n
     return intervals
 
 
-def row(step: int, weights: str, dataset: str, task: str, metrics: Mapping[str, float], num_samples: int,
-        intervals: Mapping[str, tuple[float, float]] | None = None, **more: Any) -> dict[str, Any]:  # fmt: skip
+def row(
+    step: int,
+    weights: str,
+    dataset: str,
+    task: str,
+    metrics: Mapping[str, float],
+    num_samples: int,
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
     """A line of eval.jsonl."""
-    line = {"step": step, "weights": weights, "dataset": dataset, "task": task, "metrics": dict(metrics),
-            "num_samples": num_samples}  # fmt: skip
+    line = {
+        "step": step,
+        "weights": weights,
+        "dataset": dataset,
+        "task": task,
+        "metrics": dict(metrics),
+        "num_samples": num_samples,
+    }
     if intervals:
         line["intervals"] = {name: [low, high] for name, (low, high) in intervals.items()}
     return line | more

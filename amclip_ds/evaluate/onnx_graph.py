@@ -40,8 +40,9 @@ def open_graph(path: Path, providers: list[str]) -> Any:
         raise UserError(f"{path}: not an ONNX graph: {in_one_line(error, 200)}") from None
     _check(path, model)
     weights = sum({file: file.stat().st_size for file in _external_files(path, model)}.values())
-    memory = onnxruntime.OrtMemoryInfo("Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0,
-                                       onnxruntime.OrtMemType.DEFAULT)  # fmt: skip
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
     limit = WORK_MEMORY + 4 * (weights + len(content))
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg({"max_mem": limit}))
     options = onnxruntime.SessionOptions()
@@ -106,5 +107,10 @@ def _bytes_of(tensor: Any) -> int:
 
 
 def _external_files(path: Path, model: Any) -> set[Path]:
-    return {path.parent / entry.value for tensor in _tensors(model) if tensor.data_location == tensor.EXTERNAL
-            for entry in tensor.external_data if entry.key == "location"}  # fmt: skip
+    return {
+        path.parent / entry.value
+        for tensor in _tensors(model)
+        if tensor.data_location == tensor.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }

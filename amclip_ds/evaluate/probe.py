@@ -47,8 +47,9 @@ class FeatureView:
         self.say = encoder.say
 
 
-def linear_probe(encoder: Encoder, train: EvalSet, test: EvalSet, batch_size: int, comm: Comm,
-                 step: int = 0) -> dict[str, Any]:  # fmt: skip
+def linear_probe(
+    encoder: Encoder, train: EvalSet, test: EvalSet, batch_size: int, comm: Comm, step: int = 0
+) -> dict[str, Any]:
     """One row of eval.jsonl, with `best_c`; the same on every rank. Collective: every rank must call."""
     check_same_classes(train, test)
     train_features, train_labels = features_of(encoder, train, batch_size, comm)
@@ -57,8 +58,9 @@ def linear_probe(encoder: Encoder, train: EvalSet, test: EvalSet, batch_size: in
     return _row("linear_probe", scores, test_labels, encoder, test, step) | {"best_c": best_c, "num_train": len(train)}
 
 
-def probe(train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray,
-          num_classes: int) -> tuple[np.ndarray, float]:  # fmt: skip
+def probe(
+    train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, float]:
     """(log-probabilities [N, C] of the test features, the chosen C). A class without training images gets -1e9."""
     held_out = _held_out(train_labels)
     fit_part, check_part = np.flatnonzero(~held_out), np.flatnonzero(held_out)
@@ -117,19 +119,31 @@ def _held_out(labels: np.ndarray) -> np.ndarray:
     return held
 
 
-def knn(encoder: Encoder, train: EvalSet, test: EvalSet, batch_size: int, comm: Comm, step: int = 0,
-        neighbours: int = NEIGHBOURS) -> dict[str, Any]:  # fmt: skip
+def knn(
+    encoder: Encoder,
+    train: EvalSet,
+    test: EvalSet,
+    batch_size: int,
+    comm: Comm,
+    step: int = 0,
+    neighbours: int = NEIGHBOURS,
+) -> dict[str, Any]:
     """One row of eval.jsonl; the same on every rank. Collective: every rank must call."""
     check_same_classes(train, test)
     train_features, train_labels = features_of(encoder, train, batch_size, comm)
     test_features, test_labels = features_of(encoder, test, batch_size, comm)
     scores = vote(
-        torch.from_numpy(train_features), torch.from_numpy(train_labels), torch.from_numpy(test_features),
-        len(test.classnames), min(neighbours, len(train)), comm,
-    )  # fmt: skip
+        torch.from_numpy(train_features),
+        torch.from_numpy(train_labels),
+        torch.from_numpy(test_features),
+        len(test.classnames),
+        min(neighbours, len(train)),
+        comm,
+    )
     return _row("knn", scores.numpy(), test_labels, encoder, test, step) | {
-        "neighbours": min(neighbours, len(train)), "num_train": len(train),
-    }  # fmt: skip
+        "neighbours": min(neighbours, len(train)),
+        "num_train": len(train),
+    }
 
 
 def vote(train: Tensor, labels: Tensor, test: Tensor, num_classes: int, neighbours: int, comm: Comm) -> Tensor:

@@ -35,9 +35,15 @@ def evaluate(encoder: Encoder, data: EvalSet, batch_size: int, comm: Comm, step:
     texts = encode_texts(encoder, captions, batch_size, comm)
     found = recalls(images, texts, image_of_text, comm)
     return metrics.row(
-        step, encoder.weights, data.name, "retrieval", found.metrics(), len(data.samples), found.intervals(),
+        step,
+        encoder.weights,
+        data.name,
+        "retrieval",
+        found.metrics(),
+        len(data.samples),
+        found.intervals(),
         num_texts=len(captions),
-    )  # fmt: skip
+    )
 
 
 class Found:

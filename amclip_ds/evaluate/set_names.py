@@ -1,9 +1,12 @@
 """What is known of public sets by their names: their metrics. No torch."""
 
 MAIN_METRIC = {  # method.md's: data set -> what is reported for it; else acc1
-    "fgvc_aircraft": "mean_per_class_recall", "pets": "mean_per_class_recall", "caltech101": "mean_per_class_recall",
-    "flowers": "mean_per_class_recall", "hateful_memes": "roc_auc",
-}  # fmt: skip
+    "fgvc_aircraft": "mean_per_class_recall",
+    "pets": "mean_per_class_recall",
+    "caltech101": "mean_per_class_recall",
+    "flowers": "mean_per_class_recall",
+    "hateful_memes": "roc_auc",
+}
 GROUPED = {  # set -> (metric, the column of its metadata (.npy) that names the group, k): the worst group's top k
     "fmow": ("acc_worst_region", 0, 1),
     "dollar_street": ("acc_top5_wg", 0, 5),

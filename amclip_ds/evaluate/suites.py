@@ -43,7 +43,7 @@ VTAB_PLUS = _each(
     " vtab/clevr_closest_object_distance vtab/diabetic_retinopathy vtab/dmlab vtab/dsprites_label_orientation"
     " vtab/dsprites_label_x_position vtab/dtd vtab/eurosat vtab/kitti_closest_vehicle_distance vtab/flowers vtab/pets"
     " vtab/pcam vtab/resisc45 vtab/smallnorb_label_azimuth vtab/smallnorb_label_elevation vtab/svhn"
-) | _each("voc2007_multilabel", "mean_average_precision")  # fmt: skip
+) | _each("voc2007_multilabel", "mean_average_precision")
 DATACOMP = (
     _each(
         "vtab/cifar10 vtab/cifar100 vtab/clevr_count_all vtab/clevr_closest_object_distance country211 vtab/dtd"
@@ -63,17 +63,31 @@ SUITES = {
     "datacomp": Suite(
         DATACOMP | _each("winogavil", "jaccard_score_10-12"),
         {
-            "ImageNet": ("imagenet1k",), "ImageNet dist. shifts": SHIFTS,
-            "VTAB": ("vtab/caltech101", "vtab/cifar100", "vtab/clevr_count_all", "vtab/clevr_closest_object_distance",
-                     "vtab/dtd", "vtab/eurosat", "vtab/kitti_closest_vehicle_distance", "vtab/flowers", "vtab/pets",
-                     "vtab/pcam", "vtab/resisc45", "vtab/svhn", "sun397"),
-            "Retrieval": ("flickr30k", "mscoco_captions", "winogavil"), "Average": (),
+            "ImageNet": ("imagenet1k",),
+            "ImageNet dist. shifts": SHIFTS,
+            "VTAB": (
+                "vtab/caltech101",
+                "vtab/cifar100",
+                "vtab/clevr_count_all",
+                "vtab/clevr_closest_object_distance",
+                "vtab/dtd",
+                "vtab/eurosat",
+                "vtab/kitti_closest_vehicle_distance",
+                "vtab/flowers",
+                "vtab/pets",
+                "vtab/pcam",
+                "vtab/resisc45",
+                "vtab/svhn",
+                "sun397",
+            ),
+            "Retrieval": ("flickr30k", "mscoco_captions", "winogavil"),
+            "Average": (),
         },
         frozenset({"winogavil"}),
     ),
     "imagenet-shifts": Suite(_each(" ".join(SHIFTS)), {"ImageNet dist. shifts": ()}),
     "retrieval": Suite({name: RECALLS for name in ("mscoco_captions", "flickr8k", "flickr30k")}, {"retrieval": ()}),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -174,10 +188,16 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]], model: str) -> None:
             table = csv.DictWriter(file, [*heads, *metrics], restval="")
             table.writeheader()
             for row in rows:
-                table.writerow({
-                    "model_fullname": f"{model} {row['weights']}", "dataset": row.get("suite_dataset", row["dataset"]),
-                    "task": "zeroshot_retrieval" if row["task"] == "retrieval" else row["task"], "model": model,
-                    "pretrained": row["weights"], "language": "en", **row["metrics"],
-                })  # fmt: skip
+                table.writerow(
+                    {
+                        "model_fullname": f"{model} {row['weights']}",
+                        "dataset": row.get("suite_dataset", row["dataset"]),
+                        "task": "zeroshot_retrieval" if row["task"] == "retrieval" else row["task"],
+                        "model": model,
+                        "pretrained": row["weights"],
+                        "language": "en",
+                        **row["metrics"],
+                    }
+                )
     except OSError as error:
         raise UserError(f"--csv {path}: cannot be written: {error.strerror}") from None

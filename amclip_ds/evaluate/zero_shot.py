@@ -22,8 +22,9 @@ LARGEST_MATRIX = 100  # classes
 _classifiers: WeakKeyDictionary[Any, dict[Any, Tensor]] = WeakKeyDictionary()
 
 
-def build_classifier(encoder: Encoder, classnames: tuple[str, ...], templates: tuple[str, ...], batch_size: int,
-                     comm: Comm) -> Tensor:  # fmt: skip
+def build_classifier(
+    encoder: Encoder, classnames: tuple[str, ...], templates: tuple[str, ...], batch_size: int, comm: Comm
+) -> Tensor:
     """[C, E]: per class the renormalised mean of its prompts' unit embeddings. Kept for as long as the encoder lives.
 
     Collective: every rank must call.
@@ -47,8 +48,15 @@ def evaluate(encoder: Encoder, data: EvalSet, batch_size: int, comm: Comm, step:
         scores = encode_images(encoder, data.samples, batch_size, comm, then=lambda rows, _: rows @ classifier.T).cpu()
         targets = torch.tensor([sample.numbers for sample in data.samples])
         found = {metrics.MEAN_AVERAGE_PRECISION: metrics.mean_average_precision(scores, targets)}
-        return metrics.row(step, encoder.weights, data.name, CLASSIFICATION, found, len(targets),
-                           main_metric=metrics.MEAN_AVERAGE_PRECISION)  # fmt: skip
+        return metrics.row(
+            step,
+            encoder.weights,
+            data.name,
+            CLASSIFICATION,
+            found,
+            len(targets),
+            main_metric=metrics.MEAN_AVERAGE_PRECISION,
+        )
     labels = torch.tensor([sample.label for sample in data.samples], device=classifier.device)
 
     def judge(embeddings: Tensor, numbers: range) -> Tensor:
@@ -62,8 +70,16 @@ def evaluate(encoder: Encoder, data: EvalSet, batch_size: int, comm: Comm, step:
     return describe(predicted, rank, labels.cpu().numpy(), judged[:, 2], encoder.weights, data, step)
 
 
-def describe(predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray, second_class_scores: np.ndarray | None,
-             weights: str, data: EvalSet, step: int, task: str = CLASSIFICATION) -> dict[str, Any]:  # fmt: skip
+def describe(
+    predicted: np.ndarray,
+    rank: np.ndarray,
+    targets: np.ndarray,
+    second_class_scores: np.ndarray | None,
+    weights: str,
+    data: EvalSet,
+    step: int,
+    task: str = CLASSIFICATION,
+) -> dict[str, Any]:
     """The row of a classification, whatever made it."""
     num_classes = len(data.classnames)
     second = second_class_scores if num_classes == 2 else None
@@ -72,14 +88,22 @@ def describe(predicted: np.ndarray, rank: np.ndarray, targets: np.ndarray, secon
     found = metrics.classification_metrics(predicted, rank, targets, num_classes, second)
     found |= metrics.metrics_of_set(name, predicted, rank, targets, data.groups)
     return metrics.row(
-        step, weights, data.name, task, found, len(targets),
+        step,
+        weights,
+        data.name,
+        task,
+        found,
+        len(targets),
         metrics.classification_intervals(predicted, rank, targets, num_classes),
         main_metric=MAIN_METRIC.get(name, "acc1"),
         per_class=dict(zip(_distinct(data.classnames), np.stack([hits, totals], 1).tolist())),
         confusions=metrics.confusion_pairs(predicted, targets, data.classnames),
-        **({"confusion_matrix": metrics.confusion_matrix(predicted, targets, num_classes)}
-           if num_classes <= LARGEST_MATRIX else {}),
-    )  # fmt: skip
+        **(
+            {"confusion_matrix": metrics.confusion_matrix(predicted, targets, num_classes)}
+            if num_classes <= LARGEST_MATRIX
+            else {}
+        ),
+    )
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -82,26 +82,57 @@ def write_card(fmt: str, located: Located, weights: str, proof: Proof, license_i
     library = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm", "onnx": "onnx"}[fmt]
     averaged = " (the exponential moving average of the student)" if weights == "teacher" else ""
     lines = [
-        "---", f"license: {license_id}"
+        "---",
+        f"license: {license_id}"
         + ("  # FILL IN: of the weights, which the licence of the data may limit" if license_id == UNKNOWN else ""),
-        f"library_name: {library}", "tags: [clip, a-clip, zero-shot-image-classification]", "---", "",
-        f"# {code(config.model.vision.name)}, A-CLIP, {weights}", "",
+        f"library_name: {library}",
+        "tags: [clip, a-clip, zero-shot-image-classification]",
+        "---",
+        "",
+        f"# {code(config.model.vision.name)}, A-CLIP, {weights}",
+        "",
         f"Pre-trained by amclip_ds with {masks_in_words(config)}, {located.step} steps of"
         f" {config.batch.global_size} pairs;"
-        f" these are the {weights}'s weights{averaged}, fp32.", "",
-        "## Loading", "", LOADING[fmt], "",
+        f" these are the {weights}'s weights{averaged}, fp32.",
+        "",
+        "## Loading",
+        "",
+        LOADING[fmt],
+        "",
         f"Images: {config.model.vision.image_size} px, shortest side resized (bilinear), centre crop, ImageNet mean"
-        " and deviation.", "", TEXTS[fmt], "",
-        "## Data", "", code(f"data.train={redact(config.data.train)}"), "",
-        "FILL IN: what the data are, under which licence, what is known to be wrong with them.", "",
-        "## Numbers", "", *_numbers(located, weights), "",
-        "## Proof of this export", "",
-        "Unit embeddings of the exported model, run by its library, against those of the model as it was trained:", "",
-        *code_block("\n".join(map(one_line, proof.lines()))), "",
-        "## Intended use", "", USE, "",
-        "## Energy", "", _energy(located), "",
-        "## Settings", "", *code_block(settings.dump(config).rstrip(), "yaml"), "",
-    ]  # fmt: skip
+        " and deviation.",
+        "",
+        TEXTS[fmt],
+        "",
+        "## Data",
+        "",
+        code(f"data.train={redact(config.data.train)}"),
+        "",
+        "FILL IN: what the data are, under which licence, what is known to be wrong with them.",
+        "",
+        "## Numbers",
+        "",
+        *_numbers(located, weights),
+        "",
+        "## Proof of this export",
+        "",
+        "Unit embeddings of the exported model, run by its library, against those of the model as it was trained:",
+        "",
+        *code_block("\n".join(map(one_line, proof.lines()))),
+        "",
+        "## Intended use",
+        "",
+        USE,
+        "",
+        "## Energy",
+        "",
+        _energy(located),
+        "",
+        "## Settings",
+        "",
+        *code_block(settings.dump(config).rstrip(), "yaml"),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -114,8 +145,11 @@ def _numbers(located: Located, weights: str) -> list[str]:
         return [*note, "None recorded; `amclip eval` makes them."]
     table = [*note, "| data set | task | metric | value | samples |", "|---|---|---|---|---|"]
     for row in mine:
-        table += [f"| {code(row['dataset'])} | {code(row['task'])} | {code(name)} | {value:.4f} | {_count(row)} |"
-                  for name, value in row["metrics"].items() if isinstance(value, int | float)]  # fmt: skip
+        table += [
+            f"| {code(row['dataset'])} | {code(row['task'])} | {code(name)} | {value:.4f} | {_count(row)} |"
+            for name, value in row["metrics"].items()
+            if isinstance(value, int | float)
+        ]
     return table
 
 

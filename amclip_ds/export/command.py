@@ -44,9 +44,14 @@ def export(args: argparse.Namespace) -> int:
 
 
 def write_proved(
-    fmt: str, module: AClip, located: Located, weights: str, out: Path, proof_shards: str | None,
+    fmt: str,
+    module: AClip,
+    located: Located,
+    weights: str,
+    out: Path,
+    proof_shards: str | None,
     license_id: str = UNKNOWN,
-) -> Proof:  # fmt: skip
+) -> Proof:
     """Makes the folder `out`, whole and proved, or nothing. Raises ExportMismatch, UserError, AmclipError."""
     assert located.config is not None
     config = located.config

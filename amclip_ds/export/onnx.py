@@ -51,10 +51,16 @@ def write(folder: Path, module: AClip, model: ModelConfig) -> None:
             folder / f"{what}.onnx", Embedding(module, what).eval(), example, ONNX_INPUTS[what], f"{what}_embeds"
         )
     facts: dict[str, Any] = {
-        "image_size": size, "resize": "shortest side, bilinear with antialiasing", "crop": "centre", "rescale": 1 / 255,
-        "mean": list(MEAN), "std": list(STD), "context_length": length, "eos_token_id": model.text.eos_token_id,
+        "image_size": size,
+        "resize": "shortest side, bilinear with antialiasing",
+        "crop": "centre",
+        "rescale": 1 / 255,
+        "mean": list(MEAN),
+        "std": list(STD),
+        "context_length": length,
+        "eos_token_id": model.text.eos_token_id,
         "logit_scale": float(module.logit_scale.detach().float().exp()),
-    }  # fmt: skip
+    }
     (folder / ONNX_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     tokenizer = build_tokenizer()
     tokenizer.decoder = build_decoder(dropped=(START, END))  # special ones would be read inside a text, too
@@ -69,8 +75,16 @@ def _write_graph(path: Path, module: nn.Module, example: Tensor, source: str, re
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                module, (example,), str(path), input_names=[source], output_names=[result], opset_version=OPSET,
-                dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, external_data=True, verbose=False,
-            )  # fmt: skip
+                module,
+                (example,),
+                str(path),
+                input_names=[source],
+                output_names=[result],
+                opset_version=OPSET,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                external_data=True,
+                verbose=False,
+            )
     finally:
         reported.setLevel(level)

@@ -48,8 +48,10 @@ def form_of(module: AClip, model: ModelConfig) -> str:
     problem = None
     activation = activation_of(module)
     if activation != model.text.activation:
-        problem = (f"its own tower has one activation for both, and this one has {activation} for images and"
-                   f" {model.text.activation} for texts")  # fmt: skip
+        problem = (
+            f"its own tower has one activation for both, and this one has {activation} for images and"
+            f" {model.text.activation} for texts"
+        )
     elif any(
         isinstance(block.ls1, nn.Module) and not isinstance(block.ls1, nn.Identity) for block in blocks_of(module)
     ):
@@ -66,8 +68,10 @@ def form_of(module: AClip, model: ModelConfig) -> str:
 def refuse_mean(fmt: str, model: ModelConfig) -> None:
     """Raises UserError for a tower whose feature is the mean of its tokens, which these libraries take otherwise."""
     if model.vision.pool == "mean":
-        raise UserError(f"--format {fmt}: model.vision.pool=mean has the class token in the mean, which it cannot say;"
-                        " --format timm and onnx can")  # fmt: skip
+        raise UserError(
+            f"--format {fmt}: model.vision.pool=mean has the class token in the mean, which it cannot say;"
+            " --format timm and onnx can"
+        )
 
 
 def _differs_from_its_name(module: AClip, model: ModelConfig) -> str | None:
@@ -117,20 +121,37 @@ def model_config(form: str, module: AClip, model: ModelConfig) -> dict[str, Any]
         "embed_dim": model.embed_dim,
         "quick_gelu": text.activation == "quick_gelu",
         "text_cfg": {
-            "context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width,
-            "heads": text.heads, "layers": text.depth, "mlp_ratio": text.mlp_ratio,
+            "context_length": text.context_length,
+            "vocab_size": text.vocab_size,
+            "width": text.width,
+            "heads": text.heads,
+            "layers": text.depth,
+            "mlp_ratio": text.mlp_ratio,
         },
-    }  # fmt: skip
+    }
     if form == "timm":
-        return config | {"custom_text": True, "vision_cfg": {
-            "timm_model_name": model.vision.name, "timm_model_pretrained": False, "timm_pool": "token",
-            "timm_proj": "linear", "image_size": model.vision.image_size,
-        }}  # fmt: skip
+        return config | {
+            "custom_text": True,
+            "vision_cfg": {
+                "timm_model_name": model.vision.name,
+                "timm_model_pretrained": False,
+                "timm_pool": "token",
+                "timm_proj": "linear",
+                "image_size": model.vision.image_size,
+            },
+        }
     block = vision.blocks[0]
     has_norm_pre = not isinstance(vision.norm_pre, nn.Identity)
-    return config | {"vision_cfg": {
-        "layers": len(vision.blocks), "width": vision.width, "head_width": vision.width // block.attn.num_heads,
-        "mlp_ratio": block.mlp.fc1.out_features / vision.width, "patch_size": vision.patch_size,
-        "image_size": model.vision.image_size, "no_ln_pre": not has_norm_pre, "pool_type": "tok",
-        "norm_kwargs": {"eps": vision.norm.eps},
-    }}  # fmt: skip
+    return config | {
+        "vision_cfg": {
+            "layers": len(vision.blocks),
+            "width": vision.width,
+            "head_width": vision.width // block.attn.num_heads,
+            "mlp_ratio": block.mlp.fc1.out_features / vision.width,
+            "patch_size": vision.patch_size,
+            "image_size": model.vision.image_size,
+            "no_ln_pre": not has_norm_pre,
+            "pool_type": "tok",
+            "norm_kwargs": {"eps": vision.norm.eps},
+        }
+    }

@@ -99,8 +99,11 @@ def gather_samples(spec: str | None, config: TrainConfig) -> Samples:
         return _made_samples(config.model.vision.image_size)
     found = open_set(spec, task=RETRIEVAL, key="--proof").samples
     chosen = found[:: max(1, len(found) // NUM_SAMPLES)][:NUM_SAMPLES]
-    return Samples([sample.read() for sample in chosen], [sample.captions[0] for sample in chosen],
-                   f"{len(chosen)} images and captions of {spec}")  # fmt: skip
+    return Samples(
+        [sample.read() for sample in chosen],
+        [sample.captions[0] for sample in chosen],
+        f"{len(chosen)} images and captions of {spec}",
+    )
 
 
 def _first_local_shard(config: TrainConfig) -> str | None:

@@ -42,8 +42,11 @@ class Options:
         check_anchors("pgs", self.anchor_ratio, self.rule, self.threshold)
         if not 0 <= self.embeddings <= 1:
             raise ValueError(f"mask.pgs.embeddings: {self.embeddings} is outside [0, 1]")
-        for key, allowed in (("edges", ("none", "pixels", "means")), ("anchors_at", ("low", "high")),
-                             ("balance", ("none", "release"))):  # fmt: skip
+        for key, allowed in (
+            ("edges", ("none", "pixels", "means")),
+            ("anchors_at", ("low", "high")),
+            ("balance", ("none", "release")),
+        ):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"mask.pgs.{key}: {getattr(self, key)!r} is none of {', '.join(allowed)}")
 

@@ -27,8 +27,9 @@ class Selection(NamedTuple):
 
     def part(self, samples: slice) -> "Selection":
         """The selection of some samples, all their views."""
-        by_row = {name: value for name, value in self.inputs._asdict().items()
-                  if isinstance(value, Tensor) and value.dim()}  # fmt: skip
+        by_row = {
+            name: value for name, value in self.inputs._asdict().items() if isinstance(value, Tensor) and value.dim()
+        }
         views = (self.inputs.num_views, -1)
         rows: dict[str, Any] = {
             name: value.unflatten(0, views)[:, samples].flatten(0, 1) for name, value in by_row.items()

@@ -78,9 +78,16 @@ def buckets(steps: Sequence[int], values: Sequence[float], most: int = BUCKETS) 
 
 
 def draw(
-    id: str, title: str, unit: str, series: Iterable[tuple[str, list[Point | None]]], *, steps: tuple[float, float],
-    is_log: bool = False, from_zero: bool = False, note: str = "",
-) -> Chart | None:  # fmt: skip
+    id: str,
+    title: str,
+    unit: str,
+    series: Iterable[tuple[str, list[Point | None]]],
+    *,
+    steps: tuple[float, float],
+    is_log: bool = False,
+    from_zero: bool = False,
+    note: str = "",
+) -> Chart | None:
     """A chart of named lines between two steps; None where no line has a value (or, in logarithms, one above 0)."""
     named = [(name, [_logarithm(point) if is_log else point for point in points]) for name, points in series]
     named = [(name, points) for name, points in named if any(points)]
@@ -139,8 +146,10 @@ def _room(low: float, high: float, from_zero: bool) -> tuple[float, float]:
 
 def _line(name: str, points: list[Point | None], chart: Chart, style: int) -> Line:
     def at(x: float, y: float) -> tuple[int, int]:
-        return (round((x - chart.x0) / (chart.x1 - chart.x0) * WIDE),
-                round((chart.y1 - y) / (chart.y1 - chart.y0) * HIGH))  # fmt: skip
+        return (
+            round((x - chart.x0) / (chart.x1 - chart.x0) * WIDE),
+            round((chart.y1 - y) / (chart.y1 - chart.y0) * HIGH),
+        )
 
     runs: list[list[Point]] = [[]]
     for point in points:
@@ -151,9 +160,11 @@ def _line(name: str, points: list[Point | None], chart: Chart, style: int) -> Li
     runs = [run for run in runs if run]
     path = "".join(_path([at(point[0], point[1]) for point in run]) for run in runs)
     is_thick = any(point[2] != point[3] for run in runs for point in run)
-    band = "".join(
-        _path([at(p[0], p[3]) for p in run] + [at(p[0], p[2]) for p in reversed(run)]) + "z" for run in runs
-    ) if is_thick else ""  # fmt: skip
+    band = (
+        "".join(_path([at(p[0], p[3]) for p in run] + [at(p[0], p[2]) for p in reversed(run)]) + "z" for run in runs)
+        if is_thick
+        else ""
+    )
     last = runs[-1][-1][1]
     places = [at(point[0], point[1]) for run in runs for point in run]
     dots = "".join(f"M{x} {y}l0 0" for x, y in places) if len(places) <= FEW else ""

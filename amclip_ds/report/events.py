@@ -9,8 +9,13 @@ from amclip_ds.report.read import RunFacts
 from amclip_ds.report.time_spent import Attempt
 
 START, SAVE, EVALUATION, INCIDENT, END = "start", "save", "evaluation", "incident", "end"
-KINDS = {START: "starts and resumes", SAVE: "checkpoints", EVALUATION: "evaluations", INCIDENT: "incidents",
-         END: "ends"}  # fmt: skip
+KINDS = {
+    START: "starts and resumes",
+    SAVE: "checkpoints",
+    EVALUATION: "evaluations",
+    INCIDENT: "incidents",
+    END: "ends",
+}
 MEANING = {
     DONE: "done",
     FAULT: "a fault of amclip or of the machine",
@@ -56,9 +61,11 @@ def describe_verdict(run: RunFacts, attempts: list[Attempt]) -> tuple[str, str, 
         code = run.verdict["code"]
         meaning = MEANING.get(code, f"ended by its launcher with code {code}")
         word = "Done" if code == DONE else meaning[0].upper() + meaning[1:]
-        return f"{word}, after step {run.last_step}{length} (exit code {code})", str(run.verdict.get("reason", "")), (
-            code in (DONE, TO_REQUEUE)
-        )  # fmt: skip
+        return (
+            f"{word}, after step {run.last_step}{length} (exit code {code})",
+            str(run.verdict.get("reason", "")),
+            (code in (DONE, TO_REQUEUE)),
+        )
     if run.is_alive:
         return f"At work: step {run.last_step}{length}", "it wrote something in the last minutes", True
     if not run.starts and not attempts:
@@ -92,8 +99,17 @@ def _starts(run: RunFacts, attempts: list[Attempt]) -> list[Event]:
         elif before:
             effect.append("begins anew: there was no checkpoint" if attempt.last_step else "came to no step")
         cause = f"attempt {before.number} had ended" + (f": {before.reason}" if before.reason else "") if before else ""
-        found.append(Event(attempt.began, attempt.first_step, attempt.number, START,
-                           f"attempt {attempt.number} starts{where}{job}", cause, "; ".join(effect)))  # fmt: skip
+        found.append(
+            Event(
+                attempt.began,
+                attempt.first_step,
+                attempt.number,
+                START,
+                f"attempt {attempt.number} starts{where}{job}",
+                cause,
+                "; ".join(effect),
+            )
+        )
     return found
 
 
@@ -128,8 +144,16 @@ def _incidents(run: RunFacts) -> list[Event]:
             known.until = max(known.until, row["step"])
             continue
         at = row.get("time")
-        event = Event(float(at) if isinstance(at, int | float) else 0.0, row["step"], row["attempt"], INCIDENT,
-                      in_words(row["kind"]), row["cause"], effect, until=row["step"])  # fmt: skip
+        event = Event(
+            float(at) if isinstance(at, int | float) else 0.0,
+            row["step"],
+            row["attempt"],
+            INCIDENT,
+            in_words(row["kind"]),
+            row["cause"],
+            effect,
+            until=row["step"],
+        )
         if is_sample and row.get("shard"):
             event.cause = f"{row['cause']}: {row.get('key', '')} in {row['shard']}"
         open_rows[key] = event
@@ -141,13 +165,29 @@ def _ends(run: RunFacts, attempts: list[Attempt]) -> list[Event]:
     found = []
     for attempt in attempts:
         if attempt.code is not None:
-            found.append(Event(attempt.ended, attempt.last_step, attempt.number, END,
-                               f"attempt {attempt.number} ends with code {attempt.code}", attempt.reason,
-                               MEANING.get(attempt.code, "")))  # fmt: skip
+            found.append(
+                Event(
+                    attempt.ended,
+                    attempt.last_step,
+                    attempt.number,
+                    END,
+                    f"attempt {attempt.number} ends with code {attempt.code}",
+                    attempt.reason,
+                    MEANING.get(attempt.code, ""),
+                )
+            )
         elif attempt is not attempts[-1] or (run.verdict is None and not run.is_alive):
-            found.append(Event(attempt.ended, attempt.last_step, attempt.number, END,
-                               f"attempt {attempt.number} ends without a word", "killed, or its machine went away",
-                               "what was behind the newest checkpoint is made again"))  # fmt: skip
+            found.append(
+                Event(
+                    attempt.ended,
+                    attempt.last_step,
+                    attempt.number,
+                    END,
+                    f"attempt {attempt.number} ends without a word",
+                    "killed, or its machine went away",
+                    "what was behind the newest checkpoint is made again",
+                )
+            )
     return found
 
 
@@ -176,7 +216,12 @@ def lost_samples(run: RunFacts) -> list[Loss]:
         counts[shard, kind] += 1
         first.setdefault((shard, kind), row)
     return [
-        Loss(shard, kind, count, f"{first[shard, kind].get('key', '')}: {first[shard, kind]['cause']}",
-             str(first[shard, kind].get("action") or ""))
+        Loss(
+            shard,
+            kind,
+            count,
+            f"{first[shard, kind].get('key', '')}: {first[shard, kind]['cause']}",
+            str(first[shard, kind].get("action") or ""),
+        )
         for (shard, kind), count in counts.most_common()
-    ]  # fmt: skip
+    ]

@@ -105,10 +105,16 @@ class RunPage:
     def time_rows(self) -> list[list[Any]]:
         """The time of each attempt."""
         return [
-            [a.number, date(a.began), duration(a.wall_s), a.world_size or "", f"{a.first_step} to {a.last_step}",
-             *(duration(a.seconds[part]) if a.seconds[part] else "" for part in BY_ATTEMPT)]
+            [
+                a.number,
+                date(a.began),
+                duration(a.wall_s),
+                a.world_size or "",
+                f"{a.first_step} to {a.last_step}",
+                *(duration(a.seconds[part]) if a.seconds[part] else "" for part in BY_ATTEMPT),
+            ]
             for a in self.attempts
-        ]  # fmt: skip
+        ]
 
     @property
     def slow_rows(self) -> list[tuple[Any, ...]]:
@@ -160,10 +166,16 @@ def page(runs: list[RunFacts]) -> str:
     for view, label in zip(views, names_of(runs)):
         view.label = label
     return fill(
-        "page.html", runs=views, several=len(views) > 1, comparison=compare(runs) if len(runs) > 1 else [],
-        differences=differences(runs) if len(runs) > 1 else [], script=Markup(script), digest=digest,
-        kinds=happened.KINDS, written=time.time(),
-    )  # fmt: skip
+        "page.html",
+        runs=views,
+        several=len(views) > 1,
+        comparison=compare(runs) if len(runs) > 1 else [],
+        differences=differences(runs) if len(runs) > 1 else [],
+        script=Markup(script),
+        digest=digest,
+        kinds=happened.KINDS,
+        written=time.time(),
+    )
 
 
 def fill(template: str, **values: Any) -> str:
@@ -175,9 +187,13 @@ def fill(template: str, **values: Any) -> str:
         return value if isinstance(value, Markup) else printable(redact(value)) if isinstance(value, str) else value
 
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, finalize=shown,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"number": number, "date": date, "duration": duration}
     style = Markup((HERE / "page.css").read_text())
     return environment.get_template(template).render(style=style, **values)
@@ -193,16 +209,29 @@ def run_page(id: str, run: RunFacts) -> RunPage:
     losses = happened.lost_samples(run)
     shown = shorten(events)
     return RunPage(
-        id=id, facts=run, attempts=attempts, headline=headline, reason=reason, is_well=is_well,
-        tiles=tiles(run, attempts, sums, events), charts=charts(id, run), marks=marks(run, events), events=shown,
+        id=id,
+        facts=run,
+        attempts=attempts,
+        headline=headline,
+        reason=reason,
+        is_well=is_well,
+        tiles=tiles(run, attempts, sums, events),
+        charts=charts(id, run),
+        marks=marks(run, events),
+        events=shown,
         num_hidden=len(events) - len(shown),
         parts=[(key, PARTS[key], seconds, seconds / whole) for key, seconds in sums.items() if seconds > 0],
-        goodput=goodput(sums), slow_ranks=[event for event in events if event.what == "straggler"],
-        losses=losses[:MAX_LOSSES], num_losses=len(losses), classes=[classes(row) for row in run.classes],
-        commands=commands(run), pictures=read_pictures(run.folder),
-        overview=draw(f"{id}-overview", "Loss", "as trained on", [("loss", _column(run.metrics, "loss"))],
-                      steps=span_of(run)),
-    )  # fmt: skip
+        goodput=goodput(sums),
+        slow_ranks=[event for event in events if event.what == "straggler"],
+        losses=losses[:MAX_LOSSES],
+        num_losses=len(losses),
+        classes=[classes(row) for row in run.classes],
+        commands=commands(run),
+        pictures=read_pictures(run.folder),
+        overview=draw(
+            f"{id}-overview", "Loss", "as trained on", [("loss", _column(run.metrics, "loss"))], steps=span_of(run)
+        ),
+    )
 
 
 def tiles(run: RunFacts, attempts: list[Attempt], sums: dict[str, float], events: list[Event]) -> list[tuple]:
@@ -257,19 +286,28 @@ def charts(id: str, run: RunFacts) -> dict[str, list[Chart]]:
         return buckets(data.steps, data.get(column))
 
     terms = [name for name in data.columns if name.startswith("loss_") and any(data.get(name))]
-    further = [name for name in data.columns if name not in (*PICTURED, *COUNTED, "step_applied")
-               and not name.startswith("loss_")]  # fmt: skip
+    further = [
+        name
+        for name in data.columns
+        if name not in (*PICTURED, *COUNTED, "step_applied") and not name.startswith("loss_")
+    ]
     learning = [
         draw(f"{id}-loss", "Loss", "as trained on", [("loss", line("loss"))], steps=span),
-        draw(f"{id}-terms", "Terms of the loss", "unweighted", [(name.removeprefix("loss_"), line(name))
-             for name in terms], steps=span),
+        draw(
+            f"{id}-terms",
+            "Terms of the loss",
+            "unweighted",
+            [(name.removeprefix("loss_"), line(name)) for name in terms],
+            steps=span,
+        ),
         *evaluations(id, run),
-    ]  # fmt: skip
+    ]
     schedule: list[Chart | None] = []
     cost: list[Chart | None] = []
     for name, (title, unit, is_log, from_zero) in MEASURED.items():
-        chart = draw(f"{id}-{name}", title, unit, [(title.lower(), line(name))], steps=span, is_log=is_log,
-                     from_zero=from_zero)  # fmt: skip
+        chart = draw(
+            f"{id}-{name}", title, unit, [(title.lower(), line(name))], steps=span, is_log=is_log, from_zero=from_zero
+        )
         (cost if name in ("samples_per_s", "tflops", "mfu", "peak_memory_gib") else schedule).append(chart)
     waits = [(name, line(column)) for column, name in WAITS.items()]
     cost.insert(0, draw(f"{id}-waits", "Time of a step", "seconds", waits, steps=span, from_zero=True))
@@ -294,8 +332,16 @@ def evaluations(id: str, run: RunFacts) -> list[Chart | None]:
             first, last = span_of(run)
             for dataset, chance in chances.items():
                 lines[f"chance, {dataset}"] = [(first, chance, chance, chance), (last, chance, chance, chance)]
-        found.append(draw(f"{id}-eval-{len(found)}", METRICS[name][0].upper() + METRICS[name][1:],
-                          "share of the samples", lines.items(), steps=span_of(run), from_zero=True))  # fmt: skip
+        found.append(
+            draw(
+                f"{id}-eval-{len(found)}",
+                METRICS[name][0].upper() + METRICS[name][1:],
+                "share of the samples",
+                lines.items(),
+                steps=span_of(run),
+                from_zero=True,
+            )
+        )
     return found
 
 
@@ -307,8 +353,11 @@ def span_of(run: RunFacts) -> tuple[float, float]:
 def marks(run: RunFacts, events: list[Event]) -> list[Mark]:
     """Where incidents, saves and starts are on the axis of steps; those that fall together are one."""
     first, last = span_of(run)
-    alike = [(event.kind, event.step, event.what) for event in events if event.kind == happened.SAVE
-             or (event.kind == happened.START and event.step)]  # fmt: skip
+    alike = [
+        (event.kind, event.step, event.what)
+        for event in events
+        if event.kind == happened.SAVE or (event.kind == happened.START and event.step)
+    ]
     alike += [(happened.INCIDENT, row["step"], happened.in_words(row["kind"])) for row in run.incidents]
     found: dict[tuple[str, int], list[tuple[int, str]]] = {}
     for kind, step, what in alike:
@@ -338,24 +387,30 @@ def shorten(events: list[Event]) -> list[Event]:
 def classes(row: dict[str, Any], most: int = 1000) -> dict[str, Any]:
     """A set's classes, the worst first, and what was taken for what."""
     counts = [
-        (str(name), *pair) for name, pair in row["per_class"].items()
+        (str(name), *pair)
+        for name, pair in row["per_class"].items()
         if isinstance(pair, list) and len(pair) == 2 and all(type(count) is int for count in pair) and pair[1] > 0
-    ]  # fmt: skip
+    ]
     counts.sort(key=lambda item: (item[1] / item[2], item[0]))
     pairs = [pair for pair in row.get("confusions") or [] if isinstance(pair, dict)]
     return {
-        "title": f"{row['dataset']}, {row['weights']}, step {row['step']}", "classes": counts[:most],
+        "title": f"{row['dataset']}, {row['weights']}, step {row['step']}",
+        "classes": counts[:most],
         "confusions": [tuple(str(pair.get(key, "")) for key in ("true", "predicted", "count", "of")) for pair in pairs],
         "matrix": matrix(row.get("confusion_matrix"), list(row["per_class"])),
-    }  # fmt: skip
+    }
 
 
 def matrix(counts: Any, names: list[str]) -> dict[str, Any] | None:
     """The cells of a square table with something in them: (column, row, share of its row); None where it is none."""
     size = len(names)
-    is_square = isinstance(counts, list) and len(counts) == size and all(
-        isinstance(row, list) and len(row) == size and all(type(count) is int for count in row) for row in counts
-    )  # fmt: skip
+    is_square = (
+        isinstance(counts, list)
+        and len(counts) == size
+        and all(
+            isinstance(row, list) and len(row) == size and all(type(count) is int for count in row) for row in counts
+        )
+    )
     if not is_square:
         return None
     cells = [(x, y, round(count / sum(row), 2)) for y, row in enumerate(counts) for x, count in enumerate(row) if count]
@@ -379,9 +434,14 @@ def compare(runs: list[RunFacts]) -> list[Chart]:
     named = list(zip(names_of(runs), runs))
     drawn = [
         draw("all-loss", "Loss", "", [(name, _column(run.metrics, "loss")) for name, run in named], steps=span),
-        draw("all-contrastive", "Contrastive loss", "", [(name, _column(run.metrics, "loss_contrastive"))
-             for name, run in named], steps=span),
-    ]  # fmt: skip
+        draw(
+            "all-contrastive",
+            "Contrastive loss",
+            "",
+            [(name, _column(run.metrics, "loss_contrastive")) for name, run in named],
+            steps=span,
+        ),
+    ]
     for metric in METRICS:
         lines: dict[str, list[Point | None]] = {}
         for name, run in named:
@@ -391,8 +451,16 @@ def compare(runs: list[RunFacts]) -> list[Chart]:
                     point = (float(row["step"]), float(value), float(value), float(value))
                     lines.setdefault(f"{name}: {row['dataset']}, {row['weights']}", []).append(point)
         drawn.append(draw(f"all-{metric}", METRICS[metric], "", lines.items(), steps=span, from_zero=True))
-    drawn.append(draw("all-speed", "Speed", "samples per second", [(name, _column(run.metrics, "samples_per_s"))
-                      for name, run in named], steps=span, from_zero=True))  # fmt: skip
+    drawn.append(
+        draw(
+            "all-speed",
+            "Speed",
+            "samples per second",
+            [(name, _column(run.metrics, "samples_per_s")) for name, run in named],
+            steps=span,
+            from_zero=True,
+        )
+    )
     return [chart for chart in drawn if chart]
 
 

@@ -102,18 +102,27 @@ def read_run(folder: Path) -> RunFacts:
         set_aside.add(row)
     verdict, last_write = read_verdict(folder), _last_write(folder)
     return RunFacts(
-        folder=folder, name=folder.resolve().name, verdict=verdict,
-        is_alive=verdict is None and last_write is not None and time.time() - last_write < ALIVE_S
+        folder=folder,
+        name=folder.resolve().name,
+        verdict=verdict,
+        is_alive=verdict is None
+        and last_write is not None
+        and time.time() - last_write < ALIVE_S
         and not _is_released(folder / run_files.OWNER),
-        last_write=last_write, config=plain_yaml.flat(plain_yaml.read(folder / run_files.CONFIG)),
-        versions=_read_object(folder / run_files.VERSIONS), plan=_read_object(folder / run_files.PLAN),
+        last_write=last_write,
+        config=plain_yaml.flat(plain_yaml.read(folder / run_files.CONFIG)),
+        versions=_read_object(folder / run_files.VERSIONS),
+        plan=_read_object(folder / run_files.PLAN),
         starts=list(rows(run_files.ATTEMPTS, {"attempt": int})),
         timeline=list(rows(run_files.TIMELINE, run_files.EVENT)),
-        metrics=metrics, set_aside=set_aside, evaluations=list(rows(run_files.EVALUATIONS, run_files.EVALUATION)),
+        metrics=metrics,
+        set_aside=set_aside,
+        evaluations=list(rows(run_files.EVALUATIONS, run_files.EVALUATION)),
         classes=_latest(rows(run_files.CLASSES, run_files.OF_CLASSES)),
         incidents=list(rows(run_files.INCIDENTS, run_files.INCIDENT)),
-        summary=_summary(folder / run_files.LOG), unreadable=unreadable,
-    )  # fmt: skip
+        summary=_summary(folder / run_files.LOG),
+        unreadable=unreadable,
+    )
 
 
 def _rows(path: Path, fields: dict[str, type], unreadable: dict[str, int]) -> Iterator[dict[str, Any]]:

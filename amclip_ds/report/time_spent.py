@@ -94,10 +94,15 @@ def _attempt(run: RunFacts, number: int, steps: list[_Row]) -> Attempt | None:
     end = next((row for row in reversed(rows) if row["event"] == "end"), None)
     times = [logged.time for logged in steps] + [_time(row) for row in rows]
     attempt = Attempt(
-        number, began, max([began, *([_time(end)] if end else times)]), first_step=resumed,
+        number,
+        began,
+        max([began, *([_time(end)] if end else times)]),
+        first_step=resumed,
         last_step=max([resumed, *(logged.step for logged in steps), *(row["step"] for row in rows)]),
-        world_size=_whole(start, "world_size"), code=_whole(end, "code"), reason=str((end or {}).get("reason", "")),
-    )  # fmt: skip
+        world_size=_whole(start, "world_size"),
+        code=_whole(end, "code"),
+        reason=str((end or {}).get("reason", "")),
+    )
     seconds, before = dict.fromkeys(PARTS, 0.0), resumed
     for logged in steps:
         count, before = max(0, logged.step - before), logged.step

@@ -111,9 +111,11 @@ class Guards:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps; plain numbers."""
         return {
-            "window": list(self.window), "skipped_in_a_row": self.skipped_in_a_row, "skipped": self.skipped,
+            "window": list(self.window),
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "skipped": self.skipped,
             "rewinds": self.rewinds,
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes a checkpoint's state over. Rewinds are never forgotten, or a spike could rewind for ever."""

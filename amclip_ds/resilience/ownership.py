@@ -36,8 +36,18 @@ from amclip_ds.resilience.watch_ranks import process_state, start_time
 CLAIM = re.compile(r"\.owner-([0-9]{6,15})")
 WATCHED_BEATS = 3  # at least so many are waited for: on some file systems the time of a file is its writer's clock
 TAKEN = "taken over\n"
-FACTS = {"claim": int, "restart": int, "attempt": int, "pid": int, "started": int, "job": str, "host": str,
-         "machine": str, "released": bool, "heartbeat": float}  # fmt: skip
+FACTS = {
+    "claim": int,
+    "restart": int,
+    "attempt": int,
+    "pid": int,
+    "started": int,
+    "job": str,
+    "host": str,
+    "machine": str,
+    "released": bool,
+    "heartbeat": float,
+}
 
 
 class OwnershipLost(RunStopped):
@@ -121,8 +131,10 @@ class Owner:
 
     def _write(self) -> None:
         try:
-            write_atomically(self.claim.path.parent / run_files.OWNER,
-                             json.dumps(self._facts | {"heartbeat": round(time.time(), 3)}) + "\n")  # fmt: skip
+            write_atomically(
+                self.claim.path.parent / run_files.OWNER,
+                json.dumps(self._facts | {"heartbeat": round(time.time(), 3)}) + "\n",
+            )
         except OSError:  # a full disk for a while; a lasting one is the next commit's to report
             return
 
@@ -142,10 +154,20 @@ def claim(
         held = _create(folder, last + 1)
     except OSError as error:
         raise not_written(f"run.out: {folder}", error) from None
-    return Owner(held, config, {
-        "claim": last + 1, "job": job, "restart": restart, "attempt": None, "host": socket.gethostname(),
-        "pid": os.getpid(), "started": start_time(os.getpid()), "machine": _machine(),
-    })  # fmt: skip
+    return Owner(
+        held,
+        config,
+        {
+            "claim": last + 1,
+            "job": job,
+            "restart": restart,
+            "attempt": None,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": start_time(os.getpid()),
+            "machine": _machine(),
+        },
+    )
 
 
 @contextmanager

@@ -132,9 +132,14 @@ class Preemption:
     """
 
     def __init__(
-        self, config: PreemptionConfig, folder: Path, runtime: "Runtime", owner: Owner | None = None,
-        job_end: float | None = None, time_limit: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        config: PreemptionConfig,
+        folder: Path,
+        runtime: "Runtime",
+        owner: Owner | None = None,
+        job_end: float | None = None,
+        time_limit: str | None = None,
+    ) -> None:
         self._config, self._stop_file, self._runtime, self._owner = config, folder / run_files.STOP, runtime, owner
         self._arrivals = listen(config.forced_exit_s)
         self._deadlines: dict[str, float] = {}

@@ -24,8 +24,10 @@ PHASES = ("start", "verify", "index", "resume", "data", "step", "save", "evaluat
 DONE = "done"
 ANSWER_S = 3.0  # a rank's time to print its stacks
 OTHERS_S = 10.0  # the other nodes' time to report
-COLLECTIVES = re.compile(r"distributed_c10d\.py|deepspeed/comm/|in (_?all_reduce|_?all_gather|reduce_scatter|barrier|"
-                         r"broadcast|monitored_barrier|wait|_exchange)\b|torch/cuda/.* in synchronize")  # fmt: skip
+COLLECTIVES = re.compile(
+    r"distributed_c10d\.py|deepspeed/comm/|in (_?all_reduce|_?all_gather|reduce_scatter|barrier|"
+    r"broadcast|monitored_barrier|wait|_exchange)\b|torch/cuda/.* in synchronize"
+)
 INNERMOST = 5  # frames in which a collective must show for a rank to count as waiting in it
 
 
@@ -63,9 +65,7 @@ def watch(folder: Path) -> int:
     while True:
         time.sleep(poll_s)
         beats = {rank: read_beat(folder / f"rank{rank}.beat") for rank in settings["ranks"]}
-        alive = {
-            rank: beat for rank, beat in beats.items() if beat and process_state(beat["pid"], beat["started"])
-        }  # fmt: skip
+        alive = {rank: beat for rank, beat in beats.items() if beat and process_state(beat["pid"], beat["started"])}
         over_for = over_for + 1 if all(beat["phase"] == DONE for beat in alive.values()) else 0
         if over_for == 2:  # one read may fall into the middle of a write
             return 0
@@ -104,8 +104,13 @@ def report(folder: Path, rank: int, beat: dict[str, Any], now: float) -> dict[st
     """What can be said about one rank, its stacks included."""
     state = process_state(beat["pid"], beat["started"])
     stacks = ask_for_stacks(folder / f"rank{rank}.stacks", beat["pid"], state) if state else ""
-    return beat | {"rank": rank, "host": os.uname().nodename, "state": state, "silent_s": round(now - beat["at"], 1),
-                   "stacks": stacks}  # fmt: skip
+    return beat | {
+        "rank": rank,
+        "host": os.uname().nodename,
+        "state": state,
+        "silent_s": round(now - beat["at"], 1),
+        "stacks": stacks,
+    }
 
 
 def ask_for_stacks(path: Path, pid: int, state: str) -> str:
@@ -185,9 +190,16 @@ def report_hang(
     say("".join(map(text_of, ranks)).rstrip("\n"))
     first = next(item for item in ranks if item["rank"] in culprits)
     row = {
-        "time": round(time.time(), 3), "attempt": settings["attempt"], "step": first["step"], "rank": first["rank"],
-        "kind": "hang", "shard": "", "key": first["phase"], "cause": cause, "action": f"all ranks ended; {hangs}",
-    }  # fmt: skip
+        "time": round(time.time(), 3),
+        "attempt": settings["attempt"],
+        "step": first["step"],
+        "rank": first["rank"],
+        "kind": "hang",
+        "shard": "",
+        "key": first["phase"],
+        "cause": cause,
+        "action": f"all ranks ended; {hangs}",
+    }
     try:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # as jsonl.append_line
         descriptor = os.open(Path(settings["run"]) / "incidents.jsonl", flags, 0o644)

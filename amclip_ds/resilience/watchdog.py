@@ -165,9 +165,14 @@ class Watchdog:
 
     def _write_settings(self, folder: Path, attempt: int, ranks: list[int], poll_s: float) -> None:
         settings = {
-            "run": str(folder.resolve()), "attempt": attempt, "ranks": ranks, "node": self._runtime.node_rank,
-            "num_nodes": self._runtime.num_nodes, "host": socket.gethostname(), "poll_s": poll_s,
-        }  # fmt: skip
+            "run": str(folder.resolve()),
+            "attempt": attempt,
+            "ranks": ranks,
+            "node": self._runtime.node_rank,
+            "num_nodes": self._runtime.num_nodes,
+            "host": socket.gethostname(),
+            "poll_s": poll_s,
+        }
         (self._place / "settings.json").write_text(json.dumps(settings))
 
     def _start(self) -> subprocess.Popen:
@@ -261,6 +266,11 @@ class OwnTime:
             is_slow = measured > 1 and seconds > SLOW_FACTOR * others and seconds - others > SLOW_SHARE * step_s
             self._slow_for[rank] = self._slow_for[rank] + 1 if is_slow else 0
             if self._slow_for[rank] == SLOW_INTERVALS:  # reported once, until it has been well again
-                found.append((rank, f"rank {rank} takes {seconds:.3f} s of its own a step (data and forward pass), the"
-                              f" others {others:.3f} s: all wait for it"))  # fmt: skip
+                found.append(
+                    (
+                        rank,
+                        f"rank {rank} takes {seconds:.3f} s of its own a step (data and forward pass), the"
+                        f" others {others:.3f} s: all wait for it",
+                    )
+                )
         return found

@@ -21,10 +21,16 @@ def made_batch(views: Tensor, teacher: Tensor | None, noise: Tensor, token_ids: 
     V, B, _, side, _ = views.shape
     boxes = torch.tensor([0.0, 0.0, side, side]).expand(V + 1, B, 4).clone()
     return Batch(
-        views_uint8=as_pixels(views), teacher_uint8=None if teacher is None else as_pixels(teacher), boxes=boxes,
-        photometric=Photometric(np.zeros((V, B, NUM_COLUMNS), dtype=np.float32)), mask_noise=noise,
-        token_ids=token_ids, sample_ids=torch.arange(B), epoch=0, cursor={"epoch": 0, "step": 0},
-    )  # fmt: skip
+        views_uint8=as_pixels(views),
+        teacher_uint8=None if teacher is None else as_pixels(teacher),
+        boxes=boxes,
+        photometric=Photometric(np.zeros((V, B, NUM_COLUMNS), dtype=np.float32)),
+        mask_noise=noise,
+        token_ids=token_ids,
+        sample_ids=torch.arange(B),
+        epoch=0,
+        cursor={"epoch": 0, "step": 0},
+    )
 
 
 def as_pixels(images: Tensor) -> Tensor:
@@ -37,11 +43,15 @@ def as_pixels(images: Tensor) -> Tensor:
 def rows_of(batch: Batch, rows: slice) -> Batch:
     """Some samples of a batch."""
     return replace(
-        batch, views_uint8=batch.views_uint8[:, rows], boxes=batch.boxes[:, rows],
+        batch,
+        views_uint8=batch.views_uint8[:, rows],
+        boxes=batch.boxes[:, rows],
         teacher_uint8=None if batch.teacher_uint8 is None else batch.teacher_uint8[rows],
-        photometric=Photometric(batch.photometric.table[:, rows]), mask_noise=batch.mask_noise[:, rows],
-        token_ids=batch.token_ids[rows], sample_ids=batch.sample_ids[rows],
-    )  # fmt: skip
+        photometric=Photometric(batch.photometric.table[:, rows]),
+        mask_noise=batch.mask_noise[:, rows],
+        token_ids=batch.token_ids[rows],
+        sample_ids=batch.sample_ids[rows],
+    )
 
 
 def local_part(batch: Batch, rank: int, world_size: int) -> Batch:
@@ -53,14 +63,15 @@ def local_part(batch: Batch, rank: int, world_size: int) -> Batch:
 def both(first: Batch, second: Batch) -> Batch:
     """The samples of two batches as one."""
     return replace(
-        first, views_uint8=torch.cat([first.views_uint8, second.views_uint8], 1),
+        first,
+        views_uint8=torch.cat([first.views_uint8, second.views_uint8], 1),
         teacher_uint8=torch.cat([first.teacher_uint8, second.teacher_uint8]),  # type: ignore[list-item]
         boxes=torch.cat([first.boxes, second.boxes], 1),
         photometric=Photometric(np.concatenate([first.photometric.table, second.photometric.table], 1)),
         mask_noise=torch.cat([first.mask_noise, second.mask_noise], 1),
         token_ids=torch.cat([first.token_ids, second.token_ids]),
         sample_ids=torch.cat([first.sample_ids, second.sample_ids]),
-    )  # fmt: skip
+    )
 
 
 def given(inputs: MaskInputs, options: Any) -> Tensor:

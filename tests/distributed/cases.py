@@ -40,13 +40,29 @@ VOCABULARY, CONTEXT = 100, 16
 
 def tiny_model(depth: int = 2, checkpoint_every: int = 0) -> ModelConfig:
     return ModelConfig(
-        vision=VisionConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=8, width=32, depth=depth, heads=2,
-                            mlp_ratio=2.0, checkpoint_every=checkpoint_every),
-        text=TextConfig(width=32, depth=depth, heads=2, mlp_ratio=2.0, vocab_size=VOCABULARY,
-                        eos_token_id=VOCABULARY - 1, context_length=CONTEXT, activation="gelu",
-                        checkpoint_every=checkpoint_every),
+        vision=VisionConfig(
+            name="vit_tiny_patch16_224",
+            image_size=32,
+            patch_size=8,
+            width=32,
+            depth=depth,
+            heads=2,
+            mlp_ratio=2.0,
+            checkpoint_every=checkpoint_every,
+        ),
+        text=TextConfig(
+            width=32,
+            depth=depth,
+            heads=2,
+            mlp_ratio=2.0,
+            vocab_size=VOCABULARY,
+            eos_token_id=VOCABULARY - 1,
+            context_length=CONTEXT,
+            activation="gelu",
+            checkpoint_every=checkpoint_every,
+        ),
         embed_dim=32,
-    )  # fmt: skip
+    )
 
 
 def recipe_model() -> tuple[ModelConfig, HeadsConfig]:
@@ -102,13 +118,28 @@ class Run:
     another mask, and the image-text loss reads shortened texts."""
 
     def __init__(
-        self, ds: str, *, steps: int = 5, accumulation: int = 1, optim: dict[str, Any] | None = None,
-        loss: dict[str, Any] | None = None, strategy: str = "random", placement: str = "auto", norm: str = "batch",
-        seed: int = 0, recipe: bool = False, batch_size: int = GLOBAL_BATCH, depth: int = 2,
-        checkpoint_every: int = 0, compile: str = "none",
-        momentum: tuple[float, float] = (0.9, 0.99), guards: dict[str, Any] | None = None,
-        runtime: engine_runtime.Runtime | None = None, own: dict[str, Any] | None = None, roles: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        ds: str,
+        *,
+        steps: int = 5,
+        accumulation: int = 1,
+        optim: dict[str, Any] | None = None,
+        loss: dict[str, Any] | None = None,
+        strategy: str = "random",
+        placement: str = "auto",
+        norm: str = "batch",
+        seed: int = 0,
+        recipe: bool = False,
+        batch_size: int = GLOBAL_BATCH,
+        depth: int = 2,
+        checkpoint_every: int = 0,
+        compile: str = "none",
+        momentum: tuple[float, float] = (0.9, 0.99),
+        guards: dict[str, Any] | None = None,
+        runtime: engine_runtime.Runtime | None = None,
+        own: dict[str, Any] | None = None,
+        roles: bool = False,
+    ) -> None:
         self.runtime = runtime or engine_runtime.start()
         self.comm = DistributedComm()
         heads = HeadsConfig(hidden_dim=64, output_dim=16, norm=norm)
@@ -120,11 +151,17 @@ class Run:
         teacher_config = TeacherConfig(momentum=momentum[0], final_momentum=momentum[1], placement=placement)
         self.roles = roles
         self.objectives = chosen(LossConfig(**(loss or {})), heads, has_masked_text=roles) | (own or {})
-        self.student = StudentEngine(self.model, self.objectives, optim_config,
-                                     EngineConfig(deepspeed=ds, compile=compile), seed=seed,
-                                     runtime=self.runtime)  # fmt: skip
-        self.teacher = Teacher(teacher_config, self.model, self.objectives, student=self.student,
-                               device=self.runtime.device)  # fmt: skip
+        self.student = StudentEngine(
+            self.model,
+            self.objectives,
+            optim_config,
+            EngineConfig(deepspeed=ds, compile=compile),
+            seed=seed,
+            runtime=self.runtime,
+        )
+        self.teacher = Teacher(
+            teacher_config, self.model, self.objectives, student=self.student, device=self.runtime.device
+        )
         self.schedules = Schedules(optim_config, teacher_config, steps)
         self.mask, self.looked_at = MaskConfig(strategy=strategy), list[MaskInputs]()
         self.guards = Guards(GuardsConfig(**(guards or {})))
@@ -173,8 +210,9 @@ class Run:
         """One step; `keep` of the result is what the run's own mask chooses, also where another choice was replayed."""
         batch = self.batch(step, keep) if batch is None else batch
         method = self.method(replays=keep is not None)
-        result = train_step(batch, self.student, self.teacher, self.schedules, self.updates, method, self.comm,
-                            self.micro, self.guards)  # fmt: skip
+        result = train_step(
+            batch, self.student, self.teacher, self.schedules, self.updates, method, self.comm, self.micro, self.guards
+        )
         self.updates += int(result.applied)
         mean = self.comm.all_reduce_sum(result.loss.clone()) / self.comm.world_size
         scores = self.scores()
@@ -184,8 +222,7 @@ class Run:
             selected = select(self.mask, inputs)
             assert selected is not None
             own = selected.unflatten(0, (2, -1))
-        return {"loss": float(mean), "norm": result.grad_norm, "applied": result.applied, "keep": own,
-                "scores": scores}  # fmt: skip
+        return {"loss": float(mean), "norm": result.grad_norm, "applied": result.applied, "keep": own, "scores": scores}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Whole fp32 student and teacher on rank 0."""
@@ -222,10 +259,15 @@ def train_all(ds: str, variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
         run = Run(ds, runtime=runtime, **settings)
         rows = [run.step(step, replay[step] if replay else None) for step in range(settings["steps"])]
         assert all(row["applied"] for row in rows)
-        results.append({
-            "losses": [row["loss"] for row in rows], "norms": [row["norm"] for row in rows],
-            "keep": [run.whole(row["keep"]) for row in rows], "scores": [run.whole(row["scores"]) for row in rows],
-            "logit_scale": run.student.logit_scale(), **run.state(),
-        })  # fmt: skip
+        results.append(
+            {
+                "losses": [row["loss"] for row in rows],
+                "norms": [row["norm"] for row in rows],
+                "keep": [run.whole(row["keep"]) for row in rows],
+                "scores": [run.whole(row["scores"]) for row in rows],
+                "logit_scale": run.student.logit_scale(),
+                **run.state(),
+            }
+        )
     engine_runtime.stop(runtime)
     return results

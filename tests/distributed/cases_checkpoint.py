@@ -39,12 +39,21 @@ HEADS = {"hidden_dim": 37, "output_dim": 13}
 def odd_model() -> ModelConfig:
     """Widths that no world divides, a parameter of one element, several parameter groups."""
     return ModelConfig(
-        vision=VisionConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=8, width=30, depth=2, heads=2,
-                            mlp_ratio=1.5),
-        text=TextConfig(width=26, depth=1, heads=2, mlp_ratio=1.5, vocab_size=101, eos_token_id=99, context_length=16,
-                        activation="gelu"),
+        vision=VisionConfig(
+            name="vit_tiny_patch16_224", image_size=32, patch_size=8, width=30, depth=2, heads=2, mlp_ratio=1.5
+        ),
+        text=TextConfig(
+            width=26,
+            depth=1,
+            heads=2,
+            mlp_ratio=1.5,
+            vocab_size=101,
+            eos_token_id=99,
+            context_length=16,
+            activation="gelu",
+        ),
         embed_dim=23,
-    )  # fmt: skip
+    )
 
 
 def stream(step: int, rank: int, world_size: int) -> Batch:
@@ -76,8 +85,9 @@ class Rig:
         objectives = chosen(LossConfig(), HeadsConfig(**HEADS))
         optim = OptimConfig(name=self.optim, lr=0.01, warmup_steps=5, layer_decay=self.layer_decay, weight_decay=0.1)
         teacher = TeacherConfig(momentum=0.9, final_momentum=0.99, placement=self.placement)
-        self.student = StudentEngine(odd_model(), objectives, optim, EngineConfig(deepspeed=self.ds), seed=0,
-                                     runtime=self.runtime)  # fmt: skip
+        self.student = StudentEngine(
+            odd_model(), objectives, optim, EngineConfig(deepspeed=self.ds), seed=0, runtime=self.runtime
+        )
         self.teacher = Teacher(teacher, odd_model(), objectives, student=self.student, device=self.runtime.device)
         self.method = Method(objectives, (MaskConfig(strategy=self.strategy),) * 2, GRID, COMPAT["paper"])
         self.guards = Guards(GuardsConfig())
@@ -88,8 +98,17 @@ class Rig:
         rows = []
         for _ in range(steps):
             batch = stream(self.updates, self.runtime.rank, self.runtime.world_size).to(self.runtime.device)
-            result = train_step(batch, self.student, self.teacher, self.schedules, self.updates, self.method,
-                                self.comm, self.micro, self.guards)  # fmt: skip
+            result = train_step(
+                batch,
+                self.student,
+                self.teacher,
+                self.schedules,
+                self.updates,
+                self.method,
+                self.comm,
+                self.micro,
+                self.guards,
+            )
             assert result.applied
             self.updates += 1
             mean = self.comm.all_reduce_sum(result.loss.clone().double()) / self.comm.world_size
@@ -131,10 +150,13 @@ class Rig:
     def digest(self) -> dict[str, str]:
         """sha256 of every tensor of the state, whole; what the forward reads; counters. The same on every rank."""
         state = self.state()
-        pieces = self.ranks.gather({
-            (kind, name): (shard.start, shard.numel, shard.tensor.detach().float().cpu().clone())
-            for kind, held in state.sharded.items() for name, shard in held.items()
-        })  # fmt: skip
+        pieces = self.ranks.gather(
+            {
+                (kind, name): (shard.start, shard.numel, shard.tensor.detach().float().cpu().clone())
+                for kind, held in state.sharded.items()
+                for name, shard in held.items()
+            }
+        )
         whole: dict[tuple[str, str], torch.Tensor] = {}
         for one in pieces:
             for key, (start, numel, tensor) in one.items():
@@ -154,9 +176,16 @@ def _sha(tensor: torch.Tensor) -> str:
 
 
 def run(
-    folder: str, steps: int, *, resume: bool = False, save: bool = True, forget: tuple[str, ...] = (), go_on: int = 0,
-    asynchronous: bool = True, **settings: Any,
-) -> dict[str, Any]:  # fmt: skip
+    folder: str,
+    steps: int,
+    *,
+    resume: bool = False,
+    save: bool = True,
+    forget: tuple[str, ...] = (),
+    go_on: int = 0,
+    asynchronous: bool = True,
+    **settings: Any,
+) -> dict[str, Any]:
     """[loads,] trains `steps`, [saves,] trains `go_on` more. Returns rows and digests (after load, at the end)."""
     rig = Rig(**settings)
     seed = rig.runtime.rank + (999 if resume else 0)  # a resumed rank must not draw right by chance

@@ -57,9 +57,13 @@ def toy_state(step: int, rank: int, world_size: int) -> CheckpointState:
             if part.numel():
                 sharded.setdefault(kind, {})[name] = Shard(part, start, part.numel(), numel)
     return CheckpointState(
-        sharded=sharded, shapes={name: [numel] for name, numel in SIZES.items()},
-        replicated={"buffer": torch.full((3,), float(step))}, small=toy_counters(step), stage=2, config="a: 1\n",
-    )  # fmt: skip
+        sharded=sharded,
+        shapes={name: [numel] for name, numel in SIZES.items()},
+        replicated={"buffer": torch.full((3,), float(step))},
+        small=toy_counters(step),
+        stage=2,
+        config="a: 1\n",
+    )
 
 
 def holds_step(state: CheckpointState, step: int) -> bool:
@@ -67,8 +71,9 @@ def holds_step(state: CheckpointState, step: int) -> bool:
     wanted = toy_state(step, 0, 1).sharded
     parts = [
         torch.equal(shard.tensor, wanted[kind][name].tensor[shard.start : shard.start + shard.length])
-        for kind, held in state.sharded.items() for name, shard in held.items()
-    ]  # fmt: skip
+        for kind, held in state.sharded.items()
+        for name, shard in held.items()
+    ]
     return all(parts) and torch.equal(state.replicated["buffer"], torch.full((3,), float(step)))
 
 
@@ -97,9 +102,13 @@ def kill_trials(folder: str, trials: int, seed: int, style: str) -> dict[str, An
         phase = None if trial % 3 == 2 else failpoints.PHASES[(trial - trial // 3) % len(failpoints.PHASES)]
         victim = 0 if phase in OF_RANK_0 and style == "ours" else dice.randrange(RANKS)
         plan = {
-            "phase": phase, "victim": victim, "all": dice.random() < 0.5, "after": dice.randint(1, 3),
-            "delay": dice.uniform(0.0, 0.25), "asynchronous": style == "ours" and dice.random() < 0.5,
-        }  # fmt: skip
+            "phase": phase,
+            "victim": victim,
+            "all": dice.random() < 0.5,
+            "after": dice.randint(1, 3),
+            "delay": dice.uniform(0.0, 0.25),
+            "asynchronous": style == "ours" and dice.random() < 0.5,
+        }
         acknowledged = _one_trial(root, style, plan)
         result["kills"] += 1
         result["phases"][phase or "random"] = result["phases"].get(phase or "random", 0) + 1
@@ -338,9 +347,13 @@ def disk_case(folder: str, what: str, asynchronous: bool) -> dict[str, Any]:
     state = toy_state(0, rank, RANKS)
     load.fill(found, state, ranks)
     return {
-        "error": error, "seconds": seconds, "untouched": before == between, "after": found.manifest.step,
-        "right": holds_step(state, 3), "left": sorted(p.name for p in root.iterdir() if p.name.startswith(".")),
-    }  # fmt: skip
+        "error": error,
+        "seconds": seconds,
+        "untouched": before == between,
+        "after": found.manifest.step,
+        "right": holds_step(state, 3),
+        "left": sorted(p.name for p in root.iterdir() if p.name.startswith(".")),
+    }
 
 
 def _trouble(root: Path, what: str) -> list[Path]:

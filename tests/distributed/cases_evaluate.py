@@ -22,9 +22,15 @@ def evaluate(ds: str, data: str, slices: bool = False) -> tuple[list[dict[str, A
     if slices:
         encoder._deal = _padded_slices
     runtime = engine_runtime.start()
-    config = settings.load("aclip-tiny", [
-        f"eval.data={data}", "eval.batch_size=4", f"engine.deepspeed={ds}", "heads.hidden_dim=32",
-    ])  # fmt: skip
+    config = settings.load(
+        "aclip-tiny",
+        [
+            f"eval.data={data}",
+            "eval.batch_size=4",
+            f"engine.deepspeed={ds}",
+            "heads.hidden_dim=32",
+        ],
+    )
     student, teacher = build_engines(config, method_of(config), runtime)
     assert teacher is not None
     teacher.publish()

@@ -29,10 +29,13 @@ def small_settings(ds: str, placement: str = "auto", optim: str = "adamw") -> Tr
         embed_dim=128,
     )
     return TrainConfig(
-        run=RunConfig(steps=2), model=model, heads=HeadsConfig(hidden_dim=512, output_dim=128),
-        optim=OptimConfig(name=optim, warmup_steps=0), engine=EngineConfig(deepspeed=ds),
+        run=RunConfig(steps=2),
+        model=model,
+        heads=HeadsConfig(hidden_dim=512, output_dim=128),
+        optim=OptimConfig(name=optim, warmup_steps=0),
+        engine=EngineConfig(deepspeed=ds),
         teacher=TeacherConfig(placement=placement),
-    )  # fmt: skip
+    )
 
 
 def state_by_part(ds: str, placement: str = "auto", optim: str = "adamw") -> dict[str, dict[str, float]]:
@@ -66,8 +69,17 @@ def state_by_part(ds: str, placement: str = "auto", optim: str = "adamw") -> dic
         tokens = torch.randint(1, 1998, (4, 16))
         tokens[:, -1] = 1999
         batch = made_batch(torch.randn(2, 4, 3, 32, 32), torch.randn(4, 3, 32, 32), torch.rand(2, 4, 4), tokens)
-        train_step(batch, student, teacher, Schedules(settings.optim, settings.teacher, 2), index, method, comm,
-                   micro=4, guards=Guards(GuardsConfig()))  # fmt: skip
+        train_step(
+            batch,
+            student,
+            teacher,
+            Schedules(settings.optim, settings.teacher, 2),
+            index,
+            method,
+            comm,
+            micro=4,
+            guards=Guards(GuardsConfig()),
+        )
     expected = model_state_of(settings, runtime.world_size, runtime.rank)
     engine_runtime.stop(runtime)
     return {"measured": measured, "expected": expected}

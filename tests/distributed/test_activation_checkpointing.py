@@ -18,8 +18,13 @@ def test_recomputed_blocks(ds: str) -> None:
 
 def test_layer_norm_heads_and_the_placements_of_the_teacher() -> None:
     variants = [{"norm": "layer"}, {"placement": "replicated"}, {"placement": "sharded"}]
-    one_rank = run_ranks("tests.distributed.cases:train_all", world_size=1, timeout_s=600, ds="zero0_fp32.json",
-                         variants=[{"norm": "layer"}, {}])[0]  # fmt: skip
+    one_rank = run_ranks(
+        "tests.distributed.cases:train_all",
+        world_size=1,
+        timeout_s=600,
+        ds="zero0_fp32.json",
+        variants=[{"norm": "layer"}, {}],
+    )[0]
     layer, replicated, sharded = run_ranks(
         "tests.distributed.cases:train_all", world_size=2, timeout_s=600, ds="zero3_fp32.json", variants=variants
     )[0]

@@ -16,8 +16,10 @@ def trials(folder: Path, style: str, number: int, seed: int, timeout_s: float) -
     [result] = run_ranks(
         f"{CASES}:kill_trials", 1, timeout_s=timeout_s, folder=str(folder), trials=number, seed=seed, style=style
     )
-    print(f"{style}: {result['kills']} kills, {result['lost']} lost, {result['backwards']} backwards,"
-          f" {result['committed']} commits; {result['phases']}")  # fmt: skip
+    print(
+        f"{style}: {result['kills']} kills, {result['lost']} lost, {result['backwards']} backwards,"
+        f" {result['committed']} commits; {result['phases']}"
+    )
     return result
 
 
@@ -37,10 +39,21 @@ def test_the_order_that_writes_latest_first_does_lose(number: int, tmp_path: Pat
 
 
 needs_mount = pytest.mark.skipif(can_mount() is not None, reason=str(can_mount()))
-DISKS = [("one_full", True), ("all_full", True), ("one_full", False), ("too_small", True), ("read_only", False),
-         ("vanished", True)]  # fmt: skip
-SAID = {"one_full": "No space left on device", "all_full": "No space left on device", "too_small": "free at",
-        "read_only": "Read-only file system", "vanished": "No such file or directory"}  # fmt: skip
+DISKS = [
+    ("one_full", True),
+    ("all_full", True),
+    ("one_full", False),
+    ("too_small", True),
+    ("read_only", False),
+    ("vanished", True),
+]
+SAID = {
+    "one_full": "No space left on device",
+    "all_full": "No space left on device",
+    "too_small": "free at",
+    "read_only": "Read-only file system",
+    "vanished": "No such file or directory",
+}
 
 
 @needs_mount

@@ -21,9 +21,12 @@ def test_masters_and_moments_come_over(ds: str, world: int, tmp_path: Path) -> N
         "tests.distributed.cases_checkpoint:save_as_deepspeed", world, timeout_s=300, folder=str(theirs), ds=ds
     )
     config = TrainConfig(
-        run=RunConfig(steps=40), model=odd_model(), heads=HeadsConfig(**HEADS),
-        batch=BatchConfig(global_size=GLOBAL_BATCH), engine=EngineConfig(deepspeed=ds),
-    )  # fmt: skip
+        run=RunConfig(steps=40),
+        model=odd_model(),
+        heads=HeadsConfig(**HEADS),
+        batch=BatchConfig(global_size=GLOBAL_BATCH),
+        engine=EngineConfig(deepspeed=ds),
+    )
     path, notes = tools.import_deepspeed(theirs, None, ours, config)
     assert path.name == "step_00000002" and any("teacher begins as a copy" in note for note in notes)
     dtype = ds.split("_")[1]
@@ -36,8 +39,13 @@ def test_masters_and_moments_come_over(ds: str, world: int, tmp_path: Path) -> N
 
 
 def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
-    run_ranks("tests.distributed.cases_checkpoint:save_as_deepspeed", 1, timeout_s=300, folder=str(tmp_path),
-              ds="zero2_fp32.json")  # fmt: skip
+    run_ranks(
+        "tests.distributed.cases_checkpoint:save_as_deepspeed",
+        1,
+        timeout_s=300,
+        folder=str(tmp_path),
+        ds="zero2_fp32.json",
+    )
     other = TrainConfig(run=RunConfig(steps=40), model=odd_model(), heads=HeadsConfig(**(HEADS | {"output_dim": 5})))
     with pytest.raises(UserError, match=r"of another model: objectives\.byol"):
         tools.import_deepspeed(tmp_path, None, tmp_path / "ours", other)

@@ -14,11 +14,29 @@ from tests.e2e.trainers import last_of_each
 from tests.harness import run_ranks
 from tests.unit.checkpoint.damage import flip
 
-SMALL = ["model.vision.depth=1", "model.text.depth=1", "batch.global_size=24", "data.workers=0", "log.every_steps=1",
-         "log.tensorboard=false", "run.log_sample_ids=true", "run.deterministic=true", "checkpoint.keep_last=100",
-         "optim.warmup_steps=4"]  # fmt: skip
-OF_THE_MACHINE = {"attempt", "samples_per_s", "data_wait_s", "communication_s", "step_s", "time", "tflops", "mfu",
-                  "peak_memory_gib"}  # fmt: skip
+SMALL = [
+    "model.vision.depth=1",
+    "model.text.depth=1",
+    "batch.global_size=24",
+    "data.workers=0",
+    "log.every_steps=1",
+    "log.tensorboard=false",
+    "run.log_sample_ids=true",
+    "run.deterministic=true",
+    "checkpoint.keep_last=100",
+    "optim.warmup_steps=4",
+]
+OF_THE_MACHINE = {
+    "attempt",
+    "samples_per_s",
+    "data_wait_s",
+    "communication_s",
+    "step_s",
+    "time",
+    "tflops",
+    "mfu",
+    "peak_memory_gib",
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +67,13 @@ def hashes(checkpoint: Path) -> dict[str, str]:
 
 def check_cut(scenes: Path, folder: Path, total: int, cut: int, ds: str) -> list[str]:
     """An uninterrupted run of `total` steps, and one that resumes from its step `cut`: the same in every record."""
-    keys = [f"data.train={scenes}", f"run.steps={total}", f"checkpoint.every_steps={cut}", *SMALL,
-            f"engine.deepspeed={ds}"]  # fmt: skip
+    keys = [
+        f"data.train={scenes}",
+        f"run.steps={total}",
+        f"checkpoint.every_steps={cut}",
+        *SMALL,
+        f"engine.deepspeed={ds}",
+    ]
     whole, rest = folder / "whole", folder / "rest"
     code, printed = amclip(*keys, f"run.out={whole}", ranks=2)
     assert code == 0, printed
@@ -114,9 +137,16 @@ def test_a_spike_rewinds_to_the_checkpoint_and_the_data_continue(scenes: Path, t
     """With no deviation allowed, the first loss above the others is a spike."""
     run = tmp_path / "run"
     code, printed = amclip(
-        f"data.train={scenes}", "run.steps=30", "checkpoint.every_steps=2", *SMALL, f"run.out={run}",
-        "guards.spike=rewind", "guards.spike_window=2", "guards.spike_deviations=0.001", "guards.max_rewinds=1",
-    )  # fmt: skip
+        f"data.train={scenes}",
+        "run.steps=30",
+        "checkpoint.every_steps=2",
+        *SMALL,
+        f"run.out={run}",
+        "guards.spike=rewind",
+        "guards.spike_window=2",
+        "guards.spike_deviations=0.001",
+        "guards.max_rewinds=1",
+    )
     assert code in (0, 3) and "rewound to the weights of step_" in printed, printed
     rows = numbers(run)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "no step is there twice"

@@ -19,6 +19,7 @@ def test_the_others_wait_for_a_late_rank(ds: str) -> None:
 def test_without_the_backend_the_engines_collectives_are_missed() -> None:
     """The twin: what DeepSpeed exchanges goes through the backend that is wrapped."""
     with_door, _ = run_ranks(CASE, world_size=2, timeout_s=300, ds="zero3_fp32.json", late_rank=1, late_s=0.0)
-    without, _ = run_ranks(CASE, world_size=2, timeout_s=300, ds="zero3_fp32.json", late_rank=1, late_s=0.0,
-                           through_the_door=False)  # fmt: skip
+    without, _ = run_ranks(
+        CASE, world_size=2, timeout_s=300, ds="zero3_fp32.json", late_rank=1, late_s=0.0, through_the_door=False
+    )
     assert 0 < without["calls"] < with_door["calls"] / 2

@@ -21,8 +21,11 @@ def worst_error(whole: dict[str, Tensor], split: dict[str, Tensor]) -> float:
     """|difference| over the tensor's norm, with a floor of 1e-6 of the global norm; what has no gradient in exact
     arithmetic holds rounding alone and is left out."""
     floor = 1e-6 * math.sqrt(sum(float(grad.square().sum()) for grad in whole.values()))
-    return max(float((split[name] - grad).norm()) / max(float(grad.norm()), floor) for name, grad in whole.items()
-               if not re.search(WITHOUT_GRADIENT, name))  # fmt: skip
+    return max(
+        float((split[name] - grad).norm()) / max(float(grad.norm()), floor)
+        for name, grad in whole.items()
+        if not re.search(WITHOUT_GRADIENT, name)
+    )
 
 
 @pytest.mark.quick
@@ -45,9 +48,13 @@ def test_views_of_several_masks_and_a_second_text_pass(ds: str) -> None:
 
 @pytest.mark.parametrize(
     ("ds", "breaks"),
-    [("zero1_fp32.json", "boundary"), ("zero2_fp32.json", "boundary"), ("zero3_fp32.json", "last"),
-     ("zero2_fp32.json", "masks")],
-)  # fmt: skip
+    [
+        ("zero1_fp32.json", "boundary"),
+        ("zero2_fp32.json", "boundary"),
+        ("zero3_fp32.json", "last"),
+        ("zero2_fp32.json", "masks"),
+    ],
+)
 def test_a_wrong_boundary_or_another_mask_fails(ds: str, breaks: str) -> None:
     found = gradients(ds, breaks)
     assert all(worst_error(found[1], found[split]) > 1e-2 for split in (2, 4, 8))

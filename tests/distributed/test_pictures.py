@@ -22,8 +22,14 @@ def test_a_picture_costs_no_bit(stage: str, mask: str, scenes: Path, tmp_path: P
     drawn = train(tmp_path / "drawn", scenes, *keys, "log.pictures_every_steps=1", "log.tensorboard=true")
     plain = train(tmp_path / "plain", scenes, *keys, "log.pictures_every_steps=0")
     assert numbers(drawn) == numbers(plain)
-    state = [{name: digest for name, digest in hashes(run / "checkpoints/step_00000003").items()
-              if not name.startswith("rng/")} for run in (drawn, plain)]  # fmt: skip
+    state = [
+        {
+            name: digest
+            for name, digest in hashes(run / "checkpoints/step_00000003").items()
+            if not name.startswith("rng/")
+        }
+        for run in (drawn, plain)
+    ]
     assert state[0] == state[1] and len(state[0]) > 3
     rows = read_lines(drawn / "pictures" / "masks.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3] and (drawn / "pictures" / "masks.png").is_file()

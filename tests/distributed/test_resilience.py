@@ -12,9 +12,16 @@ CASES = "tests.distributed.cases_resilience:"
 
 @pytest.mark.parametrize(
     "to, how, times",
-    [([1], "SIGUSR1", 1), ([0, 1], "SIGTERM", 1), ([1], "SIGINT", 2), ([0], "SIGHUP", 1), ([], "STOP", 1),
-     ([], "limit", 1), ([], "slurm", 1)],
-)  # fmt: skip
+    [
+        ([1], "SIGUSR1", 1),
+        ([0, 1], "SIGTERM", 1),
+        ([1], "SIGINT", 2),
+        ([0], "SIGHUP", 1),
+        ([], "STOP", 1),
+        ([], "limit", 1),
+        ([], "slurm", 1),
+    ],
+)
 def test_all_ranks_stop_at_the_same_step(to: list[int], how: str, times: int, tmp_path: Path) -> None:
     results = run_ranks(f"{CASES}stop_case", world_size=2, folder=str(tmp_path), to=to, how=how, times=times)
     assert len({(result["step"], result["reason"]) for result in results}) == 1
@@ -25,8 +32,11 @@ def test_all_ranks_stop_at_the_same_step(to: list[int], how: str, times: int, tm
         assert step in (5, 6) and reason == f"{how} on rank {max(to)}"
         assert results[max(to)]["count"] == times
     else:
-        reported = {"STOP": "a STOP file", "limit": "run.time_limit=00:00:01 is near",
-                "slurm": "the end of the Slurm job is near"}  # fmt: skip
+        reported = {
+            "STOP": "a STOP file",
+            "limit": "run.time_limit=00:00:01 is near",
+            "slurm": "the end of the Slurm job is near",
+        }
         assert 5 <= step < 300 and reason == reported[how]
     assert not (tmp_path / "STOP").exists(), "a STOP file that was heard must not stop the next start"
 

@@ -87,11 +87,21 @@ def rank(argv: list[str]) -> int:
 def train(scenes: str, folder: Path, steps: int) -> int:
     """The run in FOLDER/run, its output into a pipe that nobody reads for long."""
     words = [
-        "train", "aclip-tiny", f"data.train={scenes}/train", f"run.out={folder / 'run'}", f"run.steps={steps}",
-        "batch.global_size=8", "data.workers=1", "log.every_steps=1", "run.log_sample_ids=true",
-        f"checkpoint.every_steps={steps // 10}", "checkpoint.keep_last=1", "heads.hidden_dim=32",
-        "optim.warmup_steps=2", "engine.deepspeed=zero2_fp32.json",
-    ]  # fmt: skip
+        "train",
+        "aclip-tiny",
+        f"data.train={scenes}/train",
+        f"run.out={folder / 'run'}",
+        f"run.steps={steps}",
+        "batch.global_size=8",
+        "data.workers=1",
+        "log.every_steps=1",
+        "run.log_sample_ids=true",
+        f"checkpoint.every_steps={steps // 10}",
+        "checkpoint.keep_last=1",
+        "heads.hidden_dim=32",
+        "optim.warmup_steps=2",
+        "engine.deepspeed=zero2_fp32.json",
+    ]
     if (folder / "set").exists():
         words += [f"eval.data={folder / 'set'}", f"eval.every_steps={steps // 5}", "eval.batch_size=4"]
     program = (
@@ -113,14 +123,17 @@ def outcome(folder: Path) -> dict[str, Any]:
     rows = read_lines(run / "metrics.jsonl")
     log = (run / "out.log").read_text()
     return {
-        "losses": [row["loss"] for row in rows], "steps": [row["step"] for row in rows],
+        "losses": [row["loss"] for row in rows],
+        "steps": [row["step"] for row in rows],
         "ids": [row["ids"] for row in read_lines(run / "sample_ids.jsonl")],
         "committed": [int(line.split("step_")[1][:8]) for line in log.splitlines() if "committed after" in line],
         "evaluated": sorted({row["step"] for row in read_lines(run / "eval.jsonl")}),
-        "incidents": [(row["kind"], row["step"], row["cause"], row["action"])
-                      for row in read_lines(run / "incidents.jsonl")],
-        "verdict": json.loads((run / "exit.json").read_text()), "files": sorted(path.name for path in run.iterdir()),
-    }  # fmt: skip
+        "incidents": [
+            (row["kind"], row["step"], row["cause"], row["action"]) for row in read_lines(run / "incidents.jsonl")
+        ],
+        "verdict": json.loads((run / "exit.json").read_text()),
+        "files": sorted(path.name for path in run.iterdir()),
+    }
 
 
 def main(scenes: str, folder: Path, steps: int) -> dict[str, Any]:

@@ -39,13 +39,26 @@ def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory, amclip: Amcl
     """8 steps with both parts on 2 ranks under ZeRO-3 with GradCache of 2 pieces; and the words that continue."""
     folder = tmp_path_factory.mktemp("own")
     words = [
-        "train", "aclip-tiny", f"data.train={scenes}/train", f"run.out={folder}/run", "run.steps=8",
-        "log.every_steps=1", "batch.global_size=32", "batch.per_gpu=8", "data.workers=1",
-        "engine.deepspeed=zero3_fp32.json", "log.tensorboard=false", "run.deterministic=true",
-        "checkpoint.every_steps=3", "checkpoint.keep_last=9",
-        "mask.strategy=contrast", "mask.contrast.noise=0.5", "loss.dense.weight=0.5", "loss.dense.prototypes=32",
+        "train",
+        "aclip-tiny",
+        f"data.train={scenes}/train",
+        f"run.out={folder}/run",
+        "run.steps=8",
+        "log.every_steps=1",
+        "batch.global_size=32",
+        "batch.per_gpu=8",
+        "data.workers=1",
+        "engine.deepspeed=zero3_fp32.json",
+        "log.tensorboard=false",
+        "run.deterministic=true",
+        "checkpoint.every_steps=3",
+        "checkpoint.keep_last=9",
+        "mask.strategy=contrast",
+        "mask.contrast.noise=0.5",
+        "loss.dense.weight=0.5",
+        "loss.dense.prototypes=32",
         *files_of_the_page(folder),
-    ]  # fmt: skip
+    ]
     code, printed = amclip(*words, ranks=2)
     assert code == 0, printed
     return folder, words
@@ -155,8 +168,11 @@ def test_in_the_package_each_touches_its_file_its_line_and_its_recipe(tmp_path: 
     print("files touched:", sorted(str(path.relative_to(package)) for path in changed))
     assert len(changed) == 5  # for each: its file, its line in the dict; one recipe has both
     done = subprocess.run(
-        [sys.executable, "-c", IN_THE_HOUSE], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", IN_THE_HOUSE],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "contrast ['byol', 'contrastive', 'dense', 'simclr'] 32" in done.stdout

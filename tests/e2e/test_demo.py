@@ -8,9 +8,20 @@ from PIL import Image
 from tests.e2e.conftest import Amclip
 
 NUMBERS = {
-    "seconds", "setup_seconds", "train_seconds", "classes", "acc1_student", "acc1_teacher", "acc1_colour", "acc1_shape",
-    "object_kept_attentive", "object_kept_random", "acc1_random", "run", "control",
-}  # fmt: skip
+    "seconds",
+    "setup_seconds",
+    "train_seconds",
+    "classes",
+    "acc1_student",
+    "acc1_teacher",
+    "acc1_colour",
+    "acc1_shape",
+    "object_kept_attentive",
+    "object_kept_random",
+    "acc1_random",
+    "run",
+    "control",
+}
 
 
 def test_the_demo_leaves_numbers_pictures_and_a_run(tmp_path: Path, amclip: Amclip) -> None:

@@ -15,9 +15,18 @@ def test_a_failed_evaluation_is_an_incident_that_watch_makes_good(scenes: Path, 
     at = whole.index(b"\x89PNG", whole.index(b"\x89PNG") + 1)  # the start reads the first
     tar.write_bytes(whole[:at] + bytes(64) + whole[at + 64 :])  # one image of rank 0's part
     train = (
-        "train", "clip-tiny", f"data.train={scenes}/train", f"eval.data={broken}", f"run.out={run}", "run.steps=4",
-        "batch.global_size=32", "data.workers=0", "eval.every_steps=2", "eval.batch_size=4", "checkpoint.every_steps=2",
-    )  # fmt: skip
+        "train",
+        "clip-tiny",
+        f"data.train={scenes}/train",
+        f"eval.data={broken}",
+        f"run.out={run}",
+        "run.steps=4",
+        "batch.global_size=32",
+        "data.workers=0",
+        "eval.every_steps=2",
+        "eval.batch_size=4",
+        "checkpoint.every_steps=2",
+    )
 
     code, printed = amclip(*train, ranks=2)
     assert code == 0 and "evaluation failed" in printed, printed

@@ -24,9 +24,17 @@ def run(scenes: Path, amclip: Amclip, tmp_path_factory: pytest.TempPathFactory) 
     """A few steps on 2 ranks at ZeRO stage 3."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     code, printed = amclip(
-        "train", "aclip-tiny", f"data.train={scenes}/train", f"run.out={folder}", "run.steps=6", "optim.warmup_steps=0",
-        "batch.global_size=32", "engine.deepspeed=zero3_fp32.json", ranks=2, timeout_s=600,
-    )  # fmt: skip
+        "train",
+        "aclip-tiny",
+        f"data.train={scenes}/train",
+        f"run.out={folder}",
+        "run.steps=6",
+        "optim.warmup_steps=0",
+        "batch.global_size=32",
+        "engine.deepspeed=zero3_fp32.json",
+        ranks=2,
+        timeout_s=600,
+    )
     assert code == 0, printed
     return folder
 
@@ -69,8 +77,18 @@ def test_exports_have_the_same_accuracy(
 ) -> None:
     for fmt, weights, preprocess in (("open_clip", "teacher", "library"), ("hf", "student", "ours")):
         out = tmp_path / fmt
-        code, printed = amclip("export", str(run), "--format", fmt, "--weights", weights, "--out", str(out), "--proof",
-                               str(shared_dir / "data/openstax/test/00000.tar"))  # fmt: skip
+        code, printed = amclip(
+            "export",
+            str(run),
+            "--format",
+            fmt,
+            "--weights",
+            weights,
+            "--out",
+            str(out),
+            "--proof",
+            str(shared_dir / "data/openstax/test/00000.tar"),
+        )
         assert code == 0 and "same pixels: cosine" in printed, printed
         code, printed = amclip(
             "eval", str(out), "--data", str(scenes), "--json", f"{out}.json", "--preprocess", preprocess
@@ -79,8 +97,9 @@ def test_exports_have_the_same_accuracy(
         assert numbers(Path(f"{out}.json")) == {weights: evaluated[weights]}
         code, printed = amclip("export", str(run), "--format", fmt, "--out", str(out))
         assert code == 2 and "exists" in printed, printed
-    code, printed = amclip("eval", str(tmp_path / "hf"), "--data", str(scenes), "--json", f"{tmp_path}/own.json",
-                           "--preprocess", "library")  # fmt: skip
+    code, printed = amclip(
+        "eval", str(tmp_path / "hf"), "--data", str(scenes), "--json", f"{tmp_path}/own.json", "--preprocess", "library"
+    )
     assert code == 0, printed
     assert abs(numbers(tmp_path / "own.json")["student"]["acc1"] - evaluated["student"]["acc1"]) <= 0.005
 
@@ -97,8 +116,21 @@ def test_a_consolidated_checkpoint_is_what_the_run_wrote(
 
 
 def test_probes(run: Path, scenes: Path, tmp_path: Path, amclip: Amclip) -> None:
-    code, printed = amclip("eval", str(run), "--data", str(scenes), "--task", "knn", "--task", "linear_probe",
-                           "--weights", "student", "--json", f"{tmp_path}/n.json", timeout_s=600)  # fmt: skip
+    code, printed = amclip(
+        "eval",
+        str(run),
+        "--data",
+        str(scenes),
+        "--task",
+        "knn",
+        "--task",
+        "linear_probe",
+        "--weights",
+        "student",
+        "--json",
+        f"{tmp_path}/n.json",
+        timeout_s=600,
+    )
     assert code == 0, printed
     knn, probe = json.loads((tmp_path / "n.json").read_text())
     assert knn["task"] == "knn" and knn["num_train"] == 600 and probe["best_c"] > 0
@@ -162,9 +194,18 @@ def test_a_torn_or_damaged_checkpoint_is_never_evaluated(
 def test_watch_beside_a_run_that_is_killed_and_resumed(scenes: Path, tmp_path: Path) -> None:
     """Both are killed and started again: each checkpoint that was committed is evaluated, none twice."""
     run, env = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1"}
-    training = [*COMMAND, "train", "aclip-tiny", f"data.train={scenes}/train", f"run.out={run}", "run.steps=8",
-                "batch.global_size=16", "checkpoint.every_steps=2", "checkpoint.keep_last=9",
-                "data.workers=0"]  # fmt: skip
+    training = [
+        *COMMAND,
+        "train",
+        "aclip-tiny",
+        f"data.train={scenes}/train",
+        f"run.out={run}",
+        "run.steps=8",
+        "batch.global_size=16",
+        "checkpoint.every_steps=2",
+        "checkpoint.keep_last=9",
+        "data.workers=0",
+    ]
     watching = [*COMMAND, "watch", str(run), "--data", str(scenes), "--every-s", "0.2", "--weights", "teacher"]
     with (tmp_path / "log").open("wb") as log:
 

@@ -30,8 +30,14 @@ def test_a_run_under(name: str, scenes: Path, tmp_path: Path) -> None:
         pytest.skip(f"no {command[0]} here (apt-get install --no-install-recommends openmpi-bin)")
     run = tmp_path / "run"
     words = ["train", *tiny(scenes, run, "run.steps=2", "data.workers=0")]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=600, cwd=tmp_path,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [*command, *words],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
     first = next(line for line in (run / "out.log").read_text().splitlines() if " steps of " in line)

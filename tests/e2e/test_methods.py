@@ -18,15 +18,29 @@ METHODS = [header.method for header in all_headers()]
 
 
 def train(
-    amclip: Amclip, shared_dir: Path, out: Path, method: str, *words: str, ranks: int = 2, steps: int = 3,
+    amclip: Amclip,
+    shared_dir: Path,
+    out: Path,
+    method: str,
+    *words: str,
+    ranks: int = 2,
+    steps: int = 3,
     options: tuple[str, ...] = (),
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """The rows of a short run over OpenStax pairs."""
     shards = shared_dir / "data" / "openstax" / "train"
     code, printed = amclip(
-        "train", *options, f"{method}-tiny", f"data.train={shards}/{{00000..00003}}.tar", f"run.out={out}",
-        f"run.steps={steps}", "batch.global_size=16", "log.every_steps=1", *words, ranks=ranks,
-    )  # fmt: skip
+        "train",
+        *options,
+        f"{method}-tiny",
+        f"data.train={shards}/{{00000..00003}}.tar",
+        f"run.out={out}",
+        f"run.steps={steps}",
+        "batch.global_size=16",
+        "log.every_steps=1",
+        *words,
+        ranks=ranks,
+    )
     assert code == 0, printed
     return read_lines(out / "metrics.jsonl")
 
@@ -73,8 +87,16 @@ def test_worlds_and_splits_agree(method: str, stage: int, shared_dir: Path, tmp_
     """1, 2 and 4 ranks, whole and in pieces: the losses of three steps within 1e-5 relative."""
     found, words = {}, needed(amclip, shared_dir, tmp_path, method)
     for ranks, per_gpu in ((1, 16), (1, 4), (2, 8), (2, 4), (4, 4), (4, 2)):
-        rows = train(amclip, shared_dir, tmp_path / f"{ranks}x{per_gpu}", method, *words, f"batch.per_gpu={per_gpu}",
-                     f"engine.deepspeed=zero{stage}_fp32.json", ranks=ranks)  # fmt: skip
+        rows = train(
+            amclip,
+            shared_dir,
+            tmp_path / f"{ranks}x{per_gpu}",
+            method,
+            *words,
+            f"batch.per_gpu={per_gpu}",
+            f"engine.deepspeed=zero{stage}_fp32.json",
+            ranks=ranks,
+        )
         found[ranks, per_gpu] = [row["loss"] for row in rows]
     reference = found.pop((1, 16))
     for cell, losses in found.items():
@@ -103,8 +125,16 @@ def test_an_objective_begins_later_alike_at_every_stage(
     words = ["loss.patches.start=0.5", "optim.weight_decay=0.5", "optim.warmup_steps=0"]
     found = []
     for ranks, ds in ((1, 0), (2, stage)):
-        rows = train(amclip, shared_dir, tmp_path / str(ds), "maskclip", *words, f"engine.deepspeed=zero{ds}_fp32.json",
-                     ranks=ranks, steps=8)  # fmt: skip
+        rows = train(
+            amclip,
+            shared_dir,
+            tmp_path / str(ds),
+            "maskclip",
+            *words,
+            f"engine.deepspeed=zero{ds}_fp32.json",
+            ranks=ranks,
+            steps=8,
+        )
         assert ["loss_patches" in row for row in rows] == [False] * 4 + [True] * 4
         assert [row["kept_tokens"] for row in rows] == [64] * 4 + [[64, 16]] * 4
         found.append([row["loss"] for row in rows])
@@ -115,9 +145,15 @@ def test_an_objective_begins_later_alike_at_every_stage(
 def test_detailclips_prototypes_do_not_collapse(scenes: Path, tmp_path: Path, amclip: Amclip) -> None:
     """300 steps on scenes: the teacher's mean distribution keeps more than half of the entropy of all prototypes."""
     code, printed = amclip(
-        "train", "detailclip-tiny", f"data.train={scenes}/train", f"run.out={tmp_path}/run", "run.steps=300",
-        "batch.global_size=32", ranks=1, timeout_s=2000,
-    )  # fmt: skip
+        "train",
+        "detailclip-tiny",
+        f"data.train={scenes}/train",
+        f"run.out={tmp_path}/run",
+        "run.steps=300",
+        "batch.global_size=32",
+        ranks=1,
+        timeout_s=2000,
+    )
     assert code == 0, printed
     last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["loss_detail_entropy"] > 0.5 and last["loss_detail_patch"] > 0

@@ -19,8 +19,9 @@ def test_a_run_goes_through_everything(steps: int, scenes: Path, tmp_path: Path)
     if not shutil.which("unshare") or subprocess.run([*argv, "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
     command = [*argv, sys.executable, "-m", "tests.e2e.ordeal", str(scenes), str(tmp_path), str(steps)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                          timeout=1200)  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     calm, ordeal, part = found["calm"], found["ordeal"], steps // 20

@@ -11,10 +11,27 @@ from amclip_ds.jsonl import read_lines
 from tests.e2e.conftest import Amclip
 
 METRICS = {
-    "step", "updates", "attempt", "epoch", "samples_seen", "loss", "loss_contrastive", "loss_o2o", "loss_o2e", "lr",
-    "momentum", "logit_scale", "grad_norm", "step_applied", "samples_per_s", "data_wait_s", "communication_s", "step_s",
-    "kept_tokens", "time",
-}  # fmt: skip
+    "step",
+    "updates",
+    "attempt",
+    "epoch",
+    "samples_seen",
+    "loss",
+    "loss_contrastive",
+    "loss_o2o",
+    "loss_o2e",
+    "lr",
+    "momentum",
+    "logit_scale",
+    "grad_norm",
+    "step_applied",
+    "samples_per_s",
+    "data_wait_s",
+    "communication_s",
+    "step_s",
+    "kept_tokens",
+    "time",
+}
 
 
 @pytest.mark.parametrize(
@@ -23,9 +40,17 @@ METRICS = {
 def test_every_method_trains_evaluates_and_records(recipe: str, scenes: Path, tmp_path: Path, amclip: Amclip) -> None:
     ranks = 2 if recipe == "aclip" else 1
     code, printed = amclip(
-        "train", f"{recipe}-tiny", f"data.train={scenes}/train", f"eval.data={scenes}", f"run.out={tmp_path}/run",
-        "run.steps=4", "log.every_steps=2", "batch.global_size=32", "run.log_sample_ids=true", ranks=ranks,
-    )  # fmt: skip
+        "train",
+        f"{recipe}-tiny",
+        f"data.train={scenes}/train",
+        f"eval.data={scenes}",
+        f"run.out={tmp_path}/run",
+        "run.steps=4",
+        "log.every_steps=2",
+        "batch.global_size=32",
+        "run.log_sample_ids=true",
+        ranks=ranks,
+    )
     assert code == 0, printed
     run = tmp_path / "run"
     assert printed.strip().splitlines()[-1] == str(run)
@@ -57,9 +82,15 @@ def test_every_method_trains_evaluates_and_records(recipe: str, scenes: Path, tm
 def test_real_photographs_train_with_a_falling_finite_loss(shared_dir: Path, tmp_path: Path, amclip: Amclip) -> None:
     shards = shared_dir / "data" / "openstax" / "train"
     code, printed = amclip(
-        "train", "aclip-tiny", f"data.train={shards}/{{00000..00003}}.tar", f"run.out={tmp_path}/run", "run.steps=30",
-        "log.every_steps=1", "batch.global_size=32", "optim.warmup_steps=5",
-    )  # fmt: skip
+        "train",
+        "aclip-tiny",
+        f"data.train={shards}/{{00000..00003}}.tar",
+        f"run.out={tmp_path}/run",
+        "run.steps=30",
+        "log.every_steps=1",
+        "batch.global_size=32",
+        "optim.warmup_steps=5",
+    )
     assert code == 0, printed
     losses = [row["loss"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")]
     assert len(losses) == 30 and all(map(math.isfinite, losses))
@@ -71,13 +102,30 @@ def test_overfit_pairs_are_retrieved(shared_dir: Path, tmp_path: Path, amclip: A
     """32 real pairs, trained on for long enough, find each other: R@1 above 90% both ways."""
     _copy_pairs(shared_dir / "data" / "openstax" / "train" / "00000.tar", tmp_path / "pairs.tar", 32)
     code, printed = amclip(
-        "train", "aclip-tiny", f"data.train={tmp_path}/pairs.tar", f"run.out={tmp_path}/run", "run.steps=300",
-        "batch.global_size=32", "optim.warmup_steps=10", "teacher.momentum=0.9", "data.photometric=false",
-        "model.vision.freeze_patch_embed=false", ranks=2, timeout_s=600,
-    )  # fmt: skip
+        "train",
+        "aclip-tiny",
+        f"data.train={tmp_path}/pairs.tar",
+        f"run.out={tmp_path}/run",
+        "run.steps=300",
+        "batch.global_size=32",
+        "optim.warmup_steps=10",
+        "teacher.momentum=0.9",
+        "data.photometric=false",
+        "model.vision.freeze_patch_embed=false",
+        ranks=2,
+        timeout_s=600,
+    )
     assert code == 0, printed
-    code, printed = amclip("eval", f"{tmp_path}/run", "--data", f"{tmp_path}/pairs.tar", "--task", "retrieval",
-                           "--json", f"{tmp_path}/retrieval.json")  # fmt: skip
+    code, printed = amclip(
+        "eval",
+        f"{tmp_path}/run",
+        "--data",
+        f"{tmp_path}/pairs.tar",
+        "--task",
+        "retrieval",
+        "--json",
+        f"{tmp_path}/retrieval.json",
+    )
     assert code == 0, printed
     student = next(row for row in json.loads((tmp_path / "retrieval.json").read_text()) if row["weights"] == "student")
     assert student["metrics"]["image_retrieval_recall@1"] > 0.9

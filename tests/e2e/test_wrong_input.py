@@ -44,8 +44,9 @@ def test_a_wrong_setting_is_one_line_and_code_2(typed: list[str], said: str, tmp
 
 
 def test_the_global_batch_must_divide(scenes: Path, tmp_path: Path, amclip: Amclip) -> None:
-    code, printed = amclip("train", "aclip-tiny", f"data.train={scenes}/train", f"run.out={tmp_path}/run",
-                           "batch.global_size=33", ranks=2)  # fmt: skip
+    code, printed = amclip(
+        "train", "aclip-tiny", f"data.train={scenes}/train", f"run.out={tmp_path}/run", "batch.global_size=33", ranks=2
+    )
     assert code == 2 and "33 = 2 ranks x 16 + 1" in printed, printed
 
 
@@ -53,8 +54,9 @@ def test_the_global_batch_must_divide(scenes: Path, tmp_path: Path, amclip: Amcl
 def test_what_the_run_decides_is_refused_in_a_ds_config(key: str, scenes: Path, tmp_path: Path, amclip: Amclip) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 1}, key: 1}))
-    code, printed = amclip("train", "aclip-tiny", f"data.train={scenes}/train", f"run.out={tmp_path}/run",
-                           f"engine.deepspeed={file}")  # fmt: skip
+    code, printed = amclip(
+        "train", "aclip-tiny", f"data.train={scenes}/train", f"run.out={tmp_path}/run", f"engine.deepspeed={file}"
+    )
     assert code == 2 and key in printed and "mine.json" in printed, printed
 
 
@@ -96,8 +98,15 @@ def test_a_broken_jpeg_and_a_missing_text_are_counted_not_fatal(scenes: Path, tm
             if int(number) == 5 and extension in ("txt", "json"):
                 continue  # no caption
             new.addfile(member, io.BytesIO(content))
-    code, printed = amclip("train", "aclip-tiny", f"data.train={tmp_path}/mixed.tar", f"run.out={tmp_path}/run",
-                           "run.steps=2", "batch.global_size=20", "data.max_skip_rate=0.5")  # fmt: skip
+    code, printed = amclip(
+        "train",
+        "aclip-tiny",
+        f"data.train={tmp_path}/mixed.tar",
+        f"run.out={tmp_path}/run",
+        "run.steps=2",
+        "batch.global_size=20",
+        "data.max_skip_rate=0.5",
+    )
     assert code == 0, printed
     keys = {row["key"] for row in read_lines(tmp_path / "run" / "incidents.jsonl")}
     assert len(keys) == 2, "what was skipped must be in incidents.jsonl"

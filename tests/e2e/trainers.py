@@ -17,11 +17,22 @@ STEPS = 24
 def tiny(scenes: Path, out: Path, *more: str) -> list[str]:
     """RECIPE key=value ... of a short, repeatable run: ZeRO-2, fp32."""
     words = [
-        "aclip-tiny", f"data.train={scenes}/train", f"run.out={out}", f"run.steps={STEPS}", "batch.global_size=24",
-        "engine.deepspeed=zero2_fp32.json", "data.workers=0", "log.every_steps=1", "log.tensorboard=false",
-        "optim.warmup_steps=5", "checkpoint.every_steps=8", "checkpoint.keep_last=20", "run.deterministic=true",
-        "run.log_sample_ids=true", *more,
-    ]  # fmt: skip
+        "aclip-tiny",
+        f"data.train={scenes}/train",
+        f"run.out={out}",
+        f"run.steps={STEPS}",
+        "batch.global_size=24",
+        "engine.deepspeed=zero2_fp32.json",
+        "data.workers=0",
+        "log.every_steps=1",
+        "log.tensorboard=false",
+        "optim.warmup_steps=5",
+        "checkpoint.every_steps=8",
+        "checkpoint.keep_last=20",
+        "run.deterministic=true",
+        "run.log_sample_ids=true",
+        *more,
+    ]
     return last_of_each(words)
 
 

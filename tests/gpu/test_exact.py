@@ -38,11 +38,21 @@ def test_a_run_cut_after_13_of_40_steps(tmp_path: Path) -> None:
     """The command itself, at the paper's main size."""
     write_dataset(tmp_path / "scenes", 300, 8, 224, 0)
     keys = [
-        "aclip-vitb16", f"data.train={tmp_path}/scenes/train", "run.steps=40", "run.epochs=null",
-        "batch.global_size=32", "checkpoint.every_steps=13", "checkpoint.keep_last=9", "data.workers=4",
-        "log.every_steps=1", "log.tensorboard=false", "run.deterministic=true", "run.log_sample_ids=true",
-        "optim.warmup_steps=4", "engine.deepspeed=zero2_bf16.json",
-    ]  # fmt: skip
+        "aclip-vitb16",
+        f"data.train={tmp_path}/scenes/train",
+        "run.steps=40",
+        "run.epochs=null",
+        "batch.global_size=32",
+        "checkpoint.every_steps=13",
+        "checkpoint.keep_last=9",
+        "data.workers=4",
+        "log.every_steps=1",
+        "log.tensorboard=false",
+        "run.deterministic=true",
+        "run.log_sample_ids=true",
+        "optim.warmup_steps=4",
+        "engine.deepspeed=zero2_bf16.json",
+    ]
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     train(*keys, f"run.out={whole}")
     place = whole / "checkpoints" / step_folders.folder_name(CUT)

@@ -27,9 +27,12 @@ def built(numbers: Numbers) -> tuple[DetailCLIP, dict[str, str]]:
     """The objective with the file's weights; our name -> theirs."""
     width, hidden, bottleneck, prototypes = 16, 20, 12, numbers.meta["sizes"]["head"].split()[-2]
     options = DetailCLIPOptions(
-        1.0, decoder_heads=numbers.meta["sizes"]["decoder_heads"], hidden_dim=hidden, bottleneck_dim=bottleneck,
+        1.0,
+        decoder_heads=numbers.meta["sizes"]["decoder_heads"],
+        hidden_dim=hidden,
+        bottleneck_dim=bottleneck,
         prototypes=int(prototypes),
-    )  # fmt: skip
+    )
     made = DetailCLIP(options, Sizes(width, 12, numbers.meta["sizes"]["embed"], GRID, 16, 16, 100))
     theirs = {name: theirs_of(name) for name, _ in made.named_parameters()}
     with torch.no_grad():
@@ -40,9 +43,14 @@ def built(numbers: Numbers) -> tuple[DetailCLIP, dict[str, str]]:
 
 
 def theirs_of(name: str) -> str:
-    for ours, other in (("decoder.embed", "decoder_embed"), ("decoder.mask_token", "mask_token"),
-                        ("decoder.blocks", "decoder_blocks"), ("decoder.norm", "decoder_norm"),
-                        ("pixels.", "reconstruction_pred."), ("head.mlp", "ibot_head.mlp")):  # fmt: skip
+    for ours, other in (
+        ("decoder.embed", "decoder_embed"),
+        ("decoder.mask_token", "mask_token"),
+        ("decoder.blocks", "decoder_blocks"),
+        ("decoder.norm", "decoder_norm"),
+        ("pixels.", "reconstruction_pred."),
+        ("head.mlp", "ibot_head.mlp"),
+    ):
         if name.startswith(ours):
             return other + name.removeprefix(ours)
     assert name == "head.prototypes.weight"
@@ -51,9 +59,12 @@ def theirs_of(name: str) -> str:
 
 def averaged_head(made: DetailCLIP, numbers: Numbers) -> nn.ModuleDict:
     head = type(made.head)(16, 20, 12, made.options.prototypes)
-    head.load_state_dict({name: numbers[f"teacher_w_before/ibot_head_e.{of}"] for name, of in (
-        (name, theirs_of(f"head.{name}").removeprefix("ibot_head.")) for name in head.state_dict()
-    )})  # fmt: skip
+    head.load_state_dict(
+        {
+            name: numbers[f"teacher_w_before/ibot_head_e.{of}"]
+            for name, of in ((name, theirs_of(f"head.{name}").removeprefix("ibot_head.")) for name in head.state_dict())
+        }
+    )
     assert (numbers["teacher_w_before/ibot_head_e.last_layer.weight_g"] == 1).all()
     return nn.ModuleDict({"head": head}).requires_grad_(False)
 
@@ -96,17 +107,24 @@ def check_steps(numbers: Numbers) -> None:
 
 def check_step(numbers: Numbers, step: int, made: DetailCLIP, theirs: dict[str, str], copies: nn.ModuleDict) -> None:
     facts, prefix = numbers.meta["steps"][step], f"step{step}/in/"
-    given = {name: numbers[f"{prefix}{name}"].clone().requires_grad_() for name in (
-        "student_tokens_u", "student_tokens_v", "student_cls_u", "student_cls_v", "text_embed")}  # fmt: skip
+    given = {
+        name: numbers[f"{prefix}{name}"].clone().requires_grad_()
+        for name in ("student_tokens_u", "student_tokens_v", "student_cls_u", "student_cls_v", "text_embed")
+    }
     images, keep = images_of(numbers, step), {view: kept_of(numbers, step, view) for view in "uv"}
     features = Features(
         cls=torch.stack([given["student_cls_u"], given["student_cls_v"]]),
         patches=tuple(gather_tokens(given[f"student_tokens_{view}"], keep[view]) for view in "uv"),
-        keep_indices=tuple(keep.values()), pixels=tuple(pixels_of(images[view], GRID) for view in "uv"),
+        keep_indices=tuple(keep.values()),
+        pixels=tuple(pixels_of(images[view], GRID) for view in "uv"),
         progress=facts["epoch"] / EPOCHS,
-    )  # fmt: skip
-    seen = Seen(*(torch.stack([numbers[f"{prefix}teacher_{part}_{view}"] for view in "uv"], dim=1)
-                  for part in ("cls", "tokens")))  # fmt: skip
+    )
+    seen = Seen(
+        *(
+            torch.stack([numbers[f"{prefix}teacher_{part}_{view}"] for view in "uv"], dim=1)
+            for part in ("cls", "tokens")
+        )
+    )
     targets = made.observe(copies, seen, ALONE)
     terms = made.per_sample(features, targets) | made(features, targets, ALONE)
     check_losses(numbers, step, made, terms, given, theirs, facts["losses"])
@@ -119,9 +137,14 @@ def check_step(numbers: Numbers, step: int, made: DetailCLIP, theirs: dict[str, 
 
 
 def check_losses(
-    numbers: Numbers, step: int, made: DetailCLIP, terms: dict[str, Tensor], given: dict[str, Tensor],
-    theirs: dict[str, str], losses: dict[str, float],
-) -> None:  # fmt: skip
+    numbers: Numbers,
+    step: int,
+    made: DetailCLIP,
+    terms: dict[str, Tensor],
+    given: dict[str, Tensor],
+    theirs: dict[str, str],
+    losses: dict[str, float],
+) -> None:
     projection, scale = (numbers[f"w/{name}"].clone().requires_grad_() for name in ("image_projection", "logit_scale"))
     views = torch.stack([normalise(given[f"student_cls_{view}"] @ projection) for view in "uv"])
     text = normalise(given["text_embed"])
@@ -163,10 +186,12 @@ def check_outputs(
     student = made.head.prototypes(made.head(torch.cat(decoded)[:, :8]))
     assert features.cls is not None
     found = {
-        "teacher_cls": logits[:, 0], "teacher_patch_first8": logits[:, 1:9],
-        "student_cls": made.head.prototypes(made.head(features.cls.flatten(0, 1))), "student_patch_first8": student,
+        "teacher_cls": logits[:, 0],
+        "teacher_patch_first8": logits[:, 1:9],
+        "student_cls": made.head.prototypes(made.head(features.cls.flatten(0, 1))),
+        "student_patch_first8": student,
         "pixels_first2": made.pixels(decoded[0][:, :2]),
-    }  # fmt: skip
+    }
     for name, ours in found.items():
         theirs = numbers[f"step{step}/out/{name}"]
         close(ours, theirs, f"step{step}/out/{name}", rtol=GRADIENT)

@@ -145,8 +145,15 @@ def check_planted_cluster(numbers: Numbers) -> None:
     pixels = images_of(numbers)["g6"].pixels[:1]
     draw = numbers["planted.anchor_noise"]
     assert sorted(cluster.anchors(draw, 0.05)[0].tolist()) == facts["anchors"]
-    keep = kept("cluster", facts["K"], 6, cluster.Options(0.05, "fill", facts["threshold"]), noise=draw,
-                noise2=numbers["planted.cut_noise"], pixels=pixels)  # fmt: skip
+    keep = kept(
+        "cluster",
+        facts["K"],
+        6,
+        cluster.Options(0.05, "fill", facts["threshold"]),
+        noise=draw,
+        noise2=numbers["planted.cut_noise"],
+        pixels=pixels,
+    )
     same(keep, numbers["planted.keep"], "planted.keep")
     assert sorted(set(range(36)) - set(keep[0].tolist())) == facts["hidden"]
 
@@ -162,9 +169,12 @@ def check_pgs(numbers: Numbers) -> None:
     found = pgs.edges_of_image(seen.grey, 6)  # theirs is 2e-5 from fp64 where an image has next to no edges
     close(found, numbers["edges.pixels_inferred"], "edges.pixels_inferred", atol=5e-5)
     for case, facts in numbers.cases.items():
-        check_pgs_case(numbers, case, facts, pgs.mixed(
-            pixels, patches, everyone, torch.tensor(facts["weight of embeddings"]), "none"
-        ))  # fmt: skip
+        check_pgs_case(
+            numbers,
+            case,
+            facts,
+            pgs.mixed(pixels, patches, everyone, torch.tensor(facts["weight of embeddings"]), "none"),
+        )
 
 
 def check_pgs_case(numbers: Numbers, case: str, facts: dict[str, Any], similarity: Tensor) -> None:
@@ -191,9 +201,17 @@ def check_pgs_whole(numbers: Numbers) -> None:
     for case, facts in numbers.cases.items():
         if facts["edge"] or facts["sinkhorn"]:
             continue
-        keep = kept("pgs", facts["K"], 6, pgs.Options(rule="fill", edges="none"), noise=numbers["anchor_noise"],
-                    noise2=numbers["cut_noise"], patches=numbers["embeddings"], pixels=pixels,
-                    progress=torch.tensor(facts["weight of embeddings"]))  # fmt: skip
+        keep = kept(
+            "pgs",
+            facts["K"],
+            6,
+            pgs.Options(rule="fill", edges="none"),
+            noise=numbers["anchor_noise"],
+            noise2=numbers["cut_noise"],
+            patches=numbers["embeddings"],
+            pixels=pixels,
+            progress=torch.tensor(facts["weight of embeddings"]),
+        )
         check_filled(numbers, case, facts, keep, numbers[f"{case}.hidden"].bool(), numbers["cut_noise"])
 
 

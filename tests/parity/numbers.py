@@ -70,8 +70,10 @@ def images_of(numbers: Numbers) -> dict[str, Images]:
 def _images(path: Path) -> dict[str, Images]:
     found = load(path)
     words = found.meta["normalise"].replace(",", " ").split()
-    mean, std = (torch.tensor([float(word) for word in words[words.index(key) + 1 :][:3]]).view(3, 1, 1)
-                 for key in ("mean", "std"))  # fmt: skip
+    mean, std = (
+        torch.tensor([float(word) for word in words[words.index(key) + 1 :][:3]]).view(3, 1, 1)
+        for key in ("mean", "std")
+    )
     plain = {name: tensor.float() / 255 for name, tensor in found.tensors.items()}
     return {name: _prepared(x, (x - mean) / std) for name, x in plain.items()}
 

@@ -30,14 +30,24 @@ def slip_objectives(numbers: Numbers, norm_by: str) -> tuple[contrastive.Contras
     for ours, theirs in enumerate(("layer1", "bn1", "", "layer2", "bn2", "", "layer3")):
         for part in ("weight", "bias") if theirs else ():
             state[f"head.layers.{ours}.{part}"] = numbers[f"w/image_mlp.{theirs}.{part}"]
-    statistics = {name: torch.zeros_like(value) if "mean" in name or "num" in name else torch.ones_like(value)
-                  for name, value in ssl.state_dict().items() if name not in state}  # fmt: skip
+    statistics = {
+        name: torch.zeros_like(value) if "mean" in name or "num" in name else torch.ones_like(value)
+        for name, value in ssl.state_dict().items()
+        if name not in state
+    }
     ssl.load_state_dict(state | statistics)
     return contrastive.Contrastive(contrastive.Options(1.0, views=[0]), sizes), ssl
 
 
-INPUTS = ["in/cls_image", "in/cls_aug1", "in/cls_aug2", "in/eot", "w/image_projection", "w/text_projection",
-          "w/logit_scale"]  # fmt: skip
+INPUTS = [
+    "in/cls_image",
+    "in/cls_aug1",
+    "in/cls_aug2",
+    "in/eot",
+    "w/image_projection",
+    "w/text_projection",
+    "w/logit_scale",
+]
 
 
 def slip_losses(numbers: Numbers, given: dict[str, Tensor], ssl: simclr.SimCLR, clip: Any) -> tuple[Tensor, Tensor]:
@@ -76,8 +86,9 @@ def check_slip(numbers: Numbers) -> None:
 
 
 ZERO_IN_EXACT_ARITHMETIC = {  # a batch norm follows
-    "grad_total/w/image_mlp.layer1.bias", "grad_total/w/image_mlp.layer2.bias"
-}  # fmt: skip
+    "grad_total/w/image_mlp.layer1.bias",
+    "grad_total/w/image_mlp.layer2.bias",
+}
 
 
 def check_slip_outputs(numbers: Numbers) -> None:
@@ -132,11 +143,19 @@ def check_slip_on_two_ranks(numbers: Numbers) -> None:
     facts = numbers.meta["two_ranks"]
     augs = [numbers["out/aug1_embed"], numbers["out/aug2_embed"]]
     for part, names, rows, cases in (
-        ("clip", ("image_embed", "text_embed"), embeds, {"global_grad": clip_loss(True),
-         "published_grad_mean_over_ranks": clip_loss(False)}),
-        ("simclr", ("aug1_embed", "aug2_embed"), augs, {"global_grad": ssl_loss,
-         "published_grad_mean_over_ranks": ssl_loss}),
-    ):  # fmt: skip
+        (
+            "clip",
+            ("image_embed", "text_embed"),
+            embeds,
+            {"global_grad": clip_loss(True), "published_grad_mean_over_ranks": clip_loss(False)},
+        ),
+        (
+            "simclr",
+            ("aug1_embed", "aug2_embed"),
+            augs,
+            {"global_grad": ssl_loss, "published_grad_mean_over_ranks": ssl_loss},
+        ),
+    ):
         for case, loss_of in cases.items():
             losses, gradients = on_two_ranks(rows, loss_of)
             for ours, theirs in zip(losses, facts[part]["loss_of_rank"], strict=True):
@@ -183,12 +202,19 @@ def check_siglip_on_ranks(numbers: Numbers) -> None:
 def in_the_teachers_space(numbers: Numbers, case: str, given: dict[str, Tensor]) -> list[Tensor]:
     """The student's embeddings as FD and ICL compare them, through the objective with the file's maps."""
     image, text = given["student_image"], given["student_text"]
-    maps = {f"{ours}_map.{part}": f"w/{theirs}_proj.{part}" for ours, theirs in (("image", "visual"), ("text", "text"))
-            for part in ("weight", "bias")}  # fmt: skip
+    maps = {
+        f"{ours}_map.{part}": f"w/{theirs}_proj.{part}"
+        for ours, theirs in (("image", "visual"), ("text", "text"))
+        for part in ("weight", "bias")
+    }
     width = numbers[f"{case}/w/visual_proj.weight"].shape[0] if f"{case}/w/visual_proj.weight" in numbers else None
     made = clipkd.ClipKD(clipkd.ClipKDOptions(1.0, project_to=width), Sizes(1, 1, image.shape[1], 1, 1, 1, 1))
-    features = Features(image_embeds=normalise(image)[None], text_embeds=normalise(text), image_projected=image[None],
-                        text_projected=text)  # fmt: skip
+    features = Features(
+        image_embeds=normalise(image)[None],
+        text_embeds=normalise(text),
+        image_projected=image[None],
+        text_projected=text,
+    )
     held = {name: given[theirs] for name, theirs in maps.items()} if width else {}
 
     class Mapped(torch.nn.Module):

@@ -311,10 +311,13 @@ class Outputs:
         assert features.image_embeds is not None and features.text_embeds is not None
         assert features.logit_scale is not None
         return {
-            "image_embed": features.image_embeds.detach().flatten(0, 1), "text_embed": features.text_embeds.detach(),
-            "image_ssl_embed": self.seen["o2o"], "byol_feats": self.seen["o2e"], "byol_feats_e": target,
+            "image_embed": features.image_embeds.detach().flatten(0, 1),
+            "text_embed": features.text_embeds.detach(),
+            "image_ssl_embed": self.seen["o2o"],
+            "byol_feats": self.seen["o2e"],
+            "byol_feats_e": target,
             "logit_scale": features.logit_scale.detach().reshape(()),
-        }  # fmt: skip
+        }
 
 
 def replay(oracle: Oracle) -> Replay:
@@ -341,25 +344,36 @@ def replay(oracle: Oracle) -> Replay:
     for index in range(oracle.steps):
         with already_normalised():
             done = step.train_step(
-                batch, student, teacher, schedules, index, method, SingleProcess(),  # type: ignore[arg-type]
-                micro=views.shape[1], guards=Guards(GuardsConfig()),
-            )  # fmt: skip
+                batch,
+                student,
+                teacher,
+                schedules,
+                index,
+                method,
+                SingleProcess(),  # type: ignore[arg-type]
+                micro=views.shape[1],
+                guards=Guards(GuardsConfig()),
+            )
         scores, [target] = teacher.observed.scores, teacher.observed.targets["byol"]
         assert scores is not None
         projected = outputs.seen["o2o"].unflatten(0, (2, -1))
         fixed = online_to_online(projected, loss_config.o2o_temperature, SingleProcess())
         result.steps.append(
             Step(
-                teacher_scores=scores, view_scores=scores_to_views(scores, boxes, method.grid, unit=1),
+                teacher_scores=scores,
+                view_scores=scores_to_views(scores, boxes, method.grid, unit=1),
                 kept=torch.stack([kept for kept in done.keep_indices if kept is not None]),
                 losses={
-                    "loss": done.loss.item(), "simclr_loss": done.parts["loss_o2o"].item(),
-                    "im_byol_loss": done.parts["loss_o2e"].item(), "contra_loss": done.parts["loss_contrastive"].item(),
+                    "loss": done.loss.item(),
+                    "simclr_loss": done.parts["loss_o2o"].item(),
+                    "im_byol_loss": done.parts["loss_o2e"].item(),
+                    "contra_loss": done.parts["loss_contrastive"].item(),
                     "simclr_loss_fixed_pairing": fixed.item(),
                 },
-                outputs=outputs.in_the_oracles_layout(target), grads=student.grads,
+                outputs=outputs.in_the_oracles_layout(target),
+                grads=student.grads,
             )
-        )  # fmt: skip
+        )
     result.student = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     result.teacher = {name: tensor.clone() for name, tensor in teacher_module.state_dict().items()}
     return result

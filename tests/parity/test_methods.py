@@ -44,13 +44,19 @@ SEED_0_ONLY = {
     texts.check_syntax: "syntax.",
 }  # check -> the tensors that it is about
 INPUTS = {  # what a file's checks start from: another value there is another question, not a wrong answer
-    "flip": r".*\.noise", "glip": r".*\.noise", "images": r".*", "cluster": r".*_noise",
-    "pgs": r".*_noise|embeddings|edges\.release|.*plus_sinkhorn|sinkhorn\..*\.in", "sbam": r".*\.(noise|tokens)",
-    "slip": r"(in|w)/.*", "clipkd": r".*/(in|w)/.*", "fd": r"(in|w)/.*",
+    "flip": r".*\.noise",
+    "glip": r".*\.noise",
+    "images": r".*",
+    "cluster": r".*_noise",
+    "pgs": r".*_noise|embeddings|edges\.release|.*plus_sinkhorn|sinkhorn\..*\.in",
+    "sbam": r".*\.(noise|tokens)",
+    "slip": r"(in|w)/.*",
+    "clipkd": r".*/(in|w)/.*",
+    "fd": r"(in|w)/.*",
     "detailclip": r"step\d/in/.*|w/.*|teacher_w_before/.*",
     "siglip": r"in/.*|[^/]*/(log_scale|bias)",
     "ocl": r".*\.noise|loss\.cls_features|similarity\.cosine",
-}  # fmt: skip
+}
 NOT_BUILT = r"teacher\d+/(grad_(gd|afd|cross_kd)/.*|w/(fusion|(visual|text)_fusion).*)"
 NOT_COMPARABLE = {  # theirs, where nothing says what is right
     "cluster": r".*rule_topk\.keep|.*\.keep_order|.*\.keep",  # ties, and the release's unstable sort: row by row
@@ -101,9 +107,12 @@ def test_the_file_is_known(path: Path) -> None:
 @needs_oracle
 @pytest.mark.parametrize(
     ("path", "check"),
-    [pytest.param(path, check, id=f"{path.stem}-{check.__name__}") for path in FILES
-     for check in CHECKS.get(name_of(path), [])],
-)  # fmt: skip
+    [
+        pytest.param(path, check, id=f"{path.stem}-{check.__name__}")
+        for path in FILES
+        for check in CHECKS.get(name_of(path), [])
+    ],
+)
 def test_agrees(path: Path, check: Check) -> None:
     if check not in checks_of(path):
         pytest.skip("seed 0 only")

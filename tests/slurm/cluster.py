@@ -247,8 +247,10 @@ class Cluster:
         """Waits until both nodes are idle."""
         self.poll(
             lambda: self.client("sinfo", "-h", "-p", "main", "-o", "%D %t", check=False) == f"{len(NODES)} idle",
-            "both nodes to be idle", timeout_s, every_s=0.1,
-        )  # fmt: skip
+            "both nodes to be idle",
+            timeout_s,
+            every_s=0.1,
+        )
 
     def clear(self) -> None:
         """Cancels every job and mends every node, so that one test's ruins do not reach the next."""
@@ -269,10 +271,17 @@ class Cluster:
         for name in ("munge", "state", "run", "log", "dev", "spool"):
             (self.base / name).mkdir(mode=0o755)
         port = _free_ports(1 + len(NODES))
-        (self.base / "slurm.conf").write_text(CONF.format(
-            base=self.base, user=getpass.getuser(), port=port, port1=port + 1, port2=port + len(NODES),
-            cpus=CPUS_PER_NODE, gpus=GPUS_PER_NODE,
-        ))  # fmt: skip
+        (self.base / "slurm.conf").write_text(
+            CONF.format(
+                base=self.base,
+                user=getpass.getuser(),
+                port=port,
+                port1=port + 1,
+                port2=port + len(NODES),
+                cpus=CPUS_PER_NODE,
+                gpus=GPUS_PER_NODE,
+            )
+        )
         (self.base / "plugstack.conf").touch()
         (self.base / "gres.conf").write_text(f"Name=gpu File={self._fake_gpus()}\n")
         hosts = Path("/etc/hosts").read_text() + "".join(f"127.0.0.{11 + i} {node}\n" for i, node in enumerate(NODES))
@@ -281,9 +290,14 @@ class Cluster:
         munge = self.base / "munge"
         (munge / "key").write_bytes(os.urandom(128))
         (munge / "key").chmod(0o400)
-        self._spawn("munged", f"--key-file={munge}/key", f"--socket={munge}/socket",
-                    f"--log-file={self.base}/log/munged.log", f"--pid-file={self.base}/run/munged.pid",
-                    f"--seed-file={munge}/seed")  # fmt: skip
+        self._spawn(
+            "munged",
+            f"--key-file={munge}/key",
+            f"--socket={munge}/socket",
+            f"--log-file={self.base}/log/munged.log",
+            f"--pid-file={self.base}/run/munged.pid",
+            f"--seed-file={munge}/seed",
+        )
         self._spawn("slurmctld", "-f", self.env["SLURM_CONF"])
         for node in NODES:
             (self.base / "spool" / node).mkdir()
@@ -309,8 +323,20 @@ class Cluster:
 
     def _start_slurmd(self, node: str) -> None:
         enter = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
-        self._spawn(*self.namespace, "sh", "-c", enter, "_", node, f"{self.base}/hosts",
-                    "slurmd", "-N", node, "-f", self.env["SLURM_CONF"])  # fmt: skip
+        self._spawn(
+            *self.namespace,
+            "sh",
+            "-c",
+            enter,
+            "_",
+            node,
+            f"{self.base}/hosts",
+            "slurmd",
+            "-N",
+            node,
+            "-f",
+            self.env["SLURM_CONF"],
+        )
 
     def _spawn(self, *command: str) -> None:
         """Starts a daemon. Its output goes to a file: an inherited pipe would keep its reader waiting for ever."""

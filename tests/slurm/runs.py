@@ -20,26 +20,53 @@ FOUR_TASKS = ("--nodes=2", "--ntasks-per-node=2")
 def base_environment() -> dict[str, str]:
     """What a person would have exported: where the checkout and its Python are; one thread a rank."""
     return {
-        "AMCLIP_HOME": str(ROOT), "AMCLIP_PYTHON": PYTHON, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "AMCLIP_HOME": str(ROOT),
+        "AMCLIP_PYTHON": PYTHON,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
         "TORCH_EXTENSIONS_DIR": os.environ["TORCH_EXTENSIONS_DIR"],
-    }  # fmt: skip
+    }
 
 
 def make_data(folder: Path) -> None:
     """Synthetic scenes of 64 pixels: train/ in six shards, and a test split in CLIP_benchmark's layout."""
-    done = amclip("data", "synth", "--out", str(folder), "--train", "600", "--test", "64", "--shard-size", "100",
-                  cwd=folder.parent)  # fmt: skip
+    done = amclip(
+        "data",
+        "synth",
+        "--out",
+        str(folder),
+        "--train",
+        "600",
+        "--test",
+        "64",
+        "--shard-size",
+        "100",
+        cwd=folder.parent,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def tiny(data: Path, out: Path | str, *more: str) -> list[str]:
     """RECIPE key=value ... of a run of a few seconds: ZeRO-2, bf16, gloo."""
     words = [
-        "aclip-tiny", f"data.train={data}/train", f"eval.data={data}", f"run.out={out}", f"run.steps={STEPS}",
-        "engine.deepspeed=zero2_bf16.json", "batch.global_size=24", "batch.per_gpu=12", "data.workers=0",
-        "log.every_steps=1", "checkpoint.every_steps=10", "checkpoint.keep_last=20", "run.deterministic=true",
-        "optim.warmup_steps=5", "log.tensorboard=false", "run.log_sample_ids=true", *more,
-    ]  # fmt: skip
+        "aclip-tiny",
+        f"data.train={data}/train",
+        f"eval.data={data}",
+        f"run.out={out}",
+        f"run.steps={STEPS}",
+        "engine.deepspeed=zero2_bf16.json",
+        "batch.global_size=24",
+        "batch.per_gpu=12",
+        "data.workers=0",
+        "log.every_steps=1",
+        "checkpoint.every_steps=10",
+        "checkpoint.keep_last=20",
+        "run.deterministic=true",
+        "optim.warmup_steps=5",
+        "log.tensorboard=false",
+        "run.log_sample_ids=true",
+        *more,
+    ]
     return last_of_each(words)
 
 
@@ -53,9 +80,13 @@ def amclip(
 ) -> subprocess.CompletedProcess:
     """The command line, in a process of its own."""
     return subprocess.run(
-        [PYTHON, "-m", "amclip_ds", *words], cwd=cwd, env=os.environ | base_environment() | (env or {}), text=True,
-        capture_output=True, timeout=timeout_s,
-    )  # fmt: skip
+        [PYTHON, "-m", "amclip_ds", *words],
+        cwd=cwd,
+        env=os.environ | base_environment() | (env or {}),
+        text=True,
+        capture_output=True,
+        timeout=timeout_s,
+    )
 
 
 def rows(run: Path, name: str = "metrics") -> list[dict[str, Any]]:

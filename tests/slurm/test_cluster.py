@@ -23,8 +23,15 @@ runtime.stop(started)
 
 
 def test_nodes_have_names_of_their_own_and_gpus(cluster: Cluster) -> None:
-    seen = cluster.client("srun", "-N2", "--ntasks-per-node=2", "--gpus-per-task=1", "bash", "-c",
-                          'echo "$(hostname) $CUDA_VISIBLE_DEVICES"')  # fmt: skip
+    seen = cluster.client(
+        "srun",
+        "-N2",
+        "--ntasks-per-node=2",
+        "--gpus-per-task=1",
+        "bash",
+        "-c",
+        'echo "$(hostname) $CUDA_VISIBLE_DEVICES"',
+    )
     assert sorted(seen.splitlines()) == ["node1 0", "node1 1", "node2 0", "node2 1"]
 
 

@@ -89,15 +89,18 @@ def test_mistakes_are_one_line_and_never_requeued(cluster: Cluster, synthetic: P
     locked.write_text("a file where the run's folder should be")
     few = runs.tiny(synthetic, "run", f"data.train={synthetic}/train/{sorted(os.listdir(synthetic / 'train'))[0]}")
     cases = {
-        "missing venv": (runs.tiny(synthetic, "run"), {"AMCLIP_PYTHON": "", "AMCLIP_VENV": "/no/venv"},
-                         "no Python at /no/venv/bin/python"),
+        "missing venv": (
+            runs.tiny(synthetic, "run"),
+            {"AMCLIP_PYTHON": "", "AMCLIP_VENV": "/no/venv"},
+            "no Python at /no/venv/bin/python",
+        ),
         "unknown recipe": (["aclip-tinny", *runs.tiny(synthetic, "run")[1:]], {}, "'aclip-tinny' is not known"),
         "unknown key": (runs.tiny(synthetic, "run", "optim.lrr=1"), {}, "unknown key; did you mean optim.lr?"),
         "batch": (runs.tiny(synthetic, "run", "batch.global_size=25"), {}, "batch.global_size: 25"),
         "more nodes than shards": (few, {}, "data.train: 1 shard(s) for 2 nodes"),
         "unwritable": (runs.tiny(synthetic, locked / "run"), {}, f"run.out: {locked}/run cannot be written"),
         "no checkout": (runs.tiny(synthetic, "run"), {"AMCLIP_HOME": "/no/checkout"}, "no checkout at /no/checkout"),
-    }  # fmt: skip
+    }
     jobs = {
         name: runs.submit_train(
             cluster, tmp_path, words, *runs.FOUR_TASKS, "--oversubscribe", f"--output={name}.out", env=env

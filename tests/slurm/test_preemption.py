@@ -193,8 +193,10 @@ def test_a_bad_day(cluster: Cluster, synthetic: Path, tmp_path: Path, undisturbe
     disturbances: list[Callable[[], object]] = [
         lambda: cluster.client("scancel", "--batch", "--signal=USR1", str(job_id)),
         lambda: cluster.client("scancel", "--signal=USR1", f"{job_id}.0"),
-        preempt, down_and_up, kill_and_revive,
-    ]  # fmt: skip
+        preempt,
+        down_and_up,
+        kill_and_revive,
+    ]
     for number, disturb in enumerate(disturbances):
         wait_for_attempt(number)
         disturb()

@@ -11,17 +11,72 @@ from typing import Any
 TREES = (".json", ".yaml")
 LARGEST = 1 << 28  # bytes; a sparse file of an earlier mutation is not read here
 VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 3.5, 1e308, -0.0, 2**31, 2**63, 2**70, float("nan"), float("inf"), "", "x", "../..",
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    3.5,
+    1e308,
+    -0.0,
+    2**31,
+    2**63,
+    2**70,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "../..",
     "\x1b[2J",
-    "../../outside/secret.safetensors", "/dev/zero", "/etc/passwd", "${oc.env:HOME}", "hf-hub:stranger/model",
-    "local-dir:/etc", "https://stranger.example/x", "pipe:gs", "trap.Model", "x" * 5000, "1" * 5000, "\u202e", "\ud800",
-    [], {}, [[]], [1, 2], [0.5, 0.5, 0.5], {"a": {"b": {"c": []}}}, [10**9] * 3, {"trust_remote_code": True}, "???",
-]  # fmt: skip
+    "../../outside/secret.safetensors",
+    "/dev/zero",
+    "/etc/passwd",
+    "${oc.env:HOME}",
+    "hf-hub:stranger/model",
+    "local-dir:/etc",
+    "https://stranger.example/x",
+    "pipe:gs",
+    "trap.Model",
+    "x" * 5000,
+    "1" * 5000,
+    "\u202e",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    [1, 2],
+    [0.5, 0.5, 0.5],
+    {"a": {"b": {"c": []}}},
+    [10**9] * 3,
+    {"trust_remote_code": True},
+    "???",
+]
 KEYS = [
-    "auto_map", "trust_remote_code", "hf_tokenizer_name", "hf_model_name", "tokenizer_kwargs", "custom_text", "url",
-    "file", "hf_hub_id", "custom_load", "quantization_config", "_attn_implementation", "image_processor_type", "recipe",
-    "multimodal_cfg", "timm_model_name", "model_type", "architecture", "__class__", "_target_", "unheard_of", "",
-]  # fmt: skip
+    "auto_map",
+    "trust_remote_code",
+    "hf_tokenizer_name",
+    "hf_model_name",
+    "tokenizer_kwargs",
+    "custom_text",
+    "url",
+    "file",
+    "hf_hub_id",
+    "custom_load",
+    "quantization_config",
+    "_attn_implementation",
+    "image_processor_type",
+    "recipe",
+    "multimodal_cfg",
+    "timm_model_name",
+    "model_type",
+    "architecture",
+    "__class__",
+    "_target_",
+    "unheard_of",
+    "",
+]
 
 
 def mutate(folder: Path, number: int) -> str:
@@ -118,8 +173,23 @@ def _lines(path: Path, rng: random.Random) -> str:
     lines = path.read_text(errors="replace").split("\n")
     at = rng.randrange(len(lines))
     key = lines[at].split(":")[0]
-    value = rng.choice((json.dumps(rng.choice(VALUES)), "!!python/object/apply:os.system [gs]", "&a [*a]", "*nobody",
-                        "!x y", "{a: &b [1], c: *b}", "'", "[", "|", "- 1", "${oc.env:HOME}", "\t", "? x"))  # fmt: skip
+    value = rng.choice(
+        (
+            json.dumps(rng.choice(VALUES)),
+            "!!python/object/apply:os.system [gs]",
+            "&a [*a]",
+            "*nobody",
+            "!x y",
+            "{a: &b [1], c: *b}",
+            "'",
+            "[",
+            "|",
+            "- 1",
+            "${oc.env:HOME}",
+            "\t",
+            "? x",
+        )
+    )
     way = rng.choice(("set", "set", "set", "remove", "double", "indent", "add"))
     if way == "set":
         lines[at] = f"{key}: {value}"

@@ -93,8 +93,9 @@ def test_threads_share_one(tmp_path: Path) -> None:
 
 
 def record(folder: Path, rank: int = 0) -> Record:
-    return Record(folder, LogConfig(every_steps=1), rank=rank, world_size=2, attempt=0, total_steps=25,
-                  samples_per_epoch=1000)  # fmt: skip
+    return Record(
+        folder, LogConfig(every_steps=1), rank=rank, world_size=2, attempt=0, total_steps=25, samples_per_epoch=1000
+    )
 
 
 def events_of(folder: Path) -> list[int]:
@@ -108,8 +109,16 @@ def events_of(folder: Path) -> list[int]:
 
 def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
     for first, last in ((1, 4), (3, 5)):  # a second attempt that resumes behind step 2
-        pen = Record(tmp_path, LogConfig(every_steps=1), rank=0, world_size=2, attempt=0, total_steps=25,
-                     samples_per_epoch=1000, first_step=first - 1)  # fmt: skip
+        pen = Record(
+            tmp_path,
+            LogConfig(every_steps=1),
+            rank=0,
+            world_size=2,
+            attempt=0,
+            total_steps=25,
+            samples_per_epoch=1000,
+            first_step=first - 1,
+        )
         pen._events = pen._events.with_name(f"{tensorboard_events.file_name()}{first}")
         with pen:
             for step in range(first, last + 1):
@@ -156,8 +165,9 @@ def test_a_tracker_that_raises_is_one_incident(tmp_path: Path, monkeypatch: pyte
             pen.metrics(ROW | {"step": step})
     monkeypatch.delitem(sys.modules, "wandb")
     assert [row["cause"] for row in read_lines(run / "incidents.jsonl")] == [
-        "ConnectionError: no route to host", "TimeoutError: "
-    ]  # fmt: skip
+        "ConnectionError: no route to host",
+        "TimeoutError: ",
+    ]
 
 
 SMALL_DISK = """
@@ -215,8 +225,14 @@ def test_a_full_disk_and_a_read_only_one_lose_nothing(tmp_path: Path) -> None:
     argv = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=512k none "$0" && exec "$@"', str(run)]
     if not shutil.which("unshare") or subprocess.run([*argv, "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    done = subprocess.run([*argv, sys.executable, program, run], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [*argv, sys.executable, program, run],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and done.stdout.strip().endswith("all there"), done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("amclip: ")]
     assert sum("No space left on device" in line for line in said) <= 4, said  # 2 pens, the run's and TensorBoard's

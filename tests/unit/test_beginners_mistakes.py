@@ -110,8 +110,9 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         for name, value in words.items():
             line = line.replace(name, value)
         lines.append([f"{folder}/{word[5:]}.yaml" if word.startswith("YAML.") else word for word in line.split()])
-    done = subprocess.run([sys.executable, "-c", PROGRAM], input=json.dumps(lines), capture_output=True, text=True,
-                          timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], input=json.dumps(lines), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return {typed: json.loads(row) for (typed, _), row in zip(MISTAKES, done.stdout.splitlines(), strict=True)}
 

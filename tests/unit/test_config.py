@@ -242,7 +242,7 @@ def test_a_key_given_twice_is_refused_with_the_quotes(words: list[str], said: st
         ("run: {name: x}\n", "run.name: unknown key; did you mean run.out?"),
         ("1: 2\n", "1: unknown key"),
     ],
-)  # fmt: skip
+)
 def test_a_yaml_of_another_shape(text: str, said: str | None, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text if text.startswith(("recipe", "- ")) else f"recipe: aclip-tiny\n{text}")
@@ -261,9 +261,15 @@ def test_other_kinds_of_recipe_files(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text("{}")
     (tmp_path / "circle.yaml").write_text(f"recipe: {tmp_path}/circle.yaml\n")
     (tmp_path / "folder.yaml").mkdir()
-    for name, said in (("binary.yaml", "not UTF-8"), ("run", "config.yaml"), ("mine.json", "not a yaml by its name"),
-                       ("circle.yaml", "based on itself"), ("none.yaml", "no such file"), ("", "a folder"),
-                       ("folder.yaml", "folder.yaml")):  # fmt: skip
+    for name, said in (
+        ("binary.yaml", "not UTF-8"),
+        ("run", "config.yaml"),
+        ("mine.json", "not a yaml by its name"),
+        ("circle.yaml", "based on itself"),
+        ("none.yaml", "no such file"),
+        ("", "a folder"),
+        ("folder.yaml", "folder.yaml"),
+    ):
         with pytest.raises(UserError) as error:
             config.load(str(tmp_path / name))
         assert said in str(error.value), str(error.value)
@@ -288,12 +294,15 @@ def test_a_length_of_no_step_is_refused() -> None:
         config.count_steps(config.load("aclip-tiny", ["run.epochs=0.01"]), steps_per_epoch=9)
 
 
-@pytest.mark.parametrize("rank, words, is_reported", [
-    (0, ["aclip-tiny", "optim.lrr=1"], True),
-    (1, ["aclip-tiny", "optim.lrr=1"], False),  # rank 0 reports what all ranks read alike
-    (1, ["/nowhere.yaml"], True),  # which this machine alone may lack
-    (1, ["aclip-tiny", "data.train=$NOT_SET_ANYWHERE/x.tar"], True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rank, words, is_reported",
+    [
+        (0, ["aclip-tiny", "optim.lrr=1"], True),
+        (1, ["aclip-tiny", "optim.lrr=1"], False),  # rank 0 reports what all ranks read alike
+        (1, ["/nowhere.yaml"], True),  # which this machine alone may lack
+        (1, ["aclip-tiny", "data.train=$NOT_SET_ANYWHERE/x.tar"], True),
+    ],
+)
 def test_a_mistake_is_reported_by_one_rank(
     rank: int, words: list[str], is_reported: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,10 +98,12 @@ def test_it_needs_no_average_of_the_student(run: Path) -> None:
         (["loss.imitate.weight=1", "data.num_views=2"], "distill.teacher: loss.imitate compares with a finished model"),
         (["distill.teacher=/x"], "distill.teacher: no objective of this run reads it"),
         (["loss.imitate.weight=1", "distill.teacher=/x"], "loss.imitate.weight: this objective reads the views 1"),
-        (["loss.imitate.weight=1", "loss.imitate.views=[2]", "data.num_views=2", "distill.teacher=/x"],
-         "loss.imitate.views: there is no view 2; there are 2, from 0 to 1"),
+        (
+            ["loss.imitate.weight=1", "loss.imitate.views=[2]", "data.num_views=2", "distill.teacher=/x"],
+            "loss.imitate.views: there is no view 2; there are 2, from 0 to 1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_line_before_any_rank_starts(words: list[str], said: str) -> None:
     with pytest.raises(UserError) as error:
         config.load("clip-tiny", words)

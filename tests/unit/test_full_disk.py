@@ -54,14 +54,20 @@ def test_a_start_on_a_full_disk_is_no_mistake_of_the_user(tmp_path: Path) -> Non
     argv = ["unshare", "-rm", "sh", "-c", mount, str(disk)]
     if not shutil.which("unshare") or subprocess.run([*argv, "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    done = subprocess.run([*argv, sys.executable, program, disk, tmp_path / "shards"], cwd=ROOT, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [*argv, sys.executable, program, disk, tmp_path / "shards"],
+        cwd=ROOT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     ended = [line.split(" ", 2) for line in done.stdout.splitlines()]
     assert [(name, code) for name, code, *_ in ended] == [
         *(("folder", "1"), ("folder", "1"), ("owner", "1"), ("owner", "1")),
         *(("json", "1"), ("json", "1"), ("index", "1"), ("index", "1"), ("slurm", "1")),
-    ], done.stdout  # fmt: skip
+    ], done.stdout
     assert all("No space left on device; once that is over" in line[2] for line in ended[:-1]), done.stdout
 
 

@@ -11,9 +11,17 @@ from amclip_ds.errors import UserError
 from amclip_ds.jsonl import STEP, append_line, read, read_lines, supersede
 
 DAMAGED = [
-    b'{"loss": 1.0}\n', b'{"step": "3"}\n', b'{"step": true}\n', b"[1, 2]\n", b'"step"\n', b"null\n", b"\xff\xfe{}\n",
-    b'{"step": 2, "lo{"step": 3}\n', b"[" * 100_000 + b"\n", b'{"step": ' + b"9" * 5000 + b"}\n",
-]  # fmt: skip
+    b'{"loss": 1.0}\n',
+    b'{"step": "3"}\n',
+    b'{"step": true}\n',
+    b"[1, 2]\n",
+    b'"step"\n',
+    b"null\n",
+    b"\xff\xfe{}\n",
+    b'{"step": 2, "lo{"step": 3}\n',
+    b"[" * 100_000 + b"\n",
+    b'{"step": ' + b"9" * 5000 + b"}\n",
+]
 
 
 def test_a_line_separator_in_a_value_is_no_end_of_a_row(tmp_path: Path) -> None:

@@ -25,16 +25,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dataset(folder / "scenes", 8, 8, 64, 0)
     run = folder / "run"
     run.mkdir()
-    config = settings.load("aclip-tiny", ["data.train=x", "model.vision.depth=1", "model.text.depth=1",
-                                          f"run.out={run}"])  # fmt: skip
+    config = settings.load(
+        "aclip-tiny", ["data.train=x", "model.vision.depth=1", "model.text.depth=1", f"run.out={run}"]
+    )
     (run / "config.yaml").write_text(settings.dump(config))
     torch.manual_seed(0)
     module = AClip(config.model)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     for name in ("student", "teacher"):
-        save_file({key: value.contiguous() for key, value in module.state_dict().items()},
-                  run / f"{name}.safetensors", metadata={"step": "7"})  # fmt: skip
+        save_file(
+            {key: value.contiguous() for key, value in module.state_dict().items()},
+            run / f"{name}.safetensors",
+            metadata={"step": "7"},
+        )
     return folder
 
 

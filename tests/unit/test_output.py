@@ -18,8 +18,14 @@ FULL = "standard output cannot be written: No space left on device"
 
 def shell(line: str) -> subprocess.CompletedProcess[str]:
     """What a user types; the exit status is the first command's."""
-    return subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120)  # fmt: skip
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,8 +81,13 @@ def test_the_end_of_the_terminal_is_heeded_but_not_under_nohup() -> None:
         "print(arrivals.first)\n"
     )
     for prefix, heard in (([], "SIGHUP"), (["nohup"], "None")):
-        process = subprocess.Popen([*prefix, sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-c", program],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         assert process.stdout and process.stdout.readline() == "up\n"
         time.sleep(0.1)
         process.send_signal(signal.SIGHUP)

@@ -164,7 +164,7 @@ WRONG = {
     "no weight": (OBJECTIVE.replace("(Weighted)", ""), "Options needs a `weight` that is 0 by default"),
     "weight": (OBJECTIVE.replace("temperature: float = 0.5", "weight: float = 1.0"), "Options needs a `weight`"),
     "views": (OBJECTIVE + "Mine.views = ('first',)\n", "views are places in data.views"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -278,10 +278,12 @@ MASKS = {name: Mask(globals()[name]) for name in ("wrong", "unknown", "unnamed",
 
 @pytest.mark.parametrize(
     ("mask", "reported"),
-    [("wrong", r"plug-in mine: wrong raised RuntimeError: .*line 9\); fix it there"),
-     ("unknown", "unknown raised AttributeError: 'MaskInputs' object has no attribute 'depth'"),
-     ("unnamed", r"unnamed raised TypeError: .*NoneType.*a field is None unless the mask's `needs`")],
-)  # fmt: skip
+    [
+        ("wrong", r"plug-in mine: wrong raised RuntimeError: .*line 9\); fix it there"),
+        ("unknown", "unknown raised AttributeError: 'MaskInputs' object has no attribute 'depth'"),
+        ("unnamed", r"unnamed raised TypeError: .*NoneType.*a field is None unless the mask's `needs`"),
+    ],
+)
 def test_what_a_plugin_raises_is_one_line(mask: str, reported: str, tmp_path: Path) -> None:
     plugins.load([written(tmp_path, RAISES)])
     inputs = masks.MaskInputs(4, 1, 1)

@@ -57,10 +57,17 @@ def test_other_ranks_and_other_runs_watch_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("aten::addmm", "matrix products"), ("ncclDevKernel_AllReduce", "communication"), ("aten::copy_", "copies"),
-     ("gloo:all_reduce", "communication"), ("aten::_scaled_dot_product_flash_attention", "attention"),
-     ("aten::_foreach_lerp_", "optimizer"), ("aten::native_layer_norm", "elementwise and norms"), ("xyz", "other")],
-)  # fmt: skip
+    [
+        ("aten::addmm", "matrix products"),
+        ("ncclDevKernel_AllReduce", "communication"),
+        ("aten::copy_", "copies"),
+        ("gloo:all_reduce", "communication"),
+        ("aten::_scaled_dot_product_flash_attention", "attention"),
+        ("aten::_foreach_lerp_", "optimizer"),
+        ("aten::native_layer_norm", "elementwise and norms"),
+        ("xyz", "other"),
+    ],
+)
 def test_kinds(name: str, kind: str) -> None:
     assert kind_of(name)[0] == kind
 

@@ -12,12 +12,28 @@ from amclip_ds.recipe_headers import Header, all_headers, read_header
 from tests.recipes import words_of
 
 PUBLISHED = {  # as their own code has them (methods.md of the facts): views are cropped alone, patch embeddings trained
-    "clip": (5e-4, 0.5, [0.9, 0.98], 3586), "flip": (5e-4, 0.2, [0.9, 0.95], 3586),
-    "centered": (1e-3, 0.2, [0.9, 0.98], 10_000), "cluster": (5e-4, 0.2, [0.9, 0.98], 2000),
-    "pgs": (1e-3, 0.2, [0.9, 0.98], 10_000), "slip": (3e-3, 0.1, [0.9, 0.98], 3586),
-}  # fmt: skip
-KEPT = {"clip": 196, "flip": 98, "random2x": 98, "aclip": 100, "aclip-eff": 100, "centered": 98, "cluster": 137,
-        "pgs": 137, "salience": 98, "disjoint": 98, "siglip": 196, "slip": 196, "detailclip": 100}  # fmt: skip
+    "clip": (5e-4, 0.5, [0.9, 0.98], 3586),
+    "flip": (5e-4, 0.2, [0.9, 0.95], 3586),
+    "centered": (1e-3, 0.2, [0.9, 0.98], 10_000),
+    "cluster": (5e-4, 0.2, [0.9, 0.98], 2000),
+    "pgs": (1e-3, 0.2, [0.9, 0.98], 10_000),
+    "slip": (3e-3, 0.1, [0.9, 0.98], 3586),
+}
+KEPT = {
+    "clip": 196,
+    "flip": 98,
+    "random2x": 98,
+    "aclip": 100,
+    "aclip-eff": 100,
+    "centered": 98,
+    "cluster": 137,
+    "pgs": 137,
+    "salience": 98,
+    "disjoint": 98,
+    "siglip": 196,
+    "slip": 196,
+    "detailclip": 100,
+}
 
 
 @pytest.mark.parametrize("header", all_headers(), ids=lambda header: header.method)
@@ -134,8 +150,9 @@ def test_slip_has_a_plain_view_for_the_text_and_two_changed_ones_for_simclr() ->
     ("method", "gathers", "pairs"), [("slip", False, True), ("clip", False, None), ("aclip", True, False)]
 )
 def test_compat_release_is_each_methods_own_published_code(method: str, gathers: bool, pairs: bool | None) -> None:
-    paper, release = (method_of(config.load(f"{method}-tiny", [f"compat={compat}"])).objectives
-                      for compat in ("paper", "release"))  # fmt: skip
+    paper, release = (
+        method_of(config.load(f"{method}-tiny", [f"compat={compat}"])).objectives for compat in ("paper", "release")
+    )
     assert paper["contrastive"].gathers_gradient and release["contrastive"].gathers_gradient is gathers
     if pairs is not None:
         assert paper["simclr"].pairs_views and release["simclr"].pairs_views is pairs

@@ -15,15 +15,38 @@ from amclip_ds.run_folder import next_attempt, write_verdict_at_end
 from amclip_ds.timeline import Timeline
 
 ROW = {
-    "step": 1, "updates": 1, "epoch": 0, "attempt": 0, "samples_seen": 64, "loss": 1 / 3, "loss_contrastive": 1.0,
-    "loss_o2o": 1.0, "loss_o2e": 1.0, "lr": 1e-3, "momentum": 0.99, "logit_scale": 14.3, "grad_norm": 1.0,
-    "step_applied": True, "samples_per_s": 10.0, "data_wait_s": 0.1, "step_s": 1.0, "kept_tokens": 100,
-}  # fmt: skip
+    "step": 1,
+    "updates": 1,
+    "epoch": 0,
+    "attempt": 0,
+    "samples_seen": 64,
+    "loss": 1 / 3,
+    "loss_contrastive": 1.0,
+    "loss_o2o": 1.0,
+    "loss_o2e": 1.0,
+    "lr": 1e-3,
+    "momentum": 0.99,
+    "logit_scale": 14.3,
+    "grad_norm": 1.0,
+    "step_applied": True,
+    "samples_per_s": 10.0,
+    "data_wait_s": 0.1,
+    "step_s": 1.0,
+    "kept_tokens": 100,
+}
 
 
 def record(folder: Path, rank: int = 0, **options: int) -> Record:
-    return Record(folder, LogConfig(every_steps=10), rank=rank, world_size=2, attempt=3, total_steps=25,
-                  samples_per_epoch=1000, **options)  # fmt: skip
+    return Record(
+        folder,
+        LogConfig(every_steps=10),
+        rank=rank,
+        world_size=2,
+        attempt=3,
+        total_steps=25,
+        samples_per_epoch=1000,
+        **options,
+    )
 
 
 def test_metrics_keep_full_precision_and_the_line_is_greppable(tmp_path: Path) -> None:
@@ -132,8 +155,15 @@ def test_a_run_s_id_is_its_own_and_stays(tmp_path: Path) -> None:
 
 def test_an_evaluations_classes_are_beside_its_numbers(tmp_path: Path) -> None:
     """eval.jsonl stays small; a resume sets the rows of both aside."""
-    row = {"step": 20, "weights": "student", "dataset": "pets", "task": "zeroshot_classification",
-           "metrics": {"acc1": 0.5}, "per_class": {"cat": [1, 2]}, "confusion_matrix": [[1]]}  # fmt: skip
+    row = {
+        "step": 20,
+        "weights": "student",
+        "dataset": "pets",
+        "task": "zeroshot_classification",
+        "metrics": {"acc1": 0.5},
+        "per_class": {"cat": [1, 2]},
+        "confusion_matrix": [[1]],
+    }
     with record(tmp_path) as pen:
         pen.evaluation([row])
     [number], [classes] = read_lines(tmp_path / "eval.jsonl"), read_lines(tmp_path / "eval_classes.jsonl")

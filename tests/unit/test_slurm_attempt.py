@@ -110,9 +110,24 @@ def test_a_restart_uses_as_many_nodes_as_the_batch_divides_by() -> None:
 
 
 def begin(run: Path, data: Path, nodes: int, restart: int, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    words = ["begin", "--job", "9", "--restart", str(restart), "--nodes", str(nodes), "--tasks", str(nodes * 2),
-             "--tasks-per-node", "2", "--", "aclip-tiny", f"data.train={data}",
-             f"run.out={run}", "batch.global_size=8"]  # fmt: skip
+    words = [
+        "begin",
+        "--job",
+        "9",
+        "--restart",
+        str(restart),
+        "--nodes",
+        str(nodes),
+        "--tasks",
+        str(nodes * 2),
+        "--tasks-per-node",
+        "2",
+        "--",
+        "aclip-tiny",
+        f"data.train={data}",
+        f"run.out={run}",
+        "batch.global_size=8",
+    ]
     assert main(words) == 0
     return capsys.readouterr().out.splitlines()
 
@@ -136,8 +151,20 @@ def test_a_wrong_evaluation_set_ends_the_job_before_its_ranks(
     write_shards(tmp_path / "data", (4,))
     (tmp_path / "set").mkdir()
     run = tmp_path / "run"
-    words = ["begin", "--job", "9", "--nodes", "1", "--tasks", "1", "--", "aclip-tiny", f"data.train={tmp_path}/data",
-             f"run.out={run}", f"eval.data={tmp_path}/set"]  # fmt: skip
+    words = [
+        "begin",
+        "--job",
+        "9",
+        "--nodes",
+        "1",
+        "--tasks",
+        "1",
+        "--",
+        "aclip-tiny",
+        f"data.train={tmp_path}/data",
+        f"run.out={run}",
+        f"eval.data={tmp_path}/set",
+    ]
     assert main(words) == 2 and f"eval.data: {tmp_path}/set" in capsys.readouterr().err
     assert not run.exists()
     (run / "checkpoints" / "step_00000010").mkdir(parents=True)

@@ -33,8 +33,18 @@ def submitted(shards: Path, *words: str) -> tuple[int, Path]:
 
 
 def test_a_dry_run_leaves_script_config_and_command(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, run = submitted(shards, "--nodes", "2", "--gpus-per-node", "4", "--time", "1:00:00", "--sbatch=--qos=low",
-                          "--json", str(shards.parent / "plan.json"))  # fmt: skip
+    code, run = submitted(
+        shards,
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "4",
+        "--time",
+        "1:00:00",
+        "--sbatch=--qos=low",
+        "--json",
+        str(shards.parent / "plan.json"),
+    )
     printed = capsys.readouterr().out
     assert code == 0 and "batch: 64 = 8 ranks x 8" in printed and "memory: " in printed and "4 shards, 3 of" in printed
     command = json.loads((shards.parent / "plan.json").read_text())["command"]

@@ -24,8 +24,10 @@ def rows() -> list[tuple[set[str], str]]:
     """(open_clip's flags, what is beside them) of each row of the table in docs/open-clip.md."""
     table = TABLE.read_text().split("| open_clip | here | |")[1].split("\n\n")[0]
     cells = [line.split("|")[1:4] for line in table.splitlines()[2:]]
-    return [({synonyms.normalise(flag) for flag in re.findall(r"--[\w-]+", theirs)}, ours + note)
-            for theirs, ours, note in cells]  # fmt: skip
+    return [
+        ({synonyms.normalise(flag) for flag in re.findall(r"--[\w-]+", theirs)}, ours + note)
+        for theirs, ours, note in cells
+    ]
 
 
 def test_the_readme_and_the_table_agree() -> None:

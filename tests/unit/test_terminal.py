@@ -32,9 +32,12 @@ def on_a_terminal(words: list[str], columns: int = 80, **env: str) -> str:
     ours, theirs = pty.openpty()
     try:
         process = subprocess.Popen(
-            [sys.executable, *words], stdin=theirs, stdout=theirs, stderr=theirs,
+            [sys.executable, *words],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
             env=os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns)} | env,
-        )  # fmt: skip
+        )
         os.close(theirs)
         parts = []
         with contextlib.suppress(OSError):  # EIO: the other side is closed
@@ -70,8 +73,13 @@ def test_no_cell_of_a_table_is_cut_at_80_columns() -> None:
 
 
 def test_in_a_pipe_a_row_is_one_line() -> None:
-    done = subprocess.run([sys.executable, "-m", "amclip_ds", "recipes", "aclip-tiny"], capture_output=True, text=True,
-                          check=True, env=os.environ | {"COLUMNS": "80"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "amclip_ds", "recipes", "aclip-tiny"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"COLUMNS": "80"},
+    )
     for key, value, said in explained():
         line = next(line for line in done.stdout.splitlines() if f" {key} " in line)
         assert " ".join(said.split()) in " ".join(line.split()) and value in line

@@ -77,8 +77,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
 def record(folder: Path, name: str, first_step: int = 0) -> None:
     folder.mkdir(exist_ok=True)
     config = LogConfig(every_steps=1, trackers=[name], project="p")
-    with Record(folder, config, rank=0, world_size=1, attempt=0, total_steps=5, samples_per_epoch=9,
-                first_step=first_step) as pen:  # fmt: skip
+    with Record(
+        folder, config, rank=0, world_size=1, attempt=0, total_steps=5, samples_per_epoch=9, first_step=first_step
+    ) as pen:
         pen.metrics(ROW | {"step": first_step + 1})
 
 

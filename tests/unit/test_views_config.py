@@ -38,8 +38,12 @@ def test_what_is_left_out_is_what_mask_and_photometric_say() -> None:
 
 def test_views_that_keep_equally_many_go_together() -> None:
     assert kept(load(THREE)) == [((0, 1), ["random"]), ((2,), ["none"])]
-    mixed = load("data.num_views=4", "data.views.1.mask.keep_ratio=0.25", "data.views.2.mask.strategy=attentive",
-                 "data.views.3.mask.keep_ratio=0.25")  # fmt: skip
+    mixed = load(
+        "data.num_views=4",
+        "data.views.1.mask.keep_ratio=0.25",
+        "data.views.2.mask.strategy=attentive",
+        "data.views.3.mask.keep_ratio=0.25",
+    )
     assert kept(mixed) == [((0, 2), ["random", "attentive"]), ((1, 3), ["random"])]
 
 
@@ -57,7 +61,10 @@ def test_a_list_in_a_later_layer_takes_the_place_of_the_one_before(tmp_path: Pat
     mine.write_text(f"recipe: {base}\ndata: {{views: {{1: {{flip: true}}}}}}\n")  # one item, by its place
     assert [view.flip for view in config.load(str(mine)).data.all_views()] == [True, True, True]
     assert [view.flip for view in config.load(str(mine), ["data.views.0.flip=false"]).data.all_views()] == [
-        False, True, True]  # fmt: skip
+        False,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("words", [(THREE,), ("data.views.1.mask.keep_ratio=0.25",), (), ("data.num_views=1",)])
@@ -147,10 +154,13 @@ def test_a_mistake_in_a_yaml_names_the_file(text: str, said: str, tmp_path: Path
     assert said in str(error.value) and "mine.yaml" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("schedule, ratios", [
-    ("linear", [0.5, 0.4642857, 0.4285714, 0.3928571, 0.3571428, 0.3214285, 0.2857142, 0.25]),
-    ("cosine", [0.5, 0.48762, 0.45295, 0.40283, 0.34716, 0.29704, 0.26237, 0.25]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "schedule, ratios",
+    [
+        ("linear", [0.5, 0.4642857, 0.4285714, 0.3928571, 0.3571428, 0.3214285, 0.2857142, 0.25]),
+        ("cosine", [0.5, 0.48762, 0.45295, 0.40283, 0.34716, 0.29704, 0.26237, 0.25]),
+    ],
+)
 def test_a_schedule_has_eight_ratios_from_the_first_to_the_last(schedule: str, ratios: list[float]) -> None:
     words = [f"mask.schedule={schedule}", "mask.final_keep_ratio=0.25"]
     mask = load(*words).mask

@@ -47,9 +47,13 @@ def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_carries_recipes_and_ds_configs(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     for folder, pattern in (
-        ("amclip_ds/recipes", "*/*.yaml"), ("ds_configs", "*.json"), ("ds_configs", "README.md"),
-        ("slurm", "*.*"), ("slurm", "sites/*.env"), ("amclip_ds", "py.typed"),
-    ):  # fmt: skip
+        ("amclip_ds/recipes", "*/*.yaml"),
+        ("ds_configs", "*.json"),
+        ("ds_configs", "README.md"),
+        ("slurm", "*.*"),
+        ("slurm", "sites/*.env"),
+        ("amclip_ds", "py.typed"),
+    ):
         files = list((ROOT / folder).glob(pattern))
         assert files
         for file in files:
@@ -80,8 +84,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(installed: Path, at: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """One of the environment's commands in another folder, without the checkout on any path."""
     environment = {"PATH": f"{installed}:/usr/bin:/bin", "HOME": str(at), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([str(installed / words[0]), *words[1:]], cwd=at, env=environment, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
+    return subprocess.run(
+        [str(installed / words[0]), *words[1:]], cwd=at, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_an_installed_wheel_works_from_any_folder(installed: Path, tmp_path: Path) -> None:

@@ -61,11 +61,22 @@ def test_nothing_differs_from_itself() -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["run.out=elsewhere", "batch.per_gpu=8", "engine.deepspeed=zero3_fp32.json", "checkpoint.keep_last=7",
-     "log.every_steps=3",
-     "data.stage_dir=/tmp/job7", "data.timeout_s=60.0", "data.stage_gb=1.0", "loss.chunk=64", "data.text_bucket=0",
-     "data.workers=5", "run.time_limit=01:00:00", "eval.every_steps=9"],
-)  # fmt: skip
+    [
+        "run.out=elsewhere",
+        "batch.per_gpu=8",
+        "engine.deepspeed=zero3_fp32.json",
+        "checkpoint.keep_last=7",
+        "log.every_steps=3",
+        "data.stage_dir=/tmp/job7",
+        "data.timeout_s=60.0",
+        "data.stage_gb=1.0",
+        "loss.chunk=64",
+        "data.text_bucket=0",
+        "data.workers=5",
+        "run.time_limit=01:00:00",
+        "eval.every_steps=9",
+    ],
+)
 def test_what_changes_no_number_is_shown_and_let_pass(override: str) -> None:
     found = changes(override)
     assert [change.key for change in found] == [override.split("=")[0]]
@@ -74,10 +85,20 @@ def test_what_changes_no_number_is_shown_and_let_pass(override: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["optim.lr=0.5", "run.seed=3", "run.steps=77", "batch.global_size=128", "mask.keep_ratio=0.25",
-     "loss.o2e_weight=1.0", "teacher.momentum=0.9", "heads.output_dim=64", "compat=release", "optim.name=sgd",
-     "guards.spike=skip"],
-)  # fmt: skip
+    [
+        "optim.lr=0.5",
+        "run.seed=3",
+        "run.steps=77",
+        "batch.global_size=128",
+        "mask.keep_ratio=0.25",
+        "loss.o2e_weight=1.0",
+        "teacher.momentum=0.9",
+        "heads.output_dim=64",
+        "compat=release",
+        "optim.name=sgd",
+        "guards.spike=skip",
+    ],
+)
 def test_what_changes_the_mathematics_is_refused_unless_named(override: str) -> None:
     key = override.split("=")[0]
     found = changes(override)
@@ -134,7 +155,9 @@ def test_a_view_that_is_written_out_is_the_view_that_was_left_out() -> None:
         "data.views.1.mask.keep_ratio: (absent) -> 0.25"
     ]
     assert [change.key for change in changes("data.views=[{},{},{}]", "loss.o2o_weight=0")] == [
-        "data.num_views", "loss.o2o_weight"]  # fmt: skip
+        "data.num_views",
+        "loss.o2o_weight",
+    ]
 
 
 def test_a_bomb_of_references_is_refused_soon() -> None:

@@ -31,8 +31,15 @@ def test_names_go_there_and_back() -> None:
 
 def test_a_checkpoints_names_are_todays_once_it_is_verified() -> None:
     values: dict[str, Any] = {field.name: None for field in fields(Manifest)}
-    manifest = Manifest(**(values | {"tensors": {"ema": {OLD: 6}, "master": {OLD: 6, "logit_scale": 1}},
-                                     "shapes": {OLD: [2, 3], "logit_scale": [1]}}))  # fmt: skip
+    manifest = Manifest(
+        **(
+            values
+            | {
+                "tensors": {"ema": {OLD: 6}, "master": {OLD: 6, "logit_scale": 1}},
+                "shapes": {OLD: [2, 3], "logit_scale": [1]},
+            }
+        )
+    )
     index: Any = SimpleNamespace(pieces={("ema", OLD): ["here"], ("master", "logit_scale"): ["there"]})
     found = load.under_present_names(Found(Path("x"), manifest, index, {}, ""))
     assert found.manifest.tensors == {"ema": {NEW: 6}, "master": {NEW: 6, "logit_scale": 1}}

@@ -58,9 +58,16 @@ def write_shards(folder: Path, sizes: tuple[int, ...] = UNEVEN, **picture: int) 
 def open_data(train: str | Path, **changes: Any) -> TrainingData:
     """TrainingData at a tiny size; `changes` go to its arguments or, if it has none of that name, to DataConfig."""
     arguments: dict[str, Any] = {
-        "seed": 0, "global_batch": 12, "rank": 0, "world_size": 1, "image_size": 16, "teacher_size": 16,
-        "num_units": 4, "context_length": 16, "say": lambda text: None,
-    }  # fmt: skip
+        "seed": 0,
+        "global_batch": 12,
+        "rank": 0,
+        "world_size": 1,
+        "image_size": 16,
+        "teacher_size": 16,
+        "num_units": 4,
+        "context_length": 16,
+        "say": lambda text: None,
+    }
     own = {
         name: changes.pop(name)
         for name in [*arguments, "draws_twice", "teacher_contains", "once", "index_dir", "resumes"]

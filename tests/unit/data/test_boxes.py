@@ -13,9 +13,11 @@ SIDE = st.integers(1, 3000)
 
 def covers(outer: np.ndarray, inner: np.ndarray) -> bool:
     return bool(
-        outer[0] <= inner[0] and outer[1] <= inner[1]
-        and outer[0] + outer[2] >= inner[0] + inner[2] and outer[1] + outer[3] >= inner[1] + inner[3]
-    )  # fmt: skip
+        outer[0] <= inner[0]
+        and outer[1] <= inner[1]
+        and outer[0] + outer[2] >= inner[0] + inner[2]
+        and outer[1] + outer[3] >= inner[1] + inner[3]
+    )
 
 
 @settings(max_examples=300, deadline=None)

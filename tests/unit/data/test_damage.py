@@ -54,9 +54,7 @@ CASES = {
     "whole, gnu names": Case(
         lambda: tar_of([(f"{LONG}/{n}", c) for n, c in samples(range(3))], tarfile.GNU_FORMAT), (3, 3, 0, 0), {}
     ),
-    "two joined": Case(
-        lambda: tar_of(samples(range(5))) + tar_of(samples(range(5, 10))), (10, 10, 0, 0), {"zeros": 1}
-    ),
+    "two joined": Case(lambda: tar_of(samples(range(5))) + tar_of(samples(range(5, 10))), (10, 10, 0, 0), {"zeros": 1}),
     "cut in an image": Case(
         lambda: cut(WHOLE, header_at(WHOLE, "000009.jpg") + 712), (10, 9, 0, 1), {"truncated": 1, "swallowed": 1}
     ),
@@ -77,14 +75,13 @@ CASES = {
     ),
     "both headers flipped": Case(
         lambda: damaged.with_flipped_headers(WHOLE, "000004.jpg", "000004.txt"),
-        (10, 9, 0, 1), {"header": 1, "swallowed": 1},
+        (10, 9, 0, 1),
+        {"header": 1, "swallowed": 1},
     ),
     "size beyond the end": Case(
         lambda: damaged.resized(WHOLE, "000004.jpg", 1 << 50), (5, 4, 0, 1), {"truncated": 1, "swallowed": 1}
     ),
-    "a hole": Case(
-        lambda: hole(WHOLE, "000004.jpg", "000005.txt"), (10, 8, 0, 2), {"zeros": 1, "swallowed": 2}
-    ),
+    "a hole": Case(lambda: hole(WHOLE, "000004.jpg", "000005.txt"), (10, 8, 0, 2), {"zeros": 1, "swallowed": 2}),
     "doubled image": Case(with_fourth(jpg=picture(2)), (10, 10, 0, 0), {"duplicate": 1}),
     "doubled key": Case(
         lambda: tar_of(samples([0, 1]) + sample(1, jpg=picture(7))), (3, 3, 0, 0), {"duplicate key": 1}
@@ -99,9 +96,7 @@ CASES = {
     "missing image": Case(with_fourth(jpg=None), (10, 9, 1, 0), {"no image": 1}),
     "empty image": Case(with_fourth(jpg=b""), (10, 9, 1, 0), {"broken image": 1}),
     "half a JPEG": Case(with_fourth(jpg=cut(picture(4), 400)), (10, 9, 1, 0), {"broken image": 1}),
-    "half a PNG": Case(
-        with_fourth(jpg=None, png=cut(picture(4, kind="PNG"), 900)), (10, 9, 1, 0), {"broken image": 1}
-    ),
+    "half a PNG": Case(with_fourth(jpg=None, png=cut(picture(4, kind="PNG"), 900)), (10, 9, 1, 0), {"broken image": 1}),
     "half a WebP": Case(
         with_fourth(jpg=None, webp=cut(picture(4, kind="WEBP"), 60)), (10, 9, 1, 0), {"broken image": 1}
     ),
@@ -115,32 +110,43 @@ CASES = {
     "one pixel high": Case(with_fourth(jpg=picture(4, (900, 1))), (10, 10, 0, 0), {"too small": 1, "aspect": 1}),
     "stretched image": Case(with_fourth(jpg=picture(4, (700, 60))), (10, 10, 0, 0), {"aspect": 1}),
     "links and devices": Case(
-        lambda: tar_of([
-            special("000003.jpg", tarfile.SYMTYPE, "/etc/passwd"), special("x.jpg", tarfile.LNKTYPE, "../../etc/x"),
-            special("y.jpg", tarfile.CHRTYPE), special("z.jpg", tarfile.FIFOTYPE), special("d", tarfile.DIRTYPE),
-            *samples(range(3)),
-        ]), (3, 3, 0, 0), {"link": 2},
-    ),  # fmt: skip
+        lambda: tar_of(
+            [
+                special("000003.jpg", tarfile.SYMTYPE, "/etc/passwd"),
+                special("x.jpg", tarfile.LNKTYPE, "../../etc/x"),
+                special("y.jpg", tarfile.CHRTYPE),
+                special("z.jpg", tarfile.FIFOTYPE),
+                special("d", tarfile.DIRTYPE),
+                *samples(range(3)),
+            ]
+        ),
+        (3, 3, 0, 0),
+        {"link": 2},
+    ),
     "a link that claims a size": Case(
         lambda: damaged.resized(tar_of([special("l.jpg", tarfile.SYMTYPE, "x"), *samples(range(3))]), "l.jpg", 4096),
-        (3, 3, 0, 0), {"link": 1},
+        (3, 3, 0, 0),
+        {"link": 1},
     ),
     "names that climb": Case(
         lambda: tar_of([(f"../../{n}", c) for n, c in sample(0)] + [(f"/etc/{n}", c) for n, c in samples([1, 2])]),
-        (3, 3, 0, 0), {"hostile name": 3},
+        (3, 3, 0, 0),
+        {"hostile name": 3},
     ),
     "NUL in a long name": Case(
         lambda: tar_of([(LONG + n, c) for n, c in sample(0)], tarfile.GNU_FORMAT).replace(b"a000000.", b"\x00000000."),
-        (1, 1, 0, 0), {"hostile name": 1},
+        (1, 1, 0, 0),
+        {"hostile name": 1},
     ),
-    "a name that is not UTF-8": Case(lambda: damaged.renamed(WHOLE, "000004.jpg", b"\xff\xfe.jpg"), (11, 9, 2, 0),
-                                     {"no caption": 1, "no image": 1}),
+    "a name that is not UTF-8": Case(
+        lambda: damaged.renamed(WHOLE, "000004.jpg", b"\xff\xfe.jpg"), (11, 9, 2, 0), {"no caption": 1, "no image": 1}
+    ),
     "hidden files": Case(lambda: tar_of([("._000000.jpg", b"Mac OS X"), *samples(range(3))]), (3, 3, 0, 0), {}),
     "empty tar": Case(lambda: tar_of([]), (0, 0, 0, 0), {"empty": 1}),
     "empty file": Case(lambda: b"", (0, 0, 0, 0), {"truncated": 1}),
     "not a tar": Case(lambda: b"<html>404 not found</html>" * 100, (0, 0, 0, 0), {"header": 1, "truncated": 1}),
     "gzipped": Case(lambda: gzip.compress(WHOLE, mtime=0), (0, 0, 0, 0), {"header": 1, "truncated": 1}),
-}  # fmt: skip
+}
 UNFIT = {"read": 0, "lost": 1}
 
 
@@ -170,9 +176,17 @@ def test_training_continues_and_counts_the_same(name: str, tmp_path: Path) -> No
     (tmp_path / "good.tar").write_bytes(tar_of(samples(range(100, 110))))
     report = checked(tmp_path / "bad.tar")
     data = TrainingData(
-        DataConfig(train=str(tmp_path), workers=0), seed=0, global_batch=2, rank=0, world_size=1, image_size=32,
-        teacher_size=32, num_units=4, context_length=77, say=lambda text: None,
-    )  # fmt: skip
+        DataConfig(train=str(tmp_path), workers=0),
+        seed=0,
+        global_batch=2,
+        rank=0,
+        world_size=1,
+        image_size=32,
+        teacher_size=32,
+        num_units=4,
+        context_length=77,
+        say=lambda text: None,
+    )
     batches = data.batches()
     epoch = [next(batches) for _ in range(data.steps_per_epoch)]
     data.close()

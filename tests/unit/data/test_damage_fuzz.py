@@ -24,9 +24,12 @@ LIMIT = 1 << 22  # pixels allowed here, so that a mutated header cannot ask for 
 
 def base_tar() -> bytes:
     return tar_of(
-        sample(0) + sample(1, jpg=None, png=picture(1, kind="PNG")) + sample(2, jpg=None, webp=picture(2, kind="WEBP"))
-        + sample(3, txt=None, json=json_fields(caption="a cat", nested=[{"a": [1, 2]}])) + sample(4)
-    )  # fmt: skip
+        sample(0)
+        + sample(1, jpg=None, png=picture(1, kind="PNG"))
+        + sample(2, jpg=None, webp=picture(2, kind="WEBP"))
+        + sample(3, txt=None, json=json_fields(caption="a cat", nested=[{"a": [1, 2]}]))
+        + sample(4)
+    )
 
 
 def mutate(content: bytes, random: np.random.Generator, block: int) -> bytes:

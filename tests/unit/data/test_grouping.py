@@ -37,17 +37,26 @@ def checked(shard: Path, **settings: object) -> Report:
 
 def training(shard: Path, **settings: object) -> TrainingData:
     return TrainingData(
-        DataConfig(train=str(shard), workers=0, **settings), seed=0, global_batch=2, rank=0, world_size=1,  # type: ignore[arg-type]
-        image_size=16, teacher_size=None, num_units=0, context_length=77, say=lambda text: None,
-    )  # fmt: skip
+        DataConfig(train=str(shard), workers=0, **settings),
+        seed=0,
+        global_batch=2,
+        rank=0,
+        world_size=1,  # type: ignore[arg-type]
+        image_size=16,
+        teacher_size=None,
+        num_units=0,
+        context_length=77,
+        say=lambda text: None,
+    )
 
 
 def scans(count: int) -> list[File]:
     """Images numbered behind a dot: webdataset's rule makes one key of them."""
     return [
-        file for number in range(count)
+        file
+        for number in range(count)
         for file in ((f"scan.{number:04d}.jpg", picture(100 + number)), (f"scan.{number:04d}.txt", b"words"))
-    ]  # fmt: skip
+    ]
 
 
 def test_surplus_images_are_counted_named_and_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,9 +85,17 @@ def test_a_few_surplus_images_are_reported_and_trained_beside(tmp_path: Path) ->
     assert checked(shard).ok and checked(shard).problems() == {"surplus image": 1}
     said: list[str] = []
     data = TrainingData(
-        DataConfig(train=str(shard), workers=0), seed=0, global_batch=2, rank=0, world_size=1, image_size=16,
-        teacher_size=None, num_units=0, context_length=77, say=said.append,
-    )  # fmt: skip
+        DataConfig(train=str(shard), workers=0),
+        seed=0,
+        global_batch=2,
+        rank=0,
+        world_size=1,
+        image_size=16,
+        teacher_size=None,
+        num_units=0,
+        context_length=77,
+        say=said.append,
+    )
     data.close()
     assert "data: 101 images in the shards = 100 samples + 1 surplus image" in said
 
@@ -91,10 +108,16 @@ def test_a_sampled_check_sees_surplus_images_too(tmp_path: Path) -> None:
 
 
 def test_the_exact_suffix_comes_first_everywhere(tmp_path: Path) -> None:
-    [one] = groups_of([
-        ("a.input.jpg", b"i"), ("a.outputs.txt", b"o"), ("a.JPG", b"jj"), ("a.txt", b"ttt"), ("a.x.json", b"{}"),
-        ("a.json", b"{ }"),
-    ])  # fmt: skip
+    [one] = groups_of(
+        [
+            ("a.input.jpg", b"i"),
+            ("a.outputs.txt", b"o"),
+            ("a.JPG", b"jj"),
+            ("a.txt", b"ttt"),
+            ("a.x.json", b"{}"),
+            ("a.json", b"{ }"),
+        ]
+    )
     assert [image.name for _, image in one.images()] == ["a.JPG", "a.input.jpg"]
     members = [one.member(kind) for kind in ("txt", "json", "cls")]
     assert [member.name if member else None for member in members] == ["a.txt", "a.json", None]
@@ -103,11 +126,14 @@ def test_the_exact_suffix_comes_first_everywhere(tmp_path: Path) -> None:
 def test_inputs_and_outputs_are_samples_to_all(tmp_path: Path) -> None:
     """`N.input.jpg` beside `N.outputs.txt`: what the check says is what training does, and evaluation."""
     files = [
-        (f"{number:03d}.{suffix}", content) for number in range(8)
+        (f"{number:03d}.{suffix}", content)
+        for number in range(8)
         for suffix, content in (
-            ("input.jpg", picture(number)), ("outputs.txt", b"picture %d" % number), ("n.cls", b"%d" % (number % 2)),
+            ("input.jpg", picture(number)),
+            ("outputs.txt", b"picture %d" % number),
+            ("n.cls", b"%d" % (number % 2)),
         )
-    ]  # fmt: skip
+    ]
     shard = put(tmp_path / "data", files)
     report = checked(shard)
     assert report.total("read") == 8 and not report.problems()
@@ -159,23 +185,48 @@ ODD = {
     "./ before": ([("./a.jpg", picture(0)), ("./a.txt", b"a")], 1, {}),
     "absolute": ([("/a.jpg", picture(0)), ("/a.txt", b"a")], 1, {"hostile name": 1}),
     "one name in two folders": (
-        [(f"{folder}/a.{suffix}", content) for folder in "xy"
-         for suffix, content in (("jpg", picture(ord(folder))), ("txt", b"a"))], 2, {}),
-    "macOS": ([("._a.jpg", b"Mac"), ("a.jpg", picture(0)), ("a.txt", b"a"), (".DS_Store", b"x"),
-               ("__MACOSX/._a.jpg", b"Mac"), ("__MACOSX/._a.txt", b"Mac")], 1, {}),
-    "a hidden image": ([(".jpg", picture(0)), (".hidden.PNG", picture(1)), ("a.jpg", picture(2)), ("a.txt", b"a")], 1,
-                       {"hidden image": 2}),
+        [
+            (f"{folder}/a.{suffix}", content)
+            for folder in "xy"
+            for suffix, content in (("jpg", picture(ord(folder))), ("txt", b"a"))
+        ],
+        2,
+        {},
+    ),
+    "macOS": (
+        [
+            ("._a.jpg", b"Mac"),
+            ("a.jpg", picture(0)),
+            ("a.txt", b"a"),
+            (".DS_Store", b"x"),
+            ("__MACOSX/._a.jpg", b"Mac"),
+            ("__MACOSX/._a.txt", b"Mac"),
+        ],
+        1,
+        {},
+    ),
+    "a hidden image": (
+        [(".jpg", picture(0)), (".hidden.PNG", picture(1)), ("a.jpg", picture(2)), ("a.txt", b"a")],
+        1,
+        {"hidden image": 2},
+    ),
     "two spellings of one letter": ([("é.jpg", picture(0)), ("e\u0301.txt", b"a")], 1, {}),
-    "an image of another kind too": ([("a.jpg", picture(0)), ("a.png", picture(1, kind="PNG")), ("a.txt", b"a")], 1,
-                                     {"surplus image": 1}),
+    "an image of another kind too": (
+        [("a.jpg", picture(0)), ("a.png", picture(1, kind="PNG")), ("a.txt", b"a")],
+        1,
+        {"surplus image": 1},
+    ),
     "several texts": ([("a.jpg", picture(0)), ("a.0.txt", b"a"), ("a.1.txt", b"b")], 1, {"surplus caption": 1}),
-    "a mask": ([("a.seg.png", picture(1, kind="PNG")), ("a.jpg", picture(0)), ("a.txt", b"a")], 1,
-               {"surplus image": 1}),
+    "a mask": (
+        [("a.seg.png", picture(1, kind="PNG")), ("a.jpg", picture(0)), ("a.txt", b"a")],
+        1,
+        {"surplus image": 1},
+    ),
     "empty members": ([("a.jpg", b""), ("a.txt", b""), *sample(1)], 1, {"broken image": 1}),
     "one key far apart, whole each time": (sample(1) + sample(2) + sample(1, jpg=picture(9)), 3, {"duplicate key": 1}),
     "nothing": ([], 0, {"empty": 1}),
     "folders of hidden files alone": ([("a/.x", b"x")], 0, {"empty": 1}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -186,8 +237,10 @@ def test_odd_names(name: str, tmp_path: Path) -> None:
     assert (report.total("read"), dict(report.problems())) == (read, problems)
     index = build_index([str(shard)], tmp_path / "index", 1)
     assert len(index) == read + problems.get("broken image", 0)
-    images = sum(not item[0].rpartition("/")[2].startswith(".") and item[0].lower()[-4:] in
-                 (".jpg", "jpeg", ".png") for item in files)  # fmt: skip
+    images = sum(
+        not item[0].rpartition("/")[2].startswith(".") and item[0].lower()[-4:] in (".jpg", "jpeg", ".png")
+        for item in files
+    )
     assert report.total("images") == images == account_of(index.shards).images
 
 
@@ -196,8 +249,9 @@ def test_an_image_of_a_kind_that_is_not_read_is_named(tmp_path: Path) -> None:
     report = checked(put(tmp_path, files))
     assert report.problems() == {"no image": 2} and report.total("read") == 3
     assert report.causes() == {
-        "has a .gif; JPEG, PNG, WebP are read": 1, "has a .tiff; JPEG, PNG, WebP are read": 1,
-    }  # fmt: skip
+        "has a .gif; JPEG, PNG, WebP are read": 1,
+        "has a .tiff; JPEG, PNG, WebP are read": 1,
+    }
 
 
 def test_a_sample_over_two_shards_is_two_halves(tmp_path: Path) -> None:
@@ -228,13 +282,26 @@ def test_many_members_of_one_key_take_seconds(count: int, tmp_path: Path) -> Non
 def mixture(folder: Path) -> Path:
     """A tar of everything: whole, surplus, apart, blank, broken, too large a text, hidden, doubled, no image."""
     apart = samples(range(300, 303))
-    return put(folder, [
-        *samples(range(40)), *scans(6), *[file for file in apart if file[0].endswith("jpg")],
-        *sample(50, txt="\u200b\0 ".encode()), *sample(51, txt=None), *sample(52, jpg=b"<html>"), *sample(53, jpg=None),
-        *sample(54, txt=b"x" * (2 << 20)), *sample(55, txt=b"caf\xe9"), *sample(56, txt=None, json=b"{"),
-        ("57.input.jpg", picture(57)), ("57.outputs.txt", b"words"), ("._58.jpg", b"Mac"), *sample(3, jpg=picture(60)),
-        *[file for file in apart if file[0].endswith("txt")],
-    ])  # fmt: skip
+    return put(
+        folder,
+        [
+            *samples(range(40)),
+            *scans(6),
+            *[file for file in apart if file[0].endswith("jpg")],
+            *sample(50, txt="\u200b\0 ".encode()),
+            *sample(51, txt=None),
+            *sample(52, jpg=b"<html>"),
+            *sample(53, jpg=None),
+            *sample(54, txt=b"x" * (2 << 20)),
+            *sample(55, txt=b"caf\xe9"),
+            *sample(56, txt=None, json=b"{"),
+            ("57.input.jpg", picture(57)),
+            ("57.outputs.txt", b"words"),
+            ("._58.jpg", b"Mac"),
+            *sample(3, jpg=picture(60)),
+            *[file for file in apart if file[0].endswith("txt")],
+        ],
+    )
 
 
 def test_the_account_of_a_mixture_is_whole(tmp_path: Path) -> None:
@@ -247,9 +314,14 @@ def test_the_account_of_a_mixture_is_whole(tmp_path: Path) -> None:
     found = report.problems()
     unusable = ("not adjacent", "empty caption", "no caption", "broken image", "too large", "not utf-8", "bad json")
     assert {kind: found[kind] for kind in unusable} == {
-        "not adjacent": 3, "empty caption": 1, "no caption": 1, "broken image": 1, "too large": 1, "not utf-8": 1,
+        "not adjacent": 3,
+        "empty caption": 1,
+        "no caption": 1,
+        "broken image": 1,
+        "too large": 1,
+        "not utf-8": 1,
         "bad json": 1,
-    }  # fmt: skip
+    }
     assert report.total("images") == images == report.total("read") + 5 + 9
     assert report.total("skipped") == 5 + 9 + found["no image"] and found["no image"] == 1
     assert report.account() == f"{images} images = {report.total('read')} read + 5 surplus + 9 unusable"
@@ -263,8 +335,12 @@ def test_the_account_of_a_mixture_is_whole(tmp_path: Path) -> None:
             bad |= {row["key"]: row["kind"] for row in batch.incidents if row["action"] == "replaced"}
         ledger.settle()
     assert len(bad) == 8 and set(bad.values()) == {
-        "no caption", "empty caption", "unreadable", "not utf-8", "bad json",
-    }  # fmt: skip
+        "no caption",
+        "empty caption",
+        "unreadable",
+        "not utf-8",
+        "bad json",
+    }
     assert ledger.total.skipped < ledger.total.tried == ledger.total.seen + ledger.total.skipped
     assert f"{images} images in the shards = {account.samples} samples + " in ledger.summary()
 

@@ -134,15 +134,26 @@ def hostile_tar(outside: Path) -> bytes:
     trap = damaged.pickled_trap(outside / "unpickled")
     names = ["../../x", "/etc/x", str(outside / "x"), "a/../../../x", "..", "./x", "~/x", "$HOME/x", "|touch x", "a\nb"]
     files: list[Any] = [
-        special("link", tarfile.SYMTYPE, str(outside)), special("link.jpg", tarfile.SYMTYPE, str(outside / "secret")),
-        special("hard.jpg", tarfile.LNKTYPE, str(outside / "secret")), special("null.jpg", tarfile.CHRTYPE),
+        special("link", tarfile.SYMTYPE, str(outside)),
+        special("link.jpg", tarfile.SYMTYPE, str(outside / "secret")),
+        special("hard.jpg", tarfile.LNKTYPE, str(outside / "secret")),
+        special("null.jpg", tarfile.CHRTYPE),
         special("pipe.jpg", tarfile.FIFOTYPE),
-    ]  # fmt: skip
+    ]
     for number, name in enumerate(names):
-        files += [(f"{name}{suffix}", content) for suffix, content in (
-            (".jpg", damaged.picture(number)), (".txt", b"words"), (".pyd", trap), (".pkl", trap), (".pth", trap),
-            (".npy", trap), (".pt", trap), (".pickle", trap),
-        )]  # fmt: skip
+        files += [
+            (f"{name}{suffix}", content)
+            for suffix, content in (
+                (".jpg", damaged.picture(number)),
+                (".txt", b"words"),
+                (".pyd", trap),
+                (".pkl", trap),
+                (".pth", trap),
+                (".npy", trap),
+                (".pt", trap),
+                (".pickle", trap),
+            )
+        ]
     files.append(("link/x.jpg", damaged.picture(50)))
     files.append(("link/x.txt", b"words"))
     return tar_of(files, tarfile.GNU_FORMAT)
@@ -165,10 +176,17 @@ def test_names_are_never_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert cli.main(["data", "check", "00000.tar", "--json", str(out / "check.json"), "--max-skip-rate", "1"]) == 0
     assert cli.main(["data", "stats", "00000.tar", "--json", str(out / "stats.json"), "--out", str(out / "stats")]) == 0
     data = TrainingData(
-        DataConfig(train="00000.tar", index=str(out / "index"), workers=0, stage_dir=str(out / "stage")), seed=0,
-        global_batch=2, rank=0, world_size=1, image_size=16, teacher_size=None, num_units=0, context_length=77,
+        DataConfig(train="00000.tar", index=str(out / "index"), workers=0, stage_dir=str(out / "stage")),
+        seed=0,
+        global_batch=2,
+        rank=0,
+        world_size=1,
+        image_size=16,
+        teacher_size=None,
+        num_units=0,
+        context_length=77,
         say=lambda text: None,
-    )  # fmt: skip
+    )
     batches = data.batches()
     for _ in range(data.steps_per_epoch):
         next(batches)
@@ -176,8 +194,12 @@ def test_names_are_never_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     appeared = tree(tmp_path) - before
     assert {name.split("/")[0] for name in appeared} == {"out"}, appeared
     assert {name.split("/")[1] for name in appeared if name.count("/") == 1} == {
-        "index", "check.json", "stats.json", "stats", "stage",
-    }  # fmt: skip
+        "index",
+        "check.json",
+        "stats.json",
+        "stats",
+        "stage",
+    }
     assert not Path("/etc/x.jpg").exists() and (outside / "secret").read_text() == "secret"
 
 
@@ -211,9 +233,17 @@ def test_names_reach_terminal_and_record_harmless(tmp_path: Path, capsys: pytest
     printed = capsys.readouterr().out
     assert "\x1b" not in printed and "\x07" not in printed and r"\x1b]0;owned\x07[red]a" in printed.replace("\n", "")
     data = TrainingData(
-        DataConfig(train=str(tmp_path), workers=0), seed=0, global_batch=5, rank=0, world_size=1, image_size=16,
-        teacher_size=None, num_units=0, context_length=77, say=lambda text: None,
-    )  # fmt: skip
+        DataConfig(train=str(tmp_path), workers=0),
+        seed=0,
+        global_batch=5,
+        rank=0,
+        world_size=1,
+        image_size=16,
+        teacher_size=None,
+        num_units=0,
+        context_length=77,
+        say=lambda text: None,
+    )
     incidents = next(data.batches()).incidents
     with record_of(tmp_path) as record:
         for incident in incidents:

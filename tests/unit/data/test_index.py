@@ -56,9 +56,17 @@ def test_in_processes_it_is_the_same(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_reported(tmp_path: Path) -> None:
-    shard = write_tar(tmp_path / "a.tar", {
-        "1.jpg": jpeg(), "1.txt": b"one", "2.jpg": jpeg(), "3.txt": b"no image", "4.png": b"no header", "4.json": b"{}",
-    })  # fmt: skip
+    shard = write_tar(
+        tmp_path / "a.tar",
+        {
+            "1.jpg": jpeg(),
+            "1.txt": b"one",
+            "2.jpg": jpeg(),
+            "3.txt": b"no image",
+            "4.png": b"no header",
+            "4.json": b"{}",
+        },
+    )
     index = build_index([str(shard)], tmp_path / "index", workers=1)
     assert [index.key(number) for number in range(3)] == ["1", "2", "4"]
     assert index.records["flags"].tolist() == [HAS_TEXT, 0, HAS_JSON | BAD_HEADER]

@@ -102,9 +102,17 @@ def test_half_the_samples_unusable_pass_a_limit_of_60_percent_in_check_and_train
     for limit, passes in ((0.6, True), (0.4, False)):
         assert check([str(shard)], CheckConfig(max_skip_rate=limit), 1).ok == passes
         data = TrainingData(
-            DataConfig(train=str(shard), workers=0, max_skip_rate=limit), seed=0, global_batch=64, rank=0, world_size=1,
-            image_size=16, teacher_size=None, num_units=0, context_length=77, say=lambda text: None,
-        )  # fmt: skip
+            DataConfig(train=str(shard), workers=0, max_skip_rate=limit),
+            seed=0,
+            global_batch=64,
+            rank=0,
+            world_size=1,
+            image_size=16,
+            teacher_size=None,
+            num_units=0,
+            context_length=77,
+            say=lambda text: None,
+        )
         ledger, stream = Ledger(limit), data.batches()
         for _ in range(data.steps_per_epoch):
             ledger.account(next(stream))
@@ -152,9 +160,15 @@ def test_all_ranks_see_the_sum_and_decide_alike() -> None:
 
 @pytest.mark.parametrize(
     "data, communication, bound",
-    [(0.0, 0.0, "compute-bound"), (0.05, 0.1, "compute-bound"), (0.3, 0.0, "data-bound"), (0.2, 0.6, "data-bound"),
-     (0.02, 0.5, "communication-bound"), (2.0, 2.0, "data-bound")],
-)  # fmt: skip
+    [
+        (0.0, 0.0, "compute-bound"),
+        (0.05, 0.1, "compute-bound"),
+        (0.3, 0.0, "data-bound"),
+        (0.2, 0.6, "data-bound"),
+        (0.02, 0.5, "communication-bound"),
+        (2.0, 2.0, "data-bound"),
+    ],
+)
 def test_the_verdict_names_what_a_step_waits_for(data: float, communication: float, bound: str) -> None:
     verdict = judge(1.0, data, communication, workers=2, cores_per_rank=8)
     assert verdict.bound == bound and str(verdict).startswith(bound)

@@ -154,9 +154,13 @@ def looks_of(batch: Batch) -> dict[int, list[np.ndarray]]:
     for place, key in enumerate(batch.sample_ids.tolist()):
         tokens = batch.token_ids[place].numpy()
         looks[key] = [
-            batch.views_uint8[:, place].numpy(), batch.teacher_uint8[place].numpy(), batch.boxes[:, place].numpy(),
-            batch.photometric.table[:, place], batch.mask_noise[:, place].numpy(), np.trim_zeros(tokens, "b"),
-        ]  # fmt: skip
+            batch.views_uint8[:, place].numpy(),
+            batch.teacher_uint8[place].numpy(),
+            batch.boxes[:, place].numpy(),
+            batch.photometric.table[:, place],
+            batch.mask_noise[:, place].numpy(),
+            np.trim_zeros(tokens, "b"),
+        ]
     return looks
 
 
@@ -252,8 +256,11 @@ def test_a_bad_sample_is_counted_and_replaced_by_the_same_other_one_everywhere(b
 
     alone, seen = run(1, 0)
     assert set(seen) - {("no image", "060")} == {
-        ("unreadable", "007"), ("unreadable", "020"), ("no caption", "033"), ("not utf-8", "041"),
-    }  # fmt: skip
+        ("unreadable", "007"),
+        ("unreadable", "020"),
+        ("no caption", "033"),
+        ("not utf-8", "041"),
+    }
     assert all(len(batch) == 12 for batch in alone)
     assert not {7, 20, 33, 41} & set(sum(alone, []))
     assert set(range(60)) - {7, 20, 33, 41} <= set(sum(alone, [])), "what is whole still comes"
@@ -390,9 +397,8 @@ def workers_of(data: TrainingData) -> list[psutil.Process]:
     """The processes that make this process's chunks."""
     own = psutil.Process()
     return [
-        child for server in own.children() for child in server.children()
-        if "forkserver" in " ".join(server.cmdline())
-    ]  # fmt: skip
+        child for server in own.children() for child in server.children() if "forkserver" in " ".join(server.cmdline())
+    ]
 
 
 def test_signals_to_the_group_do_not_reach_workers(uneven: Path) -> None:
@@ -483,8 +489,14 @@ def test_a_full_dev_shm_is_none_of_the_loaders_business(uneven: Path, tmp_path: 
     argv = ["unshare", "-rm", "sh", "-c", shell, "sh"]
     if subprocess.run([*argv, "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    done = subprocess.run([*argv, sys.executable, program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [*argv, sys.executable, program],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and done.stdout.split() == ["1", "2", "3", "8"], done.stderr
 
 
@@ -528,9 +540,13 @@ def test_workers_die_with_the_process_that_asked_for_them(uneven: Path, tmp_path
     file.write_text(f"if __name__ == '__main__':\n    {program.replace(chr(10), chr(10) + '    ')}")
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run(
-        [sys.executable, file], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True,
+        [sys.executable, file],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
         timeout=120,
-    )  # fmt: skip
+    )
     pids = [int(pid) for pid in done.stdout.split()]
     assert done.returncode == -9 and len(pids) == 2, done.stderr
     deadline = time.monotonic() + 30
@@ -575,7 +591,12 @@ def test_shards_that_cannot_be_written_beside_are_indexed_elsewhere(tmp_path: Pa
     alone = ["unshare", "--mount"]
     if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
         pytest.skip("no mount namespace can be made here (not root?)")
-    done = subprocess.run([*alone, sys.executable, "-c", READ_ONLY, data, elsewhere], cwd=here, capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", READ_ONLY, data, elsewhere],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert [len(list(folder.glob("*/meta.json"))) for folder in (elsewhere, here)] == [1, 1]

@@ -145,8 +145,10 @@ def test_parquet_of_the_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_data_set_saved_to_disk(tmp_path: Path) -> None:
     """Arrow streams, in the order of state.json; several captions a row; another column by name."""
-    rows = [{"picture": row["image"]["bytes"], "text": [str(row["text"]), "again"]}
-            for row in rows_of_images(write_images(tmp_path / "images"))]  # fmt: skip
+    rows = [
+        {"picture": row["image"]["bytes"], "text": [str(row["text"]), "again"]}
+        for row in rows_of_images(write_images(tmp_path / "images"))
+    ]
     folder = tmp_path / "set"
     folder.mkdir()
     names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
@@ -224,10 +226,20 @@ def test_what_cannot_be_packed_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert "holds a pack of something else (shard_size differ)" in said(table, "--shard-size", "7", out="out")
 
 
-@pytest.mark.parametrize("name, content", [
-    ("x.csv", b"a,b"), ("x.parquet", b"PAR1"), ("x.zip", b"PK\3\4"), ("x.jpg", b"\xff\xd8\xff"), ("x.arrow", b"ARROW1"),
-    ("x.npz", b"\x93NUMPY"), ("x.h5", b"\x89HDF\r\n"), ("x.tfrecord", b""), ("x.json", b"{}"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("x.csv", b"a,b"),
+        ("x.parquet", b"PAR1"),
+        ("x.zip", b"PK\3\4"),
+        ("x.jpg", b"\xff\xd8\xff"),
+        ("x.arrow", b"ARROW1"),
+        ("x.npz", b"\x93NUMPY"),
+        ("x.h5", b"\x89HDF\r\n"),
+        ("x.tfrecord", b""),
+        ("x.json", b"{}"),
+    ],
+)
 def test_every_wrong_kind_of_input_names_the_command(
     tmp_path: Path, name: str, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:

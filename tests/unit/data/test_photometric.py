@@ -29,8 +29,15 @@ def row(**changes: float) -> np.ndarray:
     made = NOTHING.copy()
     made[1:5] = (1, 1, 1, 0)
     made[5:9] = order
-    for name, column in (("brightness", 1), ("contrast", 2), ("saturation", 3), ("hue", 4), ("gray", 9), ("sigma", 10),
-                         ("solarize", 11)):  # fmt: skip
+    for name, column in (
+        ("brightness", 1),
+        ("contrast", 2),
+        ("saturation", 3),
+        ("hue", 4),
+        ("gray", 9),
+        ("sigma", 10),
+        ("solarize", 11),
+    ):
         if name in changes:
             made[column] = changes[name]
             made[0] = 1 if column < 5 else made[0]
@@ -80,12 +87,23 @@ def compare(parameters: np.ndarray) -> float:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"brightness": 1.3}, {"brightness": 0.6}, {"contrast": 1.4}, {"contrast": 0.6}, {"saturation": 1.2},
-        {"saturation": 0.8}, {"hue": 0.1}, {"hue": -0.07}, {"gray": 1}, {"sigma": 0.1}, {"sigma": 1.0}, {"sigma": 2.0},
-        {"solarize": 1}, {"brightness": 1.4, "contrast": 0.7, "saturation": 1.2, "hue": 0.1, "order": (3, 1, 0, 2)},
+        {"brightness": 1.3},
+        {"brightness": 0.6},
+        {"contrast": 1.4},
+        {"contrast": 0.6},
+        {"saturation": 1.2},
+        {"saturation": 0.8},
+        {"hue": 0.1},
+        {"hue": -0.07},
+        {"gray": 1},
+        {"sigma": 0.1},
+        {"sigma": 1.0},
+        {"sigma": 2.0},
+        {"solarize": 1},
+        {"brightness": 1.4, "contrast": 0.7, "saturation": 1.2, "hue": 0.1, "order": (3, 1, 0, 2)},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_each_change_equals_the_slow_way(changes: dict) -> None:
     parameters = np.tile(row(**changes), (V, B, 1))
     assert compare(parameters) < TOLERANCE

@@ -19,9 +19,13 @@ WORDS = "ein Fuß, 犬, \U0001f642"
 
 
 ENCODINGS = [
-    (b"", "utf-8"), (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
-]  # fmt: skip
+    (b"", "utf-8"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+]
 
 
 @pytest.mark.parametrize("mark, encoding", ENCODINGS)
@@ -40,9 +44,13 @@ def test_no_encoding_is_guessed(content: bytes) -> None:
 
 @pytest.mark.parametrize(
     "fields, cause",
-    [(b'{"a": ', "json that cannot be read: Expecting value"), (b"[" * 200_000, "json that is nested too deeply"),
-     (b"[1]", "json that is no object"), (b'{"a": ' + b"1" * 5000 + b"}", "json with a number of thousands of digits")],
-)  # fmt: skip
+    [
+        (b'{"a": ', "json that cannot be read: Expecting value"),
+        (b"[" * 200_000, "json that is nested too deeply"),
+        (b"[1]", "json that is no object"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "json with a number of thousands of digits"),
+    ],
+)
 def test_causes_of_bad_json_can_be_counted(fields: bytes, cause: str) -> None:
     with pytest.raises(BadText) as caught:
         parse_object(fields)
@@ -52,12 +60,17 @@ def test_causes_of_bad_json_can_be_counted(fields: bytes, cause: str) -> None:
 @pytest.mark.parametrize(
     "text, captions",
     [
-        ("a red\u2028boat", ["a red boat"]), ("a red\u2029boat", ["a red boat"]), ("a red\x0bboat\x0c", ["a red boat"]),
-        ("a red\x85boat", ["a red boat"]), ("a red\x1cboat", ["a red boat"]),
-        ("one\r\ntwo\rthree\n\nfour", ["one", "two", "three", "four"]), ("one\r", ["one"]),
-        ("\u200b\none\n\0\0", ["one"]), ("a\0b", ["a\0b"]),
+        ("a red\u2028boat", ["a red boat"]),
+        ("a red\u2029boat", ["a red boat"]),
+        ("a red\x0bboat\x0c", ["a red boat"]),
+        ("a red\x85boat", ["a red boat"]),
+        ("a red\x1cboat", ["a red boat"]),
+        ("one\r\ntwo\rthree\n\nfour", ["one", "two", "three", "four"]),
+        ("one\r", ["one"]),
+        ("\u200b\none\n\0\0", ["one"]),
+        ("a\0b", ["a\0b"]),
     ],
-)  # fmt: skip
+)
 def test_lines_are_those_that_an_editor_shows(text: str, captions: list[str]) -> None:
     assert visible(lines(text)) == captions
     assert candidates(text.encode(), None, ["txt"], True) == captions
@@ -69,8 +82,25 @@ def test_a_break_within_a_caption_parts_its_words() -> None:
     assert tokenizer.encode(caption) == tokenizer.encode("a red boat")
 
 
-BLANK = ["", " \n\t", "\0", "\u200b", "\ufeff", "\u2060 \u200d", "\u00ad", "\u3164", "\u2800", "\u00a0\u3000", "&nbsp;",
-         "&amp;nbsp;", "&#8203;", "\ufe0f", "\U000e0020", "\x7f", "\u202e"]  # fmt: skip
+BLANK = [
+    "",
+    " \n\t",
+    "\0",
+    "\u200b",
+    "\ufeff",
+    "\u2060 \u200d",
+    "\u00ad",
+    "\u3164",
+    "\u2800",
+    "\u00a0\u3000",
+    "&nbsp;",
+    "&amp;nbsp;",
+    "&#8203;",
+    "\ufe0f",
+    "\U000e0020",
+    "\x7f",
+    "\u202e",
+]
 
 
 @pytest.mark.parametrize("text", BLANK)
@@ -110,9 +140,17 @@ def test_check_training_and_evaluation_see_the_same_captions(tmp_path: Path) -> 
     assert sorted(report.shards[0].texts) == wanted
     assert [one.captions for one in open_set(str(shard), task="retrieval").samples] == [(text,) for text in wanted]
     data = TrainingData(
-        DataConfig(train=str(shard), workers=0, text_bucket=0), seed=0, global_batch=5, rank=0, world_size=1,
-        image_size=16, teacher_size=None, num_units=0, context_length=77, say=lambda text: None,
-    )  # fmt: skip
+        DataConfig(train=str(shard), workers=0, text_bucket=0),
+        seed=0,
+        global_batch=5,
+        rank=0,
+        world_size=1,
+        image_size=16,
+        teacher_size=None,
+        num_units=0,
+        context_length=77,
+        say=lambda text: None,
+    )
     with contextlib.closing(data):
         batch = next(data.batches())
     expected = build_tokenizer()([wanted[number] for number in batch.sample_ids.tolist()])

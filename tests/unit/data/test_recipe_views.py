@@ -22,8 +22,9 @@ from tests.unit.data.shards import encode, write_tar
 HASHES = Path(__file__).with_name("recipe_views.json")
 METHODS = ("clip", "flip", "random2x", "aclip", "aclip-eff")
 AS_THEY_WERE = {  # the two recipes that became what was published, with the views that they had before
-    "clip": ["data.photometric=true"], "flip": ["data.photometric=true", "data.views=[]", "data.num_views=1"],
-}  # fmt: skip
+    "clip": ["data.photometric=true"],
+    "flip": ["data.photometric=true", "data.views=[]", "data.num_views=1"],
+}
 CELLS = [f"{method} {compat}" for method in METHODS for compat in ("paper", "release")]
 
 
@@ -41,16 +42,24 @@ def write_pictures(folder: Path) -> Path:
 
 def batch_of(cell: str, shard: Path) -> Batch:
     method, compat = cell.split()
-    config = settings.load(f"{method}-tiny", [f"compat={compat}", "data.workers=0", f"data.train={shard}",
-                                               *AS_THEY_WERE.get(method, [])])  # fmt: skip
+    config = settings.load(
+        f"{method}-tiny", [f"compat={compat}", "data.workers=0", f"data.train={shard}", *AS_THEY_WERE.get(method, [])]
+    )
     chosen, vision = method_of(config), config.model.vision
     teacher_size = vision.image_size // (2 if config.teacher.resolution == "half" else 1)
     data = TrainingData(
-        config.data, seed=7, global_batch=12, rank=0, world_size=1, image_size=vision.image_size,
-        teacher_size=teacher_size if chosen.needs_teacher else None, num_units=chosen.draws,
-        teacher_contains=chosen.compat.teacher_sees_views, context_length=config.model.text.context_length,
+        config.data,
+        seed=7,
+        global_batch=12,
+        rank=0,
+        world_size=1,
+        image_size=vision.image_size,
+        teacher_size=teacher_size if chosen.needs_teacher else None,
+        num_units=chosen.draws,
+        teacher_contains=chosen.compat.teacher_sees_views,
+        context_length=config.model.text.context_length,
         say=lambda text: None,
-    )  # fmt: skip
+    )
     batches = data.batches(None)
     next(batches)
     return next(batches)
@@ -59,12 +68,18 @@ def batch_of(cell: str, shard: Path) -> Batch:
 def hashes_of(batch: Batch) -> dict[str, str]:
     teacher = batch.teacher_uint8
     arrays = {
-        "views": batch.views_uint8.numpy(), "teacher": np.zeros(0) if teacher is None else teacher.numpy(),
-        "boxes": batch.boxes.numpy(), "photometric": batch.photometric.table, "noise": batch.mask_noise.numpy(),
-        "tokens": batch.token_ids.numpy(), "samples": batch.sample_ids.numpy(),
-    }  # fmt: skip
-    return {name: f"{list(array.shape)} {hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:24]}"
-            for name, array in arrays.items()}  # fmt: skip
+        "views": batch.views_uint8.numpy(),
+        "teacher": np.zeros(0) if teacher is None else teacher.numpy(),
+        "boxes": batch.boxes.numpy(),
+        "photometric": batch.photometric.table,
+        "noise": batch.mask_noise.numpy(),
+        "tokens": batch.token_ids.numpy(),
+        "samples": batch.sample_ids.numpy(),
+    }
+    return {
+        name: f"{list(array.shape)} {hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:24]}"
+        for name, array in arrays.items()
+    }
 
 
 @pytest.fixture(scope="module")

@@ -28,10 +28,17 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def epoch_of(train: str, index_folder: Path, workers: int = 0, batches: int = 6) -> list[Batch]:
     data = TrainingData(
-        DataConfig(train=train, index=str(index_folder), workers=workers, open_shards=2, shuffle_window=8), seed=0,
-        global_batch=4, rank=0, world_size=1, image_size=16, teacher_size=16, num_units=4, context_length=77,
+        DataConfig(train=train, index=str(index_folder), workers=workers, open_shards=2, shuffle_window=8),
+        seed=0,
+        global_batch=4,
+        rank=0,
+        world_size=1,
+        image_size=16,
+        teacher_size=16,
+        num_units=4,
+        context_length=77,
         say=lambda text: None,
-    )  # fmt: skip
+    )
     stream = data.batches()
     made = [next(stream) for _ in range(batches)]
     data.close()
@@ -40,10 +47,11 @@ def epoch_of(train: str, index_folder: Path, workers: int = 0, batches: int = 6)
 
 def equal(left: list[Batch], right: list[Batch]) -> bool:
     return all(
-        torch.equal(a.sample_ids, b.sample_ids) and torch.equal(a.views_uint8, b.views_uint8)
+        torch.equal(a.sample_ids, b.sample_ids)
+        and torch.equal(a.views_uint8, b.views_uint8)
         and torch.equal(a.token_ids, b.token_ids)
         for a, b in zip(left, right, strict=True)
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

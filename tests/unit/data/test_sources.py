@@ -36,9 +36,20 @@ def refused(spec: str, said: str, key: str = "SHARDS", allow_pipe: bool = False)
 
 @pytest.mark.parametrize(
     "spec",
-    ["data", "data/*.tar", "data/{0..1}.tar", "data/0.tar::data/1.tar", "~/data", "~/data/?.tar",
-     "{~/data/0,data/1}.tar", "list.txt", "@list.txt", "@names", "data/0.tar::~/data/1.tar"],
-)  # fmt: skip
+    [
+        "data",
+        "data/*.tar",
+        "data/{0..1}.tar",
+        "data/0.tar::data/1.tar",
+        "~/data",
+        "~/data/?.tar",
+        "{~/data/0,data/1}.tar",
+        "list.txt",
+        "@list.txt",
+        "@names",
+        "data/0.tar::~/data/1.tar",
+    ],
+)
 def test_ways_to_write_the_same_two_shards(spec: str, here: Path) -> None:
     (here / "list.txt").write_text(f"\ufeff# a comment\r\ndata/0.tar\r\n\n{here}/data/1.tar\n", encoding="utf-8")
     (here / "names").write_text("~/data/0.tar\nfile://" + str(here / "data" / "1.tar"))
@@ -73,7 +84,7 @@ COMMAND = "pipe:touch canary;cat data/0.tar"
 @pytest.mark.parametrize(
     "spec",
     [COMMAND, f"{{{COMMAND},data/0.tar}}", f"data/0.tar::{COMMAND}", f"PIPE{COMMAND[4:]}", f"{{pipe,x}}{COMMAND[4:]}"],
-)  # fmt: skip
+)
 def test_no_command_runs_unasked(spec: str, here: Path) -> None:
     refused(spec, "runs a shell command; --allow-pipe allows it")
     refused(spec, "runs a shell command; data.allow_pipe=true allows it", key="data.train")

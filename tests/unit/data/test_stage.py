@@ -122,11 +122,13 @@ def test_a_link_in_the_place_of_our_files_empties_nothing(name: str, shard: str,
 
 
 def test_a_folder_that_is_not_ours_alone_is_refused(tmp_path: Path) -> None:
-    for number, make in enumerate((
-        lambda folder: (folder.mkdir(), folder.chmod(0o777)),
-        lambda folder: (tmp_path / "else").mkdir() or folder.symlink_to(tmp_path / "else"),
-        lambda folder: folder.touch(),
-    )):  # fmt: skip
+    for number, make in enumerate(
+        (
+            lambda folder: (folder.mkdir(), folder.chmod(0o777)),
+            lambda folder: (tmp_path / "else").mkdir() or folder.symlink_to(tmp_path / "else"),
+            lambda folder: folder.touch(),
+        )
+    ):
         stage = tmp_path / f"stage{number}"
         stage.mkdir()
         make(stage / f"amclip-{os.geteuid()}")

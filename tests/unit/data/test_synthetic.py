@@ -46,8 +46,10 @@ def test_a_scene_depends_on_seed_split_and_number_alone(tmp_path: Path) -> None:
     assert few["000000003"] == many["000000003"]
     pictures = {
         make_scene(SceneConfig(32, seed), split, number).image.tobytes()
-        for seed in (0, 1) for split in ("train", "test") for number in (0, 1)
-    }  # fmt: skip
+        for seed in (0, 1)
+        for split in ("train", "test")
+        for number in (0, 1)
+    }
     assert len(pictures) == 8
 
 

@@ -72,9 +72,10 @@ def ours(path: Path) -> tuple[list[tuple[str, int, int, bool]], list[str], list[
         found = list(scan(file, path.stat().st_size))
     members = [(m.name, m.offset, m.size, m.is_sparse) for m in found if isinstance(m, Member)]
     return (
-        members, [item.name for item in found if isinstance(item, Link)],
+        members,
+        [item.name for item in found if isinstance(item, Link)],
         [item for item in found if isinstance(item, Damage)],
-    )  # fmt: skip
+    )
 
 
 def assert_as_tarfile_reads(path: Path, ignore_zeros: bool = False) -> int:
@@ -154,23 +155,33 @@ BUILT = {
     "size in base 256": base_256("a.jpg", TEXT),
     "a name of a global header": extended(b"g", pax_record("path", "all.jpg")) + plain("a", TEXT) + plain("b", TEXT),
     "its own name over the global one": extended(b"g", pax_record("path", "all.jpg"))
-    + extended(b"x", pax_record("path", "own.jpg")) + plain("a", TEXT) + plain("b", TEXT),
+    + extended(b"x", pax_record("path", "own.jpg"))
+    + plain("a", TEXT)
+    + plain("b", TEXT),
     "Solaris' own type": extended(b"X", pax_record("path", "solaris.jpg")) + plain("a", TEXT),
     "a long link between a long name and its member": extended(b"L", b"n" * 200 + b".jpg\0", "././@LongLink")
-    + extended(b"K", b"t" * 200 + b"\0", "././@LongLink") + plain("a", TEXT),
-    "a pax name around a long name": extended(b"x", pax_record("path", "pax.jpg"))
-    + extended(b"L", b"long.jpg\0", "././@LongLink") + plain("a", TEXT),
-    "a long name around a pax name": extended(b"L", b"long.jpg\0", "././@LongLink")
-    + extended(b"x", pax_record("path", "pax.jpg")) + plain("a", TEXT),
-    "two pax headers": extended(b"x", pax_record("path", "one.jpg")) + extended(b"x", pax_record("path", "two.jpg"))
+    + extended(b"K", b"t" * 200 + b"\0", "././@LongLink")
     + plain("a", TEXT),
-    "attributes of 300 KiB": extended(b"x", pax_record("SCHILY.xattr.user.a", "v" * 300_000)
-                                      + pax_record("path", "big.jpg")) + plain("a", TEXT),
+    "a pax name around a long name": extended(b"x", pax_record("path", "pax.jpg"))
+    + extended(b"L", b"long.jpg\0", "././@LongLink")
+    + plain("a", TEXT),
+    "a long name around a pax name": extended(b"L", b"long.jpg\0", "././@LongLink")
+    + extended(b"x", pax_record("path", "pax.jpg"))
+    + plain("a", TEXT),
+    "two pax headers": extended(b"x", pax_record("path", "one.jpg"))
+    + extended(b"x", pax_record("path", "two.jpg"))
+    + plain("a", TEXT),
+    "attributes of 300 KiB": extended(
+        b"x", pax_record("SCHILY.xattr.user.a", "v" * 300_000) + pax_record("path", "big.jpg")
+    )
+    + plain("a", TEXT),
     "a value with line ends and an equals sign": extended(
-        b"x", pax_record("comment", "1 path=x\n9 path=y\n") + pax_record("path", "a=b.jpg")) + plain("a", TEXT),
+        b"x", pax_record("comment", "1 path=x\n9 path=y\n") + pax_record("path", "a=b.jpg")
+    )
+    + plain("a", TEXT),
     "an unknown type": extended(b"Z", TEXT, "odd.jpg") + plain("a.jpg", TEXT),
     "a contiguous file": extended(b"7", TEXT, "c.jpg") + plain("a.jpg", TEXT),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BUILT)

@@ -28,11 +28,14 @@ def same(one: Batch, other: Batch, *views: int) -> bool:
     at = list(views)
     assert one.teacher_uint8 is not None and other.teacher_uint8 is not None
     return bool(
-        torch.equal(one.views_uint8[at], other.views_uint8[at]) and torch.equal(one.boxes[at], other.boxes[at])
+        torch.equal(one.views_uint8[at], other.views_uint8[at])
+        and torch.equal(one.boxes[at], other.boxes[at])
         and np.array_equal(one.photometric.table[at], other.photometric.table[at])
-        and torch.equal(one.mask_noise[at], other.mask_noise[at]) and torch.equal(one.boxes[-1], other.boxes[-1])
-        and torch.equal(one.teacher_uint8, other.teacher_uint8) and torch.equal(one.token_ids, other.token_ids)
-    )  # fmt: skip
+        and torch.equal(one.mask_noise[at], other.mask_noise[at])
+        and torch.equal(one.boxes[-1], other.boxes[-1])
+        and torch.equal(one.teacher_uint8, other.teacher_uint8)
+        and torch.equal(one.token_ids, other.token_ids)
+    )
 
 
 def test_a_flip_mirrors_half_of_one_view_and_nothing_else(shards: Path) -> None:
@@ -58,8 +61,12 @@ def test_the_same_crop_is_the_same_picture(shards: Path) -> None:
 
 def test_the_other_views_do_not_move(shards: Path) -> None:
     own = batch(shards, ViewConfig(), ViewConfig(), ViewConfig(), teacher_contains=False)
-    for view in (ViewConfig(photometric=False), ViewConfig(flip=True), ViewConfig(scale=[0.1, 0.2]),
-                 ViewConfig(ratio=[1.0, 1.0])):  # fmt: skip
+    for view in (
+        ViewConfig(photometric=False),
+        ViewConfig(flip=True),
+        ViewConfig(scale=[0.1, 0.2]),
+        ViewConfig(ratio=[1.0, 1.0]),
+    ):
         assert same(own, batch(shards, ViewConfig(), view, ViewConfig(), teacher_contains=False), 0, 2)
     assert not same(own, batch(shards, ViewConfig(), ViewConfig(scale=[0.1, 0.2]), ViewConfig()), 1)
 

@@ -126,7 +126,7 @@ def gray16(value: int) -> bytes:
         ("palette with a transparent colour", encode(flat("P", 0), "PNG", transparency=0), (255, 255, 255)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+)
 def test_colours_are_what_a_viewer_shows(name: str, content: bytes, colour: tuple[int, int, int]) -> None:
     pixels = open_image(content).decode().pixels
     assert pixels.shape == (24, 32, 3) and pixels.dtype == np.uint8

@@ -59,7 +59,7 @@ def test_untested_files_are_refused_unless_allowed() -> None:
         ([1], "not a DeepSpeed config"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_refuses(tmp_path: Path, ds: object, words: str) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(ds))

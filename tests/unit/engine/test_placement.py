@@ -13,36 +13,78 @@ from amclip_ds.engine.placement import (
 from amclip_ds.errors import UserError
 
 TORCHRUN = {
-    "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1",
-    "MASTER_PORT": "34627", "RANK": "3", "ROLE_RANK": "3", "ROLE_WORLD_SIZE": "4", "WORLD_SIZE": "4",
-    "TORCHELASTIC_RUN_ID": "381625b6", "TORCHELASTIC_RESTART_COUNT": "0",
-}  # fmt: skip
+    "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "34627",
+    "RANK": "3",
+    "ROLE_RANK": "3",
+    "ROLE_WORLD_SIZE": "4",
+    "WORLD_SIZE": "4",
+    "TORCHELASTIC_RUN_ID": "381625b6",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+}
 DEEPSPEED = {
-    "CROSS_RANK": "0", "CROSS_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0,1", "LOCAL_RANK": "1", "LOCAL_SIZE": "2",
-    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "RANK": "1", "WORLD_SIZE": "2",
-}  # fmt: skip
+    "CROSS_RANK": "0",
+    "CROSS_SIZE": "1",
+    "CUDA_VISIBLE_DEVICES": "0,1",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+}
 PROCS = {
-    "AMCLIP_LAUNCHER": "procs", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "12345",
-}  # fmt: skip
+    "AMCLIP_LAUNCHER": "procs",
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "12345",
+}
 ACCELERATE_CPU = {
-    "ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1",
-}  # fmt: skip
+    "ACCELERATE_USE_CPU": "True",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+    "OMP_NUM_THREADS": "1",
+}
 SRUN = {
-    "CUDA_VISIBLE_DEVICES": "1", "SLURM_GTIDS": "2,3", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]",
-    "SLURM_LOCALID": "1", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "3",
-    "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_TASKS_PER_NODE": "2(x2)",
-}  # fmt: skip
+    "CUDA_VISIBLE_DEVICES": "1",
+    "SLURM_GTIDS": "2,3",
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_LOCALID": "1",
+    "SLURM_NNODES": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+}
 BATCH_SCRIPT = {
-    "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
-    "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_TASKS_PER_NODE": "2(x2)",
-}  # fmt: skip
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+}
 OPEN_MPI = {
-    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "prterun-host-1@1",
-}  # fmt: skip
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "prterun-host-1@1",
+}
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 
 
@@ -80,8 +122,13 @@ def test_srun() -> None:
 
 
 def test_srun_on_uneven_nodes() -> None:
-    uneven = SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2", "SLURM_PROCID": "10",
-                     "SLURM_LOCALID": "2", "SLURM_STEP_NODELIST": "gpu[03-04],fat7"}  # fmt: skip
+    uneven = SRUN | {
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+        "SLURM_NODEID": "2",
+        "SLURM_PROCID": "10",
+        "SLURM_LOCALID": "2",
+        "SLURM_STEP_NODELIST": "gpu[03-04],fat7",
+    }
     place = discover(uneven)
     assert (place.world_size, place.local_world_size, place.num_nodes, place.master_addr) == (11, 3, 3, "gpu03")
 

@@ -51,8 +51,9 @@ def write_set(folder: Path, num_images: int = 21, num_classes: int = 5, num_shar
 def tiny_encoder() -> TowerEncoder:
     config = ModelConfig(
         vision=VisionConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=8, width=32, depth=2, heads=2),
-        text=TextConfig(width=32, depth=1, heads=2, activation="gelu"), embed_dim=16,
-    )  # fmt: skip
+        text=TextConfig(width=32, depth=1, heads=2, activation="gelu"),
+        embed_dim=16,
+    )
     module = AClip(config)
     initialise(module, Start(0, config))
     return TowerEncoder(module.requires_grad_(False), "student", 32, 77, torch.device("cpu"))
@@ -149,8 +150,10 @@ def test_progress_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     model.say = reported.append
     zero_shot.evaluate(model, data, 8, SingleProcess())
     assert [line.split(",")[0] for line in reported] == [
-        "student: texts: 8 of 10", "student: images: 8 of 21", "student: images: 16 of 21",
-    ]  # fmt: skip
+        "student: texts: 8 of 10",
+        "student: images: 8 of 21",
+        "student: images: 16 of 21",
+    ]
 
 
 def test_the_runs_own_sets_are_the_default() -> None:

@@ -239,19 +239,28 @@ def test_a_config_asks_for_no_more_than_its_weights(fmt: str, file: str, key: st
 
 
 TOKENIZERS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
-    ("a pattern that never ends",
-     lambda c: c["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="(a+)+(b+)+$"), "pattern"),
-    ("a normalizer that grows", lambda c: c.update(normalizer={"type": "Replace", "pattern": {"String": " "},
-                                                               "content": "x" * 10**6}), "content"),
-    ("a part that is unknown", lambda c: c.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
-     "normalizer.type"),
+    (
+        "a pattern that never ends",
+        lambda c: c["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="(a+)+(b+)+$"),
+        "pattern",
+    ),
+    (
+        "a normalizer that grows",
+        lambda c: c.update(normalizer={"type": "Replace", "pattern": {"String": " "}, "content": "x" * 10**6}),
+        "content",
+    ),
+    (
+        "a part that is unknown",
+        lambda c: c.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        "normalizer.type",
+    ),
     ("ids that change", lambda c: c["model"].update(dropout=0.5), "dropout"),
     ("an id too large", lambda c: c["model"]["vocab"].update(x=2**40), "id"),
     ("an id that is a text", lambda c: c.update(added_tokens=[{"id": "7", "content": "x"}]), "id"),
     ("another model", lambda c: c["model"].update(type="Trap"), "model.type"),
     ("merges that are none", lambda c: c["model"].update(merges=[[1, 2]]), "tokenizer.json"),
     ("no model", lambda c: c.pop("model"), "model"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("fmt", ["hf", "onnx"])
@@ -310,13 +319,21 @@ GRAPHS: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("weights by a whole path", lead_to("/etc/passwd"), "not beside it"),
     ("weights of no file", lead_to("nothing.data"), "missing"),
     ("weights of the folder itself", lead_to("."), "not beside it"),
-    ("an operator of a library", lambda onnx, model: add_node(
-        onnx, model, onnx.helper.make_node("Trap", [], ["t"], domain="ai.onnx.contrib")), "operator"),
+    (
+        "an operator of a library",
+        lambda onnx, model: add_node(onnx, model, onnx.helper.make_node("Trap", [], ["t"], domain="ai.onnx.contrib")),
+        "operator",
+    ),
     ("a loop", loop, "operator"),
     ("a shape that is not its bytes", claim_shape, "are not whole"),
-    ("a function", lambda onnx, model: model.functions.append(onnx.helper.make_function(
-        "own", "F", [], [], [], [onnx.helper.make_opsetid("", 20)])), "functions"),
-]  # fmt: skip
+    (
+        "a function",
+        lambda onnx, model: model.functions.append(
+            onnx.helper.make_function("own", "F", [], [], [], [onnx.helper.make_opsetid("", 20)])
+        ),
+        "functions",
+    ),
+]
 
 
 @pytest.mark.parametrize(("change", "named"), [row[1:] for row in GRAPHS], ids=[row[0] for row in GRAPHS])

@@ -341,13 +341,19 @@ def test_two_classes_of_one_name_keep_their_counts(tmp_path: Path) -> None:
     assert sum(total for _, total in row["per_class"].values()) == 6 and len(row["per_class"]) == 1000
 
 
-@pytest.mark.parametrize("files, said", [
-    (["cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/test_batch"], "CIFAR's pickles, which are never loaded"),
-    (["cifar-100-python/meta", "cifar-100-python/test"], "CIFAR's pickles, which are never loaded"),
-    (["raw/t10k-images-idx3-ubyte"], "the files of MNIST"),
-    (["test_32x32.mat"], "files of Matlab"),
-    (["readme.md"], "neither tars nor images in it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        (
+            ["cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/test_batch"],
+            "CIFAR's pickles, which are never loaded",
+        ),
+        (["cifar-100-python/meta", "cifar-100-python/test"], "CIFAR's pickles, which are never loaded"),
+        (["raw/t10k-images-idx3-ubyte"], "the files of MNIST"),
+        (["test_32x32.mat"], "files of Matlab"),
+        (["readme.md"], "neither tars nor images in it"),
+    ],
+)
 def test_other_forms_of_public_sets_are_refused_by_name(tmp_path: Path, files: list[str], said: str) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)

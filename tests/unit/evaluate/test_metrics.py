@@ -95,8 +95,10 @@ def test_intervals_equal_a_slow_bootstrap() -> None:
     def mean_per_class(chosen: np.ndarray) -> float:
         return float(np.mean([hits[chosen][targets[chosen] == c].mean() for c in range(3)]))
 
-    for cells, value in [(metrics.cells_of(hits), lambda chosen: hits[chosen].mean()),
-                         (metrics.cells_of(hits, groups=targets), mean_per_class)]:  # fmt: skip
+    for cells, value in [
+        (metrics.cells_of(hits), lambda chosen: hits[chosen].mean()),
+        (metrics.cells_of(hits, groups=targets), mean_per_class),
+    ]:
         assert metrics.bootstrap(cells, resamples=4000) == pytest.approx(slow_bootstrap(value, 150), abs=0.012)
     # several captions an image: images are drawn, not captions
     trials = draw.integers(1, 6, 150)

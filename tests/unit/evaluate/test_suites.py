@@ -166,8 +166,11 @@ def test_roc_auc_is_scikit_learns(root: Path, encoder: TowerEncoder) -> None:
 
 def test_worst_groups_and_f1(root: Path, encoder: TowerEncoder) -> None:
     """By hand, from the predictions; group g of image n is n mod 3."""
-    for name, metric, k in (("wds_wilds-fmow_test", "acc_worst_region", 1), ("wds_geode_test", "acc_wg", 1),
-                            ("wds_dollar_street_test", "acc_top5_wg", 5)):  # fmt: skip
+    for name, metric, k in (
+        ("wds_wilds-fmow_test", "acc_worst_region", 1),
+        ("wds_geode_test", "acc_wg", 1),
+        ("wds_dollar_street_test", "acc_top5_wg", 5),
+    ):
         data = open_set(str(root / name))
         rows = encode_images(encoder, data.samples, BATCH, SingleProcess())
         classes = zeroshot_classification.zero_shot_classifier(
@@ -207,8 +210,16 @@ def test_a_suite_is_evaluated_by_its_name(root: Path, tmp_path: Path, capsys: py
     assert "datacomp: 8 of 38 sets are here" in printed and "winogavil: not read" in printed
     assert "datacomp, student, Average, main metric: none: 30 of 38 sets are missing" in printed
     table = {row["dataset"]: row for row in csv.DictReader((tmp_path / "t.csv").open())}
-    assert set(table) == {"wds/vtab/cifar10", "wds/vtab/pets", "wds/vtab/pcam", "wds/flickr30k", "wds/wilds/iwildcam",
-                          "wds/wilds/fmow", "wds/dollar_street", "wds/geode"}  # fmt: skip
+    assert set(table) == {
+        "wds/vtab/cifar10",
+        "wds/vtab/pets",
+        "wds/vtab/pcam",
+        "wds/flickr30k",
+        "wds/wilds/iwildcam",
+        "wds/wilds/fmow",
+        "wds/dollar_street",
+        "wds/geode",
+    }
     assert table["wds/flickr30k"]["task"] == "zeroshot_retrieval" and table["wds/flickr30k"]["mean_recall@1"]
     rows = {row["dataset"]: row for row in json.loads((tmp_path / "t.json").read_text())}
     assert rows["wds_vtab-pets_test"]["main_metric"] == "mean_per_class_recall"
@@ -224,8 +235,10 @@ def test_a_suite_is_evaluated_by_its_name(root: Path, tmp_path: Path, capsys: py
 
 def test_averages_are_of_whole_suites() -> None:
     found = suites.Found("imagenet-shifts", dict.fromkeys(suites.SHIFTS, Path()), ())
-    rows = [{"dataset": f"wds_{name}", "weights": "student", "metrics": {"acc1": n / 10}}
-            for n, name in enumerate(suites.SHIFTS)]  # fmt: skip
+    rows = [
+        {"dataset": f"wds_{name}", "weights": "student", "metrics": {"acc1": n / 10}}
+        for n, name in enumerate(suites.SHIFTS)
+    ]
     assert suites.report(found, rows) == ["imagenet-shifts, student, ImageNet dist. shifts, main metric: 0.2500"]
     assert "none: 1 of 6 sets are missing" in suites.report(found, rows[1:])[0]
 

@@ -239,8 +239,12 @@ def test_the_pipeline_works_offline(exported: Path, tiny, real_pairs: str) -> No
     assert sum(row["score"] for row in found) == pytest.approx(1.0, abs=1e-5)
 
 
-WEIGHTS = {"open_clip": "open_clip_model.safetensors", "hf": "model.safetensors", "timm": "model.safetensors",
-           "onnx": "image.onnx.data"}  # fmt: skip
+WEIGHTS = {
+    "open_clip": "open_clip_model.safetensors",
+    "hf": "model.safetensors",
+    "timm": "model.safetensors",
+    "onnx": "image.onnx.data",
+}
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -260,8 +264,10 @@ def test_what_was_exported_can_be_imported(fmt: str, exported: Path, tiny) -> No
     config = located.config
     if fmt == "timm":
         for name in source.names():
-            assert torch.equal(start.loaded_tensor(str(exported / fmt), name, module.state_dict()[name].shape),
-                               module.state_dict()[name])  # fmt: skip
+            assert torch.equal(
+                start.loaded_tensor(str(exported / fmt), name, module.state_dict()[name].shape),
+                module.state_dict()[name],
+            )
         return
     back = fill_towers(config.model, [source])
     images = torch.randn(4, 3, 64, 64)

@@ -78,9 +78,13 @@ def test_token_mask_gathers() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "key"),
-    [({"keep_ratio": 0.0}, "mask.keep_ratio"), ({"keep_ratio": 1.5}, "mask.keep_ratio"), ({"unit": 0}, "mask.unit"),
-     ({"strategy": "attentiv"}, "mask.strategy")],
-)  # fmt: skip
+    [
+        ({"keep_ratio": 0.0}, "mask.keep_ratio"),
+        ({"keep_ratio": 1.5}, "mask.keep_ratio"),
+        ({"unit": 0}, "mask.unit"),
+        ({"strategy": "attentiv"}, "mask.strategy"),
+    ],
+)
 def test_refuses(changes: dict[str, object], key: str) -> None:
     with pytest.raises(ValueError, match=key):
         MaskConfig(**changes)
@@ -93,9 +97,12 @@ def test_refuses_a_unit_that_does_not_divide_the_grid() -> None:
 
 @pytest.mark.parametrize(
     ("gives", "complaint"),
-    [(lambda inputs: inputs.noise[:, :3], r"shape \[2, 3\]; one a unit is needed, \[2, 16\]"),
-     (lambda inputs: inputs.noise[:1], r"shape \[1, 16\]"), (lambda inputs: 3, "gave a int, not a tensor")],
-)  # fmt: skip
+    [
+        (lambda inputs: inputs.noise[:, :3], r"shape \[2, 3\]; one a unit is needed, \[2, 16\]"),
+        (lambda inputs: inputs.noise[:1], r"shape \[1, 16\]"),
+        (lambda inputs: 3, "gave a int, not a tensor"),
+    ],
+)
 def test_a_mask_that_gives_something_else_is_refused(
     gives: object, complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

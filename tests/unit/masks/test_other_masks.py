@@ -19,10 +19,12 @@ def inputs_of(strategy: str, rows: int = 6, unit: int = 1, views: int = 1, seed:
     g = torch.Generator().manual_seed(seed)
     U, N = (GRID // unit) ** 2, GRID**2
     all_of_it: dict[str, Tensor] = {
-        "noise": torch.rand(rows, U, generator=g), "noise2": torch.rand(rows, U, generator=g),
-        "scores": torch.rand(rows, U, generator=g), "patches": torch.randn(rows, N, WIDTH, generator=g),
+        "noise": torch.rand(rows, U, generator=g),
+        "noise2": torch.rand(rows, U, generator=g),
+        "scores": torch.rand(rows, U, generator=g),
+        "patches": torch.randn(rows, N, WIDTH, generator=g),
         "pixels": torch.randn(rows, N, PATCH * PATCH * 3, generator=g),
-    }  # fmt: skip
+    }
     given: dict[str, Any] = {name: all_of_it[name] for name in MASKS[strategy].needs}
     return MaskInputs(GRID, unit, views, progress=torch.tensor(0.25), **given)
 
@@ -177,11 +179,21 @@ def test_without_their_keys_masks_have_their_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "option", "value"),
-    [("centered", "sigma2", 0.0), ("centered", "sigma2", math.nan), ("cluster", "anchor_ratio", 1.0),
-     ("cluster", "rule", "max"), ("cluster", "threshold", 2.0), ("pgs", "anchor_ratio", 0.0),
-     ("pgs", "embeddings", 1.5), ("pgs", "edges", "sobel"), ("pgs", "anchors_at", "left"),
-     ("pgs", "balance", "ot"), ("salience", "keeps", "all"), ("attentive_noise", "noise", -1.0)],
-)  # fmt: skip
+    [
+        ("centered", "sigma2", 0.0),
+        ("centered", "sigma2", math.nan),
+        ("cluster", "anchor_ratio", 1.0),
+        ("cluster", "rule", "max"),
+        ("cluster", "threshold", 2.0),
+        ("pgs", "anchor_ratio", 0.0),
+        ("pgs", "embeddings", 1.5),
+        ("pgs", "edges", "sobel"),
+        ("pgs", "anchors_at", "left"),
+        ("pgs", "balance", "ot"),
+        ("salience", "keeps", "all"),
+        ("attentive_noise", "noise", -1.0),
+    ],
+)
 def test_a_wrong_option_names_its_key(kind: str, option: str, value: object) -> None:
     options = MASKS[kind].options
     assert options is not None

@@ -47,8 +47,12 @@ def test_a_caption_within_the_budget_stays_whole(strategy: str) -> None:
 def test_what_stays_of_a_long_caption() -> None:
     ids = build_tokenizer().encode(CAPTION)
     place = {one: [n for n, other in enumerate(ids) if other == one] for one in ids}
-    rows = {name: [masked(TextMaskConfig(name, tokens=8), words(CAPTION), np.random.default_rng(seed))
-                   for seed in range(300)] for name in BY_TOKENS}  # fmt: skip
+    rows = {
+        name: [
+            masked(TextMaskConfig(name, tokens=8), words(CAPTION), np.random.default_rng(seed)) for seed in range(300)
+        ]
+        for name in BY_TOKENS
+    }
     assert all(row == ids[:6] for row in rows["truncate"])
     assert {tuple(row) for row in rows["block"]} == {tuple(ids[n : n + 6]) for n in range(len(ids) - 5)}
     for row in rows["random"]:

@@ -80,11 +80,15 @@ def test_of_the_image_tower(savings: Savings, strategy: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"freeze_patch_embed": False}, {"checkpoint_every": 1}, {"checkpoint_every": 2}, {"scores": True},
-        {"cls_only": False}, {"strategy": "none", "scores": True},
+        {"freeze_patch_embed": False},
+        {"checkpoint_every": 1},
+        {"checkpoint_every": 2},
+        {"scores": True},
+        {"cls_only": False},
+        {"strategy": "none", "scores": True},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_all_of_them_in_every_kind_of_tower(changes: dict[str, object]) -> None:
     assert_equal(seen(Savings(), **changes), seen(PLAIN, **changes))
 

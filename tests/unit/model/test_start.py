@@ -18,9 +18,10 @@ from amclip_ds.model.vision import VisionConfig
 def config(name: str = "vit_tiny_patch16_224", **more) -> ModelConfig:
     return ModelConfig(
         vision=VisionConfig(name=name, image_size=32, patch_size=8, width=32, depth=2, heads=2, mlp_ratio=2.0),
-        text=TextConfig(width=24, depth=2, heads=2, vocab_size=60, eos_token_id=59, context_length=16), embed_dim=16,
+        text=TextConfig(width=24, depth=2, heads=2, vocab_size=60, eos_token_id=59, context_length=16),
+        embed_dim=16,
         **more,
-    )  # fmt: skip
+    )
 
 
 def state_of(model: ModelConfig, seed: int = 5) -> dict[str, torch.Tensor]:

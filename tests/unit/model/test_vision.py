@@ -38,10 +38,18 @@ def test_the_mean_of_all_tokens_is_timms_with_its_prefix() -> None:
     config = tiny.vision_config(pool="mean")
     tower = VisionTower(config)
     vit = timm.create_model(
-        config.name, num_classes=0, img_size=32, patch_size=config.patch_size, embed_dim=config.width,
-        depth=config.depth, num_heads=config.heads, mlp_ratio=config.mlp_ratio, global_pool="avg",
-        pool_include_prefix=True, fc_norm=False,
-    )  # fmt: skip
+        config.name,
+        num_classes=0,
+        img_size=32,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=config.mlp_ratio,
+        global_pool="avg",
+        pool_include_prefix=True,
+        fc_norm=False,
+    )
     state = {key: torch.randn(value.shape) * 0.2 for key, value in tower.state_dict().items()}
     tower.load_state_dict(state)
     vit.load_state_dict(state)

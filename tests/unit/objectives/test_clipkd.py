@@ -89,9 +89,12 @@ def test_a_wider_teacher_meets_maps_of_the_students_embeddings() -> None:
     made = ClipKD(ClipKDOptions(1.0, project_to=12), SIZES)
     images, texts = torch.randn(1, B, E), torch.randn(B, E)
     features = Features(
-        image_embeds=F.normalize(images, dim=-1), text_embeds=F.normalize(texts, dim=-1), image_projected=images,
-        text_projected=texts, logit_scale=torch.tensor([14.0]),
-    )  # fmt: skip
+        image_embeds=F.normalize(images, dim=-1),
+        text_embeds=F.normalize(texts, dim=-1),
+        image_projected=images,
+        text_projected=texts,
+        logit_scale=torch.tensor([14.0]),
+    )
     taught = unit(B, 1, 12, seed=2), unit(B, 12, seed=3), torch.full((B, 1), 50.0)
     found = made(features, taught, SingleProcess())
     near = F.normalize(made.image_map(images[0]), dim=-1), F.normalize(made.text_map(texts), dim=-1)

@@ -40,10 +40,11 @@ def given(seed: int = 0) -> tuple[Features, Targets]:
     g = torch.Generator().manual_seed(seed)
     keep = [torch.stack([torch.randperm(GRID**2, generator=g)[:K].sort().values for _ in range(B)]) for _ in "uv"]
     features = Features(
-        cls=torch.randn(2, B, WIDTH, generator=g), keep_indices=tuple(keep),
+        cls=torch.randn(2, B, WIDTH, generator=g),
+        keep_indices=tuple(keep),
         patches=tuple(torch.randn(B, K, WIDTH, generator=g) for _ in "uv"),
         pixels=tuple(torch.randn(B, GRID**2, 3 * PATCH**2, generator=g) for _ in "uv"),
-    )  # fmt: skip
+    )
     seen = Seen(torch.randn(B, 2, WIDTH, generator=g), torch.randn(B, 2, GRID**2, WIDTH, generator=g))
     head = PrototypeHead(WIDTH, 24, 12, P)
     with torch.no_grad():
@@ -220,7 +221,7 @@ def test_the_recipe_is_the_published_one() -> None:
         ("aclip", ["teacher.sees=views"], "teacher.sees: loss.o2e_weight compares with one crop"),
         ("maskclip", ["teacher.sees=views", "teacher.view=null"], "teacher.sees: loss.patches.weight compares"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_line(recipe: str, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes", f"{recipe}-tiny", *words]) == 2
     printed = capsys.readouterr().err.strip()

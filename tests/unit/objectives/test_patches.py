@@ -108,10 +108,11 @@ def test_before_it_begins_the_model_gives_no_term_of_it() -> None:
     whole = tiny.inputs(images, texts, torch.arange(4).expand(2 * B, 4))
     targets = {"patches": (torch.randn(B, GRID**2, 32),)}
     found = {
-        progress: student.encode_and_losses(whole._replace(progress=progress), targets if progress >= 0.8 else {},
-                                            SingleProcess())[0]
+        progress: student.encode_and_losses(
+            whole._replace(progress=progress), targets if progress >= 0.8 else {}, SingleProcess()
+        )[0]
         for progress in (0.0, 0.79, 0.8)
-    }  # fmt: skip
+    }
     assert set(found[0.0].terms) == set(found[0.79].terms) == {"contrastive"} and "patches" in found[0.8].terms
     groups = parameter_groups(student.named_parameters(), OptimConfig(), {"contrastive": 0.0, "patches": 0.8})
     starts = {name: group["start"] for group in groups for name in group["names"]}

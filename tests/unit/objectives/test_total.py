@@ -58,8 +58,10 @@ def test_the_pairing_reaches_the_online_to_online_term() -> None:
         student, found = losses(pairs_views=pairs_views)
         simclr = student.objectives["simclr"]
         head = simclr.head(CLS.flatten(0, 1), SingleProcess().all_reduce_sum).unflatten(0, CLS.shape[:2])
-        right, wrong = (online_to_online(head, simclr.options.temperature, SingleProcess(), pairing)
-                        for pairing in (pairs_views, not pairs_views))  # fmt: skip
+        right, wrong = (
+            online_to_online(head, simclr.options.temperature, SingleProcess(), pairing)
+            for pairing in (pairs_views, not pairs_views)
+        )
         torch.testing.assert_close(found.terms["o2o"], right)
         assert not torch.isclose(found.terms["o2o"], wrong)
 

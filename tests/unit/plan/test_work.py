@@ -59,8 +59,10 @@ def test_operations_are_those_that_torch_counts(recipe: str, words: list[str]) -
 )
 def test_operations_against_clips_are_the_published_designs(recipe: str, ratio: float) -> None:
     """At B/16, without the exact saving of the last block, which the counts behind these ratios do not have."""
-    clip, other = (work.flops_of(work.work_of(config.load(f"{name}-vitb16", ["engine.savings.last_block=false"]), 64))
-                   for name in ("clip", recipe))  # fmt: skip
+    clip, other = (
+        work.flops_of(work.work_of(config.load(f"{name}-vitb16", ["engine.savings.last_block=false"]), 64))
+        for name in ("clip", recipe)
+    )
     assert other.model / clip.model == pytest.approx(ratio, rel=0.05)
 
 

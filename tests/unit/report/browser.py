@@ -33,10 +33,21 @@ class Browser:
         self._loop = asyncio.new_event_loop()
         self._profile = tempfile.mkdtemp(prefix="chromium-")
         self._process = subprocess.Popen(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--hide-scrollbars",
-             f"--user-data-dir={self._profile}", "--disable-background-networking", "about:blank"],
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
+            [
+                CHROMIUM,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--remote-debugging-port=0",
+                "--hide-scrollbars",
+                f"--user-data-dir={self._profile}",
+                "--disable-background-networking",
+                "about:blank",
+            ],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
         assert self._process.stderr
         port = next(found[1] for line in self._process.stderr if (found := re.search(r"127\.0\.0\.1:(\d+)/", line)))
         self._loop.run_until_complete(self._open(int(port)))
@@ -59,8 +70,9 @@ class Browser:
         for domain in ("Page", "Runtime", "Network", "Log"):
             await self._ask(f"{domain}.enable")
         width, height = self._size
-        await self._ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                        mobile=width < 600)  # fmt: skip
+        await self._ask(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if self._dark else "light"}
         await self._ask("Emulation.setEmulatedMedia", features=[scheme])
         await self._ask("Emulation.setScriptExecutionDisabled", value=not self._script)

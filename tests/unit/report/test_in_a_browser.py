@@ -57,8 +57,10 @@ def test_tabs_zoom_and_reading(file: Path, tmp_path: Path) -> None:
         page.value("document.querySelector('[data-kind=incident]').click()")
         assert page.value("[...document.querySelectorAll('tr.incident')].every(row => row.hidden)")
         page.value("document.querySelector('#run0-tab7').click()")
-        page.value("s => 0, (s => { s.value = 'optim.lr'; s.dispatchEvent(new Event('input')) })"
-                   "(document.querySelector('.search'))")  # fmt: skip
+        page.value(
+            "s => 0, (s => { s.value = 'optim.lr'; s.dispatchEvent(new Event('input')) })"
+            "(document.querySelector('.search'))"
+        )
         rows = page.value("[...document.querySelectorAll('#run0-settings tbody tr')].filter(r => !r.hidden).length")
         assert 1 <= rows <= 3
         assert page.errors == []
@@ -88,8 +90,13 @@ def test_without_scripts_and_on_paper_everything_is_there(file: Path) -> None:
 
 def test_every_control_has_a_name_and_every_table_a_head(file: Path) -> None:
     with Browser(file) as page:
-        assert page.value("[...document.querySelectorAll('button, input')].filter(e => !(e.textContent.trim() || "
-                          "e.getAttribute('aria-label') || e.closest('label'))).length") == 0  # fmt: skip
+        assert (
+            page.value(
+                "[...document.querySelectorAll('button, input')].filter(e => !(e.textContent.trim() || "
+                "e.getAttribute('aria-label') || e.closest('label'))).length"
+            )
+            == 0
+        )
         assert page.value("[...document.querySelectorAll('table')].every(t => t.querySelector('th[scope=col]'))")
         assert page.value("[...document.querySelectorAll('.scroll')].every(e => e.tabIndex === 0 && e.ariaLabel)")
         assert page.value("new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size") == page.value(

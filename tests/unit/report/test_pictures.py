@@ -28,9 +28,15 @@ def made_batch(count: int = 3) -> Batch:
     ids = build_tokenizer()(["a red star", "naïve 東京 <b>", ""], 77)
     return Batch(
         torch.randint(256, (2, count, 3, 64, 64), dtype=torch.uint8, generator=random),
-        torch.randint(256, (count, 3, 64, 64), dtype=torch.uint8, generator=random), torch.zeros(3, count, 4),
-        Photometric(np.zeros((2, count, 1), np.float32)), torch.zeros(2, count, 16), ids, torch.arange(count), 0, {},
-    )  # fmt: skip
+        torch.randint(256, (count, 3, 64, 64), dtype=torch.uint8, generator=random),
+        torch.zeros(3, count, 4),
+        Photometric(np.zeros((2, count, 1), np.float32)),
+        torch.zeros(2, count, 16),
+        ids,
+        torch.arange(count),
+        0,
+        {},
+    )
 
 
 @pytest.fixture()

@@ -173,8 +173,12 @@ def test_ticks_are_round(low: float, high: float, is_log: bool, found: list[floa
 
 def test_words() -> None:
     assert [charts.number(x) for x in (0, 0.25, 12345.6, 4.1e-6, float("nan"))] == [
-        "0", "0.25", "12,346", "4.1e-6", "none",
-    ]  # fmt: skip
+        "0",
+        "0.25",
+        "12,346",
+        "4.1e-6",
+        "none",
+    ]
     assert flat({"a": {"b": 1, "c": [{"d": 2}]}, "e": [1, 2]}) == {"a.b": 1, "a.c.0.d": 2, "e": [1, 2]}
 
 

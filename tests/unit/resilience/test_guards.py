@@ -55,8 +55,9 @@ def test_a_loss_that_is_not_finite_is_refused_and_its_samples_named() -> None:
         assert not guards.admit(losses_of(loss, bad)) and not guards.admitted
     guards.admit(losses_of(math.nan, (0, 2)))
     guards.account(11, False, IDS)
-    assert reported == [("non_finite_loss", "step 11: non-finite loss, from rank 0",
-                     {"key": "5,7", "action": "skipped on all ranks"})]  # fmt: skip
+    assert reported == [
+        ("non_finite_loss", "step 11: non-finite loss, from rank 0", {"key": "5,7", "action": "skipped on all ranks"})
+    ]
     assert feed(guards, [1.0]) == [True] and guards.skipped_in_a_row == 0 and guards.skipped == 1
     guards.admit(losses_of(math.nan, (1,)))
     guards.account(13, False, IDS)

@@ -13,11 +13,15 @@ import pytest
 
 from amclip_ds.resilience import watch_ranks
 
-TRAINING = 'Current thread 0x1 (most recent call first):\n  File "x/step.py", line 9 in train_step\n' \
-           '  File "x/__main__.py", line 8 in <module>\n'  # fmt: skip
-WAITING = 'Thread 0x2 (most recent call first):\n  File "x/threading.py", line 3 in wait\n\n' \
-          'Current thread 0x1 (most recent call first):\n  File "t/distributed_c10d.py", line 7 in all_reduce\n' \
-          '  File "x/step.py", line 12 in train_step\n  File "x/__main__.py", line 8 in <module>\n'  # fmt: skip
+TRAINING = (
+    'Current thread 0x1 (most recent call first):\n  File "x/step.py", line 9 in train_step\n'
+    '  File "x/__main__.py", line 8 in <module>\n'
+)
+WAITING = (
+    'Thread 0x2 (most recent call first):\n  File "x/threading.py", line 3 in wait\n\n'
+    'Current thread 0x1 (most recent call first):\n  File "t/distributed_c10d.py", line 7 in all_reduce\n'
+    '  File "x/step.py", line 12 in train_step\n  File "x/__main__.py", line 8 in <module>\n'
+)
 
 
 def rank(number: int, **facts: Any) -> dict[str, Any]:
@@ -82,8 +86,9 @@ def start(place: Path, number: int, *more: str, limit_s: float = 5.0) -> subproc
 def watching(place: Path, run: Path, ranks: list[int]) -> subprocess.Popen:
     settings = {"run": str(run), "attempt": 4, "ranks": ranks, "node": 0, "num_nodes": 1, "host": "h", "poll_s": 0.1}
     (place / "settings.json").write_text(json.dumps(settings))
-    return subprocess.Popen([sys.executable, "-I", "-S", watch_ranks.__file__, str(place)], stderr=subprocess.PIPE,
-                            text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", watch_ranks.__file__, str(place)], stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for_beats(place: Path, count: int) -> None:

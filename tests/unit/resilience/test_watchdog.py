@@ -45,8 +45,9 @@ def test_a_killed_watch_comes_back_and_is_recorded(watched: Watchdog, tmp_path: 
     for _ in range(2):
         os.kill(first, signal.SIGKILL)
         first = wait_for_another(watched, first)
-    with Record(tmp_path, LogConfig(tensorboard=False), rank=0, world_size=1, attempt=0, total_steps=5,
-                samples_per_epoch=10) as record:  # fmt: skip
+    with Record(
+        tmp_path, LogConfig(tensorboard=False), rank=0, world_size=1, attempt=0, total_steps=5, samples_per_epoch=10
+    ) as record:
         watched.tell_slow_ranks(record)
         watched.tell_slow_ranks(record)
     rows = read_lines(tmp_path / "incidents.jsonl")
