@@ -10,18 +10,17 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# These look at a whole tensor (its norm, its factors): wrong on a shard of one, so they need ZeRO stage 0.
-WHOLE_TENSOR = frozenset({"lamb", "adafactor", "muon"})
 ALIGNED = 8  # bf16 numbers in 16 bytes
-NAMES = ("adamw", "sgd", "lion", "lamb", "adafactor", "muon")
+NAMES = ("adamw", "muon", "lion", "sgd")
+MUON_RMS = 0.2  # of an update's elements, about AdamW's: so both take the same learning rate and decay
 
 
 @dataclass
 class OptimConfig:
     name: str = "adamw"
-    """adamw | sgd | lion | lamb | adafactor | muon. The last three look at whole tensors: only at ZeRO stage 0."""
+    """adamw | muon | lion | sgd. muon: the matrices of the towers' blocks, all else by adamw. sgd: exactness tests."""
     lr: float = 5e-4
-    """Peak learning rate."""
+    """Peak learning rate. muon takes adamw's; lion wants a third to a tenth of it, and as much more weight_decay."""
     weight_decay: float = 0.5
     """Decoupled weight decay; not applied to biases, norms and other one-dimensional parameters."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
@@ -29,7 +28,7 @@ class OptimConfig:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     momentum: float = 0.9
-    """Momentum of sgd and muon; the others do not read it."""
+    """Momentum of sgd and muon (0.95 there); the others do not read it."""
     warmup_steps: int = 2000
     """Updates over which the learning rate grows linearly from warmup_start_lr to lr."""
     warmup_start_lr: float = 1e-6
@@ -37,7 +36,7 @@ class OptimConfig:
     final_lr: float = 1e-5
     """Where the cosine ends."""
     clip_grad_norm: float = 0.0
-    """Largest norm of the whole gradient; 0: no clipping."""
+    """Largest norm of the whole gradient; 0: no clipping. muon's updates have a size of their own: 0 alone."""
     layer_decay: float = 1.0
     """Each tower block's learning rate is this times that of the block after it; 1: all alike."""
     vision_lr_scale: float = 1.0
@@ -66,6 +65,11 @@ class OptimConfig:
         ):
             if getattr(self, key) < 0:
                 raise ValueError(f"optim.{key}: {getattr(self, key)} must be 0 or more")
+        if self.name == "muon" and self.clip_grad_norm:
+            raise ValueError(
+                "optim.clip_grad_norm: muon makes each update as large as its learning rate says, whatever the"
+                " gradient's norm; set 0"
+            )
 
 
 def lr_at(updates: int, total_updates: int, config: OptimConfig) -> float:
@@ -119,8 +123,9 @@ def parameter_groups(
     config: OptimConfig,
     starts: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters by weight decay and learning-rate scale, each group {params, names, weight_decay, lr,
-    lr_scale, start}. Whoever sets the learning rate gives a group lr * lr_scale, and 0 before its start.
+    """The trainable parameters by optimizer, weight decay, learning-rate scale and start, each group {params, names,
+    use_muon, weight_decay, lr, lr_scale, start}. Whoever sets the learning rate gives a group lr * lr_scale, and 0
+    before its start.
 
     starts: objective -> the share of the run after which it begins.
 
@@ -131,20 +136,41 @@ def parameter_groups(
     """
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     depths = {tower: _depth(tower, (name for name, _ in named)) for tower in ("vision", "text")}
-    groups: dict[tuple[float, float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, float, bool], dict[str, Any]] = {}
     for name, parameter in sorted(named, key=lambda item: _is_odd(item[1])):
-        # Under ZeRO-3 a parameter is an empty vector between its uses; its true shape is ds_shape.
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        decay = config.weight_decay if dimensions >= 2 else 0.0
-        scale = lr_scale(name, depths, config)
+        shape = shape_of(parameter)
+        use_muon = config.name == "muon" and is_hidden_matrix(name, shape)
+        larger = muon_scale(shape) if use_muon else 1.0
+        decay = config.weight_decay / larger if len(shape) >= 2 else 0.0  # the decay is not larger: it is times lr too
+        scale = lr_scale(name, depths, config) * larger
         of_objective = name.split(".")[1] if name.startswith("objectives.") else ""
         start = (starts or {}).get(of_objective, 0.0)
-        fresh = {"params": [], "names": [], "weight_decay": decay, "lr": config.lr * scale, "lr_scale": scale,
-                 "start": start}  # fmt: skip
-        group = groups.setdefault((decay, scale, start), fresh)
+        fresh = {"params": [], "names": [], "use_muon": use_muon, "weight_decay": decay, "lr": config.lr * scale,
+                 "lr_scale": scale, "start": start}  # fmt: skip
+        group = groups.setdefault((decay, scale, start, use_muon), fresh)
         group["params"].append(parameter)
         group["names"].append(name)
     return sorted(groups.values(), key=lambda group: _is_odd(group["params"][-1]))
+
+
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """The true shape: under ZeRO-3 a parameter is an empty vector between its uses, and this is its ds_shape."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def is_hidden_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether Muon takes a parameter: the matrices of the towers' blocks. Embeddings, projections and heads are
+    adamw's, as its authors have it."""
+    return len(shape) == 2 and _block(name) is not None
+
+
+def muon_scale(shape: tuple[int, ...]) -> float:
+    """Factor on the learning rate that gives an update of [rows, columns] elements of root mean square MUON_RMS
+    (Moonlight, arXiv 2502.16982, section 2.2).
+
+    An orthogonal update's is 1 / sqrt(max(rows, columns)), and DeepSpeed multiplies it by sqrt(max(1, rows / columns)).
+    """
+    return MUON_RMS * math.sqrt(shape[1])
 
 
 def _is_odd(parameter: Any) -> bool:
@@ -182,7 +208,8 @@ def _depth(tower: str, names: Iterable[str]) -> int:
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> "torch.optim.Optimizer":
-    """The optimizer of config.name over the groups of parameter_groups; torch's own, or timm's where torch has none."""
+    """The optimizer of config.name over the groups of parameter_groups: torch's own, timm's Lion. Muon, which is
+    DeepSpeed's, is built by engine/muon.py."""
     import torch  # here: whoever only reads a config needs none of it
 
     betas = (config.betas[0], config.betas[1])
@@ -191,12 +218,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> "torch
         return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True, lr=lr, weight_decay=decay)
     if config.name == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, lr=lr, weight_decay=decay)
-    if config.name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=lr, weight_decay=decay)
-    from timm.optim import Lamb, Lion, Muon  # here: timm costs seconds to import
+    assert config.name == "lion"
+    from timm.optim import Lion  # here: timm costs seconds to import
 
-    if config.name == "lion":
-        return Lion(groups, betas=betas, lr=lr, weight_decay=decay)
-    if config.name == "lamb":
-        return Lamb(groups, betas=betas, eps=config.eps, lr=lr, weight_decay=decay)
-    return Muon(groups, momentum=config.momentum, betas=betas, lr=lr, weight_decay=decay)
+    return Lion(groups, betas=betas, lr=lr, weight_decay=decay)

@@ -42,13 +42,16 @@ class CheckpointState:
     """what was overridden since the run began"""
 
 
-def of_engines(student: "StudentEngine", teacher: "Teacher | None") -> CheckpointState:
-    """The tensors of the engines; the caller adds `small` and what describes the run. No communication."""
+def of_engines(student: "StudentEngine", teacher: "Teacher | None", to_fill: bool = False) -> CheckpointState:
+    """The tensors of the engines; the caller adds `small` and what describes the run. No communication.
+
+    to_fill: for a load, which must also write what other ranks save (`shards.optimizer_shards`).
+    """
     engine, named = student.engine, dict(student.module.named_parameters())
     frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
     sharded = {"master": shards.master_shards(engine), "frozen": shards.forward_shards(frozen)}
     replicated = {f"student.{name}": buffer for name, buffer in persistent_buffers(student.module).items()}
-    for name, moments in shards.optimizer_shards(engine).items():
+    for name, moments in shards.optimizer_shards(engine, to_fill).items():
         for key, shard in moments.items():
             sharded.setdefault(key, {})[name] = shard
     whole = {"frozen"} if student.stage < 3 else set()
@@ -69,7 +72,7 @@ def ready_to_fill(student: "StudentEngine", teacher: "Teacher | None", has_momen
     """`of_engines` for a load. has_moments: of the checkpoint: then the optimizer's state must exist to be filled."""
     if has_moments:
         shards.create_optimizer_state(student.engine)
-    return of_engines(student, teacher)
+    return of_engines(student, teacher, to_fill=True)
 
 
 def bring_up_to_date(student: "StudentEngine", teacher: "Teacher | None", small: dict[str, Any]) -> None:

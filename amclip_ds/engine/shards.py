@@ -4,6 +4,7 @@
 After masters were written, `refresh_from_masters` brings the weights that the forward reads up to date.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,14 +46,15 @@ def forward_shards(parameters: Mapping[str, nn.Parameter]) -> dict[str, Shard]:
     return {name: shard for name, shard in found.items() if shard is not None}
 
 
-def optimizer_shards(engine: Any) -> dict[str, dict[str, Shard]]:
+def optimizer_shards(engine: Any, to_fill: bool = False) -> dict[str, dict[str, Shard]]:
     """This rank's optimizer moments: name -> state key (exp_avg, ...) -> Shard aligned with the master's.
 
-    Empty before the first step or `create_optimizer_state`. Stage 0: each parameter's own states, whole; their size may
-    differ from the parameter's (Adafactor's factors).
+    Empty before the first step or `create_optimizer_state`. Stage 0: each parameter's own states, whole. to_fill: all
+    that must be written by a load: where Muon keeps whole matrices on several ranks, whole on each.
     """
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-    found = {name: _moments(engine, p) for name, p in trained.items() if _shard(p, None) is not None}
+    offsets = _muon_offsets(engine)
+    found = {name: _moments(engine, p, offsets, to_fill) for name, p in trained.items() if _shard(p, None) is not None}
     return {name: moments for name, moments in found.items() if moments}
 
 
@@ -70,18 +72,20 @@ def create_optimizer_state(engine: Any) -> None:
 
     For a load, which then overwrites masters, moments and counters. Nothing happens where the state exists.
     """
-    base = base_optimizer(engine)
-    if base.state:
-        return
+    base, zero = base_optimizer(engine), engine.optimizer
     groups = base.param_groups
+    if hasattr(zero, "params_in_partition"):  # Muon's buffers are made beside its step; at stage 3 they are there
+        for number, group in enumerate(groups):
+            if group["use_muon"]:
+                zero._muon_momentum_buffer(zero.params_in_partition[number], number, zero.dtype, zero.device)
     for group, flats in zip(groups, _flat_masters(engine), strict=True):
         for flat in flats:
+            if base.state.get(flat):
+                continue
             kept, flat.grad = flat.grad, torch.zeros_like(flat)
             base.param_groups = [group | {"params": [flat], "lr": 0.0, "weight_decay": 0.0}]
             base.step()
             flat.grad = kept
-            if "step" in base.param_groups[0]:
-                group.setdefault("step", 0)
     base.param_groups = groups
 
 
@@ -94,9 +98,6 @@ def optimizer_counters(engine: Any) -> dict[str, float]:
                 continue
             if found.setdefault(key, float(value)) != float(value):
                 raise RuntimeError(f"the optimizer's {key} differs between parameters: {found[key]}, {float(value)}")
-    for group in base_optimizer(engine).param_groups:
-        if isinstance(group.get("step"), int):  # timm's optimizers count per group
-            found["step"] = float(group["step"])
     return found
 
 
@@ -111,9 +112,6 @@ def set_optimizer_counters(engine: Any, counters: Mapping[str, float]) -> None:
                 state[key].fill_(counters[key])
             else:
                 state[key] = type(state[key])(counters[key])
-    for group in base_optimizer(engine).param_groups:
-        if isinstance(group.get("step"), int):
-            group["step"] = int(counters["step"])
 
 
 def _flat_masters(engine: Any) -> list[list[Tensor]]:
@@ -127,7 +125,19 @@ def _flat_masters(engine: Any) -> list[list[Tensor]]:
     return [list(group["params"]) for group in base_optimizer(engine).param_groups]
 
 
-def _moments(engine: Any, parameter: Any) -> dict[str, Shard]:
+def _muon_offsets(engine: Any) -> dict[int, int]:
+    """At stages 1 and 2: id of a Muon parameter -> where its matrix begins in its group's momentum buffer, which holds
+    all matrices that this rank's part of the masters touches, whole, one after another."""
+    zero, found = engine.optimizer, dict[int, int]()
+    for number, group in enumerate(base_optimizer(engine).param_groups):
+        if group["use_muon"] and hasattr(zero, "params_in_partition"):
+            sizes = [parameter.numel() for parameter in zero.params_in_partition[number]]
+            starts = itertools.accumulate(sizes, initial=0)
+            found |= {id(p): start for p, start in zip(zero.params_in_partition[number], starts)}
+    return found
+
+
+def _moments(engine: Any, parameter: Any, muon_offsets: Mapping[int, int], to_fill: bool) -> dict[str, Shard]:
     """State key -> Shard, read from torch's state itself: DeepSpeed links only the first parameter group's at stages 1
     and 2 (lazy_init_hp_params_optimizer_state runs once, after the first group's step)."""
     states, zero = base_optimizer(engine).state, engine.optimizer
@@ -138,13 +148,17 @@ def _moments(engine: Any, parameter: Any) -> dict[str, Shard]:
     if not hasattr(parameter, "_hp_mapping"):
         whole = {key: value for key, value in states.get(parameter, {}).items() if torch.is_tensor(value)}
         return {k: Shard(v.view(-1), 0, v.numel(), v.numel()) for k, v in whole.items() if v.dim() > 0}
-    mapping = parameter._hp_mapping
+    mapping, numel = parameter._hp_mapping, parameter.numel()
     flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
     held, place = mapping.hp_fragment_address, mapping.lp_fragment_address
+    state = {key: value for key, value in states.get(flat, {}).items() if torch.is_tensor(value) and value.dim() > 0}
+    if id(parameter) in muon_offsets:
+        start, length = (0, numel) if to_fill else (place.start, place.numel)
+        begin = muon_offsets[id(parameter)] + start
+        return {key: Shard(value.narrow(0, begin, length), start, length, numel) for key, value in state.items()}
     return {
-        key: Shard(value.narrow(0, held.start, held.numel), place.start, place.numel, parameter.numel())
-        for key, value in states.get(flat, {}).items() if torch.is_tensor(value) and value.shape == flat.shape
-    }  # fmt: skip
+        key: Shard(v.narrow(0, held.start, held.numel), place.start, place.numel, numel) for key, v in state.items()
+    }
 
 
 def _shard(parameter: Any, key: str | None) -> Shard | None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from amclip_ds.comm import Comm
 from amclip_ds.engine import shards
 from amclip_ds.engine.compile import compile_towers, mode_of
-from amclip_ds.engine.ds_config import EngineConfig, is_offloaded, read_ds_config, stage_of
+from amclip_ds.engine.ds_config import NO_COMPILE, EngineConfig, is_offloaded, read_ds_config, stage_of
+from amclip_ds.engine.muon import NormBeforeMuon, build_muon, eager_kernels, with_muon
 from amclip_ds.engine.offload import build_cpu_adam
 from amclip_ds.engine.runtime import Runtime
-from amclip_ds.errors import UserError
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets, Terms, ViewGroup
@@ -24,7 +24,7 @@ from amclip_ds.model.init import Start, init_tensor, initialise, persistent_buff
 from amclip_ds.model.savings import Savings
 from amclip_ds.objectives import Chosen, builder, start_of
 from amclip_ds.objectives.base import start_of as start_share
-from amclip_ds.optim import WHOLE_TENSOR, OptimConfig, build_optimizer, parameter_groups
+from amclip_ds.optim import OptimConfig, build_optimizer, parameter_groups
 
 LOGIT_SCALE_RANGE = (0.0, math.log(100.0))
 
@@ -51,11 +51,8 @@ class StudentEngine:
 
         ds = read_ds_config(engine)
         self.stage = stage_of(ds)
-        if self.stage > 0 and optim.name in WHOLE_TENSOR:
-            raise UserError(
-                f"optim.name: {optim.name} looks at whole tensors, and {engine.deepspeed} is ZeRO stage {self.stage},"
-                f" which cuts them up; use adamw, sgd or lion, or a stage 0 file"
-            )
+        if optim.name == "muon":
+            ds = with_muon(ds, engine.deepspeed)
         self.dtype = torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32
         self.ds_config = ds | {
             "train_micro_batch_size_per_gpu": 1,  # the batch is ours: one backward, or GradCache's, is one step
@@ -79,17 +76,21 @@ class StudentEngine:
         starts = {name: start_share(options) for name, options in objectives.items()}
         groups = parameter_groups(module.named_parameters(), optim, starts)
         self.in_host_memory = in_host_memory = is_offloaded(ds, "offload_optimizer")
-        optimizer = (
-            build_cpu_adam(groups, optim, engine.deepspeed, runtime)
-            if in_host_memory
-            else build_optimizer(groups, optim)
-        )
+        optimizer: torch.optim.Optimizer
+        if in_host_memory:
+            optimizer = build_cpu_adam(groups, optim, engine.deepspeed, runtime)
+        elif optim.name == "muon":
+            optimizer = build_muon(groups, optim)
+        else:
+            optimizer = build_optimizer(groups, optim)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.ds_config, dist_init_required=False
         )
         self.engine.stage_number = self.stage
         if self.stage in (1, 2) and not in_host_memory:
             trust_the_norm(self.engine.optimizer)
+        self._muon_is_eager = optim.name == "muon" and self.compile_mode == NO_COMPILE
+        self._muon_norm = NormBeforeMuon(self.engine.optimizer) if optim.name == "muon" and self.stage else None
         for buffer in module.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.float()
@@ -140,13 +141,14 @@ class StudentEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of this rank's loss, averaged over the ranks."""
-        self.engine.backward(loss)
+        with eager_kernels(self._muon_is_eager):
+            self.engine.backward(loss)
 
     @contextlib.contextmanager
     def several_backwards(self) -> Iterator[None]:
         """Inside, many backward calls make one gradient (GradCache), which is reduced over the ranks at the end."""
         if self.stage > 0:
-            with self.engine.coalesce_grad_reduction():
+            with eager_kernels(self._muon_is_eager), self.engine.coalesce_grad_reduction():
                 yield
             return
         with self.engine.no_sync():
@@ -163,10 +165,11 @@ class StudentEngine:
 
     def step(self) -> StepOutcome:
         """One optimizer step, unless the gradient is not finite: then nothing changes, on all ranks."""
-        if self.stage == 0:
-            return self._step_at_stage_0()
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm()
+        with eager_kernels(self._muon_is_eager):
+            if self.stage == 0:
+                return self._step_at_stage_0()
+            self.engine.step()
+        norm = self._muon_norm.norm() if self._muon_norm else self.engine.get_global_grad_norm()
         return StepOutcome(bool(self.engine.was_step_applied()), float("nan") if norm is None else float(norm))
 
     def _step_at_stage_0(self) -> StepOutcome:
