@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 ALIGNED = 8  # bf16 numbers in 16 bytes
 NAMES = ("adamw", "muon", "lion", "sgd")
+REFERENCE_LR, REFERENCE_BATCH = 5e-4, 4096  # CLIP's and A-CLIP's for adamw
 MUON_RMS = 0.2  # of an update's elements, about AdamW's: so both take the same learning rate and decay
 
 
@@ -78,6 +79,11 @@ def lr_at(updates: int, total_updates: int, config: OptimConfig) -> float:
         return config.warmup_start_lr + (config.lr - config.warmup_start_lr) * updates / config.warmup_steps
     progress = (updates - config.warmup_steps) / max(1, total_updates - config.warmup_steps)
     return cosine(config.lr, config.final_lr, progress)
+
+
+def scaled_lr(global_size: int) -> float:
+    """What the reference's peak for adamw comes to at another batch, by the square root (arXiv 2205.10287)."""
+    return REFERENCE_LR * math.sqrt(global_size / REFERENCE_BATCH)
 
 
 class MomentumRange(Protocol):

@@ -10,7 +10,7 @@ from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.sources import check_inputs
-from amclip_ds.engine.ds_config import read_ds_config
+from amclip_ds.engine.ds_config import check_optimizer, read_ds_config
 from amclip_ds.errors import UserError
 from amclip_ds.model.config import check_teacher_fits, other_width
 
@@ -24,7 +24,7 @@ OUTPUT = (".out", ".err", ".log")
 def check(config: TrainConfig, resume: str = "auto") -> None:
     """Raises UserError for a start that could only fail later: run folder, data, DeepSpeed's file, weights, W&B."""
     check_folder(Path(config.run.out))
-    read_ds_config(config.engine)
+    check_optimizer(read_ds_config(config.engine), config.engine.deepspeed, config.optim.name)
     if config.model.vision.name not in settings.shipped_towers():
         settings.check_buildable(config)  # only timm knows the name, and it loads torch
     check_inputs(config.data, config.eval.data)

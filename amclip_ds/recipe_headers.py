@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PARTS = ("Group", "Source", "Changes", "Numbers", "Inferred")
-GROUPS = ("the paper's table", "masks that came after", "other objectives", "second stages")
+GROUPS = ("the paper's table", "masks that came after", "other objectives", "other optimizers", "second stages")
 FOLDER = Path(__file__).parent / "recipes" / "methods"
 
 

@@ -13,11 +13,11 @@ from amclip_ds.config import TrainConfig
 from amclip_ds.doctor import FAIL, OK, WARN, Check, Finding
 from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.jsonl import read
+from amclip_ds.optim import REFERENCE_BATCH, REFERENCE_LR, scaled_lr
 
 EARLY = 20  # steps: before them nothing is judged
 AT_CHANCE = 0.97  # of ln(candidates): a loss above it knows no pair
 CEILING, FLOOR = 99.0, 1.05  # of the logit scale, which is held in [1, 100]
-REFERENCE_LR, REFERENCE_BATCH = 5e-4, 4096  # CLIP's and A-CLIP's for AdamW
 LR_RANGE = (1 / 100, 40.0)  # times the reference, scaled by the root of the batch; demos are at the upper end
 SKIPPED = 0.05
 SAMPLED = 512
@@ -100,11 +100,11 @@ def _learning_rate(rows: list[dict[str, Any]], config: TrainConfig) -> Iterator[
     if steps is not None and optim.warmup_steps >= steps:
         said = f"warm-up takes {optim.warmup_steps} steps and the run has {steps}: optim.lr is never reached"
         yield Finding("learning rate", FAIL, said, f"optim.warmup_steps={max(1, steps // 20)}")
-    reference = REFERENCE_LR * math.sqrt(config.batch.global_size / REFERENCE_BATCH)
+    reference = scaled_lr(config.batch.global_size)
     factor = optim.lr / reference
     said = f"optim.lr={optim.lr:g} at batch.global_size={config.batch.global_size}"
     known = f"{REFERENCE_LR:g} at {REFERENCE_BATCH}, {reference:.1g} here by the root of the batch"
-    if optim.name not in ("adamw", "lamb"):
+    if optim.name not in ("adamw", "muon"):
         yield Finding("learning rate", OK, f"{said} ({optim.name}: no reference is known)")
     elif factor > LR_RANGE[1]:
         yield Finding(

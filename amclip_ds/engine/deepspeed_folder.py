@@ -69,6 +69,8 @@ def read_deepspeed_folder(folder: Path, tag: str | None = None) -> DeepSpeedFold
         frozen = {name: value for name, value in whole(flats, frozen=True).items() if name not in masters}
         tensors = {"master": masters, "frozen": frozen}
         first: dict[str, Any] = next(iter(inner[0].values()), {})
+        if len({frozenset(state) for states in inner for state in states.values()}) > 1:
+            raise UserError(f"{place}: its groups have different states (of Muon?), whose layout is not known here")
         for key in [key for key, value in first.items() if torch.is_tensor(value) and value.dim() > 0]:
             moments = [
                 [states[index][key][: flat.numel()] for index, flat in enumerate(groups)]

@@ -85,6 +85,19 @@ def validation_errors(ds: dict[str, Any], config: EngineConfig) -> Iterator[str]
         yield f"is not tested here{named}; engine.allow_untested=true uses it all the same"
 
 
+def check_optimizer(ds: dict[str, Any], file: str, name: str) -> None:
+    """Raises UserError for an optimizer that cannot step under a DeepSpeed config."""
+    if is_offloaded(ds, "offload_optimizer") and name != "adamw":
+        raise UserError(
+            f"optim.name: {name} cannot step in host memory, where {file} keeps the optimizer; use adamw, or a"
+            f" file without _offload"
+        )
+    zero = ds.get("zero_optimization", {})
+    found = [key for key in UNTESTED if zero.get(key) is True or int(zero.get(key) or 0) > 1]
+    if name == "muon" and found:
+        raise UserError(f"optim.name: muon reads whole gradients, and {file} sets {', '.join(found)}; use adamw")
+
+
 def stage_of(ds: dict[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed config."""
     return int(ds.get("zero_optimization", {}).get("stage", 0))

@@ -25,6 +25,7 @@ def measured_model_state(student: StudentEngine, teacher: "Teacher | None") -> d
     masters = [p for group in base.param_groups for p in group["params"]] if student.stage else []
     masters += getattr(optimizer, "fp32_partitioned_groups_flat", [])
     moments = [value for state in base.state.values() for value in state.values() if torch.is_tensor(value)]
+    moments += [staged for staged, _ in getattr(optimizer, "_muon_pending_momentum", {}).values()]
     seen: set[int] = set()
     return {
         "parameters": storage_bytes(weights, seen),

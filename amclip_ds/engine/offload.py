@@ -31,16 +31,11 @@ BUILD = "from deepspeed.ops.op_builder import CPUAdamBuilder; print(CPUAdamBuild
 def build_cpu_adam(
     groups: list[dict[str, Any]], config: OptimConfig, file: str, runtime: Runtime
 ) -> torch.optim.Optimizer:
-    """AdamW over host memory. Raises UserError for another optimizer, and where its op cannot be compiled here.
+    """AdamW over host memory. Raises UserError where its op cannot be compiled here.
 
     The first use compiles the op into TORCH_EXTENSIONS_DIR (a C++ compiler is needed), by one rank a node. Collective:
     every rank must call.
     """
-    if config.name != "adamw":
-        raise UserError(
-            f"optim.name: {config.name} cannot step in host memory, where {file} keeps the optimizer; use adamw, or a"
-            f" file without _offload"
-        )
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from amclip_ds.comm import Comm
 from amclip_ds.engine import shards
 from amclip_ds.engine.compile import compile_towers, mode_of
-from amclip_ds.engine.ds_config import NO_COMPILE, EngineConfig, is_offloaded, read_ds_config, stage_of
+from amclip_ds.engine.ds_config import NO_COMPILE, EngineConfig, check_optimizer, is_offloaded, read_ds_config, stage_of
 from amclip_ds.engine.muon import NormBeforeMuon, build_muon, eager_kernels, with_muon
 from amclip_ds.engine.offload import build_cpu_adam
 from amclip_ds.engine.runtime import Runtime
@@ -51,8 +51,9 @@ class StudentEngine:
 
         ds = read_ds_config(engine)
         self.stage = stage_of(ds)
+        check_optimizer(ds, engine.deepspeed, optim.name)
         if optim.name == "muon":
-            ds = with_muon(ds, engine.deepspeed)
+            ds = with_muon(ds)
         self.dtype = torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32
         self.ds_config = ds | {
             "train_micro_batch_size_per_gpu": 1,  # the batch is ours: one backward, or GradCache's, is one step

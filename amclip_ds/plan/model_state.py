@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from amclip_ds.compat import COMPAT
 from amclip_ds.config import TrainConfig
 from amclip_ds.engine.ds_config import is_offloaded, read_ds_config, stage_of
-from amclip_ds.optim import parameter_groups
+from amclip_ds.optim import OptimConfig, parameter_groups
 from amclip_ds.plan.shapes import Parameters
 from amclip_ds.plan.work import Work, work_of
 
 PARTS = ("parameters", "gradients", "masters", "moments", "ema", "teacher")
-MOMENTS = {"adamw": 2, "lamb": 2, "lion": 1, "muon": 1, "sgd": 1, "adafactor": 0}
+MOMENTS = {"adamw": 2, "muon": 2, "lion": 1, "sgd": 1}  # muon: of what adamw steps; its matrices have one
 FP32 = 4
 PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold, in elements
 TEXT_ENDS = ("text.embeddings.", "text.final_layer_norm.")  # not averaged by the published code
@@ -30,6 +30,8 @@ class Sizes:
     teacher: int
     held: tuple[int, ...]
     """by rank: of the trained ones, those whose master it holds"""
+    moments: tuple[int, ...]
+    """by rank: bytes of the optimizer's state"""
     averaged: tuple[int, ...]
     """by rank: of the teacher, those whose fp32 master this rank holds"""
     reduced: tuple[int, ...]
@@ -48,12 +50,11 @@ def model_state_of(config: TrainConfig, world_size: int, rank: int | None = None
 def state_of(work: Work, rank: int | None = None) -> dict[str, float]:
     """model_state_of, of a step's work."""
     ds = read_ds_config(work.config.engine)
-    stage, optim = stage_of(ds), work.config.optim
+    stage = stage_of(ds)
     sizes = sizes_of(work, ds.get("zero_optimization", {}).get("stage3_param_persistence_threshold", PERSISTENT))
-    held, averaged, reduced = (
-        max(of) if rank is None else of[rank] for of in (sizes.held, sizes.averaged, sizes.reduced)
+    held, averaged, reduced, moments = (
+        max(of) if rank is None else of[rank] for of in (sizes.held, sizes.averaged, sizes.reduced, sizes.moments)
     )
-    moments = MOMENTS[optim.name] * (optim.momentum > 0 or optim.name != "sgd")
     cut = work.world if stage == 3 else 1  # a rank holds 1/cut of the weights
     placement = work.config.teacher.placement
     is_sharded = placement == "sharded" or (placement == "auto" and stage == 3)
@@ -61,7 +62,7 @@ def state_of(work: Work, rank: int | None = None) -> dict[str, float]:
         "parameters": work.bytes * ((sizes.trained + sizes.frozen) / cut + (sizes.small if cut > 1 else 0)),
         "gradients": work.bytes * reduced,
         "masters": FP32 * held if stage else 0.0,
-        "moments": FP32 * moments * held,
+        "moments": moments,
         "ema": FP32 * averaged,
         "teacher": work.bytes * sizes.teacher / (work.world if is_sharded else 1),
     }
@@ -78,25 +79,51 @@ def sizes_of(work: Work, small: int) -> Sizes:
     teacher = {name: p.numel() for name, p in work.teacher.items()}
     mirrored = () if COMPAT[work.config.compat].averages_text_ends else TEXT_ENDS
     averaged = {name for name in teacher if not name.startswith(mirrored)} if mirrored else set(teacher)
-    groups = [group["names"] for group in parameter_groups(work.student.items(), work.config.optim)]  # type: ignore[arg-type]
+    optim = work.config.optim
+    of_optimizer = parameter_groups(work.student.items(), optim)  # type: ignore[arg-type]
+    groups = [group["names"] for group in of_optimizer]
+    of_muon = [group["names"] for group in of_optimizer if group["use_muon"]]
+    of_others = [group["names"] for group in of_optimizer if not group["use_muon"]]
+    matrices = muon_bytes_by_rank(trained, of_muon, work.world, work.stage, work.bytes)
+    others = held_by_rank(trained, of_others, work.world, work.stage)
     return Sizes(
         trained=sum(trained.values()),
         frozen=sum(p.numel() for p in work.student.values() if not p.requires_grad),
         small=sum(count for count in trained.values() if count <= small),
         teacher=sum(teacher.values()),
         held=held_by_rank(trained, groups, work.world, work.stage),
+        moments=tuple(FP32 * num_moments(optim) * held + muon for held, muon in zip(others, matrices, strict=True)),
         averaged=averaged_by_rank(trained, averaged, groups, work.world, work.stage),
         reduced=reduced_by_rank(trained, groups, work.world, work.stage),
     )
 
 
+def num_moments(optim: OptimConfig) -> int:
+    """How many tensors of a parameter's size an optimizer keeps for it, Muon's matrices aside."""
+    return MOMENTS[optim.name] * (optim.momentum > 0 or optim.name != "sgd")
+
+
+def muon_bytes_by_rank(
+    trained: dict[str, int], groups: list[list[str]], world_size: int, stage: int, gradient_bytes: int
+) -> tuple[int, ...]:
+    """Bytes of the momentum of Muon's matrices that each rank holds: fp32 beside the masters at stages 0 and 3. At 1
+    and 2 in the gradients' dtype, whole wherever some of a matrix lies, and twice: a step works on a copy, which one
+    that is skipped leaves behind."""
+    if stage in (0, 3):
+        return tuple(FP32 * held for held in held_by_rank(trained, groups, world_size, stage))
+    held = [0] * world_size
+    for name, rank, _ in _cut_in_runs(trained, groups, world_size):
+        held[rank] += 2 * gradient_bytes * trained[name]
+    return tuple(held)
+
+
 def held_by_rank(trained: dict[str, int], groups: list[list[str]], world_size: int, stage: int) -> tuple[int, ...]:
-    """Elements of the masters that each rank holds: whole at stage 0; an equal run of each group at 1 and 2, an equal
-    part of each tensor at 3, both rounded up."""
+    """Elements of the masters of these groups that each rank holds: whole at stage 0; an equal run of each group at 1
+    and 2, an equal part of each tensor at 3, both rounded up."""
     if stage == 0:
-        share = sum(trained.values())
+        share = sum(trained[name] for names in groups for name in names)
     elif stage == 3:
-        share = sum(math.ceil(count / world_size) for count in trained.values())
+        share = sum(math.ceil(trained[name] / world_size) for names in groups for name in names)
     else:
         share = sum(_run(trained, names, world_size) for names in groups)
     return (share,) * world_size

@@ -8,10 +8,9 @@ from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
-from amclip_ds.engine.ds_config import DS_CONFIGS, is_offloaded, read_ds_config, stage_of
+from amclip_ds.engine.ds_config import DS_CONFIGS, check_optimizer, is_offloaded, read_ds_config, stage_of
 from amclip_ds.errors import UserError
-from amclip_ds.optim import WHOLE_TENSOR
-from amclip_ds.plan import model_state, work
+from amclip_ds.plan import model_state, optimizer, work
 from amclip_ds.plan.gpus import Gpu, Rate, rate_of
 from amclip_ds.plan.work import Work
 
@@ -90,12 +89,13 @@ def memory_of(step: Work) -> Memory:
         | {
             "gradients": state["gradients"],
             "transient": 0.0 if is_offloaded(ds, "offload_optimizer") or not step.stage else state["masters"],
+            "muon": _muon_bytes(step, ds),
             "buckets": buckets,
         },
         "publish": standing | {"transient": _published_bytes(step)},
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    order = [*model_state.PARTS, "activations", "logits", "images", "photometric", "transient", "buckets"]
+    order = [*model_state.PARTS, "activations", "logits", "images", "photometric", "transient", "muon", "buckets"]
     by_part = {part: float(moments[moment].get(part, 0.0)) for part in order}
     return Memory(state, by_part, moment, acts.towers + acts.objectives)
 
@@ -113,6 +113,20 @@ def _bucket_bytes(step: Work, ds: dict[str, Any]) -> float:
         live = sum(float(zero.get(key, default)) for key, default in LIVE.items())
         total += step.bytes * min(live, elements)
     return total
+
+
+def _muon_bytes(step: Work, ds: dict[str, Any]) -> float:
+    """What orthogonalising holds: at stages 1 and 2 the updates of a rank's matrices beside their gradients, at 3
+    gradients and momenta of as many matrices as fill a bucket, whole, and of each round's largest twice more."""
+    elements, shapes = optimizer.muon_elements(step), optimizer.muon_shapes(step)
+    if not elements or step.stage == 0:
+        return 0.0
+    if step.stage < 3:
+        return step.bytes * elements / step.world
+    sent = work.FP32 if ds.get("communication_data_type") == "fp32" else step.bytes
+    bucket = min(float(ds["zero_optimization"].get("reduce_bucket_size", 5e8)), elements)
+    largest = max(rows * columns for rows, columns in shapes)
+    return sent * (2 * bucket + (2 * largest * step.world if step.world > 1 else 0))
 
 
 def _published_bytes(step: Work) -> float:
@@ -235,6 +249,7 @@ class Plan:
             "samples_from": self.samples_source,
             "checkpoint": checkpoint_of(self),
             "data": data_rate(self),
+            "learning_rate": optimizer.learning_rates(self.config),
             "notes": self.notes,
         }
 
@@ -245,10 +260,12 @@ def make_plan(config: TrainConfig, ask: Ask) -> Plan:
     stages: dict[int, StagePlan] = {}
     impossible = {}
     for number, file in files.items():
-        if number > 0 and config.optim.name in WHOLE_TENSOR:
-            impossible[number] = f"optim.name={config.optim.name} looks at whole tensors: stage 0 alone"
-            continue
         at_stage = dataclasses.replace(config, engine=dataclasses.replace(config.engine, deepspeed=file))
+        try:
+            check_optimizer(read_ds_config(at_stage.engine), file, config.optim.name)
+        except UserError as error:
+            impossible[number] = str(error)
+            continue
         stages[number] = _plan_stage(at_stage, ask, number, file)
     steps, source = _steps(config, ask)
     recommended, words = _recommend(config, ask, stages)
@@ -305,7 +322,9 @@ def communication_bytes(step: Work) -> float:
     sent = work.FP32 if ds.get("communication_data_type") == "fp32" else step.bytes
     elements = model_state.trained_elements(step.student)
     share = (step.world - 1) / step.world
-    gradients = elements * sent * share * (2 if step.stage == 0 else 1)
+    of_muon = optimizer.muon_elements(step) if step.stage == 3 else 0
+    gradients = elements * sent * share * (2 if step.stage == 0 or of_muon else 1)
+    gradients += 4 * of_muon * sent * share  # gradients and momenta are gathered, then updates and momenta again
     passes = {0: 0, 1: 1, 2: 1, 3: 2 * step.batch.splits + (1 if step.batch.splits > 1 else 0)}[step.stage]
     weights = elements * step.bytes * share * passes
     teacher = 0.0
@@ -383,6 +402,8 @@ def _notes(plan: Plan) -> list[str]:
     for name, options in vars(plan.config.loss).items():
         if getattr(options, "weight", 0) and options.start:
             found.append(f"loss.{name} begins after {options.start:.0%} of the run: these are the numbers from then on")
+    if muon := optimizer.muon_note(work.work_of(plan.config, ask.gpus, ask.text_tokens)):
+        found.append(muon)
     share = settings.plan_batch(plan.config.batch, ask.gpus)
     if plan.recommended is not None and share.splits > 1 and chosen.largest_per_gpu == share.local:
         found.append(f"batch.per_gpu={share.local} fits: no accumulation, and no second forward for it")
@@ -402,9 +423,10 @@ def checkpoint_of(plan: Plan) -> dict[str, Any]:
     step = work.work_of(plan.config, plan.ask.gpus, plan.ask.text_tokens)
     trained = model_state.trained_elements(step.student)
     frozen = sum(p.numel() for p in step.student.values() if not p.requires_grad)
-    optim = plan.config.optim
-    moments = model_state.MOMENTS[optim.name] * (optim.momentum > 0 or optim.name != "sgd")
-    total = work.FP32 * (1 + moments) * trained + step.bytes * frozen
+    matrices = optimizer.muon_elements(step)
+    moments = work.FP32 * model_state.num_moments(plan.config.optim) * (trained - matrices)
+    moments += (work.FP32 if step.stage in (0, 3) else step.bytes) * matrices
+    total = work.FP32 * trained + moments + step.bytes * frozen
     for name, parameter in step.teacher.items():
         total += parameter.numel() * (work.FP32 if step.student[name].requires_grad else step.bytes)
     of_rank = total / plan.ask.gpus

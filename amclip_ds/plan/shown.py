@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from amclip_ds.config import plan_batch
 from amclip_ds.plan import work
+from amclip_ds.plan.optimizer import learning_rate_lines
 from amclip_ds.plan.planner import FRAGMENTED, GIB, Plan, StagePlan, checkpoint_of, communication_bytes, data_rate
 from amclip_ds.plan.work import TERA
 
@@ -12,7 +13,7 @@ MEANING = {
     "parameters": "weights in the dtype of the forward",
     "gradients": "those there are at the peak",
     "masters": "fp32 weights of the optimizer",
-    "moments": "of the optimizer, fp32",
+    "moments": "of the optimizer",
     "ema": "the teacher's average, fp32",
     "teacher": "its copy for the forward",
     "activations": "of both towers",
@@ -20,6 +21,7 @@ MEANING = {
     "images": "views and teacher's crop, uint8",
     "photometric": "changed views, fp32",
     "transient": "for a moment, on top",
+    "muon": "updates, and at ZeRO-3 whole matrices, for a moment",
     "buckets": "what ZeRO sends or gathers",
 }
 
@@ -56,6 +58,7 @@ def lines(plan: Plan, recipe: str) -> Iterator[str]:
     yield f"  {'slack':<12}{chosen.memory.slack / GIB:9.2f} GiB  context, and {FRAGMENTED:.0%} of the peak in fragments"
     yield ""
     yield from _cost_lines(plan)
+    yield from learning_rate_lines(plan.config)
     for note in plan.notes:
         yield f"note: {note}"
 
@@ -153,5 +156,5 @@ def explain(plan: Plan) -> Iterator[str]:
         yield f"step = executed FLOP / {rate}, no less than {chosen.rate.launch_s * 1e3:.2f} ms a"
         yield f"  block's pass x {work.block_passes(step):g} passes, + communication"
     yield f"communication of a rank: {communication_bytes(step) / 1e9:,.3f} GB a step / --bandwidth"
-    yield "checkpoint: 4 P (masters) + 4 m P (moments) + w F + 4 T, cut by W; a rank copies 42.7 GB/s"
-    yield "  and writes 0.62 GB/s (measured)"
+    yield "checkpoint: 4 P (masters) + 4 m P (moments; of Muon's matrices one) + w F + 4 T, cut by W; a rank copies"
+    yield "  42.7 GB/s and writes 0.62 GB/s (measured)"

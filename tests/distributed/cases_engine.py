@@ -145,14 +145,15 @@ def _break(run: Run, what: str, split: int) -> None:
         student.encode = other_tokens  # type: ignore[method-assign]
 
 
-def not_finite(ds: str, accumulation: int = 1) -> dict[str, Any]:
+def not_finite(ds: str, accumulation: int = 1, optim: str = "sgd") -> dict[str, Any]:
     """Steps 0 1 X 2 beside 0 1 2, where X has one NaN gradient on the last rank, then a NaN image there.
 
     Returns what each rank saw: decisions, reasons, the incidents, and whether the states are bit for bit alike.
     """
     runtime = engine_runtime.start()
     last = runtime.world_size - 1
-    settings: dict[str, Any] = {"runtime": runtime, "accumulation": accumulation, "guards": {"max_skipped": 3}}
+    settings: dict[str, Any] = {"runtime": runtime, "accumulation": accumulation, "guards": {"max_skipped": 3},
+                                "optim": {"name": optim}}  # fmt: skip
     control = Run(ds, **settings)
     for step in (0, 1, 2):
         control.step(step)

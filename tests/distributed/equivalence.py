@@ -18,7 +18,8 @@ SEED = 1  # 0 meets a ReLU's kink at its sixth step: one rank in pieces parts th
 BATCH = 32  # over fewer samples the heads' batch norm amplifies rounding
 SGD = {"name": "sgd", "lr": 0.01}
 ADAMW = {"name": "adamw", "lr": 2e-4, "weight_decay": 0.05}
-OPTIMIZERS = {"sgd": SGD, "adamw": ADAMW}
+MUON = {"name": "muon", "lr": 2e-3, "momentum": 0.95, "weight_decay": 0.05}
+OPTIMIZERS = {"sgd": SGD, "adamw": ADAMW, "muon": MUON}
 # Their gradient is zero in exact arithmetic, so what they hold is rounding alone: a bias before a batch norm, and the
 # keys' bias, which moves every logit of a row alike (the image tower's is part of qkv.bias, held like the others).
 WITHOUT_GRADIENT = r"objectives\.simclr\.head\.layers\.[03]\.bias|text\.encoder\.layers\.\d+\.self_attn\.k_proj\.bias"
@@ -194,6 +195,7 @@ def table() -> list[Cell]:
                     found.append(Cell(*split, strategy="attentive"))
                     found.append(Cell(*split, strategy="attentive", replays=False))
                     found.append(Cell(*split, optimizer="adamw"))
+                    found.append(Cell(*split, optimizer="muon"))
     references = {cell.reference() for cell in found}
     return [cell for cell in found if cell not in references]
 
@@ -202,7 +204,7 @@ def complaints(cell: Cell, found: Verdict) -> list[str]:
     """What of a cell is outside its tolerance."""
     if cell.is_bf16:
         limits = [("loss", found.loss, seeds_spread(cell.steps))]
-    elif cell.optimizer == "adamw":
+    elif cell.optimizer != "sgd":
         limits = [("loss", found.loss, ADAMW_LOSS)]
     elif not cell.replays and found.flips:
         limits = [("gap", found.gap, SCORE_GAP)]

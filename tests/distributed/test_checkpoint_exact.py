@@ -18,6 +18,11 @@ MATRIX = [
         (1, 2, 3), ("fp32", "bf16"), (1, 2), ("random", "attentive")
     )
 ]
+OTHER_OPTIMIZERS = [
+    (f"zero{stage}_{dtype}.json", optim)
+    for stage, dtype, optim in itertools.product((0, 1, 2, 3), ("fp32", "bf16"), ("muon", "lion"))
+    if stage or dtype == "fp32"
+]
 
 
 def launch(folder: Path, steps: int, world_size: int = 2, **settings: Any) -> list[dict[str, Any]]:
@@ -52,9 +57,18 @@ def test_13_and_27_steps_are_40(tmp_path: Path) -> None:
 )
 def test_13_and_27_steps_are_40_everywhere(ds: str, accumulation: int, strategy: str, tmp_path: Path) -> None:
     """The run that saves after 13 steps continues to 40 itself: that a save disturbs nothing is shown above."""
-    settings = settings_of(ds, accumulation, strategy)
-    whole = launch(tmp_path, CUT, go_on=TOTAL - CUT, **settings)
-    rest = launch(tmp_path, TOTAL - CUT, resume=True, save=False, **settings)
+    check_continued(tmp_path, settings_of(ds, accumulation, strategy))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("ds, optim", OTHER_OPTIMIZERS)
+def test_13_and_27_steps_are_40_with_other_optimizers(ds: str, optim: str, tmp_path: Path) -> None:
+    check_continued(tmp_path, settings_of(ds, 2, "random") | {"optim": optim})
+
+
+def check_continued(folder: Path, settings: dict[str, Any]) -> None:
+    whole = launch(folder, CUT, go_on=TOTAL - CUT, **settings)
+    rest = launch(folder, TOTAL - CUT, resume=True, save=False, **settings)
     for rank in range(2):
         assert rest[rank]["rows"] == whole[rank]["rows"][CUT:]
         assert rest[rank]["loaded"] == whole[rank]["digest"]
@@ -62,13 +76,14 @@ def test_13_and_27_steps_are_40_everywhere(ds: str, accumulation: int, strategy:
 
 
 def test_what_a_load_forgets_is_seen(tmp_path: Path) -> None:
-    """The twins: a load that leaves one part of the state out is caught by what follows."""
-    settings = settings_of("zero2_fp32.json", 1, "attentive")
+    """The twins: a load that leaves one part of the state out is caught by what follows. Muon has every part: its
+    own momentum, of whole matrices, and adamw's of all else."""
+    settings = settings_of("zero2_fp32.json", 1, "attentive") | {"optim": "muon"}
     first = launch(tmp_path, 3, go_on=2, **settings)[0]
     going_on = first["rows"][3:]
     right = launch(tmp_path, 2, resume=True, save=False, **settings)[0]
     assert right["rows"] == going_on
-    for forgotten in ("master", "exp_avg_sq", "ema", "counters"):
+    for forgotten in ("master", "exp_avg_sq", "momentum_buffer", "ema", "counters"):
         broken = launch(tmp_path, 2, resume=True, save=False, forget=(forgotten,), **settings)[0]
         assert broken["rows"] != going_on and broken["loaded"] != first["digest"], forgotten
     broken = launch(tmp_path, 2, resume=True, save=False, forget=("buffers",), **settings)[0]

@@ -10,21 +10,24 @@ from tests.distributed.cases_memory import small_settings
 from tests.harness import run_ranks
 
 FILES = [f"zero{stage}_fp32.json" for stage in range(4)] + [f"zero{stage}_bf16.json" for stage in (1, 2, 3)]
-ALL = [(ds, world_size) for ds in FILES for world_size in (1, 2, 4)]
-SOME = {("zero0_fp32.json", 1), ("zero1_bf16.json", 2), ("zero2_bf16.json", 2), ("zero3_bf16.json", 4)}
+ALL = [(ds, world_size, optim) for ds in FILES for world_size in (1, 2, 4) for optim in ("adamw", "muon", "lion")]
+SOME = {("zero0_fp32.json", 1, "adamw"), ("zero1_bf16.json", 2, "muon"), ("zero2_bf16.json", 2, "adamw"),
+        ("zero3_bf16.json", 4, "muon")}  # fmt: skip
 
 
 @cache
-def by_part(ds: str, world_size: int) -> list[dict[str, dict[str, float]]]:
+def by_part(ds: str, world_size: int, optim: str = "adamw") -> list[dict[str, dict[str, float]]]:
     """By rank: {"measured": part -> bytes, "expected": the formula's}."""
-    return run_ranks("tests.distributed.cases_memory:state_by_part", world_size=world_size, timeout_s=600, ds=ds)
+    case = "tests.distributed.cases_memory:state_by_part"
+    return run_ranks(case, world_size=world_size, timeout_s=600, ds=ds, optim=optim)
 
 
 @pytest.mark.parametrize(
-    ("ds", "world_size"), [pair if pair in SOME else pytest.param(*pair, marks=pytest.mark.nightly) for pair in ALL]
+    ("ds", "world_size", "optim"),
+    [cell if cell in SOME else pytest.param(*cell, marks=pytest.mark.nightly) for cell in ALL],
 )
-def test_model_state_by_part(ds: str, world_size: int) -> None:
-    for rank, found in enumerate(by_part(ds, world_size)):
+def test_model_state_by_part(ds: str, world_size: int, optim: str) -> None:
+    for rank, found in enumerate(by_part(ds, world_size, optim)):
         for part, expected in found["expected"].items():
             measured = found["measured"][part]
             assert relative_difference(measured, expected) < 0.01, (rank, part, measured, expected)

@@ -11,8 +11,10 @@ import pytest
 
 from amclip_ds import config
 from amclip_ds.cli import main
-from amclip_ds.plan import work
+from amclip_ds.optim import NAMES
+from amclip_ds.plan import optimizer, shown, work
 from amclip_ds.plan.gpus import AS_MEASURED, GPUS, MEASURED, Gpu, _work_of, gpu_of, rate_of
+from amclip_ds.plan.model_state import model_state_of
 from amclip_ds.plan.planner import GIB, Ask, Plan, communication_bytes, make_plan, memory_of
 from amclip_ds.plan.work import work_of
 
@@ -110,9 +112,55 @@ def test_nothing_fits() -> None:
     assert found.json()["recommended"] is None
 
 
-def test_an_optimizer_that_looks_at_whole_tensors_is_planned_at_stage_0() -> None:
-    found = plan("aclip-tiny", "optim.name=lamb", "engine.deepspeed=zero0_fp32.json")
-    assert list(found.stages) == [0] and set(found.impossible) == {1, 2, 3} and found.recommended == 0
+def test_an_optimizer_that_cannot_step_in_host_memory_is_planned_where_it_can() -> None:
+    found = plan("aclip-tiny", "optim.name=lion", "engine.deepspeed=zero2_fp32_offload.json")
+    assert list(found.stages) == [0, 1] and set(found.impossible) == {2, 3} and found.recommended in (0, 1)
+    assert "cannot step in host memory" in found.impossible[2]
+
+
+def test_muon_and_lion_hold_less_than_adamw() -> None:
+    """Of ViT-B's 177 M trained parameters 120 matrices of the blocks are Muon's: one moment in place of two; at stages
+    1 and 2 in the gradients' dtype, and twice."""
+    state: dict[str, list[float]] = {}
+    for name in ("adamw", "muon", "lion"):
+        of_stages = [
+            [f"optim.name={name}", f"engine.deepspeed=zero{n}_{'bf16' if n else 'fp32'}.json"] for n in range(4)
+        ]
+        loaded = [config.load("aclip-vitb16", words) for words in of_stages]
+        state[name] = [model_state_of(one, 1)["moments"] for one in loaded]
+        assert optimizer.muon_elements(work_of(loaded[0], 1)) == (name == "muon") * 122_683_392
+    for number in (0, 3):
+        assert state["adamw"][number] - state["muon"][number] == 4 * 122_683_392
+    for number in (1, 2):
+        assert state["adamw"][number] - state["muon"][number] == (8 - 2 * 2) * 122_683_392
+    assert all(state["lion"][number] == state["adamw"][number] / 2 for number in range(4))
+
+
+def test_what_muon_sends_and_computes_beside_the_model() -> None:
+    adamw, muon = (config.load("aclip-vitl16", [f"optim.name={name}"]) for name in ("adamw", "muon"))
+    matrices = optimizer.muon_shapes(work_of(muon, 8))
+    assert (
+        (3072, 1024) in matrices and len(matrices) == 24 * 4 + 12 * 6 and not optimizer.muon_shapes(work_of(adamw, 8))
+    )
+    added = communication_bytes(work_of(muon, 8)) - communication_bytes(work_of(adamw, 8))
+    assert added > 4 * 4 * optimizer.muon_elements(work_of(muon, 8)) * 7 / 8
+    n, m = 1024.0, 3072.0
+    one = 5 * (4 * n * n * m + 2 * n**3)
+    assert optimizer.muon_flops(work_of(muon, 8)) > 24 * one
+    notes = plan("aclip-vitl16", "optim.name=muon").notes
+    assert sum("Newton-Schulz over 168 matrices" in note for note in notes) == 1
+    assert not any("muon" in note for note in plan("aclip-vitl16").notes)
+
+
+def test_learning_rates_for_another_batch() -> None:
+    found = plan("aclip-vitb16", "batch.global_size=16384", "optim.name=muon")
+    rates = found.json()["learning_rate"]
+    assert rates["configured"] == 5e-4 and rates["square_root"] == pytest.approx(1e-3)
+    assert rates["proportion"] == pytest.approx(2e-3) and rates["rule"] == "square root"
+    said = "\n".join(shown.lines(found, "aclip-vitb16"))
+    assert "optim.lr=0.0005 at 16,384 samples a step" in said and "muon: the square root" in said
+    for name in NAMES:
+        assert "learning rate" in "\n".join(shown.lines(plan("aclip-tiny", f"optim.name={name}"), "x"))
 
 
 def test_accumulation_costs_a_second_forward_and_less_memory() -> None:
