@@ -2,12 +2,14 @@
 
     python -m benchmarks.losses --batch 512 --ranks 1 2 4 8 16 --chunk 128
     python -m benchmarks.losses --batch 131072 --ranks 8 --chunk 2048 --repeats 3      # a global batch of 1 M, on a GPU
+    python -m benchmarks.losses --batch 131072 --ranks 8 --chunk 2048 --count          # its bytes alone, anywhere
 
 A rank's work is done as it is among `--ranks` of them, all ranks alike: what would come over the network is a copy of
 what is here. So the memory is a rank's own, and the time its computing; the network's time is not in it (the ring sends
 B x E numbers a rank and tile, forward one, backward two; the gathering as much in all). One row a loss and number of
 ranks: peak bytes beside the features (on a GPU the allocator's, on a CPU those of the tensors that live), the median of
-the forward and backward, and what autograd keeps in between.
+the forward and backward, and what autograd keeps in between. --count runs nothing: tensors without memory are made and
+let go as the loss would, and their bytes counted, so that any size can be asked for.
 """
 
 import argparse
@@ -55,6 +57,9 @@ class Alike(SingleProcess):
 
 def features(views: int, batch: int, width: int, device: torch.device) -> list[Tensor]:
     """images [V, B, E], texts [B, E], scale (1,), bias (1,): leaves."""
+    if device.type == "meta":
+        sizes = ((views, batch, width), (batch, width), (1,), (1,))
+        return [torch.empty(size, device=device, requires_grad=True) for size in sizes]
     draw = torch.Generator(device).manual_seed(0)
     rows = [F.normalize(torch.randn(*shape, width, generator=draw, device=device), dim=-1)
             for shape in ((views, batch), (batch,))]  # fmt: skip
@@ -63,9 +68,10 @@ def features(views: int, batch: int, width: int, device: torch.device) -> list[T
 
 
 def measured(name: str, leaves: list[Tensor], world_size: int, chunk: int, repeats: int) -> dict[str, Any]:
-    """One row."""
+    """One row. The seconds are None where nothing is computed."""
     loss, taken = LOSSES[name]
     given, on_gpu = leaves[:taken], leaves[0].is_cuda
+    repeats = 0 if leaves[0].is_meta else repeats
     kept: dict[int, int] = {}
 
     def once() -> Tensor:
@@ -74,7 +80,7 @@ def measured(name: str, leaves: list[Tensor], world_size: int, chunk: int, repea
         return value
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
     seconds = []
@@ -93,8 +99,15 @@ def measured(name: str, leaves: list[Tensor], world_size: int, chunk: int, repea
         peak = memory.peak_bytes
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss(*given, Alike(world_size), chunk)
-    return {"loss": name, "ranks": world_size, "batch": given[1].shape[0], "chunk": chunk, "peak_mib": peak / 2**20,
-            "kept_mib": sum(kept.values()) / 2**20, "seconds": statistics.median(seconds)}  # fmt: skip
+    return {
+        "loss": name,
+        "ranks": world_size,
+        "batch": given[1].shape[0],
+        "chunk": chunk,
+        "peak_mib": peak / 2**20,
+        "kept_mib": sum(kept.values()) / 2**20,
+        "seconds": statistics.median(seconds) if seconds else None,
+    }
 
 
 def begin(on_gpu: bool) -> None:
@@ -112,17 +125,19 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, default=128, help="loss.chunk")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
+    parser.add_argument("--count", action="store_true", help="count bytes, compute nothing")
     parser.add_argument("--json", help="also write the rows there")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("meta" if args.count else "cuda" if torch.cuda.is_available() else "cpu")
     leaves = features(args.views, args.batch, args.width, device)
     rows = []
     for name in args.losses:
         for world_size in args.ranks:
             rows.append(measured(name, leaves, world_size, args.chunk, args.repeats))
             row = rows[-1]
-            print(f"{name:18} {world_size:4} ranks: peak {row['peak_mib']:9.1f} MiB, kept {row['kept_mib']:8.1f} MiB,"
-                  f" {row['seconds']:8.3f} s", flush=True)  # fmt: skip
+            took = "" if row["seconds"] is None else f", {row['seconds']:8.3f} s"
+            memory = f"peak {row['peak_mib']:9.1f} MiB, kept {row['kept_mib']:8.1f} MiB"
+            print(f"{name:18} {world_size:4} ranks: {memory}{took}", flush=True)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)

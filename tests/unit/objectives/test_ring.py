@@ -13,6 +13,7 @@ from amclip_ds.objectives import ring
 from amclip_ds.objectives.contrastive import info_nce
 from amclip_ds.objectives.sigmoid import sigmoid
 from amclip_ds.objectives.simclr import online_to_online
+from benchmarks import losses as benchmark
 from benchmarks.losses import Alike
 from benchmarks.tensor_memory import TensorMemory
 from tests.unit.thread_ranks import ThreadComm, run_threads
@@ -131,6 +132,18 @@ def test_memory_is_flat_in_the_number_of_ranks(kind: str) -> None:
     print(f"{kind}: peak kB by ranks:", {name: {w: p // 1000 for w, p in of.items()} for name, of in peaks.items()})
     assert peaks["ring"][16] == peaks["ring"][4]  # from 3 on, texts arrive while others are held
     assert peaks["other"][16] > 1.5 * peaks["other"][4]
+
+
+@pytest.mark.parametrize("name", list(benchmark.LOSSES))
+def test_bytes_are_counted_as_they_are_computed(name: str) -> None:
+    """benchmarks/losses.py --count, which docs/results/loss-memory.md has its large batches from."""
+    for world_size, chunk in ((1, 0), (4, 16)):
+        rows = [
+            benchmark.measured(name, benchmark.features(1, 64, 32, torch.device(device)), world_size, chunk, repeats=1)
+            for device in ("cpu", "meta")
+        ]
+        computed, counted = ({key: row[key] for key in ("peak_mib", "kept_mib")} for row in rows)
+        assert counted == computed and rows[1]["seconds"] is None
 
 
 @pytest.mark.parametrize("chunk", [0, 3])
