@@ -117,29 +117,44 @@ def _newest_of(paths: list[Path]) -> str:
 
 
 def verified(path: Path, ranks: Ranks) -> Found:
-    """Checks everything, the reading shared out over the ranks. Collective: every rank must call.
+    """Checks everything: rank 0 what the folder says of itself, all ranks together what its files hold, each file read
+    by one of them. So the work on a shared file system grows with the files, not with files times ranks.
 
-    Raises DamagedError on every rank, of the first problem.
+    Raises DamagedError on every rank, of the first problem. Collective: every rank must call.
     """
-    found: Found | None = None
-    problem: str | None = None
+    described, problem = ranks.from_main(_describe(path) if ranks.is_main else None)
+    if described is None:
+        raise DamagedError(problem)
+    held: Manifest = described[0]
+    largest_first = sorted(held.files, key=lambda name: (-held.files[name]["bytes"], name))
+    own = largest_first[ranks.rank :: ranks.world_size]
+    pieces, problem = manifest.Pieces(), None
+    try:
+        for name in own:
+            pieces += manifest.read_pieces(path, name)
+            manifest.check_random(path, name)
+    except DamagedError as error:
+        problem = str(error)
+    answers = ranks.gather((pieces, problem))
+    _raise_first([problem for _, problem in answers])
+    index = Index(path, held, [piece for pieces, _ in answers for piece in pieces])
+    try:
+        for name in own:
+            manifest.check_hash(path, held, name)
+    except DamagedError as error:
+        problem = str(error)
+    _raise_first(ranks.gather(problem))
+    return under_present_names(Found(path, held, index, *described[1:]))
+
+
+def _describe(path: Path) -> tuple[tuple[Manifest, dict[str, Any], str] | None, str]:
+    """Manifest, counters and settings, with every file there and of its size; or why not."""
     try:
         held = manifest.read(path)
         manifest.check_sizes(path, held)
-        small = manifest.read_trainer(path, held)
-        found = Found(path, held, Index(path, held), small, manifest.read_config(path))
+        return (held, manifest.read_trainer(path, held), manifest.read_config(path)), ""
     except DamagedError as error:
-        problem = str(error)
-    _raise_first(ranks.gather(problem))
-    assert found is not None
-    largest_first = sorted(found.manifest.files, key=lambda name: (-found.manifest.files[name]["bytes"], name))
-    try:
-        for name in largest_first[ranks.rank :: ranks.world_size]:
-            manifest.check_hash(path, found.manifest, name)
-    except DamagedError as error:
-        problem = str(error)
-    _raise_first(ranks.gather(problem))
-    return under_present_names(found)
+        return None, str(error)
 
 
 def under_present_names(found: Found) -> Found:

@@ -123,13 +123,15 @@ def read_config(folder: Path) -> str:
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Every file is there, ordinary and of its size: cheap, no file is read. Raises DamagedError, naming the file."""
+    """Every file is there, ordinary and of its size: one look a file, none is read. Raises DamagedError, naming it."""
+    looked_at: set[Path] = set()
     for name, facts in manifest.files.items():
         path = folder / name
         try:
-            for parent in {path.parent, folder}:
+            for parent in {path.parent, folder} - looked_at:
                 if not stat.S_ISDIR(os.lstat(parent).st_mode):
                     raise DamagedError(f"{parent}: not a folder")
+                looked_at.add(parent)
             found = os.lstat(path)
         except OSError as error:
             raise DamagedError(f"{path}: {'missing' if error.errno == 2 else error.strerror}") from None
@@ -157,15 +159,19 @@ def verify(folder: Path) -> Manifest:
     Index(folder, manifest)  # first: it costs nothing
     for name in manifest.files:
         check_hash(folder, manifest, name)
+        check_random(folder, name)
     read_trainer(folder, manifest)
     return manifest
 
 
+def check_random(folder: Path, name: str) -> None:
+    """Reads a file of a rank's generators; any other is left alone. Raises DamagedError."""
+    if name.startswith("rng/"):
+        trainer_json.check_random(folder / name, read_json(folder / name))
+
+
 def read_trainer(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """trainer.json, checked as the generators' files are. Raises DamagedError."""
-    for name in manifest.files:
-        if name.startswith("rng/"):
-            trainer_json.check_random(folder / name, read_json(folder / name))
+    """trainer.json, checked. Raises DamagedError."""
     path = folder / "trainer.json"
     return trainer_json.check_trainer(path, read_json(path), manifest.step)
 
@@ -181,30 +187,41 @@ class Piece:
     entry: Entry
 
 
+Pieces = list[tuple[tuple[str, str], Piece]]
+"""with the kind and name of the tensor that each is of"""
+
+
+def read_pieces(folder: Path, file: str) -> Pieces:
+    """What a file of tensors' pieces holds, by its header; of any other file nothing. Raises DamagedError."""
+    if "/" not in file or not file.endswith(".safetensors"):
+        return []
+    path, found = folder / file, Pieces()
+    entries, begin = tensorfile.read_header(path)
+    for key, entry in entries.items():
+        kind, name, start, length = parse_key(path, key, entry)
+        if FOLDER_OF_KIND.get(kind, "optim") != file.split("/")[0]:
+            raise DamagedError(f"{path}: holds {kind[:50]!r}, which belongs into another folder")
+        found.append(((kind, name), Piece(start, length, file, begin, entry)))
+    return found
+
+
 class Index:
     """Where each element of each tensor of a checkpoint lies. Raises DamagedError unless all are there, each once."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, held: Pieces | None = None) -> None:
+        """held: of all files, where they were read already."""
         self.folder, self.manifest = folder, manifest
         self.pieces: dict[tuple[str, str], list[Piece]] = {}
-        for file in manifest.files:
-            if "/" in file and file.endswith(".safetensors"):
-                self._add(file)
+        if held is None:
+            held = [piece for file in manifest.files for piece in read_pieces(folder, file)]
+        for key, piece in held:
+            self.pieces.setdefault(key, []).append(piece)
         for kind, names in manifest.tensors.items():
             for name, numel in names.items():
                 self._check_covered(kind, name, numel)
         extra = [key for key in self.pieces if key[1] not in manifest.tensors.get(key[0], {})]
         if extra:
             raise DamagedError(f"{self.pieces[extra[0]][0].file}: holds {extra[0][1][:200]!r}, unknown to the manifest")
-
-    def _add(self, file: str) -> None:
-        path = self.folder / file
-        entries, begin = tensorfile.read_header(path)
-        for key, entry in entries.items():
-            kind, name, start, length = parse_key(path, key, entry)
-            if FOLDER_OF_KIND.get(kind, "optim") != file.split("/")[0]:
-                raise DamagedError(f"{path}: holds {kind[:50]!r}, which belongs into another folder")
-            self.pieces.setdefault((kind, name), []).append(Piece(start, length, file, begin, entry))
 
     def _check_covered(self, kind: str, name: str, numel: int) -> None:
         pieces = sorted(self.pieces.get((kind, name), []), key=lambda piece: piece.start)

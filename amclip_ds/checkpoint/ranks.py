@@ -36,6 +36,15 @@ class Ranks:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def to_main(self, value: Any) -> list[Any]:
+        """On rank 0 every rank's value, in rank order; on the others nothing. For what only rank 0 reads: at a thousand
+        ranks nobody else unpacks a thousand of them."""
+        if self._group is None:
+            return [value]
+        values: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self._group)
+        return values or []
+
     def from_main(self, value: Any) -> Any:
         """Rank 0's value."""
         if self._group is None:

@@ -281,7 +281,7 @@ class Saver:
         while not self._is_done(flight):
             time.sleep(POLL_S)
         self._flight = None
-        told = self.ranks.gather(flight.outcome | {"tensors": files.tensor_sizes(flight.state)})  # type: ignore[operator]
+        told = self.ranks.to_main(flight.outcome | {"tensors": files.tensor_sizes(flight.state)})  # type: ignore[operator]
         failpoints.reached("gathered")
         failures = [f"rank {rank}: {one['error']}" for rank, one in enumerate(told) if "error" in one]
         error = self._refusal() if self.ranks.is_main else None
