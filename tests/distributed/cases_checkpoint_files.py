@@ -299,7 +299,7 @@ def can_mount() -> str | None:
 
 
 def disk_case(folder: str, what: str, asynchronous: bool) -> dict[str, Any]:
-    """Saves step 1; then trouble; tries step 2; mends it; saves step 3. Returns errors, seconds, what is left.
+    """Saves step 1; then trouble; tries step 2; fixes it; saves step 3. Returns errors, seconds, what is left.
 
     what: one_full (rank 1 alone runs out while it writes) | all_full (the same, every rank) | too_small (seen before
     writing) | read_only | vanished.

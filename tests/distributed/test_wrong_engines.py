@@ -1,4 +1,4 @@
-"""What an engine cannot serve is refused on every rank, in one line with its mend; no compiler: a fallback."""
+"""What an engine cannot serve is refused on every rank, in one line with its fix; no compiler: a fallback."""
 
 from pathlib import Path
 from typing import Any

@@ -36,7 +36,7 @@ def calamities(steps: int, folder: Path) -> dict[int, Any]:
     def break_the_set() -> None:
         tar.rename(f"{tar}.whole")
 
-    def mend_the_set() -> None:
+    def fix_the_set() -> None:
         Path(f"{tar}.whole").rename(tar)
 
     def kill_children(word: str) -> None:
@@ -52,7 +52,7 @@ def calamities(steps: int, folder: Path) -> dict[int, Any]:
         2 * part + 1: fill_the_disk,  # one save is due meanwhile, and cannot be made
         5 * part - 1: fill.unlink,
         7 * part: break_the_set,
-        8 * part + 1: mend_the_set,
+        8 * part + 1: fix_the_set,
         9 * part: lambda: shutil.rmtree(folder / "run" / "tensorboard"),
         10 * part + 1: lambda: kill_children("forkserver"),
         11 * part: kill_the_server,

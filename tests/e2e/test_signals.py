@@ -86,7 +86,7 @@ def assert_stopped_well(trainer: Trainer) -> int:
     return reported["step"]
 
 
-def assert_goes_on_as_if_undisturbed(trainer: Trainer, step: int, undisturbed: dict[str, Any]) -> None:
+def assert_resumes_as_if_undisturbed(trainer: Trainer, step: int, undisturbed: dict[str, Any]) -> None:
     assert trainer.end() == 0, trainer.printed()
     assert verdict(trainer.run) | {"reason": ""} == {"code": 0, "step": STEPS, "attempt": 1, "reason": ""}
     assert {row["attempt"] for row in read_lines(trainer.run / "metrics.jsonl") if row["step"] > step} == {1}
@@ -102,7 +102,7 @@ def test_one_stop_one_checkpoint_75_and_an_exact_resume(
     send(trainer)
     step = assert_stopped_well(trainer)
     assert 3 <= step < STEPS
-    assert_goes_on_as_if_undisturbed(started(), step, undisturbed)
+    assert_resumes_as_if_undisturbed(started(), step, undisturbed)
 
 
 @pytest.mark.nightly
@@ -113,7 +113,7 @@ def test_a_signal_during_a_save(started: Callable[..., Trainer], undisturbed: di
     trainer.wait_for("a save", lambda: any(folder.glob(".tmp-*")) if folder.exists() else False)
     to_everything(trainer)
     step = assert_stopped_well(trainer)
-    assert_goes_on_as_if_undisturbed(started("checkpoint.every_steps=2"), step, undisturbed)
+    assert_resumes_as_if_undisturbed(started("checkpoint.every_steps=2"), step, undisturbed)
 
 
 @pytest.mark.nightly
@@ -126,7 +126,7 @@ def test_a_signal_before_the_first_step_is_not_lost(
     to_launcher(signal.SIGUSR1)(trainer)
     step = assert_stopped_well(trainer)
     assert step <= 1
-    assert_goes_on_as_if_undisturbed(started(), step, undisturbed)
+    assert_resumes_as_if_undisturbed(started(), step, undisturbed)
 
 
 @pytest.mark.nightly

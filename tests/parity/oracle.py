@@ -272,7 +272,7 @@ class PlainStudent:
 
 
 class PlainTeacher:
-    """Likewise the teacher; the published code averages and mirrors before a step, so the last update is left out."""
+    """The teacher too; the published code averages and mirrors before a step, so the last update is left out."""
 
     def __init__(self, module: TeacherModel, student: AClip, updates: int) -> None:
         self.module, self.student, self.updates = module, student, updates

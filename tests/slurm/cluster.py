@@ -253,7 +253,7 @@ class Cluster:
         )
 
     def clear(self) -> None:
-        """Cancels every job and mends every node, so that one test's ruins do not reach the next."""
+        """Cancels every job and repairs every node, so that one test's ruins do not reach the next."""
         jobs = self.client("squeue", "-h", "-o", "%A", check=False).split()
         if jobs:
             self.client("scancel", *sorted(set(jobs)), check=False)

@@ -170,7 +170,7 @@ def test_an_export_without_both_towers_is_refused(fmt: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("source", ["run", "open_clip", "hf"])
-def test_another_width_is_told_before_any_rank_starts(source: str, run: Path, tmp_path: Path) -> None:
+def test_another_width_is_reported_before_any_rank_starts(source: str, run: Path, tmp_path: Path) -> None:
     folder = run
     if source != "run":
         folder = tmp_path / "export"
@@ -185,7 +185,7 @@ def test_another_width_is_told_before_any_rank_starts(source: str, run: Path, tm
         preconditions.check_teacher(config.load("clipkd-tiny", [*words, "loss.clipkd.project_to=32"]))
 
 
-def test_a_teacher_of_shorter_texts_is_told_before_any_rank_starts(run: Path) -> None:
+def test_a_teacher_of_shorter_texts_is_reported_before_any_rank_starts(run: Path) -> None:
     with pytest.raises(UserError, match="reads texts of 77 tokens, the student of 99"):
         preconditions.check_teacher(
             config.load("clipkd-tiny", [f"distill.teacher={run}", "model.text.context_length=99"])

@@ -19,17 +19,7 @@ INSTEAD = {
     r"guilty|deaf|farewell": "failing; ignoring; timeout",
 }
 WORDS = re.compile("|".join(rf"\b(?:{words})\b" for words in INSTEAD), re.I)
-# Others' work is under way there; the count may only fall.
-STILL = {
-    "objectives": 3,
-    "plan": 8,
-    "compare": 3,
-    "model": 8,
-    "engine": 6,
-    "checkpoint": 20,
-    "config.py": 6,
-    "optim.py": 3,
-}
+MOST = 45  # in the package; the count may only fall (2026-11-27: 251 before the words were gone through)
 
 
 def words_of(path: Path) -> list[str]:
@@ -45,8 +35,11 @@ def words_of(path: Path) -> list[str]:
 
 
 def test_the_package_speaks_the_fields_words() -> None:
-    found: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "amclip_ds").rglob("*.py")):
-        found.setdefault(path.relative_to(ROOT / "amclip_ds").parts[0], []).extend(words_of(path))
-    above = {part: words for part, words in found.items() if len(words) > STILL.get(part, 0)}
-    assert not above, {part: [f"{len(words)}", *words[:20]] for part, words in above.items()}
+    found = [word for path in sorted((ROOT / "amclip_ds").rglob("*.py")) for word in words_of(path)]
+    assert len(found) <= MOST, found
+
+
+def test_a_word_is_seen(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text('def tell_all(door):\n    """Goes on."""\n    print("stands", door)  # likewise\n')
+    assert len(words_of(module)) == 4

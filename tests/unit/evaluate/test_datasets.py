@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import amclip_ds  # noqa: F401  first: it mends torchvision
+import amclip_ds  # noqa: F401  first: it prepares torchvision
 from amclip_ds.comm import SingleProcess
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import open_set

@@ -18,11 +18,11 @@ def rows(*patches: int) -> torch.Tensor:
     return torch.tensor([list(patches)])
 
 
-def test_a_whole_image_and_its_corner_share_what_lies_in_both() -> None:
+def test_a_whole_image_and_its_corner_share_what_is_in_both() -> None:
     """Patches 10, 11, 14, 15 of the whole are the corner, each four of its own."""
     views = boxes(WHOLE, LOWER_RIGHT)
     kept = [rows(0, 10), rows(0, 1, 4, 15)]
-    assert float(overlap(0, 1, kept, views, GRID)) == 0  # 10's centre is the corner of four: it lies in its patch 5
+    assert float(overlap(0, 1, kept, views, GRID)) == 0  # 10's centre is the corner of four: it is in its patch 5
     assert float(overlap(1, 0, kept, views, GRID)) == 0.75
     assert float(overlap(0, 1, [rows(0, 10), rows(5)], views, GRID)) == 0.5
 

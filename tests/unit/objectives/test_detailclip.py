@@ -173,7 +173,7 @@ def test_centres_move_once_an_applied_step_by_the_mean_over_all_ranks() -> None:
     torch.testing.assert_close(alone.patch_centre, 0.1 * logits[:, :, 1:].mean((0, 1, 2)))
 
 
-def test_the_entropy_tells_a_collapse() -> None:
+def test_the_entropy_shows_a_collapse() -> None:
     features, (inside, prototypes) = given()
     spread = float(objective()(features, (inside, prototypes), SingleProcess())[ENTROPY])
     one = torch.nn.functional.normalize(prototypes[0, :1], dim=-1).expand_as(inside)
