@@ -41,5 +41,5 @@ def test_the_package_speaks_the_fields_words() -> None:
 
 def test_a_word_is_seen(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
-    module.write_text('def tell_all(door):\n    """Goes on."""\n    print("stands", door)  # likewise\n')
+    module.write_text('def what_stands(door):\n    """Goes on."""\n    print("stands", door)  # likewise\n')
     assert len(words_of(module)) == 4
