@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from amclip_ds import cli
+
 ROOT = Path(__file__).resolve().parents[2]
 TRACKED = [
     ROOT / name
@@ -124,3 +126,10 @@ def test_troubleshooting_lists_messages_that_there_are() -> None:
     assert len(listed) > 35
     assert not unknown_messages(listed)
     assert unknown_messages(["run.out: ... is held by ...; stop that one first"])
+
+
+def test_the_readme_names_every_command_and_every_method() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert not [word for word in cli.COMMANDS if f"`amclip {word}" not in readme]
+    methods = {path.stem for path in (ROOT / "amclip_ds" / "recipes" / "methods").glob("*.yaml")}
+    assert not [method for method in methods if not re.search(rf"(?<![\w-]){method}(?!\w|-(?!SIZE))", readme)]
