@@ -7,7 +7,7 @@
 A row with settings of its own is a yaml: `recipe: aclip-tiny` and what differs. Stopped, the same command resumes:
 whole runs are read, an interrupted one is resumed; more seeds or recipes may be added. OUT has a folder a run,
 compare.json, compare.txt and compare.png. Accuracy at equal time is read from each run's own
-evaluations (eval.every_steps).
+evaluations (eval.every_steps). On Slurm: slurm/compare.sbatch, a task a run.
 """
 
 import argparse
@@ -30,10 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs and the table go")
     parser.add_argument("--procs", type=whole(1, 1024), default=1, metavar="N", help="processes of a run (1)")
     add_plugin(parser)
+    parser.add_argument(
+        "--task", type=whole(0, 99_999), metavar="I", help="train nothing: print the words of run I (compare.sbatch)"
+    )
+    parser.add_argument("--tasks", type=whole(1, 100_000), metavar="N", help="with it: how many tasks the array has")
+    parser.add_argument("--ended", metavar="I=CODE", help="note how run I ended; after the last one the table comes")
     parser.add_argument("--json", metavar="FILE", help="also write rows and summary")
 
 
 def run(args: argparse.Namespace) -> int:
+    from amclip_ds.compare import array
     from amclip_ds.compare.compare import Comparison, compare
     from amclip_ds.compare.runs import read_budget, row_name
 
@@ -44,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
         recipes, [word for word in args.words if "=" in word], args.seeds, read_budget(args.budget),
         args.baseline or row_name(recipes[0]), args.out, args.procs, args.plugin,
     )  # fmt: skip
-    result, code = compare(ask)
+    if args.task is not None:
+        print(*array.words_of(ask, args.task, args.tasks or 0), sep="\n")
+        return 0
+    result, code = compare(ask) if args.ended is None else array.ended(ask, *array.read_ended(args.ended))
     if result:
         json_file.write(args.json, result)
     return code

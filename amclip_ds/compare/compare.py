@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,24 +51,7 @@ def compare(ask: Comparison) -> tuple[dict[str, Any], int]:
     Returns what --json holds, and the exit code: that of a stop by a signal or a mistake; 1 where runs failed, which
     the table then lacks; else 0. Raises UserError.
     """
-    rows = read_rows(ask.recipes, ask.overrides, ask.plugins, ask.procs)
-    names = [row.name for row in rows]
-    if ask.baseline not in names:
-        raise UserError(f"--baseline {ask.baseline}: not among the recipes: {', '.join(names)}")
-    plan = read_plan(ask.out)
-    step_s = dict(plan["step_s"]) if plan else {}
-    if plan is None:
-        check_against_earlier([], ask.out, None)
-        _check_first(rows, ask)
-    if ask.budget.unit == "seconds":
-        for row in rows:
-            if row.name not in step_s:
-                step_s[row.name] = _measure(row, ask)
-                _note(ask.out, plan or {"runs": {}}, step_s)
-    runs = make_runs(rows, ask.seeds, steps_of(rows, ask.budget, step_s), ask.overrides, ask.out)
-    check_against_earlier(runs, ask.out, plan or {"runs": {}})
-    known = {run.folder.name: {"recipe": run.row.recipe, "words": list(run.words)} for run in runs}
-    _note(ask.out, {"runs": (plan["runs"] if plan else {}) | known}, step_s)
+    runs = plan_runs(ask, _measure)
     failed = []
     for number, run in enumerate(runs, 1):
         outcome = read_outcome(run)
@@ -85,6 +68,30 @@ def compare(ask: Comparison) -> tuple[dict[str, Any], int]:
     if failed:
         print(printable(f"compare: {len(failed)} of {len(runs)} runs failed and are left out: {', '.join(failed)}"))
     return result, 1 if failed else 0
+
+
+def plan_runs(ask: Comparison, measure: Callable[[Row, Comparison], float]) -> list[Run]:
+    """The runs, noted in OUT so that none of other settings is taken for theirs. measure: seconds of a recipe's step,
+    for a budget of seconds. Raises UserError."""
+    rows = read_rows(ask.recipes, ask.overrides, ask.plugins, ask.procs)
+    names = [row.name for row in rows]
+    if ask.baseline not in names:
+        raise UserError(f"--baseline {ask.baseline}: not among the recipes: {', '.join(names)}")
+    plan = read_plan(ask.out)
+    step_s = dict(plan["step_s"]) if plan else {}
+    if plan is None:
+        check_against_earlier([], ask.out, None)
+        _check_first(rows, ask)
+    if ask.budget.unit == "seconds":
+        for row in rows:
+            if row.name not in step_s:
+                step_s[row.name] = measure(row, ask)
+                _note(ask.out, plan or {"runs": {}}, step_s)
+    runs = make_runs(rows, ask.seeds, steps_of(rows, ask.budget, step_s), ask.overrides, ask.out)
+    check_against_earlier(runs, ask.out, plan or {"runs": {}})
+    known = {run.folder.name: {"recipe": run.row.recipe, "words": list(run.words)} for run in runs}
+    _note(ask.out, {"runs": (plan["runs"] if plan else {}) | known}, step_s)
+    return runs
 
 
 def show(runs: Sequence[Run], baseline: str, out: Path) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def steps_of(rows: Sequence[Row], budget: Budget, step_s: dict[str, float]) -> d
 def check_against_earlier(runs: Sequence[Run], out: Path, plan: dict[str, Any] | None) -> None:
     """Raises UserError where OUT holds other things, or runs of other words: they would be shown as these."""
     if plan is None:
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"--out {out}: holds other things and no comparison; name a new or an empty folder")
         return
     for run in runs:

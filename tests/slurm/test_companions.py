@@ -33,6 +33,17 @@ def test_a_sweep_of_four_two_at_a_time_makes_one_table(cluster: Cluster, synthet
     assert len(table.splitlines()) == 5 and "optim.lr" in table
 
 
+def test_a_comparison_is_an_array_with_one_table(cluster: Cluster, synthetic: Path, tmp_path: Path) -> None:
+    words = [word for word in runs.tiny(synthetic, "unused") if not word.startswith("run.")][1:]
+    words = ["clip-tiny", "random2x-tiny", *words, "--seeds", "2", "--budget", "steps=4", "--out", "out"]
+    job_id = cluster.submit("--array=0-3%2", str(runs.SLURM / "compare.sbatch"), *words, cwd=tmp_path,
+                            env=runs.base_environment())  # fmt: skip
+    cluster.poll((tmp_path / "out" / "compare.png").exists, "the table", 900, f"{job_id}_3")
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [row["code"] for row in found["rows"]] == [0] * 4
+    assert [(row["recipe"], row["seeds"]) for row in found["summary"]] == [("clip-tiny", 2), ("random2x-tiny", 2)]
+
+
 def test_the_evaluator_scores_every_checkpoint_once(cluster: Cluster, synthetic: Path, tmp_path: Path) -> None:
     words = runs.tiny(synthetic, "run", "eval.data=null")
     job_id = runs.submit_train(cluster, tmp_path, words, *runs.FOUR_TASKS)

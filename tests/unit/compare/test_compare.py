@@ -2,10 +2,12 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from amclip_ds import cli
 from amclip_ds.compare.compare import show
 from amclip_ds.compare.runs import (
     PLAN,
@@ -141,3 +143,63 @@ def test_a_plan_that_is_none_of_ours_is_refused(tmp_path: Path, text: str) -> No
     (tmp_path / PLAN).write_text(text)
     with pytest.raises(UserError, match=PLAN):
         read_plan(tmp_path)
+
+
+ARGUMENTS = ["compare", *RECIPES, "data.train=x.tar", "eval.data=y", "batch.global_size=64"]
+
+
+@pytest.fixture
+def array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`amclip compare` with the arguments of an array of four, and some more: (exit code, printed, said)."""
+
+    def run(*more: str) -> tuple[int, str, str]:
+        code = cli.main([*ARGUMENTS, "--seeds", "2", "--budget", "steps=100", "--out", str(tmp_path / "out"), *more])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def test_a_task_of_an_array_has_the_words_of_its_run(
+    array: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amclip_ds.preconditions.check", lambda config: None)
+    found = [array("--task", str(task), "--tasks", "4")[1].split("\n") for task in range(4)]
+    assert [words[0] for words in found] == ["clip-tiny", "aclip-tiny"] * 2
+    folders = [next(word for word in words if word.startswith("run.out=")) for words in found]
+    assert folders == [f"run.out={tmp_path}/out/{recipe}-seed{seed}" for seed in (0, 1) for recipe in RECIPES]
+    code, _, said = array("--task", "0", "--tasks", "3")
+    assert code == 2 and "--array: 3 tasks, and there are 4 runs: --array=0-3" in said
+    code, _, said = array("--task", "0", "--tasks", "4", "--budget", "seconds=9")
+    assert code == 2 and "an array times no steps first; give steps=, samples= or flops=" in said
+
+
+def test_the_last_task_of_an_array_makes_the_table(
+    array: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amclip_ds.preconditions.check", lambda config: None)
+    array("--task", "0", "--tasks", "4")
+    rows = read_rows(RECIPES, WORDS, [], 1)
+    made = make_runs(rows, 2, dict.fromkeys(RECIPES, 100), WORDS, tmp_path / "out")
+    for task, run in enumerate(made):
+        write_run(run, 0.1 * (task + 1), 1.0)
+        assert array("--task", str(task), "--tasks", "4")[1].strip() == "", "a whole run is not trained again"
+        code, printed, _ = array("--ended", f"{task}=0")
+        assert code == 0 and (tmp_path / "out" / "compare.txt").exists() == (task == 3)
+    assert "clip-tiny" in printed and "aclip-tiny" in printed
+    assert (tmp_path / "out" / "compare.png").stat().st_size > 1000
+    assert array("--ended", "4")[0] == 2
+
+
+def test_a_failed_task_leaves_its_run_out_of_the_table(
+    array: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amclip_ds.preconditions.check", lambda config: None)
+    array("--task", "0", "--tasks", "4")
+    rows = read_rows(RECIPES, WORDS, [], 1)
+    for run in make_runs(rows, 2, dict.fromkeys(RECIPES, 100), WORDS, tmp_path / "out")[:3]:
+        write_run(run, 0.5, 1.0)
+    codes = [array("--ended", f"{task}={code}")[0] for task, code in enumerate((0, 0, 0, 1))]
+    assert codes == [0, 0, 0, 1]
+    summary = json.loads((tmp_path / "out" / "compare.json").read_text())["summary"]
+    assert [row["seeds"] for row in summary] == [2, 1] and [row["not_run"] for row in summary] == [0, 1]
