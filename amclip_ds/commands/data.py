@@ -82,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     synth.add_argument("--seed", type=whole(0), default=0, help="another seed, other scenes (default 0)")
     synth.add_argument("--shard-size", type=whole(1), default=1000, metavar="N", help="scenes a tar (default 1000)")
     synth.add_argument("--coloured-distractors", action="store_true", help="colour the clutter too (a control)")
+    synth.add_argument("--small-objects", action="store_true", help="objects of half the side")
     synth.add_argument("--workers", type=whole(1, 1024), metavar="N", help="processes (default: one per core)")
 
     pack = _add(actions, "pack", "make shards of a folder, a table, a Hugging Face data set", PACK, _pack)
@@ -161,6 +162,7 @@ def _synth(args: argparse.Namespace) -> int:
         args.seed,
         shard_size=args.shard_size,
         coloured_distractors=args.coloured_distractors,
+        small_objects=args.small_objects,
         workers=args.workers,
     )
     done = "made" if made else "already exist"

@@ -50,7 +50,7 @@ TEMPLATES = (
     "one {c} in a cluttered scene",
 )
 PHRASINGS = tuple(text.replace("{c}", "{colour} {shape}") for text in TEMPLATES) + ("a {shape} that is {colour}",)
-OBJECT_SIDE = (0.28, 0.42)  # of the image's shorter side
+OBJECT_SIDE, SMALL_SIDE = (0.28, 0.42), (0.15, 0.25)  # of the image's shorter side
 DISTRACTORS = (2, 4)
 NOISE = ((4, 20), (8, 16), (16, 10))  # (cells along a side, amplitude in grey levels), from coarse to fine
 FINE_NOISE = 6
@@ -71,6 +71,9 @@ class SceneConfig:
     """Another seed gives other scenes, in both splits."""
     coloured_distractors: bool = False
     """Colour the clutter too, so that the object is no longer the only saturated thing (a control)."""
+
+    small_objects: bool = False
+    """Objects of 0.15 to 0.25 of the image's side, for 0.28 to 0.42."""
 
     def __post_init__(self) -> None:
         if self.image_size < SMALLEST_SIDE:
@@ -100,6 +103,7 @@ def write_dataset(
     seed: int = 0,
     *,
     coloured_distractors: bool = False,
+    small_objects: bool = False,
     shard_size: int = 1000,
     workers: int | None = None,
 ) -> bool:
@@ -108,7 +112,7 @@ def write_dataset(
     Returns False, and writes nothing, where the same data set exists already.
     Raises UserError for a folder that holds something else or cannot be written.
     """
-    config = SceneConfig(image_size, seed, coloured_distractors)
+    config = SceneConfig(image_size, seed, coloured_distractors, small_objects)
     if num_train < 0 or num_test < 0 or shard_size < 1:
         raise UserError(f"--train {num_train}, --test {num_test}, --shard-size {shard_size}: too few")
     asked = {"format": FORMAT, "num_train": num_train, "num_test": num_test, "shard_size": shard_size, **asdict(config)}
@@ -146,7 +150,7 @@ def make_scene(config: SceneConfig, split: str, number: int) -> Scene:
     shape, colour = CLASSES[label]
     image = draw_background(random, config.image_size, config.image_size)
     draw_distractors(random, image, config.coloured_distractors)
-    box = draw_object(random, image, shape, colour)
+    box = draw_object(random, image, shape, colour, SMALL_SIDE if config.small_objects else OBJECT_SIDE)
     captions = tuple(phrasing.format(shape=shape, colour=colour) for phrasing in PHRASINGS)
     return Scene(image, label, box, captions, captions[int(random.integers(len(captions)))])
 
@@ -199,9 +203,12 @@ def draw_distractors(random: np.random.Generator, image: Image.Image, coloured: 
         pen.ellipse((x - half_width, y - half_height, x + half_width, y + half_height), fill=(*fill, opacity))
 
 
-def draw_object(random: np.random.Generator, image: Image.Image, shape: str, colour: str) -> tuple[int, int, int, int]:
-    """Draws one object somewhere inside. Returns its box: top, left, height, width in pixels."""
-    side = round(random.uniform(*OBJECT_SIDE) * min(image.size))
+def draw_object(
+    random: np.random.Generator, image: Image.Image, shape: str, colour: str, sides: tuple[float, float] = OBJECT_SIDE
+) -> tuple[int, int, int, int]:
+    """Draws one object somewhere inside. Returns its box: top, left, height, width in pixels. sides: parts of the
+    image's shorter side."""
+    side = round(random.uniform(*sides) * min(image.size))
     left, top = int(random.integers(image.width - side + 1)), int(random.integers(image.height - side + 1))
     shade = random.uniform(0.85, 1.1)
     fill = tuple(min(255, int(part * shade)) for part in COLOURS[colour])
