@@ -116,6 +116,8 @@ def write_dataset(
     if num_train < 0 or num_test < 0 or shard_size < 1:
         raise UserError(f"--train {num_train}, --test {num_test}, --shard-size {shard_size}: too few")
     asked = {"format": FORMAT, "num_train": num_train, "num_test": num_test, "shard_size": shard_size, **asdict(config)}
+    if not small_objects:
+        del asked["small_objects"]  # sets from before it was a choice are these
     if _is_made(folder, asked):
         return False
     with _appearing_whole(folder) as partial:

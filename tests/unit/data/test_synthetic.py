@@ -110,7 +110,20 @@ def assert_smallest_around(pixels: np.ndarray, box: tuple[int, int, int, int]) -
 
 def drawing_nothing(draw):  # type: ignore[no-untyped-def]
     """draw_object on a copy: the same random numbers are drawn, the scene stays without its object."""
-    return lambda random, image, shape, colour: draw(random, image.copy(), shape, colour)
+    return lambda random, image, *more: draw(random, image.copy(), *more)
+
+
+def test_small_objects_are_a_choice_that_leaves_other_sets_as_they_were(tmp_path: Path) -> None:
+    small, large = (synthetic.SceneConfig(64, small_objects=choice) for choice in (True, False))
+    sides = {True: set[int](), False: set[int]()}
+    for number in range(40):
+        for scenes in (small, large):
+            sides[scenes.small_objects].add(max(synthetic.make_scene(scenes, "train", number).box[2:]))
+    assert max(sides[True]) <= 17 < max(sides[False]) <= 28
+    write_dataset(tmp_path / "large", 4, 4)
+    assert "small_objects" not in json.loads((tmp_path / "large" / "scenes.json").read_text())
+    with pytest.raises(UserError):
+        write_dataset(tmp_path / "large", 4, 4, small_objects=True)
 
 
 def test_a_shape_has_its_own_outline() -> None:
