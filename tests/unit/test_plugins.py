@@ -159,7 +159,7 @@ WRONG = {
     "type": (MASK.replace("slope: float = 1.0", "slope: tuple = ()"), "slope is a <class 'tuple'>; bool, int"),
     "no objective": ("OBJECTIVES = {'mine': dict}\n", "is no subclass of amclip_ds.objectives.Objective"),
     "objective taken": (OBJECTIVE.replace('{"mine"', '{"byol"'), "there is an objective or a key loss.byol already"),
-    "features": (OBJECTIVE.replace('"cls"', '"pixels"'), "features asks for pixels; there are cls, eot"),
+    "features": (OBJECTIVE.replace('"cls"', '"colours"'), "features asks for colours; there are cls, eot"),
     "a word": (OBJECTIVE.replace('frozenset({"cls"})', '"cls"'), "features is no set of names"),
     "no weight": (OBJECTIVE.replace("(Weighted)", ""), "Options needs a `weight` that is 0 by default"),
     "weight": (OBJECTIVE.replace("temperature: float = 0.5", "weight: float = 1.0"), "Options needs a `weight`"),

@@ -142,7 +142,7 @@ def test_one_image_for_all(tmp_path: Path) -> None:
 
 def test_collapsed_features(tmp_path: Path) -> None:
     run = make_run(tmp_path, [])
-    assert "not checked" in worst(run, "features")["features"].found
+    assert "not measured" in worst(run, "features")["features"].found
     torch.manual_seed(0)
     module = AClip(config.load_run(run / "config.yaml").model)
     weights = {name: torch.randn(p.shape) * 0.05 for name, p in module.named_parameters()}
