@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amclip_ds.model.text_layer import TextLayer
+
 
 class QueryOfFirst(nn.Linear):
     """The `qkv` of a timm attention, whose query can be asked of the first token alone."""
@@ -45,17 +47,14 @@ def run_block_for_cls(block: Any, x_BTD: Tensor, with_row: bool = False) -> tupl
     return x_B1D + block.ls2(block.mlp(block.norm2(x_B1D))), row
 
 
-def run_layer_at(layer: Any, x_BTD: Tensor, end_B: Tensor) -> Tensor:
-    """The output of a causal transformers CLIPEncoderLayer at one token of each text, [B, D]."""
+def run_layer_at(layer: TextLayer, x_BTD: Tensor, end_B: Tensor) -> Tensor:
+    """The output of a TextLayer at one token of each text, [B, D]."""
     attn = layer.self_attn
     B, T, D = x_BTD.shape
     rows = torch.arange(B, device=x_BTD.device)
     normed = layer.layer_norm1(x_BTD)
-    q = attn.q_proj(normed[rows, end_B]).view(B, 1, attn.num_heads, attn.head_dim).transpose(1, 2)
-    k, v = (
-        project(normed).view(B, T, attn.num_heads, attn.head_dim).transpose(1, 2)
-        for project in (attn.k_proj, attn.v_proj)
-    )
+    q = attn.heads_of(attn.q_proj(normed[rows, end_B])[:, None])
+    k, v = attn.heads_of(attn.k_proj(normed)), attn.heads_of(attn.v_proj(normed))
     seen = torch.arange(T, device=x_BTD.device) <= end_B[:, None]
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None], scale=attn.scale)
     x_BD = x_BTD[rows, end_B] + attn.out_proj(attended.transpose(1, 2).reshape(B, D))

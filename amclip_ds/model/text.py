@@ -1,9 +1,10 @@
-"""The text tower: transformers' CLIP text transformer, pooled at the first end token.
+"""The text tower: CLIP's causal text transformer under transformers' names, pooled at the first end token.
 
 Shapes: B batch, T tokens, W width.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,43 +14,30 @@ from amclip_ds.model.config import TextConfig
 from amclip_ds.model.pooled import run_layer_at
 from amclip_ds.model.savings import Savings
 from amclip_ds.model.text_groups import TextGroup, groups_of
+from amclip_ds.model.text_layer import EPSILON, TextLayer
 
 
 class TextTower(nn.Module):
-    """The modules of transformers' CLIPTextModel under their own names, with a forward that needs no mask tensor.
+    """Computes what transformers' CLIPTextModel does, and its state dict is that one's."""
 
-    Own forward, since CLIPTextEmbeddings reads its submodule's weight shape (empty under ZeRO-3 until it is called) and
-    CLIPTextModel builds a mask where SDPA's is_causal is enough.
-    """
+    embeddings: Any
+    encoder: Any
 
     def __init__(self, config: TextConfig, savings: Savings | None = None) -> None:
         super().__init__()
         self.savings = savings or Savings()
-        from transformers.models.clip import CLIPTextConfig, CLIPTextModel
-
-        clip = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.width,
-                intermediate_size=int(config.width * config.mlp_ratio),
-                num_hidden_layers=config.depth,
-                num_attention_heads=config.heads,
-                max_position_embeddings=config.context_length,
-                hidden_act=config.activation,
-                layer_norm_eps=1e-5,
-                eos_token_id=config.eos_token_id,
-                bos_token_id=None,
-                pad_token_id=None,
-                attn_implementation="sdpa",  # type: ignore[call-arg]  # of the base class
-            )
-        )
         self.eos_token_id = config.eos_token_id
         self.checkpoint_every = config.checkpoint_every
         self.width = config.width
         self.fixed_shapes = False  # engine.compile sets it: groups of texts differ in their length alone
-        self.embeddings = clip.embeddings
-        self.encoder = clip.encoder
-        self.final_layer_norm = clip.final_layer_norm
+        self.embeddings = nn.ModuleDict(
+            {
+                "token_embedding": nn.Embedding(config.vocab_size, config.width),
+                "position_embedding": nn.Embedding(config.context_length, config.width),
+            }
+        )
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(TextLayer(config) for _ in range(config.depth))})
+        self.final_layer_norm = nn.LayerNorm(config.width, eps=EPSILON)
 
     def forward(self, token_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """token_ids [B, T] int64, T at most the context length -> feature at the first end token, normed [B, W].
@@ -99,9 +87,9 @@ class TextTower(nn.Module):
         x = self.embeddings.token_embedding(token_ids) + self.embeddings.position_embedding(positions)
         for index, layer in enumerate(self.encoder.layers[: -1 if leave_last else None]):
             if self._is_recomputed(index):
-                x = checkpoint(layer, x, None, is_causal=True, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, None, is_causal=True)
+                x = layer(x)
         return x
 
     def _is_recomputed(self, index: int) -> bool:
