@@ -84,7 +84,7 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for module in ("deepspeed", "timm", "open_clip", "transformers.models.clip.modeling_clip"):
+    for module in ("deepspeed", "timm"):
         importlib.import_module(module)
 
     while True:

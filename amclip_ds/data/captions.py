@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from amclip_ds.data.plain_text import BadText, decode, lines, parse_object, visible
+from amclip_ds.module_alone import import_alone
 
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # the encoder's pattern without special tokens
 PROBE = "A photo of 2 zebras, crossing the Straße (50 %) at naïve speed; 東京 isn't far."
@@ -27,9 +28,7 @@ class ClipTokenizer:
     """
 
     def __init__(self) -> None:
-        from open_clip.tokenizer import SimpleTokenizer
-
-        self._tokenizer = SimpleTokenizer()
+        self._tokenizer = import_alone("open_clip", "tokenizer").SimpleTokenizer()
         self._tokenizer.cache.clear()  # holds the special tokens as words of their own
         self.start, self.end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
 

@@ -14,6 +14,7 @@ from amclip_ds.comm import Comm
 from amclip_ds.engine import shards
 from amclip_ds.engine.compile import compile_towers, mode_of
 from amclip_ds.engine.ds_config import NO_COMPILE, EngineConfig, check_optimizer, is_offloaded, read_ds_config, stage_of
+from amclip_ds.engine.light_imports import import_muon_uncompiled
 from amclip_ds.engine.muon import NormBeforeMuon, build_muon, eager_kernels, with_muon
 from amclip_ds.engine.offload import build_cpu_adam
 from amclip_ds.engine.runtime import Runtime
@@ -84,6 +85,7 @@ class StudentEngine:
             optimizer = build_muon(groups, optim)
         else:
             optimizer = build_optimizer(groups, optim)
+        import_muon_uncompiled()
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.ds_config, dist_init_required=False
         )

@@ -10,11 +10,11 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.folders import WNID, check_inside
 from amclip_ds.files import is_regular, read_json, read_text
+from amclip_ds.module_alone import folder_of, import_alone
 
 OPENAI_7 = "openai-7"
 """CLIP's choice of 7 of its 80 ImageNet prompts (its notebook), which SLIP and A-CLIP report with."""
@@ -26,25 +26,9 @@ NUMBER = re.compile(r"[0-9]{1,6}")
 @lru_cache(maxsize=1)
 def imagenet() -> dict[str, str]:
     """wnid -> name of ImageNet's thousand classes, in the order of the wnids, which is the order of the labels."""
-    wnids = (_folder_of("timm") / "data" / "_info" / "imagenet_synsets.txt").read_text().split()
+    wnids = (folder_of("timm") / "data" / "_info" / "imagenet_synsets.txt").read_text().split()
     assert wnids == sorted(wnids) and len(wnids) == IMAGENET
-    return dict(zip(wnids, _open_clip_lists().IMAGENET_CLASSNAMES, strict=True))
-
-
-def _open_clip_lists() -> Any:
-    """open_clip's module of names and prompts, alone."""
-    path = _folder_of("open_clip") / "zero_shot_metadata.py"
-    spec = importlib.util.spec_from_file_location("amclip_ds.evaluate._open_clip_lists", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _folder_of(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0])
+    return dict(zip(wnids, import_alone("open_clip", "zero_shot_metadata").IMAGENET_CLASSNAMES, strict=True))
 
 
 def read_lines(file: Path, holds: str) -> tuple[str, ...]:
@@ -177,7 +161,7 @@ def templates(folder: Path, choice: str, default: str, hint: str = "", name: str
             raise UserError(f"{file}: missing; it holds {holds}{hint}")
         choice = default
     if choice in (OPENAI_7, "openai-80"):
-        lists = _open_clip_lists()
+        lists = import_alone("open_clip", "zero_shot_metadata")
         functions = lists.SIMPLE_IMAGENET_TEMPLATES if choice == OPENAI_7 else lists.OPENAI_IMAGENET_TEMPLATES
         return tuple(function("{c}") for function in functions)
     found = read_of(folder, file.name, holds) if choice == "folder" else read_lines(file, holds)

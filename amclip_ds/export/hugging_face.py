@@ -20,6 +20,7 @@ from amclip_ds.export.open_clip import activation_of, blocks_of, fold_patch_bias
 from amclip_ds.model import foreign
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
+from amclip_ds.module_alone import import_alone
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -129,12 +130,11 @@ def _write_tokenizer(folder: Path, model: ModelConfig) -> None:
 
 def build_tokenizer() -> Any:
     """The tokenizers.Tokenizer."""
-    from open_clip.tokenizer import SimpleTokenizer
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     from amclip_ds.data.captions import WORDS
 
-    clip = SimpleTokenizer()
+    clip = import_alone("open_clip", "tokenizer").SimpleTokenizer()
     merges = [pair for pair, _ in sorted(clip.bpe_ranks.items(), key=lambda item: item[1])]
     special = {clip.sot_token_id: START, clip.eot_token_id: END}  # open_clip calls them otherwise
     vocab = {special.get(number, word): number for word, number in clip.encoder.items()}

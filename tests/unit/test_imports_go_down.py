@@ -16,6 +16,7 @@ EVERYBODY = {
     "jsonl",
     "plain_yaml",
     "plots",
+    "module_alone",
     "redact",
     "run_files",
     "safetensors_header",
