@@ -51,6 +51,22 @@ def test_every_page_and_decision_that_is_cited_exists() -> None:
     assert not wrong
 
 
+def test_every_file_test_and_benchmark_that_a_page_names_exists() -> None:
+    tests = {
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    } | {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    wrong = []
+    for page in PAGES:
+        text = page.read_text()
+        folders = "tests|slurm|benchmarks|amclip_ds|ds_configs|docs"
+        files = set(re.findall(rf"(?<![\w/.])((?:{folders})/[a-z0-9_/-]+\.(?:py|md|sbatch|sh|json))\b", text))
+        files |= {f"benchmarks/{name}.py" for name in re.findall(r"python -m benchmarks\.(\w+)", text)}
+        wrong += [f"{page.name}: {file}" for file in files if not (ROOT / file).exists()]
+        named = set(re.findall(r"\b(test_\w+)\b", text))
+        wrong += [f"{page.name}: {name}" for name in named if not any(known.startswith(name) for known in tests)]
+    assert not wrong
+
+
 @pytest.mark.parametrize("page", DECISIONS, ids=lambda page: page.name[:4])
 def test_a_decision_has_title_status_date_decision_and_reason(page: Path) -> None:
     lines = page.read_text().splitlines()
