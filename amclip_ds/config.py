@@ -1,4 +1,4 @@
-"""The settings of a run: composes the rooms' dataclasses; loads recipe < yaml < key=value; validates, explains, dumps.
+"""The settings of a run: composes the parts' dataclasses; loads recipe < yaml < key=value; validates, explains, dumps.
 
 A recipe's name is METHOD-SIZE (`aclip-vitb16`): `recipes/methods/aclip.yaml` and then `recipes/sizes/vitb16.yaml` are
 laid over the defaults: a method's published optimizer holds for the published sizes, `tiny` has its own. What a method
@@ -49,7 +49,7 @@ from amclip_ds.resilience.config import (
 RECIPES = Path(__file__).parent / "recipes"
 OVER_SIZES = "sizes"  # of a method's yaml: what it lays over a size, or over the `others`
 NEEDED = "<needed>"  # in a recipe: a value that must be given
-WHAT_IS_NEEDED = {"model.init_from": "name the run that it goes on from, a checkpoint or safetensors"}
+WHAT_IS_NEEDED = {"model.init_from": "name the run that it continues from, a checkpoint or safetensors"}
 YEARS = 10**9  # seconds: the system's clocks and timers take no more
 SIZES = {  # the largest value -> the keys that take no more: beyond, a run would not fail here but fill a machine
     10**10: "run.steps optim.warmup_steps",
@@ -82,7 +82,7 @@ LIMITS = {key: most for most, keys in SIZES.items() for key in keys.split()}
 
 @dataclass
 class RunConfig:
-    """The run as a whole: where it lies, how long it is, what makes it repeatable."""
+    """The run as a whole: where it is, how long it is, what makes it repeatable."""
 
     out: str = ""
     """The run's folder; empty: runs/RECIPE."""
@@ -458,7 +458,7 @@ def keys_and_types() -> dict[str, Any]:
 
 
 def _layers(recipe: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """The yaml layers a recipe stands for, with the name to blame for a mistake in each."""
+    """The yaml layers of a recipe, with the name to blame for a mistake in each."""
     if method := method_of_recipe(recipe):
         size = recipe.removeprefix(f"{method}-")
         layer = plain_yaml.read(RECIPES / "methods" / f"{method}.yaml")
@@ -614,7 +614,7 @@ def _check_starts(loss: LossConfig) -> None:
 
 
 def _check_teacher_view(config: TrainConfig) -> None:
-    """Raises SettingsError for a teacher that looks at no view, and for what cannot be told of the one it looks at."""
+    """Raises SettingsError for a teacher that sees no view, and for what cannot be said of the one it sees."""
     views, looked_at, loss = config.data.all_views(), config.teacher.view, config.loss
     masks = masks_of_views(config.mask, config.data.view_masks())
     if looked_at is not None:
@@ -643,7 +643,7 @@ def _check_teacher_view(config: TrainConfig) -> None:
 
 
 def _check_looks_at_views(config: TrainConfig) -> None:
-    """Raises SettingsError for an objective whose teacher must look at all views, and for one for which it must not."""
+    """Raises SettingsError for an objective whose teacher must see all views, and for one for which it must not."""
     views, loss, detail = config.data.all_views(), config.loss, config.loss.detailclip
     looks_at_views = config.teacher.sees == "views"
     of_crop = {"loss.o2e_weight": loss.o2e_weight, "loss.patches.weight": loss.patches.weight}

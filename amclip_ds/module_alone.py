@@ -24,7 +24,7 @@ def import_alone(package: str, name: str) -> ModuleType:
 
 
 def folder_of(package: str) -> Path:
-    """Where an installed package lies; it is not imported. Raises ImportError."""
+    """Where an installed package is; it is not imported. Raises ImportError."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"{package} is not installed", name=package)

@@ -3,7 +3,7 @@
     found = load.find(checkpoints, "auto", fallback=False, ranks=ranks)      # None: a fresh start
     load.fill(found, state, ranks)                                           # writes into the state's own tensors
 
-Any world size and ZeRO stage: a rank reads the elements it holds, wherever they lie in the files.
+Any world size and ZeRO stage: a rank reads the elements it holds, wherever they are in the files.
 """
 
 from contextlib import ExitStack
@@ -44,7 +44,7 @@ class Found:
 
 
 def find(checkpoints: Path, resume: str, fallback: bool, ranks: Ranks) -> Found | None:
-    """The checkpoint to go on from, verified; None for a fresh start. Collective: every rank must call.
+    """The checkpoint to resume from, verified; None for a fresh start. Collective: every rank must call.
 
     resume: never | auto (fresh only if there is no checkpoint folder at all) | a path: a checkpoint, a run's folder or
     its checkpoints. fallback: whether auto may take an older one where the newest is damaged. Raises UserError, naming
@@ -55,7 +55,7 @@ def find(checkpoints: Path, resume: str, fallback: bool, ranks: Ranks) -> Found 
     folder = checkpoints if resume == "auto" else Path(resume)
     candidates, notes, problem = ranks.from_main(_look_around(folder) if ranks.is_main else None)
     if problem is not None and not (resume == "auto" and fallback):
-        raise UserError(problem + (_MEND if resume == "auto" else ""))
+        raise UserError(problem + (_FIX if resume == "auto" else ""))
     if problem is not None:
         notes = [*notes, ("checkpoint_fallback", problem, "takes the newest checkpoint that is there")]
     if not candidates:
@@ -67,7 +67,7 @@ def find(checkpoints: Path, resume: str, fallback: bool, ranks: Ranks) -> Found 
             found = verified(path, ranks)
         except DamagedError as error:
             if not (resume == "auto" and fallback):
-                raise UserError(f"damaged checkpoint: {error}" + (_MEND if resume == "auto" else "")) from None
+                raise UserError(f"damaged checkpoint: {error}" + (_FIX if resume == "auto" else "")) from None
             notes = [*notes, ("checkpoint_fallback", f"damaged checkpoint: {error}", "takes the one before it")]
             continue
         found.notes = notes
@@ -75,7 +75,7 @@ def find(checkpoints: Path, resume: str, fallback: bool, ranks: Ranks) -> Found 
     raise UserError(f"{checkpoints}: every checkpoint is damaged; the last one tried: {notes[-1][1]}")
 
 
-_MEND = "; checkpoint.fallback=true goes on from the newest valid one, --resume PATH from another"
+_FIX = "; checkpoint.fallback=true resumes from the newest valid one, --resume PATH from another"
 
 
 def _look_around(folder: Path) -> tuple[list[Path], list[tuple[str, str, str]], str | None]:

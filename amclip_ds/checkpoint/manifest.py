@@ -123,7 +123,7 @@ def read_config(folder: Path) -> str:
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Every file is there, ordinary and of its size: one look a file, none is read. Raises DamagedError, naming it."""
+    """Every file is there, ordinary and of its size: one stat a file, none is read. Raises DamagedError, naming it."""
     looked_at: set[Path] = set()
     for name, facts in manifest.files.items():
         path = folder / name
@@ -206,7 +206,7 @@ def read_pieces(folder: Path, file: str) -> Pieces:
 
 
 class Index:
-    """Where each element of each tensor of a checkpoint lies. Raises DamagedError unless all are there, each once."""
+    """Where each element of each tensor of a checkpoint is. Raises DamagedError unless all are there, each once."""
 
     def __init__(self, folder: Path, manifest: Manifest, held: Pieces | None = None) -> None:
         """held: of all files, where they were read already."""
@@ -229,7 +229,7 @@ class Index:
         for piece in pieces:
             if piece.start != at:
                 what = "twice" if piece.start < at else "not at all"
-                raise DamagedError(f"{self.folder / piece.file}: elements of {kind} {name} stand in the files {what}")
+                raise DamagedError(f"{self.folder / piece.file}: elements of {kind} {name} are {what} in the files")
             at += piece.length
         if at != numel:
             raise DamagedError(f"{self.folder / NAME}: {kind} {name} has {numel} elements, the files hold {at}")

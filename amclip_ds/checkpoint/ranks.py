@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SPARE_S = 60.0  # what a collective may wait beyond a save's own limit, so that the limit is told and not the collective
+SPARE_S = 60.0  # what a collective may wait beyond a save's own limit, so that the limit is named, not the collective
 
 
 class Ranks:
@@ -57,6 +57,6 @@ class Ranks:
         """For each condition, whether it holds on every rank; a hundred microseconds."""
         if self._group is None:
             return list(conditions)
-        told = torch.tensor([int(condition) for condition in conditions])
-        dist.all_reduce(told, dist.ReduceOp.MIN, group=self._group)
-        return [bool(value) for value in told.tolist()]
+        reported = torch.tensor([int(condition) for condition in conditions])
+        dist.all_reduce(reported, dist.ReduceOp.MIN, group=self._group)
+        return [bool(value) for value in reported.tolist()]

@@ -29,7 +29,7 @@ VERSIONED = ("amclip_ds", "torch", "deepspeed", "numpy")
 
 
 class SaveFailed(AmclipError):
-    """A checkpoint could not be written; told alike on every rank. The one before it is untouched."""
+    """A checkpoint could not be written; reported alike on every rank. The one before it is untouched."""
 
 
 @dataclass
@@ -80,10 +80,10 @@ class Saver:
     def after_step(self, step: int, is_last: bool, describe_state: Callable[[], CheckpointState]) -> None:
         """To be called after every step: ends a background save that is done, begins one that is due.
 
-        A save that fails is told (line and incident) and training goes on with the checkpoint before it; only the last
+        A save that fails is reported (line and incident), training continues, the one before it stays; only the last
         one, which is waited for, raises SaveFailed.
         """
-        is_due = self._look(step) or is_last
+        is_due = self._is_due(step) or is_last
         if not is_due:
             return
         try:
@@ -92,7 +92,7 @@ class Saver:
         except SaveFailed as error:
             if is_last:
                 raise
-            self._tell_failure(error)
+            self._report_failure(error)
 
     def save(self, step: int, state: CheckpointState, wait: bool = False) -> None:
         """Saves; returns after the copy into host memory (asynchronous), or after the commit (synchronous, or `wait`).
@@ -171,24 +171,24 @@ class Saver:
         """Whether this save is asynchronous, and its bytes over all ranks. Raises SaveFailed for want of room."""
         need = sum(file.length for file in planned)
         snapshot = background.size_of(planned)
-        told = self.ranks.gather({
+        reported = self.ranks.gather({
             "step": step, "need": need, "free": _free_space(self.checkpoints), "host": background.host_name(),
             "memory": max(0, snapshot - self._snapshot.size), "available": background.available_memory(),
             "possible": background.is_possible(),
         })  # fmt: skip
-        if len({one["step"] for one in told}) > 1:
-            raise SaveFailed(f"the ranks would save different steps: {[one['step'] for one in told]}")
-        total = sum(one["need"] for one in told)
-        free, rank = min((one["free"], rank) for rank, one in enumerate(told))
+        if len({one["step"] for one in reported}) > 1:
+            raise SaveFailed(f"the ranks would save different steps: {[one['step'] for one in reported]}")
+        total = sum(one["need"] for one in reported)
+        free, rank = min((one["free"], rank) for rank, one in enumerate(reported))
         if free < total + SPARE_BYTES:
             raise SaveFailed(
                 f"checkpoint of step {step}: needs {_size(total + SPARE_BYTES)}, rank {rank} sees {_size(free)} free at"
                 f" {self.checkpoints}"
             )
-        asynchronous = self.config.asynchronous and all(one["possible"] for one in told)
-        for host in {one["host"] for one in told}:
-            wanted = sum(one["memory"] for one in told if one["host"] == host)
-            available = min(one["available"] for one in told if one["host"] == host)
+        asynchronous = self.config.asynchronous and all(one["possible"] for one in reported)
+        for host in {one["host"] for one in reported}:
+            wanted = sum(one["memory"] for one in reported if one["host"] == host)
+            available = min(one["available"] for one in reported if one["host"] == host)
             if asynchronous and wanted > available:
                 self._say(f"checkpoint: {host} has {_size(available)} of memory left, a snapshot takes {_size(wanted)}:"
                           f" this save waits for the disk")  # fmt: skip
@@ -224,7 +224,7 @@ class Saver:
         if self.newest is None or run.exists():
             return
         cause = f"{run} is gone: renamed or removed, with checkpoint {step_folders.folder_name(self.newest)}"
-        action = f"made again; the run goes on there, its next checkpoint is of step {step}"
+        action = f"made again; the run continues there, its next checkpoint is of step {step}"
         self._say(f"{cause}; {action}")
         self._incident("folder_gone", cause, action)
 
@@ -240,8 +240,8 @@ class Saver:
 
     # ---------------------------------------------------------------- end
 
-    def _look(self, step: int) -> bool:
-        """Ends a background save that is done on all ranks; tells whether one is due, by steps or by rank 0's clock."""
+    def _is_due(self, step: int) -> bool:
+        """Ends a background save that is done on all ranks; returns whether one is due by steps or by rank 0's clock."""
         config, flight = self.config, self._flight
         by_steps = config.every_steps is not None and step % config.every_steps == 0
         if flight is None and config.every_minutes is None:
@@ -255,13 +255,13 @@ class Saver:
         return by_steps or (by_clock and config.every_minutes is not None)
 
     def _land_earlier(self) -> None:
-        """At most one save is in flight: the one before is waited for. Its failure is told, and this one begins."""
+        """At most one save is in flight: the one before is waited for. Its failure is reported, and this one begins."""
         if self._flight is None:
             return
         try:
             self._land()
         except SaveFailed as error:
-            self._tell_failure(error)
+            self._report_failure(error)
 
     def _is_done(self, flight: _Flight) -> bool:
         if flight.outcome is None:
@@ -281,14 +281,14 @@ class Saver:
         while not self._is_done(flight):
             time.sleep(POLL_S)
         self._flight = None
-        told = self.ranks.to_main(flight.outcome | {"tensors": files.tensor_sizes(flight.state)})  # type: ignore[operator]
+        reported = self.ranks.to_main(flight.outcome | {"tensors": files.tensor_sizes(flight.state)})  # type: ignore[operator]
         failpoints.reached("gathered")
-        failures = [f"rank {rank}: {one['error']}" for rank, one in enumerate(told) if "error" in one]
+        failures = [f"rank {rank}: {one['error']}" for rank, one in enumerate(reported) if "error" in one]
         error = self._refusal() if self.ranks.is_main else None
         if error is None and failures:
             error = SaveFailed(f"checkpoint of step {flight.step}: {'; '.join(failures)}")
         elif error is None and self.ranks.is_main:
-            error = self._commit(flight, told)
+            error = self._commit(flight, reported)
         if isinstance(error, SaveFailed) and self.ranks.is_main:  # a refused one's folder may be another trainer's
             shutil.rmtree(flight.folder, ignore_errors=True)
         error = self.ranks.from_main(error)
@@ -308,11 +308,11 @@ class Saver:
             return error
         return None
 
-    def _commit(self, flight: _Flight, told: list[dict[str, Any]]) -> AmclipError | None:
+    def _commit(self, flight: _Flight, reported: list[dict[str, Any]]) -> AmclipError | None:
         """Rank 0: manifest, fsync, rename, fsync. Returns why it could not be done."""
         target = self.checkpoints / step_folders.folder_name(flight.step)
         try:
-            description = _describe(flight, told, self.ranks.world_size)
+            description = _describe(flight, reported, self.ranks.world_size)
             write_file(flight.folder / manifest.NAME, [manifest.dump(description)])
             sync_folder(flight.folder)
             failpoints.reached("manifest_written")
@@ -331,15 +331,15 @@ class Saver:
             if self._purge:
                 self._purge.join()
             self._purge = retention.purge(self.checkpoints, self.config, flight.step, self._say)
-        except (OSError, UserError) as error:  # the checkpoint stands; what follows it is housekeeping
+        except (OSError, UserError) as error:  # the checkpoint is committed; what follows is housekeeping
             self._say(f"checkpoint {target.name} is committed, but: {describe(error)}")
         return None
 
-    def _tell_failure(self, error: SaveFailed) -> None:
-        text = f"checkpoint failed: {error}; training goes on, the checkpoint before it is untouched"
+    def _report_failure(self, error: SaveFailed) -> None:
+        text = f"checkpoint failed: {error}; training continues, the checkpoint before it is untouched"
         self._say(text)
         if self.ranks.is_main:
-            self._incident("checkpoint_failed", str(error), "training goes on, the checkpoint before it is untouched")
+            self._incident("checkpoint_failed", str(error), "training continues, the checkpoint before it is untouched")
 
 
 def _write_here(folder: Path, planned: list[PlannedFile]) -> dict[str, Any]:
@@ -356,11 +356,11 @@ def _write_here(folder: Path, planned: list[PlannedFile]) -> dict[str, Any]:
     return done
 
 
-def _describe(flight: _Flight, told: list[dict[str, Any]], world_size: int) -> Manifest:
+def _describe(flight: _Flight, reported: list[dict[str, Any]], world_size: int) -> Manifest:
     state = flight.state
     tensors: dict[str, dict[str, int]] = {}
     written: dict[str, dict[str, Any]] = {}
-    for one in told:
+    for one in reported:
         written |= one["files"]
         for kind, sizes in one["tensors"].items():
             tensors.setdefault(kind, {}).update(sizes)
@@ -380,7 +380,7 @@ def _version(package: str) -> str:
 
 
 def _free_space(path: Path) -> int:
-    """Bytes free where `path` is or will be; 0 where that cannot be told."""
+    """Bytes free where `path` is or will be; 0 where that is unknown."""
     while True:
         try:
             found = os.statvfs(path)

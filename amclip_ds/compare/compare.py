@@ -60,7 +60,7 @@ def compare(ask: Comparison) -> tuple[dict[str, Any], int]:
         print(f"compare: run {number} of {len(runs)}: {run.row.name}, seed {run.seed}, {run.steps} steps", flush=True)
         code = _train(run.row.recipe, run.words, run.folder, ask)
         if code in STOPPED:
-            print(printable(f"compare: stopped in run {number} of {len(runs)}; the same command goes on"))
+            print(printable(f"compare: stopped in run {number} of {len(runs)}; the same command resumes"))
             return {}, code
         if code:
             failed.append(f"{run.folder.name} (exit {code})")

@@ -35,7 +35,7 @@ def master_shards(engine: Any) -> dict[str, Shard]:
 
 
 def master_shards_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Shard]:
-    """Likewise, of the given parameters; frozen ones have no master."""
+    """The same, of the given parameters; frozen ones have no master."""
     found = {name: _shard(parameter, None) for name, parameter in parameters.items() if parameter.requires_grad}
     return {name: shard for name, shard in found.items() if shard is not None}
 
@@ -243,7 +243,7 @@ def gather_state(module: nn.Module, held: Mapping[str, Shard]) -> dict[str, Tens
 
 
 def _all_hold_everything(shard: Shard | None) -> bool:
-    """Whether every rank holds the whole tensor (stage 0), told alike on every rank."""
+    """Whether every rank holds the whole tensor (stage 0), the same on every rank."""
     return min(gather_objects(shard is not None and shard.length == shard.numel))
 
 

@@ -25,7 +25,7 @@ class VisionConfig:
     freeze_patch_embed: bool = True
     """The patch embedding stays at its random initialisation (as published) and has no backward pass."""
     pool: str = "cls"
-    """cls: the class token stands for the image | mean: the mean of all tokens, the class token among them (FLIP)."""
+    """cls: the class token is the image's feature | mean: the mean of all tokens, the class token among them (FLIP)."""
     position_init: str = "normal"
     """normal: truncated normal 0.02 | sincos: 0.3 x the 2-D sine-cosine table (learns faster at tiny sizes)."""
     checkpoint_every: int = 0
@@ -361,12 +361,12 @@ class TeacherConfig:
     resolution: str = "full"
     """full: the teacher sees the image at the student's size | half: at half of it, scoring blocks (A-CLIP-eff)."""
     sees: str = "crop"
-    """crop: the teacher looks at one crop, its own or teacher.view | views: at all views as the student gets them,
+    """crop: the teacher sees one crop, its own or teacher.view | views: all views as the student gets them,
     with their colour changes and whole."""
     view: int | None = None
-    """A view, from 0, that the teacher looks at itself, without colour changes; null: a crop of its own around all."""
+    """A view, from 0, that the teacher sees itself, without colour changes; null: a crop of its own around all."""
     placement: str = "auto"
-    """auto: replicated at ZeRO 0-2, sharded at 3 | replicated | sharded: where the copy for the forward lies."""
+    """auto: replicated at ZeRO 0-2, sharded at 3 | replicated | sharded: where the copy for the forward is."""
 
     def __post_init__(self) -> None:
         if self.resolution not in ("full", "half"):

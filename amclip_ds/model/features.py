@@ -72,7 +72,7 @@ class Features(NamedTuple):
     image_embeds: Tensor | None = None
     """[V, B, E] fp32 rows of unit length"""
     text_embeds: Tensor | None = None
-    """[B, E] likewise"""
+    """[B, E] the same"""
     patches: tuple[Tensor, ...] | None = None
     """by view [B, K, D]: the kept patch tokens after the last norm (per_sample alone)"""
     keep_indices: tuple[Tensor | None, ...] | None = None
@@ -84,7 +84,7 @@ class Features(NamedTuple):
     image_projected: Tensor | None = None
     """[V, B, E] the embeddings of images before they have unit length, in the dtype of the forward"""
     text_projected: Tensor | None = None
-    """[B, E] likewise of texts"""
+    """[B, E] the same of texts"""
     logit_scale: Tensor | None = None
     """(1,) fp32, exp'ed; with the embeddings"""
     logit_bias: Tensor | None = None
@@ -134,7 +134,7 @@ class Losses(NamedTuple):
     cls: Tensor
     """[V, B, D]: what the guards look through for samples that are not finite"""
     eot: dict[str, Tensor]
-    """likewise, by text pass [B, W]"""
+    """the same, by text pass [B, W]"""
     logit_scale: Tensor
     """(1,) fp32, exp'ed"""
 
@@ -151,7 +151,7 @@ def check_terms(part: Any, terms: Any) -> None:
 
 
 def check_targets(part: Any, targets: Any, samples: int) -> None:
-    """Likewise of `observe`: a tuple of tensors whose first dimension is samples."""
+    """The same of `observe`: a tuple of tensors whose first dimension is samples."""
     if not isinstance(targets, tuple) or not all(isinstance(tensor, Tensor) for tensor in targets):
         raise UserError(f"{name_of(part)} gave a {type(targets).__name__}, not its targets: a tuple of tensors")
     for place, tensor in enumerate(targets):

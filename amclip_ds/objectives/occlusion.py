@@ -1,4 +1,4 @@
-"""Occlusion: two views of one crop that share no patch, told from other images' (OCL, 2024), without a head.
+"""Occlusion: two views of one crop that share no patch, distinguished from other images' (OCL, 2024), without a head.
 
 Shapes: B samples of this rank, W ranks, D vision width.
 """

@@ -107,7 +107,7 @@ def muon_bytes_by_rank(
     trained: dict[str, int], groups: list[list[str]], world_size: int, stage: int, gradient_bytes: int
 ) -> tuple[int, ...]:
     """Bytes of the momentum of Muon's matrices that each rank holds: fp32 beside the masters at stages 0 and 3. At 1
-    and 2 in the gradients' dtype, whole wherever some of a matrix lies, and twice: a step works on a copy, which one
+    and 2 in the gradients' dtype, whole wherever some of a matrix is, and twice: a step works on a copy, which one
     that is skipped leaves behind."""
     if stage in (0, 3):
         return tuple(FP32 * held for held in held_by_rank(trained, groups, world_size, stage))
@@ -132,7 +132,7 @@ def held_by_rank(trained: dict[str, int], groups: list[list[str]], world_size: i
 def averaged_by_rank(
     trained: dict[str, int], teacher: set[str], groups: list[list[str]], world_size: int, stage: int
 ) -> tuple[int, ...]:
-    """Elements of the average that each rank holds: the average lies where the masters lie.
+    """Elements of the average that each rank holds: the average is where the masters are.
 
     Stage 0: everything everywhere. Stage 3 cuts every tensor evenly. Stages 1 and 2 cut each optimizer group, laid end
     to end, into equal runs: a rank may hold mostly heads that the teacher does not have, another one none of them.
@@ -170,7 +170,7 @@ def _run(trained: dict[str, int], names: list[str], world_size: int) -> int:
 def _cut_in_runs(trained: dict[str, int], groups: list[list[str]], world_size: int) -> Iterator[tuple[str, int, int]]:
     """(tensor, rank, elements of it) where ZeRO lays each group end to end and cuts the line into equal runs.
 
-    A tensor lies on few ranks: only those are visited, so that 512 ranks cost no more than two.
+    A tensor is on few ranks: only those are visited, so that 512 ranks cost no more than two.
     """
     for names in groups:
         run = _run(trained, names, world_size)

@@ -48,7 +48,7 @@ class Sizes:
     text_tokens: int
     teacher_patches: int
     teacher_looks: int = 0
-    """views that the teacher looks at; 0: one crop"""
+    """views that the teacher sees; 0: one crop"""
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def ring_cost(sizes: Sizes, chunk: int) -> Cost:
 
 
 def pairs_ring_cost(sizes: Sizes, output_dim: int, chunk: int) -> Cost:
-    """Likewise of both views of a rank against both of another."""
+    """The same of both views of a rank against both of another."""
     both = 2 * sizes.local
     flops = 8.0 * both * both * sizes.world * output_dim
     features = float(FP32 * both * output_dim)

@@ -101,7 +101,7 @@ def memory_of(step: Work) -> Memory:
 
 
 def _bucket_bytes(step: Work, ds: dict[str, Any]) -> float:
-    """What ZeRO lays together to send it, and at stage 3 the weights at hand."""
+    """What ZeRO lays together to send it, and at stage 3 the weights gathered at a time."""
     zero = ds.get("zero_optimization", {})
     elements = model_state.trained_elements(step.student)
     bucket = min(float(zero.get("reduce_bucket_size", 5e8)), elements)

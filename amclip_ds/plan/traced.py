@@ -40,7 +40,7 @@ class MetaRanks:
         return x * 1
 
     def ring_ahead(self, x: Tensor) -> Callable[[], Tensor]:
-        """Likewise."""
+        """The same."""
         return lambda: x * 1
 
 

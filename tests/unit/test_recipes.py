@@ -93,7 +93,7 @@ def test_a_start_that_is_needed_is_named(capsys: pytest.CaptureFixture[str]) -> 
     for method in ("flip-tune", "clipa-tune"):
         assert cli.main(["train", f"{method}-tiny", "data.train=x", "--procs", "2"]) == 2
         printed = capsys.readouterr().err.strip()
-        assert f"model.init_from: recipe {method} needs it; name the run that it goes on from" in printed
+        assert f"model.init_from: recipe {method} needs it; name the run that it continues from" in printed
         assert len(printed.splitlines()) == 1
 
 
