@@ -241,7 +241,7 @@ class Saver:
     # ---------------------------------------------------------------- end
 
     def _is_due(self, step: int) -> bool:
-        """Ends a background save that is done on all ranks; returns whether one is due by steps or by rank 0's clock."""
+        """Ends a background save that all ranks have done; returns whether one is due by steps or by rank 0's clock."""
         config, flight = self.config, self._flight
         by_steps = config.every_steps is not None and step % config.every_steps == 0
         if flight is None and config.every_minutes is None:
