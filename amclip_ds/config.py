@@ -401,8 +401,11 @@ def _without_plugins(layer: dict[str, Any]) -> dict[str, Any]:
     for section in ("mask", "loss"):
         held = layer.get(section)
         if isinstance(held, dict):
-            kept[section] = {name: value for name, value in held.items()
-                             if any(f"{key}.".startswith(f"{section}.{name}.") for key in known)}  # fmt: skip
+            kept[section] = {
+                name: value
+                for name, value in held.items()
+                if any(f"{key}.".startswith(f"{section}.{name}.") for key in known)
+            }
             if section == "mask":
                 _leave_out_own_mask(kept[section])
     data: Any = kept["data"] if isinstance(kept.get("data"), dict) else {}

@@ -75,23 +75,36 @@ def masks(source: Path, data: str, out: Path, images: int, names: list[str]) -> 
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
     return {
-        "source": str(source), "weights": weights, "step": located.step, "images": len(batch.sample_ids),
+        "source": str(source),
+        "weights": weights,
+        "step": located.step,
+        "images": len(batch.sample_ids),
         "patches": method.grid**2,
         "masks": {one.name: {"kept": one.tokens, "object_share": one.object_share} for one in found},
-    }  # fmt: skip
+    }
 
 
 def load_images(config: TrainConfig, data: str, images: int, scratch: Path) -> tuple[Batch, Tensor | None]:
     """The first samples of the training order over the shards, and the objects' boxes [B, 4] where all have one."""
     vision, method = config.model.vision, method_of(config)
     settings = replace(config.data, train=data, index=None, workers=0, weights=None, resampled=False, stage_dir="")
-    with closing(TrainingData(
-        settings, seed=config.run.seed, global_batch=1, rank=0, world_size=1, image_size=vision.image_size,
-        teacher_size=vision.image_size // (2 if config.teacher.resolution == "half" else 1),
-        teacher_contains=method.compat.teacher_sees_views, draws_twice=True,
-        num_units=max(num_units(vision.grid, mask.unit) for mask in method.masks),
-        context_length=config.model.text.context_length, index_dir=scratch, say=lambda text: None,
-    )) as stream:  # fmt: skip
+    with closing(
+        TrainingData(
+            settings,
+            seed=config.run.seed,
+            global_batch=1,
+            rank=0,
+            world_size=1,
+            image_size=vision.image_size,
+            teacher_size=vision.image_size // (2 if config.teacher.resolution == "half" else 1),
+            teacher_contains=method.compat.teacher_sees_views,
+            draws_twice=True,
+            num_units=max(num_units(vision.grid, mask.unit) for mask in method.masks),
+            context_length=config.model.text.context_length,
+            index_dir=scratch,
+            say=lambda text: None,
+        )
+    ) as stream:
         batch = stream.first(images)
         return batch, object_boxes(stream.index, batch.sample_ids.tolist())
 
@@ -137,8 +150,10 @@ def draw(batch: Batch, scores: Tensor, found: list[Kept], method: Method, boxes:
     """The grid: the teacher's crop, its attention, then both views under each mask; a row an image."""
     assert batch.teacher_uint8 is not None
     inside = None if boxes is None else patches_inside(boxes, batch.boxes[:-1], method.grid, batch.flips)
-    columns = [("teacher's crop", [thumbnail(image) for image in batch.teacher_uint8]),
-               ("its attention", [heat(row) for row in scores])]  # fmt: skip
+    columns = [
+        ("teacher's crop", [thumbnail(image) for image in batch.teacher_uint8]),
+        ("its attention", [heat(row) for row in scores]),
+    ]
     for one in found:
         for view, rows in enumerate(one.by_view):
             pictures = [
@@ -154,5 +169,6 @@ def draw(batch: Batch, scores: Tensor, found: list[Kept], method: Method, boxes:
 def page(title: str, found: list[Kept], method: Method, picture: Image.Image, batch: Batch) -> str:
     """One HTML file: the numbers as a table, the picture, and what its shades mean."""
     uri = "data:image/png;base64," + base64.b64encode(encoded(picture)).decode()
-    return fill("page.masks.html", title=title, found=found, patches=method.grid**2, uri=uri,
-                captions=captions_of(batch))  # fmt: skip
+    return fill(
+        "page.masks.html", title=title, found=found, patches=method.grid**2, uri=uri, captions=captions_of(batch)
+    )

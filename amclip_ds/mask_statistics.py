@@ -42,9 +42,7 @@ def of_step(
     return found
 
 
-def overlap(
-    one: int, other: int, kept: Kept, view_boxes: Tensor, grid: int, flips: Tensor | None = None
-) -> Tensor:  # fmt: skip
+def overlap(one: int, other: int, kept: Kept, view_boxes: Tensor, grid: int, flips: Tensor | None = None) -> Tensor:
     """The share of a view's kept patches whose centre is in a kept patch of another view of the same images."""
     rows, columns = kept[one], kept[other]
     assert rows is not None and columns is not None
@@ -92,10 +90,12 @@ def object_share(
         return None
     flips = None if flips is None else flips[masked]
     inside = patches_inside(objects, view_boxes[masked], grid, flips)
-    stays = torch.stack([
-        torch.zeros_like(seen).scatter_(-1, rows, True)
-        for seen, rows in zip(inside, (rows for rows in kept if rows is not None))
-    ])  # fmt: skip
+    stays = torch.stack(
+        [
+            torch.zeros_like(seen).scatter_(-1, rows, True)
+            for seen, rows in zip(inside, (rows for rows in kept if rows is not None))
+        ]
+    )
     shown = inside.sum(-1)
     if not bool((shown > 0).any()):
         return None

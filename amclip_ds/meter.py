@@ -86,9 +86,13 @@ class Meter:
             row |= {"tflops": flops_per_s / 1e12, "mfu": flops_per_s / row.pop("rate")}
         row["peak_memory_gib"] = max_over_ranks(peak_bytes(self._device) / GIB, self._device)
         row |= {
-            "lr": result.lr, "momentum": result.momentum, "logit_scale": float(result.logit_scale),
-            "grad_norm": result.grad_norm, "step_applied": result.applied, "kept_tokens": result.kept_tokens,
-        }  # fmt: skip
+            "lr": result.lr,
+            "momentum": result.momentum,
+            "logit_scale": float(result.logit_scale),
+            "grad_norm": result.grad_norm,
+            "step_applied": result.applied,
+            "kept_tokens": result.kept_tokens,
+        }
         self._restart()
         return row
 

@@ -127,5 +127,4 @@ def method_of(config: Settings) -> Method:
     masks_text = config.data.text_mask.strategy != NONE
     chosen = objectives.chosen(config.loss, config.heads, compat.pairs_views, masks_text, compat.gathers_gradient)
     masks = masks_of_views(config.mask, config.data.view_masks())
-    return Method(chosen, masks, config.model.vision.grid, compat, config.teacher.view,
-                  config.teacher.sees == "views")  # fmt: skip
+    return Method(chosen, masks, config.model.vision.grid, compat, config.teacher.view, config.teacher.sees == "views")

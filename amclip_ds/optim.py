@@ -151,8 +151,15 @@ def parameter_groups(
         scale = lr_scale(name, depths, config) * larger
         of_objective = name.split(".")[1] if name.startswith("objectives.") else ""
         start = (starts or {}).get(of_objective, 0.0)
-        fresh = {"params": [], "names": [], "use_muon": use_muon, "weight_decay": decay, "lr": config.lr * scale,
-                 "lr_scale": scale, "start": start}  # fmt: skip
+        fresh = {
+            "params": [],
+            "names": [],
+            "use_muon": use_muon,
+            "weight_decay": decay,
+            "lr": config.lr * scale,
+            "lr_scale": scale,
+            "start": start,
+        }
         group = groups.setdefault((decay, scale, start, use_muon), fresh)
         group["params"].append(parameter)
         group["names"].append(name)

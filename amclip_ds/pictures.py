@@ -59,9 +59,15 @@ class Pictures:
     """A run's pictures. Making it is collective: every rank must call. Nothing that fails here ends the run."""
 
     def __init__(
-        self, log: LogConfig, checkpoint: CheckpointConfig, method: Method, data: TrainingData, record: Record,
-        device: torch.device, total_steps: int,
-    ) -> None:  # fmt: skip
+        self,
+        log: LogConfig,
+        checkpoint: CheckpointConfig,
+        method: Method,
+        data: TrainingData,
+        record: Record,
+        device: torch.device,
+        total_steps: int,
+    ) -> None:
         self._method, self._record, self._total = method, record, total_steps
         self._steps = [every for every in (log.pictures_every_steps, checkpoint.every_steps) if every]
         self._batch: Batch | None = None
@@ -200,8 +206,10 @@ def draw(batch: Batch, shot: Shot, method: Method, captions: list[str]) -> Image
         columns.append(("teacher's crop", [thumbnail(image) for image in looked_at]))
         columns.append(("its attention", [heat(row) for row in shot.scores]))
     for view, (rows, mask) in enumerate(zip(shot.kept, method.masks)):
-        pictures = [thumbnail(image if rows is None else darkened(image, rows[place], method.grid))
-                    for place, image in enumerate(batch.views_uint8[view])]  # fmt: skip
+        pictures = [
+            thumbnail(image if rows is None else darkened(image, rows[place], method.grid))
+            for place, image in enumerate(batch.views_uint8[view])
+        ]
         columns.append((f"view {view + 1}: {mask.strategy}", pictures))
     return sheet(columns, captions, has_scores=shot.scores is not None)
 

@@ -153,11 +153,20 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         evaluated_on = on_main(partial(check_evaluation, config, is_resumed=found is not None))
         data = stack.enter_context(closing(open_data(config, method, runtime, found is not None)))
     total_steps = settings.count_steps(config, data.steps_per_epoch)
-    record = stack.enter_context(Record(
-        folder, config.log, rank=runtime.rank, world_size=runtime.world_size, attempt=attempt, total_steps=total_steps,
-        samples_per_epoch=data.samples_per_epoch, first_step=found.manifest.step if found else 0,
-        run_config=redact_all(asdict(config)), checkpoint_every=config.checkpoint.every_steps,
-    ))  # fmt: skip
+    record = stack.enter_context(
+        Record(
+            folder,
+            config.log,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            attempt=attempt,
+            total_steps=total_steps,
+            samples_per_epoch=data.samples_per_epoch,
+            first_step=found.manifest.step if found else 0,
+            run_config=redact_all(asdict(config)),
+            checkpoint_every=config.checkpoint.every_steps,
+        )
+    )
     record.say(describe(config, runtime, plan, data, total_steps))
     for line in evaluated_on:
         record.say(line)
@@ -180,8 +189,9 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         frozen = FrozenTeacher(config.distill.teacher, config.model, runtime.device)
         record.say(frozen.about)
     guards = Guards(config.guards, record.incident)
-    meter = Meter(config.batch.global_size, runtime, config.data.workers, operations(config, runtime.world_size),
-                  student)  # fmt: skip
+    meter = Meter(
+        config.batch.global_size, runtime, config.data.workers, operations(config, runtime.world_size), student
+    )
     profile = Profile(folder, config.run.profile, runtime.is_main, record.say, runtime.device.type == "cuda")
     stack.callback(profile.close)
 
@@ -194,12 +204,24 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         ):  # no step's time, and watched by the limit of long phases
             yield
 
-    keeper = stack.enter_context(Keeper(
-        folder, config, ranks, student=student, teacher=teacher, guards=guards, record=record, attempt=attempt,
-        data_fingerprint=data.fingerprint, data_contents=data.contents, words_hash=data.words_hash,
-        excluded_hash=data.excluded_hash,
-        before_commit=owner.check if owner else lambda: None, pausing=saving,
-    ))  # fmt: skip
+    keeper = stack.enter_context(
+        Keeper(
+            folder,
+            config,
+            ranks,
+            student=student,
+            teacher=teacher,
+            guards=guards,
+            record=record,
+            attempt=attempt,
+            data_fingerprint=data.fingerprint,
+            data_contents=data.contents,
+            words_hash=data.words_hash,
+            excluded_hash=data.excluded_hash,
+            before_commit=owner.check if owner else lambda: None,
+            pausing=saving,
+        )
+    )
     with watchdog.during("resume"), timeline.during("resume"):
         keeper.resume(found, state)
         timeline.step = state.step
@@ -210,13 +232,32 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
             write_settings(folder, config, record.replace)
     pictures = Pictures(config.log, config.checkpoint, method, data, record, runtime.device, total_steps)
     return Run(
-        config=config, runtime=runtime, comm=comm, method=method, plan=plan, folder=folder, attempt=attempt,
-        stops=stops, watchdog=watchdog, timeline=timeline, state=state, data=data, total_steps=total_steps,
-        record=record, student=student, teacher=teacher,
-        frozen=frozen, schedules=Schedules(config.optim, config.teacher, total_steps),
-        guards=guards, ledger=Ledger(config.data.max_skip_rate, gather_objects, data.account), meter=meter,
-        profile=profile, keeper=keeper, forecast=forecast, pictures=pictures,
-    )  # fmt: skip
+        config=config,
+        runtime=runtime,
+        comm=comm,
+        method=method,
+        plan=plan,
+        folder=folder,
+        attempt=attempt,
+        stops=stops,
+        watchdog=watchdog,
+        timeline=timeline,
+        state=state,
+        data=data,
+        total_steps=total_steps,
+        record=record,
+        student=student,
+        teacher=teacher,
+        frozen=frozen,
+        schedules=Schedules(config.optim, config.teacher, total_steps),
+        guards=guards,
+        ledger=Ledger(config.data.max_skip_rate, gather_objects, data.account),
+        meter=meter,
+        profile=profile,
+        keeper=keeper,
+        forecast=forecast,
+        pictures=pictures,
+    )
 
 
 def check_evaluation(config: TrainConfig, *, is_resumed: bool) -> list[str]:
@@ -232,13 +273,19 @@ def check_evaluation(config: TrainConfig, *, is_resumed: bool) -> list[str]:
 
 def build_engines(config: TrainConfig, method: Method, runtime: Runtime) -> tuple[StudentEngine, Teacher | None]:
     """The student, and the teacher where anything reads it. Collective: every rank must call."""
-    student = StudentEngine(config.model, method.objectives, config.optim, config.engine,
-                            seed=config.run.seed, runtime=runtime)  # fmt: skip
+    student = StudentEngine(
+        config.model, method.objectives, config.optim, config.engine, seed=config.run.seed, runtime=runtime
+    )
     if not method.needs_teacher:
         return student, None
-    return student, Teacher(config.teacher, config.model, method.objectives,
-                            averages_text_ends=method.compat.averages_text_ends, student=student,
-                            device=runtime.device)  # fmt: skip
+    return student, Teacher(
+        config.teacher,
+        config.model,
+        method.objectives,
+        averages_text_ends=method.compat.averages_text_ends,
+        student=student,
+        device=runtime.device,
+    )
 
 
 def open_data(config: TrainConfig, method: Method, runtime: Runtime, resumes: bool = False) -> TrainingData:
@@ -246,15 +293,24 @@ def open_data(config: TrainConfig, method: Method, runtime: Runtime, resumes: bo
     vision = config.model.vision
     teacher_size = vision.image_size // (2 if config.teacher.resolution == "half" else 1)
     return TrainingData(
-        config.data, seed=config.run.seed, global_batch=config.batch.global_size, rank=runtime.rank,
-        world_size=runtime.world_size, image_size=vision.image_size,
+        config.data,
+        seed=config.run.seed,
+        global_batch=config.batch.global_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        image_size=vision.image_size,
         teacher_size=teacher_size if method.has_teacher_crop else None,
-        fills_text_budget=method.compat.fills_text_budget, teacher_contains=method.compat.teacher_sees_views,
-        num_units=method.draws, draws_twice=method.draws_twice,
-        context_length=config.model.text.context_length, once=on_main,
-        index_dir=config.run.out, device=runtime.device, resumes=resumes,
+        fills_text_budget=method.compat.fills_text_budget,
+        teacher_contains=method.compat.teacher_sees_views,
+        num_units=method.draws,
+        draws_twice=method.draws_twice,
+        context_length=config.model.text.context_length,
+        once=on_main,
+        index_dir=config.run.out,
+        device=runtime.device,
+        resumes=resumes,
         prepare=partial(plugins.again, list(plugins.LOADED.values())) if plugins.LOADED else None,
-    )  # fmt: skip
+    )
 
 
 def describe(config: TrainConfig, runtime: Runtime, plan: BatchPlan, data: TrainingData, total_steps: int) -> str:

@@ -62,9 +62,17 @@ class StepResult:
 
 
 def train_step(
-    batch: Batch, student: StudentEngine, teacher: Teacher | None, schedules: Schedules, updates: int, method: Method,
-    comm: Comm, micro: int, guards: Guards, frozen: Frozen | None = None,
-) -> StepResult:  # fmt: skip
+    batch: Batch,
+    student: StudentEngine,
+    teacher: Teacher | None,
+    schedules: Schedules,
+    updates: int,
+    method: Method,
+    comm: Comm,
+    micro: int,
+    guards: Guards,
+    frozen: Frozen | None = None,
+) -> StepResult:
     """Trains on one batch (this rank's part of the global one). Collective: every rank must call.
 
     updates: optimizer steps applied so far; learning rate and momentum are functions of it.
@@ -96,11 +104,19 @@ def train_step(
             teacher.publish(whole=False)
     keep_indices = by_view(inputs, kept)
     return StepResult(
-        loss=losses.total.detach(), parts=recorded(losses), lr=lr,
-        momentum=momentum, grad_norm=outcome.grad_norm, applied=outcome.applied, logit_scale=losses.logit_scale,
-        keep_indices=keep_indices, kept_tokens=count_kept(keep_indices, method.grid**2), sample_ids=batch.sample_ids,
-        progress=progress, scores=observed.scores,
-    )  # fmt: skip
+        loss=losses.total.detach(),
+        parts=recorded(losses),
+        lr=lr,
+        momentum=momentum,
+        grad_norm=outcome.grad_norm,
+        applied=outcome.applied,
+        logit_scale=losses.logit_scale,
+        keep_indices=keep_indices,
+        kept_tokens=count_kept(keep_indices, method.grid**2),
+        sample_ids=batch.sample_ids,
+        progress=progress,
+        scores=observed.scores,
+    )
 
 
 def recorded(losses: Losses) -> dict[str, Tensor]:
@@ -133,9 +149,13 @@ def student_inputs(
         ]
         places = [tuple(group.views.index(view) for view in of) for _, of in group.masks]
         is_masked = any(mask.strategy != NONE for mask, _ in group.masks)
-        groups.append(ViewGroup(group.views, images, tuple(
-            chosen._replace(views=at) for chosen, at in zip(selections, places)
-        ) if is_masked else ()))  # fmt: skip
+        groups.append(
+            ViewGroup(
+                group.views,
+                images,
+                tuple(chosen._replace(views=at) for chosen, at in zip(selections, places)) if is_masked else (),
+            )
+        )
     return StudentInputs(tuple(groups), texts_of(batch, method), batch.text_lengths, progress)
 
 
@@ -146,9 +166,14 @@ def texts_of(batch: Batch, method: Method) -> dict[str, Tensor]:
 
 
 def selection(
-    mask: MaskConfig, views: tuple[int, ...], batch: Batch, scores: Tensor | None, grid: int, progress: float,
+    mask: MaskConfig,
+    views: tuple[int, ...],
+    batch: Batch,
+    scores: Tensor | None,
+    grid: int,
+    progress: float,
     teacher_view: int | None = None,
-) -> Selection:  # fmt: skip
+) -> Selection:
     """How the tokens of some views are chosen. scores: the teacher's, [B, n] of its crop or of teacher_view, or
     [V, B, N] of all views."""
     needs, chosen, units = needs_of(mask), list(views), (grid // mask.unit) ** 2

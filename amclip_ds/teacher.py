@@ -25,9 +25,15 @@ class Teacher:
     """
 
     def __init__(
-        self, config: TeacherConfig, model: ModelConfig, objectives: Chosen, *, averages_text_ends: bool = True,
-        student: StudentEngine, device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        config: TeacherConfig,
+        model: ModelConfig,
+        objectives: Chosen,
+        *,
+        averages_text_ends: bool = True,
+        student: StudentEngine,
+        device: torch.device,
+    ) -> None:
         self.placed = place_teacher(config.placement, model, objectives, student, device)
         self._student = student
         self._masters: dict[str, Shard] | None = None
@@ -38,10 +44,11 @@ class Teacher:
         self._mirrored = [name for name in self.masters() if name in mirrored]
         masters = self.masters()
         self._ema = {
-            name: Shard(masters[name].tensor.detach().clone(), masters[name].start, masters[name].length,
-                        masters[name].numel)
+            name: Shard(
+                masters[name].tensor.detach().clone(), masters[name].start, masters[name].length, masters[name].numel
+            )
             for name in self._averaged
-        }  # fmt: skip
+        }
 
     def masters(self) -> dict[str, Shard]:
         """This rank's shards of the student's fp32 masters.

@@ -38,8 +38,18 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
 
         run.timeline.add("training")
         for batch in run.batches():
-            result = train_step(batch, run.student, run.teacher, run.schedules, state.updates, run.method, run.comm,
-                                run.plan.micro, run.guards, run.frozen)  # fmt: skip
+            result = train_step(
+                batch,
+                run.student,
+                run.teacher,
+                run.schedules,
+                state.updates,
+                run.method,
+                run.comm,
+                run.plan.micro,
+                run.guards,
+                run.frozen,
+            )
             state.advance(batch, result, config.batch.global_size)
             stop = run.stops.agreed(is_last=state.step == run.total_steps)
             account(run, batch, result)

@@ -61,8 +61,10 @@ def features(views: int, batch: int, width: int, device: torch.device) -> list[T
         sizes = ((views, batch, width), (batch, width), (1,), (1,))
         return [torch.empty(size, device=device, requires_grad=True) for size in sizes]
     draw = torch.Generator(device).manual_seed(0)
-    rows = [F.normalize(torch.randn(*shape, width, generator=draw, device=device), dim=-1)
-            for shape in ((views, batch), (batch,))]  # fmt: skip
+    rows = [
+        F.normalize(torch.randn(*shape, width, generator=draw, device=device), dim=-1)
+        for shape in ((views, batch), (batch,))
+    ]
     numbers = [torch.tensor([value], device=device) for value in (14.3, -10.0)]
     return [tensor.requires_grad_() for tensor in (*rows, *numbers)]
 

@@ -35,8 +35,14 @@ def first_step(checkout: Path, shards: Path, out: Path, overrides: list[str]) ->
     """(CPU seconds, modules) of one start."""
     command = [sys.executable, "-c", COUNTED, "train", "aclip-tiny", f"data.train={shards}", f"run.out={out}"]
     env = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "run.steps=2", *overrides], env=env, cwd=checkout, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [*command, "run.steps=2", *overrides],
+        env=env,
+        cwd=checkout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert process.stdout
     ended: dict[int, float] = {}  # what a process that is gone had used when last seen
     watching = threading.Event()
@@ -103,8 +109,10 @@ def main() -> None:
                 starts.append(first_step(checkout, scenes / "train", Path(folder, f"run-{run}-{place}"), args.set))
     for checkout, starts in found.items():
         cpu = [seconds for seconds, _ in starts]
-        print(f"{checkout}: median {statistics.median(cpu):.2f} s of CPU ({min(cpu):.2f} to {max(cpu):.2f}, {len(cpu)}"
-              f" starts), {starts[-1][1]} modules; load {os.getloadavg()[0]:.0f}")  # fmt: skip
+        print(
+            f"{checkout}: median {statistics.median(cpu):.2f} s of CPU ({min(cpu):.2f} to {max(cpu):.2f}, {len(cpu)}"
+            f" starts), {starts[-1][1]} modules; load {os.getloadavg()[0]:.0f}"
+        )
 
 
 if __name__ == "__main__":

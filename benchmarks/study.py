@@ -139,8 +139,13 @@ def began(out: Path, cell: Cell, name: str) -> bool:
 
 def table(out: Path) -> str:
     """Markdown: a line a row of each cell, and the rows that were not run."""
-    lines, missing = ["| cell | row | seeds | acc1, % | teacher, % | against the baseline | at equal time | masks |",
-                      "|---|---|---|---|---|---|---|---|"], []  # fmt: skip
+    lines, missing = (
+        [
+            "| cell | row | seeds | acc1, % | teacher, % | against the baseline | at equal time | masks |",
+            "|---|---|---|---|---|---|---|---|",
+        ],
+        [],
+    )
     for cell in CELLS:
         file = out / cell.name / "runs" / "compare.json"
         found = json.loads(file.read_text()) if file.exists() else {"summary": [], "rows": []}
@@ -169,8 +174,11 @@ def statistics_of(folders: list[Path]) -> str:
     """The masks' numbers at the end of the runs, their mean: `kept 0.50, overlap 0.61, score entropy 0.93`."""
     found = []
     for name in STATISTICS:
-        values = [rows[-1][name] for folder in folders if (rows := read_lines(folder / run_files.METRICS))
-                  and is_number(rows[-1].get(name))]  # fmt: skip
+        values = [
+            rows[-1][name]
+            for folder in folders
+            if (rows := read_lines(folder / run_files.METRICS)) and is_number(rows[-1].get(name))
+        ]
         if values:
             found.append(f"{name.removeprefix('mask_').replace('_', ' ')} {sum(values) / len(values):.2f}")
     return ", ".join(found)
@@ -187,8 +195,11 @@ def main() -> int:
     args = parser.parse_args()
     asked = list(grid(args.cells, args.rows))
     if args.action == "list":
-        print("\n".join(f"{cell.name} {name}: {row.recipe}-tiny {' '.join(row.words)}".rstrip()
-                        for cell, name, row in asked))  # fmt: skip
+        print(
+            "\n".join(
+                f"{cell.name} {name}: {row.recipe}-tiny {' '.join(row.words)}".rstrip() for cell, name, row in asked
+            )
+        )
         return 0
     code = 0
     if args.action == "run":

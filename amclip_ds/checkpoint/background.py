@@ -109,9 +109,11 @@ class WriterProcess:
         self.descriptor = descriptor
         with held_back():
             self._process = subprocess.Popen(
-                [sys.executable, "-S", "-E", str(PROGRAM), str(os.getpid())], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, pass_fds=[descriptor],
-            )  # fmt: skip
+                [sys.executable, "-S", "-E", str(PROGRAM), str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[descriptor],
+            )
         assert self._process.stdin and self._process.stdout
         os.set_blocking(self._process.stdout.fileno(), False)
         self._answer = b""

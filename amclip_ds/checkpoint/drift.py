@@ -77,9 +77,14 @@ def is_free(key: str) -> bool:
 
 
 def changes_between(
-    saved_config: str, config: str, saved_hashes: dict[str, str], hashes: dict[str, str], saved_precision: str,
-    precision: str, default_config: str = "",
-) -> list[Change]:  # fmt: skip
+    saved_config: str,
+    config: str,
+    saved_hashes: dict[str, str],
+    hashes: dict[str, str],
+    saved_precision: str,
+    precision: str,
+    default_config: str = "",
+) -> list[Change]:
     """All that differs between two runs: keys, data, tokenizer, precision. Raises UserError for what is unreadable.
 
     default_config: config.yaml of this version with every key at its default.

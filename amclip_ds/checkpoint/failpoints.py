@@ -8,9 +8,22 @@ import signal
 from collections.abc import Callable
 
 PHASES = (
-    "agree", "snapshot", "make_folder", "write_begin", "write_middle", "write_fsync", "write_end", "gathered",
-    "manifest_written", "before_rename", "after_rename", "latest_written", "purge_renamed", "purge_middle", "done",
-)  # fmt: skip
+    "agree",
+    "snapshot",
+    "make_folder",
+    "write_begin",
+    "write_middle",
+    "write_fsync",
+    "write_end",
+    "gathered",
+    "manifest_written",
+    "before_rename",
+    "after_rename",
+    "latest_written",
+    "purge_renamed",
+    "purge_middle",
+    "done",
+)
 ARMED: set[str] = set()
 INSTEAD: dict[str, Callable[[], None]] = {}
 """What a test does at a place instead of dying there (fills the disk, say)."""

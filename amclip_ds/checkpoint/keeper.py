@@ -60,11 +60,23 @@ class Keeper:
     """
 
     def __init__(
-        self, folder: Path, config: TrainConfig, ranks: Ranks, *, student: "StudentEngine", teacher: "Teacher | None",
-        guards: Guards, record: Record, attempt: int, data_fingerprint: str, data_contents: str,
-        words_hash: str = "", excluded_hash: str = "", before_commit: Callable[[], None] = lambda: None,
+        self,
+        folder: Path,
+        config: TrainConfig,
+        ranks: Ranks,
+        *,
+        student: "StudentEngine",
+        teacher: "Teacher | None",
+        guards: Guards,
+        record: Record,
+        attempt: int,
+        data_fingerprint: str,
+        data_contents: str,
+        words_hash: str = "",
+        excluded_hash: str = "",
+        before_commit: Callable[[], None] = lambda: None,
         pausing: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._folder, self._config, self._ranks, self._record = folder, config, ranks, record
         self._student, self._teacher, self._guards, self._attempt = student, teacher, guards, attempt
         self._hashes = {"data": data_fingerprint, "tokenizer": tokenizer_hash()}
@@ -77,9 +89,14 @@ class Keeper:
         self._config_text = settings.dump(config)
         self._drift: list[str] = []
         self._saver = Saver(
-            folder / run_files.CHECKPOINTS, config.checkpoint, ranks, say=record.say, before_commit=before_commit,
-            incident=lambda kind, cause, action: record.incident(kind, cause, action=action), pausing=pausing,
-        )  # fmt: skip
+            folder / run_files.CHECKPOINTS,
+            config.checkpoint,
+            ranks,
+            say=record.say,
+            before_commit=before_commit,
+            incident=lambda kind, cause, action: record.incident(kind, cause, action=action),
+            pausing=pausing,
+        )
 
     def __enter__(self) -> "Keeper":
         return self
@@ -142,9 +159,14 @@ class Keeper:
     def _check_drift(self, found: Found) -> None:
         precision = str(self._student.dtype).removeprefix("torch.")
         changes = drift.changes_between(
-            found.config, self._config_text, found.manifest.hashes, self._hashes, found.manifest.precision, precision,
+            found.config,
+            self._config_text,
+            found.manifest.hashes,
+            self._hashes,
+            found.manifest.precision,
+            precision,
             default_config=settings.dump(type(self._config)()),
-        )  # fmt: skip
+        )
         for change in changes:
             self._record.say(f"differs from the checkpoint: {change}" + ("" if change.is_free else " (mathematics)"))
         allowed = drift.allowances(self._config.checkpoint.allow_drift, self._config.data.on_change)
@@ -172,14 +194,18 @@ class Keeper:
         saved, ranks, stage = found.manifest, self._ranks.world_size, self._student.stage
         self._record.say(f"resumes from {found.path} (step {saved.step}, attempt {self._attempt})")
         if (saved.world_size, saved.stage) != (ranks, stage):
-            self._record.say(f"the checkpoint is of {saved.world_size} ranks at ZeRO stage {saved.stage}, this run has"
-                             f" {ranks} at stage {stage}")  # fmt: skip
+            self._record.say(
+                f"the checkpoint is of {saved.world_size} ranks at ZeRO stage {saved.stage}, this run has"
+                f" {ranks} at stage {stage}"
+            )
         now = asdict(settings.plan_batch(self._config.batch, ranks))
         before = found.small.get("batch")
         if isinstance(before, dict) and before != now:
             was = f"{saved.world_size} ranks x {before.get('splits')} x {before.get('micro')}"
-            self._record.say(f"batch arithmetic: {self._config.batch.global_size} = {was} there,"
-                             f" = {ranks} ranks x {now['splits']} x {now['micro']} now")  # fmt: skip
+            self._record.say(
+                f"batch arithmetic: {self._config.batch.global_size} = {was} there,"
+                f" = {ranks} ranks x {now['splits']} x {now['micro']} now"
+            )
         for kind, cause, action in found.notes:
             self._record.say(f"{kind}: {cause}; {action}")
             if self._ranks.is_main:

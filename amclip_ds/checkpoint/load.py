@@ -226,8 +226,9 @@ def _misfit(found: Found, state: CheckpointState, buffers: dict[str, tensorfile.
     saved, shapes = found.manifest.tensors, found.manifest.shapes
     differences = [
         f"{name} {shapes.get(name, 'absent')} -> {state.shapes.get(name, 'absent')}"
-        for name in sorted(shapes.keys() | state.shapes.keys()) if shapes.get(name) != state.shapes.get(name)
-    ]  # fmt: skip
+        for name in sorted(shapes.keys() | state.shapes.keys())
+        if shapes.get(name) != state.shapes.get(name)
+    ]
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         return f"{found.path}: of another model: {'; '.join(differences[:5])}{more}"

@@ -35,9 +35,10 @@ def superfluous(checkpoints: Path, config: CheckpointConfig) -> list[tuple[int, 
     whole = [(step, path) for step, path in step_folders.list_steps(checkpoints) if is_whole(path)]
     every = config.keep_every_steps
     return [
-        (step, path) for step, path in whole[: -config.keep_last]
+        (step, path)
+        for step, path in whole[: -config.keep_last]
         if not (every and step % every == 0) and not is_pinned(path)
-    ]  # fmt: skip
+    ]
 
 
 def is_whole(path: Path) -> bool:

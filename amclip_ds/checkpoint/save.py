@@ -58,11 +58,16 @@ class Saver:
     """
 
     def __init__(
-        self, checkpoints: Path, config: CheckpointConfig, ranks: Ranks, *, say: Callable[[str], None] = print,
+        self,
+        checkpoints: Path,
+        config: CheckpointConfig,
+        ranks: Ranks,
+        *,
+        say: Callable[[str], None] = print,
         incident: Callable[[str, str, str], None] = lambda kind, cause, action: None,
         before_commit: Callable[[], None] = lambda: None,
         pausing: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.checkpoints, self.config, self.ranks, self._pausing = checkpoints, config, ranks, pausing
         self._say, self._incident, self._before_commit = say, incident, before_commit
         self._snapshot = Snapshot()
@@ -171,11 +176,17 @@ class Saver:
         """Whether this save is asynchronous, and its bytes over all ranks. Raises SaveFailed for want of room."""
         need = sum(file.length for file in planned)
         snapshot = background.size_of(planned)
-        reported = self.ranks.gather({
-            "step": step, "need": need, "free": _free_space(self.checkpoints), "host": background.host_name(),
-            "memory": max(0, snapshot - self._snapshot.size), "available": background.available_memory(),
-            "possible": background.is_possible(),
-        })  # fmt: skip
+        reported = self.ranks.gather(
+            {
+                "step": step,
+                "need": need,
+                "free": _free_space(self.checkpoints),
+                "host": background.host_name(),
+                "memory": max(0, snapshot - self._snapshot.size),
+                "available": background.available_memory(),
+                "possible": background.is_possible(),
+            }
+        )
         if len({one["step"] for one in reported}) > 1:
             raise SaveFailed(f"the ranks would save different steps: {[one['step'] for one in reported]}")
         total = sum(one["need"] for one in reported)
@@ -190,8 +201,10 @@ class Saver:
             wanted = sum(one["memory"] for one in reported if one["host"] == host)
             available = min(one["available"] for one in reported if one["host"] == host)
             if asynchronous and wanted > available:
-                self._say(f"checkpoint: {host} has {_size(available)} of memory left, a snapshot takes {_size(wanted)}:"
-                          f" this save waits for the disk")  # fmt: skip
+                self._say(
+                    f"checkpoint: {host} has {_size(available)} of memory left, a snapshot takes {_size(wanted)}:"
+                    f" this save waits for the disk"
+                )
                 asynchronous = False
         return asynchronous, total
 
@@ -297,8 +310,10 @@ class Saver:
         self.newest = flight.step
         failpoints.reached("done")
         took = time.monotonic() - flight.began
-        self._say(f"checkpoint {step_folders.folder_name(flight.step)}: {_size(flight.num_bytes)}, training waited"
-                  f" {flight.stall_s:.2f} s, committed after {took:.1f} s")  # fmt: skip
+        self._say(
+            f"checkpoint {step_folders.folder_name(flight.step)}: {_size(flight.num_bytes)}, training waited"
+            f" {flight.stall_s:.2f} s, committed after {took:.1f} s"
+        )
 
     def _refusal(self) -> AmclipError | None:
         """Rank 0: what before_commit raises. Asked before anything is touched, and again right before the rename."""
@@ -366,10 +381,19 @@ def _describe(flight: _Flight, reported: list[dict[str, Any]], world_size: int) 
             tensors.setdefault(kind, {}).update(sizes)
     hashes = {"config": written["config.yaml"]["sha256"]} | state.hashes
     return Manifest(
-        step=flight.step, world_size=world_size, stage=state.stage, precision=state.precision, files=written,
-        tensors=tensors, shapes=state.shapes, time=round(time.time(), 3), attempt=state.attempt, hashes=hashes,
-        versions={name: _version(name) for name in VERSIONED}, drift=state.drift,
-    )  # fmt: skip
+        step=flight.step,
+        world_size=world_size,
+        stage=state.stage,
+        precision=state.precision,
+        files=written,
+        tensors=tensors,
+        shapes=state.shapes,
+        time=round(time.time(), 3),
+        attempt=state.attempt,
+        hashes=hashes,
+        versions={name: _version(name) for name in VERSIONED},
+        drift=state.drift,
+    )
 
 
 def _version(package: str) -> str:

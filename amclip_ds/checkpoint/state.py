@@ -61,11 +61,14 @@ def of_engines(student: "StudentEngine", teacher: "Teacher | None", to_fill: boo
         if not any(hasattr(parameter, "ds_id") for parameter in teacher.placed.module.parameters()):
             whole.add("ema_frozen")
     return CheckpointState(
-        sharded=sharded, shapes={name: list(getattr(p, "ds_shape", p.shape)) for name, p in named.items()},
-        whole=frozenset(sharded if student.stage == 0 else whole), replicated=replicated,
-        small={"optimizer": shards.optimizer_counters(engine)}, stage=student.stage,
+        sharded=sharded,
+        shapes={name: list(getattr(p, "ds_shape", p.shape)) for name, p in named.items()},
+        whole=frozenset(sharded if student.stage == 0 else whole),
+        replicated=replicated,
+        small={"optimizer": shards.optimizer_counters(engine)},
+        stage=student.stage,
         precision=str(student.dtype).removeprefix("torch."),
-    )  # fmt: skip
+    )
 
 
 def ready_to_fill(student: "StudentEngine", teacher: "Teacher | None", has_moments: bool) -> CheckpointState:

@@ -39,15 +39,28 @@ def rows(checkpoints: Path, deep: bool) -> list[dict[str, Any]]:
 
 def _row(step: int, path: Path, deep: bool) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "step": step, "age_s": None, "bytes": None, "world_size": None, "stage": None, "precision": None,
-        "attempt": None, "pinned": retention.is_pinned(path), "valid": False, "problem": "", "path": str(path),
-    }  # fmt: skip
+        "step": step,
+        "age_s": None,
+        "bytes": None,
+        "world_size": None,
+        "stage": None,
+        "precision": None,
+        "attempt": None,
+        "pinned": retention.is_pinned(path),
+        "valid": False,
+        "problem": "",
+        "path": str(path),
+    }
     try:
         held = manifest.read(path)
         row |= {
-            "age_s": round(time.time() - held.time, 1), "bytes": sum(file["bytes"] for file in held.files.values()),
-            "world_size": held.world_size, "stage": held.stage, "precision": held.precision, "attempt": held.attempt,
-        }  # fmt: skip
+            "age_s": round(time.time() - held.time, 1),
+            "bytes": sum(file["bytes"] for file in held.files.values()),
+            "world_size": held.world_size,
+            "stage": held.stage,
+            "precision": held.precision,
+            "attempt": held.attempt,
+        }
         if deep:
             manifest.verify(path)
         else:
@@ -236,9 +249,12 @@ def import_deepspeed(source: Path, tag: str | None, checkpoints: Path, config: T
 
 
 def _state_of(
-    theirs: DeepSpeedFolder, shapes: dict[str, list[int]], buffers: dict[str, Tensor], teacher: TeacherModel | None,
+    theirs: DeepSpeedFolder,
+    shapes: dict[str, list[int]],
+    buffers: dict[str, Tensor],
+    teacher: TeacherModel | None,
     config: TrainConfig,
-) -> CheckpointState:  # fmt: skip
+) -> CheckpointState:
     sharded = {kind: {name: _whole(value) for name, value in held.items()} for kind, held in theirs.tensors.items()}
     replicated = {f"student.{name}": buffer for name, buffer in buffers.items()}
     if teacher is not None:
@@ -249,14 +265,28 @@ def _state_of(
         replicated |= {f"teacher.{name}": buffers[name] for name in persistent_buffers(teacher)}
     step, updates = theirs.global_steps, theirs.global_steps - theirs.skipped_steps
     guards = {"window": [], "skipped_in_a_row": 0, "skipped": theirs.skipped_steps, "rewinds": 0}
-    run = {"step": step, "updates": updates, "samples_seen": step * config.batch.global_size, "epoch": 0,
-           "cursor": None, "guards": guards}  # fmt: skip
+    run = {
+        "step": step,
+        "updates": updates,
+        "samples_seen": step * config.batch.global_size,
+        "epoch": 0,
+        "cursor": None,
+        "guards": guards,
+    }
     precision = "bfloat16" if read_ds_config(config.engine).get("bf16", {}).get("enabled") else "float32"
     return CheckpointState(
-        sharded=sharded, shapes=shapes, replicated=replicated, stage=theirs.stage, precision=precision,
-        config=settings.dump(config), small={"run": run, "optimizer": theirs.counters,
-                                             "batch": asdict(settings.plan_batch(config.batch, theirs.world_size))},
-    )  # fmt: skip
+        sharded=sharded,
+        shapes=shapes,
+        replicated=replicated,
+        stage=theirs.stage,
+        precision=precision,
+        config=settings.dump(config),
+        small={
+            "run": run,
+            "optimizer": theirs.counters,
+            "batch": asdict(settings.plan_batch(config.batch, theirs.world_size)),
+        },
+    )
 
 
 def _whole(tensor: Tensor) -> Shard:

@@ -47,9 +47,15 @@ def run(args: argparse.Namespace) -> int:
     if not recipes:
         raise SettingsError("RECIPE: missing; `amclip recipes` lists them")
     ask = Comparison(
-        recipes, [word for word in args.words if "=" in word], args.seeds, read_budget(args.budget),
-        args.baseline or row_name(recipes[0]), args.out, args.procs, args.plugin,
-    )  # fmt: skip
+        recipes,
+        [word for word in args.words if "=" in word],
+        args.seeds,
+        read_budget(args.budget),
+        args.baseline or row_name(recipes[0]),
+        args.out,
+        args.procs,
+        args.plugin,
+    )
     if args.task is not None:
         print(*array.words_of(ask, args.task, args.tasks or 0), sep="\n")
         return 0

@@ -19,7 +19,7 @@ from amclip_ds.compare.runs import (
     read_plan,
     read_rows,
     steps_of,
-)  # fmt: skip
+)
 from amclip_ds.compare.table import Outcome, cells, draw, read_outcome, summarise
 from amclip_ds.display import print_table, printable
 from amclip_ds.errors import INTERRUPTED, MISTAKE, TO_REQUEUE, AmclipError, UserError

@@ -19,9 +19,16 @@ PLAN = "compare-runs.json"
 OURS = ("run.out", "run.seed", "run.steps", "run.epochs")
 # What decides which samples come in which order, and what a run is judged on.
 EQUAL = (
-    "data.train", "data.weights", "data.resampled", "data.open_shards", "data.shuffle_window", "data.max_skip_rate",
-    "data.exclude", "batch.global_size", "eval.data",
-)  # fmt: skip
+    "data.train",
+    "data.weights",
+    "data.resampled",
+    "data.open_shards",
+    "data.shuffle_window",
+    "data.max_skip_rate",
+    "data.exclude",
+    "batch.global_size",
+    "eval.data",
+)
 UNITS = ("steps", "samples", "seconds", "flops")
 CURVE_POINTS = 10
 """evaluations of a run where the words name no eval.every_steps: accuracy at equal time is read between them"""
@@ -117,9 +124,11 @@ def steps_of(rows: Sequence[Row], budget: Budget, step_s: dict[str, float]) -> d
     steps = {}
     for row in rows:
         cost = {
-            "steps": 1.0, "samples": float(row.config.batch.global_size), "flops": row.tflop_per_step * TERA,
+            "steps": 1.0,
+            "samples": float(row.config.batch.global_size),
+            "flops": row.tflop_per_step * TERA,
             "seconds": step_s.get(row.name, math.inf),
-        }[budget.unit]  # fmt: skip
+        }[budget.unit]
         steps[row.name] = int(budget.amount / cost)
         if steps[row.name] < 1:
             raise UserError(f"--budget {budget.unit}={budget.amount:g}: a step of {row.name} takes {cost:.3g}")

@@ -38,12 +38,18 @@ class Outcome:
         """A row of --json."""
         size = self.run.row.config.batch.global_size
         return {
-            "recipe": self.run.row.name, "seed": self.run.seed, "steps": self.run.steps,
-            "samples": self.run.steps * size, "step_s": self.step_s,
+            "recipe": self.run.row.name,
+            "seed": self.run.seed,
+            "steps": self.run.steps,
+            "samples": self.run.steps * size,
+            "step_s": self.step_s,
             "samples_per_s": None if self.step_s is None else size / self.step_s,
-            "peak_memory_gib": self.peak_memory_gib, "tflop_per_step": self.run.row.tflop_per_step,
-            "code": self.code, "metrics": self.metrics, "run": str(self.run.folder),
-        }  # fmt: skip
+            "peak_memory_gib": self.peak_memory_gib,
+            "tflop_per_step": self.run.row.tflop_per_step,
+            "code": self.code,
+            "metrics": self.metrics,
+            "run": str(self.run.folder),
+        }
 
     def at(self, seconds: float) -> float | None:
         """The main metric after so many seconds of training, between two evaluations in proportion; None before the
@@ -74,9 +80,14 @@ def read_outcome(run: Run) -> Outcome:
             metrics |= {place + name: value for name, value in row["metrics"].items() if is_number(value)}
     curve, main = _curve(evaluations, sets)
     return Outcome(
-        run, verdict["code"] if verdict else None, statistics.median(times) if times else None,
-        max(peaks) if peaks else None, metrics, curve, main,
-    )  # fmt: skip
+        run,
+        verdict["code"] if verdict else None,
+        statistics.median(times) if times else None,
+        max(peaks) if peaks else None,
+        metrics,
+        curve,
+        main,
+    )
 
 
 def _curve(evaluations: list[dict[str, Any]], sets: list[str]) -> tuple[list[tuple[int, float]], str]:
@@ -103,10 +114,14 @@ def summarise(outcomes: Sequence[Outcome], baseline: str) -> list[dict[str, Any]
     for name, all_of in by_recipe.items():
         whole = _whole(all_of)
         row: dict[str, Any] = {
-            "recipe": name, "seeds": len(whole), "not_run": len(all_of) - len(whole), "baseline": baseline,
-            "steps": all_of[0].run.steps, "samples": all_of[0].json()["samples"],
+            "recipe": name,
+            "seeds": len(whole),
+            "not_run": len(all_of) - len(whole),
+            "baseline": baseline,
+            "steps": all_of[0].run.steps,
+            "samples": all_of[0].json()["samples"],
             "tflop_per_step": all_of[0].run.row.tflop_per_step,
-        }  # fmt: skip
+        }
         for key in ("step_s", "samples_per_s", "peak_memory_gib"):
             values = [value for outcome in whole if (value := outcome.json()[key]) is not None]
             row[key] = statistics.fmean(values) if values else None
@@ -118,13 +133,16 @@ def summarise(outcomes: Sequence[Outcome], baseline: str) -> list[dict[str, Any]
         row["difference"] = {
             metric: _spread(pairs)
             for metric in names
-            if (pairs := [
-                outcome.metrics[metric] - reference[outcome.run.seed].metrics[metric]
-                for outcome in whole
-                if outcome.run.seed in reference and metric in outcome.metrics
-                and metric in reference[outcome.run.seed].metrics
-            ])
-        }  # fmt: skip
+            if (
+                pairs := [
+                    outcome.metrics[metric] - reference[outcome.run.seed].metrics[metric]
+                    for outcome in whole
+                    if outcome.run.seed in reference
+                    and metric in outcome.metrics
+                    and metric in reference[outcome.run.seed].metrics
+                ]
+            )
+        }
         at_equal = [value for o in whole if equal_s is not None and (value := o.at(equal_s)) is not None]
         row["at_equal_time"] = {"seconds": equal_s} | (_spread(at_equal) if at_equal else {"mean": None})
         summary.append(row)
@@ -156,8 +174,12 @@ def draw(outcomes: Sequence[Outcome], file: Path) -> None:
     """The main metric against the operations spent: a line a recipe, the mean of its seeds, with their range."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7.5, 4.8))
-    lines = iter(zip(["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"] * 9,
-                     [*["-"] * 7, *["--"] * 7, *[":"] * 49]))  # fmt: skip
+    lines = iter(
+        zip(
+            ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"] * 9,
+            [*["-"] * 7, *["--"] * 7, *[":"] * 49],
+        )
+    )
     main = next((outcome.main for outcome in outcomes if outcome.main), "acc1")
     for name in dict.fromkeys(outcome.run.row.name for outcome in outcomes):
         curves = [dict(o.curve) for o in outcomes if o.run.row.name == name and o.curve]
@@ -168,8 +190,15 @@ def draw(outcomes: Sequence[Outcome], file: Path) -> None:
         spent = [step * row.tflop_per_step for step in shared]
         values = [[100 * curve[step] for curve in curves] for step in shared]
         colour, style = next(lines)
-        axis.plot(spent, [statistics.fmean(of_step) for of_step in values], style, marker="o", markersize=3,
-                  color=colour, label=f"{name} ({len(curves)} seed{'s' if len(curves) > 1 else ''})")  # fmt: skip
+        axis.plot(
+            spent,
+            [statistics.fmean(of_step) for of_step in values],
+            style,
+            marker="o",
+            markersize=3,
+            color=colour,
+            label=f"{name} ({len(curves)} seed{'s' if len(curves) > 1 else ''})",
+        )
         axis.fill_between(spent, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15, linewidth=0)
     axis.set_xlabel("training compute [TFLOP, forward and backward]")
     axis.set_ylabel(f"{main}, student [%]")

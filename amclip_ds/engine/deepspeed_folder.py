@@ -79,9 +79,14 @@ def read_deepspeed_folder(folder: Path, tag: str | None = None) -> DeepSpeedFold
             tensors[key] = whole(moments, frozen=False)
     counters = {"step": float(first["step"])} if "step" in first else {}
     return DeepSpeedFolder(
-        stage, len(held), tensors, dict(models[0].buffers), counters, int(counts.get("global_steps", 0)),
+        stage,
+        len(held),
+        tensors,
+        dict(models[0].buffers),
+        counters,
+        int(counts.get("global_steps", 0)),
         int(counts.get("skipped_steps", 0)),
-    )  # fmt: skip
+    )
 
 
 def _load(file: str) -> dict[str, Any]:

@@ -11,10 +11,13 @@ from amclip_ds.model.savings import Savings
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # in a checkout a link to the folder at the top
 DECIDED_BY_THE_RUN = {
-    "train_batch_size": "batch.global_size", "train_micro_batch_size_per_gpu": "batch.per_gpu",
-    "gradient_accumulation_steps": "batch.per_gpu", "optimizer": "optim.*", "scheduler": "optim.*",
+    "train_batch_size": "batch.global_size",
+    "train_micro_batch_size_per_gpu": "batch.per_gpu",
+    "gradient_accumulation_steps": "batch.per_gpu",
+    "optimizer": "optim.*",
+    "scheduler": "optim.*",
     "gradient_clipping": "optim.clip_grad_norm",
-}  # fmt: skip
+}
 UNTESTED = (
     "zero_hpz_partition_size",
     "zero_quantized_weights",

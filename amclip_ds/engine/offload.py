@@ -41,8 +41,14 @@ def build_cpu_adam(
     try:
         on_all(partial(_compile, runtime.is_main) if runtime.local_rank == 0 else lambda: None)
         on_all(_load)
-        return DeepSpeedCPUAdam(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps,
-                                weight_decay=config.weight_decay, adamw_mode=True)  # fmt: skip
+        return DeepSpeedCPUAdam(
+            groups,
+            lr=config.lr,
+            betas=(config.betas[0], config.betas[1]),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            adamw_mode=True,
+        )
     except (AmclipError, RuntimeError, ImportError, OSError) as error:
         reason = in_one_line(error, 300)
         raise UserError(
@@ -82,9 +88,13 @@ def _compile(announce: bool) -> None:
         log = Path(folder, "log")
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-c", BUILD], env=build_environment(folder),
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, "-c", BUILD],
+                env=build_environment(folder),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
                 status = process.wait(BUILD_LIMIT_S)
             except subprocess.TimeoutExpired:

@@ -45,9 +45,15 @@ class StudentEngine:
     """AClip under DeepSpeed. Collective throughout: every rank must call everything."""
 
     def __init__(
-        self, model: ModelConfig, objectives: Chosen, optim: OptimConfig, engine: EngineConfig, *, seed: int,
+        self,
+        model: ModelConfig,
+        objectives: Chosen,
+        optim: OptimConfig,
+        engine: EngineConfig,
+        *,
+        seed: int,
         runtime: Runtime,
-    ) -> None:  # fmt: skip
+    ) -> None:
         import deepspeed
 
         ds = read_ds_config(engine)

@@ -60,21 +60,33 @@ def _text_config(model: ModelConfig) -> Any:
 
     text = model.text
     return CLIPTextConfig(
-        vocab_size=text.vocab_size, hidden_size=text.width, intermediate_size=int(text.width * text.mlp_ratio),
-        num_hidden_layers=text.depth, num_attention_heads=text.heads, max_position_embeddings=text.context_length,
-        hidden_act=text.activation, layer_norm_eps=1e-5, projection_dim=model.embed_dim,
-        eos_token_id=text.eos_token_id, bos_token_id=text.eos_token_id - 1, pad_token_id=text.eos_token_id,
-    )  # fmt: skip
+        vocab_size=text.vocab_size,
+        hidden_size=text.width,
+        intermediate_size=int(text.width * text.mlp_ratio),
+        num_hidden_layers=text.depth,
+        num_attention_heads=text.heads,
+        max_position_embeddings=text.context_length,
+        hidden_act=text.activation,
+        layer_norm_eps=1e-5,
+        projection_dim=model.embed_dim,
+        eos_token_id=text.eos_token_id,
+        bos_token_id=text.eos_token_id - 1,
+        pad_token_id=text.eos_token_id,
+    )
 
 
 def _vision_facts(module: AClip, model: ModelConfig) -> dict[str, Any]:
     vision, block = cast(Any, module.vision), blocks_of(module)[0]
     return {
-        "hidden_size": vision.width, "intermediate_size": block.mlp.fc1.out_features,
-        "num_hidden_layers": len(vision.blocks), "num_attention_heads": block.attn.num_heads,
-        "hidden_act": activation_of(module), "layer_norm_eps": vision.norm.eps,
-        "image_size": model.vision.image_size, "patch_size": vision.patch_size,
-    }  # fmt: skip
+        "hidden_size": vision.width,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "num_hidden_layers": len(vision.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "hidden_act": activation_of(module),
+        "layer_norm_eps": vision.norm.eps,
+        "image_size": model.vision.image_size,
+        "patch_size": vision.patch_size,
+    }
 
 
 def _clip_config(module: AClip, model: ModelConfig) -> Any:
@@ -106,11 +118,19 @@ def _dual_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_image_processor(folder: Path, size: int) -> None:
     facts = {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size},
-        "resample": 2, "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD),
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 2,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
         "do_convert_rgb": True,
-    }  # fmt: skip
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -119,9 +139,14 @@ def _write_tokenizer(folder: Path, model: ModelConfig) -> None:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=build_tokenizer(), model_max_length=model.text.context_length, bos_token=START,
-        eos_token=END, unk_token=END, pad_token=END, model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
+        tokenizer_object=build_tokenizer(),
+        model_max_length=model.text.context_length,
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+        model_input_names=["input_ids", "attention_mask"],
+    )
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     facts = json.loads(path.read_text())
@@ -138,18 +163,26 @@ def build_tokenizer() -> Any:
     merges = [pair for pair, _ in sorted(clip.bpe_ranks.items(), key=lambda item: item[1])]
     special = {clip.sot_token_id: START, clip.eot_token_id: END}  # open_clip calls them otherwise
     vocab = {special.get(number, word): number for word, number in clip.encoder.items()}
-    tokenizer = Tokenizer(models.BPE(
-        vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False,
-        unk_token=END,
-    ))  # fmt: skip
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            fuse_unk=False,
+            unk_token=END,
+        )
+    )
     replaced = [normalizers.Replace(Regex(pattern), plain) for pattern, plain in PUNCTUATION.items()]
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), *replaced, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     ends = (END, clip.eot_token_id), (START, clip.sot_token_id)
     tokenizer.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False, trim_offsets=False)
     tokenizer.decoder = build_decoder()

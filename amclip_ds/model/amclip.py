@@ -55,9 +55,11 @@ class AClip(nn.Module):
     """One module with one forward, so that one engine has one gradient norm, one skip decision and one step."""
 
     def __init__(
-        self, model: ModelConfig, build_objectives: Callable[[Sizes], Mapping[str, nn.Module]] = no_objectives,
+        self,
+        model: ModelConfig,
+        build_objectives: Callable[[Sizes], Mapping[str, nn.Module]] = no_objectives,
         savings: Savings | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """build_objectives: makes the objectives (objectives.Objective), in the order of their terms' sum."""
         super().__init__()
         self.vision = VisionTower(model.vision, savings)
@@ -83,11 +85,14 @@ class AClip(nn.Module):
         cls_only = "patches" not in wanted
         outputs = [
             self.vision(
-                group.images.flatten(0, 1), group.selections, group.keep_indices, num_views=len(group.views),
+                group.images.flatten(0, 1),
+                group.selections,
+                group.keep_indices,
+                num_views=len(group.views),
                 cls_only=cls_only,
             )
             for group in inputs.groups
-        ]  # fmt: skip
+        ]
         tokens = by_view(inputs.groups, [output.tokens for output in outputs])
         kept = tuple(output.keep_indices for output in outputs)
         features = Features(cls=self._features_of_views(tokens, outputs), progress=inputs.progress)
@@ -116,9 +121,15 @@ class AClip(nn.Module):
         return Features(eot=self.text(token_ids, inputs.text_lengths.get(name)), token_ids=token_ids)
 
     def losses(
-        self, cls: Tensor, eot: dict[str, Tensor], targets: Targets, sample_terms: Terms, sample_loss: Tensor | None,
-        comm: Comm, progress: float = 1.0,
-    ) -> Losses:  # fmt: skip
+        self,
+        cls: Tensor,
+        eot: dict[str, Tensor],
+        targets: Targets,
+        sample_terms: Terms,
+        sample_loss: Tensor | None,
+        comm: Comm,
+        progress: float = 1.0,
+    ) -> Losses:
         """The loss of this rank's whole batch. Collective: every rank must call.
 
         sample_terms, sample_loss: the per-sample terms of the batch and their weighted sum, from encode.
@@ -264,19 +275,27 @@ def given(features: Features, text: Features, objective: Any) -> Features:
     pixels: Any = features.pixels
     is_by_patch = "patches" in wanted
     return Features(
-        cls=of_views(features.cls, views) if "cls" in wanted else None, eot=text.eot if "eot" in wanted else None,
+        cls=of_views(features.cls, views) if "cls" in wanted else None,
+        eot=text.eot if "eot" in wanted else None,
         patches=tuple(patches[view] for view in chosen) if is_by_patch else None,
         keep_indices=tuple(kept[view] for view in chosen) if is_by_patch else None,
-        tokens=text.tokens if "tokens" in wanted else None, token_ids=text.token_ids if "tokens" in wanted else None,
-        pixels=tuple(pixels[view] for view in chosen) if "pixels" in wanted else None, progress=features.progress,
-    )  # fmt: skip
+        tokens=text.tokens if "tokens" in wanted else None,
+        token_ids=text.token_ids if "tokens" in wanted else None,
+        pixels=tuple(pixels[view] for view in chosen) if "pixels" in wanted else None,
+        progress=features.progress,
+    )
 
 
 def sizes_of(vision: VisionTower, model: ModelConfig) -> Sizes:
     return Sizes(
-        vision_width=vision.width, text_width=model.text.width, embed_dim=model.embed_dim, grid=vision.grid,
-        patch=vision.patch_size, context_length=model.text.context_length, vocab_size=model.text.vocab_size,
-    )  # fmt: skip
+        vision_width=vision.width,
+        text_width=model.text.width,
+        embed_dim=model.embed_dim,
+        grid=vision.grid,
+        patch=vision.patch_size,
+        context_length=model.text.context_length,
+        vocab_size=model.text.vocab_size,
+    )
 
 
 def normalise(x: Tensor) -> Tensor:

@@ -48,8 +48,12 @@ OUR_TEXT_QKV = [f"{OUR_LAYER}.self_attn.{letter}_proj.{{}}" for letter in "qkv"]
 def _timm_tower(prefix: str) -> list[Rule]:
     """Our vision tower is timm's, under timm's own names."""
     names = ["cls_token", "pos_embed", "blocks.#.ls1.gamma", "blocks.#.ls2.gamma"]
-    layers = ["patch_embed.proj", "norm_pre", "norm", *(f"blocks.#.{name}" for name in (
-        "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"))]  # fmt: skip
+    layers = [
+        "patch_embed.proj",
+        "norm_pre",
+        "norm",
+        *(f"blocks.#.{name}" for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")),
+    ]
     return [_same(f"vision.{name}", prefix + name) for name in names] + [
         rule for layer in layers for rule in _both(f"vision.{layer}", prefix + layer)
     ]
@@ -99,8 +103,13 @@ def _open_clip_native() -> list[Rule]:
 
 def _hf_text(prefix: str) -> list[Rule]:
     """Our text tower is transformers', under its own names."""
-    layers = [*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "layer_norm1", "layer_norm2",
-              "mlp.fc1", "mlp.fc2"]  # fmt: skip
+    layers = [
+        *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+        "layer_norm1",
+        "layer_norm2",
+        "mlp.fc1",
+        "mlp.fc2",
+    ]
     return [
         _same("text.embeddings.token_embedding.weight", f"{prefix}embeddings.token_embedding.weight"),
         _same("text.embeddings.position_embedding.weight", f"{prefix}embeddings.position_embedding.weight"),
@@ -154,10 +163,16 @@ def _published() -> list[Rule]:
 
 
 FORMATS: dict[str, list[Rule]] = {
-    "open_clip timm": [*_timm_tower("visual.trunk."), *_open_clip_text("text."),
-                       _same("image_projection.weight", "visual.head.proj.weight")],
-    "open_clip timm, flat text": [*_timm_tower("visual.trunk."), *_open_clip_text(""),
-                                  _same("image_projection.weight", "visual.head.proj.weight")],
+    "open_clip timm": [
+        *_timm_tower("visual.trunk."),
+        *_open_clip_text("text."),
+        _same("image_projection.weight", "visual.head.proj.weight"),
+    ],
+    "open_clip timm, flat text": [
+        *_timm_tower("visual.trunk."),
+        *_open_clip_text(""),
+        _same("image_projection.weight", "visual.head.proj.weight"),
+    ],
     "open_clip": [*_open_clip_native(), *_open_clip_text("")],
     "open_clip, text apart": [*_open_clip_native(), *_open_clip_text("text.")],
     "transformers CLIPModel": [*_hf_clip_tower(), *_hf_text("text_model.")],
@@ -165,11 +180,14 @@ FORMATS: dict[str, list[Rule]] = {
     "transformers VisionTextDualEncoderModel, nested": [*_hf_vit_tower(), *_hf_text("text_model.text_model.")],
     "published A-CLIP": _published(),
     "timm": _timm_tower(""),
-}  # fmt: skip
+}
 WITHOUT_LEADING_AXES = {
-    "visual.class_embedding", "visual.positional_embedding", "vision_model.embeddings.class_embedding",
-    "vision_model.embeddings.position_embedding.weight", "logit_scale",
-}  # fmt: skip
+    "visual.class_embedding",
+    "visual.positional_embedding",
+    "vision_model.embeddings.class_embedding",
+    "vision_model.embeddings.position_embedding.weight",
+    "logit_scale",
+}
 SIGNATURE_KEYS = ("vision.cls_token", "text.embeddings.token_embedding.weight")  # what a format is recognised by
 
 

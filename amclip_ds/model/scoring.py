@@ -32,9 +32,7 @@ def run_block_with_cls_row(block: Any, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     return x_BTD + block.ls2(block.mlp(block.norm2(x_BTD))), row_BT
 
 
-def scores_to_views(
-    scores_BN: Tensor, boxes: Tensor, grid: int, unit: int, flips: Tensor | None = None
-) -> Tensor:  # fmt: skip
+def scores_to_views(scores_BN: Tensor, boxes: Tensor, grid: int, unit: int, flips: Tensor | None = None) -> Tensor:
     """The teacher's map seen from each view, one number per unit: [V, B, U] fp32.
 
     scores_BN: [B, g * g]. boxes: [V + 1, B, 4] (top, left, height, width) in source pixels, the teacher's last.

@@ -75,8 +75,9 @@ class Source:
         if self._pieces:
             return self._read_pieces(name) if name in self._pieces else None
         if self._rules:
-            return foreign.ours_from(self._rules[name], name, self._read_key).contiguous() if name in self._rules \
-                else None  # fmt: skip
+            return (
+                foreign.ours_from(self._rules[name], name, self._read_key).contiguous() if name in self._rules else None
+            )
         return self._read_key(name) if name in self._files else None
 
     def _read_key(self, key: str) -> Tensor:

@@ -31,9 +31,11 @@ class TeacherModel(nn.Module):
     """Never trained by gradient: every parameter has requires_grad False."""
 
     def __init__(
-        self, model: ModelConfig, build_objectives: Callable[[Sizes], Mapping[str, nn.Module]] = no_objectives,
+        self,
+        model: ModelConfig,
+        build_objectives: Callable[[Sizes], Mapping[str, nn.Module]] = no_objectives,
         savings: Savings | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """build_objectives: as AClip's; of each, the submodules that it wants averaged become the teacher's."""
         super().__init__()
         self.vision = VisionTower(model.vision, savings)

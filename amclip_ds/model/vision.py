@@ -127,9 +127,14 @@ class VisionTower(nn.Module):
             self.patch_embed.requires_grad_(False)
 
     def forward(
-        self, images: Tensor, selections: tuple[Selection, ...] = (), keep_indices: Tensor | None = None,
-        with_scores: bool = False, num_views: int = 1, cls_only: bool = False,
-    ) -> VisionOutput:  # fmt: skip
+        self,
+        images: Tensor,
+        selections: tuple[Selection, ...] = (),
+        keep_indices: Tensor | None = None,
+        with_scores: bool = False,
+        num_views: int = 1,
+        cls_only: bool = False,
+    ) -> VisionOutput:
         """images [B, 3, H, W] of any size the patch divides; rows are num_views x samples.
 
         selections choose the tokens that stay, unless keep_indices [B, K] says which; neither: all stay.

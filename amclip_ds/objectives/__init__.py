@@ -41,9 +41,12 @@ Chosen = Mapping[str, Any]
 
 
 def chosen(
-    loss: LossConfig, heads: HeadsConfig, pairs_views: bool = True, has_masked_text: bool = False,
+    loss: LossConfig,
+    heads: HeadsConfig,
+    pairs_views: bool = True,
+    has_masked_text: bool = False,
     gathers_gradient: bool = True,
-) -> Chosen:  # fmt: skip
+) -> Chosen:
     """The objectives that have a weight. has_masked_text: data.text_mask makes one.
 
     pairs_views, gathers_gradient: False is A-CLIP's, SLIP's published code, for a method that loss.release says is

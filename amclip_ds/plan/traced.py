@@ -117,8 +117,7 @@ def _observe(objective: Any, sizes: Sizes, model: ModelSizes, dtype: torch.dtype
     with torch.no_grad(), counter:
         targets = objective.observe(copies, seen, MetaRanks(sizes.world))
     V = len(objective.chosen_views or range(sizes.views))
-    frozen = dict(zip(FROZEN, (torch.empty(B, V, model.embed_dim), torch.empty(B, model.embed_dim),
-                              torch.empty(B, 1))))  # fmt: skip
+    frozen = dict(zip(FROZEN, (torch.empty(B, V, model.embed_dim), torch.empty(B, model.embed_dim), torch.empty(B, 1))))
     targets = (*targets, *(held for name, held in frozen.items() if name in wanted))
     return tuple(targets), float(counter.get_total_flops())
 

@@ -94,8 +94,9 @@ def gradients_by_split(ds: str, breaks: str | None = None, roles: bool = False) 
     """
     found = {}
     with running(ds, optim={"momentum": 0.0}, roles=roles) as run:
-        halves = [local_part(global_batch(step, run.model), run.runtime.rank, run.runtime.world_size)
-                  for step in (0, 1)]  # fmt: skip
+        halves = [
+            local_part(global_batch(step, run.model), run.runtime.rank, run.runtime.world_size) for step in (0, 1)
+        ]
         batch = both(*halves)
         batch = run.shortened(batch) if roles else batch
         local = batch.token_ids.shape[0]
@@ -105,8 +106,9 @@ def gradients_by_split(ds: str, breaks: str | None = None, roles: bool = False) 
             if split > 1 and breaks:
                 _break(run, breaks, split)
             run.gradients(batch)
-            found[split] = {name: _whole_gradient(p) for name, p in run.student.module.named_parameters()
-                            if p.requires_grad}  # fmt: skip
+            found[split] = {
+                name: _whole_gradient(p) for name, p in run.student.module.named_parameters() if p.requires_grad
+            }
             run.student.set_lr(0.0)
             run.student.step()
     return found
@@ -152,8 +154,12 @@ def not_finite(ds: str, accumulation: int = 1, optim: str = "sgd") -> dict[str, 
     """
     runtime = engine_runtime.start()
     last = runtime.world_size - 1
-    settings: dict[str, Any] = {"runtime": runtime, "accumulation": accumulation, "guards": {"max_skipped": 3},
-                                "optim": {"name": optim}}  # fmt: skip
+    settings: dict[str, Any] = {
+        "runtime": runtime,
+        "accumulation": accumulation,
+        "guards": {"max_skipped": 3},
+        "optim": {"name": optim},
+    }
     control = Run(ds, **settings)
     for step in (0, 1, 2):
         control.step(step)
@@ -195,13 +201,20 @@ def not_finite(ds: str, accumulation: int = 1, optim: str = "sgd") -> dict[str, 
     except AmclipError as error:
         stopped = f"{type(error).__name__} {error.exit_code} {error}"
     result = {
-        "applied": (bad_gradient["applied"], bad_loss["applied"], good["applied"]), "counted": counted,
-        "reason": reason, "incidents": incidents, "stopped": stopped, "guards": run.guards.state_dict(),
+        "applied": (bad_gradient["applied"], bad_loss["applied"], good["applied"]),
+        "counted": counted,
+        "reason": reason,
+        "incidents": incidents,
+        "stopped": stopped,
+        "guards": run.guards.state_dict(),
         "gradient_left_it": same(before, after_gradient, weights_only=True),
-        "loss_left_it": same(after_gradient, after_loss, weights_only=True) and same(
-            {"student": after_gradient["student"]}, after_loss  # its statistics too; the teacher's crop was sound
-        ), "next_is_control": same(control.state(), run.state(), True),
-    }  # fmt: skip
+        "loss_left_it": same(after_gradient, after_loss, weights_only=True)
+        and same(
+            {"student": after_gradient["student"]},
+            after_loss,  # its statistics too; the teacher's crop was sound
+        ),
+        "next_is_control": same(control.state(), run.state(), True),
+    }
     engine_runtime.stop(runtime)
     return result
 
@@ -210,9 +223,10 @@ def same(one: dict[str, Any], other: dict[str, Any], weights_only: bool = False)
     """Bit for bit, on rank 0. weights_only: without running statistics, which follow every batch that is finite."""
     return all(
         torch.equal(tensor, other[who][name])
-        for who in one for name, tensor in one[who].items()
+        for who in one
+        for name, tensor in one[who].items()
         if not (weights_only and ("running_" in name or "num_batches" in name))
-    )  # fmt: skip
+    )
 
 
 def checkpointed(ds: str) -> dict[int, dict[str, Any]]:
@@ -229,8 +243,11 @@ def checkpointed(ds: str) -> dict[int, dict[str, Any]]:
         for index, first in enumerate(firsts):
             first.register_forward_pre_hook(lambda *_, c=calls, i=index: c.__setitem__(i, c[i] + 1))
         rows = [run.step(step) for step in range(3)]
-        found[every] = {"losses": [row["loss"] for row in rows], "norms": [row["norm"] for row in rows],
-                        "calls": [count / 3 for count in calls]}  # fmt: skip
+        found[every] = {
+            "losses": [row["loss"] for row in rows],
+            "norms": [row["norm"] for row in rows],
+            "calls": [count / 3 for count in calls],
+        }
     engine_runtime.stop(runtime)
     return found
 
@@ -262,13 +279,20 @@ def compiled(ds: str, mode: str, backend: str = "inductor") -> dict[str, Any]:
         run = Run(ds, runtime=runtime, compile=mode, steps=3)
         compiled_rows = [run.step(step) for step in range(3)]
     vision: Any = run.student.module.vision
-    whole = [getattr(tower.vision.through_blocks, "failed", "plain") or "compiled"
-             for tower in (run.student.module, run.teacher.placed.module) if tower is not None]  # fmt: skip
+    whole = [
+        getattr(tower.vision.through_blocks, "failed", "plain") or "compiled"
+        for tower in (run.student.module, run.teacher.placed.module)
+        if tower is not None
+    ]
     said = [str(warning.message) for warning in caught if "engine.compile" in str(warning.message)]
     engine_runtime.stop(runtime)
-    return {"plain": [(row["loss"], row["norm"]) for row in rows], "said": said, "towers": whole,
-            "compiled": [(row["loss"], row["norm"]) for row in compiled_rows],
-            "blocks": vision.blocks[0]._compiled_call_impl is not None}  # fmt: skip
+    return {
+        "plain": [(row["loss"], row["norm"]) for row in rows],
+        "said": said,
+        "towers": whole,
+        "compiled": [(row["loss"], row["norm"]) for row in compiled_rows],
+        "blocks": vision.blocks[0]._compiled_call_impl is not None,
+    }
 
 
 def communication_time(ds: str, late_rank: int, late_s: float, through_the_door: bool = True) -> dict[str, float]:
@@ -294,5 +318,4 @@ def communication_time(ds: str, late_rank: int, late_s: float, through_the_door:
         elapsed, waited = time.perf_counter() - began, COMMUNICATION.take()
         with COMMUNICATION.paused():
             run.comm.all_reduce_sum(torch.ones(1))
-        return {"elapsed": elapsed, "waited": waited, "paused": COMMUNICATION.take(),
-                "calls": next(calls)}  # fmt: skip
+        return {"elapsed": elapsed, "waited": waited, "paused": COMMUNICATION.take(), "calls": next(calls)}

@@ -86,12 +86,21 @@ def run(cells: list[Cell], seed: int = SEED) -> list[dict[str, Any]]:
     for (ds, world_size), together in launches.items():
         replays = [_replay(cell, seed) for cell in together]
         variants = [
-            {"steps": cell.steps, "accumulation": cell.accumulation, "optim": OPTIMIZERS[cell.optimizer], "seed": seed,
-             "strategy": cell.strategy, "recipe": True, "batch_size": BATCH, "replay": replay}
+            {
+                "steps": cell.steps,
+                "accumulation": cell.accumulation,
+                "optim": OPTIMIZERS[cell.optimizer],
+                "seed": seed,
+                "strategy": cell.strategy,
+                "recipe": True,
+                "batch_size": BATCH,
+                "replay": replay,
+            }
             for cell, replay in zip(together, replays)
-        ]  # fmt: skip
-        results = run_ranks("tests.distributed.cases:train_all", world_size=world_size, timeout_s=1800, ds=ds,
-                            variants=variants)[0]  # fmt: skip
+        ]
+        results = run_ranks(
+            "tests.distributed.cases:train_all", world_size=world_size, timeout_s=1800, ds=ds, variants=variants
+        )[0]
         _results.update({(cell, seed): result for cell, result in zip(together, results, strict=True)})
     return [_results[cell, seed] for cell in cells]
 
@@ -126,9 +135,10 @@ def furthest(expected: dict[str, Tensor], actual: dict[str, Tensor], statistics:
     distances = {
         name: float((actual[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-12))
         for name, tensor in expected.items()
-        if ("running_" in name) == statistics and tensor.is_floating_point()
+        if ("running_" in name) == statistics
+        and tensor.is_floating_point()
         and not re.fullmatch(WITHOUT_GRADIENT, name)
-    }  # fmt: skip
+    }
     worst = max(distances, key=lambda name: distances[name])
     return distances[worst], worst
 
@@ -209,7 +219,11 @@ def complaints(cell: Cell, found: Verdict) -> list[str]:
     elif not cell.replays and found.flips:
         limits = [("gap", found.gap, SCORE_GAP)]
     else:
-        limits = [("loss", found.loss, FP32_LOSS), ("student", found.student, FP32_TENSOR),
-                  ("teacher", found.teacher, FP32_TENSOR), ("statistics", found.statistics, FP32_STATISTICS),
-                  ("gap", found.gap, SCORE_GAP)]  # fmt: skip
+        limits = [
+            ("loss", found.loss, FP32_LOSS),
+            ("student", found.student, FP32_TENSOR),
+            ("teacher", found.teacher, FP32_TENSOR),
+            ("statistics", found.statistics, FP32_STATISTICS),
+            ("gap", found.gap, SCORE_GAP),
+        ]
     return [f"{name} {value:.2e} is over {limit:.2e}" for name, value, limit in limits if not value <= limit]

@@ -70,15 +70,18 @@ def test_all_ordered_pairs(dtype: str, strategy: str, tmp_path: Path) -> None:
     settings = {"strategy": strategy, "optim": "adamw"}
     folders = [tmp_path / f"{world}x{stage}" for world, stage in PLACES]
     saved = [
-        at(folder, world, stage, dtype, steps=2, go_on=1, **settings)
-        for folder, (world, stage) in zip(folders, PLACES)
-    ]  # fmt: skip
+        at(folder, world, stage, dtype, steps=2, go_on=1, **settings) for folder, (world, stage) in zip(folders, PLACES)
+    ]
     pairs, worst = 0, 0.0
     for world, stage in PLACES:
         results = run_ranks(
-            "tests.distributed.cases_checkpoint:load_each", world, timeout_s=900, ds=f"zero{stage}_{dtype}.json",
-            folders=[str(folder) for folder in folders], **settings,
-        )  # fmt: skip
+            "tests.distributed.cases_checkpoint:load_each",
+            world,
+            timeout_s=900,
+            ds=f"zero{stage}_{dtype}.json",
+            folders=[str(folder) for folder in folders],
+            **settings,
+        )
         for place, there, (digest, row) in zip(PLACES, saved, results[0]):
             assert digest == there["digest"], f"{place} -> {(world, stage)}"
             assert row[2:4] == there["rows"][2][2:4], "learning rate and momentum"

@@ -11,8 +11,12 @@ from tests.harness import run_ranks
 
 FILES = [f"zero{stage}_fp32.json" for stage in range(4)] + [f"zero{stage}_bf16.json" for stage in (1, 2, 3)]
 ALL = [(ds, world_size, optim) for ds in FILES for world_size in (1, 2, 4) for optim in ("adamw", "muon", "lion")]
-SOME = {("zero0_fp32.json", 1, "adamw"), ("zero1_bf16.json", 2, "muon"), ("zero2_bf16.json", 2, "adamw"),
-        ("zero3_bf16.json", 4, "muon")}  # fmt: skip
+SOME = {
+    ("zero0_fp32.json", 1, "adamw"),
+    ("zero1_bf16.json", 2, "muon"),
+    ("zero2_bf16.json", 2, "adamw"),
+    ("zero3_bf16.json", 4, "muon"),
+}
 
 
 @cache

@@ -19,7 +19,7 @@ CASE = "tests.distributed.cases_engine:refused"
         ("zero3_bf16_hpz.json", {}, "2 engine.deepspeed: zero3_bf16_hpz.json is not tested here"),
     ],
     ids=["placement", "offload", "hpz"],
-)  # fmt: skip
+)
 def test_refused(ds: str, settings: dict[str, object], line: str) -> None:
     assert all(said.startswith(line) for said in run_ranks(CASE, world_size=1, timeout_s=300, ds=ds, **settings))
 

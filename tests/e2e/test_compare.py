@@ -29,8 +29,13 @@ def test_a_comparison_comes_to_its_table_and_goes_on(scenes: Path, tmp_path: Pat
     ]
 
     def run(*more: str) -> tuple[list[str], dict]:
-        done = subprocess.run([*words, *more, "--json", f"{tmp_path}/cmp.json"], capture_output=True, text=True,
-                              timeout=3000, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        done = subprocess.run(
+            [*words, *more, "--json", f"{tmp_path}/cmp.json"],
+            capture_output=True,
+            text=True,
+            timeout=3000,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         trained = [line for line in done.stdout.splitlines() if line.startswith("compare: run ")]
         return trained, json.loads((tmp_path / "cmp.json").read_text())

@@ -36,8 +36,9 @@ def test_a_sweep_of_four_two_at_a_time_makes_one_table(cluster: Cluster, synthet
 def test_a_comparison_is_an_array_with_one_table(cluster: Cluster, synthetic: Path, tmp_path: Path) -> None:
     words = [word for word in runs.tiny(synthetic, "unused") if not word.startswith("run.")][1:]
     words = ["clip-tiny", "random2x-tiny", *words, "--seeds", "2", "--budget", "steps=4", "--out", "out"]
-    job_id = cluster.submit("--array=0-3%2", str(runs.SLURM / "compare.sbatch"), *words, cwd=tmp_path,
-                            env=runs.base_environment())  # fmt: skip
+    job_id = cluster.submit(
+        "--array=0-3%2", str(runs.SLURM / "compare.sbatch"), *words, cwd=tmp_path, env=runs.base_environment()
+    )
     cluster.poll((tmp_path / "out" / "compare.png").exists, "the table", 900, f"{job_id}_3")
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert [row["code"] for row in found["rows"]] == [0] * 4
@@ -48,9 +49,16 @@ def test_the_evaluator_scores_every_checkpoint_once(cluster: Cluster, synthetic:
     words = runs.tiny(synthetic, "run", "eval.data=null")
     job_id = runs.submit_train(cluster, tmp_path, words, *runs.FOUR_TASKS)
     watcher = cluster.submit(
-        f"--dependency=after:{job_id}", "--oversubscribe", str(runs.SLURM / "eval.sbatch"), "run", str(synthetic),
-        "--every-s", "1", cwd=tmp_path, env=runs.base_environment(),
-    )  # fmt: skip
+        f"--dependency=after:{job_id}",
+        "--oversubscribe",
+        str(runs.SLURM / "eval.sbatch"),
+        "run",
+        str(synthetic),
+        "--every-s",
+        "1",
+        cwd=tmp_path,
+        env=runs.base_environment(),
+    )
     cluster.wait(job_id, "COMPLETED")
     cluster.wait(watcher, "COMPLETED")
     scored = [(row["step"], row["weights"]) for row in runs.rows(tmp_path / "run", "eval")]
@@ -59,9 +67,14 @@ def test_the_evaluator_scores_every_checkpoint_once(cluster: Cluster, synthetic:
 
 def test_shards_are_checked_in_slices_and_indexed(cluster: Cluster, synthetic: Path, tmp_path: Path) -> None:
     job_id = cluster.submit(
-        "--array=0-1", "--cpus-per-task=2", str(runs.SLURM / "data.sbatch"), str(synthetic / "train"), "out",
-        cwd=tmp_path, env=runs.base_environment(),
-    )  # fmt: skip
+        "--array=0-1",
+        "--cpus-per-task=2",
+        str(runs.SLURM / "data.sbatch"),
+        str(synthetic / "train"),
+        "out",
+        cwd=tmp_path,
+        env=runs.base_environment(),
+    )
     for task in (0, 1):
         cluster.wait(f"{job_id}_{task}", "COMPLETED")
     joined = json.loads((tmp_path / "out" / "check.json").read_text())

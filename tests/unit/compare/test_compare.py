@@ -38,10 +38,16 @@ def write_run(run: Run, acc1: float, step_s: float, code: int = 0, torn: bool = 
     rows = [{"step": step, "loss": 1.0, "step_s": step_s, "peak_memory_gib": 2.0} for step in range(10, 101, 10)]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluations = [
-        {"step": step, "weights": "student", "dataset": "scenes", "task": "zeroshot_classification",
-         "metrics": {"acc1": acc1 * share}, "main_metric": "acc1"}
+        {
+            "step": step,
+            "weights": "student",
+            "dataset": "scenes",
+            "task": "zeroshot_classification",
+            "metrics": {"acc1": acc1 * share},
+            "main_metric": "acc1",
+        }
         for step, share in ((50, 0.5), (100, 1.0))
-    ]  # fmt: skip
+    ]
     text = "".join(json.dumps(row) + "\n" for row in evaluations)
     (run.folder / "eval.jsonl").write_text(text + ('{"step": 100, "wei' if torn else ""))
     (run.folder / "exit.json").write_text(json.dumps({"code": code}))
@@ -49,8 +55,14 @@ def write_run(run: Run, acc1: float, step_s: float, code: int = 0, torn: bool = 
 
 def test_the_table_has_means_spreads_and_paired_differences(tmp_path: Path) -> None:
     runs = made_runs(tmp_path)
-    accuracies = {("clip-tiny", 0): 0.10, ("clip-tiny", 1): 0.20, ("clip-tiny", 2): 0.30,
-                  ("aclip-tiny", 0): 0.13, ("aclip-tiny", 1): 0.22, ("aclip-tiny", 2): 0.34}  # fmt: skip
+    accuracies = {
+        ("clip-tiny", 0): 0.10,
+        ("clip-tiny", 1): 0.20,
+        ("clip-tiny", 2): 0.30,
+        ("aclip-tiny", 0): 0.13,
+        ("aclip-tiny", 1): 0.22,
+        ("aclip-tiny", 2): 0.34,
+    }
     for run in runs:
         write_run(run, accuracies[run.row.name, run.seed], 0.5 if run.row.name == "clip-tiny" else 1.0, torn=True)
     result = show(runs, "clip-tiny", tmp_path)
@@ -96,8 +108,9 @@ def test_budgets_in_other_units_are_steps(tmp_path: Path) -> None:
     assert by_flops["clip-tiny"] > by_flops["aclip-tiny"]
     assert by_flops["clip-tiny"] == int(1e14 / (rows[0].tflop_per_step * 1e12))
     assert steps_of(rows, read_budget("seconds=60"), {"clip-tiny": 0.5, "aclip-tiny": 2.0}) == {
-        "clip-tiny": 120, "aclip-tiny": 30,
-    }  # fmt: skip
+        "clip-tiny": 120,
+        "aclip-tiny": 30,
+    }
 
 
 @pytest.mark.parametrize("text", ["steps", "steps=", "steps=0", "steps=-1", "steps=nan", "steps=1e400", "epochs=3"])

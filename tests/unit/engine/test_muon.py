@@ -19,9 +19,16 @@ def test_the_matrices_of_the_blocks_and_no_others() -> None:
     taken = {name for group in groups if group["use_muon"] for name in group["names"]}
     others = {name for group in groups if not group["use_muon"] for name in group["names"]}
     assert {"vision.blocks.0.attn.qkv.weight", "text.encoder.layers.0.mlp.fc2.weight"} <= taken
-    assert {"vision.pos_embed", "vision.cls_token", "text.embeddings.token_embedding.weight", "logit_scale",
-            "image_projection.weight", "vision.blocks.0.attn.qkv.bias", "vision.norm.weight",
-            "objectives.simclr.head.layers.0.weight"} <= others  # fmt: skip
+    assert {
+        "vision.pos_embed",
+        "vision.cls_token",
+        "text.embeddings.token_embedding.weight",
+        "logit_scale",
+        "image_projection.weight",
+        "vision.blocks.0.attn.qkv.bias",
+        "vision.norm.weight",
+        "objectives.simclr.head.layers.0.weight",
+    } <= others
     adamw = parameter_groups(tiny.student().named_parameters(), OptimConfig(weight_decay=0.1))
     assert sorted(taken | others) == sorted(name for group in adamw for name in group["names"])
 

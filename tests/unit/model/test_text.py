@@ -32,11 +32,18 @@ def test_equals_transformers(activation: str) -> None:
     tower = tower_of(activation=activation)
     theirs = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=100, hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=16, hidden_act=activation, eos_token_id=tiny.EOS, bos_token_id=None,
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+            hidden_act=activation,
+            eos_token_id=tiny.EOS,
+            bos_token_id=None,
             pad_token_id=None,
         )
-    )  # fmt: skip
+    )
     assert list(theirs.state_dict()) == list(tower.state_dict())  # in this order, which a checkpoint depends on
     theirs.load_state_dict(tower.state_dict())
     expected = theirs.eval()(texts()).pooler_output
