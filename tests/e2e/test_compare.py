@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.mark.nightly
-def test_a_comparison_comes_to_its_table_and_goes_on(scenes: Path, tmp_path: Path) -> None:
+def test_a_comparison_comes_to_its_table_and_resumes(scenes: Path, tmp_path: Path) -> None:
     words = [
         sys.executable,
         "-m",
