@@ -142,6 +142,7 @@ def test_an_objective_begins_later_alike_at_every_stage(
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(2400)
 def test_detailclips_prototypes_do_not_collapse(scenes: Path, tmp_path: Path, amclip: Amclip) -> None:
     """300 steps on scenes: the teacher's mean distribution keeps more than half of the entropy of all prototypes."""
     code, printed = amclip(

@@ -250,7 +250,7 @@ class PlainStudent:
         self.encode_and_losses = module.encode_and_losses
         self.grads: dict[str, Tensor] = {}
 
-    def set_lr(self, lr: float) -> None:
+    def set_lr(self, lr: float, progress: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -267,7 +267,7 @@ class PlainStudent:
     def clamp_logit_scale(self) -> None:
         self.module.logit_scale.clamp_(0, LN_100)
 
-    def commit(self, comm: Comm) -> None:
+    def commit(self, comm: Comm, progress: float) -> None:
         pass
 
 
@@ -279,8 +279,8 @@ class PlainTeacher:
         self.observed = Observed({}, None)
 
     @torch.no_grad()
-    def observe(self, images: Tensor, wants: frozenset[str], comm: Comm) -> Observed:
-        self.observed = self.module.observe(images, wants, comm)
+    def observe(self, images: Tensor, wants: frozenset[str], comm: Comm, progress: float) -> Observed:
+        self.observed = self.module.observe(images, wants, comm, progress)
         return self.observed
 
     def update(self, momentum: float) -> None:
