@@ -1,5 +1,7 @@
 """Saving on one rank: what is in a folder, what is kept, what a failure leaves, when a save is due."""
 
+import collections
+import hashlib
 import json
 import os
 import signal
@@ -270,3 +272,30 @@ def test_a_run_whose_folder_was_renamed_continues_and_says_where(asynchronous: b
     assert manifest.verify(run / "checkpoints" / "step_00000002").step == 2
     [(kind, cause, _)] = reported.incidents
     assert kind == "folder_gone" and f"{run} is gone" in cause and "step_00000001" in cause
+
+
+def test_the_manifest_of_1024_ranks_is_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the check that its 4,099 files are there one look a file, not three."""
+    facts = {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+    names = [f"{kind}/rank{rank:04d}.safetensors" for rank in range(1024) for kind in ("model", "optim", "ema")]
+    names += [f"rng/rank{rank:04d}.json" for rank in range(1024)]
+    names += ["replicated.safetensors", "trainer.json", "config.yaml"]
+    folder = tmp_path / "step_00000007"
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"abc")
+    shapes = {f"vision.blocks.{number}.weight": [4, 4] for number in range(365)}
+    tensors = {kind: dict.fromkeys(shapes, 16) for kind in ("master", "exp_avg", "exp_avg_sq", "ema")}
+    described = manifest.Manifest(7, 1024, 3, "bfloat16", dict.fromkeys(names, facts), tensors, shapes, time=1.0)
+    (folder / manifest.NAME).write_bytes(manifest.dump(described))
+    calls = collections.Counter[str]()
+    for name in ("open", "lstat"):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, _f=function, _n=name, **k: (calls.update([_n]), _f(*a, **k))[1])
+    started = time.process_time()
+    found = manifest.read(folder)
+    assert calls["open"] <= 1 and time.process_time() - started < 1.0
+    calls.clear()
+    manifest.check_sizes(folder, found)
+    assert calls["lstat"] == len(names) + 5 and not calls["open"]
