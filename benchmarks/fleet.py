@@ -50,10 +50,15 @@ def table(found: dict[int, list[Counts]], at: int) -> list[dict[str, Any]]:
         for kind in KINDS:
             pairs = [row(found[size], phase, kind) for size in sizes]
             for place, counts in (("rank 0", [one for one, _ in pairs]), ("another", [other for _, other in pairs])):
-                rows.append({
-                    "phase": phase, "kind": kind, "on": place, "counts": dict(zip(sizes, counts)),
-                    "at": round(extrapolated(sizes, counts, at)) if len(sizes) > 1 else None,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "phase": phase,
+                        "kind": kind,
+                        "on": place,
+                        "counts": dict(zip(sizes, counts)),
+                        "at": round(extrapolated(sizes, counts, at)) if len(sizes) > 1 else None,
+                    }
+                )
     return rows
 
 
@@ -71,8 +76,11 @@ def main() -> int:
     rows = table(found, args.at)
     print(f"{'phase':8}{'what':14}{'on':9}" + "".join(f"{size:>10}" for size in sorted(found)) + f"{args.at:>12}")
     for one in rows:
-        print(f"{one['phase']:8}{one['kind']:14}{one['on']:9}" + "".join(f"{n:>10,}" for n in one["counts"].values())
-              + f"{one['at']:>12,}")  # fmt: skip
+        print(
+            f"{one['phase']:8}{one['kind']:14}{one['on']:9}"
+            + "".join(f"{n:>10,}" for n in one["counts"].values())
+            + f"{one['at']:>12,}"
+        )
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
     return 0

@@ -20,9 +20,19 @@ from torch.distributed import distributed_c10d
 LOOKS = ("stat", "lstat", "scandir", "listdir", "statvfs", "access", "readlink")
 CHANGES = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "symlink", "chmod", "utime")
 COLLECTIVES = (
-    "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "gather", "reduce",
-    "scatter", "barrier", "new_group", "batch_isend_irecv", "all_to_all_single",
-)  # fmt: skip
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "broadcast",
+    "gather",
+    "reduce",
+    "scatter",
+    "barrier",
+    "new_group",
+    "batch_isend_irecv",
+    "all_to_all_single",
+)
 
 
 class Counts:
@@ -113,11 +123,20 @@ def counted_run(shared: str, phase: str, steps: int) -> dict[str, dict[str, int]
 
     train.train_step, Saver.save = counted_step, counted_save  # type: ignore[assignment,method-assign]
     words = [
-        f"run.out={folder / 'run'}", f"data.train={folder / 'data' / 'train'}", f"run.steps={steps}",
-        "batch.global_size=16", "batch.per_gpu=16", "model.vision.depth=1", "model.text.depth=1",
-        "checkpoint.every_steps=2", "checkpoint.asynchronous=false", "checkpoint.allow_drift=[run.steps]",
-        "log.trackers=[]", "log.pictures_every_steps=0", "engine.deepspeed=zero3_fp32.json",
-    ]  # fmt: skip
+        f"run.out={folder / 'run'}",
+        f"data.train={folder / 'data' / 'train'}",
+        f"run.steps={steps}",
+        "batch.global_size=16",
+        "batch.per_gpu=16",
+        "model.vision.depth=1",
+        "model.text.depth=1",
+        "checkpoint.every_steps=2",
+        "checkpoint.asynchronous=false",
+        "checkpoint.allow_drift=[run.steps]",
+        "log.trackers=[]",
+        "log.pictures_every_steps=0",
+        "engine.deepspeed=zero3_fp32.json",
+    ]
     counts.phase = phase
     train.train(config.load("aclip-tiny", words), "auto")
     return {phase: dict(of) for phase, of in counts.of.items()}
