@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import cache
 
 import pytest
 from torch import Tensor
@@ -12,6 +13,7 @@ from tests.harness import run_ranks
 STAGES = [f"zero{stage}_fp32.json" for stage in range(4)]
 
 
+@cache
 def gradients(ds: str, breaks: str | None = None, roles: bool = False) -> dict[int, dict[str, Tensor]]:
     case = "tests.distributed.cases_engine:gradients_by_split"
     return run_ranks(case, world_size=2, timeout_s=600, ds=ds, breaks=breaks, roles=roles)[0]

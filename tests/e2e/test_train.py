@@ -34,9 +34,10 @@ METRICS = {
 }
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param("aclip", marks=pytest.mark.quick), "aclip-eff", "random2x", "flip", "clip"]
-)
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("aclip-eff", "random2x", "flip")]
+
+
+@pytest.mark.parametrize("recipe", [pytest.param("aclip", marks=pytest.mark.quick), "clip", *NIGHTLY])
 def test_every_method_trains_evaluates_and_records(recipe: str, scenes: Path, tmp_path: Path, amclip: Amclip) -> None:
     ranks = 2 if recipe == "aclip" else 1
     code, printed = amclip(
