@@ -47,7 +47,7 @@ class DetailCLIP(Objective):
         if options.patch_weight or options.pixel_weight:
             if width % heads:
                 raise UserError(f"loss.detailclip.decoder_heads: {heads} does not divide the width {width}")
-            self.decoder = PatchDecoder(width, sizes.grid, options.depth, nn.Identity(), heads, 1e-6, by_axis=True)
+            self.decoder = PatchDecoder(width, sizes.grid, options.depth, nn.Identity(), heads, by_axis=True)
         if options.pixel_weight:
             self.pixels = nn.Linear(width, 3 * sizes.patch**2)
         if options.has_prototypes:

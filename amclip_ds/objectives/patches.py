@@ -5,7 +5,6 @@ feature distillation (arXiv 2205.14141): the teacher's tokens, each whitened. It
 Shapes: B samples, N patches, K kept, D width.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -62,20 +61,15 @@ class Patches(Objective):
 class PatchDecoder(nn.Module):
     """Kept tokens, mask tokens at the other places, fixed sine-cosine positions, a few blocks."""
 
-    def __init__(
-        self, width: int, grid: int, depth: int, output: nn.Module, heads: int, eps: float = 1e-5, by_axis: bool = False
-    ) -> None:
-        """output: makes predictions of the last norm's tokens. eps: of the blocks' norms. by_axis: see positions."""
+    def __init__(self, width: int, grid: int, depth: int, output: nn.Module, heads: int, by_axis: bool = False) -> None:
+        """output: makes predictions of the last norm's tokens. by_axis: see positions."""
         super().__init__()
         from timm.models.vision_transformer import Block
 
         self.grid, self.by_axis = grid, by_axis
         self.embed = nn.Linear(width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        norm: Any = partial(nn.LayerNorm, eps=eps)
-        self.blocks = nn.ModuleList(
-            Block(width, heads, MLP_RATIO, qkv_bias=True, norm_layer=norm) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(width, heads, MLP_RATIO, qkv_bias=True) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = output
 

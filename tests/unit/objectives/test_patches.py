@@ -133,6 +133,11 @@ def test_a_wrong_start_is_one_line(words: list[str], said: str) -> None:
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_all_norms_of_the_decoder_have_the_published_epsilon() -> None:
+    norms = [module for module in objective().decoder.modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 3 and {norm.eps for norm in norms} == {1e-6}
+
+
 def test_a_view_that_keeps_everything_is_one_line() -> None:
     features, seen = given()
     with pytest.raises(UserError, match="keeps every token; give it a mask"):
