@@ -45,7 +45,7 @@ def checks(run: Path) -> dict[str, Check]:
         "learning rate": partial(_learning_rate, rows, config),
         "loss": partial(_loss, rows, config),
         "logit scale": partial(_logit_scale, rows),
-        "gradients": partial(_gradients, rows),
+        "gradients": partial(_gradients, rows, config),
         "evaluation": partial(_evaluation, run, rows, config),
         "data": partial(_data, config),
         "features": partial(_features, run, config),
@@ -122,7 +122,7 @@ def _loss(rows: list[dict[str, Any]], config: TrainConfig) -> Iterator[Finding]:
         return
     last = rows[-max(1, len(rows) // 10) :]
     if any(not math.isfinite(row["loss"]) for row in rows):
-        yield Finding("loss", FAIL, "not finite in metrics.jsonl", "optim.clip_grad_norm=1, a lower optim.lr")
+        yield Finding("loss", FAIL, "not finite in metrics.jsonl", _calmer(config))
     pairs = [row["loss_contrastive"] for row in last if isinstance(row.get("loss_contrastive"), float | int)]
     if not pairs or not any(pairs):
         yield Finding(
@@ -140,7 +140,7 @@ def _loss(rows: list[dict[str, Any]], config: TrainConfig) -> Iterator[Finding]:
     elif now > best + 0.3 * (floor - best) and now > 1.2 * best:
         at = next(row["step"] for row in rows if row.get("loss_contrastive") == best)
         said = f"contrastive {now:.3f}, and it was {best:.3f} at step {at}"
-        yield Finding("loss", WARN, said, "it diverged: a lower optim.lr, optim.clip_grad_norm=1")
+        yield Finding("loss", WARN, said, f"it diverged: {_calmer(config)}")
     else:
         yield Finding("loss", OK, f"contrastive {now:.3f}; chance is ln({config.batch.global_size}) = {floor:.3f}")
 
@@ -164,7 +164,12 @@ def _logit_scale(rows: list[dict[str, Any]]) -> Iterator[Finding]:
         yield Finding("logit scale", OK, f"{now:.1f} (from {scales[0][1]:.1f})")
 
 
-def _gradients(rows: list[dict[str, Any]]) -> Iterator[Finding]:
+def _calmer(config: TrainConfig) -> str:
+    """What makes large gradients harmless; muon's updates do not grow with them, and it takes no clipping."""
+    return "a lower optim.lr" if config.optim.name == "muon" else "a lower optim.lr, optim.clip_grad_norm=1"
+
+
+def _gradients(rows: list[dict[str, Any]], config: TrainConfig) -> Iterator[Finding]:
     applied = [row.get("step_applied") is not False for row in rows]
     norms = [row["grad_norm"] for row in rows if isinstance(row.get("grad_norm"), float | int)]
     skipped = 1 - sum(applied) / len(applied) if applied else 0.0
@@ -175,7 +180,7 @@ def _gradients(rows: list[dict[str, Any]]) -> Iterator[Finding]:
     elif norms and max(norms[-10:]) < 1e-6:
         yield Finding("gradients", FAIL, f"norm {norms[-1]:.1e}: nothing flows", "are the losses' weights 0?")
     elif norms and norms[-1] > 100 * statistics.median(norms):
-        yield Finding("gradients", WARN, f"norm {norms[-1]:.1f}, 100 times the median", "optim.clip_grad_norm=1")
+        yield Finding("gradients", WARN, f"norm {norms[-1]:.1f}, 100 times the median", _calmer(config))
     elif norms:
         yield Finding("gradients", OK, f"norm {norms[-1]:.2f} (median {statistics.median(norms):.2f})")
 
