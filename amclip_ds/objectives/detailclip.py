@@ -24,6 +24,7 @@ from amclip_ds.objectives.patches import PatchDecoder
 
 PIXEL_EPS = 1e-6
 ENTROPY = "detail_entropy"  # of the teacher's mean distribution, by its largest: 1 all prototypes alike, 0 one of them
+INFORMATION = "detail_information"  # that, less the mean entropy of its distributions: 0 where all samples look alike
 
 
 class DetailCLIP(Objective):
@@ -59,7 +60,7 @@ class DetailCLIP(Objective):
         self._means: Tensor | None = None  # of the last batch, until commit: no state
 
     def weight_of(self, term: str) -> float:
-        if term == ENTROPY:
+        if term in (ENTROPY, INFORMATION):
             return 0.0  # recorded alone
         return self.options.weight * getattr(self.options, f"{term.removeprefix('detail_')}_weight")
 
@@ -98,10 +99,13 @@ class DetailCLIP(Objective):
         inside, prototypes = targets
         by_token = inside.float().mean(dim=(0, 1))  # logits are linear: their means are the means' logits
         means = torch.stack([by_token[0], by_token[1:].mean(0)]) @ prototypes[0].float().T
-        used = self._taught(inside[:, :, 0], prototypes, self.centre, self.options.teacher_temperature).mean((0, 1))
-        means = comm.all_reduce_sum(torch.cat([means, used[None]])) / comm.world_size
+        taught = self._taught(inside[:, :, 0], prototypes, self.centre, self.options.teacher_temperature)
+        means = comm.all_reduce_sum(torch.cat([means, taught.mean((0, 1))[None]])) / comm.world_size
         self._means = means[:2]
-        return {ENTROPY: torch.special.entr(means[2]).sum() / math.log(self.options.prototypes)}
+        most = math.log(self.options.prototypes)
+        entropy = torch.special.entr(means[2]).sum() / most
+        each = comm.all_reduce_sum(torch.special.entr(taught).sum(-1).mean()[None])[0] / comm.world_size
+        return {ENTROPY: entropy, INFORMATION: entropy - each / most}
 
     def commit(self, comm: Comm) -> None:
         if self._means is not None:

@@ -15,7 +15,7 @@ from amclip_ds.model.config import DetailCLIPOptions, HeadsConfig
 from amclip_ds.model.features import Features, Seen
 from amclip_ds.model.teacher_model import TeacherModel
 from amclip_ds.objectives import builder
-from amclip_ds.objectives.detailclip import ENTROPY, DetailCLIP, PrototypeHead
+from amclip_ds.objectives.detailclip import ENTROPY, INFORMATION, DetailCLIP, PrototypeHead
 from amclip_ds.teacher import copied
 from tests.unit.model import tiny
 from tests.unit.thread_ranks import run_threads
@@ -161,7 +161,7 @@ def test_centres_move_once_an_applied_step_by_the_mean_over_all_ranks() -> None:
         with torch.no_grad():
             made(*part, comm)
             refused = made(*part, comm)  # a step that is not applied: what it saw is left
-            assert set(refused) == {ENTROPY}
+            assert set(refused) == {ENTROPY, INFORMATION}
             made.commit(comm)
         return made
 
@@ -180,6 +180,19 @@ def test_the_entropy_shows_a_collapse() -> None:
     assert 0.3 < spread <= 1
     assert float(objective()(features, (one * 9, prototypes), SingleProcess())[ENTROPY]) < 0.1
     assert objective().weight_of(ENTROPY) == 0 and objective(patch_weight=3.0).weight_of("detail_patch") == 3
+
+
+def test_the_information_tells_either_collapse() -> None:
+    """Samples that all look alike, whether to one prototype or, centred, to all alike."""
+    features, (inside, prototypes) = given()
+    made = objective()
+    assert 0.1 < float(made(features, (inside, prototypes), SingleProcess())[INFORMATION]) <= 1
+    alike = inside[:1, :1].expand_as(inside)
+    for _ in range(80):
+        found = made(features, (alike, prototypes), SingleProcess())
+        assert abs(float(found[INFORMATION])) < 1e-4
+        made.commit(SingleProcess())
+    assert float(found[ENTROPY]) > 0.99 and made.weight_of(INFORMATION) == 0
 
 
 def test_the_patches_temperature_rises_after_its_share_of_the_run() -> None:
