@@ -50,18 +50,20 @@ def run_ranks(
     forced_exit_s: float = 600.0,
     env: dict[str, str] | None = None,
     listens: bool = False,
+    heard: list[int] | None = None,
 ) -> int:
     """Runs `argv` as `procs` ranks of this machine. Returns the exit code: RUN/exit.json's, else the first failure's.
 
     forced_exit_s: after a signal the ranks have so long to save and leave; then they are killed.
     env: variables added to the ranks' environment.
     listens: the ranks handle the signals (`resilience.preemption.listen`); until they do, signals are kept for them.
+    heard: gets the signals that arrived, for a caller with more to do: ranks at their end return 0 all the same.
     """
     verdict_file = Path(run_folder, run_files.VERDICT) if run_folder is not None else None
     before = _identity(verdict_file)
     port = free_port()
     ranks = _Ranks()
-    with tempfile.TemporaryDirectory(prefix="amclip-") as logs, _forwarding(ranks):
+    with tempfile.TemporaryDirectory(prefix="amclip-") as logs, _forwarding(ranks, heard if heard is not None else []):
         outputs = [Path(logs, f"rank{rank}") for rank in range(procs)]
         try:
             for rank in range(procs):
@@ -140,10 +142,11 @@ def _rank_variables(rank: int, procs: int, port: int) -> dict[str, str]:
 
 
 @contextmanager
-def _forwarding(ranks: _Ranks) -> Iterator[None]:
+def _forwarding(ranks: _Ranks, heard: list[int]) -> Iterator[None]:
     """While it lasts, the first signal goes to every rank, of later ones INT alone: it may quit a start."""
 
     def forward(number: int, _: FrameType | None) -> None:
+        heard.append(number)
         if ranks.asked_at is None or number == signal.SIGINT:
             ranks.asked_at = ranks.asked_at or time.monotonic()
             for process in list(ranks.running.values()):

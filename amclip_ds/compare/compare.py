@@ -133,7 +133,9 @@ def _measure(row: Row, ask: Comparison) -> float:
 
 def _train(recipe: str, words: Sequence[str], folder: Path, ask: Comparison) -> int:
     command = [sys.executable, "-m", "amclip_ds", "train", recipe, *words, *plugin_words(ask.plugins)]
-    return run_ranks(command, ask.procs, folder, listens=True)
+    heard: list[int] = []
+    code = run_ranks(command, ask.procs, folder, listens=True, heard=heard)
+    return TO_REQUEUE if heard and code == 0 else code  # a run that was at its end stops what comes after it
 
 
 def _note(out: Path, plan: dict[str, Any], step_s: dict[str, float]) -> None:

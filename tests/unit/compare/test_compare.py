@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from amclip_ds import cli
-from amclip_ds.compare.compare import show
+from amclip_ds.compare.compare import Comparison, compare, show
 from amclip_ds.compare.runs import (
     PLAN,
     Budget,
@@ -216,3 +219,28 @@ def test_a_failed_task_leaves_its_run_out_of_the_table(
     assert codes == [0, 0, 0, 1]
     summary = json.loads((tmp_path / "out" / "compare.json").read_text())["summary"]
     assert [row["seeds"] for row in summary] == [2, 1] and [row["not_run"] for row in summary] == [0, 1]
+
+
+PROGRAM = """#!/bin/sh
+for word; do case $word in run.out=*) out=${word#run.out=} ;; esac; done
+mkdir -p "$out"; trap : TERM
+[ -z "$ASKED" ] || kill -TERM $ASKED
+sleep 0.2; exit 0
+"""
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_signal_in_a_run_that_is_at_its_end_stops_the_comparison(
+    is_asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks end with 0 all the same: nothing is left to save. Twin: without a signal every run has its turn."""
+    (tmp_path / "program").write_text(PROGRAM)
+    (tmp_path / "program").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "program"))
+    monkeypatch.setattr("amclip_ds.compare.compare.preconditions.check", lambda config: None)  # of shards that are none
+    monkeypatch.setenv("ASKED", str(os.getpid()) if is_asked else "")
+    out = tmp_path / "out"
+    before = signal.getsignal(signal.SIGTERM)
+    _, code = compare(Comparison(RECIPES, WORDS, 1, Budget("steps", 10), "clip-tiny", out, 1, []))
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert (code, (out / "aclip-tiny-seed0").exists()) == ((75, False) if is_asked else (0, True))
