@@ -1,6 +1,7 @@
 """What every test can ask for: the shared data folder, quiet and private caches, and the meaning of the marks."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what pytest under nohup ignores, the programs it starts would ignore too
 SHARED = Path(os.environ.get("AMCLIP_SHARED", ROOT.parent / "shared"))
 LONGEST_FIRST = ("slurm", "e2e", "distributed", "parity")  # folders; the many short tests fill up what is left
 TOGETHER = ("distributed", "parity")  # files there keep the results of launches for their next tests

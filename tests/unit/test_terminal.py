@@ -81,7 +81,7 @@ def test_in_a_pipe_a_row_is_one_line() -> None:
         env=os.environ | {"COLUMNS": "80"},
     )
     for key, value, said in explained():
-        line = next(line for line in done.stdout.splitlines() if f" {key} " in line)
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"│ {key} "))
         assert " ".join(said.split()) in " ".join(line.split()) and value in line
 
 
