@@ -14,19 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from amclip_ds.errors import UserError
 from amclip_ds.evaluate.set_names import GROUPED
 
 MEAN_AVERAGE_PRECISION = "mean_average_precision"  # of several labels an image
 RESAMPLES = 1000
+NOT_FINITE = "the model's embeddings of this set are not finite: its weights have diverged or are damaged"
 
 
 def classify(scores: Tensor, targets: Tensor) -> Tensor:
     """scores [N, C], targets [N] -> [N, 2] int64: the predicted class, and how many classes rank before the target.
 
-    Raises ValueError for scores that are not finite: a comparison with NaN would count as a miss in silence.
+    Raises UserError for scores that are not finite: a comparison with NaN would count as a miss in silence.
     """
     if not torch.isfinite(scores).all():
-        raise ValueError("scores that are not finite")
+        raise UserError(NOT_FINITE)
     own = scores.gather(1, targets[:, None])
     places = torch.arange(scores.shape[1], device=scores.device)
     before = (scores > own) | ((scores == own) & (places < targets[:, None]))

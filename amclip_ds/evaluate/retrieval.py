@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from amclip_ds.comm import Comm
-from amclip_ds.errors import AmclipError
+from amclip_ds.errors import UserError
 from amclip_ds.evaluate import metrics
 from amclip_ds.evaluate.datasets import EvalSet
 from amclip_ds.evaluate.encoder import Encoder, encode_images, encode_texts, share_rows
@@ -73,7 +73,7 @@ class Found:
 def recalls(images: Tensor, texts: Tensor, image_of_text: Tensor, comm: Comm) -> Found:
     """images [I, E], texts [T, E], image_of_text [T] int64, whole on every rank -> where each finds its own.
 
-    Raises AmclipError for embeddings that are not finite. Collective: every rank must call.
+    Raises UserError for embeddings that are not finite. Collective: every rank must call.
     """
     image_of_text = image_of_text.to(images.device)
     nearest_texts = first_k(images, texts, max(KS), comm)  # [I, k]
@@ -95,7 +95,7 @@ def first_k(queries: Tensor, candidates: Tensor, k: int, comm: Comm) -> Tensor:
     The blocks are the same in every world, so the scores are. Collective: every rank must call.
     """
     if not (torch.isfinite(queries).all() and torch.isfinite(candidates).all()):
-        raise AmclipError("the embeddings are not finite")
+        raise UserError(metrics.NOT_FINITE)
     return share_rows(len(queries), QUERIES, comm, lambda numbers: _first_k(queries, numbers, candidates, k))
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from amclip_ds.errors import UserError
 from amclip_ds.evaluate import metrics
 
 
@@ -67,7 +68,7 @@ def test_a_collapsed_model_is_at_chance() -> None:
 def test_scores_that_are_not_finite_are_refused() -> None:
     scores, targets = scores_and_targets(False)
     scores[3, 2] = float("nan")
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(UserError, match="finite"):
         metrics.classify(scores, targets)
 
 

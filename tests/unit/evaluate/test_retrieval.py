@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from amclip_ds.comm import SingleProcess
-from amclip_ds.errors import AmclipError
+from amclip_ds.errors import UserError
 from amclip_ds.evaluate import retrieval
 from tests.unit.thread_ranks import run_threads
 
@@ -94,5 +94,5 @@ def test_ranks_share_the_queries_and_agree(world_size: int, monkeypatch) -> None
 def test_embeddings_that_are_not_finite_are_refused() -> None:
     images, texts, owner = embeddings(False)
     images[3, 1] = float("nan")
-    with pytest.raises(AmclipError, match="finite"):
+    with pytest.raises(UserError, match="finite"):
         retrieval.recalls(images, texts, owner, SingleProcess())
