@@ -10,11 +10,10 @@ import pytest
 
 from amclip_ds.data import index, parallel
 from amclip_ds.data.check import CheckConfig, Report, check
-from amclip_ds.data.config import DataConfig
 from amclip_ds.data.images import open_image
-from amclip_ds.data.loader import TrainingData
 from tests.unit.data import damaged
 from tests.unit.data.damaged import BLOCK, flip, header_at, json_fields, picture, sample, samples, special, tar_of
+from tests.unit.data.shards import open_data
 
 WHOLE = tar_of(samples(range(10)))
 LONG = "a" * 120
@@ -175,18 +174,7 @@ def test_training_continues_and_counts_the_same(name: str, tmp_path: Path) -> No
     (tmp_path / "bad.tar").write_bytes(case.tar())
     (tmp_path / "good.tar").write_bytes(tar_of(samples(range(100, 110))))
     report = checked(tmp_path / "bad.tar")
-    data = TrainingData(
-        DataConfig(train=str(tmp_path), workers=0),
-        seed=0,
-        global_batch=2,
-        rank=0,
-        world_size=1,
-        image_size=32,
-        teacher_size=32,
-        num_units=4,
-        context_length=77,
-        say=lambda text: None,
-    )
+    data = open_data(tmp_path, global_batch=2, image_size=32, teacher_size=32, context_length=77)
     batches = data.batches()
     epoch = [next(batches) for _ in range(data.steps_per_epoch)]
     data.close()

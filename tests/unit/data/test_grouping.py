@@ -18,6 +18,7 @@ from amclip_ds.data.tar import Damage, scan
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import open_set
 from tests.unit.data.damaged import File, picture, sample, samples, tar_of
+from tests.unit.data.shards import open_data
 
 
 def put(folder: Path, files: list[File], name: str = "0.tar") -> Path:
@@ -84,18 +85,7 @@ def test_a_few_surplus_images_are_reported_and_trained_beside(tmp_path: Path) ->
     shard = put(tmp_path, samples(range(100)) + [("000099.thumb.jpg", picture(7))])
     assert checked(shard).ok and checked(shard).problems() == {"surplus image": 1}
     said: list[str] = []
-    data = TrainingData(
-        DataConfig(train=str(shard), workers=0),
-        seed=0,
-        global_batch=2,
-        rank=0,
-        world_size=1,
-        image_size=16,
-        teacher_size=None,
-        num_units=0,
-        context_length=77,
-        say=said.append,
-    )
+    data = open_data(shard, global_batch=2, teacher_size=None, num_units=0, context_length=77, say=said.append)
     data.close()
     assert "data: 101 images in the shards = 100 samples + 1 surplus image" in said
 

@@ -18,13 +18,12 @@ from amclip_ds.data import index
 from amclip_ds.data.check import CheckConfig, check
 from amclip_ds.data.config import DataConfig
 from amclip_ds.data.images import BadImage, open_image
-from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.tar import scan
 from amclip_ds.jsonl import read_lines
 from amclip_ds.record import LogConfig, Record
 from tests.unit.data import damaged
 from tests.unit.data.damaged import sample, samples, special, tar_of
-from tests.unit.data.shards import encode
+from tests.unit.data.shards import encode, open_data
 
 MEGABYTE = 1 << 20
 
@@ -175,17 +174,14 @@ def test_names_are_never_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert cli.main(["data", "index", "00000.tar", "--out", str(out / "index")]) == 0
     assert cli.main(["data", "check", "00000.tar", "--json", str(out / "check.json"), "--max-skip-rate", "1"]) == 0
     assert cli.main(["data", "stats", "00000.tar", "--json", str(out / "stats.json"), "--out", str(out / "stats")]) == 0
-    data = TrainingData(
-        DataConfig(train="00000.tar", index=str(out / "index"), workers=0, stage_dir=str(out / "stage")),
-        seed=0,
+    data = open_data(
+        "00000.tar",
         global_batch=2,
-        rank=0,
-        world_size=1,
-        image_size=16,
         teacher_size=None,
         num_units=0,
         context_length=77,
-        say=lambda text: None,
+        index=str(out / "index"),
+        stage_dir=str(out / "stage"),
     )
     batches = data.batches()
     for _ in range(data.steps_per_epoch):
@@ -232,18 +228,7 @@ def test_names_reach_terminal_and_record_harmless(tmp_path: Path, capsys: pytest
     assert cli.main(["data", "index", str(tmp_path / "00000.tar")]) == 0
     printed = capsys.readouterr().out
     assert "\x1b" not in printed and "\x07" not in printed and r"\x1b]0;owned\x07[red]a" in printed.replace("\n", "")
-    data = TrainingData(
-        DataConfig(train=str(tmp_path), workers=0),
-        seed=0,
-        global_batch=5,
-        rank=0,
-        world_size=1,
-        image_size=16,
-        teacher_size=None,
-        num_units=0,
-        context_length=77,
-        say=lambda text: None,
-    )
+    data = open_data(tmp_path, global_batch=5, teacher_size=None, num_units=0, context_length=77)
     incidents = next(data.batches()).incidents
     with record_of(tmp_path) as record:
         for incident in incidents:

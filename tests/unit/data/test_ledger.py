@@ -10,13 +10,12 @@ import torch
 from amclip_ds.data import ledger as ledger_module
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.check import CheckConfig, check
-from amclip_ds.data.config import DataConfig
 from amclip_ds.data.ledger import ALWAYS_BORNE, Ledger
-from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.photometric import Photometric
 from amclip_ds.data.verdict import judge
 from amclip_ds.errors import RunStopped
 from tests.unit.data.damaged import sample, samples, tar_of
+from tests.unit.data.shards import open_data
 
 
 def batch_of(size: int, *incidents: tuple[str, str]) -> Batch:
@@ -101,18 +100,7 @@ def test_half_the_samples_unusable_pass_a_limit_of_60_percent_in_check_and_train
     shard.write_bytes(tar_of([*samples(range(200)), *bad]))
     for limit, passes in ((0.6, True), (0.4, False)):
         assert check([str(shard)], CheckConfig(max_skip_rate=limit), 1).ok == passes
-        data = TrainingData(
-            DataConfig(train=str(shard), workers=0, max_skip_rate=limit),
-            seed=0,
-            global_batch=64,
-            rank=0,
-            world_size=1,
-            image_size=16,
-            teacher_size=None,
-            num_units=0,
-            context_length=77,
-            say=lambda text: None,
-        )
+        data = open_data(shard, global_batch=64, teacher_size=None, num_units=0, context_length=77, max_skip_rate=limit)
         ledger, stream = Ledger(limit), data.batches()
         for _ in range(data.steps_per_epoch):
             ledger.account(next(stream))

@@ -9,11 +9,10 @@ import pytest
 
 from amclip_ds.data.captions import build_tokenizer, candidates
 from amclip_ds.data.check import CheckConfig, check
-from amclip_ds.data.config import DataConfig
-from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.plain_text import BadText, decode, is_blank, lines, parse_object, visible
 from amclip_ds.evaluate.datasets import open_set
 from tests.unit.data.damaged import sample, samples, tar_of
+from tests.unit.data.shards import open_data
 
 WORDS = "ein Fuß, 犬, \U0001f642"
 
@@ -139,18 +138,7 @@ def test_check_training_and_evaluation_see_the_same_captions(tmp_path: Path) -> 
     wanted = [f"picture number {number}" for number in range(5)]
     assert sorted(report.shards[0].texts) == wanted
     assert [one.captions for one in open_set(str(shard), task="retrieval").samples] == [(text,) for text in wanted]
-    data = TrainingData(
-        DataConfig(train=str(shard), workers=0, text_bucket=0),
-        seed=0,
-        global_batch=5,
-        rank=0,
-        world_size=1,
-        image_size=16,
-        teacher_size=None,
-        num_units=0,
-        context_length=77,
-        say=lambda text: None,
-    )
+    data = open_data(shard, global_batch=5, teacher_size=None, num_units=0, context_length=77, text_bucket=0)
     with contextlib.closing(data):
         batch = next(data.batches())
     expected = build_tokenizer()([wanted[number] for number in batch.sample_ids.tolist()])

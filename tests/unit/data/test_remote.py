@@ -9,10 +9,9 @@ import torch
 from amclip_ds.data import index, reader
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.check import CheckConfig, check
-from amclip_ds.data.config import DataConfig
-from amclip_ds.data.loader import TrainingData
 from tests.unit.data.damaged import samples, tar_of
 from tests.unit.data.faulty_server import FaultyServer, Where
+from tests.unit.data.shards import open_data
 
 SHARDS = {
     f"{n:05d}.tar": tar_of(samples(range(first, last))) for n, (first, last) in enumerate([(0, 9), (9, 20), (20, 25)])
@@ -27,17 +26,14 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def epoch_of(train: str, index_folder: Path, workers: int = 0, batches: int = 6) -> list[Batch]:
-    data = TrainingData(
-        DataConfig(train=train, index=str(index_folder), workers=workers, open_shards=2, shuffle_window=8),
-        seed=0,
+    data = open_data(
+        train,
         global_batch=4,
-        rank=0,
-        world_size=1,
-        image_size=16,
-        teacher_size=16,
-        num_units=4,
         context_length=77,
-        say=lambda text: None,
+        index=str(index_folder),
+        workers=workers,
+        open_shards=2,
+        shuffle_window=8,
     )
     stream = data.batches()
     made = [next(stream) for _ in range(batches)]
