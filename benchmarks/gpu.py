@@ -1,19 +1,23 @@
-"""Steps of A-CLIP on one GPU: samples/s, peak memory and MFU, by size, ZeRO stage and activation checkpointing.
+"""Whole training steps on one GPU, side by side with other trainers: samples/s, MFU, peak memory, launches, by cell.
 
-    python -m benchmarks.gpu --data SHARDS --out gpu.jsonl [--cells vitb16:2 vitl16:3 ...] [--batch vitb16=256]
+    python -m benchmarks.gpu --out gpu.jsonl                                   # the usual cells
+    python -m benchmarks.gpu --out gpu.jsonl --cells aclip-vitb16,engine.compile=tower clip-vitb16 open_clip:b16
+    python -m benchmarks.gpu --out gpu.jsonl --baseline CHECKOUT --cells base:aclip-vitb16 aclip-vitb16
 
-Each cell (size:stage, or size:stage:compile, or size:stage:fed) has a process of its own, since a ZeRO-3 engine
-patches torch; one at a time is measured, while the next ones build. A step is the run's own `train_step`, with teacher,
-augmentation and optimizer, on one real batch that stays on the device. MFU is the model's floating point operations
-(counted by torch, without recomputation) over the time, against a bf16 matrix product of the same GPU and process.
-`fed`: the same step fed by the loader and its workers against the batch that stays.
+A cell is a recipe and settings behind commas (batch=N is this program's own: samples a step; vary=a+b: rows of
+benchmarks/step.py's variations), `open_clip:b16` (eager and compiled), `release:b16` (the published A-CLIP, by
+--release and --timm as in benchmarks/peers.py), `fed:RECIPE` (the step fed by the loader from --data beside a batch
+that stays) or `exact:RECIPE` (savings and compiled towers against neither: gradients of step 0, losses of 20 steps).
+base:CELL runs the amclip_ds of another checkout (--baseline). Each has a process of its own, since ZeRO-3 patches
+torch; they build and compile side by side, as many as --room allows (a ViT-L takes two places), and are measured one at
+a time: medians of --repeats steps by the device's clock, one batch that stays. A step is the run's own `train_step`.
+MFU is against a bf16 matrix product of 8192 cubed in the same process. The table comes last.
 """
 
 import argparse
 import fcntl
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -23,13 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-CELLS = [f"{size}:{stage}" for size in ("vitb16", "vitl16") for stage in (1, 2, 3)]
-CELLS += ["vitb16:2:fed", "vitb16:2:compile"]
+from benchmarks import peers
+from benchmarks import step as steps
+
+OURS = ["clip", "aclip", "aclip-eff", "random2x"]
+CELLS = ["open_clip:b16", *(f"{name}-vitb16,engine.compile=tower" for name in OURS), "aclip-vitb16"]
+BATCHES = {"vitb16": 256, "vitl16": 128, "tiny": 64}
 FED_STEPS = 40  # more than the workers have made ahead
+EXACT_STEPS = 20
 GIB = 1024.0**3
-SIDE = 8192  # of the matrices that show the machine's rate
 
 
 @contextmanager
@@ -40,7 +47,7 @@ def alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def seconds_of(work: Callable[[], Any], repeats: int, warm: int) -> list[float]:
+def device_seconds(work: Callable[[], Any], repeats: int, warm: int) -> list[float]:
     """The device's seconds of each call, after `warm` calls that do not count."""
     for _ in range(warm):
         work()
@@ -53,186 +60,257 @@ def seconds_of(work: Callable[[], Any], repeats: int, warm: int) -> list[float]:
     return [first.elapsed_time(last) / 1e3 for first, last in zip(events, events[1:])]
 
 
-def matrix_rate() -> float:
-    """bf16 FLOP/s of a large matrix product on random data."""
-    a, b = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * SIDE**3 / statistics.median(seconds_of(lambda: a @ b, 10, 3))
+def seen_by_profiler(work: Callable[[], Any]) -> dict[str, Any]:
+    """Of one step: seconds in which the device computed, what it started and waited for, the largest kernels."""
+    from torch.profiler import ProfilerActivity, profile
 
-
-class Cell:
-    """The engines of one size and stage, and a batch that stays on the device."""
-
-    def __init__(self, size: str, stage: int, extra: str, args: argparse.Namespace) -> None:
-        from amclip_ds import config as settings
-        from amclip_ds import run
-        from amclip_ds.engine import runtime as engine_runtime
-        from amclip_ds.engine.collectives import DistributedComm
-        from amclip_ds.method import method_of
-        from amclip_ds.optim import Schedules
-        from amclip_ds.resilience.guards import Guards
-
-        self.batch_size = args.batch[size]
-        workers = args.workers if extra == "fed" else 0
-        self.config = settings.load(
-            f"aclip-{size}",
-            [
-                f"data.train={args.data}",
-                f"run.out={args.out.parent}/{size}{stage}{extra}",
-                "run.steps=1000",
-                "run.epochs=null",
-                f"batch.global_size={self.batch_size}",
-                f"batch.per_gpu={self.batch_size}",
-                f"engine.deepspeed=zero{stage}_bf16.json",
-                f"data.workers={workers}",
-                "optim.warmup_steps=10",
-                f"engine.compile={'tower' if extra == 'compile' else 'none'}",
-            ],
-        )
-        Path(self.config.run.out).mkdir(parents=True, exist_ok=True)
-        self.runtime = engine_runtime.start()
-        self.method = method_of(self.config)
-        self.data = run.open_data(self.config, self.method, self.runtime)
-        self.student, self.teacher = run.build_engines(self.config, self.method, self.runtime)
-        self.comm, self.guards = DistributedComm(), Guards(self.config.guards, lambda *row: None)
-        self.schedules = Schedules(self.config.optim, self.config.teacher, 1000)
-        self.batches = self.data.batches(None)
-        self.batch = next(self.batches).to(self.runtime.device)
-
-    def step(self, batch: Any = None) -> Any:
-        from amclip_ds.step import train_step
-
-        return train_step(
-            batch or self.batch,
-            self.student,
-            self.teacher,
-            self.schedules,
-            5,
-            self.method,
-            self.comm,
-            self.batch_size,
-            self.guards,
-        )
-
-    def recompute(self, every: int) -> None:
-        """Activation checkpointing of both towers."""
-        self.student.module.vision.checkpoint_every = self.student.module.text.checkpoint_every = every
-
-    def flops(self) -> int | None:
-        """Floating point operations of a step without recomputation."""
-        counter = FlopCounterMode(display=False)
-        with counter:
-            self.step()
-        return counter.get_total_flops()
-
-
-def measure(cell: Cell, rate: float, recompute: int, repeats: int) -> dict[str, Any]:
-    cell.recompute(recompute)
-    torch.cuda.reset_peak_memory_stats()
-    times = seconds_of(cell.step, repeats, 4)
-    step_s, flops = statistics.median(times), None
-    peak = torch.cuda.max_memory_allocated()
-    if not recompute:
-        flops = cell.flops()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        work()
+        torch.cuda.synchronize()
+    averages = seen.key_averages()
+    on_device = {e.key: e.self_device_time_total / 1e6 for e in averages if "cuda" in str(e.device_type).lower()}
+    counts = {event.key: event.count for event in averages}
+    kinds = {"launches": ("LaunchKernel",), "copies": ("cudaMemcpy",), "synchronisations": ("Synchronize",)}
+    largest = sorted(on_device.items(), key=lambda item: -item[1])[:14]
     return {
-        "batch": cell.batch_size,
-        "checkpoint_every": recompute,
-        "step_s": step_s,
-        "fastest_s": min(times),
-        "slowest_s": max(times),
-        "samples_per_s": cell.batch_size / step_s,
-        "peak_gib": peak / GIB,
-        "flops": flops,
-        "matrix_tflops": rate / 1e12,
-        "mfu": flops / step_s / rate if flops else None,
+        "device_s": sum(on_device.values()),
+        **{k: sum(n for key, n in counts.items() if any(part in key for part in parts)) for k, parts in kinds.items()},
+        "largest": [[name[:90], round(seconds * 1e3, 2)] for name, seconds in largest],
     }
 
 
-def measure_fed(cell: Cell) -> dict[str, Any]:
+def parse_cell(cell: str) -> tuple[str, int, list[str], list[str]]:
+    """Recipe, samples a step, variations and settings of a cell of ours."""
+    recipe, *words = cell.split(",")
+    own = dict(word.split("=", 1) for word in words if word.startswith(("batch=", "vary=")))
+    batch = int(own.get("batch", BATCHES[recipe.rpartition("-")[2]]))
+    return recipe, batch, own.get("vary", "all").split("+"), [w for w in words if w.partition("=")[0] not in own]
+
+
+def build(args: argparse.Namespace, cell: str) -> tuple[int, dict[str, Callable[[], Any]]]:
+    """Samples a step, and the steps of a cell by their names."""
+    kind, _, rest = cell.rpartition(":")
+    if kind in ("open_clip", "release"):
+        theirs, ours, published = peers.SIZES[rest]
+        batch = BATCHES[ours]
+        with steps.made_scenes(batch) as scenes:
+            two = steps.example("aclip-" + ours, [], batch, args.tokens, scenes)
+        images = peers.photometric.normalise(two.views_uint8)
+        if kind == "release":
+            assert two.teacher_uint8 is not None
+            teacher = peers.photometric.normalise(two.teacher_uint8)
+            work = peers.release_step(args.release, args.timm, published, images, teacher, two.boxes, two.token_ids)
+            return batch, {cell: work}
+        return batch, {
+            f"{cell} {how}": peers.open_clip_step(theirs, images[0], two.token_ids, compiled=how == "compiled")
+            for how in ("eager", "compiled")
+        }
+    recipe, batch, variations, words = parse_cell(rest)
+    with steps.made_scenes(batch) as scenes:
+        engine = steps.Ours(recipe, words, batch, args.tokens, scenes)
+    names = [cell] if variations == ["all"] else [f"{cell} {variation}" for variation in variations]
+    return batch, {name: (lambda v=v: engine.step(v)) for name, v in zip(names, variations)}
+
+
+def measure(args: argparse.Namespace, cell: str) -> list[dict[str, Any]]:
+    began = time.perf_counter()
+    batch, works = build(args, cell)
+    built = time.perf_counter()
+    for work in works.values():  # compiles
+        work()
+    torch.cuda.synchronize()
+    facts = {"built_s": built - began, "first_step_s": time.perf_counter() - built}
+    rows = []
+    with alone(args.out.with_suffix(".lock")):
+        rate = steps.matrix_rate(torch.bfloat16)
+        for name, work in works.items():
+            work()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            times = device_seconds(work, args.repeats, 4)
+            peak_memory = torch.cuda.max_memory_allocated() / GIB
+            flops = steps.flops_of(work)
+            row = steps.row_of(name, batch, times, flops, rate, args.peak) | {"peak_memory_gib": peak_memory}
+            rows.append(row | seen_by_profiler(work) | facts)
+    return rows
+
+
+def measure_fed(args: argparse.Namespace, cell: str) -> list[dict[str, Any]]:
     """Wall seconds of a step: the resident batch, the loader's, the resident batch again."""
-    cell.recompute(0)
+    from amclip_ds import run
+
+    recipe, batch_size, _, words = parse_cell(cell.removeprefix("fed:"))
+    words += [f"data.train={args.data}", f"data.workers={args.workers}"]
+    engine = steps.Ours(recipe, words, batch_size, args.tokens, args.out.parent)
+    data = run.open_data(engine.config, engine.method, engine.runtime)
+    began = time.perf_counter()
+    batches = data.batches(None)
+    first = next(batches).to(engine.runtime.device)
+    first_s = time.perf_counter() - began
 
     def wall(fetch: Callable[[], Any]) -> tuple[float, float]:
         torch.cuda.synchronize()
-        waited, began = 0.0, time.perf_counter()
+        waited, start = 0.0, time.perf_counter()
         for _ in range(FED_STEPS):
             asked = time.perf_counter()
-            batch = fetch()
+            engine.batches[True] = fetch()
             waited += time.perf_counter() - asked
-            cell.step(batch)
+            engine.step()
         torch.cuda.synchronize()
-        return (time.perf_counter() - began) / FED_STEPS, waited / FED_STEPS
+        return (time.perf_counter() - start) / FED_STEPS, waited / FED_STEPS
 
-    for _ in range(4):
-        cell.step()
-    before, _ = wall(lambda: None)
-    fed, waited = wall(lambda: next(cell.batches).to(cell.runtime.device))
-    after, _ = wall(lambda: None)
-    resident = (before + after) / 2
-    return {
-        "batch": cell.batch_size,
-        "workers": cell.config.data.workers,
-        "resident_step_s": [before, after],
-        "fed_step_s": fed,
-        "waited_s": waited,
-        "fed_over_resident": fed / resident,
-    }
+    for _ in range(2):
+        engine.batches[True] = next(batches).to(engine.runtime.device)
+        engine.step()
+    with alone(args.out.with_suffix(".lock")):
+        before, _ = wall(lambda: first)
+        fed, waited = wall(lambda: next(batches).to(engine.runtime.device))
+        after, _ = wall(lambda: first)
+    return [
+        {
+            "name": cell,
+            "batch": batch_size,
+            "workers": args.workers,
+            "first_batch_s": first_s,
+            "resident_step_s": [before, after],
+            "step_s": fed,
+            "waited_s": waited,
+            "fed_over_resident": 2 * fed / (before + after),
+        }
+    ]
+
+
+def gradients_of(engine: steps.Ours, variation: str) -> dict[str, torch.Tensor]:
+    """One step, and the averaged gradients that it went by, by name (flat gradients, one rank)."""
+    student, found = engine.student, {}
+    zero, take = student.engine.optimizer, student.step
+    names = {id(parameter): name for name, parameter in student.module.named_parameters()}
+
+    def step(*words: Any) -> Any:
+        for number, group in zero.averaged_gradients.items():
+            flat = group.flat_partition
+            for parameter, offset in zip(zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number]):
+                found[names[id(parameter)]] = flat[offset : offset + parameter.numel()].clone()
+        return take(*words)
+
+    student.step = step  # type: ignore[method-assign]
+    engine.step(variation)
+    student.step = take  # type: ignore[method-assign]
+    return found
+
+
+def measure_exact(args: argparse.Namespace, cell: str) -> list[dict[str, Any]]:
+    """Savings and compiled towers against neither. bf16: the smallest cosine of a gradient of the first step, and of
+    20 losses the furthest, beside what another order of the samples does to the eager ones. fp32: losses."""
+    recipe, batch, _, words = parse_cell(cell.removeprefix("exact:"))
+
+    def follow(precision: str, compiled: bool, reverse: bool = False) -> tuple[list[float], dict[str, torch.Tensor]]:
+        chosen = [f"engine.deepspeed=zero1_{precision}.json", f"engine.compile={'tower' if compiled else 'none'}"]
+        with steps.made_scenes(batch) as scenes:
+            engine = steps.Ours(recipe, words + chosen, batch, args.tokens, scenes)
+        variation = "all" if compiled else "none"
+        if reverse:
+            engine.batches[False] = steps.reordered(engine.batches[False], list(range(batch - 1, -1, -1)))
+        gradients = gradients_of(engine, variation)
+        return [float(engine.step(variation).loss) for _ in range(EXACT_STEPS)], gradients
+
+    def furthest(one: list[float], other: list[float]) -> float:
+        return max(abs(a - b) / abs(a) for a, b in zip(one, other))
+
+    with alone(args.out.with_suffix(".lock")):
+        plain, gradients = follow("bf16", False)
+        turned, _ = follow("bf16", False, reverse=True)
+        fast, others = follow("bf16", True)
+        cosines = {
+            name: float(torch.nn.functional.cosine_similarity(gradient, others[name], dim=0))
+            for name, gradient in gradients.items()
+        }
+        exact, exact_fast = follow("fp32", False)[0], follow("fp32", True)[0]
+    return [
+        {
+            "name": cell,
+            "batch": batch,
+            "cosines": sorted((round(value, 6), name) for name, value in cosines.items())[:6],
+            "bf16_eager_reordered": furthest(plain, turned),
+            "bf16_compiled": furthest(plain, fast),
+            "fp32_compiled": furthest(exact, exact_fast),
+            "losses": [plain[0], plain[-1], exact[0], exact[-1]],
+        }
+    ]
+
+
+KINDS = {"fed": measure_fed, "exact": measure_exact}
 
 
 def run_cell(args: argparse.Namespace) -> None:
-    size, stage, *rest = args.cell.split(":")
-    extra = rest[0] if rest else ""
-    began = time.perf_counter()
-    cell = Cell(size, int(stage), extra, args)
-    facts = {"cell": args.cell, "built_s": time.perf_counter() - began}
-    with alone(args.out.with_suffix(".lock")):
-        rate = matrix_rate()
-        if extra == "fed":
-            rows = [measure_fed(cell)]
-        else:
-            rows = [measure(cell, rate, recompute, args.repeats) for recompute in ((0,) if extra else (0, 1))]
-            for row in rows:  # the operations of a step do not depend on what is recomputed
-                row["flops"] = rows[0]["flops"]
-                row["mfu"] = rows[0]["flops"] / row["step_s"] / rate
-        with args.out.open("a") as file:
-            for row in rows:
-                text = json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in (facts | row).items()})
-                print(text, file=file)
-                print(text, flush=True)
+    rows = KINDS.get(args.cell.partition(":")[0], measure)(args, args.cell.removeprefix("base:"))
+    with args.out.open("a") as file:
+        for row in rows:
+            row["name"] = ("base:" if args.cell.startswith("base:") else "") + row["name"]
+            text = json.dumps({key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()})
+            print(text, file=file)
+            print(text[:160], flush=True)
     os._exit(0)  # the loader's workers and NCCL need no farewell
 
 
-def read_batches(words: list[str]) -> dict[str, int]:
-    return {name: int(number) for name, number in (word.split("=") for word in words)}
+def places_of(cell: str) -> int:
+    return 2 if "vitl16" in cell else 1
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if "matrix_tflops" not in row:
+            print({key: value for key, value in row.items() if key != "largest"})
+            continue
+        print(
+            f"{row['name'][:72]:72} {row['step_s'] * 1e3:6.1f} ms {row['samples_per_s']:6.0f}/s device"
+            f" {row['device_s'] * 1e3:6.1f} ms  MFU {row['mfu_of_matrix_rate']:5.1%}  {row['peak_memory_gib']:5.1f} GiB"
+            f"  {row['tflop']:.1f} TFLOP  launches {row['launches']} copies {row['copies']} syncs"
+            f" {row['synchronisations']}  built {row['built_s']:.0f} first {row['first_step_s']:.0f} s"
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="training shards with real photographs")
     parser.add_argument("--out", type=Path, required=True, help="where the rows go (JSON lines)")
     parser.add_argument("--cells", nargs="*", default=CELLS)
-    parser.add_argument("--batch", nargs="*", default=[], metavar="SIZE=N")
+    parser.add_argument("--tokens", type=steps.two_numbers, default=(77, 77), metavar="N[-M]", help="of a caption")
     parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--room", type=int, default=3, help="cells of ViT-B/16 whose memory the device holds")
+    parser.add_argument("--peak", type=float, help="the maker's TFLOP/s")
+    parser.add_argument("--baseline", type=Path, help="another checkout, for the cells base:...")
+    parser.add_argument("--data", type=Path, help="shards of real photographs, for the cells fed:...")
     parser.add_argument("--workers", type=int, default=14, help="of the fed cell")
+    parser.add_argument("--release", type=Path, metavar="CHECKOUT", help="of microsoft/A-CLIP")
+    parser.add_argument("--timm", type=Path, metavar="FOLDER", help="that holds timm 0.5.4")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.cell:
-        args.batch = {"tiny": 64, "vitb16": 256, "vitl16": 128} | read_batches(args.batch)
-        run_cell(args)
+    args.out = args.out.absolute()
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.cell:
+        run_cell(args)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
-    waiting, running, failed = list(args.cells), [], 0
+    waiting, running, failed = list(args.cells), [], []
     while waiting or running:
-        while waiting and len(running) < 3:
-            command = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--cell", waiting[0]]
-            running.append((waiting.pop(0), subprocess.Popen(command)))
+        taken = sum(places_of(name) for name, _ in running)
+        if waiting and taken + places_of(waiting[0]) <= args.room:
+            name = waiting.pop(0)
+            here = args.baseline if name.startswith("base:") else Path.cwd()
+            environment = os.environ | {"PYTHONPATH": f"{here.absolute()}:{os.environ.get('PYTHONPATH', '')}"}
+            command = [sys.executable, "-P", str(Path(__file__).absolute()), *sys.argv[1:], "--cell", name]
+            running.append((name, subprocess.Popen(command, env=environment)))
+            continue
         for name, process in list(running):
             if process.poll() is not None:
                 running.remove((name, process))
-                failed += process.returncode != 0
                 if process.returncode:
+                    failed.append(name)
                     print(f"{name}: failed ({process.returncode})", flush=True)
         time.sleep(0.1)
-    return int(failed > 0)
+    if args.out.is_file():
+        show([json.loads(line) for line in args.out.read_text().splitlines()])
+    print(f"failed: {', '.join(failed) or 'none'}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

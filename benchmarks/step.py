@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from amclip_ds import config as settings
 from amclip_ds import run
+from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.synthetic import write_dataset
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import DistributedComm
+from amclip_ds.engine.runtime import Runtime
 from amclip_ds.method import method_of
+from amclip_ds.model.config import TextConfig
 from amclip_ds.model.savings import PLAIN, Savings
 from amclip_ds.optim import Schedules
 from amclip_ds.resilience.guards import Guards
@@ -51,51 +55,78 @@ VARIATIONS = ("all", "none", TRIMMED, *SAVINGS)
 BUCKET = 8
 
 
+def settings_of(recipe: str, words: list[str], batch: int, scenes: Path) -> TrainConfig:
+    """A recipe of `batch` samples a step on one rank; words: settings over the defaults here."""
+    precision = "bf16" if torch.cuda.is_available() else "fp32"
+    given = {word.partition("=")[0] for word in words}
+    defaults = [
+        f"data.train={scenes}/train",
+        f"run.out={scenes}/run",
+        "run.steps=1000",
+        "run.epochs=null",
+        f"batch.global_size={batch}",
+        f"batch.per_gpu={batch}",
+        f"engine.deepspeed=zero1_{precision}.json",
+        "data.workers=0",
+        "engine.compile=none",
+        "model.vision.checkpoint_every=0",
+    ]
+    return settings.load(recipe, [word for word in defaults if word.partition("=")[0] not in given] + words)
+
+
+def first_batch(config: TrainConfig, runtime: Runtime) -> Batch:
+    with closing(run.open_data(config, method_of(config), runtime)) as data:
+        return next(data.batches(None))
+
+
+def made_up(batch: Batch, text: TextConfig, tokens: tuple[int, int], trimmed: bool, device: torch.device) -> Batch:
+    """A batch with random pixels, and with texts of evenly spread lengths."""
+    draw = torch.Generator().manual_seed(0)
+    images = {"views_uint8": batch.views_uint8, "teacher_uint8": batch.teacher_uint8}
+    pixels = {
+        name: torch.randint(0, 256, value.shape, generator=draw, dtype=torch.uint8)
+        for name, value in images.items()
+        if value is not None
+    }
+    count = len(batch.sample_ids)
+    ids, lengths = made_texts(count, tokens, text.context_length, text.vocab_size, text.eos_token_id)
+    if trimmed:
+        ids = ids[:, : min(text.context_length, -(-max(lengths) // BUCKET) * BUCKET)].contiguous()
+    return replace(batch, token_ids=ids, text_lengths={"plain": lengths}, **pixels).to(device)
+
+
+def example(recipe: str, words: list[str], batch: int, tokens: tuple[int, int], scenes: Path) -> Batch:
+    """A batch of a recipe on the device, texts padded, without any engine."""
+    config, runtime = settings_of(recipe, words, batch, scenes), engine_runtime.start()
+    return made_up(first_batch(config, runtime), config.model.text, tokens, False, runtime.device)
+
+
+def reordered(batch: Batch, order: list[int]) -> Batch:
+    """The same samples in another order."""
+    first = {"teacher_uint8", "token_ids", "sample_ids", "masked_ids"}
+    found = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    moved = {
+        name: value[order] if name in first else value[:, order]
+        for name, value in found.items()
+        if torch.is_tensor(value)
+    }
+    lengths = {name: tuple(of[row] for row in order) for name, of in batch.text_lengths.items()}
+    table = batch.photometric.table[:, order]
+    return replace(batch, photometric=replace(batch.photometric, table=table), text_lengths=lengths, **moved)
+
+
 class Ours:
     """The engines of a recipe and a batch that stays on the device."""
 
     def __init__(self, recipe: str, words: list[str], batch: int, tokens: tuple[int, int], scenes: Path) -> None:
-        precision = "bf16" if torch.cuda.is_available() else "fp32"
-        given = {word.partition("=")[0] for word in words}
-        defaults = [
-            f"data.train={scenes}/train",
-            f"run.out={scenes}/run",
-            "run.steps=1000",
-            "run.epochs=null",
-            f"batch.global_size={batch}",
-            f"batch.per_gpu={batch}",
-            f"engine.deepspeed=zero1_{precision}.json",
-            "data.workers=0",
-            "engine.compile=none",
-            "model.vision.checkpoint_every=0",
-        ]
-        self.config = settings.load(recipe, [word for word in defaults if word.partition("=")[0] not in given] + words)
+        self.config = settings_of(recipe, words, batch, scenes)
         self.method = method_of(self.config)
         self.runtime = engine_runtime.start()
-        with closing(run.open_data(self.config, self.method, self.runtime)) as data:
-            whole = next(data.batches(None))
-        self.batches = {trimmed: self._batch(whole, tokens, trimmed) for trimmed in (False, True)}
+        whole, text, device = first_batch(self.config, self.runtime), self.config.model.text, self.runtime.device
+        self.batches = {trimmed: made_up(whole, text, tokens, trimmed, device) for trimmed in (False, True)}
         self.student, self.teacher = run.build_engines(self.config, self.method, self.runtime)
         self.comm, self.guards = DistributedComm(), Guards(self.config.guards)
         self.schedules = Schedules(self.config.optim, self.config.teacher, 1000)
-
-    def _batch(self, batch: Batch, tokens: tuple[int, int], trimmed: bool) -> Batch:
-        """Random pixels, and texts of evenly spread lengths."""
-        draw = torch.Generator().manual_seed(0)
-        images = {"views_uint8": batch.views_uint8, "teacher_uint8": batch.teacher_uint8}
-        pixels = {
-            name: torch.randint(0, 256, value.shape, generator=draw, dtype=torch.uint8)
-            for name, value in images.items()
-            if value is not None
-        }
-        text = self.config.model.text
-        ids, lengths = made_texts(
-            len(batch.sample_ids), tokens, text.context_length, text.vocab_size, text.eos_token_id
-        )
-        if trimmed:
-            ids = ids[:, : min(text.context_length, -(-max(lengths) // BUCKET) * BUCKET)].contiguous()
-        made = dataclasses.replace(batch, token_ids=ids, text_lengths={"plain": lengths}, **pixels)
-        return made.to(self.runtime.device)
 
     def step(self, variation: str = "all") -> Any:
         chosen = savings_of(variation)
@@ -120,7 +151,7 @@ def savings_of(variation: str) -> Savings:
     if variation == "all":
         return Savings()
     names = TOGETHER.get(variation, (variation,)) if variation in SAVINGS else ()
-    return dataclasses.replace(PLAIN, **dict.fromkeys(names, True))
+    return replace(PLAIN, **dict.fromkeys(names, True))
 
 
 def made_texts(

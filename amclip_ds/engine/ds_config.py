@@ -37,6 +37,8 @@ class EngineConfig:
     """True: accept ds_configs files marked 'not tested here' (ZeRO++)."""
     compile: str | bool = AUTO
     """auto: tower on a GPU at ZeRO 1 and 2, else none | none | block | tower: what torch.compile takes as one piece."""
+    flat_gradients: bool = True
+    """At ZeRO 1, gradients as one flat fp32 tensor a parameter group (not for Muon, nor with overlap_comm)."""
     savings: Savings = field(default_factory=Savings)
     """Work that is left out since nothing reads it."""
 

@@ -14,6 +14,7 @@ from amclip_ds.comm import Comm
 from amclip_ds.engine import shards
 from amclip_ds.engine.compile import compile_towers, mode_of
 from amclip_ds.engine.ds_config import NO_COMPILE, EngineConfig, check_optimizer, is_offloaded, read_ds_config, stage_of
+from amclip_ds.engine.flat_gradients import FlatGradients, flattens
 from amclip_ds.engine.light_imports import import_muon_uncompiled
 from amclip_ds.engine.muon import NormBeforeMuon, build_muon, eager_kernels, with_muon
 from amclip_ds.engine.offload import build_cpu_adam
@@ -27,6 +28,7 @@ from amclip_ds.objectives import Chosen, builder, start_of
 from amclip_ds.objectives.base import start_of as start_share
 from amclip_ds.optim import OptimConfig, build_optimizer, parameter_groups
 
+CLIP_EPSILON = 1e-6  # that DeepSpeed adds to a norm
 LOGIT_SCALE_RANGE = (0.0, math.log(100.0))
 
 
@@ -73,6 +75,9 @@ class StudentEngine:
         }
         if self.dtype == torch.bfloat16:  # without it, stages 1 and 2 would apply a gradient that is not finite
             self.ds_config["bf16"] = ds["bf16"] | {"check_grad_overflow": True}
+        is_flat = engine.flat_gradients and flattens(ds, optim.name)
+        if is_flat:  # with it DeepSpeed would copy each gradient into a buffer of its own first
+            self.ds_config["zero_optimization"] = ds["zero_optimization"] | {"contiguous_gradients": False}
         self.clip = optim.clip_grad_norm
         self.savings = savings_of(engine, self.stage, runtime.world_size)
         with build_context(self.stage, self.ds_config):
@@ -96,6 +101,7 @@ class StudentEngine:
             model=module, optimizer=optimizer, config=self.ds_config, dist_init_required=False
         )
         self.engine.stage_number = self.stage
+        self.flat = FlatGradients(self.engine.optimizer) if is_flat else None
         if self.stage in (1, 2) and not in_host_memory:
             trust_the_norm(self.engine.optimizer)
         self._muon_is_eager = optim.name == "muon" and self.compile_mode == NO_COMPILE
@@ -156,7 +162,7 @@ class StudentEngine:
     @contextlib.contextmanager
     def several_backwards(self) -> Iterator[None]:
         """Inside, many backward calls make one gradient (GradCache), which is reduced over the ranks at the end."""
-        if self.stage > 0:
+        if self.stage > 0 and self.flat is None:
             with eager_kernels(self._muon_is_eager), self.engine.coalesce_grad_reduction():
                 yield
             return
@@ -239,9 +245,16 @@ def trust_the_norm(optimizer: Any) -> None:
 
     A NaN or an infinity anywhere makes the norm one, on all ranks, and the step is skipped alike; looking at every
     parameter first, eight kernels and more for each, took a sixth of a step of ViT-B (docs/results/gpu-step.md).
+    The norm is read from the device once: DeepSpeed asks for it again for each group, which would wait for the last
+    one's update. Where it is within the bound the gradients, which would be multiplied by 1, are left alone.
     """
     assert optimizer.compute_grad_norm
+    take, clip = optimizer.scaled_global_norm, optimizer.unscale_and_clip_grads
     optimizer.has_overflow = lambda partition_gradients=True: False
+    optimizer.scaled_global_norm = lambda norm_type=2: take(norm_type).cpu()
+    optimizer.unscale_and_clip_grads = lambda groups, norm: (
+        None if float(norm) + CLIP_EPSILON <= optimizer.clip_grad else clip(groups, norm)
+    )
 
 
 def build_context(stage: int, ds_config: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:

@@ -1,0 +1,153 @@
+"""Gradients at ZeRO 1 as one flat fp32 tensor a parameter group: copied in one call, summed in pieces, one norm.
+
+DeepSpeed handles each gradient alone: two copies, a conversion to double and a norm for each of hundreds, which keep
+the host busy (docs/results/gpu-step.md). Its step accepts a group of gradients that is flat already (`flat_partition`,
+made for DeepCompile), so that only the way there is ours. Averages stay fp32 all the way to the optimizer; DeepSpeed's
+are rounded to the gradient's dtype in between.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from amclip_ds.engine.communication_time import COMMUNICATION
+from amclip_ds.engine.ds_config import is_offloaded, stage_of
+
+ROW = 8192  # elements of which a norm is taken at a time: fp32 sums of so few lose nothing that shows
+
+
+def flattens(ds: Mapping[str, Any], optimizer: str) -> bool:
+    """Whether a DeepSpeed config can have it: ZeRO 1 on the device, not overlapped with the backward; and no Muon,
+    which reads whole matrices on the way."""
+    zero = ds.get("zero_optimization", {})
+    overlaps, offloads = zero.get("overlap_comm"), is_offloaded(dict(ds), "offload_optimizer")
+    return stage_of(dict(ds)) == 1 and not overlaps and not offloads and optimizer != "muon"
+
+
+class Piece(NamedTuple):
+    """A run of elements of a gradient, and where in the buffer of a collective it goes."""
+
+    index: int
+    start: int
+    place: int
+    length: int
+
+
+@dataclass
+class Round:
+    """One collective: every rank's part of the group from `start`, `length` elements for each of them."""
+
+    start: int
+    length: int
+    pieces: list[Piece]
+
+
+class FlatGradients:
+    """Takes over, in DeepSpeed's ZeRO-1 optimizer, the way from the parameters' gradients to its flat ones.
+
+    Collective throughout: every rank must call what DeepSpeed calls.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+
+        self._optimizer, self._group_of = optimizer, GradPartitionBufferGroup
+        self._rounds = [self._plan(number) for number in range(len(optimizer.bit16_groups))]
+        optimizer.reduce_gradients = self.reduce
+        optimizer.scaled_global_norm = self.norm
+        optimizer._update_model_bit16_weights = lambda group: None  # points each weight at where it is already
+
+    def _plan(self, number: int) -> list[Round]:
+        """Cuts a group's flat layout into rounds of at most reduce_bucket_size elements over all ranks."""
+        zero, world = self._optimizer, dist.get_world_size()
+        own = int(zero.partition_size[number])
+        step = own if world == 1 else max(1, min(own, int(zero.reduce_bucket_size) // world))
+        sizes = [parameter.numel() for parameter in zero.round_robin_bit16_groups[number]]
+        places = list(zip(zero.round_robin_bit16_offsets[number], sizes))
+        rounds = [Round(start, min(step, own - start), []) for start in range(0, own, step)]
+        for turn in rounds:
+            for rank in range(world):
+                first = rank * own + turn.start
+                for index, (offset, size) in enumerate(places):
+                    begin, end = max(offset, first), min(offset + size, first + turn.length)
+                    if begin < end:
+                        place = rank * turn.length + begin - first
+                        turn.pieces.append(Piece(index, begin - offset, place, end - begin))
+        return rounds
+
+    @torch.no_grad()
+    def reduce(self, pipeline_parallel: bool = False) -> None:
+        """Moves the parameters' gradients into this rank's part of their fp32 average over the ranks.
+
+        A parameter without a gradient counts as one of zeros.
+        """
+        zero = self._optimizer
+        for number, rounds in enumerate(self._rounds):
+            parameters = zero.round_robin_bit16_groups[number]
+            gradients = [None if p.grad is None else p.grad.reshape(-1) for p in parameters]
+            flat = torch.zeros(int(zero.partition_size[number]), dtype=torch.float32, device=parameters[0].device)
+            for turn in rounds:
+                self._sum(flat.narrow(0, turn.start, turn.length), turn, gradients)
+            for parameter in parameters:
+                parameter.grad = None
+            world = dist.get_world_size()
+            if world > 1:
+                flat.div_(world)
+            zero.averaged_gradients[number] = self._group_of([flat], flat)
+
+    def _sum(self, own: Tensor, turn: Round, gradients: list[Tensor | None]) -> None:
+        """own <- this rank's part of the sum over the ranks of one round."""
+        if dist.get_world_size() == 1:
+            fill(own, turn, gradients)
+            return
+        sent = torch.zeros(turn.length * dist.get_world_size(), dtype=self._sent_dtype(), device=own.device)
+        fill(sent, turn, gradients)
+        received = own if own.dtype == sent.dtype else torch.empty_like(own, dtype=sent.dtype)
+        reduce_scatter(received, sent)
+        if received is not own:
+            own.copy_(received)
+
+    def _sent_dtype(self) -> torch.dtype:
+        return self._optimizer.communication_data_type or torch.float32
+
+    @torch.no_grad()
+    def norm(self, norm_type: int = 2) -> Tensor:
+        """Of the whole averaged gradient, as a number on the CPU: the one time that a step waits for the device.
+
+        NaN or infinite where any gradient is: DeepSpeed's step then changes nothing, on all ranks.
+        """
+        squares = [norm_of(group.flat_partition).square() for group in self._optimizer.averaged_gradients.values()]
+        total = torch.stack(squares).sum()
+        if dist.get_world_size() > 1:
+            with COMMUNICATION.waiting():
+                dist.all_reduce(total)
+        return total.sqrt().float().cpu()
+
+
+def fill(buffer: Tensor, turn: Round, gradients: list[Tensor | None]) -> None:
+    """Copies the pieces of a round into a buffer of zeros, all of a dtype in one call."""
+    pieces = [(piece, gradients[piece.index]) for piece in turn.pieces]
+    found = [(piece, gradient) for piece, gradient in pieces if gradient is not None]
+    if found:
+        targets = [buffer.narrow(0, piece.place, piece.length) for piece, _ in found]
+        torch._foreach_copy_(targets, [gradient.narrow(0, piece.start, piece.length) for piece, gradient in found])
+
+
+def reduce_scatter(own: Tensor, everything: Tensor) -> None:
+    """own [n] <- this rank's part of the sum over the ranks of everything [world * n]."""
+    with COMMUNICATION.waiting(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its new name is in no torch below 2.13
+        dist.reduce_scatter_tensor(own, everything)
+
+
+def norm_of(flat: Tensor) -> Tensor:
+    """The 2-norm of a flat fp32 tensor, in double from rows of ROW elements on: no copy of it in double is made."""
+    rows = flat.numel() // ROW
+    norms = torch.linalg.vector_norm(flat[: rows * ROW].view(rows, ROW), dim=1)
+    rest = torch.linalg.vector_norm(flat[rows * ROW :])
+    return torch.linalg.vector_norm(torch.cat([norms, rest[None]]).double())
