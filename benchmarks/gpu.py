@@ -182,15 +182,11 @@ def measure_fed(args: argparse.Namespace, cell: str) -> list[dict[str, Any]]:
 
 def gradients_of(engine: steps.Ours, variation: str) -> dict[str, torch.Tensor]:
     """One step, and the averaged gradients that it went by, by name (flat gradients, one rank)."""
-    student, found = engine.student, {}
-    zero, take = student.engine.optimizer, student.step
-    names = {id(parameter): name for name, parameter in student.module.named_parameters()}
+    student, take, found = engine.student, engine.student.step, {}
 
     def step(*words: Any) -> Any:
-        for number, group in zero.averaged_gradients.items():
-            flat = group.flat_partition
-            for parameter, offset in zip(zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number]):
-                found[names[id(parameter)]] = flat[offset : offset + parameter.numel()].clone()
+        parts = {name: student.flat.of(parameter) for name, parameter in student.module.named_parameters()}
+        found.update({name: part.tensor.clone() for name, part in parts.items() if part is not None})
         return take(*words)
 
     student.step = step  # type: ignore[method-assign]

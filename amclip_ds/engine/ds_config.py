@@ -103,6 +103,13 @@ def check_optimizer(ds: dict[str, Any], file: str, name: str) -> None:
         raise UserError(f"optim.name: muon reads whole gradients, and {file} sets {', '.join(found)}; use adamw")
 
 
+def is_flat(ds: dict[str, Any], config: EngineConfig, optimizer: str) -> bool:
+    """Whether gradients are flat (engine/flat_gradients.py): at ZeRO 1 on the device, unless their sending is to
+    overlap the backward. Muon reads whole matrices on the way. optimizer: optim.name."""
+    asked = config.flat_gradients and not ds.get("zero_optimization", {}).get("overlap_comm")
+    return asked and stage_of(ds) == 1 and not is_offloaded(ds, "offload_optimizer") and optimizer != "muon"
+
+
 def stage_of(ds: dict[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed config."""
     return int(ds.get("zero_optimization", {}).get("stage", 0))

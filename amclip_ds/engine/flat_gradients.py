@@ -7,7 +7,6 @@ are rounded to the gradient's dtype in between.
 """
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,17 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from amclip_ds.engine.communication_time import COMMUNICATION
-from amclip_ds.engine.ds_config import is_offloaded, stage_of
+from amclip_ds.engine.shards import Shard
 
 ROW = 8192  # elements of which a norm is taken at a time: fp32 sums of so few lose nothing that shows
-
-
-def flattens(ds: Mapping[str, Any], optimizer: str) -> bool:
-    """Whether a DeepSpeed config can have it: ZeRO 1 on the device, not overlapped with the backward; and no Muon,
-    which reads whole matrices on the way."""
-    zero = ds.get("zero_optimization", {})
-    overlaps, offloads = zero.get("overlap_comm"), is_offloaded(dict(ds), "offload_optimizer")
-    return stage_of(dict(ds)) == 1 and not overlaps and not offloads and optimizer != "muon"
 
 
 class Piece(NamedTuple):
@@ -99,6 +90,15 @@ class FlatGradients:
             if world > 1:
                 flat.div_(world)
             zero.averaged_gradients[number] = self._group_of([flat], flat)
+
+    def of(self, parameter: Any) -> Shard | None:
+        """This rank's part of a parameter's averaged gradient, a view; there between backward and step."""
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            return None
+        flat = self._optimizer.averaged_gradients[mapping.param_group_index].flat_partition
+        held, place = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Shard(flat.narrow(0, held.start, held.numel), place.start, place.numel, parameter.numel())
 
     def _sum(self, own: Tensor, turn: Round, gradients: list[Tensor | None]) -> None:
         """own <- this rank's part of the sum over the ranks of one round."""

@@ -13,8 +13,16 @@ from torch import Tensor, nn
 from amclip_ds.comm import Comm
 from amclip_ds.engine import shards
 from amclip_ds.engine.compile import compile_towers, mode_of
-from amclip_ds.engine.ds_config import NO_COMPILE, EngineConfig, check_optimizer, is_offloaded, read_ds_config, stage_of
-from amclip_ds.engine.flat_gradients import FlatGradients, flattens
+from amclip_ds.engine.ds_config import (
+    NO_COMPILE,
+    EngineConfig,
+    check_optimizer,
+    is_flat,
+    is_offloaded,
+    read_ds_config,
+    stage_of,
+)
+from amclip_ds.engine.flat_gradients import FlatGradients
 from amclip_ds.engine.light_imports import import_muon_uncompiled
 from amclip_ds.engine.muon import NormBeforeMuon, build_muon, eager_kernels, with_muon
 from amclip_ds.engine.offload import build_cpu_adam
@@ -75,8 +83,8 @@ class StudentEngine:
         }
         if self.dtype == torch.bfloat16:  # without it, stages 1 and 2 would apply a gradient that is not finite
             self.ds_config["bf16"] = ds["bf16"] | {"check_grad_overflow": True}
-        is_flat = engine.flat_gradients and flattens(ds, optim.name)
-        if is_flat:  # with it DeepSpeed would copy each gradient into a buffer of its own first
+        flattens = is_flat(ds, engine, optim.name)
+        if flattens:  # with it DeepSpeed would copy each gradient into a buffer of its own first
             self.ds_config["zero_optimization"] = ds["zero_optimization"] | {"contiguous_gradients": False}
         self.clip = optim.clip_grad_norm
         self.savings = savings_of(engine, self.stage, runtime.world_size)
@@ -101,7 +109,7 @@ class StudentEngine:
             model=module, optimizer=optimizer, config=self.ds_config, dist_init_required=False
         )
         self.engine.stage_number = self.stage
-        self.flat = FlatGradients(self.engine.optimizer) if is_flat else None
+        self.flat = FlatGradients(self.engine.optimizer) if flattens else None
         if self.stage in (1, 2) and not in_host_memory:
             trust_the_norm(self.engine.optimizer)
         self._muon_is_eager = optim.name == "muon" and self.compile_mode == NO_COMPILE

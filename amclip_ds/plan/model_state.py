@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from amclip_ds.compat import COMPAT
 from amclip_ds.config import TrainConfig
-from amclip_ds.engine.ds_config import is_offloaded, read_ds_config, stage_of
+from amclip_ds.engine.ds_config import is_flat, is_offloaded, read_ds_config, stage_of
 from amclip_ds.optim import OptimConfig, parameter_groups
 from amclip_ds.plan.shapes import Parameters
 from amclip_ds.plan.work import Work, work_of
@@ -51,6 +51,7 @@ def state_of(work: Work, rank: int | None = None) -> dict[str, float]:
     """model_state_of, of a step's work."""
     ds = read_ds_config(work.config.engine)
     stage = stage_of(ds)
+    flat = is_flat(ds, work.config.engine, work.config.optim.name)
     sizes = sizes_of(work, ds.get("zero_optimization", {}).get("stage3_param_persistence_threshold", PERSISTENT))
     held, averaged, reduced, moments = (
         max(of) if rank is None else of[rank] for of in (sizes.held, sizes.averaged, sizes.reduced, sizes.moments)
@@ -60,7 +61,7 @@ def state_of(work: Work, rank: int | None = None) -> dict[str, float]:
     is_sharded = placement == "sharded" or (placement == "auto" and stage == 3)
     state = {
         "parameters": work.bytes * ((sizes.trained + sizes.frozen) / cut + (sizes.small if cut > 1 else 0)),
-        "gradients": work.bytes * reduced,
+        "gradients": max(work.bytes * reduced, FP32 * held if flat else 0),
         "masters": FP32 * held if stage else 0.0,
         "moments": moments,
         "ema": FP32 * averaged,

@@ -8,7 +8,7 @@ from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
-from amclip_ds.engine.ds_config import DS_CONFIGS, check_optimizer, is_offloaded, read_ds_config, stage_of
+from amclip_ds.engine.ds_config import DS_CONFIGS, check_optimizer, is_flat, is_offloaded, read_ds_config, stage_of
 from amclip_ds.errors import UserError
 from amclip_ds.plan import model_state, optimizer, work
 from amclip_ds.plan.gpus import Gpu, Rate, rate_of
@@ -88,7 +88,7 @@ def memory_of(step: Work) -> Memory:
         "step": standing
         | {
             "gradients": state["gradients"],
-            "transient": 0.0 if is_offloaded(ds, "offload_optimizer") or not step.stage else state["masters"],
+            "transient": _step_bytes(step, ds, state),
             "muon": _muon_bytes(step, ds),
             "buckets": buckets,
         },
@@ -100,6 +100,15 @@ def memory_of(step: Work) -> Memory:
     return Memory(state, by_part, moment, acts.towers + acts.objectives)
 
 
+def _step_bytes(step: Work, ds: dict[str, Any], state: dict[str, float]) -> float:
+    """Beside the gradients: their fp32 copy for the optimizer; where they are flat, that is what they become."""
+    if is_offloaded(ds, "offload_optimizer") or not step.stage:
+        return 0.0
+    if is_flat(ds, step.config.engine, step.config.optim.name):
+        return min(state["masters"], step.bytes * model_state.trained_elements(step.student))
+    return state["masters"]
+
+
 def _bucket_bytes(step: Work, ds: dict[str, Any]) -> float:
     """What ZeRO lays together to send it, and at stage 3 the weights gathered at a time."""
     zero = ds.get("zero_optimization", {})
@@ -108,6 +117,8 @@ def _bucket_bytes(step: Work, ds: dict[str, Any]) -> float:
     sent = work.FP32 if ds.get("communication_data_type") == "fp32" else step.bytes
     if step.stage == 0:
         return 0.0
+    if is_flat(ds, step.config.engine, step.config.optim.name):
+        return bucket * sent if step.world > 1 else 0.0
     total = bucket * (step.bytes + (sent if step.world > 1 else 0)) if step.stage > 1 or step.world > 1 else 0.0
     if step.stage == 3:
         live = sum(float(zero.get(key, default)) for key, default in LIVE.items())

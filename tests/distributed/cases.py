@@ -139,6 +139,7 @@ class Run:
         runtime: engine_runtime.Runtime | None = None,
         own: dict[str, Any] | None = None,
         roles: bool = False,
+        flat: bool = True,
     ) -> None:
         self.runtime = runtime or engine_runtime.start()
         self.comm = DistributedComm()
@@ -155,7 +156,7 @@ class Run:
             self.model,
             self.objectives,
             optim_config,
-            EngineConfig(deepspeed=ds, compile=compile),
+            EngineConfig(deepspeed=ds, compile=compile, flat_gradients=flat),
             seed=seed,
             runtime=self.runtime,
         )

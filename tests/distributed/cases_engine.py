@@ -12,6 +12,7 @@ from torch import Tensor
 
 from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.communication_time import COMMUNICATION
+from amclip_ds.engine.shards import gather_whole
 from amclip_ds.errors import AmclipError
 from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets
 from amclip_ds.model.teacher_model import TeacherModel
@@ -107,18 +108,70 @@ def gradients_by_split(ds: str, breaks: str | None = None, roles: bool = False) 
                 _break(run, breaks, split)
             run.gradients(batch)
             found[split] = {
-                name: _whole_gradient(p) for name, p in run.student.module.named_parameters() if p.requires_grad
+                name: _whole_gradient(run, p) for name, p in run.student.module.named_parameters() if p.requires_grad
             }
             run.student.set_lr(0.0)
             run.student.step()
     return found
 
 
-def _whole_gradient(parameter: Any) -> Tensor:
+def _whole_gradient(run: Run, parameter: Any) -> Tensor:
     from deepspeed.utils import safe_get_full_grad
 
+    if run.student.flat is not None:
+        return gather_whole(run.student.flat.of(parameter), parameter.shape, parameter.device)
     grad = safe_get_full_grad(parameter)
     return (parameter.grad if grad is None else grad).detach().float().clone()
+
+
+def flat_gradients(ds: str, misplaced: int = 0) -> dict[str, Any]:
+    """Three steps with flat gradients and three without, on the same ranks. misplaced: elements by which one piece goes
+    to the wrong place.
+
+    Returns losses and norms of both, the rounds of the largest group, the largest difference of a flat gradient from
+    the fp32 mean of the ranks' own over that one's norm, and whether a tensor that got no gradient has one of zeros.
+    """
+    runtime = engine_runtime.start()
+    plain = Run(ds, runtime=runtime, steps=3, flat=False, optim={"name": "adamw", "lr": 1e-3})
+    rows = [plain.step(step) for step in range(3)]
+    run = Run(ds, runtime=runtime, steps=3, optim={"name": "adamw", "lr": 1e-3})
+    student, flat = run.student, run.student.flat
+    assert plain.student.flat is None and flat is not None
+    if misplaced:
+        pieces = flat._rounds[0][0].pieces
+        pieces[0] = pieces[0]._replace(place=pieces[0].place + misplaced, length=pieces[0].length - misplaced)
+    named = {name: p for name, p in student.module.named_parameters() if p.requires_grad}
+    unused, expected = next(iter(named)), {}
+    reduce = student.engine.optimizer.reduce_gradients
+
+    def remember(**words: Any) -> None:
+        named[unused].grad = None
+        for name, parameter in named.items():
+            zeros = torch.zeros_like(parameter, dtype=torch.float32)
+            expected[name] = run.comm.all_reduce_sum(zeros if parameter.grad is None else parameter.grad.float())
+        reduce(**words)
+
+    student.engine.optimizer.reduce_gradients = remember
+    run.gradients(run.batch(0))
+    found = {name: _whole_gradient(run, parameter) for name, parameter in named.items()}
+    student.engine.optimizer.reduce_gradients = reduce
+    student.set_lr(0.0)
+    student.step()
+    again = Run(ds, runtime=runtime, steps=3, optim={"name": "adamw", "lr": 1e-3})
+    flat_rows = [again.step(step) for step in range(3)]
+    result = {
+        "plain": [(row["loss"], row["norm"]) for row in rows],
+        "flat": [(row["loss"], row["norm"]) for row in flat_rows],
+        "rounds": max(len(rounds) for rounds in flat._rounds),
+        "error": max(
+            float((found[name] - mean / runtime.world_size).norm() / mean.norm().clamp(min=1e-12))
+            for name, mean in expected.items()
+        ),
+        "unused": float(found[unused].abs().max()),
+        "left": [name for name, parameter in named.items() if parameter.grad is not None],
+    }
+    engine_runtime.stop(runtime)
+    return result
 
 
 def _break(run: Run, what: str, split: int) -> None:
