@@ -23,7 +23,7 @@ ROW = 8192  # elements of which a norm is taken at a time: fp32 sums of so few l
 class Piece(NamedTuple):
     """A run of elements of a gradient, and where in the buffer of a collective it goes."""
 
-    index: int
+    gradient: int
     start: int
     place: int
     length: int
@@ -64,11 +64,11 @@ class FlatGradients:
         for turn in rounds:
             for rank in range(world):
                 first = rank * own + turn.start
-                for index, (offset, size) in enumerate(places):
+                for item, (offset, size) in enumerate(places):
                     begin, end = max(offset, first), min(offset + size, first + turn.length)
                     if begin < end:
                         place = rank * turn.length + begin - first
-                        turn.pieces.append(Piece(index, begin - offset, place, end - begin))
+                        turn.pieces.append(Piece(item, begin - offset, place, end - begin))
         return rounds
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class FlatGradients:
 
 def fill(buffer: Tensor, turn: Round, gradients: list[Tensor | None]) -> None:
     """Copies the pieces of a round into a buffer of zeros, all of a dtype in one call."""
-    pieces = [(piece, gradients[piece.index]) for piece in turn.pieces]
+    pieces = [(piece, gradients[piece.gradient]) for piece in turn.pieces]
     found = [(piece, gradient) for piece, gradient in pieces if gradient is not None]
     if found:
         targets = [buffer.narrow(0, piece.place, piece.length) for piece, _ in found]
