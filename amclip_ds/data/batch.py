@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from amclip_ds.data.photometric import Photometric
+from amclip_ds.host_copies import upload
 
 
 @dataclass
@@ -49,6 +50,6 @@ class Batch:
         """The batch with its tensors on a device."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
+            name: upload(value, device) for name, value in values.items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)

@@ -5,6 +5,8 @@ Gaussian blur, sigma in [.1, 2], .1; solarize .2. SLIP's for its SimCLR views: s
 Parameters are drawn on the CPU, keyed by sample.
 """
 
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from amclip_ds.host_copies import upload
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 JITTER_P, GRAY_P = 0.8, 0.2
@@ -32,6 +36,18 @@ class Changes(NamedTuple):
 
 
 CHANGES = {"aclip": Changes(0.2, 0.1, 0.2), "simclr": Changes(0.4, 0.5, 0.0)}
+
+
+Change = Callable[[Tensor, Tensor], Tensor]
+"""images [n, 3, H, W] in 0 to 1, and each one's factor [n, 1, 1, 1] -> changed"""
+
+
+class _Step(NamedTuple):
+    change: Change
+    places: np.ndarray
+    """[n] of the images that it changes"""
+    factors: np.ndarray
+    """[n]"""
 
 
 @dataclass
@@ -71,32 +87,69 @@ def normalise(images_uint8: Tensor) -> Tensor:
 def apply(views_uint8: Tensor, photometric: Photometric) -> Tensor:
     """[V, B, 3, H, W] uint8 -> the changed and normalised views, float32, on the same device."""
     images = views_uint8.flatten(0, 1).float() / 255
-    rows = photometric.rows()
-    for place in range(4):
-        for kind, change in enumerate((_brightness, _contrast, _saturation, _hue)):
-            chosen = np.flatnonzero((rows[:, 0] > 0) & (rows[:, 5 + place] == kind))
-            _change(images, chosen, rows[:, 1 + kind], change)
-    _change(images, np.flatnonzero(rows[:, 9] > 0), rows[:, 9], lambda x, _: _luma(x).expand_as(x))
-    _change(images, np.flatnonzero(rows[:, 10] > 0), rows[:, 10], _blur)
-    _change(images, np.flatnonzero(rows[:, 11] > 0), rows[:, 11], lambda x, _: torch.where(x >= 0.5, 1 - x, x))
+    for change, places, factors in _on_device(_planned(photometric.rows()), images.device):
+        images.index_copy_(0, places, change(images.index_select(0, places), factors))
     return _standardise(images).unflatten(0, views_uint8.shape[:2])
 
 
-def _change(images: Tensor, chosen: np.ndarray, values: np.ndarray, change) -> None:  # type: ignore[no-untyped-def]
-    """images[chosen] <- change(images[chosen], values[chosen]), in place."""
-    if len(chosen):
-        index = torch.from_numpy(chosen).to(images.device)
-        factor = torch.from_numpy(values[chosen]).to(images.device).view(-1, 1, 1, 1)
-        images[index] = change(images[index], factor)
+def _planned(rows: np.ndarray) -> list[_Step]:
+    """What is changed one after another, the images of each step and their factors; steps of no image are left out.
+
+    rows: [n, 12], as Photometric has them.
+    """
+    steps = []
+    for place in range(4):
+        for kind, change in enumerate((_brightness, _contrast, _saturation, _hue)):
+            steps.append((change, (rows[:, 0] > 0) & (rows[:, 5 + place] == kind), 1 + kind))
+    steps += [(change, rows[:, column] > 0, column) for change, column in ((_gray, 9), (_blur, 10), (_solarize, 11))]
+    return [
+        _Step(change, np.flatnonzero(chosen), rows[chosen, column]) for change, chosen, column in steps if chosen.any()
+    ]
+
+
+def _on_device(steps: list[_Step], device: torch.device) -> Iterator[tuple[Change, Tensor, Tensor]]:
+    """Each step with its images' places [n] and their factors [n, 1, 1, 1] on the device: one copy for all steps."""
+    if not steps:
+        return
+    places = np.concatenate([step.places for step in steps]).astype(np.int64)
+    factors = np.concatenate([step.factors for step in steps]).astype(np.float32)
+    packed = upload(torch.from_numpy(np.concatenate([places.view(np.uint8), factors.view(np.uint8)])), device)
+    counts = [len(step.places) for step in steps]
+    all_places = packed[: places.nbytes].view(torch.int64).split(counts)
+    all_factors = packed[places.nbytes :].view(torch.float32).view(-1, 1, 1, 1).split(counts)
+    yield from zip([step.change for step in steps], all_places, all_factors)
+
+
+class _Constants(NamedTuple):
+    """[3, 1, 1] each."""
+
+    mean: Tensor
+    std: Tensor
+    luma: Tensor
+
+
+@functools.cache
+def _constants(device: torch.device) -> _Constants:
+    """Once a device: each is a copy from the host."""
+    with torch.inference_mode(False):
+        return _Constants(*(torch.tensor(value, device=device).view(3, 1, 1) for value in (MEAN, STD, LUMA)))
 
 
 def _standardise(x: Tensor) -> Tensor:
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
-    return (x - mean) / std
+    constants = _constants(x.device)
+    return (x - constants.mean) / constants.std
 
 
 def _luma(x: Tensor) -> Tensor:
-    return (x * torch.tensor(LUMA, device=x.device).view(3, 1, 1)).sum(-3, keepdim=True)
+    return (x * _constants(x.device).luma).sum(-3, keepdim=True)
+
+
+def _gray(x: Tensor, _: Tensor) -> Tensor:
+    return _luma(x).expand_as(x)
+
+
+def _solarize(x: Tensor, _: Tensor) -> Tensor:
+    return torch.where(x >= 0.5, 1 - x, x)
 
 
 def _brightness(x: Tensor, factor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ EVERYBODY = {
     "errors",
     "comm",
     "files",
+    "host_copies",
     "hub",
     "json_file",
     "jsonl",

@@ -124,6 +124,37 @@ def test_drawn_parameters_each_sample_its_own() -> None:
         )
 
 
+def change_by_change(views: torch.Tensor, table: np.ndarray) -> torch.Tensor:
+    """`apply` as it was first written: each change by its own indices and factors."""
+    images, rows = views.flatten(0, 1).float() / 255, table.reshape(-1, NUM_COLUMNS)
+    kinds = (photometric._brightness, photometric._contrast, photometric._saturation, photometric._hue)
+    steps = [
+        ((rows[:, 0] > 0) & (rows[:, 5 + place] == kind), rows[:, 1 + kind], change)
+        for place in range(4)
+        for kind, change in enumerate(kinds)
+    ]
+    rest = ((9, photometric._gray), (10, photometric._blur), (11, photometric._solarize))
+    steps += [(rows[:, column] > 0, rows[:, column], change) for column, change in rest]
+    for is_chosen, values, change in steps:
+        if is_chosen.any():
+            index = torch.from_numpy(np.flatnonzero(is_chosen))
+            images[index] = change(images[index], torch.from_numpy(values[is_chosen]).view(-1, 1, 1, 1))
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (photometric.MEAN, photometric.STD))
+    return ((images - mean) / std).unflatten(0, views.shape[:2])
+
+
+@pytest.mark.parametrize("colours", photometric.CHANGES)
+def test_one_table_for_all_changes_gives_the_same_bits(colours: str) -> None:
+    random = np.random.default_rng(0)
+    for seed in range(8):
+        table = np.stack([[photometric.draw(random, colours) for _ in range(B)] for _ in range(V)])
+        changed = photometric.apply(images(seed), Photometric(table))
+        assert torch.equal(changed, change_by_change(images(seed), table))
+        table[0, 0, 1] += 0.1  # the twin: another brightness of one sample is seen, or it has no jitter
+        other = torch.equal(changed, change_by_change(images(seed), table))
+        assert other != bool(table[0, 0, 0])
+
+
 def test_nothing_to_change_is_normalisation_alone() -> None:
     views = images()
     table = np.zeros((V, B, photometric.NUM_COLUMNS), dtype=np.float32)
