@@ -22,18 +22,17 @@ def forward_backward(
     targets: Targets,
     comm: Comm,
     micro: int,
-    admit: Callable[[Losses], bool] = lambda losses: True,
+    admit: Callable[[Losses], Tensor | float] = lambda losses: 1.0,
 ) -> tuple[Losses, list[Tensor | None]]:
     """The losses, and each group of views' keep_indices [v, B, K]; gradients have been left in the engine.
 
     micro: samples a piece; B or more runs the batch whole. Collective: every rank must call.
-    admit: asked before there is any gradient, and must answer alike on every rank; False leaves the engine without one.
+    admit: asked before there is any gradient, for a number that the loss is multiplied by; alike on every rank.
     """
     B = inputs.num_samples
     if micro >= B:
         losses, whole = student.encode_and_losses(inputs, targets, comm)
-        if admit(losses):
-            student.backward(losses.total)
+        student.backward(losses.total * admit(losses))
         return losses, kept_of_batch(inputs, [whole])
 
     pieces = [slice(start, min(start + micro, B)) for start in range(0, B, micro)]
@@ -46,10 +45,9 @@ def forward_backward(
     given = dict(eot)  # ZeRO-3's hooks put other tensors, which are no leaves, into the dict that they are given
     losses = student.losses(cls, given, targets, terms, weighted, comm, inputs.progress)
     kept = kept_of_batch(inputs, [piece.kept for piece in cached])
-    if not admit(losses):
-        return losses, kept
+    factor = admit(losses)
     with student.several_backwards():
-        student.backward(losses.total)
+        student.backward(losses.total * factor)
         for piece, first in zip(pieces, cached):
             again = student.encode(inputs.part(piece, first.kept), pieces_of(targets, piece))
             student.backward(surrogate(again, cls, eot, piece))

@@ -121,15 +121,15 @@ def my_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gather_rows(row: list[float], device: torch.device) -> list[list[float]]:
-    """Every rank's row of numbers, in rank order: the same bits everywhere, which a sum over ranks does not promise."""
+def gather_row(row: Tensor) -> Tensor:
+    """Every rank's row of numbers [n], in rank order: [world_size, n], the same bits everywhere, which a sum over ranks
+    does not promise. The host does not wait for it."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [row]
-    mine = torch.tensor(row, dtype=torch.float64, device=device)
-    everywhere = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        return row[None]
+    everywhere = [torch.empty_like(row) for _ in range(dist.get_world_size())]
     with COMMUNICATION.waiting():
-        dist.all_gather(everywhere, mine)
-    return torch.stack(everywhere).tolist()
+        dist.all_gather(everywhere, row)
+    return torch.stack(everywhere)
 
 
 def gather_objects(value: Any) -> list[Any]:

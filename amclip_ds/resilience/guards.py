@@ -1,9 +1,11 @@
 """Guards: a loss that is not finite, or that leaps, is seen by all ranks before its gradient exists, and decided alike.
 
-    loss -> admit (all ranks see all ranks' losses) -> backward and step, or neither -> account (count, record, stop)
+    loss -> admit (all ranks see all ranks' losses) -> backward -> step, or none -> account (count, record, stop)
 
-A gradient that is not finite although the loss was is refused by the engine's step, on all ranks (engine/student.py);
-`account` counts it the same way. Whatever is skipped advances neither the weights nor the average nor the schedules.
+The verdict is made on the device, so that the host need not wait there for the forward pass: what is refused gets a
+gradient that is not finite, and such a one the engine's step refuses, on all ranks (engine/student.py). It does so too
+where the loss was finite; `account` counts both the same way. Whatever is skipped advances neither the weights nor the
+average nor the schedules.
 """
 
 import math
@@ -11,10 +13,12 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from amclip_ds.engine.collectives import gather_objects, gather_rows, my_rank
+from amclip_ds.engine.collectives import gather_objects, gather_row, my_rank
 from amclip_ds.errors import RunStopped
+from amclip_ds.host_copies import begin_download
 from amclip_ds.model.features import Losses
 from amclip_ds.resilience.config import GuardsConfig
 
@@ -44,44 +48,59 @@ class Guards:
 
     def __init__(self, config: GuardsConfig, incident: Callable[..., None] | None = None) -> None:
         self.config = config
-        self.reason: str | None = None
-        """Why the current step is not to be applied; None: it is."""
         self.window: list[float] = []
         self.skipped_in_a_row = 0
         self.skipped = 0
         self.rewinds = 0
         self._incident = incident or (lambda *words, **more: None)
+        self._unread: Callable[[], Tensor] | None = None
+        self._is_finite: Tensor | None = None
+        self._reason: str | None = None
         self._spike: str | None = None
         self._mean = math.nan
-        self._bad_rows: list[int] = []
         self._bad_ranks: list[int] = []
 
-    def admit(self, losses: Losses) -> bool:
-        """Whether this loss may be differentiated; the same on every rank. Collective: every rank must call.
+    def admit(self, losses: Losses) -> Tensor:
+        """A scalar that the loss is to be multiplied by before its gradient is taken, the same on every rank: 1, or NaN
+        where the step must not be made. Collective: every rank must call.
 
         losses: of this rank. Its features show which of its samples are not finite; the terms cannot, since
         one bad sample reaches every rank's through the gathered negatives.
         """
-        self._bad_rows = bad_rows(losses)
-        everywhere = gather_rows([float(losses.total.detach()), float(len(self._bad_rows))], losses.total.device)
-        totals = [row[0] for row in everywhere]
-        self._bad_ranks = [rank for rank, row in enumerate(everywhere) if row[1]]
-        self._mean = sum(totals) / len(totals)  # in rank order on every rank: the same bits
-        self.reason = self._spike = None
-        if not all(math.isfinite(value) for value in totals) or self._bad_ranks:
-            ranks = self._bad_ranks or [rank for rank, value in enumerate(totals) if not math.isfinite(value)]
-            self.reason = f"non-finite loss, from {_listed('rank', ranks)}"
-            self._bad_ranks = ranks
-        else:
-            self._spike = self._describe_spike()
-            if self._spike and self.config.spike != "log":
-                self.reason = self._spike
-        return self.admitted
+        self._is_finite = finite_rows(losses)
+        total = losses.total.detach().double().reshape(())
+        rows = gather_row(torch.stack([total, self._is_finite.logical_not().sum().double()]))
+        limit = self._limit() if self.config.spike != "log" else math.inf
+        is_sound = rows.isfinite().all() & (rows[:, 1] == 0).all() & (rows[:, 0].mean() <= limit)
+        factor = torch.ones_like(total).masked_fill(~is_sound, math.nan)
+        self._unread = begin_download(torch.cat([factor[None], rows.flatten()]))
+        return factor.to(losses.total.dtype)
 
     @property
     def admitted(self) -> bool:
-        """What `admit` answered last."""
+        """What `admit` decided last."""
         return self.reason is None
+
+    @property
+    def reason(self) -> str | None:
+        """Why the current step is not to be applied; None: it is. The first to ask after `admit` waits for it."""
+        if self._unread is not None:
+            self._read(self._unread().tolist())
+            self._unread = None
+        return self._reason
+
+    def _read(self, numbers: list[float]) -> None:
+        factor, totals, counts = numbers[0], numbers[1::2], numbers[2::2]
+        self._bad_ranks = [rank for rank, count in enumerate(counts) if count]
+        self._mean = sum(totals) / len(totals)  # in rank order on every rank: the same bits
+        self._reason = self._spike = None
+        if not all(math.isfinite(value) for value in totals) or self._bad_ranks:
+            ranks = self._bad_ranks or [rank for rank, value in enumerate(totals) if not math.isfinite(value)]
+            self._reason = f"non-finite loss, from {_listed('rank', ranks)}"
+            self._bad_ranks = ranks
+        elif math.isnan(factor) or (self.config.spike == "log" and self._mean > self._limit()):
+            self._spike = self._describe_spike()
+            self._reason = self._spike if math.isnan(factor) else None
 
     def account(self, step: int, applied: bool, sample_ids: Tensor) -> None:
         """Counts and records what became of `step`; the same on every rank. Collective: every rank must call.
@@ -89,6 +108,7 @@ class Guards:
         applied: what the engine says. sample_ids [B]: this rank's. Raises RunStopped after guards.max_skipped skipped
         steps in a row, RewindAsked at a spike under spike=rewind.
         """
+        reason = self.reason
         if applied:
             self.window = [*self.window, self._mean][-self.config.spike_window :]
             self.skipped_in_a_row = 0
@@ -99,8 +119,8 @@ class Guards:
             self._rewind(step, sample_ids)
         self.skipped += 1
         self.skipped_in_a_row += 1
-        reason = self.reason or "non-finite gradient of a finite loss, summed over the ranks"
-        kind = "loss_spike" if self._spike else "non_finite_loss" if self.reason else "non_finite_gradient"
+        kind = "loss_spike" if self._spike else "non_finite_loss" if reason else "non_finite_gradient"
+        reason = reason or "non-finite gradient of a finite loss, summed over the ranks"
         self._tell(kind, reason, step, sample_ids, "skipped on all ranks")
         if self.skipped_in_a_row >= self.config.max_skipped:
             raise RunStopped(
@@ -123,15 +143,17 @@ class Guards:
         self.skipped_in_a_row, self.skipped = int(state["skipped_in_a_row"]), int(state["skipped"])
         self.rewinds = max(self.rewinds, int(state["rewinds"]))
 
-    def _describe_spike(self) -> str | None:
+    def _limit(self) -> float:
+        """The mean loss above which a step is a spike; infinite until the window is full."""
         if len(self.window) < self.config.spike_window:
-            return None
+            return math.inf
         middle = statistics.median(self.window)
         deviation = TO_DEVIATION * statistics.median(abs(value - middle) for value in self.window)
-        limit = middle + self.config.spike_deviations * max(deviation, LEAST_DEVIATION * abs(middle))
-        if self._mean <= limit:
-            return None
-        return f"loss {self._mean:.6g} leapt over {limit:.6g} (median of {len(self.window)} steps {middle:.6g})"
+        return middle + self.config.spike_deviations * max(deviation, LEAST_DEVIATION * abs(middle))
+
+    def _describe_spike(self) -> str:
+        middle = statistics.median(self.window)
+        return f"loss {self._mean:.6g} leapt over {self._limit():.6g} (median of {len(self.window)} steps {middle:.6g})"
 
     def _rewind(self, step: int, sample_ids: Tensor) -> None:
         if self.rewinds >= self.config.max_rewinds:
@@ -150,7 +172,12 @@ class Guards:
     def _suspects(self, sample_ids: Tensor) -> list[int]:
         """This rank's samples whose embeddings are not finite; all of them where none can be distinguished."""
         ids = sample_ids.tolist()
-        return [ids[row] for row in self._bad_rows] or ids
+        bad = (
+            []
+            if self._is_finite is None
+            else [row for row, is_finite in enumerate(self._is_finite.tolist()) if not is_finite]
+        )
+        return [ids[row] for row in bad] or ids
 
     def _name_samples(self, sample_ids: Tensor) -> str:
         """`rank 1: 17, 40; rank 3: 5`. Collective: every rank must call."""
@@ -163,12 +190,12 @@ class Guards:
         return "; ".join(parts)
 
 
-def bad_rows(losses: Losses) -> list[int]:
-    """This rank's samples of which some feature is not finite."""
+def finite_rows(losses: Losses) -> Tensor:
+    """[B] bool: this rank's samples whose features are all finite."""
     finite = losses.cls.isfinite().all(-1).all(0)
     for eot in losses.eot.values():
         finite = finite & eot.isfinite().all(-1)
-    return (~finite).nonzero().flatten().tolist()
+    return finite
 
 
 def _listed(word: str, numbers: list[int]) -> str:

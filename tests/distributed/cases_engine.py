@@ -226,7 +226,7 @@ def not_finite(ds: str, accumulation: int = 1, optim: str = "sgd") -> dict[str, 
 
     admit = run.guards.admit
 
-    def poison(losses: Losses) -> bool:
+    def poison(losses: Losses) -> Tensor:
         if runtime.rank == last:
             losses.total.register_hook(lambda grad: grad * math.nan)
         return admit(losses)
