@@ -1,6 +1,7 @@
-"""Copies between host and device that the host does not wait for. On a CPU both are the tensor itself."""
+"""Copies between host and device that the host does not wait for (on a CPU: the tensor itself), and a choice of places
+that needs none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,3 +29,11 @@ def begin_download(tensor: Tensor) -> Callable[[], Tensor]:
         return on_host
 
     return finish
+
+
+def taken(x: Tensor, places: Sequence[int], dim: int = 0) -> Tensor:
+    """x at some places of a dimension, without the index tensor that a list would become, with a copy waited for."""
+    first, count = places[0], len(places)
+    if list(places) != list(range(first, first + count)) or first < 0:
+        return torch.stack([x.select(dim, place) for place in places], dim)
+    return x if count == x.shape[dim] else x.narrow(dim, first, count)

@@ -89,7 +89,7 @@ class Meter:
             "lr": result.lr,
             "momentum": result.momentum,
             "logit_scale": float(result.logit_scale),
-            "grad_norm": result.grad_norm,
+            "grad_norm": float(result.grad_norm),
             "step_applied": result.applied,
             "kept_tokens": result.kept_tokens,
         }

@@ -14,6 +14,7 @@ from amclip_ds.data import photometric
 from amclip_ds.data.batch import Batch
 from amclip_ds.engine.student import SKIPPED, StudentEngine
 from amclip_ds.grad_cache import forward_backward
+from amclip_ds.host_copies import taken
 from amclip_ds.masks import NONE, MaskConfig, MaskInputs, needs_of
 from amclip_ds.masks.selection import Selection
 from amclip_ds.masks.units import pool
@@ -47,7 +48,7 @@ class StepResult:
     """every term, unweighted, as loss_NAME"""
     lr: float
     momentum: float
-    grad_norm: float
+    grad_norm: float | Tensor
     applied: bool
     logit_scale: Tensor
     keep_indices: list[Tensor | None]
@@ -77,7 +78,7 @@ def train_step(
 
     updates: optimizer steps applied so far; learning rate and momentum are functions of it.
     micro: samples whose activations are held at a time; the negatives are the global batch's whatever it is.
-    guards: sees the loss before its gradient exists; what it refuses is not stepped, on any rank.
+    guards: sees the loss before its gradient exists; what it refuses is not stepped, on any rank. Not waited for.
     frozen: distill.teacher.
     """
     lr, progress = schedules.lr(updates), schedules.progress(updates)
@@ -93,7 +94,9 @@ def train_step(
     if frozen is not None and method.reads_frozen:
         targets = with_frozen(method.objectives, targets, frozen.embed(inputs, batch.token_ids, micro))
     losses, kept = forward_backward(student, inputs, targets, comm, micro, guards.admit)
-    outcome = student.step() if guards.admitted else SKIPPED
+    outcome = student.step()
+    if not outcome.applied and not guards.admitted:
+        outcome = SKIPPED
 
     momentum = schedules.momentum(updates + 1)
     if outcome.applied:
@@ -143,7 +146,6 @@ def student_inputs(
     """
     groups = []
     for group in method.groups(progress):
-        images = views if group.views == tuple(range(len(views))) else views[list(group.views)]
         selections = [
             selection(mask, of, batch, scores, method.grid, progress, method.teacher_view) for mask, of in group.masks
         ]
@@ -152,7 +154,7 @@ def student_inputs(
         groups.append(
             ViewGroup(
                 group.views,
-                images,
+                taken(views, group.views),
                 tuple(chosen._replace(views=at) for chosen, at in zip(selections, places)) if is_masked else (),
             )
         )
@@ -176,24 +178,26 @@ def selection(
 ) -> Selection:
     """How the tokens of some views are chosen. scores: the teacher's, [B, n] of its crop or of teacher_view, or
     [V, B, N] of all views."""
-    needs, chosen, units = needs_of(mask), list(views), (grid // mask.unit) ** 2
-    given: dict[str, Tensor] = {"progress": torch.tensor(progress, device=batch.token_ids.device)}
+    needs, units = needs_of(mask), (grid // mask.unit) ** 2
+    given: dict[str, Tensor] = {"progress": torch.full((), progress, device=batch.token_ids.device)}
     for name, draws in (("noise", batch.mask_noise), ("noise2", batch.mask_noise2)):
         if name in needs:
             assert draws is not None
-            given[name] = draws[chosen, :, :units].flatten(0, 1)
+            given[name] = taken(draws, views)[..., :units].flatten(0, 1)
     if "scores" in needs:
         assert scores is not None
-        given["scores"] = scores_of(chosen, batch, scores, grid, mask.unit, teacher_view)
+        given["scores"] = scores_of(views, batch, scores, grid, mask.unit, teacher_view)
     return Selection(mask, MaskInputs(grid, mask.unit, len(views), **given))
 
 
-def scores_of(views: list[int], batch: Batch, scores: Tensor, grid: int, unit: int, teacher_view: int | None) -> Tensor:
+def scores_of(
+    views: tuple[int, ...], batch: Batch, scores: Tensor, grid: int, unit: int, teacher_view: int | None
+) -> Tensor:
     """The teacher's scores seen from some views, [v * B, U]."""
     if scores.dim() == 3:  # of the views themselves
-        return pool(scores[views].flatten(0, 1), grid, unit)
-    flips = None if batch.flips is None else batch.flips[views]
-    boxes = batch.boxes[[*views, -1 if teacher_view is None else teacher_view]]
+        return pool(taken(scores, views).flatten(0, 1), grid, unit)
+    flips = None if batch.flips is None else taken(batch.flips, views)
+    boxes = taken(batch.boxes, (*views, len(batch.boxes) - 1 if teacher_view is None else teacher_view))
     return scoring.scores_to_views(scores, boxes, grid, unit, flips).flatten(0, 1)
 
 

@@ -48,7 +48,7 @@ class NormBeforeMuon:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._squares: dict[int, Tensor] = {}
-        self._norm = float("nan")
+        self._norm: float | Tensor = float("nan")
         if hasattr(optimizer, "_apply_muon_to_accumulated_grads"):  # stage 3
             self._then = optimizer._apply_muon_to_accumulated_grads
             optimizer._apply_muon_to_accumulated_grads = self._at_stage_3
@@ -56,12 +56,12 @@ class NormBeforeMuon:
             self._then = optimizer.get_flat_partition
             optimizer.get_flat_partition = self._at_stages_1_and_2
 
-    def norm(self) -> float:
+    def norm(self) -> float | Tensor:
         """Of the step that was taken, over all ranks; NaN where there was none. Collective: every rank must call."""
         if self._squares:
             total = torch.stack(list(self._squares.values())).sum()
             dist.all_reduce(total)
-            self._norm = float(total.sqrt())
+            self._norm = total.sqrt()
         found, self._norm = self._norm, float("nan")
         return found
 
@@ -85,5 +85,5 @@ class NormBeforeMuon:
         """Leaves the norm at NaN where DeepSpeed skips the step before it comes here."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        self._norm = float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
+        self._norm = combine_grad_norm_groups(self._optimizer._get_norm_groups())
         self._then()

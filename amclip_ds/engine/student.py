@@ -45,7 +45,8 @@ class StepOutcome:
     """What a step did; the same on all ranks."""
 
     applied: bool
-    grad_norm: float
+    grad_norm: float | Tensor
+    """on the device until somebody reads it"""
 
 
 SKIPPED = StepOutcome(applied=False, grad_norm=math.nan)
@@ -193,7 +194,7 @@ class StudentEngine:
                 return self._step_at_stage_0()
             self.engine.step()
         norm = self._muon_norm.norm() if self._muon_norm else self.engine.get_global_grad_norm()
-        return StepOutcome(bool(self.engine.was_step_applied()), float("nan") if norm is None else float(norm))
+        return StepOutcome(bool(self.engine.was_step_applied()), math.nan if norm is None else norm)
 
     def _step_at_stage_0(self) -> StepOutcome:
         """DeepSpeed applies a NaN gradient at stage 0: the finite check is ours (gradients are already all-reduced)."""
@@ -207,9 +208,9 @@ class StudentEngine:
         if not finite.item():
             self.engine.zero_grad()
             self.engine.optimizer.zero_grad()
-            return StepOutcome(False, float(norm))
+            return StepOutcome(False, norm)
         self.engine.step()
-        return StepOutcome(True, float(norm))
+        return StepOutcome(True, norm)
 
     @torch.no_grad()
     def commit(self, comm: Comm, progress: float = 1.0) -> None:

@@ -3,11 +3,13 @@
 What the paper calls sigma 0.2 is the variance, on coordinates from -1 to 1, the outermost patches at +-1.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from amclip_ds.masks import MaskInputs
@@ -26,7 +28,16 @@ class Options:
 def priority(inputs: "MaskInputs", options: Any) -> "Tensor":
     assert inputs.noise is not None
     side = inputs.grid // inputs.unit
-    return inputs.noise.double() + density(side, options.sigma2).to(inputs.noise.device)
+    return inputs.noise.double() + _density_on(inputs.noise.device, side, options.sigma2)
+
+
+@functools.cache
+def _density_on(device: "torch.device", side: int, sigma2: float) -> "Tensor":
+    """The density as the CPU works it out, the same bits on every device; once a device, as it is a copy."""
+    import torch
+
+    with torch.inference_mode(False):
+        return density(side, sigma2).to(device)
 
 
 def density(side: int, sigma2: float) -> "Tensor":

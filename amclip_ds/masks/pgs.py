@@ -120,10 +120,11 @@ def released_balance(similarity_BUU: "Tensor") -> "Tensor":
 
     On matrices with negative sums it grows to 1e5 and its result is rounding.
     """
+    import torch
+
     values = similarity_BUU
     for _ in range(ITERATIONS):
         rows, columns = values.sum(-1, keepdim=True), values.sum(-2, keepdim=True)
-        if bool(((rows - 1).abs() < 1e-3).all() and ((columns - 1).abs() < 1e-3).all()):
-            break
-        values = values / (rows + 1e-3) / (columns + 1e-3)
+        is_done = ((rows - 1).abs() < 1e-3).all() & ((columns - 1).abs() < 1e-3).all()  # then it is for ever, unread
+        values = torch.where(is_done, values, values / (rows + 1e-3) / (columns + 1e-3))
     return values

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from amclip_ds.errors import UserError, name_of
+from amclip_ds.host_copies import taken
 from amclip_ds.masks import MASKS, NONE, Mask, MaskConfig, MaskInputs, needs_of, options_of
 from amclip_ds.masks.units import num_kept_units, num_units
 
@@ -71,9 +72,12 @@ def choose(
     found: dict[int, Tensor] = {}
     tokens = torch.arange(selections[0].inputs.grid ** 2, device=images.device)
     for selection in selections:
-        places = list(selection.views)
-        pictures = images.unflatten(0, (num_views, -1))[places].flatten(0, 1)
-        patches = None if patches_BND is None else patches_BND.unflatten(0, (num_views, -1))[places].flatten(0, 1)
+        places = selection.views
+        pictures, patches = (
+            None if rows is None else taken(rows.unflatten(0, (num_views, -1)), places).flatten(0, 1)
+            for rows in (images, patches_BND)
+        )
+        assert pictures is not None
         kept = selection.keep_indices(patches, pictures)
         if kept is None:
             kept = tokens.expand(len(pictures), -1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
 from amclip_ds.errors import UserError, name_of
+from amclip_ds.host_copies import taken
 from amclip_ds.masks.selection import pixels_of
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.features import (
@@ -262,7 +263,7 @@ def by_view(groups: tuple[ViewGroup, ...], held: Sequence[Tensor | None]) -> lis
 
 def of_views(cls: Tensor, views: tuple[int, ...] | None) -> Tensor:
     """[V, B, D] of some views; of all of them in order: the tensor as it is."""
-    return cls if views is None or views == tuple(range(cls.shape[0])) else cls[list(views)]
+    return cls if views is None else taken(cls, views)
 
 
 def given(features: Features, text: Features, objective: Any) -> Features:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from amclip_ds.host_copies import upload
 from amclip_ds.model.config import TextConfig
 from amclip_ds.model.pooled import run_layer_at
 from amclip_ds.model.savings import Savings
@@ -49,7 +50,7 @@ class TextTower(nn.Module):
         groups = self.groups(lengths, token_ids.shape[1])
         if len(groups) < 2:
             return self.pooled(token_ids)
-        order = torch.tensor([row for group in groups for row in group.rows]).to(token_ids.device)
+        order = upload(torch.tensor([row for group in groups for row in group.rows]), token_ids.device)
         parts = token_ids[order].split([len(group.rows) for group in groups])
         found = [self.pooled(part[:, : group.length]) for part, group in zip(parts, groups)]
         return torch.cat(found)[order.argsort()]

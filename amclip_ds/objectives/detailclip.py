@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
 from amclip_ds.errors import UserError
+from amclip_ds.host_copies import taken
 from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import DetailCLIPOptions
 from amclip_ds.model.features import Features, Seen, Terms
@@ -72,7 +73,7 @@ class DetailCLIP(Objective):
         head: Any = copies["head"]
         tokens = torch.cat([seen.cls[:, :, None], seen.patches], dim=2)
         if self.chosen_views is not None:
-            tokens = tokens[:, list(self.chosen_views)]
+            tokens = taken(tokens, self.chosen_views, dim=1)
         return head(tokens), head.prototypes().expand(len(tokens), -1, -1)
 
     def per_sample(self, features: Features, targets: tuple[Tensor, ...]) -> Terms:

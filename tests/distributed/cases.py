@@ -223,7 +223,13 @@ class Run:
             selected = select(self.mask, inputs)
             assert selected is not None
             own = selected.unflatten(0, (2, -1))
-        return {"loss": float(mean), "norm": result.grad_norm, "applied": result.applied, "keep": own, "scores": scores}
+        return {
+            "loss": float(mean),
+            "norm": float(result.grad_norm),
+            "applied": result.applied,
+            "keep": own,
+            "scores": scores,
+        }
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Whole fp32 student and teacher on rank 0."""
