@@ -53,6 +53,6 @@ def rows_of(
     if not first_empty:
         return cut.reshape(B, kept, -1).to(dtype)
     rows = torch.empty(B, 1 + kept, C * patch * patch, dtype=dtype, device=images.device)
-    rows[:, :1] = 0
+    rows[:, :1].zero_()
     rows[:, 1:].view(B, *cut.shape[1:-3], C, patch, patch).copy_(cut)
     return rows
