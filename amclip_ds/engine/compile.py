@@ -15,6 +15,7 @@ from torch import nn
 
 from amclip_ds.engine.collectives import gather_objects
 from amclip_ds.engine.ds_config import AUTO, BLOCK, NO_COMPILE, TOWER
+from amclip_ds.engine.zero3 import blocks_of
 from amclip_ds.errors import in_one_line
 
 BACKEND = "inductor"
@@ -22,20 +23,23 @@ MOST_GRAPHS = 64  # of one function: lengths of texts x (training, evaluation); 
 
 
 def mode_of(asked: str, stage: int, device: torch.device) -> str:
-    """What `auto` is here: whole towers on a GPU at ZeRO 1 and 2, where it is measured to pay; elsewhere nothing."""
-    if asked != AUTO:
-        return asked
-    return TOWER if device.type == "cuda" and stage in (1, 2) else NO_COMPILE
+    """What `auto` is here: as much as can be compiled on a GPU at ZeRO 1 to 3; elsewhere nothing.
+
+    At ZeRO-3 that is a block, which is fetched whole; between two blocks of a tower weights come and go.
+    """
+    if asked == AUTO:
+        asked = TOWER if device.type == "cuda" and stage > 0 else NO_COMPILE
+    return BLOCK if asked == TOWER and stage == 3 else asked
 
 
-def compile_towers(model: nn.Module, mode: str, stage: int) -> str | None:
+def compile_towers(model: nn.Module, mode: str) -> str | None:
     """Compiles the towers of a student or teacher in place; returns why not, or None. Names of parameters stay.
 
     Collective, unless mode is none: every rank must call.
     """
     if mode == NO_COMPILE:
         return None
-    problem = _why_not(stage)
+    problem = _why_not()
     problem = next((theirs for theirs in gather_objects(problem) if theirs), None)
     if problem:
         warnings.warn(f"engine.compile: {problem}; the towers run uncompiled", stacklevel=2)
@@ -43,15 +47,14 @@ def compile_towers(model: nn.Module, mode: str, stage: int) -> str | None:
     _quiet_deepspeed()
     vision: Any = model.vision
     text: Any = model.text
-    if mode == BLOCK:
-        torch._dynamo.config.suppress_errors = True  # a block that fails later runs uncompiled, with a warning
-        for block in [*vision.blocks, *text.encoder.layers]:
-            block.compile(backend=BACKEND)
-        return None
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    text.fixed_shapes = True
+    if mode == BLOCK:  # without ZeRO-3's hooks, which are on the block's call
+        for block in blocks_of(model):
+            block.forward = Compiled(block.forward, f"a {type(block).__name__}")
+        return None
     vision.through_blocks = Compiled(vision.through_blocks, "the image tower")
     text.pooled = Compiled(text.pooled, "the text tower")
-    text.fixed_shapes = True
     return None
 
 
@@ -80,10 +83,8 @@ def _quiet_deepspeed() -> None:
     deepspeed.utils.nvtx.enable_nvtx = False
 
 
-def _why_not(stage: int) -> str | None:
+def _why_not() -> str | None:
     """What keeps torch.compile from working here, found by compiling something small, forward and backward."""
-    if stage == 3:
-        return "at ZeRO-3 a block's weights come and go between its parts, which torch.compile cannot hold"
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"  # each has a toolchain of its own
         x = torch.ones(8, requires_grad=True, device=device)

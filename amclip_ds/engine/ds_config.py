@@ -36,7 +36,8 @@ class EngineConfig:
     allow_untested: bool = False
     """True: accept ds_configs files marked 'not tested here' (ZeRO++)."""
     compile: str | bool = AUTO
-    """auto: tower on a GPU at ZeRO 1 and 2, else none | none | block | tower: what torch.compile takes as one piece."""
+    """auto: on a GPU tower at ZeRO 1 and 2, block at 3, else none | none | block | tower (at ZeRO 3: block): what
+    torch.compile takes as one piece."""
     flat_gradients: bool = True
     """At ZeRO 1, gradients as one flat fp32 tensor a parameter group (not for Muon, nor with overlap_comm)."""
     savings: Savings = field(default_factory=Savings)
@@ -118,3 +119,8 @@ def stage_of(ds: dict[str, Any]) -> int:
 def is_offloaded(ds: dict[str, Any], part: str) -> bool:
     """Whether a DeepSpeed config moves `part` (offload_optimizer, offload_param) out of the device's memory."""
     return ds.get("zero_optimization", {}).get(part, {}).get("device", "none") != "none"
+
+
+def is_teacher_sharded(placement: str, stage: int, world_size: int) -> bool:
+    """Whether teacher.placement means a teacher in shards: auto at stage 3, unless one rank would hold them all."""
+    return placement == "sharded" or (placement == "auto" and stage == 3 and world_size > 1)

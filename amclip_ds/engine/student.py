@@ -27,6 +27,7 @@ from amclip_ds.engine.light_imports import import_muon_uncompiled
 from amclip_ds.engine.muon import NormBeforeMuon, build_muon, eager_kernels, with_muon
 from amclip_ds.engine.offload import build_cpu_adam
 from amclip_ds.engine.runtime import Runtime
+from amclip_ds.engine.zero3 import fetch_blocks_whole, gradients_by_parameter, take_one_norm, with_one_rank
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets, Terms, ViewGroup
@@ -72,6 +73,8 @@ class StudentEngine:
         check_optimizer(ds, engine.deepspeed, optim.name)
         if optim.name == "muon":
             ds = with_muon(ds)
+        if self.stage == 3:
+            ds = with_one_rank(ds, runtime.world_size)
         self.dtype = torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32
         self.ds_config = ds | {
             "train_micro_batch_size_per_gpu": 1,  # the batch is ours: one backward, or GradCache's, is one step
@@ -93,8 +96,11 @@ class StudentEngine:
             module = AClip(model, builder(objectives), self.savings)
         self.start = start_of(seed, model, objectives)
         start_weights(module, self.start, self.stage)
-        self.compile_mode = mode_of(str(engine.compile), self.stage, runtime.device)
-        self.not_compiled = compile_towers(module, self.compile_mode, self.stage)
+        if self.stage == 3:
+            fetch_blocks_whole(module)
+        self.compile_asked = str(engine.compile)
+        self.compile_mode = mode_of(self.compile_asked, self.stage, runtime.device)
+        self.not_compiled = compile_towers(module, self.compile_mode)
         starts = {name: start_share(options) for name, options in objectives.items()}
         groups = parameter_groups(module.named_parameters(), optim, starts)
         self.in_host_memory = in_host_memory = is_offloaded(ds, "offload_optimizer")
@@ -106,9 +112,10 @@ class StudentEngine:
         else:
             optimizer = build_optimizer(groups, optim)
         import_muon_uncompiled()
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=self.ds_config, dist_init_required=False
-        )
+        with gradients_by_parameter() if self.stage == 3 else contextlib.nullcontext():
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=self.ds_config, dist_init_required=False
+            )
         self.engine.stage_number = self.stage
         self.flat = FlatGradients(self.engine.optimizer) if flattens else None
         if self.stage in (1, 2) and not in_host_memory:
@@ -122,6 +129,7 @@ class StudentEngine:
         exact_masters(self.engine, self.start, self.dtype)
         if self.stage == 3:
             gather_with_the_model(module)
+            take_one_norm(self.engine.optimizer)
 
     @property
     def module(self) -> nn.Module:

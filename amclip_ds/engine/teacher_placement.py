@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from amclip_ds.engine.collectives import gather_objects
 from amclip_ds.engine.communication_time import COMMUNICATION
-from amclip_ds.engine.compile import compile_towers
-from amclip_ds.engine.ds_config import TOWER
+from amclip_ds.engine.compile import compile_towers, mode_of
+from amclip_ds.engine.ds_config import is_teacher_sharded
 from amclip_ds.engine.shards import Shard
 from amclip_ds.engine.student import StudentEngine, build_context, exact_buffers, start_weights
+from amclip_ds.engine.zero3 import fetch_blocks_whole
 from amclip_ds.errors import UserError
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.teacher_model import TeacherModel
@@ -37,8 +38,8 @@ class Replicated:
         self.module: nn.Module = module.to(device)
         for parameter in self.module.parameters():
             parameter.data = parameter.data.to(student.dtype)
-        if student.compile_mode == TOWER and not student.not_compiled:
-            compile_towers(self.module, TOWER, stage=0)
+        if not student.not_compiled:
+            compile_towers(self.module, mode_of(student.compile_asked, min(student.stage, 2), device))
         self.dtype = student.dtype
         self.whole_on_every_rank = student.stage == 0 or dist.get_world_size() == 1
         self._layouts: dict[bool, list[Layout]] = {}
@@ -93,16 +94,21 @@ class Sharded:
         import deepspeed
 
         ds = {key: value for key, value in student.ds_config.items() if key != "gradient_clipping"}
-        # Nothing stays gathered between two forwards: a shard that changes must be seen by the next one.
+        # Nothing stays gathered between two forwards: a shard that changes must be seen by the next one. What is
+        # fetched ahead is used in the same forward, or let go of at the beginning of the next.
+        ahead = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")
+        students = ds["zero_optimization"]
         ds["zero_optimization"] = {
             "stage": 3,
             "stage3_param_persistence_threshold": 0,
             "stage3_max_reuse_distance": 0,
-            "stage3_prefetch_bucket_size": 0,
-        }
+        } | {key: students[key] for key in ahead if key in students}
         with build_context(3, ds):
             module = TeacherModel(model, builder(objectives), student.savings)
         start_weights(module, student.start, stage=3)
+        fetch_blocks_whole(module)
+        if not student.not_compiled:
+            compile_towers(module, student.compile_mode)
         self._engine, *_ = deepspeed.initialize(model=module, config=ds, dist_init_required=False)
         self.module: nn.Module = module
         for buffer in module.buffers():
@@ -131,5 +137,5 @@ def place_teacher(
             f"teacher.placement: sharded needs ZeRO stage 3, and engine.deepspeed is stage {student.stage};"
             f" use teacher.placement=auto"
         )
-    sharded = placement == "sharded" or (placement == "auto" and student.stage == 3)
-    return (Sharded if sharded else Replicated)(model, objectives, student, device)
+    is_sharded = is_teacher_sharded(placement, student.stage, dist.get_world_size())
+    return (Sharded if is_sharded else Replicated)(model, objectives, student, device)

@@ -366,7 +366,8 @@ class TeacherConfig:
     view: int | None = None
     """A view, from 0, that the teacher sees itself, without colour changes; null: a crop of its own around all."""
     placement: str = "auto"
-    """auto: replicated at ZeRO 0-2, sharded at 3 | replicated | sharded: where the copy for the forward is."""
+    """auto: replicated at ZeRO 0-2 and on one rank, sharded at 3 | replicated | sharded: where the copy for the forward
+    is."""
 
     def __post_init__(self) -> None:
         if self.resolution not in ("full", "half"):

@@ -1,4 +1,4 @@
-"""The last block of a tower, computed for the pooled token alone: its query, keys and values of all, an MLP of one.
+"""The last block of the vision tower, computed for the class token alone: its query, keys and values of all, its MLP.
 
 Every submodule is called (never its weight read from outside), so that ZeRO-3 can gather it.
 Shapes: B batch, T tokens, D width, H heads, d width of a head.
@@ -6,11 +6,8 @@ Shapes: B batch, T tokens, D width, H heads, d width of a head.
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from amclip_ds.model.text_layer import TextLayer
 
 
 class QueryOfFirst(nn.Linear):
@@ -45,17 +42,3 @@ def run_block_for_cls(block: Any, x_BTD: Tensor, with_row: bool = False) -> tupl
         row = (q.float() * attn.scale @ k.float().transpose(-2, -1)).squeeze(2).softmax(dim=-1).sum(dim=1)
     x_B1D = x_BTD[:, :1] + block.ls1(attn.proj(attended))
     return x_B1D + block.ls2(block.mlp(block.norm2(x_B1D))), row
-
-
-def run_layer_at(layer: TextLayer, x_BTD: Tensor, end_B: Tensor) -> Tensor:
-    """The output of a TextLayer at one token of each text, [B, D]."""
-    attn = layer.self_attn
-    B, T, D = x_BTD.shape
-    rows = torch.arange(B, device=x_BTD.device)
-    normed = layer.layer_norm1(x_BTD)
-    q = attn.heads_of(attn.q_proj(normed[rows, end_B])[:, None])
-    k, v = attn.heads_of(attn.k_proj(normed)), attn.heads_of(attn.v_proj(normed))
-    seen = torch.arange(T, device=x_BTD.device) <= end_B[:, None]
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None], scale=attn.scale)
-    x_BD = x_BTD[rows, end_B] + attn.out_proj(attended.transpose(1, 2).reshape(B, D))
-    return x_BD + layer.mlp(layer.layer_norm2(x_BD))

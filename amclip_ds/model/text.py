@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from amclip_ds.host_copies import upload
 from amclip_ds.model.config import TextConfig
-from amclip_ds.model.pooled import run_layer_at
 from amclip_ds.model.savings import Savings
 from amclip_ds.model.text_groups import TextGroup, groups_of
 from amclip_ds.model.text_layer import EPSILON, TextLayer
@@ -69,9 +68,9 @@ class TextTower(nn.Module):
         x = self._run_blocks(token_ids, leave_last=True)
         last = self.encoder.layers[-1]
         if self._is_recomputed(len(self.encoder.layers) - 1):
-            x_end = checkpoint(run_layer_at, last, x, end, use_reentrant=False, preserve_rng_state=False)
+            x_end = checkpoint(last, x, end, use_reentrant=False, preserve_rng_state=False)
         else:
-            x_end = run_layer_at(last, x, end)
+            x_end = last(x, end)
         return self.final_layer_norm(x_end)
 
     def encode(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,22 @@ class TextLayer(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(fc1=first, activation=activation, fc2=second))
         self.layer_norm2 = nn.LayerNorm(config.width, eps=EPSILON)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, end_B: Tensor | None = None) -> Tensor:
+        """end_B: the one token of each text whose output is asked for, [B, D]; None: all."""
+        if end_B is not None:
+            return self._at(x_BTD, end_B)
         x_BTD = x_BTD + self.self_attn(self.layer_norm1(x_BTD))
         return x_BTD + self.mlp(self.layer_norm2(x_BTD))
+
+    def _at(self, x_BTD: Tensor, end_B: Tensor) -> Tensor:
+        """Its query, keys and values of all that it sees, an MLP of one. Every submodule is called."""
+        attn = self.self_attn
+        B, T, D = x_BTD.shape
+        rows = torch.arange(B, device=x_BTD.device)
+        normed = self.layer_norm1(x_BTD)
+        q = attn.heads_of(attn.q_proj(normed[rows, end_B])[:, None])
+        k, v = attn.heads_of(attn.k_proj(normed)), attn.heads_of(attn.v_proj(normed))
+        seen = torch.arange(T, device=x_BTD.device) <= end_B[:, None]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None], scale=attn.scale)
+        x_BD = x_BTD[rows, end_B] + attn.out_proj(attended.transpose(1, 2).reshape(B, D))
+        return x_BD + self.mlp(self.layer_norm2(x_BD))

@@ -17,9 +17,8 @@ from amclip_ds.errors import in_one_line
 from amclip_ds.masks.selection import Selection, TokenMask, choose
 from amclip_ds.model.config import VisionConfig, grid_of
 from amclip_ds.model.patches import PatchProjection, rows_of
-from amclip_ds.model.pooled import QueryOfFirst, run_block_for_cls
+from amclip_ds.model.pooled import QueryOfFirst
 from amclip_ds.model.savings import Savings
-from amclip_ds.model.scoring import run_block_with_cls_row
 
 
 def build_vit(config: VisionConfig) -> Any:
@@ -105,6 +104,8 @@ class VisionTower(nn.Module):
     """A timm ViT's modules under their own names, with token removal and CLS-row scores in the forward."""
 
     def __init__(self, config: VisionConfig, savings: Savings | None = None) -> None:
+        from amclip_ds.model.vision_block import VisionBlock
+
         super().__init__()
         vit = build_vit(config)
         self.savings = savings or Savings()
@@ -123,6 +124,8 @@ class VisionTower(nn.Module):
         self.norm = vit.norm
         PatchProjection.become(self.patch_embed.proj)
         QueryOfFirst.become(self.blocks[-1].attn.qkv)
+        for block in self.blocks:
+            VisionBlock.become(block)
         if config.freeze_patch_embed:
             self.patch_embed.requires_grad_(False)
 
@@ -196,17 +199,13 @@ class VisionTower(nn.Module):
         rows = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device) if with_scores else None
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            run = partial(_run_block, block, with_row=with_scores, cls_only=cls_only and index == last)
+            run = partial(block, with_row=with_scores, cls_only=cls_only and index == last)
             if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
-                x, row = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)  # no dropout in any tower
+                x = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)  # no dropout in any tower
             else:
-                x, row = run(x)
-            rows = rows + row if rows is not None else None
+                x = run(x)
+            if rows is not None:
+                x, row = x
+                rows = rows + row
         num_heads = sum(block.attn.num_heads for block in self.blocks)
         return self.norm(x), rows[:, 1:] / num_heads if rows is not None else None
-
-
-def _run_block(block: Any, x: Tensor, with_row: bool, cls_only: bool) -> tuple[Tensor, Tensor | None]:
-    if cls_only:
-        return run_block_for_cls(block, x, with_row)
-    return run_block_with_cls_row(block, x) if with_row else (block(x), None)

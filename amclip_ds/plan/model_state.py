@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from amclip_ds.compat import COMPAT
 from amclip_ds.config import TrainConfig
-from amclip_ds.engine.ds_config import is_flat, is_offloaded, read_ds_config, stage_of
+from amclip_ds.engine.ds_config import is_flat, is_offloaded, is_teacher_sharded, read_ds_config, stage_of
 from amclip_ds.optim import OptimConfig, parameter_groups
 from amclip_ds.plan.shapes import Parameters
 from amclip_ds.plan.work import Work, work_of
@@ -57,8 +57,7 @@ def state_of(work: Work, rank: int | None = None) -> dict[str, float]:
         max(of) if rank is None else of[rank] for of in (sizes.held, sizes.averaged, sizes.reduced, sizes.moments)
     )
     cut = work.world if stage == 3 else 1  # a rank holds 1/cut of the weights
-    placement = work.config.teacher.placement
-    is_sharded = placement == "sharded" or (placement == "auto" and stage == 3)
+    is_sharded = is_teacher_sharded(work.config.teacher.placement, stage, work.world)
     state = {
         "parameters": work.bytes * ((sizes.trained + sizes.frozen) / cut + (sizes.small if cut > 1 else 0)),
         "gradients": max(work.bytes * reduced, FP32 * held if flat else 0),

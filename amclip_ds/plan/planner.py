@@ -21,7 +21,7 @@ SAVE_WRITE_BYTES_PER_S = 0.62e9  # hashed and written by one rank (docs/results/
 DECODED_PER_CORE = 384  # samples/s of 500 x 375 into three crops of 224 px (docs/results/decoding.md)
 CONTEXT_GIB = 1.0  # CUDA, NCCL and cuBLAS beside torch's allocator
 FRAGMENTED = 0.03  # of the peak, held by the allocator and not usable
-LIVE = {"stage3_max_live_parameters": 1e9, "stage3_prefetch_bucket_size": 5e7}  # DeepSpeed's defaults, in elements
+LIVE = {"stage3_max_reuse_distance": 1e9, "stage3_prefetch_bucket_size": 5e7}  # DeepSpeed's defaults, in elements
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ def _step_bytes(step: Work, ds: dict[str, Any], state: dict[str, float]) -> floa
 
 
 def _bucket_bytes(step: Work, ds: dict[str, Any]) -> float:
-    """What ZeRO lays together to send it, and at stage 3 the weights gathered at a time."""
+    """What ZeRO lays together to send it, and at stage 3 the weights gathered at a time: those that are read again
+    within the reuse distance stay, so a smaller model is whole from its forward to its backward pass. One rank's shards
+    are the weights."""
     zero = ds.get("zero_optimization", {})
     elements = model_state.trained_elements(step.student)
     bucket = min(float(zero.get("reduce_bucket_size", 5e8)), elements)
@@ -119,8 +121,9 @@ def _bucket_bytes(step: Work, ds: dict[str, Any]) -> float:
         return 0.0
     if is_flat(ds, step.config.engine, step.config.optim.name):
         return bucket * sent if step.world > 1 else 0.0
-    total = bucket * (step.bytes + (sent if step.world > 1 else 0)) if step.stage > 1 or step.world > 1 else 0.0
-    if step.stage == 3:
+    is_cast = step.world > 1 or step.stage == 3  # stage 3 averages on one rank too
+    total = bucket * (step.bytes + (sent if is_cast else 0)) if step.stage > 1 or step.world > 1 else 0.0
+    if step.stage == 3 and (step.world > 1 or is_offloaded(ds, "offload_param")):
         live = sum(float(zero.get(key, default)) for key, default in LIVE.items())
         total += step.bytes * min(live, elements)
     return total

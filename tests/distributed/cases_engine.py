@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from amclip_ds.engine import runtime as engine_runtime
+from amclip_ds.engine import student as student_module
 from amclip_ds.engine.communication_time import COMMUNICATION
 from amclip_ds.engine.shards import gather_whole
+from amclip_ds.engine.zero3 import blocks_of
 from amclip_ds.errors import AmclipError
 from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets
 from amclip_ds.model.teacher_model import TeacherModel
@@ -91,9 +93,12 @@ def gradients_by_split(ds: str, breaks: str | None = None, roles: bool = False) 
     """Split -> parameter -> gradient of the same 16 samples, before any step. Whole on every rank. roles: cases.Run.
 
     breaks "boundary": every backward call ends the accumulation. "last": the last piece is outside of it.
-    "masks": the second pass keeps other tokens than the first.
+    "masks": the second pass keeps other tokens than the first. "leaves": a block's gradients are reduced after each of
+    its calls, as DeepSpeed would.
     """
     found = {}
+    if breaks == "leaves":
+        student_module.gradients_by_parameter = contextlib.nullcontext  # type: ignore[assignment]
     with running(ds, optim={"momentum": 0.0}, roles=roles) as run:
         halves = [
             local_part(global_batch(step, run.model), run.runtime.rank, run.runtime.world_size) for step in (0, 1)
@@ -331,21 +336,21 @@ def compiled(ds: str, mode: str, backend: str = "inductor") -> dict[str, Any]:
         warnings.simplefilter("always")
         run = Run(ds, runtime=runtime, compile=mode, steps=3)
         compiled_rows = [run.step(step) for step in range(3)]
-    vision: Any = run.student.module.vision
-    whole = [
-        getattr(tower.vision.through_blocks, "failed", "plain") or "compiled"
-        for tower in (run.student.module, run.teacher.placed.module)
-        if tower is not None
-    ]
+    models: list[Any] = [run.student.module, run.teacher.placed.module]
     said = [str(warning.message) for warning in caught if "engine.compile" in str(warning.message)]
     engine_runtime.stop(runtime)
     return {
         "plain": [(row["loss"], row["norm"]) for row in rows],
         "said": said,
-        "towers": whole,
+        "towers": [taken(model.vision.through_blocks) for model in models],
         "compiled": [(row["loss"], row["norm"]) for row in compiled_rows],
-        "blocks": vision.blocks[0]._compiled_call_impl is not None,
+        "blocks": [sorted({taken(block.forward) for block in blocks_of(model)}) for model in models],
     }
+
+
+def taken(function: Any) -> str:
+    """plain | compiled, or why it failed."""
+    return getattr(function, "failed", "plain") or "compiled"
 
 
 def communication_time(ds: str, late_rank: int, late_s: float, through_the_door: bool = True) -> dict[str, float]:

@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from tests.distributed.equivalence import WITHOUT_GRADIENT
-from tests.harness import run_ranks
+from tests.harness import RankFailed, run_ranks
 
 STAGES = [f"zero{stage}_fp32.json" for stage in range(4)]
 
@@ -46,6 +46,13 @@ def test_views_of_several_masks_and_a_second_text_pass(ds: str) -> None:
     for split in (2, 4, 8):
         assert worst_error(found[1], found[split]) <= 1e-5, split
     assert worst_error(alike[1], found[1]) > 1e-2  # the masks and texts are others
+
+
+@pytest.mark.nightly
+def test_gradients_reduced_after_each_call_of_a_block_fail() -> None:
+    """The twin at ZeRO-3: views of two masks call a block twice."""
+    with pytest.raises(RankFailed, match="AssertionError"):
+        gradients("zero3_fp32.json", "leaves", roles=True)
 
 
 @pytest.mark.parametrize(

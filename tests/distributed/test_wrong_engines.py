@@ -62,22 +62,33 @@ def test_compiled_towers_agree(mode: str, stage: int) -> None:
     case, ds = "tests.distributed.cases_engine:compiled", f"zero{stage}_fp32.json"
     found = run_ranks(case, timeout_s=900, ds=ds, mode=mode)[0]
     agrees(found)
-    assert found["blocks"] == (mode == "block") and found["towers"] == ["plain" if mode == "block" else "compiled"] * 2
+    parts = ["plain", "compiled"] if mode == "block" else ["compiled", "plain"]
+    assert found["towers"] == parts[:1] * 2 and found["blocks"] == [parts[1:]] * 2
 
 
-def test_whole_towers_are_one_graph() -> None:
-    """Without the code generation: graphs, hooks and gradients are those of a compiled run."""
+@pytest.mark.parametrize("ds", ["zero1_fp32.json", "zero3_fp32.json"])
+def test_what_is_compiled_is_one_graph(ds: str) -> None:
+    """Without the code generation: graphs, hooks and gradients are those of a compiled run. Whole towers; at ZeRO-3
+    blocks, of the sharded teacher too."""
     case = "tests.distributed.cases_engine:compiled"
-    found = run_ranks(case, timeout_s=300, ds="zero1_fp32.json", mode="tower", backend="aot_eager")[0]
+    found = run_ranks(case, timeout_s=300, ds=ds, mode="tower", backend="aot_eager")[0]
     agrees(found)
-    assert found["towers"] == ["compiled", "compiled"]
+    parts = ["compiled", "plain"] if ds.startswith("zero1") else ["plain", "compiled"]
+    assert found["towers"] == parts[:1] * 2 and found["blocks"] == [parts[1:]] * 2
+
+
+@pytest.mark.nightly
+def test_on_one_rank_zero_3_has_a_whole_teacher() -> None:
+    case = "tests.distributed.cases_engine:compiled"
+    found = run_ranks(case, world_size=1, timeout_s=300, ds="zero3_fp32.json", mode="tower", backend="aot_eager")[0]
+    agrees(found)
+    assert found["towers"] == ["plain", "compiled"] and found["blocks"] == [["compiled"], ["plain"]]
 
 
 def test_compile_falls_back_and_says_so() -> None:
-    for found in run_ranks(
-        "tests.distributed.cases_engine:compiled", timeout_s=300, ds="zero3_fp32.json", mode="tower"
-    ):
-        assert found["towers"] == ["plain", "plain"] and not found["blocks"]
+    case = "tests.distributed.cases_engine:compiled"
+    for found in run_ranks(case, timeout_s=300, ds="zero3_fp32.json", mode="tower", backend="of_another_machine"):
+        assert found["towers"] == ["plain"] * 2 and found["blocks"] == [["plain"]] * 2
         assert found["compiled"] == found["plain"] and "towers run uncompiled" in found["said"][0]
 
 

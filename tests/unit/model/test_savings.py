@@ -8,10 +8,10 @@ from torch import Tensor
 
 from amclip_ds.masks import MaskConfig, MaskInputs
 from amclip_ds.masks.selection import Selection
-from amclip_ds.model import pooled
 from amclip_ds.model.savings import PLAIN, Savings
 from amclip_ds.model.text import TextTower
 from amclip_ds.model.text_groups import groups_of
+from amclip_ds.model.text_layer import TextLayer
 from amclip_ds.model.vision import VisionTower
 from tests.unit.model import tiny
 from tests.unit.model.test_text import texts
@@ -147,8 +147,8 @@ def test_of_a_text_tower_that_recomputes(every: int) -> None:
 def test_a_wrong_end_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin of the text test: a query that sees one token more than the end gives another feature."""
     plain = read(PLAIN)[0]
-    run = pooled.run_layer_at
-    monkeypatch.setattr("amclip_ds.model.text.run_layer_at", lambda layer, x, end: run(layer, x, end - 1))
+    run = TextLayer._at
+    monkeypatch.setattr(TextLayer, "_at", lambda layer, x, end: run(layer, x, end - 1))
     assert not torch.allclose(read(Savings())[0], plain)
 
 

@@ -1,0 +1,78 @@
+"""What ZeRO-3 is given beside its file: towers' blocks fetched whole; on one rank, where nothing is sharded, less work.
+
+A block fetched whole (DeepSpeed calls it a leaf module) has one fetch, one release and one set of hooks, where else
+each of its layers has them; its parts have no hooks, so that torch.compile can take it (docs/adr/0053).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from amclip_ds.engine.ds_config import is_offloaded
+
+EVERYTHING = 10**15  # elements: no tensor has more
+
+
+def with_one_rank(ds: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """A config of stage 3 as it is on several ranks; on one, a weight's shard is the weight, and stays in its place.
+
+    Persistent: nothing is fetched. Gradients are averaged as one run instead of tensor by tensor. A linear layer need
+    not let go of its weight until the backward pass, and is torch's own.
+    """
+    if world_size > 1 or is_offloaded(ds, "offload_param"):
+        return ds
+    alone = {
+        "stage3_param_persistence_threshold": EVERYTHING,
+        "reduce_scatter": False,
+        "memory_efficient_linear": False,
+    }
+    return ds | {"zero_optimization": ds["zero_optimization"] | alone}
+
+
+def fetch_blocks_whole(model: nn.Module) -> None:
+    """Marks each block of both towers for ZeRO-3, before deepspeed.initialize: its parts are called by it alone."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for block in blocks_of(model):
+        set_z3_leaf_module(block, True)
+
+
+def blocks_of(model: Any) -> list[nn.Module]:
+    """The transformer blocks of both towers of a student or teacher."""
+    return [*model.vision.blocks, *model.text.encoder.layers]
+
+
+@contextlib.contextmanager
+def gradients_by_parameter() -> Iterator[None]:
+    """While deepspeed.initialize runs: a gradient is reduced when it is whole, in blocks fetched whole as elsewhere.
+
+    DeepSpeed would reduce a block's gradients after each of its calls, with zeros for what is not there yet. Texts in
+    groups and several passes over views call it more than once in a forward.
+    """
+    from deepspeed.runtime.zero import stage3
+
+    kept = stage3.z3_leaf_parameter
+    stage3.z3_leaf_parameter = lambda parameter: False
+    try:
+        yield
+    finally:
+        stage3.z3_leaf_parameter = kept
+
+
+def take_one_norm(optimizer: Any) -> None:
+    """Takes the norm of a group's gradients by one call for all, where DeepSpeed takes hundreds in fp64."""
+    assert hasattr(optimizer, "get_grad_norm_direct")
+    optimizer.get_grad_norm_direct = _norm_of
+
+
+def _norm_of(gradients: list[Tensor], params: list[nn.Parameter], norm_type: float = 2) -> Tensor:
+    """Over all ranks; -1 where it is not finite, as DeepSpeed has it. Collective: every rank must call."""
+    norms = torch._foreach_norm(gradients, norm_type, dtype=torch.float32)
+    squares = torch.stack(norms).double().square().sum()
+    dist.all_reduce(squares)
+    norm = squares.sqrt()
+    return torch.where(norm.isfinite(), norm, torch.full_like(norm, -1.0))
