@@ -48,7 +48,7 @@ class TextTower(nn.Module):
         """
         groups = self.groups(lengths, token_ids.shape[1])
         if len(groups) < 2:
-            return self.pooled(token_ids)
+            return self.pooled(token_ids[:, : groups[0].length] if groups else token_ids)
         order = upload(torch.tensor([row for group in groups for row in group.rows]), token_ids.device)
         parts = token_ids[order].split([len(group.rows) for group in groups])
         found = [self.pooled(part[:, : group.length]) for part, group in zip(parts, groups)]

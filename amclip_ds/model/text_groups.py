@@ -18,7 +18,8 @@ class TextGroup(NamedTuple):
 def groups_of(lengths: Sequence[int], longest: int, fixed_shapes: bool = False) -> list[TextGroup]:
     """Equal parts of the batch, sorted by length; one group where that saves too little. longest: places of the batch.
 
-    fixed_shapes: always as many groups of as many texts, so that shapes differ in the length alone.
+    fixed_shapes: always as many groups of as many texts, or one of all where all lengths are alike, so that shapes differ
+    in little but the length.
     """
     B = len(lengths)
     if B % GROUPS or B < 2 * GROUPS:
@@ -31,6 +32,8 @@ def groups_of(lengths: Sequence[int], longest: int, fixed_shapes: bool = False) 
         if groups and groups[-1].length == length and not fixed_shapes:
             rows = groups.pop().rows + rows
         groups.append(TextGroup(rows, length))
+    if groups[0].length == groups[-1].length:  # sorted: all are
+        return [TextGroup(list(range(B)), groups[0].length)]
     if not fixed_shapes and sum(len(rows) * length for rows, length in groups) > MAX_SHARE * B * longest:
         return [TextGroup(list(range(B)), longest)]
     return groups

@@ -160,4 +160,5 @@ def test_texts_of_like_length_are_taken_together() -> None:
     assert len(groups_of((16,) * 8, 16)) == 1  # nothing to save
     assert len(groups_of(LENGTHS[:7], 16)) == 1  # not in equal parts
     assert [len(group.rows) for group in groups_of(LENGTHS, 16, fixed_shapes=True)] == [2, 2, 2, 2]
+    assert groups_of((9,) * 8, 77, fixed_shapes=True) == [(list(range(8)), 16)]  # alike: one, of what they need
     assert groups_of((40,) * 4 + (77,) * 4, 77)[-1].length == 77  # never beyond the context
