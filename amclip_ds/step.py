@@ -85,7 +85,7 @@ def train_step(
     student.set_lr(lr, progress)
 
     method = method.at(progress)
-    views = photometric.apply(batch.views_uint8, batch.photometric)
+    views = student.change_views(batch.views_uint8, batch.photometric)
     observed = NOTHING_OBSERVED
     if teacher is not None and method.needs_teacher:
         observed = teacher.observe(teachers_images(batch, views, method), method.wants, comm, progress)

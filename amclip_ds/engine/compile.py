@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from amclip_ds.data import photometric
 from amclip_ds.engine.collectives import gather_objects
 from amclip_ds.engine.ds_config import AUTO, BLOCK, NO_COMPILE, TOWER
 from amclip_ds.engine.zero3 import blocks_of
 from amclip_ds.errors import in_one_line
+from amclip_ds.host_copies import upload
 
 BACKEND = "inductor"
 MOST_GRAPHS = 64  # of one function: lengths of texts x (training, evaluation); torch would stop at 8
@@ -56,6 +58,19 @@ def compile_towers(model: nn.Module, mode: str) -> str | None:
     vision.through_blocks = Compiled(vision.through_blocks, "the image tower")
     text.pooled = Compiled(text.pooled, "the text tower")
     return None
+
+
+def compile_changes(mode: str, device: torch.device) -> Callable[[Tensor, photometric.Photometric], Tensor]:
+    """What changes the views: photometric.apply, or beside whole towers on a GPU the same in few compiled kernels."""
+
+    def apply(views_uint8: Tensor, changes: photometric.Photometric) -> Tensor:
+        if whole is None or whole.failed:
+            return photometric.apply(views_uint8, changes)
+        return whole(views_uint8, upload(torch.from_numpy(changes.table), device))
+
+    is_compiled = mode == TOWER and device.type == "cuda"
+    whole = Compiled(photometric.change_all, "the photometric changes") if is_compiled else None
+    return apply
 
 
 class Compiled:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
 from amclip_ds.engine import shards
-from amclip_ds.engine.compile import compile_towers, mode_of
+from amclip_ds.engine.compile import compile_changes, compile_towers, mode_of
 from amclip_ds.engine.ds_config import (
     NO_COMPILE,
     EngineConfig,
@@ -101,6 +101,7 @@ class StudentEngine:
         self.compile_asked = str(engine.compile)
         self.compile_mode = mode_of(self.compile_asked, self.stage, runtime.device)
         self.not_compiled = compile_towers(module, self.compile_mode)
+        self.change_views = compile_changes(NO_COMPILE if self.not_compiled else self.compile_mode, runtime.device)
         starts = {name: start_share(options) for name, options in objectives.items()}
         groups = parameter_groups(module.named_parameters(), optim, starts)
         self.in_host_memory = in_host_memory = is_offloaded(ds, "offload_optimizer")

@@ -195,3 +195,18 @@ def test_what_is_drawn_next_does_not_depend_on_what_was_decided() -> None:
         photometric.draw(drawn, "simclr" if seed % 2 else "aclip")
         reference.random(9), reference.permutation(4)
         assert drawn.random() == reference.random()
+
+
+@pytest.mark.parametrize("colours", ["aclip", "simclr"])
+def test_every_change_of_every_image_and_a_choice_is_the_same(colours: str) -> None:
+    """What a compiler gets (change_all), against the changes of chosen images alone."""
+    random = np.random.default_rng(0)
+    table = np.stack([photometric.draw(random, colours) for _ in range(V * B * 4)]).reshape(V, B * 4, NUM_COLUMNS)
+    views = images().repeat(1, 4, 1, 1, 1)
+    expected = photometric.apply(views, Photometric(table))
+    found = photometric.change_all(views, torch.from_numpy(table))
+    assert (table[..., [0, 9, 10, 11]] > 0).any((0, 1)).sum() >= 3 and not table[..., 0].all()
+    assert float((found - expected).abs().max()) < 1e-5
+    table[0, 0, 1] += 0.01 if table[0, 0, 0] else 0
+    table[0, 0, 9] = 1 - table[0, 0, 9]
+    assert float((photometric.change_all(views, torch.from_numpy(table)) - expected).abs().max()) > 1e-3
