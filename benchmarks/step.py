@@ -190,7 +190,7 @@ def take_turns(works: dict[str, Callable[[], Any]], repeats: int, warm: int) -> 
 
 def flops_of(work: Callable[[], Any]) -> int:
     """Floating point operations of the matrix products and attentions of one run of `work`."""
-    with FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
 
