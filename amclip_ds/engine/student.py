@@ -31,7 +31,7 @@ from amclip_ds.engine.zero3 import fetch_blocks_whole, gradients_by_parameter, t
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets, Terms, ViewGroup
-from amclip_ds.model.init import Start, init_tensor, initialise, persistent_buffers
+from amclip_ds.model.init import Start, init_tensor, init_tensors, initialise, persistent_buffers
 from amclip_ds.model.savings import Savings
 from amclip_ds.objectives import Chosen, builder, start_of
 from amclip_ds.objectives.base import start_of as start_share
@@ -287,13 +287,13 @@ def build_context(stage: int, ds_config: dict[str, Any]) -> contextlib.AbstractC
 
 @torch.no_grad()
 def start_weights(module: nn.Module, start: Start, stage: int) -> None:
-    """Our keyed initialisation; at stage 3 each rank fills its own shard, one parameter in memory at a time."""
+    """Our keyed initialisation; at stage 3 each rank fills its own shard, a few parameters in memory at a time."""
     if stage < 3:
         initialise(module, start)
         return
-    parameter: Any  # ZeRO-3 gives it ds_* attributes
-    for name, parameter in module.named_parameters():
-        fill_shard(parameter, init_tensor(name, parameter.ds_shape, start))
+    named: dict[str, Any] = dict(module.named_parameters())  # ZeRO-3 gives them ds_* attributes
+    for name, whole in init_tensors({name: parameter.ds_shape for name, parameter in named.items()}, start):
+        fill_shard(named[name], whole)
     for name, buffer in persistent_buffers(module).items():
         value = init_tensor(name, buffer.shape, start)
         buffer.data = value.to(buffer.device)
@@ -313,10 +313,11 @@ def exact_masters(engine: Any, start: Start, dtype: torch.dtype) -> None:
     """Gives bf16 engines masters with the full fp32 start instead of its bf16 rounding."""
     if dtype == torch.float32:
         return
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
-    for name, shard in shards.master_shards(engine).items():
-        whole = init_tensor(name, shapes[name], start).reshape(-1)
-        shard.tensor.copy_(whole[shard.start : shard.start + shard.length])
+    held = shards.master_shards(engine)
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters() if name in held}
+    for name, whole in init_tensors(shapes, start):
+        shard = held[name]
+        shard.tensor.copy_(whole.reshape(-1)[shard.start : shard.start + shard.length])
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from amclip_ds.engine.student import StudentEngine, build_context, exact_buffers
 from amclip_ds.engine.zero3 import fetch_blocks_whole
 from amclip_ds.errors import UserError
 from amclip_ds.model.config import ModelConfig
+from amclip_ds.model.init import persistent_buffers
 from amclip_ds.model.teacher_model import TeacherModel
 from amclip_ds.objectives import Chosen, builder
 
@@ -34,7 +35,10 @@ class Replicated:
 
     def __init__(self, model: ModelConfig, objectives: Chosen, student: StudentEngine, device: torch.device) -> None:
         module = TeacherModel(model, builder(objectives), student.savings)
-        start_weights(module, student.start, stage=0)
+        if student.stage < 3:
+            start_as(student.module, module)
+        else:
+            start_weights(module, student.start, stage=0)
         self.module: nn.Module = module.to(device)
         for parameter in self.module.parameters():
             parameter.data = parameter.data.to(student.dtype)
@@ -126,6 +130,17 @@ class Sharded:
         parameters: dict[str, Any] = dict(self.module.named_parameters())  # ZeRO-3 gives them ds_tensor, their shards
         targets = [parameters[name].ds_tensor.data[: shard.length] for name, shard in published.items()]
         torch._foreach_copy_(targets, [shard.tensor for shard in published.values()])
+
+
+@torch.no_grad()
+def start_as(student: nn.Module, teacher: nn.Module) -> None:
+    """Gives the teacher the weights and statistics of a student that has not stepped: both start alike, and drawing
+    them again would take seconds."""
+    weights, statistics = dict(student.named_parameters()), persistent_buffers(student)
+    for name, parameter in teacher.named_parameters():
+        parameter.data = weights[name].detach().clone()
+    for name, buffer in persistent_buffers(teacher).items():
+        buffer.copy_(statistics[name])
 
 
 def place_teacher(

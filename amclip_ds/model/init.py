@@ -5,9 +5,11 @@ Sources: timm's ViT and CLIP's text initialisation as the published code uses th
 """
 
 import hashlib
+import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,24 +73,20 @@ def generator(seed: int, name: str) -> np.random.Generator:
 
 @torch.no_grad()
 def initialise(module: nn.Module, start: Start) -> None:
-    """Initialises every parameter and persistent buffer of an AClip or TeacherModel in place, at any dtype or device.
-
-    Everything is filled with NaN first, so that whatever is forgotten shows: raises RuntimeError naming it.
-    """
+    """Initialises every parameter and persistent buffer of an AClip or TeacherModel in place."""
     tensors = {**dict(module.named_parameters()), **persistent_buffers(module)}
-    for tensor in tensors.values():
-        if tensor.is_floating_point():
-            tensor.fill_(float("nan"))
-    for name, tensor in tensors.items():
-        tensor.copy_(init_tensor(name, tensor.shape, start))
-    check_initialised(tensors)
+    for name, value in init_tensors({name: tensor.shape for name, tensor in tensors.items()}, start):
+        tensors[name].copy_(value)
 
 
-def check_initialised(tensors: dict[str, Tensor]) -> None:
-    """Raises RuntimeError naming the tensors that still hold NaN."""
-    forgotten = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.isnan().any()]
-    if forgotten:
-        raise RuntimeError(f"not initialised: {', '.join(forgotten)}")
+def init_tensors(shapes: Mapping[str, Shape], start: Start) -> Iterator[tuple[str, Tensor]]:
+    """init_tensor of many names, drawn by as many threads as torch has, so many at a time in memory: each has a
+    generator of its own, so that the threads change no number."""
+    threads = 1 if start.model.init_from else torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        remaining = iter(shapes)
+        while names := list(itertools.islice(remaining, threads)):
+            yield from zip(names, pool.map(lambda name: init_tensor(name, shapes[name], start), names))
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

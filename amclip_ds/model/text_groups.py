@@ -18,8 +18,8 @@ class TextGroup(NamedTuple):
 def groups_of(lengths: Sequence[int], longest: int, fixed_shapes: bool = False) -> list[TextGroup]:
     """Equal parts of the batch, sorted by length; one group where that saves too little. longest: places of the batch.
 
-    fixed_shapes: always as many groups of as many texts, or one of all where all lengths are alike, so that shapes differ
-    in little but the length.
+    fixed_shapes: always as many groups of as many texts, or one of all where all are of one length, so that shapes
+    differ in little but the length.
     """
     B = len(lengths)
     if B % GROUPS or B < 2 * GROUPS:

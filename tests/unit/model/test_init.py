@@ -6,7 +6,7 @@ from amclip_ds.errors import UserError
 from amclip_ds.model import init
 from amclip_ds.model.amclip import ModelConfig
 from amclip_ds.model.config import LossConfig
-from amclip_ds.model.init import Start, check_initialised, init_tensor, initialise
+from amclip_ds.model.init import Start, init_tensor, initialise, persistent_buffers
 from tests.unit.model import tiny
 
 KNOWN = [-0.004591429606080055, 0.02545737661421299, 0.01045834831893444, 0.005785660818219185]
@@ -82,16 +82,27 @@ def test_sincos_positions() -> None:
     assert len(position[0, 1:].unique(dim=0)) == 16
 
 
-def test_a_forgotten_parameter_shows() -> None:
+def test_a_parameter_without_a_rule_is_refused() -> None:
     student = tiny.student()
-    check_initialised(dict(student.named_parameters()))
-    with torch.no_grad():
-        student.vision.cls_token[0, 0, 3] = float("nan")
-    with pytest.raises(RuntimeError, match=r"not initialised: vision\.cls_token"):
-        check_initialised(dict(student.named_parameters()))
     student.vision.register_parameter("newcomer", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(UserError, match="vision.newcomer"):
         initialise(student, Start(0, tiny.model_config()))
+
+
+def test_every_tensor_is_drawn_whatever_the_threads() -> None:
+    student = tiny.student()
+    tensors = {**dict(student.named_parameters()), **persistent_buffers(student)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with torch.no_grad():
+            for tensor in tensors.values():
+                tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
+        initialise(student, Start(0, tiny.model_config()))
+    finally:
+        torch.set_num_threads(threads)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, init_tensor(name, tensor.shape, Start(0, tiny.model_config()))), name
 
 
 def test_low_precision_parameters_get_the_rounded_values() -> None:
