@@ -223,5 +223,5 @@ def _blur_by_taps(x: Tensor, sigma: Tensor) -> Tensor:
     for length, dim in ((width, -1), (height, -2)):
         places = torch.arange(length, device=x.device)
         shifted = (x.index_select(dim, (places + step).clamp(0, length - 1)) for step in range(-radius, radius + 1))
-        x = sum(tap[..., None] * image for tap, image in zip(taps, shifted))
+        x = functools.reduce(torch.add, (tap[..., None] * image for tap, image in zip(taps, shifted)))
     return x
