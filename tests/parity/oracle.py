@@ -250,6 +250,9 @@ class PlainStudent:
         self.encode_and_losses = module.encode_and_losses
         self.grads: dict[str, Tensor] = {}
 
+    def change_views(self, views_uint8: Tensor, changes: photometric.Photometric) -> Tensor:
+        return photometric.apply(views_uint8, changes)
+
     def set_lr(self, lr: float, progress: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
