@@ -61,14 +61,14 @@ def compile_towers(model: nn.Module, mode: str) -> str | None:
 
 
 def compile_changes(mode: str, device: torch.device) -> Callable[[Tensor, photometric.Photometric], Tensor]:
-    """What changes the views: photometric.apply, or beside whole towers on a GPU the same in few compiled kernels."""
+    """What changes the views: photometric.apply, or where a GPU's towers are compiled the same in few kernels."""
 
     def apply(views_uint8: Tensor, changes: photometric.Photometric) -> Tensor:
         if whole is None or whole.failed:
             return photometric.apply(views_uint8, changes)
         return whole(views_uint8, upload(torch.from_numpy(changes.table), device))
 
-    is_compiled = mode == TOWER and device.type == "cuda"
+    is_compiled = mode != NO_COMPILE and device.type == "cuda"
     whole = Compiled(photometric.change_all, "the photometric changes") if is_compiled else None
     return apply
 

@@ -75,10 +75,8 @@ class Replicated:
         longest = max(sum(length for *_, length in layout) for layout in layouts)
         device = next(self.module.parameters()).device
         mine = torch.zeros(longest, dtype=self.dtype, device=device)
-        offset = 0
-        for shard in published.values():
-            mine[offset : offset + shard.length].copy_(shard.tensor)
-            offset += shard.length
+        lengths = [shard.length for shard in published.values()]
+        torch._foreach_copy_(mine[: sum(lengths)].split(lengths), [shard.tensor for shard in published.values()])
         everything = [torch.empty_like(mine) for _ in layouts]
         with COMMUNICATION.waiting():
             dist.all_gather(everything, mine)
