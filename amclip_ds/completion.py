@@ -67,12 +67,16 @@ COMPLETERS = {"recipe": recipes, "overrides": settings, "words": recipes_or_sett
 
 
 def _values(key: str, kind: Any) -> list[str]:
-    from amclip_ds.engine.ds_config import AUTO, BLOCK, DS_CONFIGS, NO_COMPILE, TOWER
+    from amclip_ds.engine.ds_config import AUTO, BLOCK, DS_CONFIGS, FP8_ALL, FP8_TEACHER, NO_COMPILE, NO_FP8, TOWER
     from amclip_ds.masks import MASKS, NONE
 
     if key == "engine.deepspeed":
         return sorted(file.name for file in DS_CONFIGS.glob("*.json"))
-    few = {"mask.strategy": [*MASKS, NONE], "engine.compile": [AUTO, NO_COMPILE, BLOCK, TOWER]}
+    few = {
+        "mask.strategy": [*MASKS, NONE],
+        "engine.compile": [AUTO, NO_COMPILE, BLOCK, TOWER],
+        "engine.fp8": [NO_FP8, FP8_TEACHER, FP8_ALL],
+    }
     return ["true", "false"] if kind is bool else few.get(key, [])
 
 

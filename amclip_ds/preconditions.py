@@ -10,7 +10,7 @@ from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.sources import check_inputs
-from amclip_ds.engine.ds_config import check_optimizer, read_ds_config
+from amclip_ds.engine.ds_config import FP8_TEACHER, check_fp8, check_optimizer, check_torchao, read_ds_config
 from amclip_ds.errors import UserError
 from amclip_ds.model.config import check_teacher_fits, other_width
 
@@ -24,7 +24,7 @@ OUTPUT = (".out", ".err", ".log")
 def check(config: TrainConfig, resume: str = "auto") -> None:
     """Raises UserError for a start that could only fail later: run folder, data, DeepSpeed's file, weights, W&B."""
     check_folder(Path(config.run.out))
-    check_optimizer(read_ds_config(config.engine), config.engine.deepspeed, config.optim.name)
+    check_engine(config)
     if config.model.vision.name not in settings.shipped_towers():
         settings.check_buildable(config)  # only timm knows the name, and it loads torch
     check_inputs(config.data, config.eval.data)
@@ -42,6 +42,19 @@ def check(config: TrainConfig, resume: str = "auto") -> None:
         if importlib.util.find_spec(tracker) is None:
             key = "log.wandb_project" if tracker == "wandb" and config.log.wandb_project else "log.trackers"
             raise UserError(f"{key}: {tracker} is not installed: pip install 'amclip_ds[track]', or leave it out")
+
+
+def check_engine(config: TrainConfig) -> None:
+    """Raises UserError for a DeepSpeed file that the optimizer or engine.fp8 cannot have, and fp8 for no teacher."""
+    ds = read_ds_config(config.engine)
+    check_optimizer(ds, config.engine.deepspeed, config.optim.name)
+    check_fp8(ds, config.engine)
+    check_torchao(config.engine)
+    if config.engine.fp8 == FP8_TEACHER:
+        from amclip_ds.method import method_of  # it loads torch
+
+        if not method_of(config).needs_teacher:
+            raise UserError("engine.fp8: nothing of this run reads a teacher; use engine.fp8=all, or none")
 
 
 def check_teacher(config: TrainConfig) -> None:

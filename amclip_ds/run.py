@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds import config as settings
-from amclip_ds import plugins
+from amclip_ds import plugins, preconditions
 from amclip_ds.checkpoint.keeper import Keeper, find_checkpoint
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.config import BatchPlan, TrainConfig
@@ -122,6 +122,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     stack.callback(engine_runtime.stop, runtime)
     stack.enter_context(leaving_together(runtime))
     on_main(partial(settings.check_buildable, config))
+    on_main(partial(preconditions.check_engine, config))
     comm = DistributedComm()
     plan, method = settings.plan_batch(config.batch, runtime.world_size), method_of(config)
 
@@ -181,6 +182,9 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         engine_runtime.keep_compiled(folder)
     with timeline.during("build"):
         student, teacher = build_engines(fresh, method, runtime)
+    for who, layers in (("student", student.in_fp8), ("teacher", teacher.placed.in_fp8 if teacher else "")):
+        if layers:
+            record.say(f"engine.fp8: of the {who}'s Linear layers {layers} compute in fp8")
     if config.model.init_from and found is None:
         for line in start.describe(config.model.init_from, dict(student.module.named_parameters())):
             record.say(line)

@@ -106,6 +106,7 @@ def _torch() -> Iterator[Finding]:
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             yield Finding("gpu", WARN, f"{kinds[0].name} has no bf16", "engine.deepspeed=zero1_fp32.json (or 0, 2, 3)")
         yield Finding("torch", OK, said)
+        yield _fp8(kinds[0].name)
     elif has_driver and built is None:
         fix = "install torch from its usual index, leave out -c constraints.txt"
         yield Finding(
@@ -116,6 +117,21 @@ def _torch() -> Iterator[Finding]:
         yield Finding("torch", FAIL, f"torch {torch.__version__} (CUDA {built}) sees no GPU, and a driver is here", fix)
     else:
         yield Finding("torch", OK, f"torch {torch.__version__}, no GPU here: runs are on the CPU")
+
+
+def _fp8(gpu: str) -> Finding:
+    """Whether engine.fp8 is possible."""
+    import torch
+
+    from amclip_ds.engine.fp8 import why_no_units
+
+    if problem := why_no_units(torch.device("cuda", 0)):
+        return Finding("fp8", OK, f"engine.fp8=none alone: {problem}")
+    if importlib.util.find_spec("torchao") is None:
+        return Finding("fp8", OK, f"{gpu} has it; engine.fp8 needs torchao too: pip install 'amclip_ds[fp8]'")
+    return Finding(
+        "fp8", OK, f"{gpu} has it, torchao {importlib.metadata.version('torchao')}: engine.fp8=teacher or all"
+    )
 
 
 def _operators() -> Iterator[Finding]:

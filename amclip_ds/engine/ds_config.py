@@ -1,5 +1,6 @@
 """DeepSpeed's own settings: the key that names their file, and the reading and checking of it, without DeepSpeed."""
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ UNTESTED = (
     "zero_quantized_nontrainable_weights",
 )
 AUTO, NO_COMPILE, BLOCK, TOWER = "auto", "none", "block", "tower"
+NO_FP8, FP8_TEACHER, FP8_ALL = "none", "teacher", "all"
 
 
 @dataclass
@@ -40,6 +42,9 @@ class EngineConfig:
     torch.compile takes as one piece."""
     flat_gradients: bool = True
     """At ZeRO 1, gradients as one flat fp32 tensor a parameter group (not for Muon, nor with overlap_comm)."""
+    fp8: str = NO_FP8
+    """none | teacher (its image tower) | all (the student's towers too): fp8 in the blocks' Linear layers, by torchao
+    (`pip install 'amclip_ds[fp8]'`), on Hopper, Ada or newer; bf16 files of stages 1 and 2. It changes numbers."""
     savings: Savings = field(default_factory=Savings)
     """Work that is left out since nothing reads it."""
 
@@ -48,6 +53,8 @@ class EngineConfig:
         self.compile = words.get(str(self.compile).lower(), self.compile)
         if self.compile not in (AUTO, NO_COMPILE, BLOCK, TOWER):
             raise ValueError(f"engine.compile: {self.compile!r} is none of auto, none, block, tower (true, false)")
+        if self.fp8 not in (NO_FP8, FP8_TEACHER, FP8_ALL):
+            raise ValueError(f"engine.fp8: {self.fp8!r} is none of none, teacher, all")
 
 
 def read_ds_config(config: EngineConfig) -> dict[str, Any]:
@@ -109,6 +116,31 @@ def is_flat(ds: dict[str, Any], config: EngineConfig, optimizer: str) -> bool:
     overlap the backward. Muon reads whole matrices on the way. optimizer: optim.name."""
     asked = config.flat_gradients and not ds.get("zero_optimization", {}).get("overlap_comm")
     return asked and stage_of(ds) == 1 and not is_offloaded(ds, "offload_optimizer") and optimizer != "muon"
+
+
+def check_fp8(ds: dict[str, Any], engine: EngineConfig) -> None:
+    """Raises UserError where engine.fp8 asks for what a DeepSpeed config cannot do."""
+    if engine.fp8 == NO_FP8:
+        return
+    if stage_of(ds) == 3:
+        raise UserError(
+            f"engine.fp8: {engine.fp8} needs a layer's whole weight, and {engine.deepspeed} shards it (ZeRO stage 3);"
+            f" use a bf16 file of stage 1 or 2, or engine.fp8=none"
+        )
+    if not ds.get("bf16", {}).get("enabled"):
+        raise UserError(
+            f"engine.fp8: {engine.fp8} is for bf16 runs, and {engine.deepspeed} is fp32; use"
+            f" engine.deepspeed=zero1_bf16.json (or 2), or engine.fp8=none"
+        )
+
+
+def check_torchao(engine: EngineConfig) -> None:
+    """Raises UserError where engine.fp8 asks for a package that is not installed."""
+    if engine.fp8 != NO_FP8 and importlib.util.find_spec("torchao") is None:
+        raise UserError(
+            f"engine.fp8: {engine.fp8} needs torchao, which is not installed: pip install 'amclip_ds[fp8]', or"
+            f" engine.fp8=none"
+        )
 
 
 def stage_of(ds: dict[str, Any]) -> int:

@@ -11,11 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
-from amclip_ds.engine import shards
+from amclip_ds.engine import fp8, shards
 from amclip_ds.engine.compile import compile_changes, compile_towers, mode_of
 from amclip_ds.engine.ds_config import (
+    FP8_ALL,
     NO_COMPILE,
+    NO_FP8,
     EngineConfig,
+    check_fp8,
     check_optimizer,
     is_flat,
     is_offloaded,
@@ -71,6 +74,10 @@ class StudentEngine:
         ds = read_ds_config(engine)
         self.stage = stage_of(ds)
         check_optimizer(ds, engine.deepspeed, optim.name)
+        check_fp8(ds, engine)
+        self.fp8 = engine.fp8
+        if self.fp8 != NO_FP8:
+            fp8.check_machine(runtime.device)
         if optim.name == "muon":
             ds = with_muon(ds)
         if self.stage == 3:
@@ -98,6 +105,7 @@ class StudentEngine:
         start_weights(module, self.start, self.stage)
         if self.stage == 3:
             fetch_blocks_whole(module)
+        self.in_fp8 = fp8.convert_towers(module, with_text=True) if self.fp8 == FP8_ALL else ""
         self.compile_asked = str(engine.compile)
         self.compile_mode = mode_of(self.compile_asked, self.stage, runtime.device)
         self.not_compiled = compile_towers(module, self.compile_mode)

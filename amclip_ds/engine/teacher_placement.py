@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from amclip_ds.engine import fp8
 from amclip_ds.engine.collectives import gather_objects
 from amclip_ds.engine.communication_time import COMMUNICATION
 from amclip_ds.engine.compile import compile_towers, mode_of
-from amclip_ds.engine.ds_config import is_teacher_sharded
+from amclip_ds.engine.ds_config import NO_FP8, is_teacher_sharded
 from amclip_ds.engine.shards import Shard
 from amclip_ds.engine.student import StudentEngine, build_context, exact_buffers, start_weights
 from amclip_ds.engine.zero3 import fetch_blocks_whole
@@ -42,6 +43,7 @@ class Replicated:
         self.module: nn.Module = module.to(device)
         for parameter in self.module.parameters():
             parameter.data = parameter.data.to(student.dtype)
+        self.in_fp8 = fp8.convert_towers(self.module, with_text=False) if student.fp8 != NO_FP8 else ""
         if not student.not_compiled:
             compile_towers(self.module, mode_of(student.compile_asked, min(student.stage, 2), device))
         self.dtype = student.dtype
@@ -91,6 +93,7 @@ class Sharded:
     """The teacher as ZeRO-3 shards that align with the student's: publishing is a copy, without communication."""
 
     is_sharded = True
+    in_fp8 = ""
 
     def __init__(self, model: ModelConfig, objectives: Chosen, student: StudentEngine, device: torch.device) -> None:
         import deepspeed

@@ -8,7 +8,16 @@ from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
-from amclip_ds.engine.ds_config import DS_CONFIGS, check_optimizer, is_flat, is_offloaded, read_ds_config, stage_of
+from amclip_ds.engine.ds_config import (
+    DS_CONFIGS,
+    NO_FP8,
+    check_fp8,
+    check_optimizer,
+    is_flat,
+    is_offloaded,
+    read_ds_config,
+    stage_of,
+)
 from amclip_ds.errors import UserError
 from amclip_ds.plan import model_state, optimizer, work
 from amclip_ds.plan.gpus import Gpu, Rate, rate_of
@@ -276,7 +285,9 @@ def make_plan(config: TrainConfig, ask: Ask) -> Plan:
     for number, file in files.items():
         at_stage = dataclasses.replace(config, engine=dataclasses.replace(config.engine, deepspeed=file))
         try:
-            check_optimizer(read_ds_config(at_stage.engine), file, config.optim.name)
+            ds = read_ds_config(at_stage.engine)
+            check_optimizer(ds, file, config.optim.name)
+            check_fp8(ds, at_stage.engine)
         except UserError as error:
             impossible[number] = str(error)
             continue
@@ -427,6 +438,8 @@ def _notes(plan: Plan) -> list[str]:
             found.append(
                 "so small a batch on a GPU is bound by the host's launches: a larger batch, or fewer GPUs, cost less"
             )
+    if plan.config.engine.fp8 != NO_FP8:
+        found.append("engine.fp8: steps in fp8 were not measured; memory and speed are those of bf16")
     if plan.config.engine.compile:
         found.append("compiled steps were not measured: the speed is that of uncompiled ones")
     return found

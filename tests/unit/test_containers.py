@@ -33,7 +33,7 @@ def test_both_are_pinned_alike() -> None:
     assert len(images) == 2 and images[0] == images[1]
     assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-devel-ubuntu\d+\.\d+", images[0])
     installs = [re.findall(r"pip install (.+?)(?: &&|$)", text, re.MULTILINE) for text in (DOCKERFILE, section("post"))]
-    assert installs[0] == installs[1] == ["'.[gpu,onnx,data,track]' -c constraints.txt"]
+    assert installs[0] == installs[1] == ["'.[gpu,fp8,onnx,data,track]' -c constraints.txt"]
     system = re.findall(
         r"apt-get install -y --no-install-recommends (.+?)\s*\\?$", DOCKERFILE + DEFINITION, re.MULTILINE
     )

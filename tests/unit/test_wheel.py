@@ -183,7 +183,7 @@ def test_version_licence_and_citation_agree() -> None:
     assert citation["version"] == amclip_ds.__version__ and citation["license"] == project["license"] == "MIT"
     assert citation["cff-version"] == "1.2.0" and citation["authors"] and citation["title"] and citation["message"]
     assert citation["references"][0]["title"] == "Attentive Mask CLIP"
-    assert set(project["optional-dependencies"]) >= {"gpu", "onnx", "track", "dev"}
+    assert set(project["optional-dependencies"]) >= {"gpu", "fp8", "onnx", "track", "dev"}
 
 
 def test_a_release_is_refused_before_anything_changes(tmp_path: Path) -> None:

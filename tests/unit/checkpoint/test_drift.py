@@ -43,6 +43,7 @@ MATHEMATICS = {
     *("data.photometric", "data.resampled", "data.shuffle_window", "data.views", "data.weights", "plugins"),
     *("mask.final_keep_ratio", "mask.schedule", "data.text_mask.strategy", "data.text_mask.tokens"),
     *("data.text_mask.threshold", "distill.teacher"),
+    "engine.fp8",
     *("loss.text", "loss.views", "loss.o2o_views", "loss.o2e_views"),
 }
 """Keys of which another value gives another training; drift.FREE has those that do not."""
