@@ -4,7 +4,7 @@ A layer is replaced before torch.compile and DeepSpeed take the model, and keeps
 names: masters, average, checkpoints and exports are those of a bf16 run. Weights, activations and (of the student)
 gradients are cast at each product, by one scale a tensor that is measured there and then, so nothing of it is state.
 The last block stays as it is: where only the pooled token is read, its products are too small to gain, and what leaves
-the tower is then not rounded to fp8. docs/adr/0094 has the reasons.
+the tower is then not rounded to fp8. docs/adr/0054 has the reasons.
 """
 
 import logging

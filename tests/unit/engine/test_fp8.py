@@ -78,7 +78,8 @@ def test_numbers_are_near_those_of_bf16_and_differ() -> None:
     for name in reached:
         mine, theirs = ours[name].grad.flatten().float(), twins[name].grad.flatten().float()
         assert mine.isfinite().all() and ours[name].grad.dtype == torch.bfloat16
-        assert float(torch.cosine_similarity(mine, theirs, dim=0)) > 0.9, name
+        if not name.endswith("k_proj.bias"):  # what a softmax does not see: its gradient is roundings alone
+            assert float(torch.cosine_similarity(mine, theirs, dim=0)) > 0.9, name
 
 
 def test_the_scores_of_a_teacher_in_inference_mode_are_near() -> None:
