@@ -66,8 +66,9 @@ def _convert(blocks: Sequence[nn.Module], emulate: bool) -> tuple[int, int]:
 
 
 def _fits(layer: nn.Module) -> bool:
-    is_plain = type(layer) is nn.Linear  # one with a forward of its own keeps it
-    return is_plain and layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
+    if not isinstance(layer, nn.Linear) or type(layer) is not nn.Linear:  # one with a forward of its own keeps it
+        return False
+    return layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
 
 
 def _why_not(device: torch.device) -> str | None:
