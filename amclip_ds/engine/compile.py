@@ -24,14 +24,14 @@ BACKEND = "inductor"
 MOST_GRAPHS = 64  # of one function: lengths of texts x (training, evaluation); torch would stop at 8
 
 
-def mode_of(asked: str, stage: int, device: torch.device) -> str:
+def mode_of(asked: str, stage: int, device: torch.device, fetches_weights: bool = False) -> str:
     """What `auto` is here: as much as can be compiled on a GPU at ZeRO 1 to 3; elsewhere nothing.
 
-    At ZeRO-3 that is a block, which is fetched whole; between two blocks of a tower weights come and go.
+    fetches_weights: between two blocks of a tower weights come and go: a block, which is fetched whole, is the most.
     """
     if asked == AUTO:
         asked = TOWER if device.type == "cuda" and stage > 0 else NO_COMPILE
-    return BLOCK if asked == TOWER and stage == 3 else asked
+    return BLOCK if asked == TOWER and fetches_weights else asked
 
 
 def compile_towers(model: nn.Module, mode: str) -> str | None:

@@ -30,7 +30,14 @@ from amclip_ds.engine.light_imports import import_muon_uncompiled
 from amclip_ds.engine.muon import NormBeforeMuon, build_muon, eager_kernels, with_muon
 from amclip_ds.engine.offload import build_cpu_adam
 from amclip_ds.engine.runtime import Runtime
-from amclip_ds.engine.zero3 import fetch_blocks_whole, gradients_by_parameter, take_one_norm, with_one_rank
+from amclip_ds.engine.zero3 import (
+    fetch_blocks_whole,
+    fetches_weights,
+    gradients_by_parameter,
+    keep_weights_in_place,
+    take_one_norm,
+    with_weights_in_place,
+)
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets, Terms, ViewGroup
@@ -80,8 +87,9 @@ class StudentEngine:
             fp8.check_machine(runtime.device)
         if optim.name == "muon":
             ds = with_muon(ds)
-        if self.stage == 3:
-            ds = with_one_rank(ds, runtime.world_size)
+        self.fetches_weights = fetches_weights(ds, runtime.world_size)
+        if self.stage == 3 and not self.fetches_weights:
+            ds = with_weights_in_place(ds)
         self.dtype = torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32
         self.ds_config = ds | {
             "train_micro_batch_size_per_gpu": 1,  # the batch is ours: one backward, or GradCache's, is one step
@@ -103,11 +111,11 @@ class StudentEngine:
             module = AClip(model, builder(objectives), self.savings)
         self.start = start_of(seed, model, objectives)
         start_weights(module, self.start, self.stage)
-        if self.stage == 3:
+        if self.fetches_weights:
             fetch_blocks_whole(module)
         self.in_fp8 = fp8.convert_towers(module, with_text=True) if self.fp8 == FP8_ALL else ""
         self.compile_asked = str(engine.compile)
-        self.compile_mode = mode_of(self.compile_asked, self.stage, runtime.device)
+        self.compile_mode = mode_of(self.compile_asked, self.stage, runtime.device, self.fetches_weights)
         self.not_compiled = compile_towers(module, self.compile_mode)
         self.change_views = compile_changes(NO_COMPILE if self.not_compiled else self.compile_mode, runtime.device)
         starts = {name: start_share(options) for name, options in objectives.items()}
@@ -139,6 +147,8 @@ class StudentEngine:
         if self.stage == 3:
             gather_with_the_model(module)
             take_one_norm(self.engine.optimizer)
+            if not self.fetches_weights:
+                keep_weights_in_place(self.engine.optimizer)
 
     @property
     def module(self) -> nn.Module:
@@ -250,7 +260,7 @@ class StudentEngine:
     def logit_scale(self) -> float:
         """exp(logit_scale), as the forward reads it."""
         parameter: Any = self.module.logit_scale
-        with gathered([parameter]):
+        with gathered([parameter]) if self.fetches_weights else contextlib.nullcontext():
             return float(parameter.detach().float().exp().item())
 
     def full_state(self) -> dict[str, Tensor]:
@@ -345,9 +355,7 @@ def gather_with_the_model(module: AClip) -> None:
 
 
 def gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
-    """ZeRO-3 parameters whole for reading; nothing below stage 3."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return contextlib.nullcontext()
+    """ZeRO-3 parameters whole for reading."""
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters)

@@ -45,7 +45,7 @@ class Replicated:
             parameter.data = parameter.data.to(student.dtype)
         self.in_fp8 = fp8.convert_towers(self.module, with_text=False) if student.fp8 != NO_FP8 else ""
         if not student.not_compiled:
-            compile_towers(self.module, mode_of(student.compile_asked, min(student.stage, 2), device))
+            compile_towers(self.module, mode_of(student.compile_asked, student.stage, device))
         self.dtype = student.dtype
         self.whole_on_every_rank = student.stage == 0 or dist.get_world_size() == 1
         self._layouts: dict[bool, list[Layout]] = {}

@@ -12,25 +12,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from amclip_ds.engine.ds_config import is_offloaded
-
-EVERYTHING = 10**15  # elements: no tensor has more
+from amclip_ds.engine.ds_config import is_offloaded, stage_of
 
 
-def with_one_rank(ds: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """A config of stage 3 as it is on several ranks; on one, a weight's shard is the weight, and stays in its place.
+def fetches_weights(ds: dict[str, Any], world_size: int) -> bool:
+    """Whether weights come and go: at stage 3, unless one rank has all of them where they are read."""
+    return stage_of(ds) == 3 and (world_size > 1 or is_offloaded(ds, "offload_param"))
 
-    Persistent: nothing is fetched. Gradients are averaged as one run instead of tensor by tensor. A linear layer need
-    not let go of its weight until the backward pass, and is torch's own.
-    """
-    if world_size > 1 or is_offloaded(ds, "offload_param"):
-        return ds
-    alone = {
-        "stage3_param_persistence_threshold": EVERYTHING,
-        "reduce_scatter": False,
-        "memory_efficient_linear": False,
-    }
+
+def with_weights_in_place(ds: dict[str, Any]) -> dict[str, Any]:
+    """A config of stage 3 for one rank: gradients are averaged as one run instead of tensor by tensor, and a linear
+    layer, which need not let go of its weight until the backward pass, is torch's own."""
+    alone = {"reduce_scatter": False, "memory_efficient_linear": False}
     return ds | {"zero_optimization": ds["zero_optimization"] | alone}
+
+
+def keep_weights_in_place(optimizer: Any) -> None:
+    """On one rank: fetches all weights once, and takes away the hooks that would release and fetch them again.
+
+    A weight's shard is the weight itself then, the same memory: a step, which writes shards, is seen by the next
+    forward.
+    """
+    offload = optimizer.parameter_offload
+    offload.destroy()
+    parameters: list[Any] = list(offload.module.parameters())
+    parameters[0].all_gather(parameters)
+    assert all(p.data_ptr() == p.ds_tensor.data_ptr() for p in parameters)
+    optimizer._partition_all_parameters = lambda: None
 
 
 def fetch_blocks_whole(model: nn.Module) -> None:

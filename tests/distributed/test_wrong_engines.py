@@ -78,11 +78,11 @@ def test_what_is_compiled_is_one_graph(ds: str) -> None:
 
 
 @pytest.mark.nightly
-def test_on_one_rank_zero_3_has_a_whole_teacher() -> None:
+def test_on_one_rank_zero_3_compiles_towers() -> None:
     case = "tests.distributed.cases_engine:compiled"
     found = run_ranks(case, world_size=1, timeout_s=300, ds="zero3_fp32.json", mode="tower", backend="aot_eager")[0]
     agrees(found)
-    assert found["towers"] == ["plain", "compiled"] and found["blocks"] == [["compiled"], ["plain"]]
+    assert found["towers"] == ["compiled"] * 2 and found["blocks"] == [["plain"]] * 2
 
 
 def test_compile_falls_back_and_says_so() -> None:
