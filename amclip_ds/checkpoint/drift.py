@@ -17,7 +17,8 @@ from amclip_ds.model.savings import Savings
 FREE_SECTIONS = ("checkpoint", "log", "eval", "watchdog", "preemption", "ownership")
 FREE = {
     *("run.out", "run.time_limit", "run.log_sample_ids", "run.deterministic", "run.profile"),
-    *("batch.per_gpu", "engine.deepspeed", "engine.compile", "engine.allow_untested", "teacher.placement"),
+    *("batch.per_gpu", "engine.deepspeed", "engine.compile", "engine.allow_untested", "engine.flat_gradients"),
+    "teacher.placement",
     *(f"engine.savings.{item.name}" for item in fields(Savings)),
     *("model.init_from", "model.vision.checkpoint_every", "model.text.checkpoint_every", "loss.chunk", "loss.exchange"),
     *("guards.max_skipped", "guards.max_rewinds"),
