@@ -46,6 +46,47 @@ def test_one_nan_in_an_accumulated_batch(ds: str) -> None:
     check(results, 2)
 
 
+def spike(ds: str, splits: int, **words: Any) -> dict[str, Any]:
+    """What rank 0, where whole states are, saw of a spike's step; the decision is everybody's."""
+    results = run_ranks(
+        "tests.distributed.cases_guards:spike_refused", timeout_s=600, ds=ds, accumulation=splits, **words
+    )
+    decided = [{key: found[key] for key in ("applied", "reason", "counted", "committed")} for found in results]
+    assert decided[0] == decided[1]
+    return results[0]
+
+
+CELLS = [(ds, splits) for ds in FILES for splits in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("ds", "splits"),
+    [cell if cell == ("zero1_fp32.json", 2) else pytest.param(*cell, marks=pytest.mark.nightly) for cell in CELLS],
+)
+def test_a_refused_gradient_is_never_applied(ds: str, splits: int) -> None:
+    """A spike's gradient is finite: only the guards' word keeps it from the weights, moments and counters."""
+    found = spike(ds, splits)
+    assert not found["applied"] and found["counted"] == (1, 3) and found["committed"] == 0
+    assert "leapt over" in found["reason"] and not found["norm_is_known"]
+    assert found["nothing_moved"] and found["next_is_control"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("ds", ["zero0_fp32.json", "zero2_bf16.json", "zero3_fp32.json"])
+def test_a_refused_gradient_leaves_muon_alone(ds: str) -> None:
+    found = spike(ds, 1, optim="muon")
+    assert not found["applied"] and found["nothing_moved"] and found["next_is_control"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("ds", "splits"), CELLS)
+def test_a_refused_gradient_that_nobody_poisons_is_applied(ds: str, splits: int) -> None:
+    """The twin: the same steps, where the loss is not multiplied by the verdict."""
+    found = spike(ds, splits, is_obeyed=False)
+    assert found["applied"] and found["committed"] == 1
+    assert not found["nothing_moved"] and not found["next_is_control"]
+
+
 def test_without_the_check_stage_0_applies_a_nan() -> None:
     """The twin: DeepSpeed's own step at stage 0."""
     results = run_ranks("tests.distributed.test_guards:not_finite_unguarded", world_size=2, timeout_s=600)
