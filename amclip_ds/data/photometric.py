@@ -128,20 +128,25 @@ class _Constants(NamedTuple):
     luma: Tensor
 
 
-@functools.cache
-def _constants(device: torch.device) -> _Constants:
-    """Once a device: each is a copy from the host."""
-    with torch.inference_mode(False):
-        return _Constants(*(torch.tensor(value, device=device).view(3, 1, 1) for value in (MEAN, STD, LUMA)))
+_CONSTANTS: dict[torch.device, _Constants] = {}  # a compiler reads a dict as it is; functools.cache it traces through
+
+
+def constants(device: torch.device) -> _Constants:
+    """Made once a device, since each is a copy from the host. Before change_all is compiled they must be there."""
+    if device not in _CONSTANTS:
+        with torch.inference_mode(False):
+            made = _Constants(*(torch.tensor(value, device=device).view(3, 1, 1) for value in (MEAN, STD, LUMA)))
+        _CONSTANTS[device] = made
+    return _CONSTANTS[device]
 
 
 def _standardise(x: Tensor) -> Tensor:
-    constants = _constants(x.device)
-    return (x - constants.mean) / constants.std
+    held = constants(x.device)
+    return (x - held.mean) / held.std
 
 
 def _luma(x: Tensor) -> Tensor:
-    return (x * _constants(x.device).luma).sum(-3, keepdim=True)
+    return (x * constants(x.device).luma).sum(-3, keepdim=True)
 
 
 def _gray(x: Tensor, _: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ def compile_changes(mode: str, device: torch.device) -> Callable[[Tensor, photom
     def apply(views_uint8: Tensor, changes: photometric.Photometric) -> Tensor:
         if whole is None or whole.failed:
             return photometric.apply(views_uint8, changes)
+        photometric.constants(views_uint8.device)
         return whole(views_uint8, upload(torch.from_numpy(changes.table), device))
 
     is_compiled = mode != NO_COMPILE and device.type == "cuda"
