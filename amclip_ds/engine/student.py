@@ -134,6 +134,7 @@ class StudentEngine:
                 model=module, optimizer=optimizer, config=self.ds_config, dist_init_required=False
             )
         self.engine.stage_number = self.stage
+        self._scale: dict[str, shards.Shard] | None = None
         self.flat = FlatGradients(self.engine.optimizer) if flattens else None
         if self.stage in (1, 2) and not in_host_memory:
             trust_the_norm(self.engine.optimizer)
@@ -250,8 +251,9 @@ class StudentEngine:
     def clamp_logit_scale(self) -> None:
         """Clamps the fp32 master of logit_scale, and the copy the forward reads, to [0, ln 100]."""
         parameter: Any = self.module.logit_scale
-        shard = shards.master_shards_of({"logit_scale": parameter}).get("logit_scale")
-        if shard is not None:
+        if self._scale is None or self.in_host_memory:  # at stage 3 each question waits for communication
+            self._scale = shards.master_shards_of({"logit_scale": parameter})
+        for shard in self._scale.values():
             shard.tensor.clamp_(*LOGIT_SCALE_RANGE)
         parameter.data.clamp_(*LOGIT_SCALE_RANGE)
         if hasattr(parameter, "ds_tensor"):
