@@ -22,7 +22,8 @@ pytestmark = [
     [(1, "none", 32), (1, "tower", 32), (2, "tower", 32), (1, "none", 5), (1, "tower", 20)],
 )
 def test_losses_are_near_those_of_bf16(stage: int, compiled: str, batch: int) -> None:
-    """5 and 20 samples: no weight's gradient is a product over a multiple of 16 tokens. Twin: engine.fp8=none from the same weights."""
+    """5 and 20 samples: no weight's gradient is a product over a multiple of 16 tokens.
+    Twin: engine.fp8=none from the same weights."""
     found = {}
     words = [f"engine.deepspeed=zero{stage}_bf16.json", f"engine.compile={compiled}"]
     with made_scenes(batch) as scenes:
