@@ -113,7 +113,7 @@ class Sharded:
         start_weights(module, student.start, stage=3)
         fetch_blocks_whole(module)
         if not student.not_compiled:
-            compile_towers(module, student.compile_mode)
+            compile_towers(module, mode_of(student.compile_asked, student.stage, device, fetches_weights=True))
         self._engine, *_ = deepspeed.initialize(model=module, config=ds, dist_init_required=False)
         self.module: nn.Module = module
         for buffer in module.buffers():

@@ -322,7 +322,7 @@ def refused(ds: str, **settings: Any) -> str:
     return "not refused"
 
 
-def compiled(ds: str, mode: str, backend: str = "inductor") -> dict[str, Any]:
+def compiled(ds: str, mode: str, backend: str = "inductor", placement: str = "auto") -> dict[str, Any]:
     """Losses and gradient norms with and without engine.compile, and the warnings it gave."""
     import warnings
 
@@ -334,7 +334,7 @@ def compiled(ds: str, mode: str, backend: str = "inductor") -> dict[str, Any]:
     rows = [plain.step(step) for step in range(3)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run = Run(ds, runtime=runtime, compile=mode, steps=3)
+        run = Run(ds, runtime=runtime, compile=mode, steps=3, placement=placement)
         compiled_rows = [run.step(step) for step in range(3)]
     models: list[Any] = [run.student.module, run.teacher.placed.module]
     said = [str(warning.message) for warning in caught if "engine.compile" in str(warning.message)]

@@ -78,11 +78,14 @@ def test_what_is_compiled_is_one_graph(ds: str) -> None:
 
 
 @pytest.mark.nightly
-def test_on_one_rank_zero_3_compiles_towers() -> None:
-    case = "tests.distributed.cases_engine:compiled"
-    found = run_ranks(case, world_size=1, timeout_s=300, ds="zero3_fp32.json", mode="tower", backend="aot_eager")[0]
+@pytest.mark.parametrize("placement", ["auto", "sharded"])
+def test_on_one_rank_zero_3_compiles_towers(placement: str) -> None:
+    """Not those of a teacher in shards, whose weights come and go."""
+    settings = {"ds": "zero3_fp32.json", "mode": "tower", "backend": "aot_eager", "placement": placement}
+    found = run_ranks("tests.distributed.cases_engine:compiled", world_size=1, timeout_s=300, **settings)[0]
     agrees(found)
-    assert found["towers"] == ["compiled"] * 2 and found["blocks"] == [["plain"]] * 2
+    parts = [("compiled", "plain"), ("plain", "compiled") if placement == "sharded" else ("compiled", "plain")]
+    assert found["towers"] == [tower for tower, _ in parts] and found["blocks"] == [[block] for _, block in parts]
 
 
 def test_compile_falls_back_and_says_so() -> None:
