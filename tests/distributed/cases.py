@@ -140,6 +140,7 @@ class Run:
         own: dict[str, Any] | None = None,
         roles: bool = False,
         flat: bool = True,
+        fp8: str = "none",
     ) -> None:
         self.runtime = runtime or engine_runtime.start()
         self.comm = DistributedComm()
@@ -156,7 +157,7 @@ class Run:
             self.model,
             self.objectives,
             optim_config,
-            EngineConfig(deepspeed=ds, compile=compile, flat_gradients=flat),
+            EngineConfig(deepspeed=ds, compile=compile, flat_gradients=flat, fp8=fp8),
             seed=seed,
             runtime=self.runtime,
         )

@@ -1,6 +1,7 @@
 """Cases about the average, accumulation, guards and activation checkpointing on real engines."""
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -346,6 +347,32 @@ def compiled(ds: str, mode: str, backend: str = "inductor", placement: str = "au
         "compiled": [(row["loss"], row["norm"]) for row in compiled_rows],
         "blocks": [sorted({taken(block.forward) for block in blocks_of(model)}) for model in models],
     }
+
+
+def in_fp8(ds: str) -> dict[str, Any]:
+    """Two steps with engine.fp8=none and all, towers compiled; emulated, as no setting does."""
+    from amclip_ds.engine import compile as compiling
+    from amclip_ds.engine import fp8
+
+    compiling.BACKEND = "aot_eager"
+    fp8.check_machine = lambda device: None
+    fp8.convert_towers = functools.partial(fp8.convert_towers, emulate=True)
+    runtime = engine_runtime.start()
+    found: dict[str, Any] = {}
+    for mode in ("none", "all"):
+        run = Run(ds, runtime=runtime, compile="tower", fp8=mode, steps=2)
+        rows = [run.step(step) for step in range(2)]
+        states = [run.student.full_state(), run.teacher.full_state()]
+        models: list[Any] = [run.student.module, run.teacher.placed.module]
+        found[mode] = {
+            "rows": [(row["loss"], row["norm"]) for row in rows],
+            "states": [{name: tuple(value.shape) for name, value in state.items()} for state in states],
+            "names": [[name for name, _ in model.named_parameters()] for model in models],
+            "layers": [run.student.in_fp8, run.teacher.placed.in_fp8],
+            "towers": [taken(model.vision.through_blocks) for model in models],
+        }
+    engine_runtime.stop(runtime)
+    return found
 
 
 def taken(function: Any) -> str:

@@ -66,6 +66,20 @@ def test_compiled_towers_agree(mode: str, stage: int) -> None:
     assert found["towers"] == parts[:1] * 2 and found["blocks"] == [parts[1:]] * 2
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", [1, 2])
+def test_engines_in_fp8_have_the_names_and_nearly_the_numbers_of_bf16(stage: int) -> None:
+    found = run_ranks("tests.distributed.cases_engine:in_fp8", timeout_s=300, ds=f"zero{stage}_bf16.json")[0]
+    plain, converted = found["none"], found["all"]
+    assert plain["layers"] == ["", ""]
+    assert converted["layers"] == ["4 of 8 in the image tower, 6 of 12 in the text tower", "4 of 8 in the image tower"]
+    assert converted["towers"] == plain["towers"] == ["compiled", "compiled"]
+    assert converted["states"] == plain["states"] and converted["names"] == plain["names"]
+    assert converted["rows"] != plain["rows"]
+    for (loss, _), (theirs, _) in zip(converted["rows"], plain["rows"]):  # norms part: docs/results/fp8.md
+        assert loss == pytest.approx(theirs, rel=0.05)
+
+
 @pytest.mark.parametrize("ds", ["zero1_fp32.json", "zero3_fp32.json"])
 def test_what_is_compiled_is_one_graph(ds: str) -> None:
     """Without the code generation: graphs, hooks and gradients are those of a compiled run. Whole towers; at ZeRO-3
