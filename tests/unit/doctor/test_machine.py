@@ -135,3 +135,15 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "fail  launcher: " in capsys.readouterr().out
     assert main(["doctor", str(tmp_path)]) == 2
     assert "not a run's folder" in capsys.readouterr().err
+
+
+def test_what_engine_fp8_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "NVIDIA A100 has no fp8 units" in machine._fp8("NVIDIA A100").found
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert "engine.fp8=teacher or all" in machine._fp8("NVIDIA H100").found
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'amclip_ds[fp8]'" in machine._fp8("NVIDIA H100").found
