@@ -14,7 +14,7 @@ from amclip_ds.cli import main
 from amclip_ds.optim import NAMES
 from amclip_ds.plan import optimizer, shown, work
 from amclip_ds.plan.gpus import AS_MEASURED, GPUS, MEASURED, Gpu, _work_of, gpu_of, rate_of
-from amclip_ds.plan.model_state import model_state_of
+from amclip_ds.plan.model_state import model_state_of, trained_elements
 from amclip_ds.plan.planner import GIB, Ask, Plan, communication_bytes, make_plan, memory_of
 from amclip_ds.plan.work import work_of
 
@@ -262,3 +262,15 @@ print([name for name in ("torch", "timm", "transformers", "deepspeed") if name i
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy, seconds = done.stdout.strip().splitlines()[-1].rsplit(maxsplit=1)
     assert heavy == "[]" and float(seconds) < 5
+
+
+def test_stage_3_holds_the_weights_that_are_read_again_on_several_ranks_alone() -> None:
+    """All of a ViT-B between its forward and backward pass; with offload, as many as the file's reuse distance."""
+    found = {}
+    for file, ranks in (("zero3_bf16", 1), ("zero3_bf16", 8), ("zero3_bf16_offload", 1)):
+        words = [f"engine.deepspeed={file}.json", "batch.global_size=64", "batch.per_gpu=8"]
+        step = work_of(config.load("aclip-vitb16", words), ranks)
+        found[file, ranks] = memory_of(step).by_part["buckets"]
+    weights = 2 * trained_elements(step.student)
+    assert found["zero3_bf16", 8] - found["zero3_bf16", 1] == pytest.approx(weights)
+    assert found["zero3_bf16_offload", 1] - found["zero3_bf16", 1] == pytest.approx(2 * 150_000_000)
