@@ -81,7 +81,7 @@ class FlatGradients:
         for number, rounds in enumerate(self._rounds):
             parameters = zero.round_robin_bit16_groups[number]
             gradients = [None if p.grad is None else p.grad.reshape(-1) for p in parameters]
-            flat = torch.zeros(int(zero.partition_size[number]), dtype=torch.float32, device=parameters[0].device)
+            flat = torch.empty(int(zero.partition_size[number]), dtype=torch.float32, device=parameters[0].device)
             for turn in rounds:
                 self._sum(flat.narrow(0, turn.start, turn.length), turn, gradients)
             for parameter in parameters:
@@ -105,7 +105,7 @@ class FlatGradients:
         if dist.get_world_size() == 1:
             fill(own, turn, gradients)
             return
-        sent = torch.zeros(turn.length * dist.get_world_size(), dtype=self._sent_dtype(), device=own.device)
+        sent = torch.empty(turn.length * dist.get_world_size(), dtype=self._sent_dtype(), device=own.device)
         fill(sent, turn, gradients)
         received = own if own.dtype == sent.dtype else torch.empty_like(own, dtype=sent.dtype)
         reduce_scatter(received, sent)
@@ -130,9 +130,15 @@ class FlatGradients:
 
 
 def fill(buffer: Tensor, turn: Round, gradients: list[Tensor | None]) -> None:
-    """Copies the pieces of a round into a buffer of zeros, all of a dtype in one call."""
+    """Copies the pieces of a round into a buffer in one call; zeros where there is none, and between them."""
     pieces = [(piece, gradients[piece.gradient]) for piece in turn.pieces]
     found = [(piece, gradient) for piece, gradient in pieces if gradient is not None]
+    end = 0
+    for piece, _ in found:
+        if piece.place > end:
+            buffer[end : piece.place].zero_()
+        end = piece.place + piece.length
+    buffer[end:].zero_()
     if found:
         targets = [buffer.narrow(0, piece.place, piece.length) for piece, _ in found]
         torch._foreach_copy_(targets, [gradient.narrow(0, piece.start, piece.length) for piece, gradient in found])

@@ -78,7 +78,8 @@ class Replicated:
         device = next(self.module.parameters()).device
         mine = torch.zeros(longest, dtype=self.dtype, device=device)
         lengths = [shard.length for shard in published.values()]
-        torch._foreach_copy_(mine[: sum(lengths)].split(lengths), [shard.tensor for shard in published.values()])
+        if lengths:  # a rank may hold nothing that is averaged
+            torch._foreach_copy_(mine[: sum(lengths)].split(lengths), [shard.tensor for shard in published.values()])
         everything = [torch.empty_like(mine) for _ in layouts]
         with COMMUNICATION.waiting():
             dist.all_gather(everything, mine)
