@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,6 +28,8 @@ from amclip_ds.resilience.ownership import Owner, OwnershipLost
 from amclip_ds.signals import STOPPING, heeded
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from amclip_ds.engine.runtime import Runtime
 
 NAMES = tuple(number.name for number in STOPPING)
@@ -141,6 +143,8 @@ class Preemption:
         time_limit: str | None = None,
     ) -> None:
         self._config, self._stop_file, self._runtime, self._owner = config, folder / run_files.STOP, runtime, owner
+        self._is_ahead = runtime.device.type == "cuda"
+        self._asked: Callable[[], Tensor] | None = None
         self._arrivals = listen(config.forced_exit_s)
         self._deadlines: dict[str, float] = {}
         self._time_limit = time_limit
@@ -158,20 +162,16 @@ class Preemption:
     def agreed(self, is_last: bool = False) -> str | None:
         """Why the run is to save and stop now, the same on all ranks; None: train on. Collective: every rank must call.
 
-        One all-reduce of one number. is_last: the run ends with this step anyway, nothing needs to stop it. Raises
-        OwnershipLost, on every rank, where another trainer has the folder: call before the step is recorded there.
+        One all-reduce of one number; on GPUs a reason is heard a step later, but for the first and the last step.
+        is_last: the run ends with this step anyway, nothing needs to stop it. Raises OwnershipLost, on every rank,
+        where another trainer has the folder: call before the step is recorded there.
         """
-        import torch
-        import torch.distributed as dist
-
         self._arrivals.is_starting = False
         own = self._own_reason()
         world = self._runtime.world_size
         code = -1 if own is None else REASONS.index(own) * world + self._runtime.rank
         if world > 1:
-            packed = torch.tensor([code], device=self._runtime.device)
-            dist.all_reduce(packed, op=dist.ReduceOp.MAX)
-            code = int(packed.item())
+            code = self._largest(code, is_last)
         if code < 0:
             return None
         index, rank = divmod(code, world)
@@ -183,6 +183,21 @@ class Preemption:
         if REASONS[index] == "a STOP file" and self._runtime.is_main:
             self._stop_file.unlink(missing_ok=True)  # it has been read: started again, the run continues
         return self._describe(REASONS[index], rank)
+
+    def _largest(self, code: int, is_last: bool) -> int:
+        """Of all ranks. Ahead, that of the step before: this one's would be waited for, and with it everything that the
+        device still has to do."""
+        import torch
+        import torch.distributed as dist
+
+        from amclip_ds.host_copies import begin_download, upload
+
+        packed = upload(torch.tensor([code]), self._runtime.device)
+        dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+        newest = begin_download(packed)
+        read = newest if is_last or self._asked is None else self._asked
+        self._asked = newest if self._is_ahead else None
+        return int(read().item())
 
     def _own_reason(self) -> str | None:
         """What this rank knows, the weightiest first."""

@@ -27,8 +27,8 @@ def loop(stops: Preemption, disturb: dict[int, object], steps: int = 30) -> tupl
     return steps, None
 
 
-def stop_case(folder: str, to: list[int], how: str, times: int = 1) -> dict:
-    """Signals `how`, or a file, or a limit, at step 5 of the ranks in `to`."""
+def stop_case(folder: str, to: list[int], how: str, times: int = 1, is_ahead: bool = False) -> dict:
+    """Signals `how`, or a file, or a limit, at step 5 of the ranks in `to`. is_ahead: the host is, as on GPUs."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     rank = int(os.environ["RANK"])
     started = runtime.start(60)
@@ -43,6 +43,7 @@ def stop_case(folder: str, to: list[int], how: str, times: int = 1) -> dict:
     limit = "00:00:01" if how == "limit" else None
     end = time.time() + 1 if how == "slurm" and rank == 0 else None
     with Preemption(PreemptionConfig(), Path(folder), started, None, end, limit) as stops:
+        stops._is_ahead = is_ahead
         step, reason = loop(stops, disturb, 300)
         count = stops._arrivals.count
     handlers = [signal.getsignal(number) for number in STOPPING]

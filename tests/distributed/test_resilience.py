@@ -41,6 +41,13 @@ def test_all_ranks_stop_at_the_same_step(to: list[int], how: str, times: int, tm
     assert not (tmp_path / "STOP").exists(), "a STOP file that was heard must not stop the next start"
 
 
+@pytest.mark.nightly
+def test_ahead_of_the_device_all_ranks_stop_a_step_later(tmp_path: Path) -> None:
+    case = {"folder": str(tmp_path), "to": [1], "how": "SIGUSR1", "is_ahead": True}
+    for result in run_ranks(f"{CASES}stop_case", world_size=2, **case):
+        assert result["step"] in (6, 7) and result["reason"] == "SIGUSR1 on rank 1"
+
+
 def test_nobody_stops_unasked(tmp_path: Path) -> None:
     """The twin."""
     for result in run_ranks(f"{CASES}stop_case", world_size=2, folder=str(tmp_path), to=[], how="nothing"):
