@@ -49,6 +49,7 @@ class Replicated:
         self.dtype = student.dtype
         self.whole_on_every_rank = student.stage == 0 or dist.get_world_size() == 1
         self._layouts: dict[bool, list[Layout]] = {}
+        self._views: dict[bool, list[Tensor]] = {}
 
     def __call__(self, method: Callable[..., Any], *inputs: Any) -> Any:
         """A method of TeacherModel over the inputs."""
@@ -60,13 +61,16 @@ class Replicated:
 
         whole: whether `published` is everything; the ranks' layouts are exchanged once for either.
         """
-        parameters = dict(self.module.named_parameters())
         if self.whole_on_every_rank:
             pieces = [(name, shard.start, shard.tensor) for name, shard in published.items()]
         else:
             pieces = list(self._exchange(published, whole))
-        targets = [parameters[name].data.view(-1)[start : start + piece.numel()] for name, start, piece in pieces]
-        torch._foreach_copy_(targets, [piece for *_, piece in pieces])
+        if whole not in self._views:  # a GPU waits for the host here: what stays the same is made once
+            parameters = dict(self.module.named_parameters())
+            self._views[whole] = [
+                parameters[name].data.view(-1)[start : start + piece.numel()] for name, start, piece in pieces
+            ]
+        torch._foreach_copy_(self._views[whole], [piece for *_, piece in pieces])
 
     def _exchange(self, published: Mapping[str, Shard], whole: bool) -> Iterator[tuple[str, int, Tensor]]:
         """All ranks' pieces, by one all-gather in the dtype of the forward."""
