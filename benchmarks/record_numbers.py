@@ -7,7 +7,7 @@
 A cell is a method x ZeRO stage x precision x ranks x GradCache splits: 20 steps of METHOD-tiny on synthetic scenes, or
 on photographs. Recorded are each step's loss and terms, gradient norm and kept tokens (exact, as hexadecimal floats),
 a hash of all keep_indices, and a hash of every tensor of the last checkpoint: masters, moments, EMA, statistics.
-Savings (engine.savings) are off. Without --full the cells are few and span the factors. The ranks are forked from one
+Savings (engine.savings) and flat gradients are off. Without --full the cells are few and span the factors. The ranks are forked from one
 process, which imports once.
 """
 
@@ -291,10 +291,14 @@ def record(
 
 
 def plain_forward(checkout: Path) -> list[str]:
-    """Exact savings, where a checkout has any, are switched off: they change the order of roundings."""
-    file = checkout / "amclip_ds" / "model" / "savings.py"
-    text = file.read_text() if file.exists() else ""
-    return [f"engine.savings.{key}=false" for key in re.findall(r"^    (\w+): bool = True", text, re.M)]
+    """What changes the order of roundings, where a checkout has it, is switched off: exact savings, flat gradients."""
+    place = checkout / "amclip_ds"
+    savings, engine = (
+        file.read_text() if file.is_file() else ""
+        for file in (place / "model/savings.py", place / "engine/ds_config.py")
+    )
+    off = [f"engine.savings.{key}=false" for key in re.findall(r"^    (\w+): bool = True", savings, re.M)]
+    return off + ["engine.flat_gradients=false"] * ("flat_gradients: bool" in engine)
 
 
 def going_on(checkouts: list[Path], wanted: list[Cell], data: Path) -> list[dict[str, Any]]:
