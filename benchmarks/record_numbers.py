@@ -7,8 +7,8 @@
 A cell is a method x ZeRO stage x precision x ranks x GradCache splits: 20 steps of METHOD-tiny on synthetic scenes, or
 on photographs. Recorded are each step's loss and terms, gradient norm and kept tokens (exact, as hexadecimal floats),
 a hash of all keep_indices, and a hash of every tensor of the last checkpoint: masters, moments, EMA, statistics.
-Savings (engine.savings) and flat gradients are off. Without --full the cells are few and span the factors. The ranks are forked from one
-process, which imports once.
+Savings (engine.savings) and flat gradients are off. Without --full the cells are few and span the factors. The ranks
+are forked from one process, which imports once.
 """
 
 import argparse
