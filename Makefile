@@ -21,7 +21,8 @@ test: setup ## every test but the nightly matrices
 test-quick: setup ## the unit tests, a distributed one of every stage and a training, in minutes
 	$(PYTEST) -m "quick and not nightly and not gpu"
 
-nightly: setup ## the full matrices (hours)
+nightly: setup ## the full matrices (hours); installs torchao, for engine.fp8
+	$(BIN)/python -m pip install -q -c constraints.txt torchao
 	$(PYTEST) -m "nightly"
 
 check: setup ## ruff and mypy

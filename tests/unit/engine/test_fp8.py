@@ -1,6 +1,7 @@
 """engine.fp8 without fp8 units: torchao's emulation rounds as they do. What is asked for in vain is refused by name."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from amclip_ds.model.teacher_model import TeacherModel
 from tests.unit.model import tiny
 
 CPU = torch.device("cpu")
+
+
+def with_torchao(test: Any) -> Any:
+    """Nightly, which installs it: with torchao in an environment transformers imports it, seconds and its warnings."""
+    is_missing = importlib.util.find_spec("torchao") is None
+    return pytest.mark.nightly(pytest.mark.skipif(is_missing, reason="needs the extra fp8")(test))
 
 
 def made(kind: Any = tiny.student, **vision: object) -> Any:
@@ -40,6 +47,7 @@ def layers_in_fp8(model: nn.Module) -> list[str]:
     return [name for name, layer in model.named_modules() if type(layer).__name__ == "Float8Linear"]
 
 
+@with_torchao
 def test_layers_of_the_blocks_but_the_last_are_replaced_and_parameters_stay() -> None:
     model = made()
     before, state = dict(model.named_parameters()), {name: t.clone() for name, t in model.state_dict().items()}
@@ -58,12 +66,14 @@ def test_layers_of_the_blocks_but_the_last_are_replaced_and_parameters_stay() ->
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+@with_torchao
 def test_the_teachers_text_tower_stays_in_bf16() -> None:
     model = made(tiny.teacher)
     assert fp8.convert_towers(model, with_text=False, emulate=True) == "8 of 12 in the image tower"
     assert all(name.startswith("vision.") for name in layers_in_fp8(model))
 
 
+@with_torchao
 def test_numbers_are_near_those_of_bf16_and_differ() -> None:
     """Twin: the same model without. As many tokens as no product takes without padding (6 x 11, 6 x 17)."""
     plain, converted = made(), made()
@@ -82,6 +92,7 @@ def test_numbers_are_near_those_of_bf16_and_differ() -> None:
             assert float(torch.cosine_similarity(mine, theirs, dim=0)) > 0.9, name
 
 
+@with_torchao
 def test_the_scores_of_a_teacher_in_inference_mode_are_near() -> None:
     plain, converted = made(tiny.teacher), made(tiny.teacher)
     fp8.convert_towers(converted, with_text=False, emulate=True)
@@ -91,6 +102,7 @@ def test_the_scores_of_a_teacher_in_inference_mode_are_near() -> None:
     assert not torch.equal(mine, theirs) and torch.allclose(mine, theirs, rtol=0.1)
 
 
+@with_torchao
 def test_sizes_that_are_no_multiple_of_16_stay_in_bf16() -> None:
     """Width 40, four heads of 10; its MLP is of 80: only what has both sizes right is taken, and here nothing."""
     model = made(width=40)
@@ -98,6 +110,7 @@ def test_sizes_that_are_no_multiple_of_16_stay_in_bf16() -> None:
     assert said == "0 of 12 in the image tower, 6 of 12 in the text tower"
 
 
+@with_torchao
 def test_whole_towers_compile_in_one_graph_with_the_same_numbers() -> None:
     model = made()
     fp8.convert_towers(model, with_text=True, emulate=True)
@@ -106,6 +119,7 @@ def test_whole_towers_compile_in_one_graph_with_the_same_numbers() -> None:
     assert torch.equal(compiled(texts), model.text.pooled(texts))
 
 
+@with_torchao
 def test_no_setting_emulates() -> None:
     assert not any("emulate" in key for key in settings.keys_and_types())
     model = made()
@@ -133,6 +147,7 @@ def test_stage_3_and_fp32_are_refused() -> None:
     assert "zero2_fp32.json is fp32; use engine.deepspeed=zero1_bf16.json" in said
 
 
+@with_torchao
 def test_a_teacher_that_nothing_reads_is_refused() -> None:
     bf16 = "engine.deepspeed=zero1_bf16.json"
     said = refused("clip-tiny", "engine.fp8=teacher", bf16)
@@ -148,6 +163,7 @@ def test_torchao_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch)
         check_torchao(EngineConfig(fp8="all"))
 
 
+@with_torchao
 def test_a_device_without_fp8_units_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"^engine\.fp8: fp8 needs a GPU .*on the CPU; use engine\.fp8=none$"):
         fp8.check_machine(CPU)
