@@ -141,6 +141,7 @@ def test_what_engine_fp8_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(machine.importlib.metadata, "version", lambda name: "0.18.0")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "NVIDIA A100 has no fp8 units" in machine._fp8("NVIDIA A100").found
