@@ -52,7 +52,7 @@ def refused(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
     return file, why
 
 
-def test_it_is_one_line_within_a_second(refused: tuple[Path, str]) -> None:
+def test_it_is_one_line_within_seconds(refused: tuple[Path, str]) -> None:
     """A recipe and a sweep, which are read by two commands. Processor time: other tests run beside."""
     file, why = refused
     for read in (lambda: settings.load(str(file)), lambda: sweep.read_sweep(file)):
@@ -60,7 +60,7 @@ def test_it_is_one_line_within_a_second(refused: tuple[Path, str]) -> None:
         with pytest.raises(UserError, match=why) as caught:
             read()
         assert "\n" not in str(caught.value) and "foreign.yaml" in str(caught.value)
-        assert time.process_time() - began < 1.0
+        assert time.process_time() - began < 3.0  # 0.4 idle; beside others twice that and more was seen
 
 
 @pytest.mark.parametrize("name", ["lists that unfold", "the environment", "a tag of ours", "depth", "a key twice"])

@@ -99,7 +99,7 @@ def test_an_installed_wheel_works_from_any_folder(installed: Path, tmp_path: Pat
     done = run(installed, tmp_path, "python", "-c", script)
     path, stage = done.stdout.split()
     assert installed.parent in Path(path).parents and stage == "3", done.stderr
-    for module in ("gpu", "retrieval"):
+    for module in ("gpu", "retrieval"):  # the first imports others of them
         done = run(installed, tmp_path, "python", "-m", f"amclip_ds.benchmarks.{module}", "--help")
         assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
