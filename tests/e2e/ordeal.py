@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -28,7 +29,10 @@ def calamities(steps: int, folder: Path) -> dict[int, Any]:
     """After how many steps what happens. Saves are due every tenth of the run, evaluations every fifth."""
     part, tar, fill = steps // 20, folder / "set" / "test" / "0.tar", folder / "fill"
 
-    def fill_the_disk() -> None:
+    def fill_the_disk(saved: int) -> None:
+        folder_of_it, until = folder / "run" / "checkpoints" / f"step_{saved:08d}", time.monotonic() + 120
+        while not folder_of_it.exists() and time.monotonic() < until:  # what is being written is to be committed
+            time.sleep(0.02)
         with contextlib.suppress(OSError), fill.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 16))
@@ -49,7 +53,7 @@ def calamities(steps: int, folder: Path) -> dict[int, Any]:
         os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
 
     return {
-        2 * part + 1: fill_the_disk,  # one save is due meanwhile, and cannot be made
+        2 * part + 1: lambda: fill_the_disk(2 * part),  # one save is due meanwhile, and cannot be made
         5 * part - 1: fill.unlink,
         7 * part: break_the_set,
         8 * part + 1: fix_the_set,
@@ -57,7 +61,7 @@ def calamities(steps: int, folder: Path) -> dict[int, Any]:
         10 * part + 1: lambda: kill_children("forkserver"),
         11 * part: kill_the_server,
         11 * part + 1: lambda: kill_children("watch_ranks"),
-        12 * part + 1: fill_the_disk,
+        12 * part + 1: lambda: fill_the_disk(12 * part),
         15 * part - 1: fill.unlink,  # again one save is not made
         15 * part: lambda: os.kill(os.getppid(), signal.SIGHUP),
     }
