@@ -7,6 +7,7 @@ are rounded to the gradient's dtype in between.
 """
 
 import warnings
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,16 +60,18 @@ class FlatGradients:
         own = int(zero.partition_size[number])
         step = own if world == 1 else max(1, min(own, int(zero.reduce_bucket_size) // world))
         sizes = [parameter.numel() for parameter in zero.round_robin_bit16_groups[number]]
-        places = list(zip(zero.round_robin_bit16_offsets[number], sizes))
+        offsets = zero.round_robin_bit16_offsets[number]
         rounds = [Round(start, min(step, own - start), []) for start in range(0, own, step)]
         for turn in rounds:
             for rank in range(world):
                 first = rank * own + turn.start
-                for item, (offset, size) in enumerate(places):
-                    begin, end = max(offset, first), min(offset + size, first + turn.length)
+                # Only the tensors that are there: all of them for each rank would take seconds on hundreds of ranks.
+                touched = range(bisect_right(offsets, first) - 1, bisect_left(offsets, first + turn.length))
+                for item in touched:
+                    begin, end = max(offsets[item], first), min(offsets[item] + sizes[item], first + turn.length)
                     if begin < end:
                         place = rank * turn.length + begin - first
-                        turn.pieces.append(Piece(item, begin - offset, place, end - begin))
+                        turn.pieces.append(Piece(item, begin - offsets[item], place, end - begin))
         return rounds
 
     @torch.no_grad()
@@ -117,7 +120,7 @@ class FlatGradients:
 
     @torch.no_grad()
     def norm(self, norm_type: int = 2) -> Tensor:
-        """Of the whole averaged gradient, as a number on the CPU: the one time that a step waits for the device.
+        """Of the whole averaged gradient, on the device (student.trust_the_norm reads it).
 
         NaN or infinite where any gradient is: DeepSpeed's step then changes nothing, on all ranks.
         """
@@ -126,7 +129,7 @@ class FlatGradients:
         if dist.get_world_size() > 1:
             with COMMUNICATION.waiting():
                 dist.all_reduce(total)
-        return total.sqrt().float().cpu()
+        return total.sqrt().float()
 
 
 def fill(buffer: Tensor, turn: Round, gradients: list[Tensor | None]) -> None:
