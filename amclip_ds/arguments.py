@@ -65,6 +65,20 @@ def add_plugin(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plugin", action="append", default=[], metavar="NAME|FILE.py", help=says)
 
 
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """The words of `amclip train`, which a job script takes too."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name (amclip recipes) or the path of a yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the recipe")
+    parser.add_argument("--procs", type=whole(1, 1024), metavar="N", help="start N processes on this machine")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|PATH|never",
+        help="auto (default): resume from the newest checkpoint, fresh only if there is none",
+    )
+    add_plugin(parser)
+
+
 def plugin_words(plugins: list[str]) -> list[str]:
     """The words that give another command, in whatever folder, the same plug-ins."""
     files = {plugin: str(Path(plugin).absolute()) for plugin in plugins if plugin.endswith(".py") or "/" in plugin}

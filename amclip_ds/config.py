@@ -23,7 +23,6 @@ from amclip_ds.compat import COMPAT
 from amclip_ds.data.config import DataConfig, View, ViewConfig
 from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import LocalSettingsError, SettingsError, UserError, in_one_line
-from amclip_ds.evaluate import EvalConfig
 from amclip_ds.masks import MASKS, NONE, MaskConfig, ViewMask, masks_of_views, needs_of
 from amclip_ds.masks.text import TEXT_MASKS
 from amclip_ds.masks.units import num_kept_units, num_units
@@ -125,6 +124,25 @@ class BatchConfig:
         for name in ("global_size", "per_gpu"):
             if getattr(self, name) < 1:
                 raise ValueError(f"batch.{name}: {getattr(self, name)} is below 1")
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation during training."""
+
+    data: str | None = None
+    """Folders to evaluate on, joined by `::`: CLIP_benchmark's layout (classnames.txt, test/0.tar, ...), an image
+    folder (a folder a class, wnids too; below `val` or not), or tars of pairs for retrieval; null: none."""
+    every_steps: int | None = None
+    """Evaluate every so many steps; null: after the last step alone."""
+    batch_size: int = 64
+    """Images, or texts, in one forward; the numbers do not depend on how many ranks share the batches."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"eval.batch_size: {self.batch_size} is below 1")
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(f"eval.every_steps: {self.every_steps} is below 1 (null: after the last step alone)")
 
 
 @dataclass

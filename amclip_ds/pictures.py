@@ -27,6 +27,7 @@ from amclip_ds.data.captions import build_tokenizer
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.engine.collectives import on_main
 from amclip_ds.engine.student import StudentEngine
+from amclip_ds.engine.teacher import Teacher
 from amclip_ds.errors import AmclipError, in_one_line
 from amclip_ds.files import write_atomically
 from amclip_ds.mask_statistics import object_boxes, object_share
@@ -37,7 +38,6 @@ from amclip_ds.model.amclip import by_view
 from amclip_ds.model.features import StudentInputs, ViewGroup
 from amclip_ds.record import LogConfig, Record
 from amclip_ds.step import student_inputs, teachers_images
-from amclip_ds.teacher import Teacher
 
 IMAGES = 8
 SIDE = 112  # pixels of a stored image

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds import plugins, preconditions
-from amclip_ds.checkpoint.keeper import Keeper, find_checkpoint
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.config import BatchPlan, TrainConfig
 from amclip_ds.data.batch import Batch
@@ -24,6 +22,7 @@ from amclip_ds.engine.placement import SlurmJob
 from amclip_ds.engine.preflight import preflight
 from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.student import StudentEngine
+from amclip_ds.engine.teacher import Teacher
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import check_sets
 from amclip_ds.forecast import Forecast, device_of
@@ -40,36 +39,10 @@ from amclip_ds.resilience.guards import Guards
 from amclip_ds.resilience.ownership import owning
 from amclip_ds.resilience.preemption import Preemption, leaving_together
 from amclip_ds.resilience.watchdog import Watchdog
+from amclip_ds.run_checkpoints import RunCheckpoints, find_checkpoint
 from amclip_ds.run_folder import open_folder, write_settings, write_verdict_at_end
-from amclip_ds.step import StepResult
-from amclip_ds.teacher import Teacher
+from amclip_ds.run_state import TrainState
 from amclip_ds.timeline import Timeline
-
-
-@dataclass
-class TrainState:
-    """Where the run is; with the engines' tensors, all that a resume needs."""
-
-    step: int = 0
-    """Batches consumed."""
-    updates: int = 0
-    """Optimizer steps applied; learning rate and momentum are functions of it."""
-    samples_seen: int = 0
-    epoch: int = 0
-    cursor: dict[str, Any] | None = None
-    """Where the stream of batches is."""
-    guards: dict[str, Any] = field(default_factory=dict)
-
-    def numbers(self) -> dict[str, int]:
-        """The counters of a metrics row."""
-        return {"step": self.step, "updates": self.updates, "epoch": self.epoch, "samples_seen": self.samples_seen}
-
-    def advance(self, batch: Batch, result: StepResult, global_batch: int) -> None:
-        """Counts a batch that was trained on."""
-        self.step += 1
-        self.updates += int(result.applied)
-        self.samples_seen += global_batch
-        self.epoch, self.cursor = batch.epoch, batch.cursor
 
 
 @dataclass
@@ -98,7 +71,7 @@ class Run:
     ledger: Ledger
     meter: Meter
     profile: Profile
-    keeper: Keeper
+    checkpoints: RunCheckpoints
     forecast: Forecast
     pictures: Pictures
 
@@ -208,8 +181,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         ):  # no step's time, and watched by the limit of long phases
             yield
 
-    keeper = stack.enter_context(
-        Keeper(
+    checkpoints = stack.enter_context(
+        RunCheckpoints(
             folder,
             config,
             ranks,
@@ -227,7 +200,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         )
     )
     with watchdog.during("resume"), timeline.during("resume"):
-        keeper.resume(found, state)
+        checkpoints.resume(found, state)
         timeline.step = state.step
         if found is not None:
             saved = found.manifest
@@ -258,7 +231,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         ledger=Ledger(config.data.max_skip_rate, gather_objects, data.account),
         meter=meter,
         profile=profile,
-        keeper=keeper,
+        checkpoints=checkpoints,
         forecast=forecast,
         pictures=pictures,
     )

@@ -31,7 +31,7 @@ from amclip_ds.timeline import Timeline
 
 if TYPE_CHECKING:
     from amclip_ds.engine.student import StudentEngine
-    from amclip_ds.teacher import Teacher
+    from amclip_ds.engine.teacher import Teacher
 
 MAX_CHANGES = 1 << 20  # characters
 PACKAGES = (

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds import preconditions, run_files
-from amclip_ds.arguments import Parser
+from amclip_ds.arguments import Parser, add_training
 from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.display import printable
 from amclip_ds.engine.placement import free_port
@@ -99,11 +99,10 @@ def begin(args: argparse.Namespace) -> str:
     that the job accepts for its next start (empty where that is what it asks for already).
     """
     from amclip_ds import config as settings
-    from amclip_ds.commands import train
     from amclip_ds.run_folder import git_revision
 
     train_parser = Parser(prog="train.sbatch", usage="train.sbatch RECIPE key=value ...")
-    train.add_arguments(train_parser)
+    add_training(train_parser)
     wanted = train_parser.parse_intermixed_args(args.train_arguments)
     config = settings.load(wanted.recipe, wanted.overrides, wanted.plugin)
     run = Path(config.run.out)

@@ -13,6 +13,7 @@ from amclip_ds.comm import Comm
 from amclip_ds.data import photometric
 from amclip_ds.data.batch import Batch
 from amclip_ds.engine.student import SKIPPED, StudentEngine
+from amclip_ds.engine.teacher import Teacher
 from amclip_ds.grad_cache import forward_backward
 from amclip_ds.host_copies import taken
 from amclip_ds.masks import NONE, MaskConfig, MaskInputs, needs_of
@@ -25,7 +26,6 @@ from amclip_ds.model.teacher_model import Observed
 from amclip_ds.objectives import RECORDED, with_frozen
 from amclip_ds.optim import Schedules
 from amclip_ds.resilience.guards import Guards
-from amclip_ds.teacher import Teacher
 
 
 class Frozen(Protocol):

@@ -53,7 +53,7 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
             state.advance(batch, result, config.batch.global_size)
             stop = run.stops.agreed(is_last=state.step == run.total_steps)
             account(run, batch, result)
-            run.keeper.after_step(state, is_last=state.step == run.total_steps or stop is not None)
+            run.checkpoints.after_step(state, is_last=state.step == run.total_steps or stop is not None)
             picture(run)
             if stop is not None:
                 raise Preempted(f"{stop}; stopped after step {state.step}")
@@ -89,7 +89,7 @@ def account(run: Run, batch: Batch, result: StepResult) -> None:
     try:
         run.guards.account(state.step, result.applied, result.sample_ids)
     except RewindAsked:
-        run.keeper.rewind(state)
+        run.checkpoints.rewind(state)
     run.ledger.account(batch)
     record.incidents(batch.incidents)
     if run.runtime.is_main:
@@ -115,7 +115,7 @@ def evaluate(run: Run) -> None:
 
     What fails is an incident and costs its own rows, never the run nor the checkpoint that was due.
     """
-    run.keeper.settle()
+    run.checkpoints.settle()
     with run.meter.paused(), run.watchdog.during("evaluate"), run.timeline.during("evaluate"):
         if run.teacher is not None:
             run.teacher.publish()

@@ -14,7 +14,7 @@ from amclip_ds.model.init import persistent_buffers
 
 if TYPE_CHECKING:
     from amclip_ds.engine.student import StudentEngine
-    from amclip_ds.teacher import Teacher
+    from amclip_ds.engine.teacher import Teacher
 
 
 @dataclass

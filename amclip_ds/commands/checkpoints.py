@@ -42,21 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from amclip_ds.checkpoint import tools
+    from amclip_ds import stored_checkpoints
 
-    checkpoints = tools.folder_of(args.run_folder)
+    checkpoints = stored_checkpoints.folder_of(args.run_folder)
     if args.action in ("list", "verify"):
-        rows = tools.rows(checkpoints, deep=args.action == "verify")
+        rows = stored_checkpoints.rows(checkpoints, deep=args.action == "verify")
         _print_table(rows, checkpoints)
         json_file.write(args.json, rows)
         return 2 if args.action == "verify" and not all(row["valid"] for row in rows) else 0
     if args.action == "prune":
-        removed = tools.prune(checkpoints, _rules(args), args.damaged, args.set_aside)
+        removed = stored_checkpoints.prune(checkpoints, _rules(args), args.damaged, args.set_aside)
         result: dict[str, Any] = {"removed": [str(path) for path in removed]}
         print("\n".join(f"removed {path}" for path in removed) or "nothing to remove")
     elif args.action in ("pin", "unpin"):
-        path = tools.choose(checkpoints, args.step)
-        tools.pin(path, args.action == "pin")
+        path = stored_checkpoints.choose(checkpoints, args.step)
+        stored_checkpoints.pin(path, args.action == "pin")
         result = {"path": str(path), "pinned": args.action == "pin"}
         print(f"{'keeps' if args.action == 'pin' else 'no more keeps'} {path}")
     elif args.action == "consolidate":
@@ -116,20 +116,19 @@ def _rules(args: argparse.Namespace) -> Any:
 
 
 def _consolidate(args: argparse.Namespace, checkpoints: Path) -> dict[str, Any]:
-    from amclip_ds.checkpoint import tools
+    from amclip_ds import stored_checkpoints
     from amclip_ds.errors import UserError
 
     if args.out is None:
         raise UserError("consolidate: --out FILE is missing")
-    path = tools.choose(checkpoints, args.step)
-    num_bytes = tools.consolidate(path, args.out, args.weights)
+    path = stored_checkpoints.choose(checkpoints, args.step)
+    num_bytes = stored_checkpoints.consolidate(path, args.out, args.weights)
     print(f"{args.out}: the {args.weights} of {path.name}, {num_bytes / 1e6:.1f} MB")
     return {"out": str(args.out), "weights": args.weights, "checkpoint": str(path), "bytes": num_bytes}
 
 
 def _import(args: argparse.Namespace, checkpoints: Path) -> dict[str, Any]:
-    from amclip_ds import config
-    from amclip_ds.checkpoint import tools
+    from amclip_ds import config, stored_checkpoints
     from amclip_ds.errors import UserError
 
     if args.source is None:
@@ -140,6 +139,6 @@ def _import(args: argparse.Namespace, checkpoints: Path) -> dict[str, Any]:
             f" --trust-pickle says that you trust its writer"
         )
     recipe = args.config or str(args.run_folder / run_files.CONFIG)
-    path, notes = tools.import_deepspeed(args.source, args.tag, checkpoints, config.load(recipe))
+    path, notes = stored_checkpoints.import_deepspeed(args.source, args.tag, checkpoints, config.load(recipe))
     print("\n".join([*notes, str(path)]))
     return {"checkpoint": str(path), "notes": notes}

@@ -11,22 +11,13 @@ The last line printed is the run's folder. Started again with the same arguments
 import argparse
 import sys
 
-from amclip_ds.arguments import add_plugin, plugin_words, whole
+from amclip_ds.arguments import add_training, plugin_words
 
 HELP = "train a recipe"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name (amclip recipes) or the path of a yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the recipe")
-    parser.add_argument("--procs", type=whole(1, 1024), metavar="N", help="start N processes on this machine")
-    parser.add_argument(
-        "--resume",
-        default="auto",
-        metavar="auto|PATH|never",
-        help="auto (default): resume from the newest checkpoint, fresh only if there is none",
-    )
-    add_plugin(parser)
+    add_training(parser)
 
 
 def run(args: argparse.Namespace) -> int:

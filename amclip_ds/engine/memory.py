@@ -11,7 +11,7 @@ from amclip_ds.engine import shards
 from amclip_ds.engine.student import StudentEngine
 
 if TYPE_CHECKING:
-    from amclip_ds.teacher import Teacher
+    from amclip_ds.engine.teacher import Teacher
 
 
 def measured_model_state(student: StudentEngine, teacher: "Teacher | None") -> dict[str, float]:

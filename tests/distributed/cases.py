@@ -20,6 +20,7 @@ from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine.collectives import DistributedComm
 from amclip_ds.engine.ds_config import EngineConfig
 from amclip_ds.engine.student import StudentEngine
+from amclip_ds.engine.teacher import Teacher
 from amclip_ds.grad_cache import forward_backward
 from amclip_ds.masks import MaskConfig, MaskInputs
 from amclip_ds.masks.selection import select
@@ -31,7 +32,6 @@ from amclip_ds.optim import OptimConfig, Schedules
 from amclip_ds.resilience.config import GuardsConfig
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.step import student_inputs, train_step
-from amclip_ds.teacher import Teacher
 from tests.distributed.batches import local_part, made_batch, noise_of, watch
 
 GLOBAL_BATCH = 8

@@ -21,6 +21,7 @@ from amclip_ds.engine import shards
 from amclip_ds.engine.collectives import DistributedComm
 from amclip_ds.engine.ds_config import EngineConfig
 from amclip_ds.engine.student import StudentEngine
+from amclip_ds.engine.teacher import Teacher
 from amclip_ds.masks import MaskConfig
 from amclip_ds.method import Method
 from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig, TeacherConfig, TextConfig, VisionConfig
@@ -29,7 +30,6 @@ from amclip_ds.optim import OptimConfig, Schedules
 from amclip_ds.resilience.config import GuardsConfig
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.step import train_step
-from amclip_ds.teacher import Teacher
 from tests.distributed.batches import local_part, made_batch
 
 GLOBAL_BATCH, GRID, TOTAL = 12, 4, 40

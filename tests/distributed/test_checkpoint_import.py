@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds.checkpoint import tools
+from amclip_ds import stored_checkpoints
 from amclip_ds.config import BatchConfig, RunConfig, TrainConfig
 from amclip_ds.engine.student import EngineConfig
 from amclip_ds.errors import UserError
@@ -27,7 +27,7 @@ def test_masters_and_moments_come_over(ds: str, world: int, tmp_path: Path) -> N
         batch=BatchConfig(global_size=GLOBAL_BATCH),
         engine=EngineConfig(deepspeed=ds),
     )
-    path, notes = tools.import_deepspeed(theirs, None, ours, config)
+    path, notes = stored_checkpoints.import_deepspeed(theirs, None, ours, config)
     assert path.name == "step_00000002" and any("teacher begins as a copy" in note for note in notes)
     dtype = ds.split("_")[1]
     there = launch(ours, 1, world_size=1, ds=f"zero1_{dtype}", resume=True, save=False)[0]
@@ -48,6 +48,6 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     )
     other = TrainConfig(run=RunConfig(steps=40), model=odd_model(), heads=HeadsConfig(**(HEADS | {"output_dim": 5})))
     with pytest.raises(UserError, match=r"of another model: objectives\.byol"):
-        tools.import_deepspeed(tmp_path, None, tmp_path / "ours", other)
+        stored_checkpoints.import_deepspeed(tmp_path, None, tmp_path / "ours", other)
     with pytest.raises(UserError, match="no ZeRO checkpoint"):
-        tools.import_deepspeed(tmp_path, "nothing", tmp_path / "ours", other)
+        stored_checkpoints.import_deepspeed(tmp_path, "nothing", tmp_path / "ours", other)

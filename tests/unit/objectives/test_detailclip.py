@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from amclip_ds import cli, config
 from amclip_ds.comm import Comm, SingleProcess
+from amclip_ds.engine.teacher import copied
 from amclip_ds.method import method_of
 from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import DetailCLIPOptions, HeadsConfig
@@ -16,7 +17,6 @@ from amclip_ds.model.features import Features, Seen
 from amclip_ds.model.teacher_model import TeacherModel
 from amclip_ds.objectives import builder
 from amclip_ds.objectives.detailclip import ENTROPY, INFORMATION, DetailCLIP, PrototypeHead
-from amclip_ds.teacher import copied
 from tests.unit.model import tiny
 from tests.unit.thread_ranks import run_threads
 

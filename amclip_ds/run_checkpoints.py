@@ -1,9 +1,9 @@
 """The checkpoints of one run: which one it resumes from, what it takes over, when it saves, where a rewind goes to.
 
-    found = keeper.find_checkpoint(folder, resume, config, ranks)  # before the record opens: gives the first step
-    kept = keeper.Keeper(...)                                   # once there are engines and data
-    kept.resume(found, state)
-    kept.after_step(state, is_last)                             # in the loop
+    found = find_checkpoint(folder, resume, config, ranks)      # before the record opens: gives the first step
+    checkpoints = RunCheckpoints(...)                           # once there are engines and data
+    checkpoints.resume(found, state)
+    checkpoints.after_step(state, is_last)                      # in the loop
 
 Everything is collective: every rank must call.
 """
@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from amclip_ds import config as settings
 from amclip_ds import run_files
@@ -30,21 +30,11 @@ from amclip_ds.errors import RunStopped
 from amclip_ds.files import not_written
 from amclip_ds.record import Record, supersede
 from amclip_ds.resilience.guards import Guards
+from amclip_ds.run_state import TrainState
 
 if TYPE_CHECKING:
     from amclip_ds.engine.student import StudentEngine
-    from amclip_ds.teacher import Teacher
-
-
-class Progress(Protocol):
-    """What a run counts: the dataclass of train.py."""
-
-    step: int
-    updates: int
-    samples_seen: int
-    epoch: int
-    cursor: dict[str, Any] | None
-    guards: dict[str, Any]
+    from amclip_ds.engine.teacher import Teacher
 
 
 def find_checkpoint(folder: Path, resume: str, config: TrainConfig, ranks: Ranks) -> Found | None:
@@ -52,7 +42,7 @@ def find_checkpoint(folder: Path, resume: str, config: TrainConfig, ranks: Ranks
     return load.find(folder / run_files.CHECKPOINTS, resume, config.checkpoint.fallback, ranks)
 
 
-class Keeper:
+class RunCheckpoints:
     """Saves and restores one run. As a context it ends with the last save committed.
 
     before_commit: called on rank 0 before each commit; what it raises (OwnershipLost) aborts the save everywhere.
@@ -98,62 +88,62 @@ class Keeper:
             pausing=pausing,
         )
 
-    def __enter__(self) -> "Keeper":
+    def __enter__(self) -> "RunCheckpoints":
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._saver.__exit__(*error)
 
-    def resume(self, found: Found | None, progress: Progress) -> None:
-        """Takes a checkpoint over into engines, guards and `progress`, and sets aside what will be written again.
+    def resume(self, found: Found | None, counts: TrainState) -> None:
+        """Takes a checkpoint over into engines, guards and `counts`, and sets aside what will be written again.
 
         Raises UserError, before anything is touched, where the run has drifted from the checkpoint's.
         """
         if found is not None:
             self._check_drift(found)
-            self._fill(found, progress)
+            self._fill(found, counts)
         on_main(partial(self._set_aside, found))
         if found is not None:
             is_ours = found.path.resolve().parent == (self._folder / run_files.CHECKPOINTS).resolve()
             self._saver.newest = found.manifest.step if is_ours else None
-            self._tell(found)
+            self._report_resume(found)
 
-    def after_step(self, progress: Progress, is_last: bool) -> None:
+    def after_step(self, counts: TrainState, is_last: bool) -> None:
         """Saves where it is due (by steps, by the clock, at the end); `is_last` waits for the commit. See Saver."""
-        self._saver.after_step(progress.step, is_last, partial(self._state, progress))
+        self._saver.after_step(counts.step, is_last, partial(self._state, counts))
 
     def settle(self) -> None:
         """Waits until a save under way is committed, or has failed, which is recorded."""
         self._saver.settle()
 
-    def rewind(self, progress: Progress) -> None:
+    def rewind(self, counts: TrainState) -> None:
         """Back to the newest checkpoint's weights, moments, average and updates; the place in the data stays."""
         self._saver.finish()
         found = load.find(self._folder / run_files.CHECKPOINTS, "auto", True, self._ranks)
         if found is None:
             raise RunStopped("guards.spike=rewind: there is no checkpoint yet to go back to")
-        kept = asdict(progress)  # type: ignore[call-overload]
-        self._fill(found, progress)
-        progress.step, progress.samples_seen = kept["step"], kept["samples_seen"]
-        progress.epoch, progress.cursor = kept["epoch"], kept["cursor"]
-        self._record.say(f"rewound to the weights of {found.path.name}; the data continue behind step {progress.step}")
+        kept = asdict(counts)
+        self._fill(found, counts)
+        counts.step, counts.samples_seen = kept["step"], kept["samples_seen"]
+        counts.epoch, counts.cursor = kept["epoch"], kept["cursor"]
+        self._record.say(f"rewound to the weights of {found.path.name}; the data continue behind step {counts.step}")
 
-    def _state(self, progress: Progress) -> CheckpointState:
-        progress.guards = self._guards.state_dict()
+    def _state(self, counts: TrainState) -> CheckpointState:
+        counts.guards = self._guards.state_dict()
         state = engines_state.of_engines(self._student, self._teacher)
         plan = settings.plan_batch(self._config.batch, self._ranks.world_size)
-        state.small |= {"run": asdict(progress), "batch": asdict(plan)}  # type: ignore[call-overload]
+        state.small |= {"run": asdict(counts), "batch": asdict(plan)}
         state.config, state.hashes = self._config_text, self._hashes
         state.attempt, state.drift = self._attempt, self._drift
         return state
 
-    def _fill(self, found: Found, progress: Progress) -> None:
+    def _fill(self, found: Found, counts: TrainState) -> None:
         run = {name: found.small["run"][name] for name in trainer_json.RUN}
         state = engines_state.ready_to_fill(self._student, self._teacher, bool(found.moments))
         load.fill(found, state, self._ranks)
         engines_state.bring_up_to_date(self._student, self._teacher, found.small)
         for name, value in run.items():
-            setattr(progress, name, value)
+            setattr(counts, name, value)
         self._guards.load_state_dict(run["guards"])
 
     def _check_drift(self, found: Found) -> None:
@@ -190,7 +180,7 @@ class Keeper:
         except OSError as error:
             raise not_written(f"run.out: {error.filename or self._folder}", error) from None
 
-    def _tell(self, found: Found) -> None:
+    def _report_resume(self, found: Found) -> None:
         saved, ranks, stage = found.manifest, self._ranks.world_size, self._student.stage
         self._record.say(f"resumes from {found.path} (step {saved.step}, attempt {self._attempt})")
         if (saved.world_size, saved.stage) != (ranks, stage):
