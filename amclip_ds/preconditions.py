@@ -9,7 +9,7 @@ from amclip_ds import hub, run_files
 from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.exclude import read_excluded
-from amclip_ds.data.sources import check_inputs
+from amclip_ds.data.train_sources import check_inputs
 from amclip_ds.engine.ds_config import FP8_TEACHER, check_fp8, check_optimizer, check_torchao, read_ds_config
 from amclip_ds.errors import UserError
 from amclip_ds.model.config import check_teacher_fits, other_width

@@ -183,7 +183,7 @@ def end(args: argparse.Namespace) -> str:
 
 def check_shards(config: Any, num_nodes: int) -> list[str]:
     """Every shard is there and every node has one to read. Returns them. Raises UserError."""
-    from amclip_ds.data.sources import training_sources
+    from amclip_ds.data.train_sources import training_sources
 
     shards = [shard for shards in training_sources(config.data) for shard in shards]
     if len(shards) < num_nodes:

@@ -12,7 +12,7 @@ from amclip_ds.data.config import DataConfig
 from amclip_ds.data.index import Index, build_index, default_folder
 from amclip_ds.data.parallel import num_cores
 from amclip_ds.data.progress import progress
-from amclip_ds.data.sources import training_sources
+from amclip_ds.data.train_sources import training_sources
 from amclip_ds.errors import UserError
 from amclip_ds.redact import redact
 

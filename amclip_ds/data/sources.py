@@ -19,7 +19,6 @@ from urllib.parse import unquote, urlsplit
 import braceexpand
 
 from amclip_ds.data import inputs
-from amclip_ds.data.config import DataConfig
 from amclip_ds.errors import UserError
 from amclip_ds.files import describe, read_bytes
 from amclip_ds.redact import HIDDEN
@@ -74,25 +73,6 @@ def expand_sources(
 def expand_shards(spec: str, key: str = "data.train", allow_pipe: bool = False) -> list[str]:
     """Every shard of all sources, in order. Raises UserError."""
     return [shard for shards in expand_sources(spec, key, allow_pipe) for shard in shards]
-
-
-def training_sources(config: DataConfig) -> list[list[str]]:
-    """The shards to train on, by source, as far as names and first bytes show. Raises UserError."""
-    if not split_sources(config.train):
-        raise UserError("data.train: give the shards to train on: a folder, a glob or '/data/{00000..00099}.tar'")
-    found = expand_sources(config.train, "data.train", config.allow_pipe)
-    if config.weights is not None and len(config.weights) != len(found):
-        raise UserError(f"data.weights: {len(config.weights)} numbers for {len(found)} sources in data.train")
-    for shard in (shard for shards in found for shard in shards if scheme_of(shard) == "pipe"):
-        raise UserError(f"data.train: {shard!r}: a pipe has no offsets; write it to a file, or give the URL itself")
-    return found
-
-
-def check_inputs(data: DataConfig, eval_data: str | None) -> None:
-    """What can be known of a run's data before torch and DeepSpeed are loaded. Raises UserError."""
-    training_sources(data)
-    for spec in split_sources(eval_data or ""):
-        inputs.check_foreign(spec, "eval.data")
 
 
 def expand_local(spec: str, key: str) -> list[str]:

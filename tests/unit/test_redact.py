@@ -9,7 +9,7 @@ from amclip_ds import config
 from amclip_ds.cli import main
 from amclip_ds.data import reader
 from amclip_ds.data.index import Index, build_index, default_folder
-from amclip_ds.data.sources import check_inputs
+from amclip_ds.data.train_sources import check_inputs
 from amclip_ds.errors import UserError
 from amclip_ds.jsonl import append_line
 from amclip_ds.redact import redact, redact_all
