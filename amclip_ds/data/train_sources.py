@@ -1,0 +1,25 @@
+"""The shards that data.train names, and what can be known of a run's data before torch is loaded."""
+
+from amclip_ds.data.config import DataConfig
+from amclip_ds.data.inputs import check_foreign
+from amclip_ds.data.sources import expand_sources, scheme_of, split_sources
+from amclip_ds.errors import UserError
+
+
+def training_sources(config: DataConfig) -> list[list[str]]:
+    """The shards to train on, by source, as far as names and first bytes show. Raises UserError."""
+    if not split_sources(config.train):
+        raise UserError("data.train: give the shards to train on: a folder, a glob or '/data/{00000..00099}.tar'")
+    found = expand_sources(config.train, "data.train", config.allow_pipe)
+    if config.weights is not None and len(config.weights) != len(found):
+        raise UserError(f"data.weights: {len(config.weights)} numbers for {len(found)} sources in data.train")
+    for shard in (shard for shards in found for shard in shards if scheme_of(shard) == "pipe"):
+        raise UserError(f"data.train: {shard!r}: a pipe has no offsets; write it to a file, or give the URL itself")
+    return found
+
+
+def check_inputs(data: DataConfig, eval_data: str | None) -> None:
+    """What can be known of a run's data before torch and DeepSpeed are loaded. Raises UserError."""
+    training_sources(data)
+    for spec in split_sources(eval_data or ""):
+        check_foreign(spec, "eval.data")
