@@ -8,7 +8,6 @@ import torch
 from amclip_ds import run_files
 from amclip_ds.config import TrainConfig
 from amclip_ds.engine.memory import measured_model_state, relative_difference
-from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.engine.teacher import Teacher
 from amclip_ds.errors import UserError
@@ -16,6 +15,7 @@ from amclip_ds.plan import work
 from amclip_ds.plan.gpus import GPUS, Gpu, rate_of
 from amclip_ds.plan.model_state import state_of
 from amclip_ds.plan.planner import GIB, memory_of
+from amclip_ds.ranks.runtime import Runtime
 from amclip_ds.record import Record
 
 AFTER_STEPS = 2  # the optimizer's moments are made in the first

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import FrameType
 
 from amclip_ds import run_files
-from amclip_ds.engine.placement import discover, free_port
 from amclip_ds.errors import MISTAKE, STOPPED_ITSELF, TO_REQUEUE, UserError
+from amclip_ds.ranks.launcher_env import discover, free_port
 from amclip_ds.record import read_verdict
 from amclip_ds.signals import STOPPING, heeded
 

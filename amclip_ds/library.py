@@ -19,12 +19,12 @@ from torch import Tensor
 
 from amclip_ds.comm import SingleProcess
 from amclip_ds.data import photometric
-from amclip_ds.data.images import as_rgb
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import names
 from amclip_ds.evaluate.encoder import Encoder, TowerEncoder, encode_images, encode_texts, token_ids
 from amclip_ds.evaluate.source import Located, locate, open_encoder
 from amclip_ds.evaluate.zero_shot import build_classifier
+from amclip_ds.images import as_rgb
 
 BATCH = 64  # as `amclip eval --batch-size`
 Images = Sequence[Image.Image] | Image.Image | Tensor

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from amclip_ds.data import verdict
+from amclip_ds import bottleneck
 from amclip_ds.data.batch import Batch
-from amclip_ds.data.parallel import num_cores
-from amclip_ds.engine.collectives import max_over_ranks, mean_over_ranks
-from amclip_ds.engine.communication_time import COMMUNICATION
 from amclip_ds.engine.memory import peak_resident_bytes
-from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.student import StudentEngine
+from amclip_ds.processes import num_cores
+from amclip_ds.ranks.collectives import max_over_ranks, mean_over_ranks
+from amclip_ds.ranks.communication_time import COMMUNICATION
+from amclip_ds.ranks.runtime import Runtime
 from amclip_ds.step import StepResult
 
 GIB = 1024.0**3
@@ -102,9 +102,9 @@ class Meter:
         groups = self._text.groups(batch.text_lengths.get("plain"), longest)  # type: ignore[operator,union-attr]
         return sum(len(group.rows) * group.length for group in groups) / count if groups else float(longest)
 
-    def verdict(self, row: dict[str, Any]) -> verdict.Verdict:
+    def verdict(self, row: dict[str, Any]) -> bottleneck.Verdict:
         """What the steps of a row waited for, and what would change it."""
-        return verdict.judge(row["step_s"], row["data_wait_s"], row["communication_s"], self._workers, self._cores)
+        return bottleneck.judge(row["step_s"], row["data_wait_s"], row["communication_s"], self._workers, self._cores)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, tries: int = 5) -> float:

@@ -18,10 +18,7 @@ import torch
 from amclip_ds import run as runs
 from amclip_ds.config import TrainConfig, check_buildable, plan_batch
 from amclip_ds.data.synthetic import SceneConfig, write_shard
-from amclip_ds.engine import runtime as engine_runtime
-from amclip_ds.engine.collectives import DistributedComm
 from amclip_ds.engine.memory import measured_model_state, relative_difference
-from amclip_ds.engine.runtime import Runtime
 from amclip_ds.forecast import device_of
 from amclip_ds.method import method_of
 from amclip_ds.optim import Schedules
@@ -29,6 +26,9 @@ from amclip_ds.plan import work
 from amclip_ds.plan.gpus import PROBED, Gpu, Rate
 from amclip_ds.plan.model_state import state_of
 from amclip_ds.plan.planner import GIB, memory_of
+from amclip_ds.ranks import runtime as engine_runtime
+from amclip_ds.ranks.collectives import DistributedComm
+from amclip_ds.ranks.runtime import Runtime
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.step import train_step
 

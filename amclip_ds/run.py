@@ -14,13 +14,8 @@ from amclip_ds.data.batch import Batch
 from amclip_ds.data.ledger import Ledger
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.distill import FrozenTeacher
-from amclip_ds.engine import runtime as engine_runtime
-from amclip_ds.engine.collectives import DistributedComm, gather_objects, on_main
 from amclip_ds.engine.compile import mode_of
 from amclip_ds.engine.ds_config import NO_COMPILE, read_ds_config, stage_of
-from amclip_ds.engine.placement import SlurmJob
-from amclip_ds.engine.preflight import preflight
-from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.engine.teacher import Teacher
 from amclip_ds.errors import UserError
@@ -28,12 +23,18 @@ from amclip_ds.evaluate.datasets import check_sets
 from amclip_ds.forecast import Forecast, device_of
 from amclip_ds.meter import Meter
 from amclip_ds.method import Method, method_of
-from amclip_ds.model import start
+from amclip_ds.model import pretrained
 from amclip_ds.optim import Schedules
 from amclip_ds.pictures import Pictures
 from amclip_ds.plan.work import operations
-from amclip_ds.profiling import Profile
+from amclip_ds.ranks import runtime as engine_runtime
+from amclip_ds.ranks.collectives import DistributedComm, gather_objects, on_main
+from amclip_ds.ranks.launcher_env import SlurmJob
+from amclip_ds.ranks.preflight import preflight
+from amclip_ds.ranks.runtime import Runtime
 from amclip_ds.record import Record
+from amclip_ds.record.profiling import Profile
+from amclip_ds.record.timeline import Timeline
 from amclip_ds.redact import redact_all
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.resilience.ownership import owning
@@ -42,7 +43,6 @@ from amclip_ds.resilience.watchdog import Watchdog
 from amclip_ds.run_checkpoints import RunCheckpoints, find_checkpoint
 from amclip_ds.run_folder import open_folder, write_settings, write_verdict_at_end
 from amclip_ds.run_state import TrainState
-from amclip_ds.timeline import Timeline
 
 
 @dataclass
@@ -159,7 +159,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         if layers:
             record.say(f"engine.fp8: of the {who}'s Linear layers {layers} compute in fp8")
     if config.model.init_from and found is None:
-        for line in start.describe(config.model.init_from, dict(student.module.named_parameters())):
+        for line in pretrained.describe(config.model.init_from, dict(student.module.named_parameters())):
             record.say(line)
     frozen = None
     if method.reads_frozen and config.distill.teacher:

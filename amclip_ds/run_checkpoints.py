@@ -25,9 +25,9 @@ from amclip_ds.checkpoint.save import Saver
 from amclip_ds.checkpoint.state import CheckpointState
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.captions import tokenizer_hash
-from amclip_ds.engine.collectives import on_main
 from amclip_ds.errors import RunStopped
 from amclip_ds.files import not_written
+from amclip_ds.ranks.collectives import on_main
 from amclip_ds.record import Record, supersede
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.run_state import TrainState

@@ -18,16 +18,16 @@ from safetensors.torch import save_file
 
 from amclip_ds import config as settings
 from amclip_ds import plugins, run_files
-from amclip_ds.backlog import Backlog
 from amclip_ds.config import TrainConfig
-from amclip_ds.engine.collectives import on_main
 from amclip_ds.errors import AmclipError, in_one_line
 from amclip_ds.files import not_written, write_atomically
 from amclip_ds.jsonl import append_line, read
 from amclip_ds.preconditions import check_folder
+from amclip_ds.ranks.collectives import on_main
+from amclip_ds.record.backlog import Backlog
+from amclip_ds.record.timeline import Timeline
 from amclip_ds.redact import redact, redact_all
 from amclip_ds.resilience.ownership import Owner, OwnershipLost
-from amclip_ds.timeline import Timeline
 
 if TYPE_CHECKING:
     from amclip_ds.engine.student import StudentEngine

@@ -18,16 +18,16 @@ from amclip_ds import run_files
 from amclip_ds.config import TrainConfig
 from amclip_ds.data import captions, photometric
 from amclip_ds.data.batch import Batch
-from amclip_ds.data.images import open_image
-from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.order import EpochOrder
-from amclip_ds.data.reader import ShardReader
 from amclip_ds.display import one_line
-from amclip_ds.engine.runtime import Runtime
 from amclip_ds.errors import UserError
 from amclip_ds.files import write_atomically
+from amclip_ds.images import open_image
+from amclip_ds.keyed_random import keyed
 from amclip_ds.method import method_of
+from amclip_ds.ranks.runtime import Runtime
+from amclip_ds.shards.reader import ShardReader
 
 ALONE = Runtime(0, 1, 0, 1, 1, 0, torch.device("cpu"), "alone", True)
 

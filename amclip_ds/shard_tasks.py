@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from amclip_ds.data import sources
 from amclip_ds.display import printable
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import read_json, write_atomically
+from amclip_ds.shards import sources
 
 SUMS = ("expected", "read", "skipped", "lost")
 

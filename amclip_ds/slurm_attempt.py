@@ -18,10 +18,10 @@ from amclip_ds import preconditions, run_files
 from amclip_ds.arguments import Parser, add_training
 from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.display import printable
-from amclip_ds.engine.placement import free_port
 from amclip_ds.errors import MISTAKE, STOPPED_ITSELF, TO_REQUEUE, AmclipError, UserError
 from amclip_ds.files import not_written, write_atomically
 from amclip_ds.jsonl import append_line, read_lines
+from amclip_ds.ranks.launcher_env import free_port
 from amclip_ds.record import read_verdict
 from amclip_ds.redact import redact
 

@@ -16,11 +16,11 @@ from amclip_ds import config as settings
 from amclip_ds import plugins, preconditions, run_files
 from amclip_ds.arguments import plugin_words
 from amclip_ds.config import TrainConfig
-from amclip_ds.data.sources import is_remote
 from amclip_ds.engine.ds_config import read_ds_config, stage_of
 from amclip_ds.errors import UserError
 from amclip_ds.files import not_written, write_atomically
 from amclip_ds.redact import redact, redact_all
+from amclip_ds.shards.sources import is_remote
 from amclip_ds.sizes import read_size
 from amclip_ds.slurm_attempt import check_shards
 
@@ -184,8 +184,8 @@ def plan_micro(config: TrainConfig, world_size: int) -> int:
 
 def sample_shards(shards: list[str]) -> str:
     """Opens the first, the middle and the last shard. Raises UserError naming the one that is no good."""
-    from amclip_ds.data.reader import open_shard
-    from amclip_ds.data.tar import Damage, Member, scan
+    from amclip_ds.shards.reader import open_shard
+    from amclip_ds.shards.tar import Damage, Member, scan
 
     sample = sorted({0, len(shards) // 2, len(shards) - 1})[:SAMPLED_SHARDS]
     for path in (shards[index] for index in sample):
@@ -204,8 +204,8 @@ def sample_shards(shards: list[str]) -> str:
 def check_epoch(config: TrainConfig, shards: list[str]) -> None:
     """Counts samples, in the headers of local shards, until there are enough for a batch. Raises UserError if not, and
     where the account of those shards hides too many images."""
-    from amclip_ds.data.account import account_of
-    from amclip_ds.data.index import scan_shard
+    from amclip_ds.shards.account import account_of
+    from amclip_ds.shards.index import scan_shard
 
     if config.data.resampled or config.data.weights is not None or any(is_remote(path) for path in shards):
         return  # an epoch is then no plain count, or counting is no matter of seconds
@@ -231,14 +231,14 @@ def check_start(config: TrainConfig) -> None:
     import torch
 
     from amclip_ds.method import method_of
-    from amclip_ds.model import start
+    from amclip_ds.model import pretrained
     from amclip_ds.model.amclip import AClip
     from amclip_ds.objectives import builder
 
     with torch.device("meta"):
         model = AClip(config.model, builder(method_of(config).objectives))
     for name, parameter in model.named_parameters():
-        start.loaded_tensor(config.model.init_from, name, parameter.shape)
+        pretrained.loaded_tensor(config.model.init_from, name, parameter.shape)
 
 
 def write_script(plan: Plan, args: argparse.Namespace) -> None:

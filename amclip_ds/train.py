@@ -7,15 +7,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from amclip_ds import mask_statistics, plugins, preconditions, run_files
+from amclip_ds import plugins, preconditions, run_files
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
-from amclip_ds.engine.collectives import on_main
 from amclip_ds.errors import Preempted, UserError
 from amclip_ds.evaluate import rows
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.during_training import evaluate_engines, specs_of
 from amclip_ds.jsonl import read_lines
+from amclip_ds.pictures import mask_statistics
+from amclip_ds.ranks.collectives import on_main
 from amclip_ds.resilience.guards import RewindAsked
 from amclip_ds.run import Run, assemble
 from amclip_ds.run_folder import write_run_weights

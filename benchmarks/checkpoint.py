@@ -29,12 +29,12 @@ from amclip_ds.checkpoint import CheckpointConfig, background, files, load
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.save import Saver
 from amclip_ds.checkpoint.state import CheckpointState
-from amclip_ds.engine.placement import free_port
 from amclip_ds.engine.shards import Shard
 from amclip_ds.method import method_of
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.teacher_model import TeacherModel
 from amclip_ds.objectives import builder
+from amclip_ds.ranks.launcher_env import free_port
 
 EVERY_S = 15 * 60.0
 

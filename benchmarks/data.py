@@ -34,9 +34,9 @@ from webdataset import TarWriter
 
 from amclip_ds.data import photometric, synthetic
 from amclip_ds.data.config import DataConfig, View
-from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.views import make_views
+from amclip_ds.keyed_random import keyed
 
 SIZES = ((256, 192), (500, 375), (1024, 768), (2048, 1536), (4096, 3072))
 VIEW = 224

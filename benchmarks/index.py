@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from amclip_ds.data.index import HAS_TEXT, RECORD, VERSION, Index, ShardEntry
 from amclip_ds.data.order import EpochOrder, Mixture
+from amclip_ds.shards.index import HAS_TEXT, RECORD, VERSION, Index, ShardEntry
 
 SHARDS, PER_SHARD = 100, 5000
 

@@ -72,9 +72,9 @@ def read_with_webdataset(folder: Path, until: int) -> int:
 
 def read_by_index(folder: Path, index_folder: Path, start: int, stop: int) -> int:
     """The same members, in training's shuffled order, from any position."""
-    from amclip_ds.data.index import Index
     from amclip_ds.data.order import EpochOrder, Mixture
-    from amclip_ds.data.reader import ShardReader
+    from amclip_ds.shards.index import Index
+    from amclip_ds.shards.reader import ShardReader
 
     index, reader = Index(index_folder), ShardReader()
     shards = [str(path) for path in sorted(folder.glob("*.tar"))]
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    from amclip_ds.data.index import build_index
+    from amclip_ds.shards.index import build_index
 
     n, row = args.samples, dict[str, Any](samples=args.samples, repeats=args.repeats)
     with tempfile.TemporaryDirectory() as place:

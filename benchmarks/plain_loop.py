@@ -27,7 +27,6 @@ from amclip_ds.comm import SingleProcess
 from amclip_ds.config import TrainConfig
 from amclip_ds.data import photometric
 from amclip_ds.data.synthetic import write_dataset
-from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.student import LOGIT_SCALE_RANGE
 from amclip_ds.jsonl import read_lines
 from amclip_ds.method import Method, method_of
@@ -36,6 +35,7 @@ from amclip_ds.model.init import initialise
 from amclip_ds.model.teacher_model import TeacherModel
 from amclip_ds.objectives import builder, start_of
 from amclip_ds.optim import Schedules, build_optimizer, parameter_groups
+from amclip_ds.ranks.runtime import Runtime
 from amclip_ds.step import student_inputs
 
 ALONE = Runtime(0, 1, 0, 1, 1, 0, torch.device("cpu"), "plain loop", True)

@@ -37,13 +37,13 @@ from amclip_ds import run
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.synthetic import write_dataset
-from amclip_ds.engine import runtime as engine_runtime
-from amclip_ds.engine.collectives import DistributedComm
-from amclip_ds.engine.runtime import Runtime
 from amclip_ds.method import method_of
 from amclip_ds.model.config import TextConfig
 from amclip_ds.model.savings import PLAIN, Savings
 from amclip_ds.optim import Schedules
+from amclip_ds.ranks import runtime as engine_runtime
+from amclip_ds.ranks.collectives import DistributedComm
+from amclip_ds.ranks.runtime import Runtime
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.step import train_step
 

@@ -106,7 +106,7 @@ def _serve() -> None:
 
 
 def _run(request: dict[str, Any]) -> list[int | str]:
-    from amclip_ds.engine.placement import free_port
+    from amclip_ds.ranks.launcher_env import free_port
 
     port = free_port()
     pids = [_fork(rank, port, request) for rank in range(request["world_size"])]

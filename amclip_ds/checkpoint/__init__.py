@@ -7,11 +7,10 @@
     saver.save(step, state)                                                   # returns after the copy
 
 `state` is a `state.CheckpointState`: this rank's Shards of masters, moments and EMA by parameter name, replicated
-buffers, and a small json-able dict (counters, data cursor, guards). run_checkpoints.py, above this package, does all this
-for a run. manifest.py has
-the format's rules (docs/checkpoint-format.md), save.py writes, background.py lets a process write, load.py reads,
-retention.py deletes, drift.py compares configs. Every module but this one is
-imported where it is used, since the settings below are read by every command.
+buffers, and a small json-able dict (counters, data cursor, guards). manifest.py has the format's rules
+(docs/checkpoint-format.md), save.py writes, background.py lets a process write, load.py reads, retention.py deletes,
+drift.py compares configs. What one run does with all this is run_checkpoints.py's, above this package. Every module
+but this one is imported where it is used, since the settings below are read by every command.
 """
 
 from dataclasses import dataclass, field

@@ -127,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if "shards" in args:
-        from amclip_ds.data.sources import expand_shards
+        from amclip_ds.shards.sources import expand_shards
 
         args.shards = [shard for spec in args.shards for shard in expand_shards(spec, "SHARDS", args.allow_pipe)]
     return args.act(args)
@@ -173,7 +173,7 @@ def _synth(args: argparse.Namespace) -> int:
 
 def _pack(args: argparse.Namespace) -> int:
     from amclip_ds.data import pack, pack_sources
-    from amclip_ds.data.progress import progress
+    from amclip_ds.progress import progress
 
     keys = pack_sources.Keys(args.image_key, args.caption_key, args.root, args.split)
     source = pack_sources.open_source(args.source, keys)
@@ -188,9 +188,9 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from amclip_ds.data import index
-    from amclip_ds.data.progress import progress
-    from amclip_ds.data.tar import printable
+    from amclip_ds.progress import progress
+    from amclip_ds.shards import index
+    from amclip_ds.shards.tar import printable
 
     folder = args.out or index.default_folder(tuple(args.shards))
     with progress("indexing shards", len(args.shards)) as advance:
@@ -252,7 +252,7 @@ def _stats(args: argparse.Namespace) -> int:
 
 def _run_check(args: argparse.Namespace, word: str, config: Any) -> "Report":
     from amclip_ds.data.check import check
-    from amclip_ds.data.progress import progress
+    from amclip_ds.progress import progress
 
     with progress(f"{word} shards", len(args.shards)) as advance:
         return check(args.shards, config, _workers(args), lambda report: advance())
@@ -264,7 +264,7 @@ def _settings(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 
 def _workers(args: argparse.Namespace) -> int:
-    from amclip_ds.data.parallel import num_cores
+    from amclip_ds.processes import num_cores
 
     return args.workers or num_cores()
 
@@ -286,9 +286,9 @@ def _epoch(report: "Report", global_batch: int, workers: int) -> dict[str, Any]:
 def _print_problems(report: "Report") -> None:
     """A line a shard and a line a problem in it, then the sums by problem; plain lines, so that a pipe or a narrow
     terminal cuts no name."""
-    from amclip_ds.data.grouping import ADVICE
-    from amclip_ds.data.tar import printable
     from amclip_ds.redact import redact
+    from amclip_ds.shards.grouping import ADVICE
+    from amclip_ds.shards.tar import printable
 
     for shard in report.shards:
         if shard.problems:

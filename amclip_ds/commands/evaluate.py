@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from amclip_ds.data.inputs import check_foreign
+    from amclip_ds.shards.inputs import check_foreign
 
     for spec in () if args.suite else args.data or ():
         check_foreign(spec, "--data")

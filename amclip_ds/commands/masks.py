@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     plugins.load(args.plugin)
     if unknown := [name for name in args.mask or () if name not in MASKS]:
         raise UserError(f"--mask {unknown[0]}: there are {', '.join(MASKS)}")
-    from amclip_ds.mask_sheet import masks
+    from amclip_ds.pictures.mask_sheet import masks
 
     found = masks(args.source, args.data, args.out, args.images, args.mask or [])
     rows: list[tuple[Any, ...]] = []

@@ -19,18 +19,18 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from amclip_ds.data import captions as caption_sources
-from amclip_ds.data import index, reader
 from amclip_ds.data.config import DataConfig, check_sources
-from amclip_ds.data.grouping import IMAGE_TYPES, Group, group, left_out_name, scattered
-from amclip_ds.data.images import ARE_READ, BadImage, open_image
-from amclip_ds.data.keyed_random import keyed
-from amclip_ds.data.kinds import IMAGES
-from amclip_ds.data.parallel import Died, run_over
 from amclip_ds.data.plain_text import BadText
-from amclip_ds.data.tar import BLOCK, Damage, Member, scan
 from amclip_ds.errors import UserError
 from amclip_ds.files import read_json
+from amclip_ds.images import ARE_READ, BadImage, open_image
+from amclip_ds.keyed_random import keyed
+from amclip_ds.processes import Died, run_over
 from amclip_ds.redact import redact_all
+from amclip_ds.shards import index, reader
+from amclip_ds.shards.grouping import IMAGE_TYPES, Group, group, left_out_name, scattered
+from amclip_ds.shards.kinds import IMAGES
+from amclip_ds.shards.tar import BLOCK, Damage, Member, scan
 
 TRAINING = DataConfig()  # what training would do unless set otherwise
 # What a sample can be skipped for, in the order checked; what makes it lost; what is only good to know.

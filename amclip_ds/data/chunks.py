@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from amclip_ds.data import captions, photometric
-from amclip_ds.data import contents as contents_of
 from amclip_ds.data.config import View
 from amclip_ds.data.exclude import Excluded
-from amclip_ds.data.index import Index, Sample
-from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.order import EpochOrder, Mixture
-from amclip_ds.data.reader import Request, ShardChanged, ShardReader
-from amclip_ds.data.tar import printable
 from amclip_ds.data.views import Views, make_views
 from amclip_ds.errors import AmclipError, RunStopped, UserError
 from amclip_ds.files import describe
+from amclip_ds.keyed_random import keyed
 from amclip_ds.masks.text import TextMaskConfig, Words, masked, prepare
 from amclip_ds.masks.units import NONE
+from amclip_ds.shards import contents as contents_of
+from amclip_ds.shards.index import Index, Sample
+from amclip_ds.shards.reader import Request, ShardChanged, ShardReader
+from amclip_ds.shards.tar import printable
 
 Contents = dict[Request, bytes | OSError]
 MAX_REPLACED = 64  # bad samples in a row, each replacing the last, before the stream counts as empty

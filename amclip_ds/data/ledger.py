@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from amclip_ds.data.account import Account
 from amclip_ds.data.batch import Batch
 from amclip_ds.errors import RunStopped
+from amclip_ds.shards.account import Account
 
 Gather = Callable[[Any], list[Any]]
 SKIPPED = "replaced"  # the action of an incident that cost a sample its place

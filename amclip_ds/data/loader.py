@@ -16,20 +16,20 @@ import numpy as np
 import torch
 
 from amclip_ds.data import captions
-from amclip_ds.data.account import account_of
-from amclip_ds.data.ahead import made_ahead
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.chunks import Chunk, ChunkMaker, ChunkSpec, Failed, join
 from amclip_ds.data.config import DataConfig
 from amclip_ds.data.exclude import read_excluded
-from amclip_ds.data.index import Index
 from amclip_ds.data.order import EpochOrder, Mixture
 from amclip_ds.data.photometric import Photometric
+from amclip_ds.data.prefetch import made_ahead
 from amclip_ds.data.prepare import Once, Sources, and_more, find_sources
-from amclip_ds.data.tar import printable
 from amclip_ds.data.workers import Fault, Place, Workers, start_worker_server
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.masks.text import TextMaskConfig
+from amclip_ds.shards.account import account_of
+from amclip_ds.shards.index import Index
+from amclip_ds.shards.tar import printable
 
 CHUNK = 64  # samples a worker makes at a time, at most
 HAVE_A_PLACE = ("no caption", "not adjacent")  # such a sample is in the order: it is replaced, and reported then

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from amclip_ds.data.keyed_random import keyed
+from amclip_ds.keyed_random import keyed
 
 
 @dataclass(frozen=True)

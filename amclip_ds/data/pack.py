@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from amclip_ds.data.grouping import MAX_IMAGE_BYTES
-from amclip_ds.data.images import BadImage, kind_of, open_image
 from amclip_ds.data.pack_sources import Row, Source
 from amclip_ds.data.plain_text import BadText, decode, lines, parse_object, visible
-from amclip_ds.data.tar import printable
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.files import describe, read_bytes, write_atomically
+from amclip_ds.images import BadImage, kind_of, open_image
 from amclip_ds.jsonl import append_line, read_lines
+from amclip_ds.shards.grouping import MAX_IMAGE_BYTES
+from amclip_ds.shards.tar import printable
 
 RECORD = "pack.jsonl"
 MAX_RECORD = 1 << 30  # bytes of a record in which many rows are left out

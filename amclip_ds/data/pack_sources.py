@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from amclip_ds.data.kinds import IMAGES, TABLES, kind_by_name
-from amclip_ds.data.tar import printable
 from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.files import is_regular, read_json
+from amclip_ds.shards.kinds import IMAGES, TABLES, kind_by_name
+from amclip_ds.shards.tar import printable
 
 IMAGE_KEYS = ("filepath", "file_name", "filename", "image_path", "image", "img", "jpg", "png", "webp", "path")
 CAPTION_KEYS = ("title", "caption", "captions", "text", "txt", "sentence", "description")

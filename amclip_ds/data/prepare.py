@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from amclip_ds.data.changes import changed_shards
 from amclip_ds.data.config import DataConfig
-from amclip_ds.data.index import Index, build_index, default_folder
-from amclip_ds.data.parallel import num_cores
-from amclip_ds.data.progress import progress
 from amclip_ds.data.train_sources import training_sources
 from amclip_ds.errors import UserError
+from amclip_ds.processes import num_cores
+from amclip_ds.progress import progress
 from amclip_ds.redact import redact
+from amclip_ds.shards.changes import changed_shards
+from amclip_ds.shards.index import Index, build_index, default_folder
 
 T = TypeVar("T")
 Once = Callable[[Callable[[], T]], T]

@@ -8,9 +8,9 @@ import numpy as np
 
 from amclip_ds.data.captions import tokenizer_hash
 from amclip_ds.data.check import Report, token_lengths
-from amclip_ds.data.grouping import IMAGE_TYPES
 from amclip_ds.masks.text.table import FORMAT
 from amclip_ds.plots import pyplot
+from amclip_ds.shards.grouping import IMAGE_TYPES
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 CONTEXT_LENGTH = 77

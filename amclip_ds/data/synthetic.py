@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from amclip_ds.data.keyed_random import keyed
-from amclip_ds.data.parallel import Died, num_cores, run_over
-from amclip_ds.data.progress import progress
 from amclip_ds.errors import UserError
 from amclip_ds.files import not_written
+from amclip_ds.keyed_random import keyed
+from amclip_ds.processes import Died, num_cores, run_over
+from amclip_ds.progress import progress
 
 SHAPES = ("circle", "square", "triangle", "bar", "star", "cross", "ring", "pillar")
 COLOURS = {

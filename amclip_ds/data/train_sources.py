@@ -1,9 +1,9 @@
 """The shards that data.train names, and what can be known of a run's data before torch is loaded."""
 
 from amclip_ds.data.config import DataConfig
-from amclip_ds.data.inputs import check_foreign
-from amclip_ds.data.sources import expand_sources, scheme_of, split_sources
 from amclip_ds.errors import UserError
+from amclip_ds.shards.inputs import check_foreign
+from amclip_ds.shards.sources import expand_sources, scheme_of, split_sources
 
 
 def training_sources(config: DataConfig) -> list[list[str]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amclip_ds.data.boxes import draw_boxes
 from amclip_ds.data.config import View
-from amclip_ds.data.images import MAX_PIXELS, Decoded, open_image
+from amclip_ds.images import MAX_PIXELS, Decoded, open_image
 
 
 @dataclass

@@ -248,8 +248,8 @@ def _features(run: Path, config: TrainConfig) -> Iterator[Finding]:
     import torch
 
     from amclip_ds import samples
-    from amclip_ds.data.images import open_image
     from amclip_ds.evaluate.source import locate, open_encoder
+    from amclip_ds.images import open_image
 
     try:
         located = locate(run)

@@ -151,7 +151,7 @@ def _operators() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    from amclip_ds.engine.runtime import compiler, extensions_dir
+    from amclip_ds.ranks.runtime import compiler, extensions_dir
 
     place = next(path for path in (extensions_dir(), *extensions_dir().parents) if path.exists())
     if not os.access(place, os.W_OK):
@@ -176,7 +176,7 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _launcher() -> Iterator[Finding]:
-    from amclip_ds.engine.runtime import placement
+    from amclip_ds.ranks.runtime import placement
 
     try:
         place = placement()
@@ -189,7 +189,7 @@ def _launcher() -> Iterator[Finding]:
 
 
 def _slurm() -> Iterator[Finding]:
-    from amclip_ds.engine.runtime import current_job
+    from amclip_ds.ranks.runtime import current_job
 
     if shutil.which("sbatch") is None:
         yield Finding("slurm", OK, "no sbatch here: `amclip train` runs, `amclip submit` needs a login node")
@@ -288,7 +288,7 @@ def _limits() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    from amclip_ds.data.parallel import num_cores
+    from amclip_ds.processes import num_cores
 
     memory = psutil.virtual_memory()
     total, free = memory.total / 2**30, memory.available / 2**30

@@ -1,1 +1,1 @@
-"""The engine package: the only package that imports deepspeed."""
+"""The engines: student and teacher through DeepSpeed, which only this package and two modules of ranks/ import."""

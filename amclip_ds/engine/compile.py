@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from amclip_ds.data import photometric
-from amclip_ds.engine.collectives import gather_objects
 from amclip_ds.engine.ds_config import AUTO, BLOCK, NO_COMPILE, TOWER
 from amclip_ds.engine.zero3 import blocks_of
 from amclip_ds.errors import in_one_line
 from amclip_ds.host_copies import upload
+from amclip_ds.ranks.collectives import gather_objects
 
 BACKEND = "inductor"
 MOST_GRAPHS = 64  # of one function: lengths of texts x (training, evaluation); torch would stop at 8

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from amclip_ds.engine.communication_time import COMMUNICATION
 from amclip_ds.engine.shards import Shard
+from amclip_ds.ranks.communication_time import COMMUNICATION
 
 ROW = 8192  # elements of which a norm is taken at a time: fp32 sums of so few lose nothing that shows
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from amclip_ds.engine.collectives import gather_objects
 from amclip_ds.errors import UserError, in_one_line
+from amclip_ds.ranks.collectives import gather_objects
 
 MULTIPLE = 16  # what the hardware's product takes of both sizes of a layer
 CAPABILITY = (8, 9)  # of the first cards with fp8 units

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from amclip_ds.engine.collectives import on_all
-from amclip_ds.engine.runtime import Runtime, build_environment, extensions_dir
 from amclip_ds.errors import AmclipError, UserError, in_one_line
 from amclip_ds.optim import OptimConfig
+from amclip_ds.ranks.collectives import on_all
+from amclip_ds.ranks.runtime import Runtime, build_environment, extensions_dir
 
 OP = "cpu_adam"
 BUILD_LIMIT_S = 300.0  # it takes about half a minute; below the 600 s that the other ranks wait in a collective

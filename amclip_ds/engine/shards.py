@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from amclip_ds.engine.collectives import gather_objects
 from amclip_ds.errors import UserError
 from amclip_ds.model.init import persistent_buffers
+from amclip_ds.ranks.collectives import gather_objects
 
 
 @dataclass(frozen=True)

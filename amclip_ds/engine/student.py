@@ -29,7 +29,6 @@ from amclip_ds.engine.flat_gradients import FlatGradients
 from amclip_ds.engine.light_imports import import_muon_uncompiled
 from amclip_ds.engine.muon import NormBeforeMuon, build_muon, eager_kernels, with_muon
 from amclip_ds.engine.offload import build_cpu_adam
-from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.zero3 import (
     fetch_blocks_whole,
     fetches_weights,
@@ -46,6 +45,7 @@ from amclip_ds.model.savings import Savings
 from amclip_ds.objectives import Chosen, builder, start_of
 from amclip_ds.objectives.base import start_of as start_share
 from amclip_ds.optim import OptimConfig, build_optimizer, parameter_groups
+from amclip_ds.ranks.runtime import Runtime
 
 CLIP_EPSILON = 1e-6  # that DeepSpeed adds to a norm
 LOGIT_SCALE_RANGE = (0.0, math.log(100.0))

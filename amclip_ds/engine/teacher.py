@@ -10,7 +10,7 @@ from amclip_ds.comm import Comm
 from amclip_ds.engine import shards
 from amclip_ds.engine.shards import Shard
 from amclip_ds.engine.student import StudentEngine
-from amclip_ds.engine.teacher_placement import place_teacher
+from amclip_ds.engine.teacher_copies import place_teacher
 from amclip_ds.model.config import ModelConfig, TeacherConfig
 from amclip_ds.model.init import persistent_buffers
 from amclip_ds.model.teacher_model import OBSERVING, Observed, TeacherModel, mirrored_names

@@ -7,9 +7,6 @@ from functools import partial
 from typing import Any
 
 from amclip_ds import display, json_file
-from amclip_ds.data.sources import split_sources
-from amclip_ds.engine import runtime as engine_runtime
-from amclip_ds.engine.collectives import DistributedComm, on_all, on_main
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import suites
 from amclip_ds.evaluate.datasets import check_distinct
@@ -17,6 +14,9 @@ from amclip_ds.evaluate.encoder import Encoder
 from amclip_ds.evaluate.rows import append_new
 from amclip_ds.evaluate.source import Located, locate, open_encoder
 from amclip_ds.evaluate.tasks import open_for, run_task
+from amclip_ds.ranks import runtime as engine_runtime
+from amclip_ds.ranks.collectives import DistributedComm, on_all, on_main
+from amclip_ds.shards.sources import split_sources
 
 
 def evaluate(args: argparse.Namespace) -> int:

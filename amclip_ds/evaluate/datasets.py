@@ -20,15 +20,15 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from amclip_ds.data import sources
-from amclip_ds.data.grouping import ADVICE, MAX_IMAGE_BYTES, Group, group, left_out_name, scattered
-from amclip_ds.data.images import BadImage, open_image
 from amclip_ds.data.plain_text import BadText, decode, lines, parse_object, visible
-from amclip_ds.data.tar import Damage, Member, printable, scan
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import folders, names
 from amclip_ds.evaluate.set_names import GROUPED, known_name
 from amclip_ds.files import describe, is_regular, open_regular, read_text
+from amclip_ds.images import BadImage, open_image
+from amclip_ds.shards import sources
+from amclip_ds.shards.grouping import ADVICE, MAX_IMAGE_BYTES, Group, group, left_out_name, scattered
+from amclip_ds.shards.tar import Damage, Member, printable, scan
 
 CLASSIFICATION, RETRIEVAL = "zeroshot_classification", "retrieval"
 MULTILABEL = "multilabel"  # of dataset_type.txt: a classification of several labels an image

@@ -4,15 +4,15 @@ from functools import partial
 from typing import Any
 
 from amclip_ds.config import TrainConfig
-from amclip_ds.data.sources import split_sources
-from amclip_ds.engine.collectives import DistributedComm, on_all
-from amclip_ds.engine.runtime import Runtime
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.engine.teacher import Teacher
 from amclip_ds.errors import AmclipError
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.encoder import TowerEncoder
 from amclip_ds.evaluate.tasks import run_task
+from amclip_ds.ranks.collectives import DistributedComm, on_all
+from amclip_ds.ranks.runtime import Runtime
+from amclip_ds.shards.sources import split_sources
 
 
 def specs_of(config: TrainConfig) -> list[str]:

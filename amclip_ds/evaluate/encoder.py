@@ -21,10 +21,10 @@ from torch import Tensor
 from amclip_ds.comm import Comm
 from amclip_ds.data import photometric
 from amclip_ds.data.captions import build_tokenizer, trim
-from amclip_ds.data.progress import progress
-from amclip_ds.engine.collectives import on_all
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.datasets import Sample
+from amclip_ds.progress import progress
+from amclip_ds.ranks.collectives import on_all
 
 TEXT_BUCKET = 8  # tokens; texts of a batch are cut to its longest, rounded up to this
 MAX_RESIZED = 1 << 26  # pixels of an image whose shorter side was brought to the model's size

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amclip_ds.comm import Comm
-from amclip_ds.engine.collectives import on_main
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import metrics, zero_shot
 from amclip_ds.evaluate.datasets import EvalSet
 from amclip_ds.evaluate.encoder import Encoder, encode_images, share_rows
+from amclip_ds.ranks.collectives import on_main
 
 FIRST_EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 FINEST_STEP = 1 / 8  # decades

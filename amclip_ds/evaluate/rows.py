@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds import run_files
-from amclip_ds.backlog import Backlog
 from amclip_ds.errors import AmclipError
 from amclip_ds.evaluate.datasets import EvalSet
 from amclip_ds.jsonl import read_lines
 from amclip_ds.record import evaluation_lines
+from amclip_ds.record.backlog import Backlog
 
 KEY = ("step", "weights", "dataset", "task")  # what two rows may not share
 

@@ -18,7 +18,7 @@ from amclip_ds.evaluate.encoder import Encoder, TowerEncoder
 from amclip_ds.evaluate.export_folder import read_own
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
-from amclip_ds.model.start import Source, fit
+from amclip_ds.model.pretrained import Source, fit
 
 EXPORTS = {
     "open_clip_config.json": "open_clip",

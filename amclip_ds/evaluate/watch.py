@@ -20,7 +20,6 @@ from amclip_ds import jsonl, run_files
 from amclip_ds.checkpoint import manifest, retention, step_folders
 from amclip_ds.comm import SingleProcess
 from amclip_ds.config import TrainConfig
-from amclip_ds.data.sources import split_sources
 from amclip_ds.errors import TO_REQUEUE, AmclipError, UserError
 from amclip_ds.evaluate import rows
 from amclip_ds.evaluate.datasets import EvalSet, open_sets
@@ -28,6 +27,7 @@ from amclip_ds.evaluate.source import locate, open_encoder
 from amclip_ds.evaluate.tasks import run_task
 from amclip_ds.files import read_bytes
 from amclip_ds.record import read_verdict
+from amclip_ds.shards.sources import split_sources
 
 PIN = "pinned by amclip watch\n"
 Failed = dict[tuple[tuple[Path, int], str, str], str]  # (a checkpoint's identity, weights, set) -> why

@@ -17,7 +17,7 @@ from amclip_ds.data.photometric import MEAN, STD
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.foreign_tokenizer import PUNCTUATION
 from amclip_ds.export.open_clip import activation_of, blocks_of, fold_patch_bias, refuse_mean
-from amclip_ds.model import foreign
+from amclip_ds.model import other_libraries
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.module_alone import import_alone
@@ -33,7 +33,7 @@ def write(folder: Path, module: AClip, model: ModelConfig) -> None:
     if is_clip:
         config, tensors = (
             _clip_config(module, model),
-            foreign.to_theirs("transformers CLIPModel", fold_patch_bias(state)),
+            other_libraries.to_theirs("transformers CLIPModel", fold_patch_bias(state)),
         )
     else:
         config, tensors = _dual_config(module, model), _dual_tensors(state)
@@ -109,7 +109,7 @@ def _dual_config(module: AClip, model: ModelConfig) -> Any:
 
 
 def _dual_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors = foreign.to_theirs("transformers VisionTextDualEncoderModel", state)
+    tensors = other_libraries.to_theirs("transformers VisionTextDualEncoderModel", state)
     width = state["vision.cls_token"].shape[-1]
     tensors["vision_model.pooler.dense.weight"] = torch.eye(width)
     tensors["vision_model.pooler.dense.bias"] = torch.zeros(width)

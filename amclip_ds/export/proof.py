@@ -14,12 +14,12 @@ from torch import Tensor
 
 from amclip_ds.config import TrainConfig
 from amclip_ds.data import photometric
-from amclip_ds.data.sources import expand_local, split_sources
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.datasets import RETRIEVAL, open_set
 from amclip_ds.evaluate.encoder import resize_and_crop, tokenizer
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
+from amclip_ds.shards.sources import expand_local, split_sources
 
 TOLERANCE = 1e-5  # largest difference of unit vectors, fp32
 OWN_COSINE = 0.999  # through the library's own preprocessing

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from amclip_ds.data.photometric import MEAN, STD
-from amclip_ds.model import foreign
+from amclip_ds.model import other_libraries
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
 
@@ -48,4 +48,4 @@ def write(folder: Path, module: AClip, model: ModelConfig) -> None:
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     tower = {name: tensor for name, tensor in module.state_dict().items() if name.startswith("vision.")}
-    save_file(foreign.to_theirs("timm", tower), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(other_libraries.to_theirs("timm", tower), folder / "model.safetensors", metadata={"format": "pt"})

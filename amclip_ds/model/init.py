@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from amclip_ds.errors import UserError
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.names import first_name
-from amclip_ds.model.start import loaded_tensor
+from amclip_ds.model.pretrained import loaded_tensor
 
 SINCOS_SCALE = 0.3
 LAYER_SCALE = 1e-5

@@ -488,9 +488,9 @@ def samples_of(config: TrainConfig) -> tuple[int, str, float] | None:
     """
     if not config.data.train:
         return None
-    from amclip_ds.data.index import scan_shard
-    from amclip_ds.data.sources import is_remote
     from amclip_ds.data.train_sources import training_sources
+    from amclip_ds.shards.index import scan_shard
+    from amclip_ds.shards.sources import is_remote
 
     shards = [shard for source in training_sources(config.data) for shard in source]
     if not shards or any(is_remote(path) for path in shards):

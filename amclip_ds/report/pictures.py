@@ -125,7 +125,7 @@ def _add(
 
 def _uri(folder: Path, name: str) -> str:
     """The image's own pixels, encoded anew: whatever else the file held is left behind. Empty where it is none."""
-    from amclip_ds.data.images import kind_of, open_image
+    from amclip_ds.images import kind_of, open_image
 
     if "/" in name or name.startswith("."):
         return ""

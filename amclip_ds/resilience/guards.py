@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amclip_ds.engine.collectives import gather_objects, gather_row, my_rank
 from amclip_ds.errors import RunStopped
 from amclip_ds.host_copies import begin_download
 from amclip_ds.model.features import Losses
+from amclip_ds.ranks.collectives import gather_objects, gather_row, my_rank
 from amclip_ds.resilience.config import GuardsConfig
 
 TO_DEVIATION = 1.4826  # a median absolute deviation times this is a normal's standard deviation

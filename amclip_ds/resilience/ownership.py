@@ -175,7 +175,7 @@ def owning(
     folder: Path, config: OwnershipConfig, *, job: str = "", restart: int = 0, say: Callable[[str], None] = print
 ) -> Iterator[Owner | None]:
     """`claim` for the ranks together: the Owner on rank 0, None elsewhere, a refusal on all. Collective."""
-    from amclip_ds.engine.collectives import on_main  # here: it loads torch, and this module is read before that
+    from amclip_ds.ranks.collectives import on_main  # here: it loads torch, and this module is read before that
 
     owners: list[Owner] = []
     on_main(lambda: owners.append(claim(folder, config, job=job, restart=restart, say=say)))

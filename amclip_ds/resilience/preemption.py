@@ -30,7 +30,7 @@ from amclip_ds.signals import STOPPING, heeded
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from amclip_ds.engine.runtime import Runtime
+    from amclip_ds.ranks.runtime import Runtime
 
 NAMES = tuple(number.name for number in STOPPING)
 REASONS = ("run.time_limit", "the end of the Slurm job", "a STOP file", *NAMES, "ownership")  # the weightiest last

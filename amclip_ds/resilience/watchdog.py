@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from amclip_ds.data.batch import Batch
-from amclip_ds.engine.runtime import Runtime
+from amclip_ds.ranks.runtime import Runtime
 from amclip_ds.record import Record
 from amclip_ds.resilience import watch_ranks
 from amclip_ds.resilience.config import WatchdogConfig

@@ -16,8 +16,6 @@ from amclip_ds.compat import COMPAT
 from amclip_ds.data import photometric
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.photometric import normalise
-from amclip_ds.engine import runtime as engine_runtime
-from amclip_ds.engine.collectives import DistributedComm
 from amclip_ds.engine.ds_config import EngineConfig
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.engine.teacher import Teacher
@@ -29,6 +27,8 @@ from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig, Teacher
 from amclip_ds.model.features import Losses
 from amclip_ds.objectives import chosen
 from amclip_ds.optim import OptimConfig, Schedules
+from amclip_ds.ranks import runtime as engine_runtime
+from amclip_ds.ranks.collectives import DistributedComm
 from amclip_ds.resilience.config import GuardsConfig
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.step import student_inputs, train_step

@@ -16,9 +16,7 @@ from amclip_ds.checkpoint.save import Saver
 from amclip_ds.checkpoint.state import CheckpointState
 from amclip_ds.compat import COMPAT
 from amclip_ds.data.batch import Batch
-from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine import shards
-from amclip_ds.engine.collectives import DistributedComm
 from amclip_ds.engine.ds_config import EngineConfig
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.engine.teacher import Teacher
@@ -27,6 +25,8 @@ from amclip_ds.method import Method
 from amclip_ds.model.config import HeadsConfig, LossConfig, ModelConfig, TeacherConfig, TextConfig, VisionConfig
 from amclip_ds.objectives import chosen
 from amclip_ds.optim import OptimConfig, Schedules
+from amclip_ds.ranks import runtime as engine_runtime
+from amclip_ds.ranks.collectives import DistributedComm
 from amclip_ds.resilience.config import GuardsConfig
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.step import train_step

@@ -23,9 +23,9 @@ from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.save import Saver
 from amclip_ds.checkpoint.state import CheckpointState
 from amclip_ds.checkpoint.tensorfile import DamagedError
-from amclip_ds.engine.placement import free_port
 from amclip_ds.engine.shards import Shard
 from amclip_ds.errors import AmclipError
+from amclip_ds.ranks.launcher_env import free_port
 
 SIZES = {"one": 1, "seven": 7, "some": 1000, "many": 150_001}
 KINDS = ("master", "exp_avg", "ema")

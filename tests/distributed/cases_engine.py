@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.engine import student as student_module
-from amclip_ds.engine.communication_time import COMMUNICATION
 from amclip_ds.engine.shards import gather_whole
 from amclip_ds.engine.zero3 import blocks_of
 from amclip_ds.errors import AmclipError
 from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets
 from amclip_ds.model.teacher_model import TeacherModel
 from amclip_ds.objectives import builder
+from amclip_ds.ranks import runtime as engine_runtime
+from amclip_ds.ranks.communication_time import COMMUNICATION
 from tests.distributed.batches import both, local_part
 from tests.distributed.cases import Run, global_batch, pixels, running
 

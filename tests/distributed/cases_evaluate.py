@@ -5,12 +5,12 @@ from typing import Any
 import torch
 
 from amclip_ds import config as settings
-from amclip_ds.engine import runtime as engine_runtime
-from amclip_ds.engine.collectives import on_all, on_main
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import encoder
 from amclip_ds.evaluate.during_training import evaluate_engines
 from amclip_ds.method import method_of
+from amclip_ds.ranks import runtime as engine_runtime
+from amclip_ds.ranks.collectives import on_all, on_main
 from amclip_ds.run import build_engines
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amclip_ds.engine import runtime as engine_runtime
 from amclip_ds.model.features import Losses
+from amclip_ds.ranks import runtime as engine_runtime
 from tests.distributed.cases import Run
 from tests.distributed.cases_engine import same
 

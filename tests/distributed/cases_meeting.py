@@ -5,7 +5,7 @@ import socket
 
 import torch
 
-from amclip_ds.engine import runtime
+from amclip_ds.ranks import runtime
 
 
 def meeting_case(taken_draws: int) -> int:

@@ -6,14 +6,14 @@ import torch
 
 from amclip_ds.config import RunConfig, TrainConfig
 from amclip_ds.engine import memory
-from amclip_ds.engine import runtime as engine_runtime
-from amclip_ds.engine.collectives import DistributedComm
 from amclip_ds.engine.ds_config import EngineConfig
 from amclip_ds.engine.student import StepOutcome
 from amclip_ds.method import method_of
 from amclip_ds.model.config import HeadsConfig, ModelConfig, TeacherConfig, TextConfig, VisionConfig
 from amclip_ds.optim import OptimConfig, Schedules
 from amclip_ds.plan.model_state import model_state_of
+from amclip_ds.ranks import runtime as engine_runtime
+from amclip_ds.ranks.collectives import DistributedComm
 from amclip_ds.resilience.config import GuardsConfig
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.run import build_engines

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from amclip_ds.engine import bandwidth, preflight, runtime
+from amclip_ds.ranks import bandwidth, preflight, runtime
 
 
 def preflight_case(folder: str, shard: str, *, nodes: bool = False, other_config: bool = False, slow: int = -1) -> dict:

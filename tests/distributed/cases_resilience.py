@@ -6,8 +6,8 @@ import signal
 import time
 from pathlib import Path
 
-from amclip_ds.engine import runtime
 from amclip_ds.errors import Preempted
+from amclip_ds.ranks import runtime
 from amclip_ds.resilience.ownership import OwnershipConfig, OwnershipLost, claim, owning
 from amclip_ds.resilience.preemption import Preemption, PreemptionConfig, leaving_together
 from amclip_ds.resilience.watchdog import OwnTime

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amclip_ds.engine import runtime as engine_runtime
-from amclip_ds.engine.collectives import DistributedComm
 from amclip_ds.objectives import ring
 from amclip_ds.objectives.contrastive import info_nce
 from amclip_ds.objectives.sigmoid import sigmoid
 from amclip_ds.objectives.simclr import online_to_online
+from amclip_ds.ranks import runtime as engine_runtime
+from amclip_ds.ranks.collectives import DistributedComm
 
 LOCAL, VIEWS, WIDTH = 5, 2, 6
 

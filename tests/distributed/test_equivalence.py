@@ -50,7 +50,7 @@ def test_a_gather_without_gradient_fails_the_table() -> None:
 def train_with_local_gradients(ds: str) -> dict[str, object]:
     import torch.distributed as dist
 
-    from amclip_ds.engine import collectives
+    from amclip_ds.ranks import collectives
     from tests.distributed import cases
 
     def stay(ctx: object, grad: object) -> object:

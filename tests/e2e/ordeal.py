@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
-from amclip_ds import backlog
 from amclip_ds.jsonl import read_lines
+from amclip_ds.record import backlog
 
 SPARE = 6 << 20  # what an event file, a log and a heartbeat may still take
 

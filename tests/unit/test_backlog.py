@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds import backlog, jsonl, tensorboard_events
-from amclip_ds.backlog import Backlog
+from amclip_ds import jsonl
 from amclip_ds.jsonl import read_lines
-from amclip_ds.record import LogConfig, Record
+from amclip_ds.record import LogConfig, Record, backlog, tensorboard_events
+from amclip_ds.record.backlog import Backlog
 from tests.conftest import ROOT
 from tests.unit.test_record import ROW
 

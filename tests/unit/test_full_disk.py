@@ -18,7 +18,7 @@ FULL_DISK = """
 import contextlib, errno, os, sys
 from pathlib import Path
 from amclip_ds import config, json_file, slurm_attempt
-from amclip_ds.data.index import build_index
+from amclip_ds.shards.index import build_index
 from amclip_ds.errors import AmclipError
 from amclip_ds.resilience.ownership import OwnershipConfig, claim
 from amclip_ds.run_folder import open_folder

@@ -1,102 +1,79 @@
-"""Imports go one way: packages import only packages below them, deepspeed in engine/, os.environ in the runtime."""
+"""Imports go down and in no circle (tests/rooms.py has the floors); deepspeed and os.environ have their places."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "amclip_ds"
-# Each room and what it may import of this package; these serve everybody.
-EVERYBODY = {
-    "errors",
-    "comm",
-    "files",
-    "host_copies",
-    "hub",
-    "json_file",
-    "jsonl",
-    "plain_yaml",
-    "plots",
-    "module_alone",
-    "redact",
-    "run_files",
-    "safetensors_header",
-    "signals",
-    "display",
-}
-BOTTOM = {"compat", "masks", "model", "objectives", "method", "data", "optim"}
-MIDDLE = BOTTOM | {"engine", "teacher", "resilience", "record", "grad_cache"}
-UPPER = MIDDLE | {"step", "checkpoint", "evaluate", "export", "config", "launch", "submit"}
-MAY_IMPORT = {
-    "comm": set(),
-    "masks": set(),
-    "model": {"masks"},
-    "objectives": {"model"},
-    "compat": set(),
-    "plugins": {"masks", "model", "objectives", "configfile"},
-    "method": {"objectives", "masks", "model", "data", "compat"},
-    "grad_cache": BOTTOM | {"engine"},
-    "data": {"data", "masks"},
-    "optim": {"optim"},
-    "record": {"backlog", "tensorboard_events", "trackers"},
-    "launch": {"record", "engine"},
-    "engine": MIDDLE,
-    "teacher": MIDDLE,
-    "resilience": MIDDLE,
-    "config": UPPER | {"configfile", "plugins"},
-    "plan": MIDDLE | {"config"},
-    "doctor": MIDDLE | {"config", "evaluate", "samples"},
-    "step": MIDDLE,
-    "checkpoint": MIDDLE | {"checkpoint", "config"},
-    "evaluate": MIDDLE | {"backlog", "evaluate", "checkpoint", "config"},
-    "export": MIDDLE | {"export", "evaluate", "checkpoint", "config"},
-    "meter": MIDDLE | {"step"},
-    "mask_statistics": {"data"},
-    "scenes": MIDDLE | {"config", "evaluate", "step", "mask_statistics"},
-    "picture": MIDDLE | {"scenes", "pictures"},
+from tests.rooms import (
+    FLOOR_OF,
+    FLOORS,
+    PACKAGE,
+    arrows,
+    circles,
+    imports_of,
+    picture,
+    room_of,
+    rooms,
+    rooms_imported,
+    upward,
+)
+
+GROUND = set(FLOORS["the ground"].split())
+ALONE = {  # rooms that import less of the package than their floor allows: they know nothing of ranks
+    "masks": GROUND,
+    "model": GROUND | {"masks"},
+    "objectives": GROUND | {"model"},
+    "shards": GROUND,
+    "data": GROUND | {"shards", "masks"},
+    "report": GROUND | {"data", "shards", "record"},
     "recipe_headers": set(),
+    "comm": set(),
 }
-READS_ENVIRONMENT = {"engine/runtime.py", "launch.py", "completion.py"}  # the last what a shell asks at TAB
+IMPORT_DEEPSPEED = {"ranks/runtime.py", "ranks/communication_time.py"}  # besides engine/
+READ_ENVIRONMENT = {"ranks/runtime.py", "launch.py", "completion.py"}  # the last what a shell asks at TAB
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def too_much(room: str, text: str) -> set[str]:
+    """What a module of a room of ALONE imports beyond what it may."""
+    return rooms_imported(text) - ALONE[room] - {room}
 
 
-def imports_of(text: str) -> set[str]:
-    """Dotted names imported anywhere in a module's text, function bodies included."""
-    names = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+def test_every_room_is_on_a_floor() -> None:
+    assert set(FLOOR_OF) == rooms(), "tests/rooms.py: FLOORS"
 
 
-def wrong_imports(room: str, text: str) -> list[str]:
-    wrong = []
-    for name in imports_of(text):
-        parts = name.split(".")
-        if parts[0] == "deepspeed" and room != "engine":
-            wrong.append(f"{room} imports deepspeed, which only engine/ does")
-        if parts[0] == "amclip_ds" and len(parts) > 1 and room in MAY_IMPORT:
-            is_room = (PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").exists()
-            if is_room and parts[1] not in MAY_IMPORT[room] | EVERYBODY | {room}:
-                wrong.append(f"{room} imports {parts[1]}, which is above it")
-    return wrong
+def test_imports_go_down_and_in_no_circle() -> None:
+    found = arrows()
+    print(picture(found))
+    assert not upward(found)
+    assert not circles(found)
 
 
-def test_imports_go_down() -> None:
-    wrong = {path: wrong_imports(room_of(path), path.read_text()) for path in PACKAGE.rglob("*.py")}
-    assert not {str(path): lines for path, lines in wrong.items() if lines}
+def test_an_arrow_up_and_a_circle_are_seen() -> None:
+    found = arrows()
+    assert upward(found | {("masks", "train"): ["masks/attentive.py"]}) == {("masks", "train"): ["masks/attentive.py"]}
+    assert circles(found | {("shards", "data"): ["shards/index.py"]}) == [{"shards", "data"}]
 
 
-@pytest.mark.parametrize("line", ["import deepspeed", "from amclip_ds.engine import student", "import amclip_ds.train"])
+def test_masks_model_objectives_and_data_know_no_ranks() -> None:
+    modules = [path for path in PACKAGE.rglob("*.py") if room_of(path) in ALONE]
+    wrong = {str(path): too_much(room_of(path), path.read_text()) for path in modules}
+    assert not {path: found for path, found in wrong.items() if found}
+
+
+@pytest.mark.parametrize("line", ["from amclip_ds.ranks import runtime", "import amclip_ds.train"])
 def test_a_wrong_import_is_seen(line: str) -> None:
-    assert wrong_imports("model", f"def later():\n    {line}\n")
-    assert not wrong_imports("model", "from amclip_ds.errors import UserError\nimport torch\n")
+    assert too_much("model", f"def later():\n    {line}\n")
+    assert not too_much("model", "from amclip_ds.errors import UserError\nimport torch\n")
+
+
+def test_deepspeed_is_imported_by_the_engine_and_two_modules() -> None:
+    importing = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == "deepspeed" for name in imports_of(path.read_text()))
+    }
+    assert {path for path in importing if not path.startswith("engine/")} == IMPORT_DEEPSPEED
 
 
 def test_only_the_runtime_reads_the_environment() -> None:
@@ -105,4 +82,4 @@ def test_only_the_runtime_reads_the_environment() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
                 readers.add(str(path.relative_to(PACKAGE)))
-    assert readers <= READS_ENVIRONMENT, readers - READS_ENVIRONMENT
+    assert readers <= READ_ENVIRONMENT, readers - READ_ENVIRONMENT

@@ -18,7 +18,7 @@ from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.encoder import encode_images
 from amclip_ds.evaluate.source import locate, open_encoder
-from amclip_ds.model import start
+from amclip_ds.model import pretrained
 from tests.unit.evaluate.exports import write_export, write_run
 from tests.unit.evaluate.test_encoder import picture
 
@@ -145,7 +145,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_model_of_the_hub_is_read_from_its_cache(cached: str) -> None:
     assert amclip_ds.load(cached).encode_text(["a dog"]).shape[0] == 1
-    assert start.open_source(cached).format == "open_clip"
+    assert pretrained.open_source(cached).format == "open_clip"
     with pytest.raises(UserError, match="HF_HUB_OFFLINE keeps it from being downloaded; .* hf download org/other"):
         hub.local("hf-hub:org/other")
     with pytest.raises(UserError, match="hf download org/tiny --revision v2"):

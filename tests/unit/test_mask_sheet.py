@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from amclip_ds import cli, mask_sheet
+from amclip_ds import cli
 from amclip_ds import config as settings
 from amclip_ds.data.synthetic import write_dataset
 from amclip_ds.evaluate.source import build_towers, locate
 from amclip_ds.masks import MASKS
 from amclip_ds.method import method_of
 from amclip_ds.model.amclip import AClip
+from amclip_ds.pictures import mask_sheet
 from tests.unit.data.shards import write_tar
 
 

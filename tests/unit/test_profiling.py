@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amclip_ds.profiling import WAIT, WARM, Profile, costs_of, kind_of
+from amclip_ds.record.profiling import WAIT, WARM, Profile, costs_of, kind_of
 
 
 def steps(profile: Profile, count: int) -> None:

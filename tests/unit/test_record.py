@@ -10,9 +10,9 @@ from amclip_ds.errors import RunStopped
 from amclip_ds.files import write_atomically
 from amclip_ds.jsonl import append_line, read_lines
 from amclip_ds.record import LogConfig, Record, run_id, supersede
+from amclip_ds.record.timeline import Timeline
 from amclip_ds.run_files import EVENT, TIMELINE
 from amclip_ds.run_folder import next_attempt, write_verdict_at_end
-from amclip_ds.timeline import Timeline
 
 ROW = {
     "step": 1,

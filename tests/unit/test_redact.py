@@ -7,13 +7,13 @@ import pytest
 
 from amclip_ds import config
 from amclip_ds.cli import main
-from amclip_ds.data import reader
-from amclip_ds.data.index import Index, build_index, default_folder
 from amclip_ds.data.train_sources import check_inputs
 from amclip_ds.errors import UserError
 from amclip_ds.jsonl import append_line
 from amclip_ds.redact import redact, redact_all
 from amclip_ds.run_folder import describe_versions, open_folder, write_verdict
+from amclip_ds.shards import reader
+from amclip_ds.shards.index import Index, build_index, default_folder
 from tests.unit.data.damaged import samples, tar_of
 from tests.unit.data.faulty_server import FaultyServer
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from amclip_ds import safetensors_header
 from amclip_ds.errors import UserError
-from amclip_ds.model.start import Source
+from amclip_ds.model.pretrained import Source
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amclip_ds.scenes import MaskedScenes, patches_inside
+from amclip_ds.demo.scenes import MaskedScenes, patches_inside
 
 
 def test_an_object_is_found_in_the_coordinates_of_each_view() -> None:

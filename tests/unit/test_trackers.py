@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds import trackers
 from amclip_ds.cli import main
 from amclip_ds.errors import AmclipError
 from amclip_ds.jsonl import read_lines
-from amclip_ds.record import LogConfig, Record
+from amclip_ds.record import LogConfig, Record, trackers
 from tests.unit.test_record import ROW
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from amclip_ds.checkpoint import load
 from amclip_ds.checkpoint.load import Found
 from amclip_ds.checkpoint.manifest import Manifest
-from amclip_ds.model import start
+from amclip_ds.model import pretrained
 from amclip_ds.model.init import Start, init_tensor
 from amclip_ds.model.names import MOVED, first_name, present_buffer, present_name
 from tests.unit.model import tiny
@@ -62,7 +62,7 @@ def test_weights_of_an_older_run_start_a_new_one(tmp_path: Path) -> None:
     older = {first_name(name): tensor for name, tensor in student.state_dict().items()}
     assert OLD in older
     save_file(older, tmp_path / "student.safetensors")
-    source = start.Source(tmp_path)
+    source = pretrained.Source(tmp_path)
     assert set(source.names()) == set(student.state_dict())
     for name, tensor in student.state_dict().items():
         assert torch.equal(source.read(name), tensor.float() if tensor.is_floating_point() else tensor), name

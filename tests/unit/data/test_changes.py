@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from amclip_ds.checkpoint import drift
-from amclip_ds.data import changes, contents, reader
-from amclip_ds.data.index import Index, build_index
-from amclip_ds.data.stage import Stage
 from amclip_ds.errors import RunStopped, UserError
+from amclip_ds.shards import changes, contents, reader
+from amclip_ds.shards.index import Index, build_index
+from amclip_ds.shards.stage import Stage
 from tests.unit.data.faulty_server import FaultyServer
 from tests.unit.data.shards import open_data, write_shards
 

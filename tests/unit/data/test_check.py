@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from amclip_ds import cli
-from amclip_ds.data import index
 from amclip_ds.data.check import CheckConfig, check
+from amclip_ds.shards import index
 from tests.unit.data.damaged import header_at, json_fields, picture, sample, samples, tar_of, with_flipped_headers
 
 

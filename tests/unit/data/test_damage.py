@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds.data import index, parallel
+from amclip_ds import processes
 from amclip_ds.data.check import CheckConfig, Report, check
-from amclip_ds.data.images import open_image
+from amclip_ds.images import open_image
+from amclip_ds.shards import index
 from tests.unit.data import damaged
 from tests.unit.data.damaged import BLOCK, flip, header_at, json_fields, picture, sample, samples, special, tar_of
 from tests.unit.data.shards import open_data
@@ -248,9 +249,9 @@ def die_on(item: int) -> int:
 
 
 def test_a_shard_that_kills_its_reader_is_named() -> None:
-    found = list(parallel.run_over(die_on, range(6), processes=2))
-    assert [isinstance(item, parallel.Died) for item in found] == [False] * 3 + [True] + [False] * 2
-    assert [item for item in found if not isinstance(item, parallel.Died)] == [0, 1, 4, 16, 25]
+    found = list(processes.run_over(die_on, range(6), processes=2))
+    assert [isinstance(item, processes.Died) for item in found] == [False] * 3 + [True] + [False] * 2
+    assert [item for item in found if not isinstance(item, processes.Died)] == [0, 1, 4, 16, 25]
 
 
 def test_an_unreadable_shard_is_reported(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from amclip_ds.data import index
 from amclip_ds.data.check import CheckConfig, check_shard
 from amclip_ds.data.config import View
-from amclip_ds.data.images import BadImage
-from amclip_ds.data.keyed_random import keyed
-from amclip_ds.data.parallel import Died, run_over
 from amclip_ds.data.views import make_views
+from amclip_ds.images import BadImage
+from amclip_ds.keyed_random import keyed
+from amclip_ds.processes import Died, run_over
+from amclip_ds.shards import index
 from tests.unit.data.damaged import BLOCK, json_fields, picture, sample, tar_of
 
 SECONDS_EACH = 5.0  # on a loaded machine; a mutant takes milliseconds

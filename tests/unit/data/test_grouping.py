@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from amclip_ds import cli
-from amclip_ds.data.account import account_of
 from amclip_ds.data.check import CheckConfig, Report, check
 from amclip_ds.data.config import DataConfig
-from amclip_ds.data.grouping import ADVICE, Group, group, scattered
-from amclip_ds.data.index import Index, build_index
 from amclip_ds.data.ledger import Ledger
 from amclip_ds.data.loader import TrainingData
-from amclip_ds.data.tar import Damage, scan
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import open_set
+from amclip_ds.shards.account import account_of
+from amclip_ds.shards.grouping import ADVICE, Group, group, scattered
+from amclip_ds.shards.index import Index, build_index
+from amclip_ds.shards.tar import Damage, scan
 from tests.unit.data.damaged import File, picture, sample, samples, tar_of
 from tests.unit.data.shards import open_data
 

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from amclip_ds import cli
-from amclip_ds.data import index
 from amclip_ds.data.check import CheckConfig, check
 from amclip_ds.data.config import DataConfig
-from amclip_ds.data.images import BadImage, open_image
-from amclip_ds.data.tar import scan
+from amclip_ds.images import BadImage, open_image
 from amclip_ds.jsonl import read_lines
 from amclip_ds.record import LogConfig, Record
+from amclip_ds.shards import index
+from amclip_ds.shards.tar import scan
 from tests.unit.data import damaged
 from tests.unit.data.damaged import sample, samples, special, tar_of
 from tests.unit.data.shards import encode, open_data

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from amclip_ds.data.check import CheckConfig, check
-from amclip_ds.data.images import BadImage, header_size, open_image
+from amclip_ds.images import BadImage, header_size, open_image
 from tests.unit.data.shards import encode, jpeg, write_tar
 
 PACKAGE = Path(__file__).resolve().parents[3] / "amclip_ds"
@@ -61,7 +61,7 @@ def test_images_are_opened_in_one_place_alone() -> None:
         if isinstance(node, ast.Attribute)
         and (node.attr.startswith("decode_jpeg") or ast.unparse(node) in ("Image.open", "PIL.Image.open"))
     }
-    assert openers == {"data/images.py"}, openers
+    assert openers == {"images.py"}, openers
 
 
 @pytest.mark.parametrize(("content", "said"), OTHERS, ids=[said for _, said in OTHERS])
@@ -201,5 +201,5 @@ def test_what_is_transparent_is_laid_on_white_in_strips(monkeypatch: pytest.Monk
         image = Image.fromarray(random.integers(0, 255, (37, 50, channels), dtype=np.uint8), mode)
         whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
         for strip in (1, 64, 777, 1 << 20):
-            monkeypatch.setattr("amclip_ds.data.images.STRIP", strip)
+            monkeypatch.setattr("amclip_ds.images.STRIP", strip)
             assert np.array_equal(pixels(encode(image, "PNG")), np.asarray(whole)), (mode, strip)

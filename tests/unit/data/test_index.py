@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from amclip_ds.data.index import (
+from amclip_ds.data.order import EpochOrder, Mixture
+from amclip_ds.errors import UserError
+from amclip_ds.shards.index import (
     BAD_HEADER,
     HAS_JSON,
     HAS_TEXT,
@@ -19,9 +21,7 @@ from amclip_ds.data.index import (
     build_index,
     default_folder,
 )
-from amclip_ds.data.order import EpochOrder, Mixture
-from amclip_ds.data.reader import ShardReader
-from amclip_ds.errors import UserError
+from amclip_ds.shards.reader import ShardReader
 from tests.unit.data.shards import jpeg, write_shards, write_tar
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from amclip_ds.bottleneck import judge
 from amclip_ds.data import ledger as ledger_module
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.check import CheckConfig, check
 from amclip_ds.data.ledger import ALWAYS_BORNE, Ledger
 from amclip_ds.data.photometric import Photometric
-from amclip_ds.data.verdict import judge
 from amclip_ds.errors import RunStopped
 from tests.unit.data.damaged import sample, samples, tar_of
 from tests.unit.data.shards import open_data

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.config import DataConfig
-from amclip_ds.data.index import Index
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.prepare import find_sources
-from amclip_ds.data.reader import ShardReader
 from amclip_ds.data.workers import Fault, Workers
 from amclip_ds.errors import AmclipError, UserError
+from amclip_ds.shards.index import Index
+from amclip_ds.shards.reader import ShardReader
 from tests.conftest import ROOT
 from tests.unit.data.shards import UNEVEN, jpeg, open_data, write_shards, write_tar
 
@@ -477,7 +477,7 @@ def test_a_full_dev_shm_is_none_of_the_loaders_business(uneven: Path, tmp_path: 
     program = tmp_path / "small.py"
     program.write_text(
         "import contextlib\n"
-        "from amclip_ds.data.parallel import run_over\n"
+        "from amclip_ds.processes import run_over\n"
         "from tests.unit.data.shards import open_data\n"
         "if __name__ == '__main__':\n"
         "    print(*run_over(abs, [-1, -2, -3], 2))\n"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from amclip_ds.data import reader
-from amclip_ds.data.reader import GAP, ShardReader, retry
+from amclip_ds.shards import reader
+from amclip_ds.shards.reader import GAP, ShardReader, retry
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from amclip_ds.data import index, reader
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.check import CheckConfig, check
+from amclip_ds.shards import index, reader
 from tests.unit.data.damaged import samples, tar_of
 from tests.unit.data.faulty_server import FaultyServer, Where
 from tests.unit.data.shards import open_data
@@ -167,7 +167,7 @@ def test_redirects_of_http_are_followed() -> None:
 
 
 def test_https_is_not_left() -> None:
-    from amclip_ds.data import remote
+    from amclip_ds.shards import remote
 
     with pytest.raises(reader.Refused, match="redirects from https to 'http://host/a.tar"):
         remote._redirected("https://host/a.tar", "http://host/a.tar?token=x")

@@ -11,9 +11,9 @@ import pytest
 
 from amclip_ds import cli, shard_tasks
 from amclip_ds.data.config import DataConfig
-from amclip_ds.data.sources import expand_local, expand_shards, expand_sources
 from amclip_ds.data.train_sources import check_inputs, training_sources
 from amclip_ds.errors import UserError
+from amclip_ds.shards.sources import expand_local, expand_shards, expand_sources
 from tests.unit.data.shards import jpeg, write_shards, write_tar
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds.data.reader import ShardReader
-from amclip_ds.data.stage import Stage
 from amclip_ds.errors import UserError
+from amclip_ds.shards.reader import ShardReader
+from amclip_ds.shards.stage import Stage
 
 CONTENT = bytes(range(256)) * 64
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from amclip_ds.data.check import CheckConfig, check
-from amclip_ds.data.tar import BLOCK, Damage, Link, Member, scan
+from amclip_ds.shards.tar import BLOCK, Damage, Link, Member, scan
 from tests.unit.data.damaged import picture, sample, samples, tar_of
 
 GNU_TAR = shutil.which("tar")
@@ -255,7 +255,7 @@ def test_sparse_and_linked_images_are_named(tmp_path: Path) -> None:
 
 def test_a_reader_of_plain_headers_alone_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: without the pax records' words, these tests fail."""
-    monkeypatch.setattr("amclip_ds.data.tar._records", lambda *args: {})
+    monkeypatch.setattr("amclip_ds.shards.tar._records", lambda *args: {})
     with pytest.raises(AssertionError):
         test_what_other_writers_may_write("size in a pax record", tmp_path)
 

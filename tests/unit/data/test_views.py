@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageOps
 
 from amclip_ds.data.config import View
-from amclip_ds.data.images import BadImage, open_image
-from amclip_ds.data.keyed_random import keyed
 from amclip_ds.data.views import make_views
+from amclip_ds.images import BadImage, open_image
+from amclip_ds.keyed_random import keyed
 from tests.unit.data.shards import encode, jpeg
 
 TWO = [View(), View()]
@@ -145,7 +145,7 @@ def test_a_large_image_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch)
     content = encode(photograph(200, 100), "JPEG")
     with monkeypatch.context() as no_decoding:
         no_decoding.setattr("simplejpeg.decode_jpeg", None)
-        no_decoding.setattr("amclip_ds.data.images._decode", None)
+        no_decoding.setattr("amclip_ds.images._decode", None)
         for encoded in (content, encode(photograph(200, 100), "PNG")):
             with pytest.raises(BadImage, match="more than 19999 pixels") as caught:
                 make_views(encoded, keyed(0), TWO, 16, 16, max_pixels=19_999)

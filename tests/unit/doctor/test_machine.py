@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from amclip_ds.doctor import FAIL, OK, WARN, Finding, findings, machine
-from amclip_ds.engine.placement import NEEDED
+from amclip_ds.ranks.launcher_env import NEEDED
 
 
 def one(name: str, folder: Path = Path("/tmp")) -> Finding:

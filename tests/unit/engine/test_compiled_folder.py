@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds.engine.runtime import keep_compiled
+from amclip_ds.ranks.runtime import keep_compiled
 
 
 @pytest.fixture(autouse=True)

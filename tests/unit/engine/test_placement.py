@@ -2,15 +2,8 @@
 
 import pytest
 
-from amclip_ds.engine.placement import (
-    Placement,
-    device_index,
-    discover,
-    expand_counts,
-    expand_first_host,
-    slurm_port,
-)
 from amclip_ds.errors import UserError
+from amclip_ds.ranks.launcher_env import Placement, device_index, discover, expand_counts, expand_first_host, slurm_port
 
 TORCHRUN = {
     "GROUP_RANK": "1",

@@ -4,8 +4,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from amclip_ds.engine.bandwidth import name_outliers, tournament
-from amclip_ds.engine.preflight import Facts, code_hash, judge, missing_of, write_probe
+from amclip_ds.ranks.bandwidth import name_outliers, tournament
+from amclip_ds.ranks.preflight import Facts, code_hash, judge, missing_of, write_probe
 
 FIT = [
     Facts(

@@ -143,7 +143,7 @@ def test_the_classifier_is_kept_and_is_the_mean_of_its_prompts(tmp_path: Path) -
 
 
 def test_progress_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("amclip_ds.data.progress.REPORT_EVERY_S", 0.0)
+    monkeypatch.setattr("amclip_ds.progress.REPORT_EVERY_S", 0.0)
     data, model, reported = open_set(str(write_set(tmp_path / "set"))), tiny_encoder(), []
     zero_shot.evaluate(model, data, 8, SingleProcess())
     model = tiny_encoder()

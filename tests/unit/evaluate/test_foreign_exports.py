@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.source import locate, open_encoder
-from amclip_ds.model import start
+from amclip_ds.model import pretrained
 from tests.unit.evaluate.exports import FORMATS, write_export
 
 CPU = torch.device("cpu")
@@ -178,7 +178,7 @@ def test_a_pickle_is_refused_by_name(fmt: str, pickle: str, export) -> None:
 
 def init_from_refused(path: Path) -> str:
     with pytest.raises(UserError) as caught:
-        start.Source(path)
+        pretrained.Source(path)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

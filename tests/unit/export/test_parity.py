@@ -18,7 +18,7 @@ from amclip_ds.evaluate.libraries import open_library
 from amclip_ds.evaluate.source import Located, fill_towers, locate, open_encoder
 from amclip_ds.export import command, proof
 from amclip_ds.export.command import write_proved
-from amclip_ds.model import start
+from amclip_ds.model import pretrained
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.init import Start, initialise
 from tests.unit.evaluate.exports import tiny_model
@@ -260,12 +260,12 @@ def test_a_torn_export_is_one_line(fmt: str, exported: Path, tmp_path: Path) -> 
 def test_what_was_exported_can_be_imported(fmt: str, exported: Path, tiny) -> None:
     """model.init_from: the same weights come back, but for the patch bias that open_clip keeps in the positions."""
     module, located = tiny
-    source = start.Source(exported / fmt)
+    source = pretrained.Source(exported / fmt)
     config = located.config
     if fmt == "timm":
         for name in source.names():
             assert torch.equal(
-                start.loaded_tensor(str(exported / fmt), name, module.state_dict()[name].shape),
+                pretrained.loaded_tensor(str(exported / fmt), name, module.state_dict()[name].shape),
                 module.state_dict()[name],
             )
         return
@@ -279,6 +279,6 @@ def test_what_was_exported_can_be_imported(fmt: str, exported: Path, tiny) -> No
 def test_an_open_clip_model_through_import_agrees_with_its_own_code(exported: Path, tiny, real_pairs: str) -> None:
     """To what fp32 allows: our towers with its weights against its own."""
     theirs = open_library(exported / "open_clip", "open_clip", "student", torch.device("cpu"))
-    ours = fill_towers(tiny[1].config.model, [start.Source(exported / "open_clip")])
+    ours = fill_towers(tiny[1].config.model, [pretrained.Source(exported / "open_clip")])
     found = proof.prove(ours, tiny[1].config.model, theirs, proof.gather_samples(real_pairs, tiny[1].config))
     assert max(agreement.max_difference for agreement in found.agreements if agreement.must == "equal") < 2e-6

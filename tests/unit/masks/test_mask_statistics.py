@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amclip_ds.mask_statistics import object_share, of_step, overlap
+from amclip_ds.pictures.mask_statistics import object_share, of_step, overlap
 
 GRID = 4
 WHOLE = [0.0, 0.0, 64.0, 64.0]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from amclip_ds.engine.runtime import Runtime
 from amclip_ds.jsonl import read_lines
+from amclip_ds.ranks.runtime import Runtime
 from amclip_ds.record import LogConfig, Record
 from amclip_ds.resilience import watchdog
 from amclip_ds.resilience.config import WatchdogConfig

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from amclip_ds import config as settings
-from amclip_ds import picture, run_files, scenes
+from amclip_ds import run_files
 from amclip_ds.data import synthetic
+from amclip_ds.demo import picture, scenes
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.encoder import TowerEncoder
 from amclip_ds.files import not_written, write_atomically

@@ -12,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 
 from amclip_ds import run_files
-from amclip_ds.data.kinds import COMPRESSED, HEAD, IMAGES, NAMES, PACK, kind_by_name, kind_of
-from amclip_ds.data.tar import Member, printable, scan, split_name
 from amclip_ds.errors import UserError
 from amclip_ds.files import open_regular
+from amclip_ds.shards.kinds import COMPRESSED, HEAD, IMAGES, NAMES, PACK, kind_by_name, kind_of
+from amclip_ds.shards.tar import Member, printable, scan, split_name
 
 HUGGING_FACE = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
 MEMBERS = 256  # of a tar that are checked

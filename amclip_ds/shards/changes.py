@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from amclip_ds.data import contents
-from amclip_ds.data.index import CONTENT, RECORD, Index, Scanned, fingerprint_of, scan_shard
-from amclip_ds.data.parallel import Died, run_over
-from amclip_ds.data.reader import identity_of
-from amclip_ds.data.sources import is_remote
-from amclip_ds.data.tar import printable
+from amclip_ds.processes import Died, run_over
 from amclip_ds.redact import redact
+from amclip_ds.shards import contents
+from amclip_ds.shards.index import CONTENT, RECORD, Index, Scanned, fingerprint_of, scan_shard
+from amclip_ds.shards.reader import identity_of
+from amclip_ds.shards.sources import is_remote
+from amclip_ds.shards.tar import printable
 
 GONE, CHANGED = "gone", "changed since it was indexed"
 AT_ONCE = 32  # remote shards asked after together

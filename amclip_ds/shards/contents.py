@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from amclip_ds.data.tar import Member
+from amclip_ds.shards.tar import Member
 
 MEMBERS = ("image", "text", "json")
 CONTENT = np.dtype([(name, "<u4") for name in MEMBERS])

@@ -11,13 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from amclip_ds import display, jsonl, run_files, tensorboard_events
-from amclip_ds.backlog import Backlog
+from amclip_ds import display, jsonl, run_files
 from amclip_ds.errors import UserError
 from amclip_ds.files import read_json
+from amclip_ds.record import tensorboard_events
+from amclip_ds.record.backlog import Backlog
+from amclip_ds.record.trackers import OPEN, Tracker
+from amclip_ds.record.trackers import run_id as run_id
 from amclip_ds.redact import redact
-from amclip_ds.trackers import OPEN, Tracker
-from amclip_ds.trackers import run_id as run_id
 
 CLASSES = ("per_class", "confusions", "confusion_matrix")  # of an evaluation: kept in eval_classes.jsonl
 HEADLINE_METRICS = ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")  # on the screen

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from amclip_ds.data.kinds import HEAD, kind_of
+from amclip_ds.shards.kinds import HEAD, kind_of
 
 BLOCK = 512
 ZEROS = 1 << 20

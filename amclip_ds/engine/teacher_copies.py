@@ -12,8 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from amclip_ds.engine import fp8
-from amclip_ds.engine.collectives import gather_objects
-from amclip_ds.engine.communication_time import COMMUNICATION
 from amclip_ds.engine.compile import compile_towers, mode_of
 from amclip_ds.engine.ds_config import NO_FP8, is_teacher_sharded
 from amclip_ds.engine.shards import Shard
@@ -24,6 +22,8 @@ from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.init import persistent_buffers
 from amclip_ds.model.teacher_model import TeacherModel
 from amclip_ds.objectives import Chosen, builder
+from amclip_ds.ranks.collectives import gather_objects
+from amclip_ds.ranks.communication_time import COMMUNICATION
 
 Layout = list[tuple[str, int, int]]
 """What a rank holds: (name, start, length), in the order it sends them."""

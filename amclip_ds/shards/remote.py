@@ -14,9 +14,9 @@ from fsspec.asyn import sync
 from fsspec.implementations.http import HTTPFileSystem
 from yarl import URL
 
-from amclip_ds.data.reader import Refused
-from amclip_ds.data.sources import scheme_of
 from amclip_ds.redact import redact
+from amclip_ds.shards.reader import Refused
+from amclip_ds.shards.sources import scheme_of
 
 SILENCE_S = 60.0  # without a byte from a server
 MAX_REDIRECTS = 10

@@ -22,12 +22,12 @@ from amclip_ds.data.loader import TrainingData
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.source import build_towers, locate
 from amclip_ds.files import write_atomically
-from amclip_ds.mask_statistics import object_boxes, object_share, patches_inside
 from amclip_ds.masks import MASKS, MaskConfig
 from amclip_ds.masks.units import num_units
 from amclip_ds.method import Method, method_of
 from amclip_ds.model.amclip import AClip, by_view
 from amclip_ds.pictures import captions_of, chosen, darkened, encoded, heat, outlined, sheet, thumbnail
+from amclip_ds.pictures.mask_statistics import object_boxes, object_share, patches_inside
 from amclip_ds.report.page import fill
 from amclip_ds.step import student_inputs
 

@@ -11,8 +11,8 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from amclip_ds.data.index import Index
-from amclip_ds.data.reader import ShardReader
+from amclip_ds.shards.index import Index
+from amclip_ds.shards.reader import ShardReader
 
 Kept = list[Tensor | None]
 """by view [B, K] tokens that stay; None: all"""

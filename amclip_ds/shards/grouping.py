@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from amclip_ds.data.tar import Damage, Link, Member, split_name
+from amclip_ds.shards.tar import Damage, Link, Member, split_name
 
 IMAGE_TYPES = {"jpg": 1, "jpeg": 1, "png": 2, "webp": 3}
 """suffix -> its number in an index"""

@@ -18,16 +18,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from amclip_ds.data import reader
-from amclip_ds.data.contents import CONTENT, checksum_in, digest
-from amclip_ds.data.grouping import IMAGE_TYPES, MAX_IMAGE_BYTES, Group, group, left_out_name
-from amclip_ds.data.images import header_size
-from amclip_ds.data.parallel import Died, run_over
-from amclip_ds.data.sources import is_remote
-from amclip_ds.data.tar import BLOCK, Damage, Member, scan
 from amclip_ds.errors import UserError
 from amclip_ds.files import describe, not_written, open_regular, read_json, write_atomically
+from amclip_ds.images import header_size
+from amclip_ds.processes import Died, run_over
 from amclip_ds.redact import redact
+from amclip_ds.shards import reader
+from amclip_ds.shards.contents import CONTENT, checksum_in, digest
+from amclip_ds.shards.grouping import IMAGE_TYPES, MAX_IMAGE_BYTES, Group, group, left_out_name
+from amclip_ds.shards.sources import is_remote
+from amclip_ds.shards.tar import BLOCK, Damage, Member, scan
 
 VERSION = 1
 MAX_META = 64 << 20  # 200 bytes a shard

@@ -1,6 +1,6 @@
 """Who am I among the ranks? `start()` joins the process group and returns a Runtime; `stop()` leaves it.
 
-This is the one module that reads os.environ for a run (placement.py says what it means). Nothing here seeds a random
+This is the one module that reads os.environ for a run (launcher_env.py says what it means). Nothing here seeds a random
 generator or imports MPI.
 """
 
@@ -17,9 +17,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from amclip_ds.engine.communication_time import time_engine_collectives
-from amclip_ds.engine.placement import Placement, SlurmJob, device_index, discover, free_port, slurm_job
 from amclip_ds.errors import AmclipError, UserError, in_one_line
+from amclip_ds.ranks.communication_time import time_engine_collectives
+from amclip_ds.ranks.launcher_env import Placement, SlurmJob, device_index, discover, free_port, slurm_job
 
 if TYPE_CHECKING:
     import torch

@@ -18,10 +18,10 @@ from urllib.parse import unquote, urlsplit
 
 import braceexpand
 
-from amclip_ds.data import inputs
 from amclip_ds.errors import UserError
 from amclip_ds.files import describe, read_bytes
 from amclip_ds.redact import HIDDEN
+from amclip_ds.shards import inputs
 
 SCHEMES = {  # scheme -> what reads it: module, package
     "http": ("aiohttp", "aiohttp"),

@@ -25,17 +25,17 @@ from amclip_ds.data import photometric
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.captions import build_tokenizer
 from amclip_ds.data.loader import TrainingData
-from amclip_ds.engine.collectives import on_main
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.engine.teacher import Teacher
 from amclip_ds.errors import AmclipError, in_one_line
 from amclip_ds.files import write_atomically
-from amclip_ds.mask_statistics import object_boxes, object_share
 from amclip_ds.masks import NONE
 from amclip_ds.masks.selection import choose
 from amclip_ds.method import Method
 from amclip_ds.model.amclip import by_view
 from amclip_ds.model.features import StudentInputs, ViewGroup
+from amclip_ds.pictures.mask_statistics import object_boxes, object_share
+from amclip_ds.ranks.collectives import on_main
 from amclip_ds.record import LogConfig, Record
 from amclip_ds.step import student_inputs, teachers_images
 

@@ -11,9 +11,9 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from amclip_ds.data.sources import is_remote, scheme_of
-from amclip_ds.data.stage import Stage
 from amclip_ds.redact import redact
+from amclip_ds.shards.sources import is_remote, scheme_of
+from amclip_ds.shards.stage import Stage
 
 T = TypeVar("T")
 Request = tuple[str, int, int]
@@ -185,7 +185,7 @@ class ShardReader:
     def _remote(self, shard: str) -> Any:
         scheme = scheme_of(shard)
         if scheme not in self._systems:
-            from amclip_ds.data.remote import open_system
+            from amclip_ds.shards.remote import open_system
 
             self._systems[scheme] = open_system(shard, SILENCE_S)
         return self._systems[scheme]
@@ -241,7 +241,7 @@ def open_shard(shard: str) -> Iterator[Opened]:
 
 def _download(url: str, file: Any) -> str:
     """Writes a remote shard to a file from its start. Returns its ETag."""
-    from amclip_ds.data.remote import open_system
+    from amclip_ds.shards.remote import open_system
 
     file.seek(0)
     file.truncate()
@@ -250,7 +250,7 @@ def _download(url: str, file: Any) -> str:
 
 def identity_of(url: str) -> tuple[int, str]:
     """(size, ETag) of a remote shard as its server gives them; (-1, "") where it does not, or does not answer."""
-    from amclip_ds.data.remote import open_system
+    from amclip_ds.shards.remote import open_system
 
     try:
         found = retry(lambda: open_system(url, SILENCE_S).info(url), lambda cause: None, attempts=2)

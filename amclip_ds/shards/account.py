@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from amclip_ds.data.grouping import ADVICE
-from amclip_ds.data.index import ShardEntry
-from amclip_ds.data.tar import printable
 from amclip_ds.errors import UserError
+from amclip_ds.shards.grouping import ADVICE
+from amclip_ds.shards.index import ShardEntry
+from amclip_ds.shards.tar import printable
 
 WITHOUT_PLACE = ("surplus image", "too large", "sparse", "too far")  # images that no sample order can reach
 

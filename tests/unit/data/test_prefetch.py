@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from amclip_ds.data.ahead import made_ahead
+from amclip_ds.data.prefetch import made_ahead
 from amclip_ds.errors import AmclipError
 
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@ from pathlib import Path
 from torch import Tensor
 
 from amclip_ds import run_files
+from amclip_ds.demo.scenes import MaskedScenes
 from amclip_ds.jsonl import read_lines
 from amclip_ds.pictures import darkened
 from amclip_ds.plots import pyplot
-from amclip_ds.scenes import MaskedScenes
 
 
 def draw_masks(masked: MaskedScenes, file: Path, num_scenes: int = 8) -> None:

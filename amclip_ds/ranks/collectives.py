@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from amclip_ds.engine.communication_time import COMMUNICATION
 from amclip_ds.errors import AmclipError
+from amclip_ds.ranks.communication_time import COMMUNICATION
 
 T = TypeVar("T")
 

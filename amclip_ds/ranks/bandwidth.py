@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from amclip_ds.engine.runtime import Runtime
+from amclip_ds.ranks.runtime import Runtime
 
 MIB = 2**20
 SLOW_SHARE = 0.5  # of the typical rate: below it, a pair of nodes is an outlier

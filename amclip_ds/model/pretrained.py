@@ -15,7 +15,7 @@ from torch import Tensor
 
 from amclip_ds import hub, safetensors_header
 from amclip_ds.errors import UserError
-from amclip_ds.model import foreign
+from amclip_ds.model import other_libraries
 from amclip_ds.model.names import first_name, present_name
 from amclip_ds.model.weight_files import refuse_pickle, weight_files
 
@@ -35,7 +35,7 @@ class Source:
         self.path = path
         self._files: dict[str, str] = {}
         self._pieces: dict[str, Pieces] = {}
-        self._rules: dict[str, foreign.Rule] = {}
+        self._rules: dict[str, other_libraries.Rule] = {}
         for file in _files_of(path, weights):
             self._files |= dict.fromkeys(_keys(file), str(file))
         if any("|" in key for key in self._files):
@@ -45,11 +45,11 @@ class Source:
             self.format = "amclip_ds"
             self._files = {present_name(key): file for key, file in self._files.items()}
         else:
-            recognised = foreign.recognise(self._files)
+            recognised = other_libraries.recognise(self._files)
             if recognised is None:
                 raise UserError(f"model.init_from: {path} holds no names of ours, open_clip's, transformers' or timm's")
             self.format = recognised
-            self._rules = foreign.places(recognised, self._files)
+            self._rules = other_libraries.places(recognised, self._files)
 
     def names(self) -> list[str]:
         """Our names of what the source holds."""
@@ -76,7 +76,9 @@ class Source:
             return self._read_pieces(name) if name in self._pieces else None
         if self._rules:
             return (
-                foreign.ours_from(self._rules[name], name, self._read_key).contiguous() if name in self._rules else None
+                other_libraries.ours_from(self._rules[name], name, self._read_key).contiguous()
+                if name in self._rules
+                else None
             )
         return self._read_key(name) if name in self._files else None
 

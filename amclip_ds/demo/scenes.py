@@ -20,14 +20,11 @@ from amclip_ds.comm import SingleProcess
 from amclip_ds.compat import COMPAT
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
-from amclip_ds.data.index import Index
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.photometric import normalise
-from amclip_ds.data.reader import ShardReader
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.encoder import TowerEncoder, encode_images
 from amclip_ds.evaluate.zero_shot import build_classifier
-from amclip_ds.mask_statistics import patches_inside
 from amclip_ds.masks import MaskConfig, masks_of_views
 from amclip_ds.masks.selection import select
 from amclip_ds.masks.units import num_units
@@ -36,6 +33,9 @@ from amclip_ds.model.amclip import AClip
 from amclip_ds.model.names import present_name
 from amclip_ds.model.teacher_model import TeacherModel
 from amclip_ds.objectives import builder
+from amclip_ds.pictures.mask_statistics import patches_inside
+from amclip_ds.shards.index import Index
+from amclip_ds.shards.reader import ShardReader
 from amclip_ds.step import selection
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from amclip_ds.data.sources import is_remote
-from amclip_ds.engine.bandwidth import measure_collectives, measure_pairs, name_outliers
-from amclip_ds.engine.runtime import Runtime
 from amclip_ds.errors import AmclipError, UserError, in_one_line
+from amclip_ds.ranks.bandwidth import measure_collectives, measure_pairs, name_outliers
+from amclip_ds.ranks.runtime import Runtime
+from amclip_ds.shards.sources import is_remote
 
 ANSWER_TIMEOUT_S = 120.0  # every rank must show up within this; imports on a cold file system take most of it
 CLOCK_SKEW_S = 2.0
