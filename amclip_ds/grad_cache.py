@@ -46,7 +46,7 @@ def forward_backward(
     losses = student.losses(cls, given, targets, terms, weighted, comm, inputs.progress)
     kept = kept_of_batch(inputs, [piece.kept for piece in cached])
     factor = admit(losses)
-    with student.several_backwards():
+    with student.accumulate_gradients():
         student.backward(losses.total * factor)
         for piece, first in zip(pieces, cached):
             again = student.encode(inputs.part(piece, first.kept), pieces_of(targets, piece))

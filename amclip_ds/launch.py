@@ -75,7 +75,7 @@ def run_ranks(
         finally:
             for process in ranks.running.values():
                 _kill(process)
-        _tell_first_failure(ranks.ended, outputs)
+        _report_first_failure(ranks.ended, outputs)
     failure = next((_as_code(status) for status in ranks.ended.values() if status), 0)
     if set(ranks.ended.values()) == {failure} and failure in AGREED:
         return failure  # agreed by all; after the loss of a folder, the verdict there is another trainer's
@@ -190,7 +190,7 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _tell_first_failure(ended: dict[int, int], outputs: list[Path]) -> None:
+def _report_first_failure(ended: dict[int, int], outputs: list[Path]) -> None:
     """Names the ranks that failed; shows the end of the output of the first, unless it is rank 0, which was seen."""
     failures = [(rank, status) for rank, status in ended.items() if status]
     if not failures or len({status for _, status in failures}) == 1 and ended.get(0, 0):

@@ -12,12 +12,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Died(Exception):
+class WorkerCrashed(Exception):
     """The process that worked on an item ended by itself: a crash in a decoder, or killed for memory."""
 
 
-def run_over(work: Callable[[Item], Result], items: Sequence[Item], processes: int) -> Iterator[Result | Died]:
-    """Calls `work` (a picklable function) on every item, and yields in the items' order its result, or Died.
+def map_in_processes(
+    work: Callable[[Item], Result], items: Sequence[Item], processes: int
+) -> Iterator[Result | WorkerCrashed]:
+    """Calls `work` (a picklable function) on every item, and yields in the items' order its result, or WorkerCrashed.
 
     processes: 1 or fewer works in this process. They are forked from a server that has imported `work`'s module once,
     never from this process, whose threads and locks a fork would tear. An exception of `work` itself is raised.
@@ -56,12 +58,12 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _alone(work: Callable[[Item], Result], item: Item) -> Result | Died:
+def _alone(work: Callable[[Item], Result], item: Item) -> Result | WorkerCrashed:
     with _pool(work, 1) as pool:
         try:
             return pool.submit(work, item).result()
         except BrokenProcessPool:
-            return Died("its process died: a crash in a decoder, or no memory left")
+            return WorkerCrashed("its process died: a crash in a decoder, or no memory left")
 
 
 def _pool(work: Callable, processes: int) -> ProcessPoolExecutor:

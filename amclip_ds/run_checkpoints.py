@@ -158,7 +158,9 @@ class RunCheckpoints:
             default_config=settings.dump(type(self._config)()),
         )
         for change in changes:
-            self._record.say(f"differs from the checkpoint: {change}" + ("" if change.is_free else " (mathematics)"))
+            self._record.say(
+                f"differs from the checkpoint: {change}" + ("" if change.is_free else " (changes training results)")
+            )
         allowed = drift.allowances(self._config.checkpoint.allow_drift, self._config.data.on_change)
         overridden = drift.refuse_or_allow(changes, allowed)
         for change in overridden if self._ranks.is_main else ():

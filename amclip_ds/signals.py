@@ -7,6 +7,9 @@ from contextlib import contextmanager
 STOPPING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """A save and stop: a scheduler's warning, its end, Ctrl-C, the end of the terminal."""
 
+STOP_FILE = "a STOP file"
+"""How the reason of a stop begins that a person asked for with a file: such a run is not requeued."""
+
 
 def heeded() -> tuple[signal.Signals, ...]:
     """Those of STOPPING that this process is to hear. Under nohup the end of the terminal is none of them."""

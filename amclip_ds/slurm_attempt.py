@@ -24,8 +24,7 @@ from amclip_ds.jsonl import append_line, read_lines
 from amclip_ds.ranks.launcher_env import free_port
 from amclip_ds.record import read_verdict
 from amclip_ds.redact import redact
-
-STOP_FILE = "a STOP file"  # how resilience/preemption.py begins the reason of a stop that a person asked for
+from amclip_ds.signals import STOP_FILE
 
 
 @dataclass(frozen=True)

@@ -106,12 +106,14 @@ def prune(checkpoints: Path, config: CheckpointConfig, remove_damaged: bool, rem
     if checkpoints.is_symlink():
         raise UserError(f"{checkpoints}: a link out of the run; to prune there, name {checkpoints.resolve()}")
     steps = step_folders.list_steps(checkpoints)
-    going = [path for _, path in retention.superfluous(checkpoints, config)]
+    going = [path for _, path in retention.expired(checkpoints, config)]
     if remove_damaged and any(retention.is_whole(path) for _, path in steps):
         going += [path for _, path in steps if not retention.is_whole(path)]
     try:
-        moved = [retention.set_aside(path, retention.GOING) for path in going]
-        aside = retention.set_aside_as(checkpoints, retention.ASIDE) if remove_aside and checkpoints.is_dir() else []
+        moved = [retention.set_aside(path, retention.DELETING) for path in going]
+        aside = (
+            retention.set_aside_as(checkpoints, retention.SUPERSEDED) if remove_aside and checkpoints.is_dir() else []
+        )
         for path in [*moved, *aside]:
             retention.remove(path)
     except OSError as error:

@@ -102,7 +102,7 @@ def account(run: Run, batch: Batch, result: StepResult) -> None:
         row = state.numbers() | {"attempt": run.attempt, "time": round(time.time(), 3)}
         row |= run.meter.row(result, masks_of(batch, result, run.method.grid))
         record.metrics(row, note=str(run.meter.verdict(row)))
-        run.watchdog.tell_slow_ranks(record)
+        run.watchdog.report_slow_ranks(record)
 
 
 def masks_of(batch: Batch, result: StepResult, grid: int) -> dict[str, float]:

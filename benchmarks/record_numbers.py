@@ -127,7 +127,7 @@ def serve(requests: list[dict[str, Any]]) -> None:
 
     import torch
 
-    import amclip_ds  # noqa: F401  first: it mends torchvision
+    import amclip_ds  # noqa: F401  first: it fixes torchvision
 
     torch.set_num_threads(1)
     for module in ("deepspeed", "timm", "open_clip", "transformers.models.clip.modeling_clip", "amclip_ds.train"):

@@ -36,7 +36,7 @@ class CheckpointConfig:
     timeout_s: float = 600.0
     """A save that takes longer than this has failed, on every rank."""
     allow_drift: list[str] = field(default_factory=list)
-    """Keys that may differ from the checkpoint's although they change the mathematics (`[optim.lr]`); recorded."""
+    """Keys that may differ from the checkpoint's although they change training results (`[optim.lr]`); recorded."""
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:

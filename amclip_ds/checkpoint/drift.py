@@ -1,4 +1,4 @@
-"""What differs between a checkpoint's run and the present one, and whether it would change the mathematics.
+"""What differs between a checkpoint's run and the present one, and whether it would change training results.
 
 A change that would is refused unless checkpoint.allow_drift names its key; then it is recorded.
 """
@@ -107,18 +107,18 @@ def allowances(allow_drift: list[str], on_change: str) -> dict[str, str]:
 
 
 def refuse_or_allow(changes: list[Change], allowed: Collection[str]) -> list[Change]:
-    """The changes of the mathematics that were allowed by name. Raises UserError listing those that were not."""
-    grave = [change for change in changes if not change.is_free]
-    refused = [change for change in grave if change.key not in allowed]
+    """The changes of training results that were allowed by name. Raises UserError listing those that were not."""
+    numeric = [change for change in changes if not change.is_free]
+    refused = [change for change in numeric if change.key not in allowed]
     if refused:
         keys = ",".join(sorted({change.key for change in refused}))
         missing = next((change for change in refused if change.key == PLUGINS and change.present == ABSENT), None)
         advice = f"; add --plugin: {missing.saved} is not loaded" if missing else ""
         raise UserError(
-            f"the checkpoint's run differs in what changes the mathematics: {'; '.join(map(str, refused))}"
+            f"the checkpoint's run differs in what changes training results: {'; '.join(map(str, refused))}"
             f" (checkpoint.allow_drift=[{keys}] continues anyway){advice}"
         )
-    return grave
+    return numeric
 
 
 def flatten(config: str) -> dict[str, str]:

@@ -53,7 +53,7 @@ def find(checkpoints: Path, resume: str, fallback: bool, ranks: Ranks) -> Found 
     if resume == "never":
         return None
     folder = checkpoints if resume == "auto" else Path(resume)
-    candidates, notes, problem = ranks.from_main(_look_around(folder) if ranks.is_main else None)
+    candidates, notes, problem = ranks.from_main(_list_candidates(folder) if ranks.is_main else None)
     if problem is not None and not (resume == "auto" and fallback):
         raise UserError(problem + (_FIX if resume == "auto" else ""))
     if problem is not None:
@@ -78,7 +78,7 @@ def find(checkpoints: Path, resume: str, fallback: bool, ranks: Ranks) -> Found 
 _FIX = "; checkpoint.fallback=true resumes from the newest valid one, --resume PATH from another"
 
 
-def _look_around(folder: Path) -> tuple[list[Path], list[tuple[str, str, str]], str | None]:
+def _list_candidates(folder: Path) -> tuple[list[Path], list[tuple[str, str, str]], str | None]:
     try:
         return _candidates(folder)
     except UserError as error:

@@ -16,21 +16,21 @@ from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.checkpoint.writer import describe, sync_folder
 
 PINNED = "pinned"  # a file in a checkpoint's folder that keeps it for good
-GOING, COMING, ASIDE = ".del-", ".tmp-", "superseded-"
+DELETING, WRITING, SUPERSEDED = ".del-", ".tmp-", "superseded-"
 OURS = re.compile(r"(\.del-|\.tmp-|superseded-)step_[0-9]{8,12}(-[0-9]{1,6})?")
 """Names that saves, purges and resumes give to folders; nothing else beside the checkpoints is ever removed."""
 
 
 def purge(checkpoints: Path, config: CheckpointConfig, newest: int, say: Callable[[str], None]) -> threading.Thread:
     """Removes what need not stay, in a thread; the renames are done on return. newest: the step just committed."""
-    gone = [set_aside(path, GOING) for step, path in superfluous(checkpoints, config) if step != newest]
+    gone = [set_aside(path, DELETING) for step, path in expired(checkpoints, config) if step != newest]
     failpoints.reached("purge_renamed")
     thread = threading.Thread(target=_remove_all, args=(gone, say), name="checkpoint-purge", daemon=True)
     thread.start()
     return thread
 
 
-def superfluous(checkpoints: Path, config: CheckpointConfig) -> list[tuple[int, Path]]:
+def expired(checkpoints: Path, config: CheckpointConfig) -> list[tuple[int, Path]]:
     """The checkpoints beyond the newest keep_last that no rule keeps. Damaged ones count for nothing and are left."""
     whole = [(step, path) for step, path in step_folders.list_steps(checkpoints) if is_whole(path)]
     every = config.keep_every_steps
@@ -74,7 +74,7 @@ def supersede(checkpoints: Path, resumed: Path | None, step: int) -> list[Path]:
     if not late:
         return []
     write_latest(checkpoints, resumed.name if resumed and resumed.parent.samefile(checkpoints) else None)
-    return [set_aside(path, ASIDE) for _, path in late]
+    return [set_aside(path, SUPERSEDED) for _, path in late]
 
 
 def is_same(path: Path, other: Path | None) -> bool:
@@ -98,7 +98,7 @@ def write_latest(checkpoints: Path, name: str | None) -> None:
 def tidy(checkpoints: Path) -> None:
     """Removes what a killed save or purge left behind."""
     with contextlib.suppress(FileNotFoundError):
-        for path in set_aside_as(checkpoints, GOING) + set_aside_as(checkpoints, COMING):
+        for path in set_aside_as(checkpoints, DELETING) + set_aside_as(checkpoints, WRITING):
             with contextlib.suppress(OSError):
                 remove(path)
 

@@ -33,7 +33,7 @@ class SaveFailed(AmclipError):
 
 
 @dataclass
-class _Flight:
+class PendingSave:
     """A save under way."""
 
     step: int
@@ -72,7 +72,7 @@ class Saver:
         self._say, self._incident, self._before_commit = say, incident, before_commit
         self._snapshot = Snapshot()
         self._writer: WriterProcess | None = None
-        self._flight: _Flight | None = None
+        self._pending: PendingSave | None = None
         self._purge: threading.Thread | None = None
         self._saved_at = time.monotonic()
         self.newest: int | None = None
@@ -88,7 +88,7 @@ class Saver:
         A save that fails is reported (line and incident), training continues, the one before it stays; only the last
         one, which is waited for, raises SaveFailed.
         """
-        is_due = self._is_due(step) or is_last
+        is_due = self._poll(step) or is_last
         if not is_due:
             return
         try:
@@ -108,31 +108,31 @@ class Saver:
         began = time.monotonic()
         self._saved_at = began
         try:
-            self._land_earlier()
+            self._finish_previous()
             if self.newest != step:
                 self._begin(step, state, began)
-                if self._flight and (self._flight.outcome is not None or wait):
-                    self._land()
+                if self._pending and (self._pending.outcome is not None or wait):
+                    self._finish_pending()
         finally:
             self.stall_s += time.monotonic() - began
 
     def settle(self) -> None:
         """Waits for a save under way. One that fails is recorded, as in `after_step`."""
-        if self._flight:
+        if self._pending:
             with self._pausing():
-                self._land_earlier()
+                self._finish_previous()
 
     def finish(self) -> None:
         """Waits for a save under way and for removals. Raises SaveFailed."""
-        if self._flight:
+        if self._pending:
             with self._pausing():
-                self._land()
+                self._finish_pending()
         if self._purge:
             self._purge.join()
 
     def close(self) -> None:
         """Lets go of memory and process; a save under way is given up. Not collective."""
-        self._flight = None
+        self._pending = None
         if self._writer:
             self._writer.close()
             self._writer = None
@@ -157,20 +157,20 @@ class Saver:
         planned = files.plan(state, self.ranks.rank, self.ranks.world_size)
         failpoints.reached("agree")
         asynchronous, total = self._agree(step, planned)
-        folder = self.checkpoints / f"{retention.COMING}{step_folders.folder_name(step)}"
+        folder = self.checkpoints / f"{retention.WRITING}{step_folders.folder_name(step)}"
         if not self._make_folder(step, folder):
             self.newest = step
             return
         failpoints.reached("make_folder")
-        self._flight = _Flight(step, folder, state, total, began, began + self.config.timeout_s)
+        self._pending = PendingSave(step, folder, state, total, began, began + self.config.timeout_s)
         try:
             if asynchronous:
                 self._start_writing(folder, planned)
             else:
-                self._flight.outcome = {"files": _write_here(folder, planned)}
+                self._pending.outcome = {"files": _write_here(folder, planned)}
         except Exception as error:  # whatever it is, the other ranks must hear of it
-            self._flight.outcome = {"error": describe(error)}
-        self._flight.stall_s = time.monotonic() - began
+            self._pending.outcome = {"error": describe(error)}
+        self._pending.stall_s = time.monotonic() - began
 
     def _agree(self, step: int, planned: list[PlannedFile]) -> tuple[bool, int]:
         """Whether this save is asynchronous, and its bytes over all ranks. Raises SaveFailed for want of room."""
@@ -253,66 +253,66 @@ class Saver:
 
     # ---------------------------------------------------------------- end
 
-    def _is_due(self, step: int) -> bool:
+    def _poll(self, step: int) -> bool:
         """Ends a background save that all ranks have done; returns whether one is due by steps or by rank 0's clock."""
-        config, flight = self.config, self._flight
+        config, pending = self.config, self._pending
         by_steps = config.every_steps is not None and step % config.every_steps == 0
-        if flight is None and config.every_minutes is None:
+        if pending is None and config.every_minutes is None:
             return by_steps
-        is_done = flight is None or self._is_done(flight)
+        is_done = pending is None or self._is_done(pending)
         by_clock = config.every_minutes is not None and time.monotonic() > self._saved_at + 60.0 * config.every_minutes
         is_done, by_clock = self.ranks.all_true_each(is_done, by_clock or not self.ranks.is_main)
-        if flight is not None and is_done:
+        if pending is not None and is_done:
             with self._pausing():
-                self._land_earlier()
+                self._finish_previous()
         return by_steps or (by_clock and config.every_minutes is not None)
 
-    def _land_earlier(self) -> None:
+    def _finish_previous(self) -> None:
         """At most one save is in flight: the one before is waited for. Its failure is reported, and this one begins."""
-        if self._flight is None:
+        if self._pending is None:
             return
         try:
-            self._land()
+            self._finish_pending()
         except SaveFailed as error:
             self._report_failure(error)
 
-    def _is_done(self, flight: _Flight) -> bool:
-        if flight.outcome is None:
+    def _is_done(self, pending: PendingSave) -> bool:
+        if pending.outcome is None:
             assert self._writer is not None
-            flight.outcome = self._writer.answer()
-            if flight.outcome is None and time.monotonic() > flight.deadline:
-                flight.outcome = {"error": f"not written after {self.config.timeout_s:.0f} s (checkpoint.timeout_s)"}
-            if flight.outcome is not None and "error" in flight.outcome:
+            pending.outcome = self._writer.answer()
+            if pending.outcome is None and time.monotonic() > pending.deadline:
+                pending.outcome = {"error": f"not written after {self.config.timeout_s:.0f} s (checkpoint.timeout_s)"}
+            if pending.outcome is not None and "error" in pending.outcome:
                 self._writer.close()
                 self._writer = None
-        return flight.outcome is not None
+        return pending.outcome is not None
 
-    def _land(self) -> None:
+    def _finish_pending(self) -> None:
         """Waits until every rank has written, then commits. Raises SaveFailed, or before_commit's error, everywhere."""
-        flight = self._flight
-        assert flight is not None
-        while not self._is_done(flight):
+        pending = self._pending
+        assert pending is not None
+        while not self._is_done(pending):
             time.sleep(POLL_S)
-        self._flight = None
-        reported = self.ranks.to_main(flight.outcome | {"tensors": files.tensor_sizes(flight.state)})  # type: ignore[operator]
+        self._pending = None
+        reported = self.ranks.to_main(pending.outcome | {"tensors": files.tensor_sizes(pending.state)})  # type: ignore[operator]
         failpoints.reached("gathered")
         failures = [f"rank {rank}: {one['error']}" for rank, one in enumerate(reported) if "error" in one]
         error = self._refusal() if self.ranks.is_main else None
         if error is None and failures:
-            error = SaveFailed(f"checkpoint of step {flight.step}: {'; '.join(failures)}")
+            error = SaveFailed(f"checkpoint of step {pending.step}: {'; '.join(failures)}")
         elif error is None and self.ranks.is_main:
-            error = self._commit(flight, reported)
+            error = self._commit(pending, reported)
         if isinstance(error, SaveFailed) and self.ranks.is_main:  # a refused one's folder may be another trainer's
-            shutil.rmtree(flight.folder, ignore_errors=True)
+            shutil.rmtree(pending.folder, ignore_errors=True)
         error = self.ranks.from_main(error)
         if error is not None:
             raise error
-        self.newest = flight.step
+        self.newest = pending.step
         failpoints.reached("done")
-        took = time.monotonic() - flight.began
+        took = time.monotonic() - pending.began
         self._say(
-            f"checkpoint {step_folders.folder_name(flight.step)}: {_size(flight.num_bytes)}, training waited"
-            f" {flight.stall_s:.2f} s, committed after {took:.1f} s"
+            f"checkpoint {step_folders.folder_name(pending.step)}: {_size(pending.num_bytes)}, training waited"
+            f" {pending.stall_s:.2f} s, committed after {took:.1f} s"
         )
 
     def _refusal(self) -> AmclipError | None:
@@ -323,29 +323,29 @@ class Saver:
             return error
         return None
 
-    def _commit(self, flight: _Flight, reported: list[dict[str, Any]]) -> AmclipError | None:
+    def _commit(self, pending: PendingSave, reported: list[dict[str, Any]]) -> AmclipError | None:
         """Rank 0: manifest, fsync, rename, fsync. Returns why it could not be done."""
-        target = self.checkpoints / step_folders.folder_name(flight.step)
+        target = self.checkpoints / step_folders.folder_name(pending.step)
         try:
-            description = _describe(flight, reported, self.ranks.world_size)
-            write_file(flight.folder / manifest.NAME, [manifest.dump(description)])
-            sync_folder(flight.folder)
+            description = _describe(pending, reported, self.ranks.world_size)
+            write_file(pending.folder / manifest.NAME, [manifest.dump(description)])
+            sync_folder(pending.folder)
             failpoints.reached("manifest_written")
             self._before_commit()
             failpoints.reached("before_rename")
-            flight.folder.rename(target)
+            pending.folder.rename(target)
             sync_folder(self.checkpoints)
         except AmclipError as error:
             return error
         except OSError as error:
-            return SaveFailed(f"checkpoint of step {flight.step}: {describe(error, target)}")
+            return SaveFailed(f"checkpoint of step {pending.step}: {describe(error, target)}")
         failpoints.reached("after_rename")
         try:
             retention.write_latest(self.checkpoints, target.name)
             failpoints.reached("latest_written")
             if self._purge:
                 self._purge.join()
-            self._purge = retention.purge(self.checkpoints, self.config, flight.step, self._say)
+            self._purge = retention.purge(self.checkpoints, self.config, pending.step, self._say)
         except (OSError, UserError) as error:  # the checkpoint is committed; what follows is housekeeping
             self._say(f"checkpoint {target.name} is committed, but: {describe(error)}")
         return None
@@ -371,8 +371,8 @@ def _write_here(folder: Path, planned: list[PlannedFile]) -> dict[str, Any]:
     return done
 
 
-def _describe(flight: _Flight, reported: list[dict[str, Any]], world_size: int) -> Manifest:
-    state = flight.state
+def _describe(pending: PendingSave, reported: list[dict[str, Any]], world_size: int) -> Manifest:
+    state = pending.state
     tensors: dict[str, dict[str, int]] = {}
     written: dict[str, dict[str, Any]] = {}
     for one in reported:
@@ -381,7 +381,7 @@ def _describe(flight: _Flight, reported: list[dict[str, Any]], world_size: int) 
             tensors.setdefault(kind, {}).update(sizes)
     hashes = {"config": written["config.yaml"]["sha256"]} | state.hashes
     return Manifest(
-        step=flight.step,
+        step=pending.step,
         world_size=world_size,
         stage=state.stage,
         precision=state.precision,

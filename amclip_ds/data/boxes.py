@@ -1,6 +1,6 @@
 """Where the views are cut: random crops for the student and the teacher's crop that should contain them.
 
-A box is (top, left, height, width) in pixels of the upright image (method.md section 4, "Crops").
+A box is (top, left, height, width) in pixels of the upright image.
 """
 
 import math

@@ -25,7 +25,7 @@ from amclip_ds.errors import UserError
 from amclip_ds.files import read_json
 from amclip_ds.images import ARE_READ, BadImage, open_image
 from amclip_ds.keyed_random import keyed
-from amclip_ds.processes import Died, run_over
+from amclip_ds.processes import WorkerCrashed, map_in_processes
 from amclip_ds.redact import redact_all
 from amclip_ds.shards import index, reader
 from amclip_ds.shards.grouping import IMAGE_TYPES, Group, group, left_out_name, scattered
@@ -220,7 +220,7 @@ class Report:
         return f"{self.total('images')} images = {self.total('read')} read + {surplus} surplus + {unusable} {others}"
 
     def as_json(self) -> dict[str, Any]:
-        """The record that scripts read (design: `data check --json`)."""
+        """The record that scripts read (`data check --json`)."""
         shards = [
             {
                 "path": shard.path,
@@ -250,8 +250,8 @@ def check(
     """Checks the shards in parallel. Whatever they hold, it returns: damage is reported, never raised."""
     texts = -(-CAPTIONS_TO_TOKENISE // len(shards))
     reports = []
-    for shard, found in zip(shards, run_over(functools.partial(check_shard, config, texts), shards, processes)):
-        if isinstance(found, Died):
+    for shard, found in zip(shards, map_in_processes(functools.partial(check_shard, config, texts), shards, processes)):
+        if isinstance(found, WorkerCrashed):
             report = ShardReport(shard)
             report.add("crash", str(found))
         else:

@@ -11,7 +11,7 @@ from amclip_ds.shards.account import Account
 
 Gather = Callable[[Any], list[Any]]
 SKIPPED = "replaced"  # the action of an incident that cost a sample its place
-ALWAYS_BORNE = 16  # skipped samples that stop no run, however few were read so far
+MIN_SKIPS_TO_STOP = 16  # skipped samples that stop no run, however few were read so far
 BLOCK = 1 << 16  # samples after which what was read long ago is forgotten by the rate
 
 
@@ -83,7 +83,7 @@ class Ledger:
         self.total += interval
         self._recent += interval
         window = self._before + self._recent
-        if window.skipped > max(ALWAYS_BORNE, self._max_skip_rate * window.tried):
+        if window.skipped > max(MIN_SKIPS_TO_STOP, self._max_skip_rate * window.tried):
             raise RunStopped(
                 f"data.max_skip_rate: {window.skipped} of {window.tried} samples were unusable, above"
                 f" {self._max_skip_rate:.1%}; worst: {worst_shards(window)}; `amclip data check` shows all"

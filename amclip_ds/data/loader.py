@@ -22,7 +22,7 @@ from amclip_ds.data.config import DataConfig
 from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.order import EpochOrder, Mixture
 from amclip_ds.data.photometric import Photometric
-from amclip_ds.data.prefetch import made_ahead
+from amclip_ds.data.prefetch import prefetched
 from amclip_ds.data.prepare import Once, Sources, and_more, find_sources
 from amclip_ds.data.workers import Fault, Place, Workers, start_worker_server
 from amclip_ds.errors import AmclipError, UserError
@@ -133,7 +133,7 @@ class TrainingData:
         """Endless batches on the CPU. cursor: that of the last batch that was consumed; None: from the start."""
         stream = self._made(cursor)
         if self.config.workers:
-            stream = made_ahead(stream, self._device)
+            stream = prefetched(stream, self._device)
         self._streams.append(stream)
         return stream
 

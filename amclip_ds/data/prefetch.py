@@ -14,10 +14,10 @@ import torch
 from amclip_ds.data.batch import Batch
 
 ASK_EVERY_S = 0.1  # whether anybody still wants batches
-FAREWELL_S = 6.0  # longest wait for the thread at the end; what still hangs then ends with the process
+JOIN_TIMEOUT_S = 6.0  # longest wait for the thread at the end; what still hangs then ends with the process
 
 
-def made_ahead(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
+def prefetched(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
     """The same batches, which have no end, or the same error; one is made while the one before is used.
 
     Closing it closes `batches`.
@@ -52,4 +52,4 @@ def made_ahead(batches: Generator[Batch, None, None], device: torch.device) -> G
             yield item
     finally:
         is_over.set()
-        thread.join(FAREWELL_S)
+        thread.join(JOIN_TIMEOUT_S)

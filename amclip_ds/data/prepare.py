@@ -19,7 +19,7 @@ from amclip_ds.shards.index import Index, build_index, default_folder
 T = TypeVar("T")
 Once = Callable[[Callable[[], T]], T]
 MANY_SHARDS = 32  # from here on, starting processes to index them pays
-BUILD_TELLS_EVERY_S = 30.0
+BUILD_REPORTS_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def find_sources(
             builder.append(
                 _Background(lambda: _find_sources(config, lambda text: say(redact(text)), index_dir, resumes))
             )
-        return builder[0].result(BUILD_TELLS_EVERY_S)
+        return builder[0].result(BUILD_REPORTS_EVERY_S)
 
     while (sources := once(find_sources)) is None:
         pass

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from amclip_ds.errors import UserError
 from amclip_ds.files import not_written
 from amclip_ds.keyed_random import keyed
-from amclip_ds.processes import Died, num_cores, run_over
+from amclip_ds.processes import WorkerCrashed, map_in_processes, num_cores
 from amclip_ds.progress import progress
 
 SHAPES = ("circle", "square", "triangle", "bar", "star", "cross", "ring", "pillar")
@@ -124,8 +124,8 @@ def write_dataset(
         jobs = [*_shards(partial, "train", num_train, shard_size), *_shards(partial, "test", num_test, shard_size)]
         processes = min(workers or num_cores(), (num_train + num_test) // SCENES_PER_PROCESS)
         with progress("making scenes", num_train + num_test) as advance:
-            for written in run_over(functools.partial(write_shard, config), jobs, processes):
-                if isinstance(written, Died):
+            for written in map_in_processes(functools.partial(write_shard, config), jobs, processes):
+                if isinstance(written, WorkerCrashed):
                     raise UserError(f"--out {folder}: {written}")
                 advance(written)
         _write_benchmark_files(partial, num_shards=sum(split == "test" for _, split, _ in jobs))

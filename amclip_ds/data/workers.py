@@ -43,7 +43,7 @@ HEAD = struct.Struct("<q")  # bytes of the pickle at the memory's start
 ALIGNED = 64
 DEATHS_BORNE = 3  # over one place: it is the place then, or the machine
 START_ATTEMPTS = 4
-FAREWELL_S = 5.0
+JOIN_TIMEOUT_S = 5.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE_BUFFER = 1 << 17
 
@@ -160,7 +160,7 @@ class Workers:
             raise AmclipError("data.train: the workers were ended")
         worker.socket.close()
         worker.process.kill()  # its socket may be closed and itself alive
-        worker.process.join(FAREWELL_S)
+        worker.process.join(JOIN_TIMEOUT_S)
         cause = f"a worker process died ({_describe(worker.process.exitcode)})"
         self._processes.remove(worker.process)
         self._deaths += 1
@@ -187,7 +187,7 @@ def _kill_all(processes: list[BaseProcess]) -> None:
     for process in processes:
         process.kill()
     for process in processes:
-        process.join(FAREWELL_S)
+        process.join(JOIN_TIMEOUT_S)
     processes.clear()
 
 

@@ -120,7 +120,7 @@ class FlatGradients:
 
     @torch.no_grad()
     def norm(self, norm_type: int = 2) -> Tensor:
-        """Of the whole averaged gradient, on the device (student.trust_the_norm reads it).
+        """Of the whole averaged gradient, on the device (student.skip_overflow_scan reads it).
 
         NaN or infinite where any gradient is: DeepSpeed's step then changes nothing, on all ranks.
         """

@@ -137,14 +137,14 @@ class StudentEngine:
         self._scale: dict[str, shards.Shard] | None = None
         self.flat = FlatGradients(self.engine.optimizer) if flattens else None
         if self.stage in (1, 2) and not in_host_memory:
-            trust_the_norm(self.engine.optimizer)
+            skip_overflow_scan(self.engine.optimizer)
         self._muon_is_eager = optim.name == "muon" and self.compile_mode == NO_COMPILE
         self._muon_norm = NormBeforeMuon(self.engine.optimizer) if optim.name == "muon" and self.stage else None
         for buffer in module.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.float()
         exact_buffers(module, self.start)
-        exact_masters(self.engine, self.start, self.dtype)
+        init_fp32_masters(self.engine, self.start, self.dtype)
         if self.stage == 3:
             gather_with_the_model(module)
             take_one_norm(self.engine.optimizer)
@@ -197,7 +197,7 @@ class StudentEngine:
             self.engine.backward(loss)
 
     @contextlib.contextmanager
-    def several_backwards(self) -> Iterator[None]:
+    def accumulate_gradients(self) -> Iterator[None]:
         """Inside, many backward calls make one gradient (GradCache), which is reduced over the ranks at the end."""
         if self.stage > 0 and self.flat is None:
             with eager_kernels(self._muon_is_eager), self.engine.coalesce_grad_reduction():
@@ -278,7 +278,7 @@ def savings_of(engine: EngineConfig, stage: int, world_size: int) -> Savings:
     return engine.savings
 
 
-def trust_the_norm(optimizer: Any) -> None:
+def skip_overflow_scan(optimizer: Any) -> None:
     """Leaves DeepSpeed's look for a gradient that is not finite to the norm, which it takes right after (stages 1, 2).
 
     A NaN or an infinity anywhere makes the norm one, on all ranks, and the step is skipped alike; looking at every
@@ -329,7 +329,7 @@ def fill_shard(parameter: Any, whole: Tensor) -> None:
 
 
 @torch.no_grad()
-def exact_masters(engine: Any, start: Start, dtype: torch.dtype) -> None:
+def init_fp32_masters(engine: Any, start: Start, dtype: torch.dtype) -> None:
     """Gives bf16 engines masters with the full fp32 start instead of its bf16 rounding."""
     if dtype == torch.float32:
         return

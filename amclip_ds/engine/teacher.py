@@ -21,7 +21,7 @@ class Teacher:
     """The average of the student's fp32 masters, and the copy of it that encodes images.
 
     Names the student trains are averaged; frozen ones were copied once, by the common start; without averages_text_ends
-    some text parameters stay at the student's current values (method.md section 6; mirrored_names).
+    some text parameters stay at the student's current values (as in A-CLIP's published code; mirrored_names).
     """
 
     def __init__(

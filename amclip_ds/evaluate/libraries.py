@@ -83,12 +83,17 @@ class Library:
     mean_std: tuple[Sequence[float], Sequence[float]] = (photometric.MEAN, photometric.STD)
     """of the pixels that it was trained on, by channel"""
 
-    def __init__(self, weights: str, image_size: int, device: torch.device, own_pixels: bool) -> None:
-        self.weights, self.image_size, self.device, self.own_pixels = weights, image_size, device, own_pixels
+    def __init__(self, weights: str, image_size: int, device: torch.device, use_library_preprocess: bool) -> None:
+        self.weights, self.image_size, self.device, self.use_library_preprocess = (
+            weights,
+            image_size,
+            device,
+            use_library_preprocess,
+        )
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Ours: uint8 [3, H, H]; the library's: float32 [3, H, H]."""
-        return self.own_pixels_of(image) if self.own_pixels else resize_and_crop(image, self.image_size)
+        return self.library_pixels(image) if self.use_library_preprocess else resize_and_crop(image, self.image_size)
 
     def try_out(self) -> None:
         """Two images and two texts. Raises UserError where what comes is no embedding."""
@@ -130,11 +135,11 @@ class Library:
             reason = in_one_line(error, 300)
             raise UserError(f"{self.path}: the model fails: {type(error).__name__} {reason}") from None
 
-    def own_pixels_of(self, image: Image.Image) -> Tensor:
+    def library_pixels(self, image: Image.Image) -> Tensor:
         """The library's preprocessing: float32 [3, H, H]."""
         raise NotImplementedError
 
-    def crops_as_we_do(self, image: Image.Image) -> bool:
+    def same_center_crop(self, image: Image.Image) -> bool:
         """Whether the library's centre crop takes the same pixels of the resized image as ours."""
         return True
 
@@ -160,7 +165,7 @@ class Library:
 class OpenClipModel(Library):
     """A folder that open_clip loads through `local-dir:`."""
 
-    def __init__(self, path: Path, weights: str, device: torch.device, own_pixels: bool = False) -> None:
+    def __init__(self, path: Path, weights: str, device: torch.device, use_library_preprocess: bool = False) -> None:
         import open_clip
         from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
         from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -185,9 +190,9 @@ class OpenClipModel(Library):
             self.tokenizer = lambda texts: encode([clean(text) for text in texts])
         else:
             self.tokenizer = SimpleTokenizer(context_length=length, **facts.tokenizer)
-        super().__init__(weights, size[0] if isinstance(size, tuple | list) else size, device, own_pixels)
+        super().__init__(weights, size[0] if isinstance(size, tuple | list) else size, device, use_library_preprocess)
 
-    def own_pixels_of(self, image: Image.Image) -> Tensor:
+    def library_pixels(self, image: Image.Image) -> Tensor:
         return self.transform(image)
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
@@ -203,7 +208,7 @@ class OpenClipModel(Library):
 class HuggingFaceModel(Library):
     """A folder for AutoModel.from_pretrained: a CLIPModel or a VisionTextDualEncoderModel."""
 
-    def __init__(self, path: Path, weights: str, device: torch.device, own_pixels: bool = False) -> None:
+    def __init__(self, path: Path, weights: str, device: torch.device, use_library_preprocess: bool = False) -> None:
         import transformers as library
 
         facts = read_hugging_face(path)
@@ -242,12 +247,12 @@ class HuggingFaceModel(Library):
         self.tokenizer = ForeignTokenizer(
             path / "tokenizer.json", config.max_position_embeddings, _pad_id(path), config.vocab_size
         )
-        super().__init__(weights, self.model.config.vision_config.image_size, device, own_pixels)
+        super().__init__(weights, self.model.config.vision_config.image_size, device, use_library_preprocess)
 
-    def own_pixels_of(self, image: Image.Image) -> Tensor:
+    def library_pixels(self, image: Image.Image) -> Tensor:
         return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
 
-    def crops_as_we_do(self, image: Image.Image) -> bool:
+    def same_center_crop(self, image: Image.Image) -> bool:
         """It rounds half a pixel down, torchvision to the even number."""
         sides = resized_size(image.size, self.image_size)
         return all(round((side - self.image_size) / 2) == (side - self.image_size) // 2 for side in sides)
@@ -275,7 +280,7 @@ class TimmModel(Library):
 
     is_tower_alone = True
 
-    def __init__(self, path: Path, weights: str, device: torch.device, own_pixels: bool = False) -> None:
+    def __init__(self, path: Path, weights: str, device: torch.device, use_library_preprocess: bool = False) -> None:
         import timm
         from timm.data import create_transform, resolve_model_data_config
 
@@ -297,9 +302,9 @@ class TimmModel(Library):
         self.model.to(device).eval()
         pixels = resolve_model_data_config(self.model)
         self.transform: Any = create_transform(**pixels, is_training=False)
-        super().__init__(weights, pixels["input_size"][-1], device, own_pixels)
+        super().__init__(weights, pixels["input_size"][-1], device, use_library_preprocess)
 
-    def own_pixels_of(self, image: Image.Image) -> Tensor:
+    def library_pixels(self, image: Image.Image) -> Tensor:
         return self.transform(image)
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
@@ -309,16 +314,16 @@ class TimmModel(Library):
 class OnnxModel(Library):
     """A folder of ONNX graphs, run by onnxruntime; the preprocessing that it describes is ours."""
 
-    def __init__(self, path: Path, weights: str, device: torch.device, own_pixels: bool = False) -> None:
+    def __init__(self, path: Path, weights: str, device: torch.device, use_library_preprocess: bool = False) -> None:
         self.facts = read_onnx(path)
         wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
         self._image, self._text = (open_graph(path / f"{name}.onnx", wanted) for name in ONNX_INPUTS)
         self.tokenizer = ForeignTokenizer(
             path / "tokenizer.json", self.facts["context_length"], self.facts["eos_token_id"], MAX_VOCABULARY
         )
-        super().__init__(weights, self.facts["image_size"], torch.device("cpu"), own_pixels)
+        super().__init__(weights, self.facts["image_size"], torch.device("cpu"), use_library_preprocess)
 
-    def own_pixels_of(self, image: Image.Image) -> Tensor:
+    def library_pixels(self, image: Image.Image) -> Tensor:
         return photometric.normalise(resize_and_crop(image, self.image_size))
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:

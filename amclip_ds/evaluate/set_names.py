@@ -1,6 +1,6 @@
 """What is known of public sets by their names: their metrics. No torch."""
 
-MAIN_METRIC = {  # method.md's: data set -> what is reported for it; else acc1
+MAIN_METRIC = {  # CLIP's protocol: data set -> what is reported for it; else acc1
     "fgvc_aircraft": "mean_per_class_recall",
     "pets": "mean_per_class_recall",
     "caltech101": "mean_per_class_recall",

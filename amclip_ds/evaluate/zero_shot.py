@@ -1,4 +1,4 @@
-"""Zero-shot classification: a class is the mean of its prompts' embeddings (method.md section 8, CLIP's protocol).
+"""Zero-shot classification: a class is the mean of its prompts' embeddings (CLIP's protocol, arXiv 2103.00020).
 
 Shapes: N images, C classes, P prompts a class, E embedding.
 """

@@ -33,7 +33,7 @@ def write(folder: Path, module: AClip, model: ModelConfig) -> None:
     if is_clip:
         config, tensors = (
             _clip_config(module, model),
-            other_libraries.to_theirs("transformers CLIPModel", fold_patch_bias(state)),
+            other_libraries.export_state("transformers CLIPModel", fold_patch_bias(state)),
         )
     else:
         config, tensors = _dual_config(module, model), _dual_tensors(state)
@@ -109,7 +109,7 @@ def _dual_config(module: AClip, model: ModelConfig) -> Any:
 
 
 def _dual_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors = other_libraries.to_theirs("transformers VisionTextDualEncoderModel", state)
+    tensors = other_libraries.export_state("transformers VisionTextDualEncoderModel", state)
     width = state["vision.cls_token"].shape[-1]
     tensors["vision_model.pooler.dense.weight"] = torch.eye(width)
     tensors["vision_model.pooler.dense.bias"] = torch.zeros(width)

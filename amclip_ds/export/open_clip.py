@@ -29,7 +29,7 @@ def write(folder: Path, module: AClip, model: ModelConfig) -> None:
     state.pop("logit_bias", None)
     if form == "native":
         state = fold_patch_bias(state)
-    tensors = other_libraries.to_theirs("open_clip timm" if form == "timm" else "open_clip", state)
+    tensors = other_libraries.export_state("open_clip timm" if form == "timm" else "open_clip", state)
     config = {"model_cfg": model_config(form, module, model), "preprocess_cfg": PREPROCESS}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
     save_file(tensors, folder / "open_clip_model.safetensors", metadata={"format": "pt"})

@@ -136,8 +136,8 @@ def prove(module: AClip, model: ModelConfig, library: Any, samples: Samples) -> 
     else:
         image = _batched(lambda x: module.embed_images(x), pixels)
     agreements = [_agree("images, same pixels", image, _unit(_batched(library.embed_pixels, pixels)), "equal")]
-    own = _unit(_batched(library.embed_pixels, torch.stack([library.own_pixels_of(i) for i in samples.images])))
-    alike = torch.tensor([library.crops_as_we_do(i) for i in samples.images])
+    own = _unit(_batched(library.embed_pixels, torch.stack([library.library_pixels(i) for i in samples.images])))
+    alike = torch.tensor([library.same_center_crop(i) for i in samples.images])
     for what, rows, must in (("", alike, "close"), (", where it crops a pixel aside", ~alike, "reported")):
         if rows.any():
             what = f"images, its own preprocessing{what} ({int(rows.sum())} images)"

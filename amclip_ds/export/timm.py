@@ -48,4 +48,4 @@ def write(folder: Path, module: AClip, model: ModelConfig) -> None:
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     tower = {name: tensor for name, tensor in module.state_dict().items() if name.startswith("vision.")}
-    save_file(other_libraries.to_theirs("timm", tower), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(other_libraries.export_state("timm", tower), folder / "model.safetensors", metadata={"format": "pt"})

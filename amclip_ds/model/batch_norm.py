@@ -48,13 +48,13 @@ class BatchNorm(nn.Module):
         rows = total[0].detach()
         mean, mean_square = (total[1:] / rows).chunk(2)
         variance = (mean_square - mean.square()).clamp(min=0.0)
-        self._follow(mean.detach(), variance.detach() * (rows / (rows - 1).clamp(min=1.0)))
+        self._update_running_stats(mean.detach(), variance.detach() * (rows / (rows - 1).clamp(min=1.0)))
         return mean.float(), variance.float()
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running_stats(self, mean: Tensor, variance: Tensor) -> None:
         """Moves the running statistics, unless the batch is not finite: its step is skipped, they would stay NaN."""
-        is_sound = torch.isfinite(mean + variance).all()
+        is_finite = torch.isfinite(mean + variance).all()
         for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
-            running.copy_(torch.where(is_sound, running.lerp(batch.to(running.dtype), self.momentum), running))
-        self.num_batches_tracked += is_sound
+            running.copy_(torch.where(is_finite, running.lerp(batch.to(running.dtype), self.momentum), running))
+        self.num_batches_tracked += is_finite

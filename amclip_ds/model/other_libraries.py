@@ -201,7 +201,7 @@ def recognise(keys: Iterable[str]) -> str | None:
     return None
 
 
-def places(fmt: str, keys: Iterable[str]) -> dict[str, Rule]:
+def match_keys(fmt: str, keys: Iterable[str]) -> dict[str, Rule]:
     """Our names that a file of this format holds -> the rule with the block's number filled in."""
     present = set(keys)
     found: dict[str, Rule] = {}
@@ -220,7 +220,7 @@ def _filled(rules: Iterable[Rule], names: Iterable[str]) -> Iterator[Rule]:
             yield Rule(ours, theirs, rule.is_transposed)
 
 
-def ours_from(rule: Rule, name: str, read: Read) -> Tensor:
+def import_tensor(rule: Rule, name: str, read: Read) -> Tensor:
     """Our tensor of that name, out of theirs."""
     theirs = [read(key) for key in rule.theirs]
     if len(rule.ours) == 3:
@@ -228,7 +228,7 @@ def ours_from(rule: Rule, name: str, read: Read) -> Tensor:
     return torch.cat(theirs) if len(theirs) == 3 else theirs[0].T if rule.is_transposed else theirs[0]
 
 
-def to_theirs(fmt: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def export_state(fmt: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors under their names and in their shapes. Raises KeyError for one of ours without a place in theirs."""
     result: dict[str, Tensor] = {}
     used: set[str] = set()

@@ -49,7 +49,7 @@ class Source:
             if recognised is None:
                 raise UserError(f"model.init_from: {path} holds no names of ours, open_clip's, transformers' or timm's")
             self.format = recognised
-            self._rules = other_libraries.places(recognised, self._files)
+            self._rules = other_libraries.match_keys(recognised, self._files)
 
     def names(self) -> list[str]:
         """Our names of what the source holds."""
@@ -76,7 +76,7 @@ class Source:
             return self._read_pieces(name) if name in self._pieces else None
         if self._rules:
             return (
-                other_libraries.ours_from(self._rules[name], name, self._read_key).contiguous()
+                other_libraries.import_tensor(self._rules[name], name, self._read_key).contiguous()
                 if name in self._rules
                 else None
             )

@@ -43,7 +43,7 @@ IMAGES = 8
 SIDE = 112  # pixels of a stored image
 HEAD, FOOT, GAP, MARGIN = 22, 20, 6, 8
 INK, PAPER, BLUE = (20, 22, 26), (255, 255, 255), (0, 114, 178)
-GONE = 0.18  # how bright a removed patch is left
+REMOVED_BRIGHTNESS = 0.18  # how bright a removed patch is left
 
 
 class Shot(NamedTuple):
@@ -259,7 +259,7 @@ def thumbnail(image_uint8: Tensor) -> Image.Image:
 
 def darkened(image_uint8: Tensor, kept_K: Tensor, grid: int) -> Tensor:
     """[3, H, H] with the patches that are not kept darkened, on the CPU."""
-    bright = torch.full((grid * grid,), GONE).scatter_(0, kept_K.cpu(), 1.0).reshape(1, 1, grid, grid)
+    bright = torch.full((grid * grid,), REMOVED_BRIGHTNESS).scatter_(0, kept_K.cpu(), 1.0).reshape(1, 1, grid, grid)
     side = image_uint8.shape[-1]
     cells = torch.nn.functional.interpolate(bright, size=(side, side), mode="nearest")[0]
     return (image_uint8.cpu() * cells).to(torch.uint8)

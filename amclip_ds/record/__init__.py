@@ -100,7 +100,7 @@ def _term(key: str) -> str:
 
 
 class Record:
-    """A run's pen, which cannot end the run: see backlog.py. On ranks other than 0 only incidents are written.
+    """A run's recorder, which cannot end the run: see backlog.py. On ranks other than 0 only incidents are written.
 
     folder: the run's folder, existing. total_steps, samples_per_epoch, checkpoint_every (steps): for
     what the progress line needs.

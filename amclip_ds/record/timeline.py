@@ -19,7 +19,7 @@ SHORTEST_S = 0.01  # a wait below this is not worth a row
 
 
 class Timeline:
-    """A run's pen for these rows. On ranks other than 0 it writes nothing."""
+    """A run's writer of these rows. On ranks other than 0 it writes nothing."""
 
     def __init__(self, folder: Path, attempt: int, is_main: bool) -> None:
         self._file, self._attempt, self._is_main = folder / run_files.TIMELINE, attempt, is_main

@@ -71,8 +71,8 @@ class Guards:
         total = losses.total.detach().double().reshape(())
         rows = gather_row(torch.stack([total, self._is_finite.logical_not().sum().double()]))
         limit = self._limit() if self.config.spike != "log" else math.inf
-        is_sound = rows.isfinite().all() & (rows[:, 1] == 0).all() & (rows[:, 0].mean() <= limit)
-        factor = torch.ones_like(total).masked_fill(~is_sound, math.nan)
+        is_accepted = rows.isfinite().all() & (rows[:, 1] == 0).all() & (rows[:, 0].mean() <= limit)
+        factor = torch.ones_like(total).masked_fill(~is_accepted, math.nan)
         self._unread = begin_download(torch.cat([factor[None], rows.flatten()]))
         return factor.to(losses.total.dtype)
 
@@ -113,7 +113,7 @@ class Guards:
             self.window = [*self.window, self._mean][-self.config.spike_window :]
             self.skipped_in_a_row = 0
             if self._spike:
-                self._tell("loss_spike", self._spike, step, sample_ids, "logged")
+                self._record("loss_spike", self._spike, step, sample_ids, "logged")
             return
         if self._spike and self.config.spike == "rewind":
             self._rewind(step, sample_ids)
@@ -121,7 +121,7 @@ class Guards:
         self.skipped_in_a_row += 1
         kind = "loss_spike" if self._spike else "non_finite_loss" if reason else "non_finite_gradient"
         reason = reason or "non-finite gradient of a finite loss, summed over the ranks"
-        self._tell(kind, reason, step, sample_ids, "skipped on all ranks")
+        self._record(kind, reason, step, sample_ids, "skipped on all ranks")
         if self.skipped_in_a_row >= self.config.max_skipped:
             raise RunStopped(
                 f"guards.max_skipped: {self.skipped_in_a_row} steps in a row were skipped; the last: step {step},"
@@ -159,10 +159,10 @@ class Guards:
         if self.rewinds >= self.config.max_rewinds:
             raise RunStopped(f"guards.max_rewinds: step {step}: {self._spike}, after {self.rewinds} rewinds")
         self.rewinds += 1
-        self._tell("loss_spike", str(self._spike), step, sample_ids, "rewind to the last checkpoint")
+        self._record("loss_spike", str(self._spike), step, sample_ids, "rewind to the last checkpoint")
         raise RewindAsked(f"guards.spike=rewind: step {step}: {self._spike}; no checkpoint to go back to", step)
 
-    def _tell(self, kind: str, cause: str, step: int, sample_ids: Tensor, action: str) -> None:
+    def _record(self, kind: str, cause: str, step: int, sample_ids: Tensor, action: str) -> None:
         """An incident of this rank, if it is among the suspects (where nobody can be distinguished, all are)."""
         rank = my_rank()
         if not self._bad_ranks or rank in self._bad_ranks:

@@ -25,7 +25,7 @@ from amclip_ds import run_files
 from amclip_ds.errors import INTERRUPTED, Preempted
 from amclip_ds.resilience.config import PreemptionConfig, read_duration
 from amclip_ds.resilience.ownership import Owner, OwnershipLost
-from amclip_ds.signals import STOPPING, heeded
+from amclip_ds.signals import STOP_FILE, STOPPING, heeded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from amclip_ds.ranks.runtime import Runtime
 
 NAMES = tuple(number.name for number in STOPPING)
-REASONS = ("run.time_limit", "the end of the Slurm job", "a STOP file", *NAMES, "ownership")  # the weightiest last
+REASONS = ("run.time_limit", "the end of the Slurm job", STOP_FILE, *NAMES, "ownership")  # the weightiest last
 STDERR = 2
-LOOK_EVERY_S = 0.5  # for the STOP file: a stat a step would be felt on a parallel file system
+CHECK_EVERY_S = 0.5  # for the STOP file: a stat a step would be felt on a parallel file system
 OWN_LAUNCHERS = ("alone", "--procs")  # the others turn 75 into a code of their own
 
 
-class Arrivals:
+class SignalListener:
     """The signals that reached this process, noted by a thread of its own so that a blocked main thread delays none."""
 
     def __init__(self, forced_exit_s: float) -> None:
@@ -53,7 +53,7 @@ class Arrivals:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._old_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._old = {number: signal.signal(number, _leave_a_note) for number in heeded()}
+        self._old = {number: signal.signal(number, _on_signal) for number in heeded()}
         os.register_at_fork(after_in_child=self._in_child)
         threading.Thread(target=self._note, name="signals", daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # a launcher may have held them back until now
@@ -103,20 +103,20 @@ class Arrivals:
             faulthandler.cancel_dump_traceback_later()
 
 
-_arrivals: Arrivals | None = None  # signals are the process's, so this is too
+_listener: SignalListener | None = None  # signals are the process's, so this is too
 
 
-def listen(forced_exit_s: float = PreemptionConfig.forced_exit_s) -> Arrivals:
+def listen(forced_exit_s: float = PreemptionConfig.forced_exit_s) -> SignalListener:
     """From here on USR1, TERM, INT and HUP (under nohup not the last) are noted and end nothing. Main thread only; a
     second call changes the timer."""
-    global _arrivals
-    if _arrivals is None:
-        _arrivals = Arrivals(forced_exit_s)
-    elif _arrivals.forced_exit_s != forced_exit_s:
-        _arrivals.forced_exit_s = forced_exit_s
-        if _arrivals.first is not None:
-            _arrivals.arm()
-    return _arrivals
+    global _listener
+    if _listener is None:
+        _listener = SignalListener(forced_exit_s)
+    elif _listener.forced_exit_s != forced_exit_s:
+        _listener.forced_exit_s = forced_exit_s
+        if _listener.first is not None:
+            _listener.arm()
+    return _listener
 
 
 def ignore_signals() -> None:
@@ -145,7 +145,7 @@ class Preemption:
         self._config, self._stop_file, self._runtime, self._owner = config, folder / run_files.STOP, runtime, owner
         self._is_ahead = runtime.device.type == "cuda"
         self._asked: Callable[[], Tensor] | None = None
-        self._arrivals = listen(config.forced_exit_s)
+        self._listener = listen(config.forced_exit_s)
         self._deadlines: dict[str, float] = {}
         self._time_limit = time_limit
         if time_limit is not None:
@@ -166,7 +166,7 @@ class Preemption:
         is_last: the run ends with this step anyway, nothing needs to stop it. Raises OwnershipLost, on every rank,
         where another trainer has the folder: call before the step is recorded there.
         """
-        self._arrivals.is_starting = False
+        self._listener.is_starting = False
         own = self._own_reason()
         world = self._runtime.world_size
         code = -1 if own is None else REASONS.index(own) * world + self._runtime.rank
@@ -179,8 +179,8 @@ class Preemption:
             raise OwnershipLost("run.out: another trainer took this folder over; stopped without saving")
         if is_last:
             return None
-        self._arrivals.arm()
-        if REASONS[index] == "a STOP file" and self._runtime.is_main:
+        self._listener.arm()
+        if REASONS[index] == STOP_FILE and self._runtime.is_main:
             self._stop_file.unlink(missing_ok=True)  # it has been read: started again, the run continues
         return self._describe(REASONS[index], rank)
 
@@ -203,15 +203,15 @@ class Preemption:
         """What this rank knows, the weightiest first."""
         if self._owner is not None and self._owner.is_lost():
             return "ownership"
-        if self._arrivals.first is not None:
-            return self._arrivals.first
+        if self._listener.first is not None:
+            return self._listener.first
         now = time.monotonic()
         if self._runtime.is_main:  # one clock and one read of the disk decide
-            if now >= self._looked_at + LOOK_EVERY_S:
+            if now >= self._looked_at + CHECK_EVERY_S:
                 self._looked_at = now
                 self._stop_asked = self._stop_file.exists()
             if self._stop_asked:
-                return "a STOP file"
+                return STOP_FILE
             return next((name for name, deadline in self._deadlines.items() if now >= deadline), None)
         return None
 
@@ -223,11 +223,11 @@ class Preemption:
         return f"{reason} is near" if reason in self._deadlines or reason.startswith("the end") else reason
 
     def close(self) -> None:
-        """See `Arrivals.close`."""
-        global _arrivals
-        if _arrivals is self._arrivals:
-            _arrivals = None
-            self._arrivals.close()
+        """See `SignalListener.close`."""
+        global _listener
+        if _listener is self._listener:
+            _listener = None
+            self._listener.close()
 
     def __enter__(self) -> "Preemption":
         return self
@@ -258,5 +258,5 @@ def _say(text: str) -> None:
     print(f"amclip train: {text}", file=sys.stderr, flush=True)
 
 
-def _leave_a_note(number: int, frame: FrameType | None) -> None:
+def _on_signal(number: int, frame: FrameType | None) -> None:
     """The handler proper: the interpreter has already written the number into the pipe."""

@@ -3,7 +3,7 @@
     with Watchdog(config.watchdog, folder, attempt, runtime) as watchdog:
         for batch in watchdog.watched(batches, step): ...   # signs of life: a write into shared memory each
         with watchdog.during("save"): ...                   # what may take longer than a step
-        watchdog.tell_slow_ranks(record)                    # names ranks that the others wait for; collective
+        watchdog.report_slow_ranks(record)                    # names ranks that the others wait for; collective
 
 One watching process per node (watch_ranks.py): a rank whose interpreter is stuck or stopped cannot watch itself.
 """
@@ -107,7 +107,7 @@ class Watchdog:
         """Called by the first collective of a step: what came before was this rank's own work."""
         self._own.end()
 
-    def tell_slow_ranks(self, record: Record) -> None:
+    def report_slow_ranks(self, record: Record) -> None:
         """Names the ranks that the others wait for, on the screen and in incidents.jsonl. Collective.
 
         Compares what each rank took, since the last call, from a step's beginning to its first collective.
@@ -241,7 +241,7 @@ class OwnTime:
         self._since = self._begun = None
 
     def compare(self) -> list[tuple[int, str]]:
-        """See `Watchdog.tell_slow_ranks`. Collective: every rank must call."""
+        """See `Watchdog.report_slow_ranks`. Collective: every rank must call."""
         world, steps = self._runtime.world_size, max(1, self._steps)
         if self._events:
             torch.cuda.synchronize(self._runtime.device)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from amclip_ds.processes import Died, run_over
+from amclip_ds.processes import WorkerCrashed, map_in_processes
 from amclip_ds.redact import redact
 from amclip_ds.shards import contents
 from amclip_ds.shards.index import CONTENT, RECORD, Index, Scanned, fingerprint_of, scan_shard
@@ -39,10 +39,10 @@ def changed_shards(index: Index, paths: list[str], numbers: list[int], processes
         doubts = list(pool.map(lambda of: _doubt(index, *of), zip(paths, numbers)))
     found = [Changed(redact(path), doubt) for path, doubt in zip(paths, doubts) if doubt == GONE]
     suspects = [(path, number) for path, number, doubt in zip(paths, numbers, doubts) if doubt not in ("", GONE)]
-    scanned = run_over(scan_shard, [path for path, _ in suspects], processes)
+    scanned = map_in_processes(scan_shard, [path for path, _ in suspects], processes)
     unchanged = {}
     for (path, number), scan in zip(suspects, scanned):
-        if isinstance(scan, Died):
+        if isinstance(scan, WorkerCrashed):
             found.append(Changed(redact(path), CHANGED, f"cannot be read: {scan}"))
         elif (difference := _difference(index, number, scan)) is not None:
             found.append(Changed(redact(path), CHANGED, difference))

@@ -21,7 +21,7 @@ import numpy as np
 from amclip_ds.errors import UserError
 from amclip_ds.files import describe, not_written, open_regular, read_json, write_atomically
 from amclip_ds.images import header_size
-from amclip_ds.processes import Died, run_over
+from amclip_ds.processes import WorkerCrashed, map_in_processes
 from amclip_ds.redact import redact
 from amclip_ds.shards import reader
 from amclip_ds.shards.contents import CONTENT, checksum_in, digest
@@ -251,8 +251,8 @@ def _replace(partial: Path, folder: Path) -> None:
 
 
 def _scanned(shards: list[str], workers: int) -> Iterator[Scanned]:
-    for shard, found in zip(shards, run_over(scan_shard, shards, workers)):
-        if isinstance(found, Died):
+    for shard, found in zip(shards, map_in_processes(scan_shard, shards, workers)):
+        if isinstance(found, WorkerCrashed):
             yield _unreadable(shard, str(found))
         else:
             yield found

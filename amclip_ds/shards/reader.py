@@ -22,7 +22,12 @@ MAX_OPEN = 64
 ATTEMPTS, FIRST_PAUSE_S = 6, 0.2
 LOCAL_ATTEMPTS = 3
 SILENCE_S = 60.0  # without a byte from a server
-PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)  # what a network file system says in a bad moment
+TRANSIENT_ERRNOS = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+)  # what a network file system says in a bad moment
 GAP = 1 << 18  # members closer than this are read in one go: a skipped 256 KiB costs less than another request
 
 
@@ -128,7 +133,7 @@ class ShardReader:
                 changed = self._other_size(shard, os.fstat(self._file(shard)).st_size)
                 return changed or OSError(f"{len(content)} of {size} bytes came")
             except OSError as error:
-                if error.errno not in PASSING or attempt + 1 == LOCAL_ATTEMPTS:
+                if error.errno not in TRANSIENT_ERRNOS or attempt + 1 == LOCAL_ATTEMPTS:
                     return error
                 self._on_retry(shard, f"{error}")
                 if shard in self._files:

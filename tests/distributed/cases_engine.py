@@ -183,7 +183,7 @@ def flat_gradients(ds: str, misplaced: int = 0) -> dict[str, Any]:
 def _break(run: Run, what: str, split: int) -> None:
     student = run.student
     if what == "boundary":
-        student.several_backwards = contextlib.nullcontext  # type: ignore[method-assign]
+        student.accumulate_gradients = contextlib.nullcontext  # type: ignore[method-assign]
     if what == "last":  # the piece's gradients never reach the reduction
         backward, calls = type(student).backward, iter(range(1, 10**6))
 
@@ -384,9 +384,9 @@ def communication_time(ds: str, late_rank: int, late_s: float, through_the_door:
     """Two steps; before the second, one rank comes late. Seconds in collectives of the second, and of a pause after."""
     with running(ds) as run:
         if not through_the_door:  # DeepSpeed's own collectives untimed
-            import deepspeed.comm.comm as door
+            import deepspeed.comm.comm as ds_comm
 
-            door.cdb = door.cdb._backend
+            ds_comm.cdb = ds_comm.cdb._backend
         waiting, calls = COMMUNICATION.waiting, itertools.count()
 
         def counted() -> contextlib.AbstractContextManager[None]:

@@ -45,7 +45,7 @@ def stop_case(folder: str, to: list[int], how: str, times: int = 1, is_ahead: bo
     with Preemption(PreemptionConfig(), Path(folder), started, None, end, limit) as stops:
         stops._is_ahead = is_ahead
         step, reason = loop(stops, disturb, 300)
-        count = stops._arrivals.count
+        count = stops._listener.count
     handlers = [signal.getsignal(number) for number in STOPPING]
     runtime.stop(started)
     return {"step": step, "reason": reason, "count": count, "handlers": handlers}
@@ -66,7 +66,7 @@ def children_case(folder: str) -> dict:
         step, reason = loop(stops, {}, 3)
         child.join()
     runtime.stop(started)
-    return {"alive": alive, "code": child.exitcode, "reason": reason, "count": stops._arrivals.count}
+    return {"alive": alive, "code": child.exitcode, "reason": reason, "count": stops._listener.count}
 
 
 def forced_exit_case(folder: str) -> None:

@@ -20,9 +20,9 @@ def nothing_stays_of_a_command() -> Iterator[None]:
     """Both are the process's: the next test, in whatever order, begins without."""
     yield
     forget_plugins()
-    if preemption._arrivals is not None:
-        preemption._arrivals.close()
-        preemption._arrivals = None
+    if preemption._listener is not None:
+        preemption._listener.close()
+        preemption._listener = None
 
 
 def forget_plugins() -> None:

@@ -52,7 +52,7 @@ class Plain:
         loss.backward()
 
     @contextlib.contextmanager
-    def several_backwards(self) -> Iterator[None]:
+    def accumulate_gradients(self) -> Iterator[None]:
         yield
 
 

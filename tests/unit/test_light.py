@@ -1,4 +1,4 @@
-"""What only reads settings loads no torch: the commands answer at once (design.md: config.py needs none)."""
+"""What only reads settings loads no torch: the commands answer at once (config.py needs none)."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What differs between a checkpoint's run and the present one: shown, refused where it changes the mathematics."""
+"""What differs between a checkpoint's run and the present one: shown, refused where it changes training results."""
 
 import re
 
@@ -100,7 +100,7 @@ def test_what_changes_no_number_is_shown_and_let_pass(override: str) -> None:
         "guards.spike=skip",
     ],
 )
-def test_what_changes_the_mathematics_is_refused_unless_named(override: str) -> None:
+def test_what_changes_training_results_is_refused_unless_named(override: str) -> None:
     key = override.split("=")[0]
     found = changes(override)
     with pytest.raises(UserError, match=rf"{key}: .* -> .*checkpoint.allow_drift=\[{key}\]"):
@@ -120,9 +120,9 @@ def test_other_data_another_tokenizer_another_precision_are_refused() -> None:
         assert len(drift.refuse_or_allow(found, [key])) == 1
 
 
-def test_every_key_is_either_free_or_mathematics() -> None:
+def test_every_key_is_either_free_or_numeric() -> None:
     """A new key is classified before it is used; one that was renamed stays in neither list."""
-    of_parts = re.compile(r"(mask|loss)\.\w+\..+")  # the options of masks and objectives: mathematics, all of them
+    of_parts = re.compile(r"(mask|loss)\.\w+\..+")  # the options of masks and objectives: numeric, all of them
     known = {key for key in settings.keys_and_types() if not of_parts.fullmatch(key)}
     in_free_sections = {key for key in known if key.partition(".")[0] in drift.FREE_SECTIONS}
     assert not drift.FREE & MATHEMATICS
@@ -170,13 +170,13 @@ def test_a_bomb_of_references_is_refused_soon() -> None:
 
 
 def test_a_free_change_is_let_pass_beside_an_allowed_one_and_not_recorded() -> None:
-    free, grave = (
+    free, numeric = (
         drift.Change("data.workers", "1", "2", is_free=True),
         drift.Change("optim.lr", "1", "2", is_free=False),
     )
-    assert drift.refuse_or_allow([free, grave], ["optim.lr"]) == [grave]
+    assert drift.refuse_or_allow([free, numeric], ["optim.lr"]) == [numeric]
     with pytest.raises(UserError, match="optim.lr: 1 -> 2") as refused:
-        drift.refuse_or_allow([free, grave], [])
+        drift.refuse_or_allow([free, numeric], [])
     assert "data.workers" not in str(refused.value)
 
 

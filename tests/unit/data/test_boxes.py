@@ -40,7 +40,7 @@ def test_released_boxes_stay_in_the_image(height: int, width: int, seed: int) ->
 
 
 def test_the_released_code_leaves_part_of_a_view_outside_in_70_to_72_percent() -> None:
-    """Its two slips, measured in the published code at photographs' sizes (method.md section 4)."""
+    """Its two slips, measured in the published code at photographs' sizes."""
     random, outside, areas = np.random.default_rng(0), 0, []
     for _ in range(4000):
         boxes = draw_boxes(random, 375, 500, [View()] * 2, contains_views=False)

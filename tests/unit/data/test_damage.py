@@ -249,9 +249,9 @@ def die_on(item: int) -> int:
 
 
 def test_a_shard_that_kills_its_reader_is_named() -> None:
-    found = list(processes.run_over(die_on, range(6), processes=2))
-    assert [isinstance(item, processes.Died) for item in found] == [False] * 3 + [True] + [False] * 2
-    assert [item for item in found if not isinstance(item, processes.Died)] == [0, 1, 4, 16, 25]
+    found = list(processes.map_in_processes(die_on, range(6), processes=2))
+    assert [isinstance(item, processes.WorkerCrashed) for item in found] == [False] * 3 + [True] + [False] * 2
+    assert [item for item in found if not isinstance(item, processes.WorkerCrashed)] == [0, 1, 4, 16, 25]
 
 
 def test_an_unreadable_shard_is_reported(tmp_path: Path) -> None:

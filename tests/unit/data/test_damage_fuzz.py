@@ -13,7 +13,7 @@ from amclip_ds.data.config import View
 from amclip_ds.data.views import make_views
 from amclip_ds.images import BadImage
 from amclip_ds.keyed_random import keyed
-from amclip_ds.processes import Died, run_over
+from amclip_ds.processes import WorkerCrashed, map_in_processes
 from amclip_ds.shards import index
 from tests.unit.data.damaged import BLOCK, json_fields, picture, sample, tar_of
 
@@ -114,12 +114,12 @@ def _megabytes_since(before: int) -> float:
 
 def fuzz(work: Any, folder: Path, count: int, at_once: int) -> list[dict[str, Any]]:
     jobs = [(str(folder), first, min(count, first + at_once)) for first in range(0, count, at_once)]
-    found = list(run_over(work, jobs, processes=2))
+    found = list(map_in_processes(work, jobs, processes=2))
     for job, result in zip(jobs, found):
-        assert not isinstance(result, Died), f"mutants {job[1]} to {job[2]} ended the process"
+        assert not isinstance(result, WorkerCrashed), f"mutants {job[1]} to {job[2]} ended the process"
         assert not result["broken"], result["broken"][:10]
         assert result["slowest"] < SECONDS_EACH and result["grown"] < MEGABYTES
-    return [result for result in found if not isinstance(result, Died)]
+    return [result for result in found if not isinstance(result, WorkerCrashed)]
 
 
 def test_500_mutated_tars_and_images(tmp_path: Path) -> None:

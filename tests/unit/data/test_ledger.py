@@ -11,7 +11,7 @@ from amclip_ds.bottleneck import judge
 from amclip_ds.data import ledger as ledger_module
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.check import CheckConfig, check
-from amclip_ds.data.ledger import ALWAYS_BORNE, Ledger
+from amclip_ds.data.ledger import MIN_SKIPS_TO_STOP, Ledger
 from amclip_ds.data.photometric import Photometric
 from amclip_ds.errors import RunStopped
 from tests.unit.data.damaged import sample, samples, tar_of
@@ -67,7 +67,7 @@ def test_too_many_skipped_stop_the_run_with_the_worst_shards_named() -> None:
 
 @pytest.mark.parametrize("skipped, stops", [(10, False), (11, True)])
 def test_the_limit_is_exact(skipped: int, stops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "ALWAYS_BORNE", 0)
+    monkeypatch.setattr(ledger_module, "MIN_SKIPS_TO_STOP", 0)
     ledger = Ledger(0.01)
     ledger.account(batch_of(1000, *[("unreadable", "a.tar")] * skipped))
     if stops:
@@ -78,7 +78,7 @@ def test_the_limit_is_exact(skipped: int, stops: bool, monkeypatch: pytest.Monke
 
 def test_the_rate_is_of_the_samples_tried_and_never_above_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 64 places, 74 tries were bad, one or more for a place: 74 of 138, as half of the samples are bad."""
-    monkeypatch.setattr(ledger_module, "ALWAYS_BORNE", 0)
+    monkeypatch.setattr(ledger_module, "MIN_SKIPS_TO_STOP", 0)
     half = batch_of(64, *[("unreadable", "a.tar")] * 74)
     ledger = Ledger(0.6)
     ledger.account(half)
@@ -114,7 +114,7 @@ def test_half_the_samples_unusable_pass_a_limit_of_60_percent_in_check_and_train
 
 def test_a_few_at_the_start_stop_nothing() -> None:
     ledger = Ledger(0.001)
-    ledger.account(batch_of(20, *[("unreadable", "a.tar")] * ALWAYS_BORNE))
+    ledger.account(batch_of(20, *[("unreadable", "a.tar")] * MIN_SKIPS_TO_STOP))
     ledger.settle()
 
 

@@ -378,7 +378,7 @@ def test_some_shards_of_a_larger_index_can_be_trained_on(tmp_path: Path) -> None
 
 def test_the_search_is_done_once_for_all_ranks_and_reports_in_between(uneven: Path, monkeypatch: Any) -> None:
     """`once` is called again and again while rank 0 works, so that no collective waits longer than it may."""
-    monkeypatch.setattr("amclip_ds.data.prepare.BUILD_TELLS_EVERY_S", 0.05)
+    monkeypatch.setattr("amclip_ds.data.prepare.BUILD_REPORTS_EVERY_S", 0.05)
     monkeypatch.setattr("amclip_ds.data.prepare._find_sources", lambda *args: time.sleep(0.4) or "found")
     calls: list[Any] = []
 
@@ -477,10 +477,10 @@ def test_a_full_dev_shm_is_none_of_the_loaders_business(uneven: Path, tmp_path: 
     program = tmp_path / "small.py"
     program.write_text(
         "import contextlib\n"
-        "from amclip_ds.processes import run_over\n"
+        "from amclip_ds.processes import map_in_processes\n"
         "from tests.unit.data.shards import open_data\n"
         "if __name__ == '__main__':\n"
-        "    print(*run_over(abs, [-1, -2, -3], 2))\n"
+        "    print(*map_in_processes(abs, [-1, -2, -3], 2))\n"
         f"    with contextlib.closing(open_data({str(uneven)!r}, workers=2, image_size=128)) as data:\n"
         "        stream = data.batches(None)\n"
         "        print(sum(int(next(stream).views_uint8.sum()) > 0 for _ in range(8)))\n"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from amclip_ds.data.prefetch import made_ahead
+from amclip_ds.data.prefetch import prefetched
 from amclip_ds.errors import AmclipError
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def threads() -> int:
 def test_the_same_batches_one_made_while_one_is_used() -> None:
     made: list[int] = []
     closed: list[bool] = []
-    stream = made_ahead(counted(made, closed), CPU)
+    stream = prefetched(counted(made, closed), CPU)
     assert [next(stream) for _ in range(5)] == [0, 1, 2, 3, 4]
     deadline = time.monotonic() + 10
     while len(made) < 7 and time.monotonic() < deadline:
@@ -44,7 +44,7 @@ def test_the_same_batches_one_made_while_one_is_used() -> None:
 
 def test_an_error_comes_after_the_batches_before_it() -> None:
     closed: list[bool] = []
-    stream: Iterator[Any] = made_ahead(counted([], closed, fail_at=3), CPU)
+    stream: Iterator[Any] = prefetched(counted([], closed, fail_at=3), CPU)
     assert [next(stream) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(AmclipError, match="shard 3 is gone"):
         next(stream)
@@ -52,5 +52,5 @@ def test_an_error_comes_after_the_batches_before_it() -> None:
 
 
 def test_never_started_needs_no_end() -> None:
-    made_ahead(counted([], []), CPU).close()
+    prefetched(counted([], []), CPU).close()
     assert threads() == 0

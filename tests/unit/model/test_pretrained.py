@@ -42,7 +42,7 @@ def test_there_and_back(fmt: str, tmp_path: Path) -> None:
     state = state_of(model)
     if fmt == "timm":
         state = {name: tensor for name, tensor in state.items() if name.startswith("vision.")}
-    theirs = other_libraries.to_theirs(fmt, state)
+    theirs = other_libraries.export_state(fmt, state)
     assert other_libraries.recognise(theirs) == fmt
     save_file(theirs, tmp_path / "weights.safetensors")
     source = pretrained.Source(tmp_path / "weights.safetensors")
@@ -55,7 +55,7 @@ def test_there_and_back(fmt: str, tmp_path: Path) -> None:
 def test_one_wrong_rule_would_be_seen(tmp_path: Path) -> None:
     """The twin: query and key exchanged."""
     state = state_of(config())
-    theirs = other_libraries.to_theirs("open_clip timm", state)
+    theirs = other_libraries.export_state("open_clip timm", state)
     key = "text.transformer.resblocks.0.attn.in_proj_weight"
     q, k, v = theirs[key].chunk(3)
     theirs[key] = torch.cat([k, q, v])
@@ -102,7 +102,7 @@ def test_positions_of_another_grid_are_resampled(tmp_path: Path) -> None:
 
 
 def test_the_report_lists_what_came_and_what_did_not(tmp_path: Path) -> None:
-    theirs = other_libraries.to_theirs("open_clip timm", state_of(config()))
+    theirs = other_libraries.export_state("open_clip timm", state_of(config()))
     theirs["visual.trunk.head.weight"] = torch.zeros(2)
     save_file(theirs, tmp_path / "open_clip_model.safetensors")
     names = [*state_of(config()), "heads.o2o.layers.0.weight"]

@@ -182,7 +182,7 @@ def test_the_entropy_shows_a_collapse() -> None:
     assert objective().weight_of(ENTROPY) == 0 and objective(patch_weight=3.0).weight_of("detail_patch") == 3
 
 
-def test_the_information_tells_either_collapse() -> None:
+def test_the_information_shows_either_collapse() -> None:
     """Samples that all look alike, whether to one prototype or, centred, to all alike."""
     features, (inside, prototypes) = given()
     made = objective()

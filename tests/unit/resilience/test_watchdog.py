@@ -48,8 +48,8 @@ def test_a_killed_watch_comes_back_and_is_recorded(watched: Watchdog, tmp_path: 
     with Record(
         tmp_path, LogConfig(tensorboard=False), rank=0, world_size=1, attempt=0, total_steps=5, samples_per_epoch=10
     ) as record:
-        watched.tell_slow_ranks(record)
-        watched.tell_slow_ranks(record)
+        watched.report_slow_ranks(record)
+        watched.report_slow_ranks(record)
     rows = read_lines(tmp_path / "incidents.jsonl")
     assert [(row["kind"], row["action"]) for row in rows] == [("watchdog", "started again")] * 2
     assert "status -9" in rows[0]["cause"]
