@@ -43,6 +43,8 @@ STEP: dict[str, type] = {"step": int}
 EVALUATION: dict[str, type] = STEP | {"weights": str, "dataset": str, "task": str, "metrics": dict}
 OF_CLASSES: dict[str, type] = STEP | {"weights": str, "dataset": str, "task": str, "per_class": dict}
 INCIDENT: dict[str, type] = STEP | {"kind": str, "cause": str, "attempt": int}
+OF_A_BATCH = LOSS_SPIKE, NON_FINITE_LOSS, NON_FINITE_GRADIENT = "loss_spike", "non_finite_loss", "non_finite_gradient"
+"""Kinds of incidents that are of a step's whole batch: `amclip samples RUN STEP` shows it."""
 EVENT: dict[str, type] = STEP | {"event": str, "attempt": int}
 """of timeline.jsonl"""
 KEPT: dict[str, type] = STEP | {"kept": list}

@@ -80,7 +80,8 @@ def sizes_of(work: Work, small: int) -> Sizes:
     mirrored = () if COMPAT[work.config.compat].averages_text_ends else TEXT_ENDS
     averaged = {name for name in teacher if not name.startswith(mirrored)} if mirrored else set(teacher)
     optim = work.config.optim
-    of_optimizer = parameter_groups(work.student.items(), optim)  # type: ignore[arg-type]
+    starts = {name: part.start for name, part in work.parts.items()}
+    of_optimizer = parameter_groups(work.student.items(), optim, starts)  # type: ignore[arg-type]
     groups = [group["names"] for group in of_optimizer]
     of_muon = [group["names"] for group in of_optimizer if group["use_muon"]]
     of_others = [group["names"] for group in of_optimizer if not group["use_muon"]]

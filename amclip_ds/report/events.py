@@ -1,13 +1,16 @@
 """What happened to a run, in order: starts, saves, evaluations, incidents, ends; each with its cause and effect."""
 
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from amclip_ds import run_files
 from amclip_ds.errors import DONE, FAULT, INTERRUPTED, MISTAKE, STOPPED_ITSELF, TO_REQUEUE
 from amclip_ds.report.read import RunFacts
 from amclip_ds.report.time_spent import Attempt
 
+WORST = 10  # samples by their loss, of a step whose loss is the incident
 START, SAVE, EVALUATION, INCIDENT, END = "start", "save", "evaluation", "incident", "end"
 KINDS = {
     START: "starts and resumes",
@@ -41,6 +44,8 @@ class Event:
     until: int = 0
     """the last step of several alike; else the step"""
     count: int = 1
+    command: str = ""
+    """shows the samples of the step"""
 
 
 def events_of(run: RunFacts, attempts: list[Attempt]) -> list[Event]:
@@ -154,6 +159,8 @@ def _incidents(run: RunFacts) -> list[Event]:
             effect,
             until=row["step"],
         )
+        if row["kind"] in run_files.OF_A_BATCH:
+            event.command = shlex.join(["amclip", "samples", str(run.folder), str(row["step"]), "--worst", str(WORST)])
         if is_sample and row.get("shard"):
             event.cause = f"{row['cause']}: {row.get('key', '')} in {row['shard']}"
         open_rows[key] = event

@@ -21,6 +21,7 @@ from amclip_ds.host_copies import begin_download
 from amclip_ds.model.features import Losses
 from amclip_ds.ranks.collectives import gather_objects, gather_row, my_rank
 from amclip_ds.resilience.config import GuardsConfig
+from amclip_ds.run_files import LOSS_SPIKE, NON_FINITE_GRADIENT, NON_FINITE_LOSS
 
 TO_DEVIATION = 1.4826  # a median absolute deviation times this is a normal's standard deviation
 LEAST_DEVIATION = 0.01  # of the median: a loss that hardly moves must not make every ripple a spike
@@ -113,13 +114,13 @@ class Guards:
             self.window = [*self.window, self._mean][-self.config.spike_window :]
             self.skipped_in_a_row = 0
             if self._spike:
-                self._record("loss_spike", self._spike, step, sample_ids, "logged")
+                self._record(LOSS_SPIKE, self._spike, step, sample_ids, "logged")
             return
         if self._spike and self.config.spike == "rewind":
             self._rewind(step, sample_ids)
         self.skipped += 1
         self.skipped_in_a_row += 1
-        kind = "loss_spike" if self._spike else "non_finite_loss" if reason else "non_finite_gradient"
+        kind = LOSS_SPIKE if self._spike else NON_FINITE_LOSS if reason else NON_FINITE_GRADIENT
         reason = reason or "non-finite gradient of a finite loss, summed over the ranks"
         self._record(kind, reason, step, sample_ids, "skipped on all ranks")
         if self.skipped_in_a_row >= self.config.max_skipped:
@@ -159,7 +160,7 @@ class Guards:
         if self.rewinds >= self.config.max_rewinds:
             raise RunStopped(f"guards.max_rewinds: step {step}: {self._spike}, after {self.rewinds} rewinds")
         self.rewinds += 1
-        self._record("loss_spike", str(self._spike), step, sample_ids, "rewind to the last checkpoint")
+        self._record(LOSS_SPIKE, str(self._spike), step, sample_ids, "rewind to the last checkpoint")
         raise RewindAsked(f"guards.spike=rewind: step {step}: {self._spike}; no checkpoint to go back to", step)
 
     def _record(self, kind: str, cause: str, step: int, sample_ids: Tensor, action: str) -> None:

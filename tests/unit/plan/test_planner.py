@@ -11,10 +11,10 @@ import pytest
 
 from amclip_ds import config
 from amclip_ds.cli import main
-from amclip_ds.optim import NAMES
+from amclip_ds.optim import NAMES, parameter_groups
 from amclip_ds.plan import optimizer, shown, work
 from amclip_ds.plan.gpus import AS_MEASURED, GPUS, MEASURED, Gpu, _work_of, gpu_of, rate_of
-from amclip_ds.plan.model_state import model_state_of, trained_elements
+from amclip_ds.plan.model_state import averaged_by_rank, model_state_of, sizes_of, trained_elements
 from amclip_ds.plan.planner import GIB, Ask, Plan, communication_bytes, make_plan, memory_of
 from amclip_ds.plan.work import work_of
 
@@ -274,3 +274,20 @@ def test_stage_3_holds_the_weights_that_are_read_again_on_several_ranks_alone() 
     weights = 2 * trained_elements(step.student)
     assert found["zero3_bf16", 8] - found["zero3_bf16", 1] == pytest.approx(weights)
     assert found["zero3_bf16_offload", 1] - found["zero3_bf16", 1] == pytest.approx(2 * 150_000_000)
+
+
+def test_what_begins_later_is_a_group_of_its_own() -> None:
+    """As the engine groups it: ZeRO cuts each group by itself, so a rank's share of the average depends on it."""
+    step = work_of(
+        config.load(
+            "aclip-tiny", ["data.train=x", "loss.patches.weight=1", "loss.patches.start=0.5", "teacher.view=1"]
+        ),
+        2,
+    )
+    trained = {name: p.numel() for name, p in step.student.items() if p.requires_grad}
+
+    def shares(starts: dict[str, float]) -> tuple[int, ...]:
+        groups = [group["names"] for group in parameter_groups(step.student.items(), step.config.optim, starts)]
+        return averaged_by_rank(trained, set(step.teacher), groups, step.world, step.stage)
+
+    assert sizes_of(step, 0).averaged == shares({"patches": 0.5}) != shares({})

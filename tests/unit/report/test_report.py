@@ -43,6 +43,7 @@ def test_every_event_has_its_cause_and_effect(run: Path) -> None:
     assert reported["broken image"].count == 3 and "/data/b.tar" in reported["broken image"].cause
     loss = reported["non finite loss"]
     assert loss.effect == "skipped on all ranks" and "from rank 1" in loss.cause
+    assert loss.command == f"amclip samples {run} 35 --worst 10" and not reported["broken image"].command
     assert "SIGTERM" in reported["attempt 0 ends with code 75"].cause
     resumed = next(found for name, found in reported.items() if name.startswith("attempt 1 starts"))
     assert resumed.effect == (
@@ -102,6 +103,7 @@ def test_a_folder_that_is_none_is_the_users_mistake(tmp_path: Path, capsys: pyte
 
 def test_the_command_writes_where_it_says(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(run)]) == 0
+    assert f"its samples: <code>amclip samples {run} 35 " in (run / "report.html").read_text()
     assert (run / "report.html").is_file() and str(run / "report.html") in capsys.readouterr().out
     with pytest.raises(UserError, match="--out"):
         write_report([run], tmp_path / "no" / "folder.html")
