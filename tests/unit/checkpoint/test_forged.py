@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from amclip_ds.checkpoint import load, manifest, retention, step_folders, tools
+from amclip_ds import stored_checkpoints
+from amclip_ds.checkpoint import load, manifest, retention, step_folders
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.cli import main
@@ -170,7 +171,7 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path, capsys: pyte
     with pytest.raises(UserError, match="cannot be read"):
         load.find(tmp_path / "checkpoints", "auto", True, Ranks())
     with pytest.raises(UserError, match="cannot be read"):
-        tools.choose(tmp_path / "checkpoints", None)
+        stored_checkpoints.choose(tmp_path / "checkpoints", None)
 
 
 def make_sparse(path: Path) -> None:
