@@ -26,11 +26,6 @@ class Header:
     def group(self) -> str:
         return self.parts.get("Group", "others")
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether it says everything, as the shipped ones do."""
-        return bool(self.title) and tuple(self.parts) == PARTS and self.group in GROUPS
-
 
 def read_header(method: str) -> Header:
     """The header of a method that has a recipe; what it does not say is left out."""

@@ -47,18 +47,6 @@ SKIPPED = (
     "bad json",
 )
 LOST = ("unreadable", "empty", "truncated", "header", "name", "swallowed", "fewer than promised", "crash")
-NOTED = (
-    "zeros",
-    "duplicate",
-    "duplicate key",
-    "mended image",
-    "too small",
-    "aspect",
-    "hostile name",
-    "link",
-    "hidden image",
-    "surplus caption",
-)
 SMALL_SIDE = 32
 DECODED_SIDE = 224  # a large JPEG is decoded at the reduced scale that leaves at least this
 EXTREME_ASPECT = 5.0

@@ -41,9 +41,6 @@ def find_sources(
     """The shards, checked, with an index that fits them, made where it is missing. Raises UserError."""
     builder: list[_Background] = []
 
-    def redacted(text: str) -> None:
-        say(redact(text))
-
     def find_sources() -> Sources | None:
         """On one rank; answers now and then, so that no rank waits longer than a collective may take."""
         if not builder:

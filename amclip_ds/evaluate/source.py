@@ -42,10 +42,6 @@ class Located:
     """the run it belongs to, where its numbers are appended"""
     config: TrainConfig | None
 
-    @property
-    def is_export(self) -> bool:
-        return self.config is None
-
 
 def locate(source: str | Path) -> Located:
     """What is at a path, or at `hf-hub:ORG/NAME`. A run without final weights is read as its newest valid checkpoint.
