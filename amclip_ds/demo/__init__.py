@@ -31,7 +31,7 @@ NUM_SCENES = 512  # scenes over which the kept share of the object is averaged
 SEED = 0
 CONTROL = "random2x-tiny"
 SETTINGS = {
-    "aclip-tiny": ["loss.o2o_weight=0.1", "loss.o2e_weight=0.2"],  # docs/results/speed.md: what they do at this scale
+    "aclip-tiny": ["loss.o2o_weight=0.1", "loss.o2e_weight=0.2"],  # docs/results/demo.md: what they do at this scale
     CONTROL: [],
 }
 REPORT_EVERY_S = 30.0
