@@ -6,7 +6,7 @@ DATA_BOUND, COMMUNICATION_BOUND = 0.10, 0.30  # shares from which waiting is wor
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Bottleneck:
     """Where the time of the steps since the last report went. Shares of 1."""
 
     bound: str
@@ -21,7 +21,7 @@ class Verdict:
         return f"{self.bound} ({shares})" + (f": {self.advice}" if self.advice else "")
 
 
-def judge(step_s: float, data_wait_s: float, communication_s: float, workers: int, cores_per_rank: int) -> Verdict:
+def judge(step_s: float, data_wait_s: float, communication_s: float, workers: int, cores_per_rank: int) -> Bottleneck:
     """The verdict on a mean step of `step_s` seconds, of which the run was waiting for data and for other ranks.
 
     Data comes first: a rank that waits for data lets the others wait for it, which looks like communication there.
@@ -31,11 +31,11 @@ def judge(step_s: float, data_wait_s: float, communication_s: float, workers: in
     communication = min(1.0 - data, max(0.0, communication_s / whole))
     compute = 1.0 - data - communication
     if data >= DATA_BOUND:
-        return Verdict("data-bound", data, communication, compute, _feed_faster(workers, cores_per_rank))
+        return Bottleneck("data-bound", data, communication, compute, _feed_faster(workers, cores_per_rank))
     if communication >= COMMUNICATION_BOUND:
         advice = "raise batch.per_gpu or batch.global_size, or take a lower ZeRO stage (engine.deepspeed)"
-        return Verdict("communication-bound", data, communication, compute, advice)
-    return Verdict("compute-bound", data, communication, compute, "")
+        return Bottleneck("communication-bound", data, communication, compute, advice)
+    return Bottleneck("compute-bound", data, communication, compute, "")
 
 
 def _feed_faster(workers: int, cores_per_rank: int) -> str:

@@ -529,8 +529,7 @@ def _check_together(config: TrainConfig) -> None:
     try:
         grid = config.model.vision.grid
         _check_masks(config, grid)
-        if config.teacher.resolution == "half":
-            patch_grid(config.model.vision, config.model.vision.image_size // 2)
+        patch_grid(config.model.vision, config.teacher.image_size(config.model.vision.image_size))
     except ValueError as error:
         raise SettingsError(in_one_line(error)) from None
     context, text_mask = config.model.text.context_length, config.data.text_mask

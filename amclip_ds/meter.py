@@ -46,7 +46,7 @@ class Meter:
         self._wait_s, self._steps, self._tokens, self._began = 0.0, 0, 0.0, time.perf_counter()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, on the device; the time spent waiting for each is noted."""
+        """The same batches; the time spent waiting for each is noted."""
         while True:
             began = time.perf_counter()
             try:
@@ -56,7 +56,7 @@ class Meter:
             self._wait_s += time.perf_counter() - began
             self._steps += 1
             self._tokens += self._padded_tokens(batch)
-            yield batch.to(self._device)
+            yield batch
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -102,7 +102,7 @@ class Meter:
         groups = self._text.groups(batch.text_lengths.get("plain"), longest)  # type: ignore[operator,union-attr]
         return sum(len(group.rows) * group.length for group in groups) / count if groups else float(longest)
 
-    def verdict(self, row: dict[str, Any]) -> bottleneck.Verdict:
+    def verdict(self, row: dict[str, Any]) -> bottleneck.Bottleneck:
         """What the steps of a row waited for, and what would change it."""
         return bottleneck.judge(row["step_s"], row["data_wait_s"], row["communication_s"], self._workers, self._cores)
 

@@ -77,7 +77,9 @@ class Run:
 
     def batches(self) -> Iterator[Batch]:
         """The batches of the steps to come, on the device."""
-        stream = self.watchdog.watched(self.meter.timed(self.data.batches(self.state.cursor)), self.state.step)
+        waited_for = self.meter.timed(self.data.batches(self.state.cursor))
+        on_device = (batch.to(self.runtime.device) for batch in waited_for)
+        stream = self.watchdog.watched(on_device, self.state.step)
         if self.state.step < self.total_steps:
             with self.timeline.during("first_batch"):
                 batch = next(stream)
@@ -268,7 +270,7 @@ def build_engines(config: TrainConfig, method: Method, runtime: Runtime) -> tupl
 def open_data(config: TrainConfig, method: Method, runtime: Runtime, resumes: bool = False) -> TrainingData:
     """This rank's part of the training stream."""
     vision = config.model.vision
-    teacher_size = vision.image_size // (2 if config.teacher.resolution == "half" else 1)
+    teacher_size = config.teacher.image_size(vision.image_size)
     return TrainingData(
         config.data,
         seed=config.run.seed,

@@ -19,7 +19,7 @@ from amclip_ds import config as settings
 from amclip_ds import run_files
 from amclip_ds.checkpoint import drift, load, retention, trainer_json
 from amclip_ds.checkpoint import state as engines_state
-from amclip_ds.checkpoint.load import Found
+from amclip_ds.checkpoint.load import FoundCheckpoint
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.save import Saver
 from amclip_ds.checkpoint.state import CheckpointState
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from amclip_ds.engine.teacher import Teacher
 
 
-def find_checkpoint(folder: Path, resume: str, config: TrainConfig, ranks: Ranks) -> Found | None:
+def find_checkpoint(folder: Path, resume: str, config: TrainConfig, ranks: Ranks) -> FoundCheckpoint | None:
     """The checkpoint that `--resume` means, verified; None for a fresh start. Raises UserError on every rank."""
     return load.find(folder / run_files.CHECKPOINTS, resume, config.checkpoint.fallback, ranks)
 
@@ -94,7 +94,7 @@ class RunCheckpoints:
     def __exit__(self, *error: Any) -> None:
         self._saver.__exit__(*error)
 
-    def resume(self, found: Found | None, counts: TrainState) -> None:
+    def resume(self, found: FoundCheckpoint | None, counts: TrainState) -> None:
         """Takes a checkpoint over into engines, guards and `counts`, and sets aside what will be written again.
 
         Raises UserError, before anything is touched, where the run has drifted from the checkpoint's.
@@ -137,7 +137,7 @@ class RunCheckpoints:
         state.attempt, state.drift = self._attempt, self._drift
         return state
 
-    def _fill(self, found: Found, counts: TrainState) -> None:
+    def _fill(self, found: FoundCheckpoint, counts: TrainState) -> None:
         run = {name: found.small["run"][name] for name in trainer_json.RUN}
         state = engines_state.ready_to_fill(self._student, self._teacher, bool(found.moments))
         load.fill(found, state, self._ranks)
@@ -146,7 +146,7 @@ class RunCheckpoints:
             setattr(counts, name, value)
         self._guards.load_state_dict(run["guards"])
 
-    def _check_drift(self, found: Found) -> None:
+    def _check_drift(self, found: FoundCheckpoint) -> None:
         precision = str(self._student.dtype).removeprefix("torch.")
         changes = drift.changes_between(
             found.config,
@@ -168,7 +168,7 @@ class RunCheckpoints:
         new = [f"step {found.manifest.step}: {change}" for change in overridden]
         self._drift = [*found.manifest.drift, *new]
 
-    def _set_aside(self, found: Found | None) -> None:
+    def _set_aside(self, found: FoundCheckpoint | None) -> None:
         """Rows and checkpoints of steps that will be written again. Rank 0 only."""
         step = found.manifest.step if found else 0
         checkpoints = self._folder / run_files.CHECKPOINTS
@@ -182,7 +182,7 @@ class RunCheckpoints:
         except OSError as error:
             raise not_written(f"run.out: {error.filename or self._folder}", error) from None
 
-    def _report_resume(self, found: Found) -> None:
+    def _report_resume(self, found: FoundCheckpoint) -> None:
         saved, ranks, stage = found.manifest, self._ranks.world_size, self._student.stage
         self._record.say(f"resumes from {found.path} (step {saved.step}, attempt {self._attempt})")
         if (saved.world_size, saved.stage) != (ranks, stage):

@@ -11,7 +11,7 @@ from torch import Tensor
 from amclip_ds import config as settings
 from amclip_ds import files, plain_yaml, run_files
 from amclip_ds.checkpoint import CheckpointConfig, drift, manifest, retention, step_folders, tensorfile
-from amclip_ds.checkpoint.manifest import Index, Manifest
+from amclip_ds.checkpoint.manifest import Manifest, PieceIndex
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.save import Saver
 from amclip_ds.checkpoint.state import CheckpointState
@@ -139,7 +139,7 @@ class Weights:
         """which: student | teacher. Raises UserError where the checkpoint is damaged or has no teacher."""
         try:
             self.manifest = manifest.verify(path)
-            self._index = Index(path, self.manifest)
+            self._index = PieceIndex(path, self.manifest)
             self._buffers, self._begin = tensorfile.read_header(path / "replicated.safetensors")
         except DamagedError as error:
             raise UserError(f"damaged checkpoint: {error}") from None

@@ -188,16 +188,21 @@ def one_rank(request: dict[str, Any], out: Path, rank: int) -> int:
 
 def watch_kept_tokens(chosen: Any) -> None:
     """Every keep_indices by which the student's tokens are removed goes into the hash."""
-    rooms = [sys.modules.get(name) for name in ("amclip_ds.masks.selection", "amclip_ds.model.masking")]
-    mask = next(room.TokenMask for room in rooms if room is not None)
-    forward = mask.forward
+    modules = [sys.modules.get(f"amclip_ds.{name}") for name in ("model.vision", "masks.selection", "model.masking")]
+    holder, name = next(  # a function of today's, a module's forward of older revisions
+        (getattr(module, of, module), name)
+        for module in modules
+        for of, name in (("", "keep_tokens"), ("TokenMask", "forward"))
+        if module is not None and hasattr(getattr(module, of, module), name)
+    )
+    remove = getattr(holder, name)
 
-    def watched(self: Any, x: Any, keep_indices: Any) -> Any:
-        if keep_indices is not None:
-            chosen.update(keep_indices.cpu().numpy().tobytes())
-        return forward(self, x, keep_indices)
+    def watched(*given: Any) -> Any:
+        if given[-1] is not None:
+            chosen.update(given[-1].cpu().numpy().tobytes())
+        return remove(*given)
 
-    mask.forward = watched
+    setattr(holder, name, watched)
 
 
 def read_numbers(out: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from amclip_ds import run_files
 from amclip_ds.checkpoint import manifest, step_folders, tensorfile
-from amclip_ds.checkpoint.manifest import Index, Manifest
+from amclip_ds.checkpoint.manifest import Manifest, PieceIndex
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.state import CheckpointState, set_random_state
 from amclip_ds.checkpoint.tensorfile import DamagedError
@@ -24,12 +24,12 @@ from amclip_ds.model.names import present_buffer, present_name
 
 
 @dataclass
-class Found:
+class FoundCheckpoint:
     """A checkpoint of which every byte was verified."""
 
     path: Path
     manifest: Manifest
-    index: Index
+    index: PieceIndex
     small: dict[str, Any]
     """counters, data cursor, guards, as they were saved"""
     config: str
@@ -43,7 +43,7 @@ class Found:
         return self.manifest.tensors.keys() - manifest.FOLDER_OF_KIND.keys()
 
 
-def find(checkpoints: Path, resume: str, fallback: bool, ranks: Ranks) -> Found | None:
+def find(checkpoints: Path, resume: str, fallback: bool, ranks: Ranks) -> FoundCheckpoint | None:
     """The checkpoint to resume from, verified; None for a fresh start. Collective: every rank must call.
 
     resume: never | auto (fresh only if there is no checkpoint folder at all) | a path: a checkpoint, a run's folder or
@@ -116,7 +116,7 @@ def _newest_of(paths: list[Path]) -> str:
     return f"the newest checkpoint is {paths[-1].name}" if paths else "there is no checkpoint"
 
 
-def verified(path: Path, ranks: Ranks) -> Found:
+def verified(path: Path, ranks: Ranks) -> FoundCheckpoint:
     """Checks everything: rank 0 what the folder says of itself, all ranks together what its files hold, each file read
     by one of them. So the work on a shared file system grows with the files, not with files times ranks.
 
@@ -137,14 +137,14 @@ def verified(path: Path, ranks: Ranks) -> Found:
         problem = str(error)
     answers = ranks.gather((pieces, problem))
     _raise_first([problem for _, problem in answers])
-    index = Index(path, held, [piece for pieces, _ in answers for piece in pieces])
+    index = PieceIndex(path, held, [piece for pieces, _ in answers for piece in pieces])
     try:
         for name in own:
             manifest.check_hash(path, held, name)
     except DamagedError as error:
         problem = str(error)
     _raise_first(ranks.gather(problem))
-    return under_present_names(Found(path, held, index, *described[1:]))
+    return under_present_names(FoundCheckpoint(path, held, index, *described[1:]))
 
 
 def _describe(path: Path) -> tuple[tuple[Manifest, dict[str, Any], str] | None, str]:
@@ -157,7 +157,7 @@ def _describe(path: Path) -> tuple[tuple[Manifest, dict[str, Any], str] | None, 
         return None, str(error)
 
 
-def under_present_names(found: Found) -> Found:
+def under_present_names(found: FoundCheckpoint) -> FoundCheckpoint:
     """The checkpoint with the names that an older version gave replaced by those of today."""
     held = found.manifest
     tensors = {
@@ -174,7 +174,7 @@ def _raise_first(problems: list[str | None]) -> None:
             raise DamagedError(problem)
 
 
-def fill(found: Found, state: CheckpointState, ranks: Ranks) -> None:
+def fill(found: FoundCheckpoint, state: CheckpointState, ranks: Ranks) -> None:
     """Writes the checkpoint's values into the state's tensors, after checking that all of them fit.
 
     Raises UserError, on every rank, where the checkpoint is of another model or optimizer, or cannot be read any more.
@@ -209,7 +209,9 @@ def fill(found: Found, state: CheckpointState, ranks: Ranks) -> None:
         _restore_random_state(found, ranks.rank)
 
 
-def _fill_shard(found: Found, kind: str, name: str, shard: Shard, opened: dict[str, Any], stack: ExitStack) -> None:
+def _fill_shard(
+    found: FoundCheckpoint, kind: str, name: str, shard: Shard, opened: dict[str, Any], stack: ExitStack
+) -> None:
     out = shard.tensor.detach().view(-1)
     for piece in found.index.pieces[kind, name]:
         first, last = max(piece.start, shard.start), min(piece.start + piece.length, shard.start + shard.length)
@@ -221,7 +223,7 @@ def _fill_shard(found: Found, kind: str, name: str, shard: Shard, opened: dict[s
         tensorfile.read_elements(opened[piece.file], piece.begin, piece.entry, first - piece.start, target)
 
 
-def _misfit(found: Found, state: CheckpointState, buffers: dict[str, tensorfile.Entry]) -> str | None:
+def _misfit(found: FoundCheckpoint, state: CheckpointState, buffers: dict[str, tensorfile.Entry]) -> str | None:
     """Why the checkpoint does not fit this state; None where it does."""
     saved, shapes = found.manifest.tensors, found.manifest.shapes
     differences = [
@@ -250,7 +252,7 @@ def _raise_user_error(problems: list[str | None]) -> None:
             raise UserError(problem)
 
 
-def _restore_random_state(found: Found, rank: int) -> None:
+def _restore_random_state(found: FoundCheckpoint, rank: int) -> None:
     """Gives this rank its generators back, at the same world size; nothing of a run depends on them."""
     path = found.path / f"rng/rank{rank:04d}.json"
     try:

@@ -156,7 +156,7 @@ def verify(folder: Path) -> Manifest:
     """Reads and checks everything, alone. Raises DamagedError, naming the file."""
     manifest = read(folder)
     check_sizes(folder, manifest)
-    Index(folder, manifest)  # first: it costs nothing
+    PieceIndex(folder, manifest)  # first: it costs nothing
     for name in manifest.files:
         check_hash(folder, manifest, name)
         check_random(folder, name)
@@ -205,7 +205,7 @@ def read_pieces(folder: Path, file: str) -> Pieces:
     return found
 
 
-class Index:
+class PieceIndex:
     """Where each element of each tensor of a checkpoint is. Raises DamagedError unless all are there, each once."""
 
     def __init__(self, folder: Path, manifest: Manifest, held: Pieces | None = None) -> None:

@@ -20,7 +20,7 @@ from amclip_ds import json_file
 from amclip_ds.arguments import number, whole
 
 if TYPE_CHECKING:
-    from amclip_ds.data.check import Report
+    from amclip_ds.data.check import CheckReport
 
 LONGEST_KEY = 400  # of a stranger's name, in characters, on the terminal
 HELP = "make shards of what you have, or synthetic ones; index, check and picture them"
@@ -250,7 +250,7 @@ def _stats(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_check(args: argparse.Namespace, word: str, config: Any) -> "Report":
+def _run_check(args: argparse.Namespace, word: str, config: Any) -> "CheckReport":
     from amclip_ds.data.check import check
     from amclip_ds.progress import progress
 
@@ -269,7 +269,7 @@ def _workers(args: argparse.Namespace) -> int:
     return args.workers or num_cores()
 
 
-def _epoch(report: "Report", global_batch: int, workers: int) -> dict[str, Any]:
+def _epoch(report: "CheckReport", global_batch: int, workers: int) -> dict[str, Any]:
     """How long an epoch is, and how long `workers` processes take to read and decode it."""
     samples, rate = report.samples_in_an_epoch(), report.samples_per_core_second()
     return {
@@ -283,7 +283,7 @@ def _epoch(report: "Report", global_batch: int, workers: int) -> dict[str, Any]:
     }
 
 
-def _print_problems(report: "Report") -> None:
+def _print_problems(report: "CheckReport") -> None:
     """A line a shard and a line a problem in it, then the sums by problem; plain lines, so that a pipe or a narrow
     terminal cuts no name."""
     from amclip_ds.redact import redact

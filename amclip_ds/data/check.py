@@ -137,7 +137,7 @@ class ShardReport:
 
 
 @dataclass
-class Report:
+class CheckReport:
     """What a check found in all shards."""
 
     config: CheckConfig
@@ -234,7 +234,7 @@ def check(
     config: CheckConfig,
     processes: int,
     on_shard: Callable[[ShardReport], None] = lambda report: None,
-) -> Report:
+) -> CheckReport:
     """Checks the shards in parallel. Whatever they hold, it returns: damage is reported, never raised."""
     texts = -(-CAPTIONS_TO_TOKENISE // len(shards))
     reports = []
@@ -248,7 +248,7 @@ def check(
         on_shard(report)
     _keep_promises(reports)
     _find_duplicates(reports)
-    return Report(config, reports)
+    return CheckReport(config, reports)
 
 
 def check_shard(config: CheckConfig, num_texts: int, shard: str) -> ShardReport:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from amclip_ds.data.captions import tokenizer_hash
-from amclip_ds.data.check import Report, token_lengths
+from amclip_ds.data.check import CheckReport, token_lengths
 from amclip_ds.masks.text.table import FORMAT
 from amclip_ds.plots import pyplot
 from amclip_ds.shards.grouping import IMAGE_TYPES
@@ -16,7 +16,7 @@ PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 CONTEXT_LENGTH = 77
 
 
-def summarise(report: Report) -> dict[str, Any]:
+def summarise(report: CheckReport) -> dict[str, Any]:
     """{samples, formats, trimmed_captions, distributions: {name: {percentiles, mean}}, problems}."""
     columns = distributions(report)
     names = {number: suffix for suffix, number in reversed(IMAGE_TYPES.items())}
@@ -33,7 +33,7 @@ def summarise(report: Report) -> dict[str, Any]:
     }
 
 
-def distributions(report: Report) -> dict[str, np.ndarray]:
+def distributions(report: CheckReport) -> dict[str, np.ndarray]:
     """A value a sample; of tokens, a value a caption of those kept for it."""
     rows = report.measured()
     width, height = rows["width"].astype(np.float64), rows["height"].astype(np.float64)
@@ -49,7 +49,7 @@ def distributions(report: Report) -> dict[str, np.ndarray]:
     }
 
 
-def summarise_tokens(report: Report) -> dict[str, Any]:
+def summarise_tokens(report: CheckReport) -> dict[str, Any]:
     """{captions, percentiles: {part: tokens}, trimmed}: of some captions of the whole set, start and end included."""
     tokens = distributions(report)["tokens"]
     found = dict(zip(map(str, PERCENTILES), _summary(tokens)["percentiles"]))
@@ -57,7 +57,7 @@ def summarise_tokens(report: Report) -> dict[str, Any]:
     return {"captions": len(tokens), "percentiles": found, "context_length": CONTEXT_LENGTH, "trimmed": trimmed}
 
 
-def word_table(report: Report) -> dict[str, Any]:
+def word_table(report: CheckReport) -> dict[str, Any]:
     """How often each word is in the captions, most frequent first: what data.text_mask.table names."""
     counts: Counter[str] = Counter()
     for shard in report.shards:
@@ -66,7 +66,7 @@ def word_table(report: Report) -> dict[str, Any]:
     return {"format": FORMAT, "tokenizer": tokenizer_hash(), "samples": report.total("read"), "counts": ordered}
 
 
-def draw(report: Report, file: Path) -> Path:
+def draw(report: CheckReport, file: Path) -> Path:
     """A histogram of each distribution, as one PNG."""
     plt = pyplot()
     columns = distributions(report)

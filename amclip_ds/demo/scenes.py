@@ -81,7 +81,7 @@ def mask_scenes(config: TrainConfig, teacher: TeacherModel, shards: Path, num_sc
             rank=0,
             world_size=1,
             image_size=vision.image_size,
-            teacher_size=vision.image_size // (2 if config.teacher.resolution == "half" else 1),
+            teacher_size=config.teacher.image_size(vision.image_size),
             num_units=max(num_units(vision.grid, mask.unit) for mask in masks),
             teacher_contains=COMPAT[config.compat].teacher_sees_views,
             context_length=config.model.text.context_length,

@@ -6,7 +6,7 @@ Shapes: B rows (views x samples), N patches, K kept, U units (blocks of unit x u
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amclip_ds.errors import UserError, name_of
 from amclip_ds.host_copies import taken
@@ -150,9 +150,6 @@ def gather_tokens(x_BND: Tensor, keep_indices_BK: Tensor) -> Tensor:
     return x_BND.gather(1, keep_indices_BK[..., None].expand(-1, -1, x_BND.shape[-1]))
 
 
-class TokenMask(nn.Module):
-    """Removes patch tokens between patch embedding and blocks; removed tokens vanish, there is no mask token."""
-
-    def forward(self, x_BND: Tensor, keep_indices_BK: Tensor | None) -> Tensor:
-        """[B, N, D] -> [B, K, D]; without keep_indices everything stays."""
-        return x_BND if keep_indices_BK is None else gather_tokens(x_BND, keep_indices_BK)
+def keep_tokens(x_BND: Tensor, keep_indices_BK: Tensor | None) -> Tensor:
+    """[B, N, D] -> [B, K, D]: removed tokens vanish, there is no mask token; without keep_indices everything stays."""
+    return x_BND if keep_indices_BK is None else gather_tokens(x_BND, keep_indices_BK)

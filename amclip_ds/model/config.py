@@ -386,6 +386,10 @@ class TeacherConfig:
             if not 0.0 <= getattr(self, key) <= 1.0:
                 raise ValueError(f"teacher.{key}: {getattr(self, key)} is outside [0, 1]")
 
+    def image_size(self, of_views: int) -> int:
+        """Pixels along a side of what the teacher sees, where the views have `of_views`."""
+        return of_views // 2 if self.resolution == "half" else of_views
+
 
 def patch_grid(config: VisionConfig, image_size: int | None = None) -> int:
     """Patches along a side of an image (default: the training size), without building any weight.

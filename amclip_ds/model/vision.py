@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from amclip_ds.errors import in_one_line
-from amclip_ds.masks.selection import Selection, TokenMask, choose
+from amclip_ds.masks.selection import Selection, choose, keep_tokens
 from amclip_ds.model.config import VisionConfig, grid_of
 from amclip_ds.model.patches import PatchProjection, rows_of
 from amclip_ds.model.pooled import QueryOfFirst
@@ -118,7 +118,6 @@ class VisionTower(nn.Module):
         self.patch_embed = vit.patch_embed
         self.cls_token = vit.cls_token
         self.pos_embed = vit.pos_embed
-        self.token_mask = TokenMask()
         self.norm_pre = vit.norm_pre
         self.blocks = vit.blocks
         self.norm = vit.norm
@@ -171,7 +170,7 @@ class VisionTower(nn.Module):
         x = self.patch_embed(images.to(self.cls_token.dtype)).flatten(1, 2) + positions
         if keep_indices is None and selections:
             keep_indices = choose(selections, num_views, x, images)
-        x = self.token_mask(x, keep_indices)
+        x = keep_tokens(x, keep_indices)
         return self.norm_pre(torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)), keep_indices
 
     def _positions(self, height: int, width: int) -> Tensor:

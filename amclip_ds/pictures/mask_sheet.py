@@ -96,7 +96,7 @@ def load_images(config: TrainConfig, data: str, images: int, scratch: Path) -> t
             rank=0,
             world_size=1,
             image_size=vision.image_size,
-            teacher_size=vision.image_size // (2 if config.teacher.resolution == "half" else 1),
+            teacher_size=config.teacher.image_size(vision.image_size),
             teacher_contains=method.compat.teacher_sees_views,
             draws_twice=True,
             num_units=max(num_units(vision.grid, mask.unit) for mask in method.masks),

@@ -122,8 +122,7 @@ def _teacher_grid(config: TrainConfig, parts: dict[str, Part], tower: Tower) -> 
     reads_scores = any("scores" in needs_of(mask) for mask in masks_of(config))
     if not reads_scores and not any(part.targets or part.averaged for part in parts.values()):
         return None
-    halved = 2 if config.teacher.resolution == "half" else 1
-    return grid_of(config.model.vision.image_size // halved, tower.patch)
+    return grid_of(config.teacher.image_size(config.model.vision.image_size), tower.patch)
 
 
 # --- floating point operations ---------------------------------------------------------------------------------------

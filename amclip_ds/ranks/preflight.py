@@ -55,7 +55,7 @@ class Facts:
 
 
 @dataclass
-class Verdict:
+class Judgement:
     """What the facts of all ranks mean."""
 
     mistakes: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Verdict:
 
 
 @dataclass
-class Report:
+class PreflightReport:
     """What the preflight found, for the log."""
 
     seconds: float
@@ -86,7 +86,7 @@ class Report:
 
 def preflight(
     runtime: Runtime, *, config_text: str, shards: Sequence[str], folder: Path, say: Callable[[str], None]
-) -> Report:
+) -> PreflightReport:
     """Checks every node and says what it found. Collective: every rank must call.
 
     config_text: the resolved settings. shards: the training shards, a sample of which is read from every node.
@@ -103,7 +103,7 @@ def preflight(
     reduce_rate, gather_rate = measure_collectives(runtime)  # first: NCCL wants all ranks in a group's first call
     pairs = measure_pairs(runtime, hosts, group) if runtime.num_nodes > 1 else {}
     warnings = verdict.warnings + name_outliers(pairs)
-    report = Report(
+    report = PreflightReport(
         seconds=round(time.monotonic() - start, 2),
         warnings=warnings,
         all_reduce_gb_per_s=reduce_rate,
@@ -140,9 +140,9 @@ def gather_facts(
     return [Facts(**fact) for fact in gathered]
 
 
-def judge(facts: Sequence[Facts]) -> Verdict:
+def judge(facts: Sequence[Facts]) -> Judgement:
     """The same verdict on every rank. Raises nothing."""
-    verdict = Verdict()
+    verdict = Judgement()
     for name, hint in MUST_AGREE.items():
         odd, usual = _odd_ones(facts, name)
         if odd:

@@ -34,7 +34,7 @@ class Picture:
 
 
 @dataclass
-class Sample:
+class PicturedSample:
     """A training image."""
 
     caption: str
@@ -46,7 +46,7 @@ class Pictures:
     """All of them. steps: of the frames."""
 
     steps: list[int]
-    samples: list[Sample]
+    samples: list[PicturedSample]
     numbers: list[tuple[int, float | None, float | None]] = field(default_factory=list)
     """(step, agreement with the last step's choice, share of the objects' patches that stays)"""
 
@@ -97,8 +97,8 @@ def agreement(kept: list[Any], last: list[Any]) -> float | None:
 
 def _sample(
     folder: Path, place: int, facts: dict[str, Any], rows: list[dict[str, Any]], grid: int, masks: list[Any]
-) -> Sample:
-    sample = Sample(str(facts.get("caption", "")))
+) -> PicturedSample:
+    sample = PicturedSample(str(facts.get("caption", "")))
     scores = [_at(row.get("scores"), place) for row in rows]
     teacher = facts.get("teacher")
     side = round((len(scores[-1]) / 2) ** 0.5) if scores[-1] else 0
@@ -116,7 +116,7 @@ def _sample(
 
 
 def _add(
-    sample: Sample, folder: Path, file: str, name: str, grid: int, kind: str, frames: list[str], shown: Any
+    sample: PicturedSample, folder: Path, file: str, name: str, grid: int, kind: str, frames: list[str], shown: Any
 ) -> None:
     uri = _uri(folder, file)
     if uri:

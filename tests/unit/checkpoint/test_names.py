@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from amclip_ds.checkpoint import load
-from amclip_ds.checkpoint.load import Found
+from amclip_ds.checkpoint.load import FoundCheckpoint
 from amclip_ds.checkpoint.manifest import Manifest
 from amclip_ds.model import pretrained
 from amclip_ds.model.init import Start, init_tensor
@@ -41,7 +41,7 @@ def test_a_checkpoints_names_are_todays_once_it_is_verified() -> None:
         )
     )
     index: Any = SimpleNamespace(pieces={("ema", OLD): ["here"], ("master", "logit_scale"): ["there"]})
-    found = load.under_present_names(Found(Path("x"), manifest, index, {}, ""))
+    found = load.under_present_names(FoundCheckpoint(Path("x"), manifest, index, {}, ""))
     assert found.manifest.tensors == {"ema": {NEW: 6}, "master": {NEW: 6, "logit_scale": 1}}
     assert found.manifest.shapes == {NEW: [2, 3], "logit_scale": [1]}
     assert found.index.pieces == {("ema", NEW): ["here"], ("master", "logit_scale"): ["there"]}

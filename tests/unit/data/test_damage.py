@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from amclip_ds import processes
-from amclip_ds.data.check import CheckConfig, Report, check
+from amclip_ds.data.check import CheckConfig, CheckReport, check
 from amclip_ds.images import open_image
 from amclip_ds.shards import index
 from tests.unit.data import damaged
@@ -150,7 +150,7 @@ CASES = {
 UNFIT = {"read": 0, "lost": 1}
 
 
-def checked(path: Path, **settings: object) -> Report:
+def checked(path: Path, **settings: object) -> CheckReport:
     return check([str(path)], CheckConfig(**settings), processes=1)  # type: ignore[arg-type]
 
 

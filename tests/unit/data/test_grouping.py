@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from amclip_ds import cli
-from amclip_ds.data.check import CheckConfig, Report, check
+from amclip_ds.data.check import CheckConfig, CheckReport, check
 from amclip_ds.data.config import DataConfig
 from amclip_ds.data.ledger import Ledger
 from amclip_ds.data.loader import TrainingData
@@ -32,7 +32,7 @@ def groups_of(files: list[File]) -> list[Group]:
     return [item for item in group(scan(io.BytesIO(content), len(content))) if isinstance(item, Group)]
 
 
-def checked(shard: Path, **settings: object) -> Report:
+def checked(shard: Path, **settings: object) -> CheckReport:
     return check([str(shard)], CheckConfig(**settings), 1)  # type: ignore[arg-type]
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from amclip_ds import masks
 from amclip_ds.errors import UserError
 from amclip_ds.masks import MASKS, Mask, MaskConfig, MaskInputs, needs_of
-from amclip_ds.masks.selection import Selection, TokenMask, choose, pixels_of, select, tokens_of_units
+from amclip_ds.masks.selection import Selection, choose, keep_tokens, pixels_of, select, tokens_of_units
 from amclip_ds.masks.units import num_kept, num_kept_units, num_units, pool
 
 
@@ -69,11 +69,11 @@ def test_units_tile_the_grid(unit: int) -> None:
     assert sorted(tokens.tolist()) == list(range(36))
 
 
-def test_token_mask_gathers() -> None:
+def test_the_tokens_that_are_kept_are_gathered() -> None:
     x = torch.arange(24.0).reshape(2, 4, 3)
     keep = torch.tensor([[0, 2], [1, 3]])
-    assert torch.equal(TokenMask()(x, keep), torch.stack([x[0, [0, 2]], x[1, [1, 3]]]))
-    assert TokenMask()(x, None) is x
+    assert torch.equal(keep_tokens(x, keep), torch.stack([x[0, [0, 2]], x[1, [1, 3]]]))
+    assert keep_tokens(x, None) is x
 
 
 @pytest.mark.parametrize(
