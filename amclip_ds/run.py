@@ -106,16 +106,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     folder, attempt = on_main(partial(open_folder, config))
     if owner is not None:
         owner.set_attempt(attempt)
-    timeline = Timeline(folder, attempt, runtime.is_main)
-    timeline.start(
-        world_size=runtime.world_size,
-        num_nodes=runtime.num_nodes,
-        device=runtime.device.type,
-        launcher=runtime.launcher,
-        engine=config.engine.deepspeed,
-        job=job.job,
-        restart=job.restart,
-    )
+    timeline = open_timeline(config, folder, attempt, runtime, job)
     stops = stack.enter_context(Preemption(config.preemption, folder, runtime, owner, job.end, config.run.time_limit))
     watchdog = stack.enter_context(Watchdog(config.watchdog, folder, attempt, runtime))
     comm.on_arrival = watchdog.arrived
@@ -129,22 +120,9 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         evaluated_on = on_main(partial(check_evaluation, config, is_resumed=found is not None))
         data = stack.enter_context(closing(open_data(config, method, runtime, found is not None)))
     total_steps = settings.count_steps(config, data.steps_per_epoch)
-    record = stack.enter_context(
-        Record(
-            folder,
-            config.log,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            attempt=attempt,
-            total_steps=total_steps,
-            samples_per_epoch=data.samples_per_epoch,
-            first_step=found.manifest.step if found else 0,
-            run_config=redact_all(asdict(config)),
-            checkpoint_every=config.checkpoint.every_steps,
-        )
-    )
-    record.say(describe(config, runtime, plan, data, total_steps))
-    for line in evaluated_on:
+    first_step = found.manifest.step if found else 0
+    record = stack.enter_context(open_record(config, folder, attempt, runtime, data, total_steps, first_step))
+    for line in [describe(config, runtime, plan, data, total_steps), *evaluated_on]:
         record.say(line)
     forecast = on_main(partial(Forecast, config, runtime.world_size, device_of(runtime)))
     record.say(forecast.line())
@@ -157,12 +135,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         engine_runtime.keep_compiled(folder)
     with timeline.during("build"):
         student, teacher = build_engines(fresh, method, runtime)
-    for who, layers in (("student", student.in_fp8), ("teacher", teacher.placed.in_fp8 if teacher else "")):
-        if layers:
-            record.say(f"engine.fp8: of the {who}'s Linear layers {layers} compute in fp8")
-    if config.model.init_from and found is None:
-        for line in pretrained.describe(config.model.init_from, dict(student.module.named_parameters())):
-            record.say(line)
+    for line in describe_engines(fresh, student, teacher):
+        record.say(line)
     frozen = None
     if method.reads_frozen and config.distill.teacher:
         frozen = FrozenTeacher(config.distill.teacher, config.model, runtime.device)
@@ -173,15 +147,6 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     )
     profile = Profile(folder, config.run.profile, runtime.is_main, record.say, runtime.device.type == "cuda")
     stack.callback(profile.close)
-
-    @contextmanager
-    def saving() -> Iterator[None]:
-        with (
-            meter.paused(),
-            watchdog.during("save"),
-            timeline.during("save"),
-        ):  # no step's time, and watched by the limit of long phases
-            yield
 
     checkpoints = stack.enter_context(
         RunCheckpoints(
@@ -198,7 +163,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
             words_hash=data.words_hash,
             excluded_hash=data.excluded_hash,
             before_commit=owner.check if owner else lambda: None,
-            pausing=saving,
+            pausing=partial(saving, meter, watchdog, timeline),
         )
     )
     with watchdog.during("resume"), timeline.during("resume"):
@@ -239,6 +204,52 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     )
 
 
+def open_timeline(config: TrainConfig, folder: Path, attempt: int, runtime: Runtime, job: SlurmJob) -> Timeline:
+    """The run by the clock, with this start in it."""
+    timeline = Timeline(folder, attempt, runtime.is_main)
+    timeline.start(
+        world_size=runtime.world_size,
+        num_nodes=runtime.num_nodes,
+        device=runtime.device.type,
+        launcher=runtime.launcher,
+        engine=config.engine.deepspeed,
+        job=job.job,
+        restart=job.restart,
+    )
+    return timeline
+
+
+def open_record(
+    config: TrainConfig,
+    folder: Path,
+    attempt: int,
+    runtime: Runtime,
+    data: TrainingData,
+    total_steps: int,
+    first_step: int,
+) -> Record:
+    """What the run writes down."""
+    return Record(
+        folder,
+        config.log,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        attempt=attempt,
+        total_steps=total_steps,
+        samples_per_epoch=data.samples_per_epoch,
+        first_step=first_step,
+        run_config=redact_all(asdict(config)),
+        checkpoint_every=config.checkpoint.every_steps,
+    )
+
+
+@contextmanager
+def saving(meter: Meter, watchdog: Watchdog, timeline: Timeline) -> Iterator[None]:
+    """While training waits for a save: no step's time, and watched by the limit of long phases."""
+    with meter.paused(), watchdog.during("save"), timeline.during("save"):
+        yield
+
+
 def check_evaluation(config: TrainConfig, *, is_resumed: bool) -> list[str]:
     """What eval.data was understood as, a line a set. Raises UserError for a mistake in it, but never for a run that
     continues: there it costs the evaluations alone."""
@@ -265,6 +276,15 @@ def build_engines(config: TrainConfig, method: Method, runtime: Runtime) -> tupl
         student=student,
         device=runtime.device,
     )
+
+
+def describe_engines(config: TrainConfig, student: StudentEngine, teacher: Teacher | None) -> list[str]:
+    """What is not plain in their weights: fp8, and where the first ones came from."""
+    in_fp8 = {"student": student.in_fp8, "teacher": teacher.placed.in_fp8 if teacher else ""}
+    lines = [f"engine.fp8: of the {who}'s Linear layers {n} compute in fp8" for who, n in in_fp8.items() if n]
+    if config.model.init_from:
+        lines += pretrained.describe(config.model.init_from, dict(student.module.named_parameters()))
+    return lines
 
 
 def open_data(config: TrainConfig, method: Method, runtime: Runtime, resumes: bool = False) -> TrainingData:
