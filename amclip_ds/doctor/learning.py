@@ -11,7 +11,7 @@ from typing import Any
 from amclip_ds import run_files
 from amclip_ds.config import TrainConfig
 from amclip_ds.doctor import FAIL, OK, WARN, Check, Finding
-from amclip_ds.errors import UserError, in_one_line
+from amclip_ds.errors import DONE, TO_REQUEUE, UserError, in_one_line
 from amclip_ds.jsonl import read
 from amclip_ds.optim import REFERENCE_BATCH, REFERENCE_LR, scaled_lr
 
@@ -61,7 +61,7 @@ def _ending(run: Path) -> Iterator[Finding]:
     listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(6)) or "no incidents"
     if verdict is None:
         yield Finding("ending", OK, f"it runs, or ended without a word; {listed}")
-    elif verdict["code"] in (0, 75):
+    elif verdict["code"] in (DONE, TO_REQUEUE):
         yield Finding("ending", OK, f"code {verdict['code']}; {listed}")
     else:
         cause = in_one_line(verdict.get("cause") or verdict.get("reason") or "", 200)

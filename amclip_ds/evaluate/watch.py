@@ -127,7 +127,7 @@ def _wanted(path: Path, weights: str) -> list[str]:
 
 def _left_to_training(config: TrainConfig, run: Path, step: int, sets: list[EvalSet], has_ended: bool) -> bool:
     """Whether the run itself evaluates these sets at that step and may not have come to it yet."""
-    own = set((config.eval.data or "").split("::"))
+    own = set(split_sources(config.eval.data or ""))
     every = config.eval.every_steps
     is_due = step == config.run.steps or (every is not None and step % every == 0)
     is_newest = step == max((other for other, _ in step_folders.list_steps(run / run_files.CHECKPOINTS)), default=step)
