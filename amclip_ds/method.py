@@ -89,6 +89,11 @@ class Method:
         return objectives.texts_of(self.objectives)
 
     @property
+    def hidden_share(self) -> float:
+        """Of a text's words that are hidden in its cloze form; 0: no objective reads it."""
+        return float(self.objectives["mlm"].share) if "mlm" in self.objectives else 0.0
+
+    @property
     def reads_frozen(self) -> bool:
         """Whether some objective reads distill.teacher."""
         return any(OBJECTIVES[name].reads_frozen() for name in self.objectives)

@@ -300,6 +300,7 @@ def open_data(config: TrainConfig, method: Method, runtime: Runtime, resumes: bo
         image_size=vision.image_size,
         teacher_size=teacher_size if method.has_teacher_crop else None,
         fills_text_budget=method.compat.fills_text_budget,
+        hidden_share=method.hidden_share,
         teacher_contains=method.compat.teacher_sees_views,
         num_units=method.draws,
         draws_twice=method.draws_twice,

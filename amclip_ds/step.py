@@ -163,7 +163,7 @@ def student_inputs(
 
 def texts_of(batch: Batch, method: Method) -> dict[str, Tensor]:
     """The texts in each form that some objective reads."""
-    made = {"plain": batch.token_ids, "masked": batch.masked_ids}
+    made = {"plain": batch.token_ids, "masked": batch.masked_ids, "cloze": batch.cloze_ids}
     return {name: token_ids for name, token_ids in made.items() if name in method.texts and token_ids is not None}
 
 

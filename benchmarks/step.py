@@ -103,7 +103,7 @@ def example(recipe: str, words: list[str], batch: int, tokens: tuple[int, int], 
 
 def reordered(batch: Batch, order: list[int]) -> Batch:
     """The same samples in another order."""
-    first = {"teacher_uint8", "token_ids", "sample_ids", "masked_ids"}
+    first = {"teacher_uint8", "token_ids", "sample_ids", "masked_ids", "cloze_ids"}
     found = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     moved = {
         name: value[order] if name in first else value[:, order]

@@ -40,11 +40,13 @@ class Batch:
     """[V, B, U] a second draw; None where no mask reads it"""
     masked_ids: Tensor | None = None
     """[B, T'] int64: the texts as data.text_mask shortens them; None where it does not"""
+    cloze_ids: Tensor | None = None
+    """[B, T] int64: token_ids with some words hidden (masks/text/cloze.py); None where no objective reads them"""
     incidents: list[dict[str, str]] = field(default_factory=list)
     """what was skipped to make this batch: kind, shard, key, cause"""
     read_bytes: int = 0
     text_lengths: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """plain, masked -> tokens of each text, from start to end token, as far as they are known"""
+    """plain, masked, cloze -> tokens of each text, from start to end token, as far as they are known"""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on a device."""

@@ -22,6 +22,7 @@ from amclip_ds.errors import AmclipError, RunStopped, UserError
 from amclip_ds.files import describe
 from amclip_ds.keyed_random import keyed
 from amclip_ds.masks.text import TextMaskConfig, Words, masked, prepare
+from amclip_ds.masks.text.cloze import hide
 from amclip_ds.masks.units import NONE
 from amclip_ds.shards import contents as contents_of
 from amclip_ds.shards.index import Index, Sample
@@ -62,6 +63,8 @@ class ChunkSpec:
     fills_text_budget: bool
     words_hash: str
     """of the table that the text mask reads; empty: none"""
+    hidden_share: float
+    """of a text's words that are hidden in the cloze form; 0: no objective reads it"""
     sources: tuple[str, ...]
     per_line: bool
     max_pixels: int
@@ -98,6 +101,8 @@ class Chunk:
     """[V, B, U] float32; U is 0 where no mask reads it"""
     masked_ids: np.ndarray
     """[B, T'] int64; T' is 0 where no text is masked"""
+    cloze_ids: np.ndarray
+    """[B, T''] int64, T'' as T or 0: the ids with some words hidden (masks/text/cloze.py)"""
     incidents: list[dict[str, str]] = field(default_factory=list)
     read_bytes: int = 0
 
@@ -196,6 +201,7 @@ class ChunkMaker:
             flips=np.zeros((V, count), np.bool_),
             noise2=np.empty((V, count, U if spec.draws_twice else 0), np.float32),
             masked_ids=np.zeros((count, spec.text_mask.tokens if self._masks_text else 0), np.int64),
+            cloze_ids=np.zeros((count, spec.context_length if spec.hidden_share else 0), np.int64),
         )
         self._retries = chunk.incidents
         self._read_ahead(epoch, start)
@@ -292,6 +298,10 @@ class ChunkMaker:
         if self._masks_text:
             ids = masked(spec.text_mask, self._text_options, encoded.words, random)
             chunk.masked_ids[place, : len(ids) + 2] = [self._tokenizer.start, *ids, self._tokenizer.end]
+        if spec.hidden_share:
+            length = int(encoded.row.nonzero()[0][-1]) + 1
+            drawn = random.random(spec.context_length)
+            chunk.cloze_ids[place] = hide(encoded.row, length, drawn, spec.hidden_share)
         chunk.sample_ids[place] = sample.sample_id
         return True
 
@@ -408,6 +418,7 @@ def join(chunks: Sequence[Chunk], pinned: bool = False) -> Chunk:
         flips=np.concatenate([chunk.flips for chunk in chunks], axis=1),
         noise2=np.concatenate([chunk.noise2 for chunk in chunks], axis=1),
         masked_ids=np.concatenate([chunk.masked_ids for chunk in chunks]),
+        cloze_ids=np.concatenate([chunk.cloze_ids for chunk in chunks]),
         incidents=[incident for chunk in chunks for incident in chunk.incidents],
         read_bytes=sum(chunk.read_bytes for chunk in chunks),
     )

@@ -42,6 +42,7 @@ class TrainingData:
     image_size, teacher_size: sides of the views and of the teacher's crop in pixels (None: there is no teacher).
     num_units: random numbers per view for the mask; draws_twice: masks read a second draw of them.
     teacher_contains: the teacher's crop contains every view (boxes.py). fills_text_budget: compat.Compat.
+    hidden_share: of a text's words that are hidden in its cloze form; 0: there is none.
     once: does a work on rank 0 and gives every rank its result (engine.collectives.on_main), so that one rank alone
     reads the shards and builds a missing index; without it every process does so by itself. Collective through it.
     index_dir: where a missing index is put (the run folder: others train on the same shards); None: beside the shards.
@@ -65,6 +66,7 @@ class TrainingData:
         draws_twice: bool = False,
         teacher_contains: bool = True,
         fills_text_budget: bool = True,
+        hidden_share: float = 0.0,
         say: Callable[[str], None] = print,
         once: Once | None = None,
         index_dir: str | Path | None = None,
@@ -104,6 +106,7 @@ class TrainingData:
             text_mask=config.text_mask,
             fills_text_budget=fills_text_budget,
             words_hash=_words_hash(config.text_mask),
+            hidden_share=hidden_share,
             sources=tuple(config.captions),
             per_line=config.caption_per_line,
             max_pixels=config.max_pixels,
@@ -168,27 +171,27 @@ class TrainingData:
             self._streams.pop().close()
 
     def _batch(self, chunk: Chunk, epoch: int, cursor: dict[str, Any], incidents: list[dict[str, str]]) -> Batch:
-        texts = {"plain": chunk.token_ids} | ({"masked": chunk.masked_ids} if chunk.masked_ids.shape[1] else {})
+        forms = {"plain": chunk.token_ids, "masked": chunk.masked_ids, "cloze": chunk.cloze_ids}
+        texts = {name: torch.from_numpy(ids) for name, ids in forms.items() if ids.shape[1]}
+        trimmed = {name: captions.trim(ids, self.config.text_bucket) for name, ids in texts.items()}
         return Batch(
             views_uint8=chunk.views,
             teacher_uint8=chunk.teacher,
             boxes=torch.from_numpy(chunk.boxes),
             photometric=Photometric(chunk.photometric),
             mask_noise=torch.from_numpy(chunk.noise),
-            token_ids=self._trimmed(chunk.token_ids),
+            token_ids=trimmed["plain"],
             sample_ids=torch.from_numpy(chunk.sample_ids),
             epoch=epoch,
             cursor=cursor,
             flips=torch.from_numpy(chunk.flips) if any(view.flip for view in self._spec.views) else None,
-            masked_ids=self._trimmed(chunk.masked_ids) if chunk.masked_ids.shape[1] else None,
+            masked_ids=trimmed.get("masked"),
+            cloze_ids=trimmed.get("cloze"),
             mask_noise2=torch.from_numpy(chunk.noise2) if self._spec.draws_twice else None,
             incidents=incidents + chunk.incidents,
             read_bytes=chunk.read_bytes,
-            text_lengths={name: captions.lengths(torch.from_numpy(ids)) for name, ids in texts.items()},
+            text_lengths={name: captions.lengths(ids) for name, ids in texts.items()},
         )
-
-    def _trimmed(self, token_ids: np.ndarray) -> torch.Tensor:
-        return captions.trim(torch.from_numpy(token_ids), self.config.text_bucket)
 
     def _places(self, epoch: int, step: int) -> Iterator[Place]:
         """(epoch, start, stop) of this rank's chunks from a step on, without end."""

@@ -113,12 +113,12 @@ class AClip(nn.Module):
     def _read(self, inputs: StudentInputs, name: str) -> Features:
         """One text pass, with its tokens where an objective reads them."""
         token_ids = inputs.texts[name]
-        if any(
-            "tokens" in objective.features and objective.text_pass == name
-            for objective in self._objectives(inputs.progress).values()
-        ):
-            tokens, eot = self.text.encode(token_ids)
-            return Features(eot=eot, tokens=tokens, token_ids=token_ids)
+        readers = [reader for reader in self._objectives(inputs.progress).values() if reader.text_pass == name]
+        if any("tokens" in reader.features for reader in readers):
+            tokens, eot = self.text.encode(token_ids, readers[0].hidden() if name == "cloze" else None)
+            is_read = any("vocabulary" in reader.features for reader in readers)
+            vocabulary = self.text.vocabulary(token_ids.device) if is_read else None
+            return Features(eot=eot, tokens=tokens, token_ids=token_ids, vocabulary=vocabulary)
         return Features(eot=self.text(token_ids, inputs.text_lengths.get(name)), token_ids=token_ids)
 
     def losses(
@@ -282,6 +282,7 @@ def given(features: Features, text: Features, objective: Any) -> Features:
         keep_indices=tuple(kept[view] for view in chosen) if is_by_patch else None,
         tokens=text.tokens if "tokens" in wanted else None,
         token_ids=text.token_ids if "tokens" in wanted else None,
+        vocabulary=text.vocabulary if "vocabulary" in wanted else None,
         pixels=tuple(pixels[view] for view in chosen) if "pixels" in wanted else None,
         progress=features.progress,
     )

@@ -286,6 +286,22 @@ class DetailCLIPOptions(Weighted):
 
 
 @dataclass
+class MLMOptions(Weighted):
+    """Prediction of hidden words from the rest of a caption (MaskCLIP's text loss), in a text pass of its own."""
+
+    share: float = 0.2
+    """Of a caption's tokens that are hidden, start and end aside; at least one."""
+    depth: int = 4
+    """Blocks of the decoder."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"loss.mlm.share: {self.share} is outside (0, 1)")
+        if self.depth < 1:
+            raise ValueError(f"loss.mlm.depth: {self.depth} must be at least 1")
+
+
+@dataclass
 class LossConfig:
     """A further objective's options are a section loss.NAME: a field of that name here, so that reading settings loads
     no torch; of an objective without one, and of a plug-in's, config.py makes the section from its Options."""
@@ -315,6 +331,7 @@ class LossConfig:
     occlusion: OcclusionOptions = field(default_factory=OcclusionOptions)
     clipkd: ClipKDOptions = field(default_factory=ClipKDOptions)
     patches: PatchesOptions = field(default_factory=PatchesOptions)
+    mlm: MLMOptions = field(default_factory=MLMOptions)
     detailclip: DetailCLIPOptions = field(default_factory=DetailCLIPOptions)
 
     exchange: str = "gather"

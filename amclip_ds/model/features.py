@@ -1,7 +1,8 @@
 """What the towers read and what leaves them, as tuples and dicts: in those ZeRO-3 finds the tensors it must hook.
 
 Shapes: V views, B samples, D vision width, W text width, E embedding, K kept tokens, T tokens of a text.
-A text pass is the text tower over one form of the texts: `plain`, or `masked` as data.text_mask makes it.
+A text pass is the text tower over one form of the texts: `plain`, `masked` as data.text_mask makes it, or `cloze` with
+some words hidden (masks/text/cloze.py).
 """
 
 from collections.abc import Iterable, Mapping
@@ -81,6 +82,8 @@ class Features(NamedTuple):
     """[B, T, W] the text's tokens after the last norm (per_sample alone)"""
     token_ids: Tensor | None = None
     """with tokens: [B, T]"""
+    vocabulary: Tensor | None = None
+    """[Y, W] the embeddings of all tokens that there are (per_sample alone)"""
     image_projected: Tensor | None = None
     """[V, B, E] the embeddings of images before they have unit length, in the dtype of the forward"""
     text_projected: Tensor | None = None

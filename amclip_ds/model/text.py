@@ -73,18 +73,29 @@ class TextTower(nn.Module):
             x_end = last(x, end)
         return self.final_layer_norm(x_end)
 
-    def encode(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """token_ids [B, T] -> every token after the last norm [B, T, W], and the feature at the first end token."""
-        tokens = self.final_layer_norm(self._run_blocks(token_ids))
+    def encode(self, token_ids: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """token_ids [B, T] -> every token after the last norm [B, T, W], and the feature at the first end token.
+
+        hidden: [W], read at the places whose id is negative.
+        """
+        tokens = self.final_layer_norm(self._run_blocks(token_ids, hidden=hidden))
         return tokens, _at(tokens, self._end(token_ids))
 
-    def _run_blocks(self, token_ids: Tensor, leave_last: bool = False) -> Tensor:
+    def vocabulary(self, device: torch.device) -> Tensor:
+        """The embeddings of all tokens that there are, [Y, W], by the layer's forward: ZeRO-3 gathers them there."""
+        embedding = self.embeddings.token_embedding
+        return embedding(torch.arange(embedding.num_embeddings, device=device))
+
+    def _run_blocks(self, token_ids: Tensor, leave_last: bool = False, hidden: Tensor | None = None) -> Tensor:
         T = token_ids.shape[1]
         context_length = self.embeddings.position_embedding.num_embeddings
         if context_length < T:
             raise ValueError(f"model.text.context_length: a text of {T} tokens is longer than {context_length}")
         positions = torch.arange(T, device=token_ids.device)
-        x = self.embeddings.token_embedding(token_ids) + self.embeddings.position_embedding(positions)
+        words = self.embeddings.token_embedding(token_ids if hidden is None else token_ids.clamp(min=0))
+        if hidden is not None:
+            words = torch.where(token_ids[..., None] < 0, hidden, words)
+        x = words + self.embeddings.position_embedding(positions)
         for index, layer in enumerate(self.encoder.layers[: -1 if leave_last else None]):
             if self._is_recomputed(index):
                 x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)

@@ -18,6 +18,7 @@ from amclip_ds.objectives.byol import BYOL
 from amclip_ds.objectives.clipkd import ClipKD
 from amclip_ds.objectives.contrastive import Contrastive
 from amclip_ds.objectives.detailclip import DetailCLIP
+from amclip_ds.objectives.mlm import MLM
 from amclip_ds.objectives.occlusion import Occlusion
 from amclip_ds.objectives.patches import Patches
 from amclip_ds.objectives.sigmoid import Sigmoid
@@ -31,6 +32,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "occlusion": Occlusion,
     "clipkd": ClipKD,
     "patches": Patches,
+    "mlm": MLM,
     "detailclip": DetailCLIP,
 }  # in the order in which their terms are summed
 __all__ = ["OBJECTIVES", "Features", "Objective", "Seen", "Terms", "Weighted", "build", "builder", "chosen"]

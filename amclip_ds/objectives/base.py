@@ -12,9 +12,9 @@ from amclip_ds.model.config import Weighted
 from amclip_ds.model.features import FROZEN, Features, Seen, Terms
 from amclip_ds.model.init import Rule
 
-OF_TEXTS = frozenset({"eot", "text_embeds", "text_projected", "tokens"})
+OF_TEXTS = frozenset({"eot", "text_embeds", "text_projected", "tokens", "vocabulary"})
 FEATURES = OF_TEXTS | {"cls", "image_embeds", "image_projected", "logit_bias", "patches", "pixels"}
-TEXT_PASSES = ("plain", "masked")  # masked: as data.text_mask makes it
+TEXT_PASSES = ("plain", "masked", "cloze")  # masked: as data.text_mask makes it; cloze: masks/text/cloze.py
 TARGETS = frozenset({"cls", "patches", "scores", *FROZEN})
 LOOKS = ("crop", "views")
 
@@ -30,7 +30,7 @@ class Objective(nn.Module):
     Options: ClassVar[type] = Weighted
     """a dataclass with a `weight`; its keys are loss.NAME.*"""
     features: ClassVar[frozenset[str]] = frozenset()
-    """of FEATURES; patches, pixels and tokens are seen by per_sample alone, embeddings by forward alone"""
+    """of FEATURES; patches, pixels, tokens and vocabulary are seen by per_sample alone, embeddings by forward alone"""
     targets: ClassVar[frozenset[str]] = frozenset()
     """of TARGETS: what `observe` reads of the teacher; frozen_images [B, V, E] of its views, frozen_texts [B, E] and
     frozen_scale [B, 1] are distill.teacher's embeddings and logit scale, and follow what `observe` gives"""
@@ -39,7 +39,7 @@ class Objective(nn.Module):
     views: ClassVar[tuple[int, ...] | None] = None
     """the places in data.views that it reads; None: all"""
     text: ClassVar[str] = "plain"
-    """of TEXT_PASSES: the form of the texts that it reads, where its features are of texts"""
+    """of TEXT_PASSES: the form of the texts that it reads, where its features are of texts; cloze is loss.mlm's own"""
     averaged: ClassVar[tuple[str, ...]] = ()
     """the submodules of which the teacher keeps an average"""
     init: ClassVar[dict[str, Rule]] = {}
@@ -125,8 +125,8 @@ def check_declarations(kind: Any, who: str) -> None:
         raise UserError(f"{who}: views are places in data.views, from 0 on; None: all")
     if kind.sees not in LOOKS:
         raise UserError(f"{who}: sees is {kind.sees!r}, and there are {' and '.join(LOOKS)}")
-    if kind.text not in TEXT_PASSES:
-        raise UserError(f"{who}: text is {kind.text!r}, and there are {' and '.join(TEXT_PASSES)}")
+    if kind.text not in TEXT_PASSES[:2]:
+        raise UserError(f"{who}: text is {kind.text!r}, and there are {' and '.join(TEXT_PASSES[:2])}")
     if "weight" not in getattr(kind.Options, "__dataclass_fields__", {}) or kind.Options().weight != 0:
         raise UserError(
             f"{who}: Options needs a `weight` that is 0 by default: derive it from Weighted, as a dataclass"

@@ -154,6 +154,8 @@ def _features(
     if "tokens" in wanted:
         ids = torch.empty(B, sizes.text_tokens, dtype=torch.long)
         found = found._replace(tokens=of(B, sizes.text_tokens, model.text_width), token_ids=ids)
+    if "vocabulary" in wanted:
+        found = found._replace(vocabulary=of(model.vocab_size, model.text_width))
     return found
 
 

@@ -37,8 +37,8 @@ class Work:
     teacher_grid: int | None
     """patches along a side of the teacher's crop; None: no teacher"""
     text_tokens: int
-    text_passes: int
-    """forms of the texts that are read"""
+    texts: tuple[bool, ...]
+    """of each form of the texts that is read: whether all of its tokens are, or the end token's alone"""
     parts: dict[str, Part]
     """the objectives"""
     student: Parameters
@@ -97,13 +97,19 @@ def work_of(config: TrainConfig, world: int, text_tokens: int | None = None) -> 
         views=views,
         teacher_grid=teacher_grid,
         text_tokens=min(text_tokens or context, context),
-        text_passes=len({part.text for part in parts.values() if part.text is not None}),
+        texts=_texts_of(config, parts),
         parts=parts,
         student=shapes.model_parameters(config.model, tower, parameters, has_bias),
         teacher=teacher,
         bytes=2 if ds.get("bf16", {}).get("enabled") else FP32,
         stage=int(ds.get("zero_optimization", {}).get("stage", 0)),
     )
+
+
+def _texts_of(config: TrainConfig, parts: dict[str, Part]) -> tuple[bool, ...]:
+    read = [part for part in parts.values() if part.text is not None]
+    whole = {part.text for part in read if "tokens" in part.features or not config.engine.savings.last_block}
+    return tuple(form in whole for form in dict.fromkeys(part.text for part in read))
 
 
 def _longest_text(config: TrainConfig, parts: dict[str, Part]) -> int:
@@ -142,11 +148,11 @@ def blocks_forward(width: int, hidden: int, depth: int, tokens: float, pooled: b
     return linear + 2.0 * tokens * 2 * width**2 + one, attention + 4.0 * tokens * width
 
 
-def reads_one(work: Work, feature: str) -> bool:
-    """Whether a tower's last block is computed for one token: nothing reads the others, its `feature`."""
-    if feature == "patches" and work.config.model.vision.pool != "cls":
+def reads_one(work: Work) -> bool:
+    """Whether the vision tower's last block is computed for one token: nothing reads the others."""
+    if work.config.model.vision.pool != "cls":
         return False  # the mean of all tokens
-    return work.config.engine.savings.last_block and not any(feature in part.features for part in work.parts.values())
+    return work.config.engine.savings.last_block and not any("patches" in part.features for part in work.parts.values())
 
 
 def patch_rows(work: Work) -> list[int]:
@@ -183,19 +189,20 @@ class Flops:
 def flops_of(work: Work) -> Flops:
     """The floating point operations of a rank's batch."""
     model, B, tower = work.config.model, work.batch.local, work.tower
-    pooled = reads_one(work, "patches")
+    pooled = reads_one(work)
     vision_blocks = [blocks_forward(tower.width, tower.hidden, tower.depth, 1 + kept, pooled) for kept in work.views]
     text_hidden = int(model.text.width * model.text.mlp_ratio)
-    of_text = blocks_forward(
-        model.text.width, text_hidden, model.text.depth, work.text_tokens, reads_one(work, "tokens")
-    )
-    text_blocks = (work.text_passes * of_text[0], work.text_passes * of_text[1])
+    of_texts = [
+        blocks_forward(model.text.width, text_hidden, model.text.depth, work.text_tokens, not whole)
+        for whole in work.texts
+    ]
+    text_blocks = (sum(linear for linear, _ in of_texts), sum(attention for _, attention in of_texts))
     patches = 2.0 * sum(patch_rows(work)) * tower.width * 3 * tower.patch**2
     patch_passes = 1 if model.vision.freeze_patch_embed else 2  # the images need no gradient
     vision = sum(3 * linear + (1 + ATTENTION_BACKWARD) * attention for linear, attention in vision_blocks)
     vision += patches * patch_passes + len(work.views) * 6.0 * tower.width * model.embed_dim
     text = 3 * text_blocks[0] + (1 + ATTENTION_BACKWARD) * text_blocks[1]
-    text += 6.0 * work.text_passes * model.text.width * model.embed_dim
+    text += 6.0 * _embedded(work) * model.text.width * model.embed_dim
     forward = sum(map(sum, vision_blocks)) + patches + sum(text_blocks)
     again = _recomputed(vision_blocks, text_blocks, model)
     if work.batch.splits > 1:
@@ -208,6 +215,11 @@ def flops_of(work: Work) -> Flops:
         objectives=sum(part.cost(sizes).flops for part in work.parts.values()),
         again=B * again,
     )
+
+
+def _embedded(work: Work) -> int:
+    """Forms of the texts of which embeddings are made."""
+    return len({part.text for part in work.parts.values() if "text_embeds" in part.features})
 
 
 def _recomputed(vision: list[tuple[float, float]], text: tuple[float, float], model: Any) -> float:
@@ -225,7 +237,7 @@ def block_passes(work: Work) -> float:
     passes = 0.0
     for depth, every in (
         (groups * tower.depth, model.vision.checkpoint_every),
-        (work.text_passes * model.text.depth, model.text.checkpoint_every),
+        (len(work.texts) * model.text.depth, model.text.checkpoint_every),
     ):
         passes += depth * (3 + again + (1 / every if every else 0))
     return work.batch.splits * passes + (tower.depth if work.teacher_grid else 0)
@@ -255,7 +267,8 @@ def begun(work: Work, progress: float) -> Work:
 
     now = method_of(work.config).at(progress)
     teacher_grid = work.teacher_grid if now.needs_teacher else None
-    return replace(work, parts=parts, views=work.views[: len(now.masks)], teacher_grid=teacher_grid)
+    texts = _texts_of(work.config, parts)
+    return replace(work, parts=parts, texts=texts, views=work.views[: len(now.masks)], teacher_grid=teacher_grid)
 
 
 def operations(config: TrainConfig, world: int) -> Callable[[int | list[int], float, float], float] | None:
@@ -321,17 +334,19 @@ def activations_of(work: Work) -> Activations:
         tokens * tower.width * work.bytes,
         tower.depth,
         model.vision.checkpoint_every,
-        tokens * pooled_bytes(tower.width, work.bytes) if reads_one(work, "patches") else None,
+        tokens * pooled_bytes(tower.width, work.bytes) if reads_one(work) else None,
     )
-    text, of_text = _tower_bytes(
-        work.text_tokens * block_bytes(model.text.width, text_hidden, model.text.heads, work.bytes, of_gelu),
-        work.text_tokens * model.text.width * work.bytes,
-        model.text.depth,
-        model.text.checkpoint_every,
-        work.text_tokens * pooled_bytes(model.text.width, work.bytes) if reads_one(work, "tokens") else None,
-    )
-    text *= work.text_passes
-    normed = len(work.views) if reads_one(work, "patches") else tokens
+    text = of_text = 0.0
+    for is_whole in work.texts:
+        waits, of_text = _tower_bytes(
+            work.text_tokens * block_bytes(model.text.width, text_hidden, model.text.heads, work.bytes, of_gelu),
+            work.text_tokens * model.text.width * work.bytes,
+            model.text.depth,
+            model.text.checkpoint_every,
+            None if is_whole else work.text_tokens * pooled_bytes(model.text.width, work.bytes),
+        )
+        text += waits
+    normed = len(work.views) if reads_one(work) else tokens
     ends = 2 * work.bytes * normed * tower.width  # the last norm's input and output
     if not model.vision.freeze_patch_embed:
         ends += work.bytes * sum(patch_rows(work)) * 3 * tower.patch**2
@@ -341,7 +356,7 @@ def activations_of(work: Work) -> Activations:
     )
     cached = 0.0
     if work.batch.splits > 1:  # GradCache holds the features of the whole batch, and their gradients
-        features = len(work.views) * tower.width + model.text.width
+        features = len(work.views) * tower.width + len(work.texts) * model.text.width
         cached = 2.0 * work.bytes * work.batch.local * features
     return Activations(micro * (vision + text + ends) + cached, cost.saved, max(micro * moment, cost.transient))
 

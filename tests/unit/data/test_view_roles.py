@@ -86,3 +86,14 @@ def test_a_second_draw_comes_after_all_others_and_is_the_sample_s(shards: Path) 
     ranks = [batch(shards, draws_twice=True, rank=rank, world_size=2) for rank in range(2)]
     halves = [part.mask_noise2 for part in ranks if part.mask_noise2 is not None]
     assert torch.equal(torch.cat(halves, 1), two.mask_noise2)
+
+
+def test_hidden_words_are_the_samples_own_and_move_nothing(shards: Path) -> None:
+    plain, hidden = batch(shards, global_batch=40), batch(shards, global_batch=40, hidden_share=0.4)
+    assert plain.cloze_ids is None and hidden.cloze_ids is not None and same(plain, hidden, 0, 1)
+    ids = hidden.cloze_ids
+    assert torch.equal(torch.where(ids < 0, ~ids, ids), hidden.token_ids)
+    assert ((ids < 0).sum(1) == 2).all()  # of "picture N of shard 0", 5 or 6 tokens
+    assert hidden.text_lengths["cloze"] == hidden.text_lengths["plain"]
+    second = batch(shards, global_batch=40, hidden_share=0.4, rank=1, world_size=2).cloze_ids
+    assert second is not None and torch.equal(second, ids[20:, : second.shape[1]])
