@@ -72,7 +72,7 @@ def in_text(ids_BT: Tensor) -> Tensor:
 
 
 def hidden_places(ids_BT: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """[B, H] the hidden places of each text, ascending, then others of the longest text's number; and which are hidden."""
+    """[B, H] the hidden places of each text, ascending, filled up with others; and [B, H] which are hidden."""
     is_hidden = (ids_BT < 0).to(torch.int8)
     most = num_hidden(ids_BT.shape[1] - 2, share)
     places = is_hidden.sort(dim=1, descending=True, stable=True).indices[:, :most]

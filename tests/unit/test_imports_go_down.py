@@ -22,7 +22,7 @@ GROUND = set(FLOORS["the ground"].split())
 ALONE = {  # rooms that import less of the package than their floor allows: they know nothing of ranks
     "masks": GROUND,
     "model": GROUND | {"masks"},
-    "objectives": GROUND | {"model"},
+    "objectives": GROUND | {"masks", "model"},
     "shards": GROUND,
     "data": GROUND | {"shards", "masks"},
     "report": GROUND | {"data", "shards", "record"},

@@ -16,7 +16,7 @@ def num_hidden(words: int, share: float) -> int:
 
 
 def hide(row: "np.ndarray", length: int, drawn: "np.ndarray", share: float) -> "np.ndarray":
-    """A text's ids [T] with some hidden. length: its tokens, start and end among them; drawn: a number for each place."""
+    """A text's ids [T] with some hidden. length: its tokens, with start and end; drawn: a number for each place."""
     words, found = length - 2, row.copy()
     places = 1 + drawn[: max(words, 0)].argsort(kind="stable")[: num_hidden(words, share)]
     found[places] = ~found[places]

@@ -88,7 +88,7 @@ def test_positions_distinguish_places() -> None:
 
 
 def late(*words: str) -> Method:
-    return method_of(config.load("maskclip-tiny", ["loss.patches.start=0.8", *words]))
+    return method_of(config.load("maskclip-tiny", ["loss.patches.start=0.8", "loss.mlm.weight=0", *words]))
 
 
 def test_before_it_begins_nothing_that_it_alone_reads_is_made() -> None:
@@ -123,7 +123,10 @@ def test_before_it_begins_the_model_gives_no_term_of_it() -> None:
     ("words", "said"),
     [
         (["loss.patches.start=1"], "loss.patches.start: 1.0 is outside [0, 1), a share of the run"),
-        (["loss.patches.start=0.5", "loss.contrastive_weight=0"], "loss.patches.start: nothing else has a weight"),
+        (
+            ["loss.patches.start=0.5", "loss.contrastive_weight=0", "loss.mlm.weight=0"],
+            "loss.patches.start: nothing else has a weight",
+        ),
         (["loss.patches.from=0.5"], "loss.patches.from: unknown key; did you mean loss.patches.start?"),
     ],
 )
