@@ -70,6 +70,20 @@ class FrozenTeacher:
         return {FROZEN_IMAGES: torch.cat(seen), FROZEN_TEXTS: torch.cat(read), FROZEN_SCALE: scale}
 
 
+def check_export(source: str) -> None:
+    """Raises UserError for what is no export that can teach."""
+    try:
+        check_kind(locate(source))
+    except UserError as error:
+        raise UserError(f"distill.teacher: {error}") from None
+
+
+def check_kind(located: Located) -> None:
+    """Raises UserError for an export that lacks a tower."""
+    if located.is_export and located.kind not in WITH_BOTH_TOWERS:
+        raise UserError(f"{located.path} is an export for {located.kind}; name one for open_clip or transformers")
+
+
 def _own(located: Located, student: ModelConfig, device: torch.device) -> Towers:
     assert located.config is not None
     check_teacher_fits(located.config.model, student, str(located.path))
@@ -80,8 +94,7 @@ def _library(located: Located, student: ModelConfig, device: torch.device) -> "L
     """The towers of an export; None: it is none."""
     if located.config is not None:
         return None
-    if located.kind not in WITH_BOTH_TOWERS:
-        raise UserError(f"{located.path} is an export for {located.kind}; name one for open_clip or transformers")
+    check_kind(located)
     library = open_encoder(located, located.weights[-1], device)
     assert isinstance(library, Library)
     return LibraryTowers(library, student)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from amclip_ds import config as settings
 from amclip_ds import hub, run_files
-from amclip_ds.checkpoint.step_folders import list_steps
+from amclip_ds.checkpoint.step_folders import MANIFEST, list_steps
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.train_sources import check_inputs
@@ -29,7 +29,7 @@ def check(config: TrainConfig, resume: str = "auto") -> None:
         settings.check_buildable(config)  # only timm knows the name, and it loads torch
     check_inputs(config.data, config.eval.data)
     read_excluded(config.data.exclude)
-    config.data.text_mask.read_table()
+    check_words(config)
     check_teacher(config)
     check_init(config)
     if resume not in ("auto", "never") and not Path(resume).exists():
@@ -57,8 +57,17 @@ def check_engine(config: TrainConfig) -> None:
             raise UserError("engine.fp8: nothing of this run reads a teacher; use engine.fp8=all, or none")
 
 
+def check_words(config: TrainConfig) -> None:
+    """Raises UserError for a table of words that the text mask cannot read, or that is of another tokenizer."""
+    table = config.data.text_mask.read_table()
+    if table is not None and table.tokenizer:
+        from amclip_ds.data.captions import check_table  # it loads torch
+
+        check_table(table, config.data.text_mask.table)
+
+
 def check_teacher(config: TrainConfig) -> None:
-    """Raises UserError where distill.teacher points nowhere, or at a model that does not fit the student."""
+    """Raises UserError where distill.teacher points nowhere, at no model, or at one that does not fit the student."""
     if not config.distill.teacher:
         return
     path = hub.local(config.distill.teacher)
@@ -69,13 +78,23 @@ def check_teacher(config: TrainConfig) -> None:
             teacher = settings.load_run(folder / run_files.CONFIG).model
             check_teacher_fits(teacher, config.model, str(path))
             check_width(config, teacher.embed_dim)
+            check_weights(path)
             return
-    from amclip_ds.evaluate import export_folder  # it loads torch
+    from amclip_ds.distill import check_export  # it loads torch
+    from amclip_ds.evaluate import export_folder
 
+    check_export(str(path))
     if (path / "open_clip_config.json").is_file():
         check_width(config, export_folder.read_open_clip(path).model["embed_dim"])
-    elif (path / "config.json").is_file() and "projection_dim" in export_folder.read_own(path / "config.json"):
+    else:
         check_width(config, export_folder.read_hugging_face(path).model["projection_dim"])
+
+
+def check_weights(path: Path) -> None:
+    """Raises UserError for a teacher's run that has saved nothing; the files of what it has are read by the ranks."""
+    names = (MANIFEST, run_files.CHECKPOINTS, "student.safetensors", "teacher.safetensors")
+    if not any((path / name).exists() for name in names):
+        raise UserError(f"distill.teacher: {path}: no weights yet: neither student.safetensors nor a checkpoint")
 
 
 def check_width(config: TrainConfig, width: int) -> None:

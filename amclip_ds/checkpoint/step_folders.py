@@ -6,6 +6,8 @@ from pathlib import Path
 
 from amclip_ds.errors import UserError
 
+MANIFEST = "manifest.json"
+"""What a checkpoint's folder holds, whatever its name."""
 STEP_FOLDER = re.compile(r"step_([0-9]{8,12})")
 
 

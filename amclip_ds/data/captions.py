@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from amclip_ds.data.plain_text import BadText, decode, lines, parse_object, visible
+from amclip_ds.errors import UserError
+from amclip_ds.masks.text.table import Table
 from amclip_ds.module_alone import import_alone
 
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # the encoder's pattern without special tokens
@@ -78,6 +80,15 @@ def tokenizer_hash() -> str:
     """A tokenizer is known by what it makes of PROBE."""
     ids = build_tokenizer()([PROBE], 77)
     return hashlib.sha256(repr(ids.tolist()).encode()).hexdigest()
+
+
+def check_table(table: Table, path: str | None) -> None:
+    """Raises UserError for a table of the words of another tokenizer."""
+    if table.tokenizer and table.tokenizer != tokenizer_hash():
+        raise UserError(
+            f"data.text_mask.table: {path} is of the words of another tokenizer; make it again: amclip data stats"
+            f" SHARDS --words {path}"
+        )
 
 
 @functools.cache

@@ -306,11 +306,7 @@ def _words_hash(config: TextMaskConfig) -> str:
     table = config.read_table()
     if table is None:
         return ""
-    if table.tokenizer and table.tokenizer != captions.tokenizer_hash():
-        raise UserError(
-            f"data.text_mask.table: {config.table} is of the words of another tokenizer; make it again: amclip data"
-            f" stats SHARDS --words {config.table}"
-        )
+    captions.check_table(table, config.table)
     return table.hash
 
 

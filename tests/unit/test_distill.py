@@ -1,5 +1,6 @@
 """distill.teacher: a finished run that stays as it is, and what objectives read of it."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,3 +191,26 @@ def test_a_teacher_of_shorter_texts_is_reported_before_any_rank_starts(run: Path
         preconditions.check_teacher(
             config.load("clipkd-tiny", [f"distill.teacher={run}", "model.text.context_length=99"])
         )
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ("", "neither a run (config.yaml), a checkpoint (manifest.json) nor an export"),
+        ("config.yaml", "no weights yet: neither student.safetensors nor a checkpoint"),
+        ("timm", "an export for timm; name one for open_clip or transformers"),
+    ],
+)
+def test_what_holds_no_teacher_is_reported_before_any_rank_starts(
+    there: str, said: str, run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "teacher"
+    if there == "timm":
+        write_export("timm", folder)
+    else:
+        folder.mkdir()
+    if there == "config.yaml":
+        (folder / there).write_bytes((run / there).read_bytes())
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        preconditions.check_teacher(config.load("clipkd-tiny", [f"distill.teacher={folder}"]))
+    assert str(error.value).startswith("distill.teacher: ") and "\n" not in str(error.value)

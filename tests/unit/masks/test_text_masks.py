@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from amclip_ds import cli, config
+from amclip_ds import cli, config, preconditions
 from amclip_ds.data.captions import build_tokenizer, tokenizer_hash
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.errors import RunStopped, UserError
@@ -147,6 +147,8 @@ def test_the_stream_reads_the_table_once_and_refuses_another(tmp_path: Path) -> 
     table_of(tmp_path, {"picture": 51}, tokenizer="another")
     with pytest.raises(UserError, match="is of the words of another tokenizer; make it again"):
         opened()
+    with pytest.raises(UserError, match="is of the words of another tokenizer; make it again"):  # before any rank
+        preconditions.check_words(config.load("frequency-tiny", [f"data.text_mask.table={file}"]))
 
 
 def test_the_command_counts_the_words_of_all_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
