@@ -78,7 +78,7 @@ def check_teacher(config: TrainConfig) -> None:
             teacher = settings.load_run(folder / run_files.CONFIG).model
             check_teacher_fits(teacher, config.model, str(path))
             check_width(config, teacher.embed_dim)
-            check_weights(path)
+            check_weights(path, folder)
             return
     from amclip_ds.distill import check_export  # it loads torch
     from amclip_ds.evaluate import export_folder
@@ -90,10 +90,15 @@ def check_teacher(config: TrainConfig) -> None:
         check_width(config, export_folder.read_hugging_face(path).model["projection_dim"])
 
 
-def check_weights(path: Path) -> None:
-    """Raises UserError for a teacher's run that has saved nothing; the files of what it has are read by the ranks."""
+def check_weights(path: Path, run: Path) -> None:
+    """Raises UserError for a run that has saved nothing, and for what is no checkpoint or export in a run; the ranks
+    read the files."""
+    if path != run and not (path / MANIFEST).exists():
+        from amclip_ds.distill import check_export  # it loads torch
+
+        check_export(str(path))
     names = (MANIFEST, run_files.CHECKPOINTS, "student.safetensors", "teacher.safetensors")
-    if not any((path / name).exists() for name in names):
+    if path == run and not any((path / name).exists() for name in names):
         raise UserError(f"distill.teacher: {path}: no weights yet: neither student.safetensors nor a checkpoint")
 
 

@@ -211,6 +211,10 @@ def test_what_holds_no_teacher_is_reported_before_any_rank_starts(
         folder.mkdir()
     if there == "config.yaml":
         (folder / there).write_bytes((run / there).read_bytes())
+    write_export("open_clip", tmp_path / "run" / "exports" / "open_clip")
+    (tmp_path / "run" / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    of_a_run = f"distill.teacher={tmp_path}/run/exports/open_clip"
+    preconditions.check_teacher(config.load("clipkd-tiny", [of_a_run]))
     with pytest.raises(UserError, match=re.escape(said)) as error:
         preconditions.check_teacher(config.load("clipkd-tiny", [f"distill.teacher={folder}"]))
     assert str(error.value).startswith("distill.teacher: ") and "\n" not in str(error.value)
