@@ -64,10 +64,10 @@ def steps_of(runs: list[list[str]]) -> list[list[tuple[float, float]]]:
     from amclip_ds import config as settings
     from amclip_ds import run as parts
     from amclip_ds.distill import FrozenTeacher
-    from amclip_ds.engine import runtime as engine_runtime
-    from amclip_ds.engine.collectives import DistributedComm
     from amclip_ds.method import method_of
     from amclip_ds.optim import Schedules
+    from amclip_ds.ranks import runtime as engine_runtime
+    from amclip_ds.ranks.collectives import DistributedComm
     from amclip_ds.resilience.guards import Guards
     from amclip_ds.step import train_step
 
