@@ -80,7 +80,7 @@ def check_export(source: str) -> None:
 
 def check_kind(located: Located) -> None:
     """Raises UserError for an export that lacks a tower."""
-    if located.is_export and located.kind not in WITH_BOTH_TOWERS:
+    if located.config is None and located.kind not in WITH_BOTH_TOWERS:
         raise UserError(f"{located.path} is an export for {located.kind}; name one for open_clip or transformers")
 
 
