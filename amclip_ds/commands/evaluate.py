@@ -7,7 +7,8 @@
   amclip eval runs/aclip-vitb16 --suite vtab+ --data /eval --csv vtab.csv --procs 8
 
 DIR is CLIP_benchmark's WebDataset layout, an image folder (a folder a class, wnids too, with train and val above them
-or not), images beside a list of NAME,LABEL, or tars of image and text for retrieval; what was understood is printed.
+or not), images beside a list of NAME,LABEL, tars of image and text for retrieval, or WinoGAViL's table with its
+unpacked images; what was understood is printed.
 The numbers are the same on any number of ranks (torchrun, srun, or --procs N). A run's numbers are also appended to its
 eval.jsonl.
 """
@@ -20,7 +21,7 @@ from amclip_ds.arguments import whole
 
 HELP = "evaluate a run, a checkpoint or an export"
 SUITES = ("vtab+", "datacomp", "imagenet-shifts", "retrieval")
-TASKS = ("zeroshot_classification", "retrieval", "linear_probe", "knn")
+TASKS = ("zeroshot_classification", "retrieval", "association", "linear_probe", "knn")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -192,18 +192,25 @@ def _evaluation(run: Path, rows: list[dict[str, Any]], config: TrainConfig) -> I
         yield Finding("evaluation", OK, "none with an accuracy (eval.data; amclip eval)")
         return
     row = made[-1]
-    accuracy, samples = row["metrics"]["acc1"], row.get("samples")
-    classes = len(row["per_class"]) if isinstance(row.get("per_class"), list | dict) else None
-    if not classes or type(samples) is not int or samples < 1:
+    accuracy, count = row["metrics"]["acc1"], row.get("num_samples")
+    classes = _num_classes(run, row)
+    if not classes or type(count) is not int or count < 1:
         yield Finding("evaluation", OK, f"{row['dataset']} {row['weights']}: acc1 {accuracy:.4f} at step {row['step']}")
         return
     chance = 1 / classes
-    above = (accuracy - chance) / math.sqrt(chance * (1 - chance) / samples)
+    above = (accuracy - chance) / math.sqrt(chance * (1 - chance) / count)
     said = f"{row['dataset']} {row['weights']}: acc1 {accuracy:.4f} at step {row['step']}, chance {chance:.4f}"
     if above < SIGMAS:
         yield Finding("evaluation", FAIL, f"{said}: {above:+.1f} standard errors from chance", "what else fails here")
     else:
         yield Finding("evaluation", OK, f"{said} ({above:.0f} standard errors above)")
+
+
+def _num_classes(run: Path, row: dict[str, Any]) -> int:
+    """Of the set of a row of eval.jsonl; 0 where its classes were not kept."""
+    kept, _ = read(run / run_files.CLASSES, run_files.OF_CLASSES)
+    same = [one for one in kept if all(one[name] == row[name] for name in ("step", "weights", "dataset", "task"))]
+    return len(same[-1]["per_class"]) if same else 0
 
 
 def _data(config: TrainConfig) -> Iterator[Finding]:

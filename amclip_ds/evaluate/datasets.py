@@ -3,9 +3,9 @@
     DIR/classnames.txt  zeroshot_classification_templates.txt  dataset_type.txt
     DIR/test/nshards.txt  0.tar ...      key.{webp,png,jpg,jpeg} with key.cls (a label) or key.txt (a caption a line)
 
-folders.py has the other layouts: a folder a class, with or without splits, and lists. Opening a set reads the tars'
-headers, labels and captions, never the images; every mistake in it is a UserError that names the file. A layout that is
-not understood is refused, never guessed, and EvalSet.describe says what was understood.
+folders.py has the other layouts, a folder a class, with or without splits, and lists; winogavil.py has games. Opening
+a set reads the tars' headers, labels and captions, never the images; every mistake in it is a UserError that names the
+file. A layout that is not understood is refused, never guessed, and EvalSet.describe says what was understood.
 """
 
 import io
@@ -22,7 +22,7 @@ from PIL import Image
 
 from amclip_ds.data.plain_text import BadText, decode, lines, parse_object, visible
 from amclip_ds.errors import UserError
-from amclip_ds.evaluate import folders, names
+from amclip_ds.evaluate import folders, names, winogavil
 from amclip_ds.evaluate.set_names import GROUPED, known_name
 from amclip_ds.files import describe, is_regular, open_regular, read_text
 from amclip_ds.images import BadImage, open_image
@@ -30,7 +30,7 @@ from amclip_ds.shards import sources
 from amclip_ds.shards.grouping import ADVICE, MAX_IMAGE_BYTES, Group, group, left_out_name, scattered
 from amclip_ds.shards.tar import Damage, Member, printable, scan
 
-CLASSIFICATION, RETRIEVAL = "zeroshot_classification", "retrieval"
+CLASSIFICATION, RETRIEVAL, ASSOCIATION = "zeroshot_classification", "retrieval", "association"
 MULTILABEL = "multilabel"  # of dataset_type.txt: a classification of several labels an image
 IMAGES = ("webp", "png", "jpg", "jpeg")
 MAX_PIXELS = 128 << 20  # a header that claims more is not decoded
@@ -83,7 +83,7 @@ class EvalSet:
 
     name: str
     task: str
-    """zeroshot_classification | retrieval"""
+    """zeroshot_classification | retrieval | association"""
     samples: tuple[Sample, ...]
     classnames: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
@@ -91,6 +91,8 @@ class EvalSet:
     folder: str = field(default="", compare=False)
     is_multilabel: bool = False
     """whether an image may have several labels, which are in its `numbers`"""
+    games: tuple[winogavil.Game, ...] = ()
+    """of association: cues and which of the samples are chosen for them"""
     note: str = field(default="", compare=False)
     """which prompts, and what else was understood"""
 
@@ -112,6 +114,8 @@ class EvalSet:
         if self.task == RETRIEVAL:
             captions = sum(len(sample.captions) for sample in self.samples)
             parts = [f"{len(self)} images, {captions} captions", opened]
+        elif self.task == ASSOCIATION:
+            parts = [f"WinoGAViL, {len(self.games)} cues, {len(self)} images", opened]
         else:
             labels = {sample.label for sample in self.samples}
             if self.is_multilabel:
@@ -143,7 +147,7 @@ def open_set(
     """Opens a data set. Raises UserError that begins with `key` for what is missing, empty, inconsistent or unclear.
 
     split: "": test, or else what the folder has beside the training split.
-    task: auto (what dataset_type.txt or the samples say), zeroshot_classification or retrieval.
+    task: auto (what dataset_type.txt or the samples say), zeroshot_classification, retrieval or association.
     classnames: folder | imagenet | a file, one a line. templates: folder | openai-7 | openai-80 | a file | none.
     key: what the user named it by; only `--data` of `amclip eval` has those other options beside it.
     """
@@ -188,6 +192,10 @@ def check_sets(spec: str | None, key: str = "eval.data") -> list[str]:
 def _open_set(spec: str, split: str, task: str, classnames: str, templates: str, key: str) -> EvalSet:
     folder = Path(spec)
     found, shards = None, []
+    if (task in ("auto", ASSOCIATION)) and (table := winogavil.table_in(folder)):
+        return _checked(_games(table, spec), spec)
+    if task == ASSOCIATION:
+        raise UserError(f"{spec}: no {winogavil.TABLE} in it; association is WinoGAViL's task")
     if folders.is_list(folder):
         found, home = folders.read_list(folder), folder.parent
     elif not folder.is_dir() or _has_tars(folder):
@@ -221,6 +229,12 @@ def _open_set(spec: str, split: str, task: str, classnames: str, templates: str,
         prompts = names.templates(home, templates, default, hint, known_name(name))
     note = "; ".join(part for part in (found.note if found else "", names.describe(prompts)) if part)
     return _checked(EvalSet(name, task, samples, chosen, prompts, spec, is_multilabel, note), spec)
+
+
+def _games(table: Path, spec: str) -> EvalSet:
+    images, games = winogavil.read(table)
+    samples = tuple(_image(path, plain=True) for path in images)
+    return EvalSet(_name_of(table.parent), ASSOCIATION, samples, folder=spec, games=games)
 
 
 def _what_else(folder: Path) -> str:
@@ -262,13 +276,14 @@ def _name_of(folder: Path) -> str:
 
 
 def _samples_of(found: folders.Found, labels: dict[str, int]) -> tuple[Sample, ...]:
-    samples = []
-    for path, word in zip(found.images, found.labels):
-        size = path.stat().st_size if is_regular(path) else -1
-        if size < 0:
-            raise UserError(f"{path}: not an ordinary file")
-        samples.append(Sample(str(path), 0, size, path.name, label=labels[word]))
-    return tuple(samples)
+    return tuple(_image(path, label=labels[word]) for path, word in zip(found.images, found.labels))
+
+
+def _image(path: Path, label: int = -1, plain: bool = False) -> Sample:
+    """The sample of a file that is one image. Raises UserError for what is no ordinary file."""
+    if not is_regular(path):
+        raise UserError(f"{path}: not an ordinary file")
+    return Sample(str(path), 0, path.stat().st_size, path.name, label=label, plain=plain)
 
 
 def _is_suite(folder: Path) -> bool:

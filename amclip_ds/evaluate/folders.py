@@ -143,7 +143,7 @@ def _label_files(root: Path, above: Path | None, base: Path) -> list[Path]:
             if path.suffix.lower() in LISTS and not path.name.startswith(".") and is_regular(path):
                 rows = _table(path)[:2]
                 check_inside(path, folder)
-                if any(row and _image_named(base, row[0]) for _, row in rows):
+                if any(row and image_named(base, row[0]) for _, row in rows):
                     found.append(path)
     return found
 
@@ -152,7 +152,7 @@ def is_list(path: Path) -> bool:
     """Whether a file is a list of images, not of shards."""
     if path.suffix.lower() != ".txt" or not is_regular(path):
         return False
-    return any(len(row) > 1 and _image_named(path.parent, row[0]) for _, row in _table(path)[:2])
+    return any(len(row) > 1 and image_named(path.parent, row[0]) for _, row in _table(path)[:2])
 
 
 def read_list(path: Path) -> Found:
@@ -167,7 +167,7 @@ def _rows(path: Path, base: Path) -> list[tuple[Path, str]]:
     """(image, label) of every line; a first line that names no image is a heading."""
     rows, seen = [], set()
     for place, (line, row) in enumerate(_table(path)):
-        image = _image_named(base, row[0])
+        image = image_named(base, row[0])
         if image is None and place == 0:
             continue
         if image is None:
@@ -201,11 +201,11 @@ def _table(path: Path) -> list[tuple[int, list[str]]]:
     return [(number, text.split("\t") if "\t" in text else text.rsplit(None, 1)) for number, text in lines]
 
 
-def _image_named(base: Path, name: str) -> Path | None:
+def image_named(base: Path, name: str) -> Path | None:
     """The image of that name below `base`, with or without its suffix; never outside of it."""
     if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts or len(name) > 1000:
         return None
-    if name.rpartition(".")[2].lower() in SUFFIXES:
+    if "." in name and name.rpartition(".")[2].lower() in SUFFIXES:
         return base / name if is_regular(base / name) else None
     return next((base / f"{name}.{end}" for end in (*READ, "JPEG") if is_regular(base / f"{name}.{end}")), None)
 
@@ -227,6 +227,11 @@ def _images(path: Path) -> list[Path]:
 
 def _folders_below(path: Path) -> list[Path]:
     return [path, *(Path(at) / name for at, names, _ in os.walk(path) for name in names if not _is_hidden(name))]
+
+
+def has_images(path: Path) -> bool:
+    """Whether an image is directly in a folder."""
+    return bool(_images(path))
 
 
 def _has_image(path: Path) -> bool:

@@ -130,7 +130,7 @@ class Cells:
     counts: np.ndarray
     """[K] units in each cell"""
     hits: np.ndarray
-    """[K] hits that one unit brings"""
+    """[K] hits, or the value, that one unit brings"""
     trials: np.ndarray
     """[K] trials that one unit brings"""
     groups: np.ndarray
@@ -145,6 +145,12 @@ def cells_of(hits: np.ndarray, trials: np.ndarray | None = None, groups: np.ndar
     )
     rows, counts = np.unique(table, axis=0, return_counts=True)
     return Cells(counts, rows[:, 0], rows[:, 1], rows[:, 2])
+
+
+def cells_of_values(values: np.ndarray) -> Cells:
+    """Sorts units [N] that bring a number each, of which the metric is the mean."""
+    found, counts = np.unique(values, return_counts=True)
+    return Cells(counts, found, np.ones(len(found)), np.zeros(len(found), np.int64))
 
 
 def bootstrap(cells: Cells, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Suites of sets by name: which sets they are, where they are, what is reported of each, and the averages.
 
     ROOT/wds_vtab-cifar10   ROOT/wds_vtab-cifar10_test   ROOT/vtab/cifar10   ROOT/cifar10        CLIP_benchmark's layout
+    ROOT/winogavil                                                                               winogavil.py's
     CACHE/datasets--clip-benchmark--wds_vtab-cifar10/snapshots/REVISION                           the hub's cache
 
 Lists and metrics are those of CLIP_benchmark 1.6.2 (vtab+, retrieval) and of DataComp (tasklist.yml and
@@ -29,8 +30,6 @@ class Suite:
     """set -> metrics"""
     averages: Mapping[str, tuple[str, ...]]
     """name of an average -> its sets; "": all"""
-    unread: frozenset[str] = frozenset()
-    """sets that belong to it and are not read here: their candidates are no set in CLIP_benchmark's layout"""
 
 
 def _each(names: str, metric: str = "acc1") -> dict[str, tuple[str, ...]]:
@@ -83,7 +82,6 @@ SUITES = {
             "Retrieval": ("flickr30k", "mscoco_captions", "winogavil"),
             "Average": (),
         },
-        frozenset({"winogavil"}),
     ),
     "imagenet-shifts": Suite(_each(" ".join(SHIFTS)), {"ImageNet dist. shifts": ()}),
     "retrieval": Suite({name: RECALLS for name in ("mscoco_captions", "flickr8k", "flickr30k")}, {"retrieval": ()}),
@@ -105,7 +103,7 @@ class Found:
         lines = [f"{self.suite}: {len(self.folders)} of {len(suite.metrics)} sets are here"]
         if self.missing:
             lines.append(f"not here: {', '.join(self.missing)}")
-        return lines + [f"{name}: not read: it is no set in CLIP_benchmark's layout" for name in sorted(suite.unread)]
+        return lines
 
 
 def find(name: str, roots: Sequence[str]) -> Found:
@@ -120,12 +118,12 @@ def find(name: str, roots: Sequence[str]) -> Found:
         found = {path.resolve(): path for place in places for path in _candidates(place, key)}
         if len(found) > 1:
             raise UserError(f"--suite {name}: {key} is here twice: {' and '.join(map(str, list(found.values())[:2]))}")
-        if found and key not in suite.unread:
+        if found:
             folders[key] = next(iter(found.values()))
     if not folders:
         wanted = ", ".join(f"wds_{key.replace('/', '-')}" for key in list(suite.metrics)[:3])
         raise UserError(f"--suite {name}: none of its sets is in {', '.join(map(str, places))} ({wanted}, ...)")
-    return Found(name, folders, tuple(key for key in suite.metrics if key not in folders and key not in suite.unread))
+    return Found(name, folders, tuple(key for key in suite.metrics if key not in folders))
 
 
 def _cache() -> Path:

@@ -4,7 +4,7 @@ from typing import Any
 
 from amclip_ds.comm import Comm
 from amclip_ds.errors import UserError
-from amclip_ds.evaluate.datasets import CLASSIFICATION, RETRIEVAL, EvalSet, open_set
+from amclip_ds.evaluate.datasets import ASSOCIATION, CLASSIFICATION, RETRIEVAL, EvalSet, open_set
 from amclip_ds.evaluate.encoder import Encoder
 
 PROBES = ("linear_probe", "knn")
@@ -17,12 +17,14 @@ def run_task(
 
     Collective: every rank must call. Raises UserError for a task that the set is not for.
     """
-    from amclip_ds.evaluate import probe, retrieval, zero_shot
+    from amclip_ds.evaluate import association, probe, retrieval, zero_shot
 
-    if (task == RETRIEVAL) != (data.task == RETRIEVAL):
+    if data.task != (CLASSIFICATION if task in PROBES else task):
         raise UserError(f"--task {task}: {data.folder} is a set for {data.task}")
     if task == RETRIEVAL:
         row = retrieval.evaluate(encoder, data, batch_size, comm, step)
+    elif task == ASSOCIATION:
+        row = association.evaluate(encoder, data, batch_size, comm, step)
     elif task == CLASSIFICATION:
         row = zero_shot.evaluate(encoder, data, batch_size, comm, step)
     else:

@@ -113,3 +113,35 @@ def test_a_pages_cheap_commands_run(
 def test_an_example_that_is_wrong_is_found(line: str) -> None:
     with pytest.raises(Exception, match="stepps|--output"):
         check(examples(line)[0])
+
+
+RUN_BY = {  # the first words of a documented line that is no `amclip` -> the test, or the rule, that runs it
+    r"sbatch |for .* sbatch |job=\$\(sbatch |cp slurm/sites/": "tests/slurm/test_documented_lines.py",
+    r"make [a-z-]+": "Makefile",
+    r"git clone |cd amclip_ds && make setup|python3.11 -m venv |pip install '": ".ci/setup.sh",
+    r"tail -f ": "README.md",  # any file will do
+}
+SHOWN = r"RUN/checkpoints|  |train\.sbatch: |$"  # a folder, a log: what is seen, not typed
+
+
+def other_lines(page: Path) -> list[str]:
+    """The lines of a page's shell blocks that begin with another command than ours."""
+    blocks = re.findall(r"```(\w*)\n(.*?)```", page.read_text().replace("\\\n", " "), flags=re.S)
+    lines = [line for language, block in blocks if language in ("", "bash") for line in block.splitlines()]
+    return [line for line in lines if not line.startswith(("amclip ", "#")) and not re.match(SHOWN, line)]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "containers/README.md"])
+def test_every_other_line_is_run_by_a_test(page: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for line in other_lines(ROOT / page):
+        owner = next((test for words, test in RUN_BY.items() if re.match(words, line)), None)
+        assert owner is not None and (ROOT / owner).is_file(), f"{page}: nothing runs {line!r}"
+        assert set(re.findall(r"\bmake ([a-z-]+)", line)) <= targets, f"{page}: {line!r}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_every_module_that_a_page_runs_is_there(page: str) -> None:
+    for module in re.findall(r"python -m ((?:amclip_ds|benchmarks|tests)[\w.]*)", (ROOT / page).read_text()):
+        path = module.replace("amclip_ds.benchmarks", "benchmarks").replace(".", "/")
+        assert (ROOT / f"{path}.py").is_file() or (ROOT / path / "__main__.py").is_file(), f"{page}: {module}"

@@ -16,7 +16,10 @@ from safetensors.torch import save_file
 
 from amclip_ds import config
 from amclip_ds.doctor import FAIL, OK, WARN, Finding, findings, learning
+from amclip_ds.evaluate.datasets import EvalSet, Sample
+from amclip_ds.evaluate.zero_shot import describe
 from amclip_ds.model.amclip import AClip
+from amclip_ds.record import evaluation_lines
 
 BATCH = 32
 WORDS = [
@@ -154,16 +157,13 @@ def test_collapsed_features(tmp_path: Path) -> None:
 
 def test_an_evaluation_at_chance(tmp_path: Path) -> None:
     run = make_run(tmp_path, [])
-    row = {
-        "step": 400,
-        "weights": "student",
-        "dataset": "scenes",
-        "task": "zero_shot",
-        "samples": 1000,
-        "per_class": [0] * 10,
-        "metrics": {"acc1": 0.105},
-    }
-    (run / "eval.jsonl").write_text(json.dumps(row) + "\n")
-    assert worst(run, "evaluation")["evaluation"].status == FAIL
-    (run / "eval.jsonl").write_text(json.dumps(row | {"metrics": {"acc1": 0.5}}) + "\n")
-    assert worst(run, "evaluation")["evaluation"].status == OK
+    for hits, status in ((105, FAIL), (500, OK)):
+        predicted = np.where(np.arange(1000) < hits, np.arange(1000) % 10, np.arange(1, 1001) % 10)
+        data = EvalSet("scenes", "zeroshot_classification", (Sample("", 0, 0, ""),), tuple("abcdefghij"))
+        row = describe(
+            predicted, (predicted != np.arange(1000) % 10).astype(int), np.arange(1000) % 10, None, "student", data, 400
+        )
+        for name, lines in evaluation_lines([row]).items():
+            (run / name).write_bytes(lines)
+        found = worst(run, "evaluation")["evaluation"]
+        assert found.status == status and "chance 0.1000" in found.found
