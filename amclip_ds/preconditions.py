@@ -6,7 +6,7 @@ from pathlib import Path
 
 from amclip_ds import config as settings
 from amclip_ds import hub, run_files
-from amclip_ds.checkpoint.step_folders import MANIFEST, list_steps
+from amclip_ds.checkpoint.step_folders import MANIFEST, STEP_FOLDER, list_steps
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.train_sources import check_inputs
@@ -32,8 +32,7 @@ def check(config: TrainConfig, resume: str = "auto") -> None:
     check_words(config)
     check_teacher(config)
     check_init(config)
-    if resume not in ("auto", "never") and not Path(resume).exists():
-        raise UserError(f"--resume {resume}: no such checkpoint; auto (the default) takes the newest of run.out")
+    check_resume(resume)
     if config.eval.data and not resumes(config):
         from amclip_ds.evaluate.datasets import check_sets  # it needs numpy
 
@@ -42,6 +41,18 @@ def check(config: TrainConfig, resume: str = "auto") -> None:
         if importlib.util.find_spec(tracker) is None:
             key = "log.wandb_project" if tracker == "wandb" and config.log.wandb_project else "log.trackers"
             raise UserError(f"{key}: {tracker} is not installed: pip install 'amclip_ds[track]', or leave it out")
+
+
+def check_resume(resume: str) -> None:
+    """Raises UserError for a path that is no checkpoint and holds none."""
+    if resume in ("auto", "never"):
+        return
+    path = Path(resume)
+    if not path.exists():
+        raise UserError(f"--resume {resume}: no such checkpoint; auto (the default) takes the newest of run.out")
+    is_one = STEP_FOLDER.fullmatch(path.resolve().name) or (path / MANIFEST).exists()
+    if not is_one and not list_steps(path / run_files.CHECKPOINTS) and not list_steps(path):
+        raise UserError(f"--resume {resume}: there is no checkpoint (step_XXXXXXXX with a {MANIFEST})")
 
 
 def check_engine(config: TrainConfig) -> None:

@@ -71,17 +71,19 @@ def _row(step: int, path: Path, deep: bool) -> dict[str, Any]:
     return row
 
 
-def folder_of(run: Path) -> Path:
-    """RUN/checkpoints; RUN may also be that folder itself. Raises UserError."""
+def folder_of(run: Path, is_new: bool = False) -> Path:
+    """RUN/checkpoints; RUN may also be that folder itself. is_new: whether it may be no run yet. Raises UserError."""
     if (run / run_files.CHECKPOINTS).is_dir():
         return run / run_files.CHECKPOINTS
     if step_folders.list_steps(run):
         return run
     if (run / run_files.CHECKPOINTS).exists():
         raise UserError(f"{run}/checkpoints: not a folder")
-    if run.is_dir():
-        return run / run_files.CHECKPOINTS
-    raise UserError(f"{run}: no such folder")
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder")
+    if not is_new and not (run / run_files.CONFIG).is_file():
+        raise UserError(f"{run}: not a run's folder: it has no {run_files.CONFIG}")
+    return run / run_files.CHECKPOINTS
 
 
 def choose(checkpoints: Path, step: int | None) -> Path:

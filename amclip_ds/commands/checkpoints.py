@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from amclip_ds import stored_checkpoints
 
-    checkpoints = stored_checkpoints.folder_of(args.run_folder)
+    checkpoints = stored_checkpoints.folder_of(args.run_folder, is_new=args.action == "import")
     if args.action in ("list", "verify"):
         rows = stored_checkpoints.rows(checkpoints, deep=args.action == "verify")
         _print_table(rows, checkpoints)

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from amclip_ds.arguments import whole
+from amclip_ds.errors import UserError
 
 HELP = "the whole path in minutes: data, training, evaluation, pictures"
 
@@ -26,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: a file; name an empty or new folder")
     from amclip_ds.demo import demo
 
     return demo(args.out, args.steps, args.scenes, args.procs, args.setup_seconds)

@@ -75,8 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from amclip_ds.evaluate import source_kind
     from amclip_ds.shards.inputs import check_foreign
 
+    source_kind.check(args.source)
     for spec in () if args.suite else args.data or ():
         check_foreign(spec, "--data")
     if args.procs is not None:

@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from amclip_ds.evaluate import source_kind
+
+    source_kind.check(args.source)
     from amclip_ds.export.command import export
 
     return export(args)

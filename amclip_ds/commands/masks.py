@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from amclip_ds import display, plugins
     from amclip_ds.errors import UserError
+    from amclip_ds.evaluate import source_kind
+
+    source_kind.check(args.source)
     from amclip_ds.masks import MASKS
 
     plugins.load(args.plugin)

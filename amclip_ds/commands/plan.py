@@ -22,7 +22,7 @@ DEFAULT_GPU = "h100"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name (amclip recipes) or the path of a yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the recipe")
     parser.add_argument("--gpus", type=whole(1, 1_000_000), default=1, metavar="N", help="GPUs in all (1)")
     parser.add_argument("--gpu", nargs="+", action="extend", metavar="NAME", help=f"kinds of GPU ({DEFAULT_GPU})")
     parser.add_argument("--gpus-per-node", type=whole(1, 1024), metavar="N", help="(8, or all where fewer)")

@@ -14,7 +14,7 @@ HELP = "list the recipes, or explain one"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="NAME", help="a recipe, or the path of a yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="laid over the recipe")
     parser.add_argument("--yaml", action="store_true", help="print the resolved settings as yaml")
     add_plugin(parser)
 

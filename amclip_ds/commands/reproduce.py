@@ -20,7 +20,9 @@ HELP = "what repeats a run, checked against here"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder, or an unpacked capsule")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="where things are here (data.train=...)")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="where things are here (data.train=...)"
+    )
     parser.add_argument("--steps", type=whole(1, 10**6), metavar="K", help="train the first K steps again, and compare")
     parser.add_argument("--procs", type=whole(1, 1024), metavar="N", help="with so many ranks (as the run had)")
     parser.add_argument("--capsule", type=Path, metavar="FILE.tar.gz", help="pack what another site needs")

@@ -20,7 +20,9 @@ HELP = "show the samples of a step of a run"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("step", type=whole(1, 10**12), metavar="STEP", help="the step, from 1")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="where the data are here (data.train=...)")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="where the data are here (data.train=...)"
+    )
     parser.add_argument("--worst", type=whole(1), metavar="N", help="the N samples with the largest loss")
     parser.add_argument("--most", type=whole(1), default=32, metavar="N", help="shown without --worst (32)")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="a page with their pictures")

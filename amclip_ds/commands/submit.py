@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", metavar="RECIPE", nargs="?", help="a recipe's name (amclip recipes) or the path of a yaml"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the recipe")
     parser.add_argument("--nodes", type=whole(1, 100_000), default=1, metavar="N", help="nodes (1)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(

@@ -16,15 +16,10 @@ from amclip_ds.config import TrainConfig
 from amclip_ds.errors import AmclipError, UserError, in_one_line
 from amclip_ds.evaluate.encoder import Encoder, TowerEncoder
 from amclip_ds.evaluate.export_folder import read_own
+from amclip_ds.evaluate.source_kind import CHECKPOINT, RUN, kind_of
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.pretrained import Source, fit
-
-EXPORTS = {
-    "open_clip_config.json": "open_clip",
-    "config.json": "hf",
-    "clip_onnx.json": "onnx",
-}  # a file in the folder -> what kind it is
 
 
 @dataclass
@@ -49,14 +44,11 @@ def locate(source: str | Path) -> Located:
     Raises UserError.
     """
     path = hub.local(str(source))
-    if (path / manifest.NAME).is_file():
+    kind = kind_of(path)
+    if kind == CHECKPOINT:
         return _checkpoint(path)
-    if (path / run_files.CONFIG).is_file():
+    if kind == RUN:
         return _run(path)
-    kind = next((kind for name, kind in EXPORTS.items() if (path / name).is_file()), None)
-    if kind is None:
-        hint = hub.missing(str(path)) if not path.exists() else ""
-        raise UserError(f"{path}: neither a run (config.yaml), a checkpoint ({manifest.NAME}) nor an export{hint}")
     if kind == "hf" and "architecture" in read_own(path / "config.json"):
         kind = "timm"
     card = path / "amclip.json"

@@ -43,7 +43,10 @@ def _kind_inside(path: str, captioned: bool) -> str:
     """'is a compressed tar: ...', 'holds labels ...'; empty for what may be a tar to train on."""
     try:
         with open_regular(Path(path)) as file:
-            what = kind_of(file.read(HEAD))
+            head = file.read(HEAD)
+            if not head:
+                return "is empty: 0 bytes"
+            what = kind_of(head)
             if what or not captioned:
                 return f"is {what}" if what else ""
             members = islice(scan(file, os.fstat(file.fileno()).st_size), MEMBERS)

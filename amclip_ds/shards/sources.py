@@ -38,6 +38,7 @@ CHAINS = ("simplecache", "filecache", "blockcache", "cached", "zip", "tar", "mem
 LISTS = (".txt", ".list", ".lst")
 MAX_SHARDS = 1 << 20
 MAX_LIST_BYTES = 256 << 20
+_RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})(?:\.\.(-?[0-9]{1,18}))?\}")
 _SCHEME = re.compile(r"(?:([a-z][a-z0-9+.-]*)://|(pipe):)", re.IGNORECASE)
 
 
@@ -142,6 +143,9 @@ def _expand(source: str, key: str, allow_pipe: bool) -> list[str]:
         raise UserError(f"{key}: '{source}::' begins a chain of URLs, which is not read; give the tar's own URL")
     if os.path.isfile(source):  # a file may be called like a glob
         return _expand_text(source, key, allow_pipe)
+    for first, last, step in _RANGE.findall(source):  # braceexpand writes a range out before anything can count it
+        if abs(int(last) - int(first)) // max(1, abs(int(step or 1))) > MAX_SHARDS:
+            raise UserError(f"{key}: {source!r}: more than {MAX_SHARDS} shards; pack them larger")
     try:
         written = list(islice(braceexpand.braceexpand(source), MAX_SHARDS + 1))
     except ValueError as error:

@@ -1,5 +1,6 @@
 """What beginners type: one line with the fix, code 2, no traceback, before torch is loaded or any rank is started."""
 
+import gzip
 import io
 import json
 import subprocess
@@ -23,7 +24,7 @@ for words in json.load(sys.stdin):
     print(json.dumps([code, out.getvalue(), err.getvalue(), loaded, ranks_s]))
 """
 TRAIN = "train aclip-tiny data.train=SHARDS run.out=RUN"
-MISTAKES = [  # what is typed -> what the line must hold. SHARDS, RUN, FULL, YAML.x are made below
+MISTAKES = [  # what is typed -> what the line must hold. SHARDS, EMPTY, RUN, FULL, YAML.x are made below
     ("trian aclip-tiny", "did you mean train?"),
     ("train", "RECIPE"),
     ("train aclip", "did you mean aclip-tiny"),
@@ -86,6 +87,58 @@ MISTAKES = [  # what is typed -> what the line must hold. SHARDS, RUN, FULL, YAM
     ("eval RUN --data x --procs 0", "--procs: 0 is below 1"),
     ("demo --steps 0", "--steps: 0 is below 1"),
     ("checkpoints RUN --keep-last 0", "--keep-last: 0 is below 1"),
+    # Kin of the above: a typo of a key, a file for a folder and the reverse, other units, quotes, numbers as texts
+    (f"{TRAIN} Run.Steps=5", "run.steps"),
+    (f"{TRAIN} run.steps:5", "expected key=value"),
+    (f"{TRAIN} run.steps =5", "expected key=value"),
+    (f"{TRAIN} run.steps=", "run.steps: '' does not fit"),
+    (f"{TRAIN} run.steps=5s", "run.steps: '5s' does not fit"),
+    (f"{TRAIN} run.steps=-5", "run.steps: -5 is"),
+    (f"{TRAIN} run.steps=1.5", "whole number"),
+    (f"{TRAIN} run.steps=99999999999999999999", "run.steps"),
+    (f"{TRAIN} 'run.steps=5", "did you mean run.steps?"),
+    (f"{TRAIN} run.epochs=inf", "run.epochs: 'inf' does not fit"),
+    (f"{TRAIN} run.seed=-1", "run.seed: -1 is below 0"),
+    (f"{TRAIN} optim.lr=1,5e-4", "optim.lr: '1,5e-4' does not fit"),
+    (f"{TRAIN} optim.lr=$LR", "optim.lr: '$LR' does not fit"),
+    (f"{TRAIN} optim.name=adam", "none of adamw, muon, lion, sgd"),
+    (f"{TRAIN} optim.betas=0.9,0.98", "in brackets and quotes: 'optim.betas=[A,B]'"),
+    (f"{TRAIN} batch.global_size=1k", "batch.global_size: '1k' does not fit"),
+    (f"{TRAIN} mask.keep_ratio=50", "mask.keep_ratio: 50.0 is outside (0, 1]"),
+    (f"{TRAIN} mask.keep_ratio=50%", "mask.keep_ratio: '50%' does not fit"),
+    (f"{TRAIN} mask.strategy=attention", "is none of none, random, attentive"),
+    (f"{TRAIN} checkpoint.every_steps=1h", "checkpoint.every_steps: '1h' does not fit"),
+    (f"{TRAIN} data.workers=100000", "data.workers: 100000 is above 1000"),
+    (f"{TRAIN} data.views=2", "data.views: '2' does not fit; it takes a list"),
+    (f"{TRAIN} engine.deepspeed=2", "engine.deepspeed: no file '2'; ds_configs/ has"),
+    (f"{TRAIN} engine.deepspeed=FULL", "engine.deepspeed: no file"),
+    (f"{TRAIN} eval.data=/nowhere", "eval.data: no such shard"),
+    (f"{TRAIN} --resume FULL", "there is no checkpoint (step_XXXXXXXX with a manifest.json)"),
+    (f"{TRAIN} --nproc 2", "did you mean --procs?"),
+    (f"{TRAIN} --plugin nope.py", "--plugin nope.py: No such file"),
+    ("train aclip-tiny data.train=SHARDS.gz", "is a compressed tar"),
+    ("train aclip-tiny data.train=EMPTY", "is empty: 0 bytes"),
+    ("train aclip-tiny data.train=FULL", "no .tar file in the folder"),
+    ("train aclip-tiny data.train=/x/{0..999999999}.tar", "more than 1048576 shards"),
+    ("train aclip-tiny data.train=SHARDS run.out=SHARDS", "it is a file, or below one"),
+    ("train aclip-tiny aclip-vitb16", "'aclip-vitb16': expected key=value"),
+    ("train aclip_tiny data.train=SHARDS", "did you mean aclip-tiny?"),
+    ("train SHARDS", "give a .yaml file"),
+    ("train YAML.tabs", "not a yaml file of plain values"),
+    ("train YAML.text", "optim.lr: 'fast' does not fit; it takes a number (in "),
+    ("train YAML.nan", "optim.lr: nan does not fit"),
+    ("demo --out SHARDS", "a file; name an empty or new folder"),
+    ("data check SHARDS.gz", "is a compressed tar"),
+    ("data synth --out x --train many", "'many' is not a whole number"),
+    ("data pack", "the following arguments are required: SOURCE, --out"),
+    ("plan", "the following arguments are required: RECIPE ("),
+    ("plan aclip-tiny --gpu h1000", "did you mean h100?"),
+    ("samples RUN", "the following arguments are required: STEP ("),
+    ("compare clip-tiny --budget steps=5 --out x optim.lrr=1", "did you mean optim.lr?"),
+    ("report FULL", "it has no config.yaml"),
+    ("eval FULL --data SHARDS --procs 2", "neither a run (config.yaml), a checkpoint (manifest.json) nor an export"),
+    ("export FULL --format hf --out x", "neither a run (config.yaml)"),
+    ("export RUN --format openclip --out x", "choose from 'open_clip'"),
 ]
 
 
@@ -99,11 +152,17 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         "empty": "run:\n",
         "twice": "optim: {lr: 1, lr: 2}\n",
         "typo": "optim: {lrr: 1}\n",
+        "tabs": "optim:\n\tlr: 1\n",
+        "text": "optim: {lr: fast}\n",
+        "nan": "optim: {lr: .nan}\n",
         "escape": '"a\\e[31m": 1\n',
     }.items():
         (folder / f"{name}.yaml").write_text("recipe: aclip-tiny\n" + text)
     make_shard(folder / "0.tar")
+    (folder / "0.tar.gz").write_bytes(gzip.compress((folder / "0.tar").read_bytes()))
+    (folder / "empty.tar").touch()
     words = {"SHARDS": str(folder / "0.tar"), "RUN": str(folder / "run"), "FULL": str(folder / "full")}
+    words["EMPTY"] = str(folder / "empty.tar")
     lines = []
     for typed, _ in MISTAKES:
         line = typed
@@ -135,4 +194,4 @@ def test_a_mistake_is_one_line_with_the_fix(typed: str, said: str, reported: dic
 
 
 def test_there_are_many() -> None:
-    assert len(MISTAKES) >= 50 and len({typed for typed, _ in MISTAKES}) == len(MISTAKES)
+    assert len(MISTAKES) >= 100 and len({typed for typed, _ in MISTAKES}) == len(MISTAKES)

@@ -49,6 +49,7 @@ def test_prune_follows_the_rules_and_pins(run: Path) -> None:
 def test_wrong_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, said in (
         ([str(tmp_path / "nowhere")], "no such folder"),
+        ([str(tmp_path)], "not a run's folder: it has no config.yaml"),
         ([str(run), "pin", "--step", "7"], "--step 7"),
         ([str(run), "consolidate"], "--out"),
         ([str(run), "import"], "--source"),
