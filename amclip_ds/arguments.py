@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 from amclip_ds.errors import SettingsError
 
+TAKES_SETTINGS = ("overrides", "recipes_or_settings")  # the names of arguments that take key=value words
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's, without abbreviations (`--gpus` is not `--gpus-per-node`); its errors are SettingsErrors."""
@@ -46,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         alike = alike or [name for name in options if name.startswith(option)]
         if alike:
             return f"did you mean {alike[0]}?"
-        if any(action.dest == "overrides" for action in self._actions):
+        if any(action.dest in TAKES_SETTINGS for action in self._actions):
             from amclip_ds import config, synonyms
 
             keys, key = config.keys_and_types(), option.lstrip("-")

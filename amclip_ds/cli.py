@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from amclip_ds import __version__, json_file
-from amclip_ds.arguments import Parser
+from amclip_ds.arguments import TAKES_SETTINGS, Parser
 from amclip_ds.display import printable
 from amclip_ds.errors import INTERRUPTED, MISTAKE, AmclipError, Preempted, SettingsError
 from amclip_ds.output import kept_from_ending_the_work
@@ -91,8 +91,9 @@ def run(argv: list[str]) -> int:
         raise SettingsError(f"{argv[0]}: no such command; {hint}")
     parser = build_parser(argv[0] if argv and argv[0] in COMMANDS else None)
     args, rest = parser.parse_known_args(argv)
-    if rest and hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
-        args.overrides += rest  # key=value words behind an option
+    settings = next((getattr(args, name) for name in TAKES_SETTINGS if hasattr(args, name)), None)
+    if rest and settings is not None and not any(word.startswith("-") for word in rest):
+        settings += rest  # key=value words behind an option
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     json_file.check(getattr(args, "json", None))

@@ -63,7 +63,11 @@ def recipes_or_settings(prefix: str, **_: Any) -> list[str]:
     return [*recipes(prefix), *settings(prefix)]
 
 
-COMPLETERS = {"recipe": recipes, "overrides": settings, "words": recipes_or_settings}  # an argument's name -> its own
+COMPLETERS = {
+    "recipe": recipes,
+    "overrides": settings,
+    "recipes_or_settings": recipes_or_settings,
+}  # an argument's name -> its own
 
 
 def _values(key: str, kind: Any) -> list[str]:

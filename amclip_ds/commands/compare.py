@@ -21,7 +21,9 @@ HELP = "train recipes under one budget and compare them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="+", metavar="RECIPE|key=value", help="recipes, and settings that all have")
+    parser.add_argument(
+        "recipes_or_settings", nargs="+", metavar="RECIPE|key=value", help="recipes, and settings that all have"
+    )
     parser.add_argument("--seeds", type=whole(1, 1000), default=3, metavar="N", help="runs of each: seeds 0 to N-1 (3)")
     parser.add_argument(
         "--budget", required=True, metavar="UNIT=N", help="steps=, samples=, seconds= or flops= of each run"
@@ -43,12 +45,12 @@ def run(args: argparse.Namespace) -> int:
     from amclip_ds.compare.compare import Comparison, compare
     from amclip_ds.compare.runs import read_budget, row_name
 
-    recipes = [word for word in args.overrides if "=" not in word]
+    recipes = [word for word in args.recipes_or_settings if "=" not in word]
     if not recipes:
         raise SettingsError("RECIPE: missing; `amclip recipes` lists them")
     ask = Comparison(
         recipes,
-        [word for word in args.overrides if "=" in word],
+        [word for word in args.recipes_or_settings if "=" in word],
         args.seeds,
         read_budget(args.budget),
         args.baseline or row_name(recipes[0]),

@@ -21,7 +21,7 @@ def kind_of(path: Path) -> str:
     kind = next((kind for name, kind in KINDS.items() if (path / name).is_file()), None)
     if kind is None:
         hint = hub.missing(str(path)) if not path.exists() else ""
-        raise UserError(f"{path}: neither a run ({run_files.CONFIG}), a checkpoint ({MANIFEST}) nor an export{hint}")
+        raise UserError(f"{path}: neither a run (config.yaml), a checkpoint ({MANIFEST}) nor an export{hint}")
     return kind
 
 

@@ -57,7 +57,7 @@ def read(table: Path) -> tuple[list[Path], tuple[Game, ...]]:
     home = _home_of_pictures(folder)
     numbers: dict[str, int] = {}
     images: list[Path] = []
-    games = []
+    games: list[Game] = []
     try:
         for row in csv.DictReader(io.StringIO(read_text(table, MAX_TABLE).removeprefix("\ufeff"), newline="")):
             place = f"{table}: game {len(games) + 1}"
