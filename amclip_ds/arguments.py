@@ -70,7 +70,7 @@ def add_plugin(parser: argparse.ArgumentParser) -> None:
 def add_training(parser: argparse.ArgumentParser) -> None:
     """The words of `amclip train`, which a job script takes too."""
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name (amclip recipes) or the path of a yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the recipe")
     parser.add_argument("--procs", type=whole(1, 1024), metavar="N", help="start N processes on this machine")
     parser.add_argument(
         "--resume",

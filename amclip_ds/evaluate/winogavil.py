@@ -12,10 +12,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from amclip_ds.data.tar import printable
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import folders
 from amclip_ds.files import is_regular, read_text
+from amclip_ds.shards.tar import printable
 
 TABLE, PICTURES, ARCHIVE = "winogavil_dataset.csv", ("winogavil_images", "images", ""), "winogavil_images.zip"
 COLUMNS = ("cue", "candidates", "associations")
