@@ -91,10 +91,10 @@ class EvalSet:
     folder: str = field(default="", compare=False)
     is_multilabel: bool = False
     """whether an image may have several labels, which are in its `numbers`"""
-    games: tuple[winogavil.Game, ...] = ()
-    """of association: cues and which of the samples are chosen for them"""
     note: str = field(default="", compare=False)
     """which prompts, and what else was understood"""
+    games: tuple[winogavil.Game, ...] = ()
+    """of association: cues and which of the samples are chosen for them"""
 
     @property
     def images(self) -> str:
