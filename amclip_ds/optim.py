@@ -136,9 +136,9 @@ def parameter_groups(
     starts: objective -> the share of the run after which it begins.
 
     No decay: fewer than two dimensions (biases, norms, the logit scale). Order: that of the first member's appearance,
-    but what does not fill 16 bytes evenly (the logit scale) comes last of all: DeepSpeed lays a run's weights end to
-    end in one buffer, and behind a single odd element every later weight would start at an address from which a GPU's
-    matrix products take several times as long (docs/results/gpu-step.md).
+    Muon's matrices by their shape, the largest first. What does not fill 16 bytes evenly (the logit scale) comes last
+    of all: DeepSpeed lays a run's weights end to end in one buffer, and behind a single odd element every later weight
+    would start at an address from which a GPU's matrix products take several times as long (docs/results/gpu-step.md).
     """
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     depths = {tower: _depth(tower, (name for name, _ in named)) for tower in ("vision", "text")}
@@ -163,6 +163,11 @@ def parameter_groups(
         group = groups.setdefault((decay, scale, start, use_muon), fresh)
         group["params"].append(parameter)
         group["names"].append(name)
+    for group in groups.values():
+        if group["use_muon"]:  # as DeepSpeed's Muon sorts them: where a matrix lies is known before it is built
+            names, parameters = group["names"], group["params"]
+            order = sorted(range(len(names)), key=lambda place: shape_of(parameters[place]), reverse=True)
+            group |= {"names": [names[i] for i in order], "params": [parameters[i] for i in order]}
     return sorted(groups.values(), key=lambda group: _is_odd(group["params"][-1]))
 
 

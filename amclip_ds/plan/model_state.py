@@ -95,7 +95,7 @@ def sizes_of(work: Work, small: int) -> Sizes:
         held=held_by_rank(trained, groups, work.world, work.stage),
         moments=tuple(FP32 * num_moments(optim) * held + muon for held, muon in zip(others, matrices, strict=True)),
         averaged=averaged_by_rank(trained, averaged, groups, work.world, work.stage),
-        reduced=reduced_by_rank(trained, groups, work.world, work.stage),
+        reduced=reduced_by_rank(trained, groups, of_muon, work.world, work.stage),
     )
 
 
@@ -150,18 +150,22 @@ def averaged_by_rank(
     return tuple(held)
 
 
-def reduced_by_rank(trained: dict[str, int], groups: list[list[str]], world_size: int, stage: int) -> tuple[int, ...]:
+def reduced_by_rank(
+    trained: dict[str, int], groups: list[list[str]], of_muon: list[list[str]], world_size: int, stage: int
+) -> tuple[int, ...]:
     """Elements of the gradients that each rank holds at the peak: all of them below stage 2, at stage 3 its share.
 
     Stage 2 keeps the whole gradient of every tensor of which a rank has some: one at the edge of two runs counts twice.
+    So does stage 1 after the backward pass. of_muon: the groups whose updates are made then, beside those gradients.
     """
     whole = sum(trained.values())
-    if stage != 2:
+    if stage in (0, 3):
         return (math.ceil(whole / world_size) if stage == 3 else whole,) * world_size
     held = [0] * world_size
-    for name, rank, _ in _cut_in_runs(trained, groups, world_size):
-        held[rank] += trained[name]
-    return tuple(held)
+    for kept in (groups, of_muon):
+        for name, rank, _ in _cut_in_runs(trained, kept, world_size):
+            held[rank] += trained[name]
+    return tuple(held) if stage == 2 else tuple(max(whole, after) for after in held)
 
 
 def _run(trained: dict[str, int], names: list[str], world_size: int) -> int:

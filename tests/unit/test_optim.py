@@ -44,6 +44,24 @@ def test_what_breaks_the_alignment_comes_last_of_all(layer_decay: float) -> None
     assert odd == [len(sizes) - 2, len(sizes) - 1], "the logit scale and the bias"
 
 
+def test_muons_matrices_lie_as_deepspeeds_muon_sorts_them() -> None:
+    """The largest first: what a rank holds at a boundary is planned by this order (plan/model_state.py)."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    groups = parameter_groups(tiny.student().named_parameters(), OptimConfig(name="muon"))
+    of_muon = [group for group in groups if group["use_muon"]]
+    named = dict(tiny.student().named_parameters())
+    assert any(len({tuple(p.shape) for p in group["params"]}) > 1 for group in of_muon), "else no order shows"
+    for group in of_muon:
+        assert [tuple(named[name].shape) for name in group["names"]] == [tuple(p.shape) for p in group["params"]]
+    before = [list(map(id, group["params"])) for group in groups]
+    for group in groups:
+        for p in group["params"]:
+            p.use_muon = group["use_muon"]
+    MuonWithAuxAdam(groups, torch.optim.AdamW, {"lr": 1e-3})
+    assert [list(map(id, group["params"])) for group in groups] == before
+
+
 def test_layer_decay_and_tower_scales() -> None:
     config = OptimConfig(layer_decay=0.5, vision_lr_scale=0.1, text_lr_scale=10, lr=1e-3)
     groups = parameter_groups(tiny.student().named_parameters(), config)

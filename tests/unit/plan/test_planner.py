@@ -14,7 +14,7 @@ from amclip_ds.cli import main
 from amclip_ds.optim import NAMES, parameter_groups
 from amclip_ds.plan import optimizer, shown, work
 from amclip_ds.plan.gpus import AS_MEASURED, GPUS, MEASURED, Gpu, _work_of, gpu_of, rate_of
-from amclip_ds.plan.model_state import averaged_by_rank, model_state_of, sizes_of, trained_elements
+from amclip_ds.plan.model_state import averaged_by_rank, model_state_of, reduced_by_rank, sizes_of, trained_elements
 from amclip_ds.plan.planner import GIB, Ask, Plan, communication_bytes, make_plan, memory_of
 from amclip_ds.plan.work import work_of
 
@@ -134,6 +134,16 @@ def test_muon_and_lion_hold_less_than_adamw() -> None:
     for number in (1, 2):
         assert state["adamw"][number] - state["muon"][number] == (8 - 2 * 2) * 122_683_392
     assert all(state["lion"][number] == state["adamw"][number] / 2 for number in range(4))
+
+
+def test_muons_updates_are_beside_the_gradients_at_stages_1_and_2() -> None:
+    """On two ranks, of which both hold some of a: its gradient is whole on both, and so is its update."""
+    trained, groups, of_muon = {"a": 6, "b": 4, "other": 10, "more": 10}, [["a", "b"], ["other", "more"]], [["a", "b"]]
+    assert reduced_by_rank(trained, groups, [], 2, 2) == (6 + 10, 6 + 4 + 10)
+    assert reduced_by_rank(trained, groups, of_muon, 2, 2) == (2 * 6 + 10, 2 * (6 + 4) + 10)
+    assert reduced_by_rank(trained, groups, of_muon, 2, 1) == (30, 30), "before the reduction all gradients are there"
+    assert reduced_by_rank(trained, groups, of_muon, 1, 1) == (30 + 10,)
+    assert reduced_by_rank(trained, groups, [], 1, 1) == (30,)
 
 
 def test_what_muon_sends_and_computes_beside_the_model() -> None:
