@@ -64,7 +64,7 @@ def table(found: dict[int, list[Counts]], at: int) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--at", type=int, default=1024)
     parser.add_argument("--json", help="also write the rows there")
     args = parser.parse_args()

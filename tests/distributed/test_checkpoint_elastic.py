@@ -27,7 +27,9 @@ def loss(row: tuple[str, ...]) -> float:
     return float.fromhex(row[0])
 
 
-@pytest.mark.parametrize("optim", ["muon", pytest.param("adamw", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "optim", ["muon", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("adamw", "lion"))]
+)
 def test_a_chain_of_worlds_and_stages_keeps_every_bit(optim: str, tmp_path: Path) -> None:
     """Muon's state holds adamw's too, and matrices that lie whole on several ranks."""
     reference = at(tmp_path / "unused", 1, 1, steps=len(CHAIN), save=False, optim=optim)["rows"]
