@@ -1,11 +1,14 @@
 """A run under fire: `python -m benchmarks.soak --out DIR [--minutes 30] [--seed 0]`.
 
-First the run with faults, for so many minutes: 5 to 45 s after an attempt's first step or, one in four, while it
-starts; each time started again at a random world size (1 to 3) and ZeRO stage (1 to 3). Faults: SIGKILL of one rank or
-of all, of the launcher, SIGTERM to it, SIGUSR1 to one rank, a STOP file. Then the same run without, on 2 ranks at stage
-2, as far as the first one came. Printed at the end: the loss curve against the fault-free one, steps that were lost and
-done again, time to recover (from a fault to the next new step), goodput (the time that the steps kept take without
-faults, over the time it took).
+First the run with faults, one a minute, at a second of it that is drawn: some strike while the run starts. Faults:
+SIGKILL of one rank or of all (which the launcher starts again, --max-restarts), of the launcher, SIGTERM to it, SIGUSR1
+to one rank, a STOP file (after which it is launched again). Each launch has a world size (1 to 3) and a ZeRO stage (1
+to 3) by chance. Then the same run without faults, on 2 ranks at stage 2, as far as the first one came.
+
+Printed: where the time went, by part; the parts of a restart, from the fault to the end of the first new step, cold
+(another launch) and warm (the launcher's own); steps that were lost and done again; the loss curve against the calm
+one; goodput, twice: the time of the steps kept at their own pace (an attempt's median step), and at the calm run's
+pace, over the time it took.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,12 @@ import psutil
 
 from amclip_ds.data.synthetic import write_dataset
 from amclip_ds.jsonl import read_lines
+from amclip_ds.report import time_spent
+from amclip_ds.report.read import read_run
 
-FAULTS = ("kill one rank", "kill all ranks", "kill the launcher", "SIGTERM", "SIGUSR1 to one rank", "STOP file")
+TO_RANKS = ("kill one rank", "kill all ranks", "SIGUSR1 to one rank")
+FAULTS = (*TO_RANKS, "kill the launcher", "SIGTERM", "STOP file")
+RESTARTED_BY_LAUNCHER = ("kill one rank", "kill all ranks")
 SETTINGS = (
     "batch.global_size=24",
     "data.workers=1",
@@ -38,6 +46,17 @@ SETTINGS = (
     "model.text.depth=1",
 )
 WINDOW = 20
+PHASES = ("verify", "index", "build", "resume", "first_batch")
+
+
+@dataclass
+class Fault:
+    """One of them. Times in seconds since the epoch."""
+
+    kind: str
+    at: float
+    gone: float | None = None
+    """when the launcher had ended; None where it goes on"""
 
 
 def start(out: Path, data: Path, steps: int, world: int, stage: int) -> subprocess.Popen:
@@ -55,6 +74,8 @@ def start(out: Path, data: Path, steps: int, world: int, stage: int) -> subproce
         *SETTINGS,
         "--procs",
         str(world),
+        "--max-restarts",
+        "1000",
     ]
     with (out.parent / f"{out.name}.log").open("ab") as log:
         return subprocess.Popen(argv, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -65,12 +86,6 @@ def last_step(out: Path) -> int:
     return rows[-1]["step"] if rows else 0
 
 
-def last_attempt(out: Path) -> int:
-    """Which start of the run wrote the last row; -1 before any."""
-    rows = read_lines(out / "metrics.jsonl")
-    return rows[-1]["attempt"] if rows else -1
-
-
 def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
     """The trainers under a launcher, without their loaders and writers."""
     try:
@@ -79,69 +94,100 @@ def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
         return []
 
 
-def strike(fault: str, launcher: subprocess.Popen, out: Path, dice: random.Random) -> None:
-    """Does it, and waits for the launcher to end."""
+def strike(launcher: subprocess.Popen, out: Path, dice: random.Random) -> Fault:
+    """Does one of those that are possible now; waits for the launcher to end where it will."""
     ranks = ranks_of(launcher)
+    kind = dice.choice(FAULTS if ranks else [kind for kind in FAULTS if kind not in TO_RANKS])
+    fault = Fault(kind, time.time())
     try:
-        if fault == "kill one rank" and ranks:
+        if kind == "kill one rank":
             dice.choice(ranks).kill()
-        elif fault == "kill all ranks":
+        elif kind == "kill all ranks":
             for rank in ranks:
                 rank.kill()
-        elif fault == "kill the launcher":
+        elif kind == "kill the launcher":
             launcher.kill()
-        elif fault == "SIGTERM":
+        elif kind == "SIGTERM":
             launcher.terminate()
-        elif fault == "SIGUSR1 to one rank" and ranks:
+        elif kind == "SIGUSR1 to one rank":
             dice.choice(ranks).send_signal(signal.SIGUSR1)
         else:
+            out.mkdir(parents=True, exist_ok=True)
             (out / "STOP").touch()
     except psutil.NoSuchProcess:
         pass  # it ended by itself a moment ago
-    launcher.wait(timeout=300)
+    if kind not in RESTARTED_BY_LAUNCHER:
+        launcher.wait(timeout=300)
+        fault.gone = time.time()
+    return fault
 
 
-def under_fire(out: Path, data: Path, steps: int, minutes: float, dice: random.Random) -> dict[str, Any]:
-    """Runs until `steps` are done or the time is over. Returns what happened."""
+def under_fire(out: Path, data: Path, steps: int, minutes: int, dice: random.Random) -> dict[str, Any]:
+    """Runs for so many minutes, then stops the run. Returns what happened."""
     began = time.monotonic()
-    deadline = began + 60 * minutes
-    faults: dict[str, int] = {}
-    recoveries: list[float] = []
+    due = [60 * (minute + dice.random()) for minute in range(minutes)]
+    faults: list[Fault] = []
     codes: list[int] = []
-    struck_at: float | None = None
-    while time.monotonic() < deadline:
-        launcher = start(out, data, steps, dice.randint(1, 3), dice.randint(1, 3))
-        while_starting = dice.random() < 0.25
-        strike_at = time.monotonic() + (dice.uniform(5, 60) if while_starting else 600)
-        seen, is_moving = last_attempt(out), False
-        while launcher.poll() is None and time.monotonic() < min(strike_at, deadline):
-            time.sleep(0.2)
-            if is_moving or last_attempt(out) == seen:
-                continue
-            is_moving = True
-            if not while_starting:
-                strike_at = time.monotonic() + dice.uniform(5, 45)
-            if struck_at is not None:
-                recoveries.append(time.monotonic() - struck_at)
-                struck_at = None
+    launcher = None
+    while (now := time.monotonic() - began) < 60 * minutes:
+        if launcher is None:
+            launcher = start(out, data, steps, dice.randint(1, 3), dice.randint(1, 3))
+        if due and now >= due[0] and launcher.poll() is None:
+            due.pop(0)
+            faults.append(strike(launcher, out, dice))
         if launcher.poll() is not None:
             codes.append(launcher.returncode)
-            if launcher.returncode not in (0, 75):
+            if launcher.returncode not in (0, 75, -signal.SIGKILL):
                 raise SystemExit(f"the run ended with code {launcher.returncode}; see {out.parent / out.name}.log")
-            break
-        fault = dice.choice(FAULTS)
-        faults[fault] = faults.get(fault, 0) + 1
-        struck_at = time.monotonic()
-        strike(fault, launcher, out, dice)
-        codes.append(launcher.returncode)
-    return {"seconds": time.monotonic() - began, "faults": faults, "recoveries": recoveries, "codes": codes}
+            launcher = None
+        time.sleep(0.05)
+    seconds = time.monotonic() - began
+    if launcher is not None:
+        launcher.terminate()
+        codes.append(launcher.wait(timeout=300))
+    return {"seconds": seconds, "until": time.time(), "faults": faults, "codes": codes}
+
+
+def restarts(out: Path, faults: list[Fault]) -> dict[str, list[dict[str, float]]]:
+    """By kind, cold or warm, each restart that came to a step: part -> seconds, from the fault on."""
+    first_rows: dict[int, float] = {}
+    for name in ("metrics.superseded.jsonl", "metrics.jsonl"):
+        for row in read_lines(out / name):
+            first_rows[row["attempt"]] = min(row["time"], first_rows.get(row["attempt"], row["time"]))
+    timeline = read_lines(out / "timeline.jsonl")
+    found: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
+    for fault, following in zip(faults, [*faults[1:], None]):
+        until = following.at if following else time.time()
+        begun = [row for row in timeline if row["event"] == "start" and fault.at < row["time"] < until]
+        if not begun or not fault.at < first_rows.get(begun[-1]["attempt"], 0.0) < until:
+            continue  # the next fault came before the first step
+        rows = [row for row in timeline if row["attempt"] == begun[-1]["attempt"]]
+        first_step = first_rows[begun[-1]["attempt"]]
+        process = begun[-1]["time"] - begun[-1]["before_s"]
+        parts = {"stop: step, save, exit" if fault.gone else "notice the loss": (fault.gone or process) - fault.at}
+        if fault.gone:
+            parts["launcher: imports"] = process - fault.gone
+        parts["rank: imports and meeting"] = begun[-1]["before_s"]
+        parts |= {phase: sum(row["seconds"] for row in rows if row["event"] == phase) for phase in PHASES}
+        parts["first step and the rest"] = first_step - fault.at - sum(parts.values())
+        parts["in all"] = first_step - fault.at
+        found["cold" if fault.gone else "warm"].append(parts)
+    return found
+
+
+def own_pace(out: Path) -> float:
+    """Seconds of the steps kept, each at its attempt's median."""
+    by_attempt: dict[int, list[float]] = {}
+    for row in read_lines(out / "metrics.jsonl"):
+        by_attempt.setdefault(row["attempt"], []).append(row["step_s"])
+    return sum(len(steps) * statistics.median(steps) for steps in by_attempt.values())
 
 
 def undisturbed(out: Path, data: Path, steps: int, until: int) -> None:
     """The run without faults, stopped by a STOP file once it is as far."""
     launcher = start(out, data, steps, 2, 2)
     while launcher.poll() is None and last_step(out) < until:
-        time.sleep(0.5)
+        time.sleep(2.0)
     (out / "STOP").touch()
     if launcher.wait() not in (0, 75):
         raise SystemExit(f"the fault-free run failed; see {out.parent / out.name}.log")
@@ -151,48 +197,74 @@ def smooth(losses: Sequence[float]) -> list[float]:
     return [statistics.fmean(losses[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(losses))]
 
 
+def against_calm(out: Path, calm: Path, seconds: float) -> dict[str, float]:
+    """The run's losses and pace against the calm one's."""
+    calm_rows, rows = read_lines(calm / "metrics.jsonl"), read_lines(out / "metrics.jsonl")
+    losses = {row["step"]: row["loss"] for row in calm_rows}
+    a, b = smooth([losses[row["step"]] for row in rows]), smooth([row["loss"] for row in rows])
+    return {
+        "loss_worst_relative_difference_of_means_of_20": max((abs(x - y) / x for x, y in zip(a, b)), default=0.0),
+        "loss_last_calm": a[-1],
+        "loss_last_fire": b[-1],
+        "goodput_at_the_calm_pace": statistics.median(row["step_s"] for row in calm_rows) * len(rows) / seconds,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=30.0, help="of faults; the run without comes on top")
+    parser.add_argument("--minutes", type=int, default=30, help="of faults; the run without comes on top")
     parser.add_argument("--steps", type=int, default=20_000, help="of the whole run, more than the time is enough for")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-calm", action="store_true", help="without the fault-free run")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    data = args.out / "scenes"
+    data, run = args.out / "scenes", args.out / "fire"
     write_dataset(data, 1000, 8, 64, args.seed)
 
-    fire = under_fire(args.out / "fire", data / "train", args.steps, args.minutes, random.Random(args.seed))
-    undisturbed(args.out / "calm", data / "train", args.steps, last_step(args.out / "fire"))
-
-    calm_rows = read_lines(args.out / "calm" / "metrics.jsonl")
-    calm = {row["step"]: row["loss"] for row in calm_rows}
-    step_s = statistics.median(row["step_s"] for row in calm_rows)
-    rows = read_lines(args.out / "fire" / "metrics.jsonl")
-    twice = [step for step, row in zip(range(1, len(rows) + 1), rows) if row["step"] != step]
-    done, lost = len(rows), len(read_lines(args.out / "fire" / "metrics.superseded.jsonl"))
-    a, b = smooth([calm[row["step"]] for row in rows]), smooth([row["loss"] for row in rows])
-    worst = max((abs(x - y) / x for x, y in zip(a, b)), default=0.0)
+    fire = under_fire(run, data / "train", args.steps, args.minutes, random.Random(args.seed))
+    rows = read_lines(run / "metrics.jsonl")
+    out_of_order = [step for step, row in enumerate(rows, 1) if row["step"] != step]
+    kinds = [fault.kind for fault in fire["faults"]]
+    again = restarts(run, fire["faults"])
     numbers = {
-        "steps_done": done,
-        "steps_out_of_order": len(twice),
-        "steps_lost_and_done_again": lost,
-        "faults": sum(fire["faults"].values()),
-        "by_kind": fire["faults"],
-        "codes": fire["codes"],
-        "seconds_to_recover_median": statistics.median(fire["recoveries"]) if fire["recoveries"] else None,
-        "seconds_to_recover_worst": max(fire["recoveries"], default=None),
-        "loss_worst_relative_difference_of_means_of_20": worst,
-        "loss_last_calm": a[-1],
-        "loss_last_fire": b[-1],
-        "goodput": step_s * done / fire["seconds"],
         "seconds": fire["seconds"],
+        "faults": [asdict(fault) for fault in fire["faults"]],
+        "by_kind": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "codes": fire["codes"],
+        "steps_done": len(rows),
+        "steps_out_of_order": len(out_of_order),
+        "steps_lost_and_done_again": len(read_lines(run / "metrics.superseded.jsonl")),
+        "parts_s": time_spent.total(time_spent.attempts_of(read_run(run))),
+        "restarts": again,
+        "goodput": own_pace(run) / fire["seconds"],
+        "load_at_end": os.getloadavg()[0],
     }
-    print(json.dumps(numbers, indent=1))
+    if not args.no_calm:
+        undisturbed(args.out / "calm", data / "train", args.steps, last_step(run))
+        numbers |= against_calm(run, args.out / "calm", fire["seconds"])
+    show(numbers)
     if args.json:
         args.json.write_text(json.dumps(numbers, indent=1) + "\n")
-    return 0 if not twice else 1
+    return 0 if not out_of_order else 1
+
+
+def show(numbers: dict[str, Any]) -> None:
+    print("| where the time went | s | share |\n|---|---|---|")
+    whole = sum(numbers["parts_s"].values())
+    for part, seconds in numbers["parts_s"].items():
+        print(f"| {time_spent.PARTS[part]} | {seconds:.0f} | {100 * seconds / whole:.1f}% |")
+    print("\n| a restart, median s | " + " | ".join(f"{k} ({len(v)})" for k, v in numbers["restarts"].items()) + " |")
+    print("|---|---|---|")
+    named = dict.fromkeys(part for found in numbers["restarts"].values() for parts in found for part in parts)
+    for part in sorted(named, key=lambda part: part == "in all"):
+        columns = [[parts[part] for parts in found if part in parts] for found in numbers["restarts"].values()]
+        print(f"| {part} | " + " | ".join(f"{statistics.median(of):.2f}" if of else "" for of in columns) + " |")
+    print()
+    for name, value in numbers.items():
+        if name not in ("parts_s", "restarts", "faults"):
+            print(f"{name}: {value}")
 
 
 if __name__ == "__main__":
