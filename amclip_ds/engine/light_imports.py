@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from amclip_ds.ranks.runtime import take_the_cpu
+
 MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 
 
@@ -22,3 +24,13 @@ def import_muon_uncompiled() -> None:
         importlib.import_module(MUON)
     finally:
         compiler.compile = theirs
+
+
+def import_on_the_cpu() -> None:
+    """Imports what DeepSpeed and torch's optimizers import late, in a process whose forks train on the CPU."""
+    take_the_cpu()
+    import deepspeed  # noqa: F401
+    import timm  # noqa: F401
+    import torch._dynamo  # noqa: F401  # at an optimizer's first step
+
+    import_muon_uncompiled()

@@ -42,6 +42,8 @@ class Runtime:
     launcher: str
     is_main: bool
     note: str = ""
+    meeting: tuple[str, int] = ("", 0)
+    """Host and port where the ranks met, on rank 0's node; it listens until the end."""
 
 
 def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
@@ -82,6 +84,7 @@ def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
         launcher=place.launcher,
         is_main=place.rank == 0,
         note=place.note,
+        meeting=(place.master_addr, int(os.environ["MASTER_PORT"])),
     )
 
 
@@ -160,6 +163,11 @@ def build_environment(folder: str) -> dict[str, str]:
     return os.environ | {"TORCH_EXTENSIONS_DIR": folder, "PATH": path}
 
 
+def take_the_cpu() -> None:
+    """Says to DeepSpeed that it has no other device, which it would warn of."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def _meet(place: Placement, device: "torch.device", timeout_s: float) -> None:
     """The meeting on the port that was given, or on a free one: another process may take it before we do, and then
     another one is drawn. Collective: every rank must call."""
@@ -183,7 +191,7 @@ def _init_process_group(place: Placement, port: int, device: "torch.device", tim
     import logging
 
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would warn that it found no other
+        take_the_cpu()
     import deepspeed
     import torch.distributed
 

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import struct
 import sys
 import time
@@ -77,23 +78,25 @@ def watch(folder: Path) -> int:
 
 def end_it(folder: Path, settings: dict[str, Any], beats: dict[int, dict[str, Any] | None], now: float) -> None:
     """Stacks, blame, incident; then every rank of this node is killed, with all that it started."""
-    reports = [report(folder, rank, beat, now) for rank, beat in beats.items() if beat]
+    hosts, own_node = settings["hosts"], settings["node"]
+    reaches = len(hosts) == 1 or reaches_meeting(*settings["meeting"])
+    reports = [report(folder, rank, beat, now) | {"reaches": reaches} for rank, beat in beats.items() if beat]
     hangs = Path(settings["run"]) / "hangs"
     name = f"attempt{settings['attempt']}-node"
     try:
         hangs.mkdir(exist_ok=True)
-        own = hangs / f"{name}{settings['node']}.json"
+        own = hangs / f"{name}{own_node}.json"
         own.with_suffix(".txt").write_text("".join(text_of(item) for item in reports))
-        write_whole(own, json.dumps({"host": settings["host"], "ranks": reports}))
-        nodes = wait_for_others(hangs, name, settings["num_nodes"])
+        write_whole(own, json.dumps({"ranks": reports}))
+        nodes = wait_for_others(hangs, name, len(hosts))
     except OSError as error:  # the file system may be what hangs or is gone: what is known must still be reported
         say(f"watchdog: {hangs} cannot be written: {error}")
-        nodes = {settings["node"]: {"host": settings["host"], "ranks": reports}}
+        nodes = {own_node: {"ranks": reports}}
     everybody = sorted((item for node in nodes.values() for item in node["ranks"]), key=lambda item: item["rank"])
-    silent = settings["num_nodes"] - len(nodes)
+    silent = [host for node, host in enumerate(hosts) if node not in nodes]
     culprits, why = blame(everybody)
-    cause = describe(everybody, culprits, why) + (f"; {silent} node(s) gave no report" if silent else "")
-    if settings["node"] == min(nodes):
+    cause = describe(everybody, culprits, why) + (f"; {', '.join(silent)} gave no report" if silent else "")
+    if own_node == min(nodes):
         report_hang(settings, everybody, culprits, cause, hangs)
     descendants = children_of([item["pid"] for item in reports])
     for pid in [*(item["pid"] for item in reports), *descendants]:
@@ -111,6 +114,15 @@ def report(folder: Path, rank: int, beat: dict[str, Any], now: float) -> dict[st
         "silent_s": round(now - beat["at"], 1),
         "stacks": stacks,
     }
+
+
+def reaches_meeting(host: str, port: int) -> bool:
+    """Whether this node can still connect to where the ranks met."""
+    try:
+        with socket.create_connection((host, port), timeout=ANSWER_S):
+            return True
+    except OSError:
+        return False
 
 
 def ask_for_stacks(path: Path, pid: int, state: str) -> str:
@@ -151,6 +163,11 @@ def blame(ranks: list[dict[str, Any]]) -> tuple[list[int], str]:
     stopped = [item["rank"] for item in ranks if item["state"] in ("T", "t")]
     if stopped:
         return stopped, "its process is stopped (SIGSTOP or a debugger)"
+    cut_off = [item["rank"] for item in ranks if not item.get("reaches", True)]
+    if 2 * len(cut_off) > len(ranks):  # the node where all met is the one that is cut off
+        return [item["rank"] for item in ranks if item["rank"] not in cut_off], "no other node reaches it"
+    if cut_off:
+        return cut_off, "its node does not reach the one where the ranks met"
     if len(ranks) == 1:
         return [ranks[0]["rank"]], "it is the only one"
     places = {item["rank"]: (item["step"], order(item["phase"])) for item in ranks}

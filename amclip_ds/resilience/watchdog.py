@@ -59,13 +59,13 @@ class Watchdog:
         self._own = OwnTime(runtime)
         if config.step_timeout_s is None:
             return
-        self._place, ranks = self._meet()
+        self._place, ranks, hosts = self._meet()
         self._open_beat()
         self.phase("start", 0)
         if runtime.world_size > 1:
             dist.barrier()  # every rank of this node can be watched
         if runtime.local_rank == 0:
-            self._write_settings(folder, attempt, ranks, poll_s=min(1.0, config.step_timeout_s / 20))
+            self._write_settings(folder, attempt, ranks, hosts, poll_s=min(1.0, config.step_timeout_s / 20))
             self._process = self._start()
             threading.Thread(target=self._keep_it_alive, name="watchdog", daemon=True).start()
 
@@ -142,15 +142,24 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _meet(self) -> tuple[Path, list[int]]:
-        """The node's folder for signs of life, in its own temporary storage, and its ranks. Collective."""
+    def _meet(self) -> tuple[Path, list[int], list[str]]:
+        """The node's folder for signs of life, in its own temporary storage; its ranks; the hosts of all nodes.
+
+        Collective: every rank must call.
+        """
         runtime = self._runtime
         mine = tempfile.mkdtemp(prefix="amclip-watch-") if runtime.local_rank == 0 else ""
-        places: list[tuple[int, int, str]] = [(runtime.rank, runtime.node_rank, mine)] * runtime.world_size
+        own = (runtime.rank, runtime.node_rank, mine, socket.gethostname())
+        places: list[tuple[int, int, str, str]] = [own] * runtime.world_size
         if runtime.world_size > 1:
-            dist.all_gather_object(places, (runtime.rank, runtime.node_rank, mine))
-        here = [(rank, place) for rank, node, place in places if node == runtime.node_rank]
-        return Path(next(place for _, place in here if place)), [rank for rank, _ in here]
+            dist.all_gather_object(places, own)
+        here = [(rank, place) for rank, node, place, _ in places if node == runtime.node_rank]
+        hosts = {node: host for _, node, _, host in places}
+        return (
+            Path(next(place for _, place in here if place)),
+            [rank for rank, _ in here],
+            [hosts[node] for node in sorted(hosts)],
+        )
 
     def _open_beat(self) -> None:
         rank = self._runtime.rank
@@ -163,14 +172,14 @@ class Watchdog:
         self._pid = os.getpid()
         self._started = watch_ranks.start_time(self._pid)
 
-    def _write_settings(self, folder: Path, attempt: int, ranks: list[int], poll_s: float) -> None:
+    def _write_settings(self, folder: Path, attempt: int, ranks: list[int], hosts: list[str], poll_s: float) -> None:
         settings = {
             "run": str(folder.resolve()),
             "attempt": attempt,
             "ranks": ranks,
             "node": self._runtime.node_rank,
-            "num_nodes": self._runtime.num_nodes,
-            "host": socket.gethostname(),
+            "hosts": hosts,
+            "meeting": list(self._runtime.meeting),
             "poll_s": poll_s,
         }
         (self._place / "settings.json").write_text(json.dumps(settings))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,6 +43,23 @@ def rank(number: int, **facts: Any) -> dict[str, Any]:
 def test_the_odd_one_is_blamed(odd: dict[str, Any], why: str) -> None:
     culprits, reported = watch_ranks.blame([rank(0), rank(1), rank(2, **odd), rank(3)])
     assert culprits == [2] and why in reported
+
+
+def test_a_node_that_is_cut_off_is_blamed() -> None:
+    """All wait in the same collective. Where most reach nothing, it is the node where all met."""
+    ranks = [rank(number, reaches=number != 3) for number in range(4)]
+    assert watch_ranks.blame(ranks) == ([3], "its node does not reach the one where the ranks met")
+    ranks = [rank(number, reaches=number == 0) for number in range(4)]
+    assert watch_ranks.blame(ranks) == ([0], "no other node reaches it")
+
+
+def test_whether_the_meeting_is_reached() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        assert watch_ranks.reaches_meeting("127.0.0.1", port)
+    assert not watch_ranks.reaches_meeting("127.0.0.1", port)
 
 
 def test_nobody_is_singled_out_without_a_difference() -> None:
@@ -84,8 +102,8 @@ def start(place: Path, number: int, *more: str, limit_s: float = 5.0) -> subproc
 
 
 def watching(place: Path, run: Path, ranks: list[int]) -> subprocess.Popen:
-    settings = {"run": str(run), "attempt": 4, "ranks": ranks, "node": 0, "num_nodes": 1, "host": "h", "poll_s": 0.1}
-    (place / "settings.json").write_text(json.dumps(settings))
+    node = {"ranks": ranks, "node": 0, "hosts": ["h"], "meeting": ["", 0]}
+    (place / "settings.json").write_text(json.dumps({"run": str(run), "attempt": 4, "poll_s": 0.1} | node))
     return subprocess.Popen(
         [sys.executable, "-I", "-S", watch_ranks.__file__, str(place)], stderr=subprocess.PIPE, text=True
     )
