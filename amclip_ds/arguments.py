@@ -73,6 +73,12 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the recipe")
     parser.add_argument("--procs", type=whole(1, 1024), metavar="N", help="start N processes on this machine")
     parser.add_argument(
+        "--max-restarts",
+        type=whole(0, 1000),
+        metavar="N",
+        help="with --procs: when a rank is lost, start all again from the newest checkpoint, up to N times (default 0)",
+    )
+    parser.add_argument(
         "--resume",
         default="auto",
         metavar="auto|PATH|never",

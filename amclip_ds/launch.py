@@ -1,20 +1,23 @@
 """`amclip train --procs N`: starts the ranks of one machine, forwards signals once, ends them together.
 
-The ranks die with this process (PR_SET_PDEATHSIG). Rank 0 writes to the terminal; of another rank that fails first the
-end of its output is shown. The verdict is RUN/exit.json, which rank 0 writes after its last commit; the processes' own
-statuses count only where there is none.
+On a machine without a GPU the ranks are forks of this process, which imports for all of them, once. Lost ones are
+started again where that was asked for. The ranks die with this process (PR_SET_PDEATHSIG). Rank 0 writes to the
+terminal; of another rank that fails first the end of its output is shown. The verdict is RUN/exit.json, which rank 0
+writes after its last commit; the processes' own statuses count only where there is none.
 """
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -31,11 +34,41 @@ TAIL_BYTES = 4000
 AGREED = (MISTAKE, STOPPED_ITSELF, TO_REQUEUE)  # codes with which all ranks leave alike
 
 
+GPU_DEVICES = ("nvidiactl", "kfd", "dxg")  # below /dev: NVIDIA's, AMD's, Windows'
+
+
+class Fork:
+    """A child that os.fork made, with what is needed here of subprocess.Popen."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Its status once it has ended, a signal as a negative number."""
+        if self.returncode is None and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            self.wait()
+        return self.returncode
+
+    def wait(self) -> int:
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+Process = subprocess.Popen | Fork
+Start = Callable[[dict[str, str], Path | None], Process | None]
+"""(variables, where its output goes or None for here) -> a rank's process; None in the rank itself."""
+
+
 @dataclass
 class _Ranks:
     """The children, and what was asked of them."""
 
-    running: dict[int, subprocess.Popen] = field(default_factory=dict)
+    running: dict[int, Process] = field(default_factory=dict)
     ended: dict[int, int] = field(default_factory=dict)
     """Rank -> status, in the order of their ends."""
     asked_at: float | None = None
@@ -59,29 +92,94 @@ def run_ranks(
     listens: the ranks handle the signals (`resilience.preemption.listen`); until they do, signals are kept for them.
     heard: gets the signals that arrived, for a caller with more to do: ranks at their end return 0 all the same.
     """
+
+    def start(variables: dict[str, str], output: Path | None) -> Process:
+        return _start(argv, variables | (env or {}), output, listens)
+
+    code = _run(start, procs, run_folder, forced_exit_s, heard if heard is not None else [])
+    assert code is not None
+    return code
+
+
+def train_ranks(
+    argv: list[str],
+    procs: int,
+    run_folder: str | Path,
+    *,
+    forced_exit_s: float,
+    max_restarts: int = 0,
+    import_ahead: Callable[[], None] | None = None,
+) -> int | None:
+    """The ranks of a training, which listen to signals. Returns the exit code as run_ranks does.
+
+    argv: what a rank runs. max_restarts: how often all are started again, from the newest checkpoint, where they end
+    without a verdict: killed, or by a crash.
+    import_ahead: imports what a rank needs. The ranks are then forks of this process instead, and in each of them this
+    function returns None. Not on a machine with a GPU: a process that has talked to one must not fork.
+    """
+    if import_ahead is not None:
+        # Ctrl-C ends this process; what asks a run to stop waits until there are ranks to hear of it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGINT})
+        os.environ.setdefault("OMP_NUM_THREADS", _threads(procs))
+        import_ahead()
+    heard: list[int] = []
+    restarts = 0
+    while True:
+        start = partial(_start, argv, listens=True) if import_ahead is None else _fork
+        code = _run(start, procs, run_folder, forced_exit_s, heard)
+        is_lost = code not in (None, 0, *AGREED) and not Path(run_folder, run_files.VERDICT).exists()
+        if not is_lost or heard or restarts == max_restarts:
+            return code
+        restarts += 1
+        print(
+            f"--- starting the ranks again from the newest checkpoint, restart {restarts} of {max_restarts}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def has_gpu() -> bool:
+    """Whether this machine shows one, without asking a driver."""
+    return any(Path("/dev", name).exists() for name in GPU_DEVICES)
+
+
+def _run(start: Start, procs: int, run_folder: str | Path | None, forced_exit_s: float, heard: list[int]) -> int | None:
+    """Starts the ranks and follows them to their end. Returns the exit code; in a rank that is a fork, None."""
+    launcher = os.getpid()
     verdict_file = Path(run_folder, run_files.VERDICT) if run_folder is not None else None
     before = _identity(verdict_file)
     port = free_port()
     ranks = _Ranks()
-    with tempfile.TemporaryDirectory(prefix="amclip-") as logs, _forwarding(ranks, heard if heard is not None else []):
-        outputs = [Path(logs, f"rank{rank}") for rank in range(procs)]
+    logs = tempfile.mkdtemp(prefix="amclip-")
+    outputs = [Path(logs, f"rank{rank}") for rank in range(procs)]
+    with _forwarding(ranks, heard):
         try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # one that comes now is for all of them
             for rank in range(procs):
                 # Two ranks that each take every core get in each other's way: a share each, unless it was set.
-                threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // procs))}
-                variables = threads | os.environ | _rank_variables(rank, procs, port) | (env or {})
-                ranks.running[rank] = _start(argv, variables, outputs[rank] if rank else None, listens)
+                variables = {"OMP_NUM_THREADS": _threads(procs)} | os.environ | _rank_variables(rank, procs, port)
+                process = start(variables, outputs[rank] if rank else None)
+                if process is None:
+                    return None
+                ranks.running[rank] = process
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
             _wait(ranks, forced_exit_s)
+            _report_first_failure(ranks.ended, outputs)
         finally:
-            for process in ranks.running.values():
-                _kill(process)
-        _report_first_failure(ranks.ended, outputs)
+            if os.getpid() == launcher:
+                for process in ranks.running.values():
+                    _kill(process)
+                shutil.rmtree(logs, ignore_errors=True)
     failure = next((_as_code(status) for status in ranks.ended.values() if status), 0)
     if set(ranks.ended.values()) == {failure} and failure in AGREED:
         return failure  # agreed by all; after the loss of a folder, the verdict there is another trainer's
     if verdict_file is not None and _identity(verdict_file) != before:
         return (read_verdict(verdict_file.parent) or {"code": failure})["code"]
     return failure
+
+
+def _threads(procs: int) -> str:
+    return str(max(1, (os.cpu_count() or 1) // procs))
 
 
 def is_alone() -> bool:
@@ -114,8 +212,7 @@ def _start(argv: list[str], variables: dict[str, str], output: Path | None, list
 
     def prepare() -> None:
         die_with_parent(parent)
-        if listens:
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        signal.pthread_sigmask(signal.SIG_BLOCK if listens else signal.SIG_UNBLOCK, STOPPING)
 
     with open(output or os.devnull, "wb") as file:
         return subprocess.Popen(
@@ -127,6 +224,27 @@ def _start(argv: list[str], variables: dict[str, str], output: Path | None, list
             stderr=subprocess.STDOUT if output else None,
             preexec_fn=prepare,
         )
+
+
+def _fork(variables: dict[str, str], output: Path | None) -> Fork | None:
+    """The same, as a fork of this process, in which the signals stay held back. Returns None in the fork."""
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if pid := os.fork():
+        with suppress(ProcessLookupError, PermissionError):
+            os.setpgid(pid, pid)  # the child does it too: whichever comes first
+        return Fork(pid)
+    os.setpgid(0, 0)
+    die_with_parent(parent)
+    os.environ.update(variables)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    if output is not None:
+        with output.open("wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    return None
 
 
 def _rank_variables(rank: int, procs: int, port: int) -> dict[str, str]:
@@ -166,8 +284,8 @@ def _wait(ranks: _Ranks, forced_exit_s: float) -> None:
     failed_at: float | None = None
     while ranks.running:
         for rank, process in list(ranks.running.items()):
-            if process.poll() is not None:
-                ranks.ended[rank] = process.returncode
+            if (status := process.poll()) is not None:
+                ranks.ended[rank] = status
                 del ranks.running[rank]
                 _kill(process)  # what it left behind
         now = time.monotonic()
@@ -181,7 +299,7 @@ def _wait(ranks: _Ranks, forced_exit_s: float) -> None:
         time.sleep(0.05)
 
 
-def _kill(process: subprocess.Popen) -> None:
+def _kill(process: Process) -> None:
     """Kills a rank with all that it started, and waits for it."""
     try:
         os.killpg(process.pid, signal.SIGKILL)

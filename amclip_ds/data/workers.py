@@ -63,6 +63,36 @@ def start_worker_server() -> None:
         raise AmclipError(f"data.workers: no worker process can be started: {error}") from None
 
 
+def fork_worker_server() -> None:
+    """Starts that process as a fork of this one, which has imported worker_imports: nothing is imported again. Only
+    where this process has no threads yet and its signals are held back.
+
+    What multiprocessing knows of its server is set as its own start does, but for its resource tracker, whose start
+    lets signals through. Another Python may keep it elsewhere: there the server is started as ever, when it is asked
+    for.
+    """
+    from multiprocessing import connection, forkserver
+
+    known: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if sys.version_info >= (3, 14) or not hasattr(known, "_forkserver_alive_fd"):
+        return
+    with socket.socket(socket.AF_UNIX) as listener:
+        address = connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
+        listener.bind(address)
+        os.chmod(address, 0o600)
+        listener.listen()
+        ended, alive = os.pipe()
+        pid = os.fork()
+        if not pid:
+            os.close(alive)
+            try:
+                forkserver.main(listener.detach(), ended, [])
+            finally:
+                os._exit(0)
+        os.close(ended)
+    known._forkserver_address, known._forkserver_alive_fd, known._forkserver_pid = address, alive, pid
+
+
 @dataclass
 class _Worker:
     """One process, this side's end of its socket, and what it was asked for and has not given yet."""

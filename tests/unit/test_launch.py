@@ -160,3 +160,79 @@ def test_ranks_die_with_their_launcher(tmp_path: Path) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+FORKS = """
+from amclip_ds.launch import train_ranks
+def ahead():
+    (folder / "pids").write_text(str(os.getpid()))
+    {ahead}
+code = train_ranks([], 2, folder, forced_exit_s=60, max_restarts={restarts}, import_ahead=ahead)
+if code is not None:
+    assert not [name for name in os.listdir(os.environ["TMPDIR"]) if name.startswith("amclip-")]
+    sys.exit(code)
+rank = int(os.environ["RANK"])
+attempt = len(list(folder.glob(f"begun{{rank}}-*")))
+(folder / f"begun{{rank}}-{{attempt}}").write_text(str(os.getpid()))
+"""
+
+
+def forks(folder: Path, body: str, ahead: str = "", restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """A launcher whose two ranks are its forks and run `body`; `ahead` runs before there are any."""
+    head = HEAD.replace('int(os.environ["RANK"])', "None") + FORKS.format(ahead=ahead or "pass", restarts=restarts)
+    (folder / "tmp").mkdir()
+    return subprocess.run(
+        [sys.executable, "-S", "-c", head + textwrap.dedent(body), str(folder)],
+        cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"TMPDIR": str(folder / "tmp")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_forks_are_ranks_of_their_own_and_hear_what_came_before_them(tmp_path: Path) -> None:
+    """A signal that arrives while the launcher imports for them stops them as any other does."""
+    body = """
+    assert os.environ["WORLD_SIZE"] == "2" and os.getpgrp() == os.getpid()
+    print("spoken by rank", rank)
+    listen()
+    wait()
+    time.sleep(0.3)
+    (folder / f"heard{rank}").write_text(" ".join(heard))
+    sys.exit(75)
+    """
+    done = forks(tmp_path, body, ahead="os.kill(os.getpid(), signal.SIGTERM)")
+    assert done.returncode == 75, done.stderr
+    assert [(tmp_path / f"heard{rank}").read_text() for rank in (0, 1)] == ["SIGTERM"] * 2
+    assert done.stdout == "spoken by rank 0\n"
+    launcher = (tmp_path / "pids").read_text()
+    assert len({launcher, *((tmp_path / f"begun{rank}-0").read_text() for rank in (0, 1))}) == 3
+
+
+LOST = """
+if rank == 1 and attempt < 2:
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0 if attempt == 2 else 60)
+"""
+
+
+def test_lost_ranks_are_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, as often as was allowed; what the launcher imports is imported once."""
+    done = forks(tmp_path, LOST, ahead="import amclip_ds.launch as l; l.GRACE_S = 0.1", restarts=2)
+    assert done.returncode == 0 and "restart 2 of 2" in done.stderr, done.stderr
+    assert len(list(tmp_path.glob("begun*"))) == 6
+
+
+def test_lost_ranks_are_not_started_again_more_often_than_asked(tmp_path: Path) -> None:
+    done = forks(tmp_path, LOST, ahead="import amclip_ds.launch as l; l.GRACE_S = 0.1", restarts=1)
+    assert done.returncode == 128 + signal.SIGKILL and len(list(tmp_path.glob("begun*"))) == 4, done.stderr
+
+
+@pytest.mark.parametrize(
+    "ending", ['(folder / "exit.json").write_text(json.dumps({"code": 1})); sys.exit(1)', "sys.exit(2)"]
+)
+def test_what_ended_with_a_verdict_is_not_started_again(ending: str, tmp_path: Path) -> None:
+    assert forks(tmp_path, ending, restarts=5).returncode in (1, 2)
+    assert len(list(tmp_path.glob("begun*"))) == 2
