@@ -32,6 +32,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.max_restarts is not None and args.procs is None:
         raise UserError("--max-restarts: it is the launcher of --procs N that restarts; add --procs, or leave it out")
+    if args.max_restarts and args.resume != "auto":
+        raise UserError(
+            f"--max-restarts: a restart continues from the newest checkpoint, not with --resume {args.resume}"
+        )
     if args.procs is None:
         preemption.listen()  # before anything slow: no signal may be lost, or end what cannot save yet
     settings = config.load(args.recipe, args.overrides, args.plugin)
