@@ -164,7 +164,7 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     for group in groups.values():
-        if group["use_muon"]:  # as DeepSpeed's Muon sorts them: where a matrix lies is known before it is built
+        if group["use_muon"]:  # as DeepSpeed's Muon sorts them: a matrix's place is known before that is built
             names, parameters = group["names"], group["params"]
             order = sorted(range(len(names)), key=lambda place: shape_of(parameters[place]), reverse=True)
             group |= {"names": [names[i] for i in order], "params": [parameters[i] for i in order]}

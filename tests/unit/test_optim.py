@@ -44,7 +44,7 @@ def test_what_breaks_the_alignment_comes_last_of_all(layer_decay: float) -> None
     assert odd == [len(sizes) - 2, len(sizes) - 1], "the logit scale and the bias"
 
 
-def test_muons_matrices_lie_as_deepspeeds_muon_sorts_them() -> None:
+def test_muons_matrices_come_as_deepspeeds_muon_sorts_them() -> None:
     """The largest first: what a rank holds at a boundary is planned by this order (plan/model_state.py)."""
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
