@@ -43,7 +43,7 @@ class TrainingData:
     num_units: random numbers per view for the mask; draws_twice: masks read a second draw of them.
     teacher_contains: the teacher's crop contains every view (boxes.py). fills_text_budget: compat.Compat.
     hidden_share: of a text's words that are hidden in its cloze form; 0: there is none.
-    once: does a work on rank 0 and gives every rank its result (engine.collectives.on_main), so that one rank alone
+    once: does a work on rank 0 and gives every rank its result (ranks.collectives.on_main), so that one rank alone
     reads the shards and builds a missing index; without it every process does so by itself. Collective through it.
     index_dir: where a missing index is put (the run folder: others train on the same shards); None: beside the shards.
     resumes: whether a checkpoint was trained on these shards, so that what has changed in them since is refused.
