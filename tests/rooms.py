@@ -39,10 +39,16 @@ def rooms() -> set[str]:
     return {room_of(path) for path in PACKAGE.rglob("*.py")}
 
 
+@functools.cache
+def nodes_of(text: str) -> tuple[ast.AST, ...]:
+    """Of a module's text; texts are asked for several times."""
+    return tuple(ast.walk(ast.parse(text)))
+
+
 def imports_of(text: str) -> set[str]:
     """Dotted names imported anywhere in a module's text, function bodies included."""
     names = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes_of(text):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -1,6 +1,8 @@
 """Imports go down and in no circle (tests/rooms.py has the floors); deepspeed and os.environ have their places."""
 
 import ast
+import functools
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,7 @@ from tests.rooms import (
     upward,
 )
 
+ROOT = PACKAGE.parent
 GROUND = set(FLOORS["the ground"].split())
 ALONE = {  # rooms that import less of the package than their floor allows: they know nothing of ranks
     "masks": GROUND,
@@ -67,6 +70,39 @@ def test_a_wrong_import_is_seen(line: str) -> None:
     assert not too_much("model", "from amclip_ds.errors import UserError\nimport torch\n")
 
 
+@functools.cache
+def names_of(module: Path) -> set[str]:
+    """All that a module's text binds, anywhere in it."""
+    nodes = nodes_of(module.read_text())
+    found = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    found |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return found | {a.asname or a.name for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
+
+
+def file_of(module: str) -> Path | None:
+    place = ROOT / module.replace(".", "/")
+    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.exists()), None)
+
+
+def lost_imports(text: str) -> list[str]:
+    """`from` imports of ours that lead nowhere."""
+    lost = []
+    for node in nodes_of(text):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("amclip_ds", "tests"):
+            file = file_of(node.module or "")
+            known = names_of(file) if file else set()
+            lost += [f"{node.module}.{a.name}" for a in node.names if a.name not in known]
+    return [name for name in lost if file_of(name) is None]
+
+
+def test_imports_of_tests_and_benchmarks_lead_somewhere() -> None:
+    """Most of them are run by night or by hand alone."""
+    modules = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    found = {str(path.relative_to(ROOT)): lost_imports(path.read_text()) for path in modules}
+    assert not {path: names for path, names in found.items() if names}
+    assert lost_imports("from amclip_ds.checkpoint import save, tools") == ["amclip_ds.checkpoint.tools"]
+
+
 def test_deepspeed_is_imported_by_the_engine_and_two_modules() -> None:
     importing = {
         str(path.relative_to(PACKAGE))
@@ -79,7 +115,7 @@ def test_deepspeed_is_imported_by_the_engine_and_two_modules() -> None:
 def test_only_the_runtime_reads_the_environment() -> None:
     readers = set()
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path.read_text()):
             if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
                 readers.add(str(path.relative_to(PACKAGE)))
     assert readers <= READ_ENVIRONMENT, readers - READ_ENVIRONMENT
