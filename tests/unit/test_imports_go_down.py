@@ -13,6 +13,7 @@ from tests.rooms import (
     arrows,
     circles,
     imports_of,
+    nodes_of,
     picture,
     room_of,
     rooms,
@@ -73,7 +74,7 @@ def test_a_wrong_import_is_seen(line: str) -> None:
 @functools.cache
 def names_of(module: Path) -> set[str]:
     """All that a module's text binds, anywhere in it."""
-    nodes = nodes_of(module.read_text())
+    nodes = list(ast.walk(ast.parse(module.read_text())))
     found = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     found |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     return found | {a.asname or a.name for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
@@ -87,7 +88,7 @@ def file_of(module: str) -> Path | None:
 def lost_imports(text: str) -> list[str]:
     """`from` imports of ours that lead nowhere."""
     lost = []
-    for node in nodes_of(text):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("amclip_ds", "tests"):
             file = file_of(node.module or "")
             known = names_of(file) if file else set()
@@ -95,6 +96,7 @@ def lost_imports(text: str) -> list[str]:
     return [name for name in lost if file_of(name) is None]
 
 
+@pytest.mark.nightly
 def test_imports_of_tests_and_benchmarks_lead_somewhere() -> None:
     """Most of them are run by night or by hand alone."""
     modules = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
