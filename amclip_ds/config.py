@@ -287,6 +287,14 @@ def load_run(file: Path) -> TrainConfig:
     return loaded
 
 
+def model_of_run(path: Path) -> ModelConfig | None:
+    """The model of a run, or of the run that a checkpoint or an export is in; None: there is no such run."""
+    for folder in (path, path.absolute().parent.parent):
+        if (folder / run_files.CONFIG).is_file():
+            return load_run(folder / run_files.CONFIG).model
+    return None
+
+
 def _build(recipe: str, read: list[tuple[str, dict[str, Any]]], overrides: Sequence[str]) -> TrainConfig:
     """read: the yaml layers, each with its source."""
     kind = settings_type()

@@ -84,13 +84,11 @@ def check_teacher(config: TrainConfig) -> None:
     path = hub.local(config.distill.teacher)
     if not path.exists():
         raise UserError(f"distill.teacher: no such file or folder: {config.distill.teacher}{hub.missing(str(path))}")
-    for folder in (path, path.absolute().parent.parent):  # of a run, or of the run of a checkpoint
-        if (folder / run_files.CONFIG).is_file():
-            teacher = settings.load_run(folder / run_files.CONFIG).model
-            check_teacher_fits(teacher, config.model, str(path))
-            check_width(config, teacher.embed_dim)
-            check_weights(path, folder)
-            return
+    if teacher := settings.model_of_run(path):
+        check_teacher_fits(teacher, config.model, str(path))
+        check_width(config, teacher.embed_dim)
+        check_weights(path)
+        return
     from amclip_ds.distill import check_export  # it loads torch
     from amclip_ds.evaluate import export_folder
 
@@ -101,15 +99,17 @@ def check_teacher(config: TrainConfig) -> None:
         check_width(config, export_folder.read_hugging_face(path).model["projection_dim"])
 
 
-def check_weights(path: Path, run: Path) -> None:
+def check_weights(path: Path) -> None:
     """Raises UserError for a run that has saved nothing, and for what is no checkpoint or export in a run; the ranks
     read the files."""
-    if path != run and not (path / MANIFEST).exists():
+    names = (MANIFEST, run_files.CHECKPOINTS, "student.safetensors", "teacher.safetensors")
+    if any((path / name).exists() for name in names):
+        return
+    if not (path / run_files.CONFIG).is_file():
         from amclip_ds.distill import check_export  # it loads torch
 
         check_export(str(path))
-    names = (MANIFEST, run_files.CHECKPOINTS, "student.safetensors", "teacher.safetensors")
-    if path == run and not any((path / name).exists() for name in names):
+    else:
         raise UserError(f"distill.teacher: {path}: no weights yet: neither student.safetensors nor a checkpoint")
 
 

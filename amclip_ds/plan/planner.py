@@ -81,7 +81,7 @@ def memory_of(step: Work) -> Memory:
     """The peak of a training step, without allocating anything."""
     ds = read_ds_config(step.config.engine)
     state, acts = model_state.state_of(step), work.activations_of(step)
-    inputs = work.input_bytes(step)
+    inputs = work.input_bytes(step) | {"distill": work.frozen_bytes(step)}
     standing = {part: size for part, size in state.items() if part != "gradients"} | inputs
     buckets = _bucket_bytes(step, ds)
     is_split = step.batch.splits > 1
@@ -104,7 +104,17 @@ def memory_of(step: Work) -> Memory:
         "publish": standing | {"transient": _published_bytes(step)},
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    order = [*model_state.PARTS, "activations", "logits", "images", "photometric", "transient", "muon", "buckets"]
+    order = [
+        *model_state.PARTS,
+        "distill",
+        "activations",
+        "logits",
+        "images",
+        "photometric",
+        "transient",
+        "muon",
+        "buckets",
+    ]
     by_part = {part: float(moments[moment].get(part, 0.0)) for part in order}
     return Memory(state, by_part, moment, acts.towers + acts.objectives)
 
@@ -420,9 +430,10 @@ def _notes(plan: Plan) -> list[str]:
             "nothing fits: model.vision.checkpoint_every=1, model.text.checkpoint_every=1 recompute activations; or"
             " take an _offload file of ds_configs, or more GPUs"
         )
-    if plan.config.distill.teacher:
+    if plan.config.distill.teacher and work.work_of(plan.config, ask.gpus).frozen is None:
         found.append(
-            "distill.teacher: the weights and the forward of the frozen model are not counted; they come on top"
+            "distill.teacher: no run of ours is there, so the frozen model's weights and forward are not counted; they"
+            " come on top"
         )
     for name, options in vars(plan.config.loss).items():
         if getattr(options, "weight", 0) and options.start:

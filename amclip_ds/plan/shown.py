@@ -16,6 +16,7 @@ MEANING = {
     "moments": "of the optimizer",
     "ema": "the teacher's average, fp32",
     "teacher": "its copy for the forward",
+    "distill": "distill.teacher's weights, fp32",
     "activations": "of both towers",
     "logits": "logits and heads of objectives",
     "images": "views and teacher's crop, uint8",

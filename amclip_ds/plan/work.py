@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from amclip_ds import config as settings
+from amclip_ds import hub
 from amclip_ds.config import BatchPlan, TrainConfig
 from amclip_ds.engine.ds_config import AUTO, BLOCK, TOWER, read_ds_config
 from amclip_ds.errors import SettingsError, UserError, in_one_line
 from amclip_ds.masks import masks_of_views, needs_of
 from amclip_ds.masks.units import num_kept
-from amclip_ds.model.config import grid_of
+from amclip_ds.model.config import ModelConfig, grid_of
 from amclip_ds.plan import objectives, shapes
 from amclip_ds.plan.objectives import FP32, Cost, Part
 from amclip_ds.plan.shapes import Parameters, Tower
@@ -44,6 +45,8 @@ class Work:
     student: Parameters
     teacher: Parameters
     """empty without one"""
+    frozen: ModelConfig | None
+    """distill.teacher's, where it is a run or a checkpoint of ours"""
     bytes: int
     """of a number in the dtype of the forward"""
     stage: int
@@ -101,6 +104,7 @@ def work_of(config: TrainConfig, world: int, text_tokens: int | None = None) -> 
         parts=parts,
         student=shapes.model_parameters(config.model, tower, parameters, has_bias),
         teacher=teacher,
+        frozen=settings.model_of_run(hub.local(config.distill.teacher)) if config.distill.teacher else None,
         bytes=2 if ds.get("bf16", {}).get("enabled") else FP32,
         stage=int(ds.get("zero_optimization", {}).get("stage", 0)),
     )
@@ -211,7 +215,8 @@ def flops_of(work: Work) -> Flops:
     return Flops(
         vision=B * vision,
         text=B * text,
-        teacher=B * max(1, sizes.teacher_looks) * _teacher_forward(work) + _observed(work, sizes),
+        teacher=B * (max(1, sizes.teacher_looks) * _teacher_forward(work) + _frozen_forward(work))
+        + _observed(work, sizes),
         objectives=sum(part.cost(sizes).flops for part in work.parts.values()),
         again=B * again,
     )
@@ -254,6 +259,28 @@ def _teacher_forward(work: Work) -> float:
     return linear + attention + scores + 2.0 * patches * tower.width * 3 * tower.patch**2
 
 
+def _frozen_forward(work: Work) -> float:
+    """Of distill.teacher, over every view and the text of a sample, at the student's sizes."""
+    model = work.frozen
+    if model is None:
+        return 0.0
+    tower, side = shapes.tower_of(model.vision), work.config.model.vision.image_size
+    patches, pooled = grid_of(side, tower.patch) ** 2, model.vision.pool == "cls"
+    of_view = sum(blocks_forward(tower.width, tower.hidden, tower.depth, 1 + patches, pooled))
+    of_view += 2.0 * tower.width * (patches * 3 * tower.patch**2 + model.embed_dim)
+    text, hidden = model.text, int(model.text.width * model.text.mlp_ratio)
+    of_text = sum(blocks_forward(text.width, hidden, text.depth, work.text_tokens, pooled=True))
+    return len(work.views) * of_view + of_text + 2.0 * text.width * model.embed_dim
+
+
+def frozen_bytes(work: Work) -> float:
+    """The weights of distill.teacher, whole in fp32 on every rank."""
+    if work.frozen is None:
+        return 0.0
+    parameters = shapes.model_parameters(work.frozen, shapes.tower_of(work.frozen.vision), {}, False)
+    return float(FP32 * sum(parameter.numel() for parameter in parameters.values()))
+
+
 def _observed(work: Work, sizes: objectives.Sizes) -> float:
     return sum(part.observed(sizes) for part in work.parts.values())
 
@@ -275,10 +302,12 @@ def operations(config: TrainConfig, world: int) -> Callable[[int | list[int], fl
     """(kept tokens of the views, tokens of a text, how much of the run is done) -> the operations of a rank's batch:
     what a run's MFU goes by.
 
-    None where a part of the run cannot be counted: it may be sound all the same.
+    None where a part of the run cannot be counted, as of a teacher from another library: it may be sound all the same.
     """
     try:
         work = work_of(config, world)
+        if config.distill.teacher and work.frozen is None:
+            return None
         flops_of(work)  # traces what is not known beforehand
     except UserError:
         return None

@@ -1,6 +1,7 @@
 """Operations and bytes of a step: the formulas against torch's own count and what autograd really keeps."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +65,19 @@ def test_operations_against_clips_are_the_published_designs(recipe: str, ratio: 
         for name in ("clip", recipe)
     )
     assert other.model / clip.model == pytest.approx(ratio, rel=0.05)
+
+
+def test_a_frozen_teacher_counts_where_its_run_is_there(tmp_path: Path) -> None:
+    """CLIP-KD with a B/16 teacher is 1.33 of CLIP, its weights are on every rank; without its run there is no MFU."""
+    (tmp_path / "config.yaml").write_text(config.dump(config.load("clip-vitb16")))
+    words = [f"distill.teacher={tmp_path}", "engine.savings.last_block=false"]
+    taught = work.work_of(config.load("clipkd-vitb16", words), 64)
+    clip = work.work_of(config.load("clip-vitb16", words[1:]), 64)
+    assert work.flops_of(taught).model / work.flops_of(clip).model == pytest.approx(1.33, rel=0.05)
+    student = sum(parameter.numel() for parameter in clip.student.values())
+    assert work.frozen_bytes(taught) == 4 * student and work.frozen_bytes(clip) == 0
+    assert work.operations(config.load("clipkd-vitb16", words), 64) is not None
+    assert work.operations(config.load("clipkd-vitb16", ["distill.teacher=/another/model"]), 64) is None
 
 
 def test_the_teacher_that_sees_views_has_no_crop_and_looks_at_each() -> None:
