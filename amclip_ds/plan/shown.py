@@ -147,7 +147,8 @@ def explain(plan: Plan) -> Iterator[str]:
     yield "  step (state + a fp32 copy of the gradients of a rank), publish (state + the teacher's all-gather)"
     flops = work.flops_of(step)
     yield "FLOP of a forward: 2 x multiply-adds; block: tokens (8 D^2 + 4 D M) + 4 tokens^2 D; backward: twice the"
-    yield "  linear layers, 2.5 times attention; the teacher: a forward of its crop"
+    yield "  linear layers, 2.5 times attention; the teacher: a forward of its crop;"
+    yield "  distill.teacher: one of each view and of the text"
     for name in ("vision", "text", "teacher", "objectives", "again"):
         yield f"  {name:<11} {getattr(flops, name) / TERA:,.3f} TFLOP a rank" + (
             " (runs a second time)" if name == "again" else ""
