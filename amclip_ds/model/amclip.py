@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
@@ -28,7 +27,7 @@ from amclip_ds.model.features import (
     check_terms,
 )
 from amclip_ds.model.savings import Savings
-from amclip_ds.model.text import TextTower
+from amclip_ds.model.towers import TwoTowers, normalise
 from amclip_ds.model.vision import VisionTower
 
 
@@ -48,11 +47,11 @@ class Sizes:
 
 
 def no_objectives(sizes: Sizes) -> Mapping[str, nn.Module]:
-    """Towers and projections alone, as an evaluation reads them."""
+    """TwoTowers and projections alone, as an evaluation reads them."""
     return {}
 
 
-class AClip(nn.Module):
+class AClip(TwoTowers):
     """One module with one forward, so that one engine has one gradient norm, one skip decision and one step."""
 
     def __init__(
@@ -62,11 +61,7 @@ class AClip(nn.Module):
         savings: Savings | None = None,
     ) -> None:
         """build_objectives: makes the objectives (objectives.Objective), in the order of their terms' sum."""
-        super().__init__()
-        self.vision = VisionTower(model.vision, savings)
-        self.text = TextTower(model.text, savings)
-        self.image_projection = nn.Linear(self.vision.width, model.embed_dim, bias=False)
-        self.text_projection = nn.Linear(self.text.width, model.embed_dim, bias=False)
+        super().__init__(model, savings)
         self._known_finite: set[str] = set()  # parts of plug-ins' objectives
         self.objectives = nn.ModuleDict(build_objectives(sizes_of(self.vision, model)))
         self.logit_scale = nn.Parameter(torch.zeros(1))  # (1,): a 0-d parameter crashes deepspeed.initialize
@@ -75,10 +70,6 @@ class AClip(nn.Module):
     def features(self, progress: float = 1.0) -> frozenset[str]:
         """What the objectives that have begun read, all together."""
         return frozenset().union(*(objective.features for objective in self._objectives(progress).values()))
-
-    def forward(self, method: Callable[..., Any], *inputs: Any) -> Any:
-        """The engine's entry: `method` of this class over the inputs (an engine's hooks watch forward alone)."""
-        return method(self, *inputs)
 
     def encode(self, inputs: StudentInputs, targets: Targets) -> Encoded:
         """Both towers over some samples, and the per-sample terms, which read tokens. targets: of the same samples."""
@@ -167,14 +158,6 @@ class AClip(nn.Module):
         """The tokens that stay of some views, [v * B, K]; None: all. The tower runs whole, though its first layer
         decides: ZeRO-3 gathers ahead what follows in it."""
         return self.vision(group.images.flatten(0, 1), group.selections, num_views=len(group.views)).keep_indices
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised, every token -> embeddings [B, E], fp32 rows of unit length."""
-        return normalise(self.image_projection(self.vision.feature(self.vision(images, cls_only=True).tokens)))
-
-    def embed_texts(self, token_ids: Tensor) -> Tensor:
-        """[B, T] -> embeddings [B, E], fp32 rows of unit length."""
-        return normalise(self.text_projection(self.text(token_ids)))
 
     def _features_of_views(self, tokens: list[Tensor], outputs: list[Any]) -> Tensor:
         """[V, B, D]; of one group of views computed on its output as it is, without a copy."""
@@ -298,8 +281,3 @@ def sizes_of(vision: VisionTower, model: ModelConfig) -> Sizes:
         context_length=model.text.context_length,
         vocab_size=model.text.vocab_size,
     )
-
-
-def normalise(x: Tensor) -> Tensor:
-    """Rows of unit length, in fp32."""
-    return F.normalize(x.float(), dim=-1)

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
-from amclip_ds.model.amclip import Sizes, no_objectives, normalise, sizes_of
+from amclip_ds.model.amclip import Sizes, no_objectives, sizes_of
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.features import Seen, Targets, check_targets
 from amclip_ds.model.savings import Savings
-from amclip_ds.model.text import TextTower
-from amclip_ds.model.vision import VisionTower
+from amclip_ds.model.towers import TwoTowers
 
 OBSERVING = ("vision.", "objectives.")  # the parameters that `observe` reads; texts are for evaluations alone
 
@@ -27,8 +26,8 @@ class Observed(NamedTuple):
     """[B, N] fp32; of all views [V, B, N]"""
 
 
-class TeacherModel(nn.Module):
-    """Never trained by gradient: every parameter has requires_grad False."""
+class TeacherModel(TwoTowers):
+    """Never trained by gradient: every parameter has requires_grad False; call it under torch.no_grad()."""
 
     def __init__(
         self,
@@ -37,11 +36,7 @@ class TeacherModel(nn.Module):
         savings: Savings | None = None,
     ) -> None:
         """build_objectives: as AClip's; of each, the submodules that it wants averaged become the teacher's."""
-        super().__init__()
-        self.vision = VisionTower(model.vision, savings)
-        self.text = TextTower(model.text, savings)
-        self.image_projection = nn.Linear(self.vision.width, model.embed_dim, bias=False)
-        self.text_projection = nn.Linear(self.text.width, model.embed_dim, bias=False)
+        super().__init__(model, savings)
         self.objectives = nn.ModuleDict()
         self._observers: dict[str, Any] = {}  # what is left of each objective: its `observe` and its options
         for name, objective in build_objectives(sizes_of(self.vision, model)).items():
@@ -63,10 +58,6 @@ class TeacherModel(nn.Module):
         super().train(mode)
         self.objectives.train(True)
         return self
-
-    def forward(self, method: Callable[..., Any], *inputs: Any) -> Any:
-        """The engine's entry: `method` of this class over the inputs. Call it under torch.no_grad()."""
-        return method(self, *inputs)
 
     def observe(self, images: Tensor, wants: frozenset[str], comm: Comm, progress: float = 1.0) -> Observed:
         """images [B, 3, h, w] normalised, or all views [V, B, 3, h, w]: then V follows B in what is seen, and is first
@@ -93,14 +84,6 @@ class TeacherModel(nn.Module):
         scores = self.vision(images.flatten(0, -4), with_scores=True).scores
         assert scores is not None
         return scores.unflatten(0, images.shape[:-3])
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised -> embeddings [B, E], fp32 rows of unit length."""
-        return normalise(self.image_projection(self.vision.feature(self.vision(images, cls_only=True).tokens)))
-
-    def embed_texts(self, token_ids: Tensor) -> Tensor:
-        """[B, T] -> embeddings [B, E], fp32 rows of unit length."""
-        return normalise(self.text_projection(self.text(token_ids)))
 
 
 def samples_first(part: Tensor, dimensions: int) -> Tensor:

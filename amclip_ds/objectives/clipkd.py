@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
 from amclip_ds.errors import UserError
-from amclip_ds.model.amclip import Sizes, normalise
+from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import ClipKDOptions, other_width
 from amclip_ds.model.features import FROZEN_IMAGES, FROZEN_SCALE, FROZEN_TEXTS, Features, Terms
 from amclip_ds.model.init import constant
+from amclip_ds.model.towers import normalise
 from amclip_ds.objectives.base import Objective
 from amclip_ds.objectives.contrastive import cross_entropy
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from amclip_ds.masks import MaskConfig, MaskInputs
 from amclip_ds.masks.selection import gather_tokens, pixels_of, select
 from amclip_ds.masks.units import pool
-from amclip_ds.model.amclip import Sizes, normalise
+from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import DetailCLIPOptions
 from amclip_ds.model.features import Features, Seen
+from amclip_ds.model.towers import normalise
 from amclip_ds.objectives import contrastive
 from amclip_ds.objectives.detailclip import DetailCLIP
 from amclip_ds.objectives.patches import positions

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from amclip_ds.comm import Comm
-from amclip_ds.model.amclip import Sizes, normalise
+from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import HeadsConfig
 from amclip_ds.model.features import Features
+from amclip_ds.model.towers import normalise
 from amclip_ds.objectives import clipkd, contrastive, patches, simclr
 from amclip_ds.objectives.sigmoid import sigmoid
 from tests.parity.numbers import ALONE, Numbers, close, close_gradient, close_loss

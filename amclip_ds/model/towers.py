@@ -1,0 +1,43 @@
+"""Both towers and their projections: what the student and the teacher have in common.
+
+Shapes: B samples, T tokens, E embedding.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amclip_ds.model.config import ModelConfig
+from amclip_ds.model.savings import Savings
+from amclip_ds.model.text import TextTower
+from amclip_ds.model.vision import VisionTower
+
+
+class TwoTowers(nn.Module):
+    """Vision and text, each with its projection into the shared space."""
+
+    def __init__(self, model: ModelConfig, savings: Savings | None) -> None:
+        super().__init__()
+        self.vision = VisionTower(model.vision, savings)
+        self.text = TextTower(model.text, savings)
+        self.image_projection = nn.Linear(self.vision.width, model.embed_dim, bias=False)
+        self.text_projection = nn.Linear(self.text.width, model.embed_dim, bias=False)
+
+    def forward(self, method: Callable[..., Any], *inputs: Any) -> Any:
+        """The engine's entry: `method` of this class over the inputs (an engine's hooks watch forward alone)."""
+        return method(self, *inputs)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised, every token -> embeddings [B, E], fp32 rows of unit length."""
+        return normalise(self.image_projection(self.vision.feature(self.vision(images, cls_only=True).tokens)))
+
+    def embed_texts(self, token_ids: Tensor) -> Tensor:
+        """[B, T] -> embeddings [B, E], fp32 rows of unit length."""
+        return normalise(self.text_projection(self.text(token_ids)))
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Rows of unit length, in fp32."""
+    return F.normalize(x.float(), dim=-1)
