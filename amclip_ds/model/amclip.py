@@ -47,7 +47,7 @@ class Sizes:
 
 
 def no_objectives(sizes: Sizes) -> Mapping[str, nn.Module]:
-    """TwoTowers and projections alone, as an evaluation reads them."""
+    """Towers and projections alone, as an evaluation reads them."""
     return {}
 
 
