@@ -21,7 +21,7 @@ import psutil
 HERE = Path(__file__).resolve().parents[1]
 COUNTED = """
 import runpy, sys
-from amclip_ds import timeline
+from amclip_ds.record import timeline
 first_step = timeline.Timeline.first_step
 def counted(self):
     line = first_step(self)

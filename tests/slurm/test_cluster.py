@@ -11,7 +11,7 @@ from tests.slurm.cluster import Cluster, ClusterError
 
 RENDEZVOUS = """
 import socket
-from amclip_ds.engine import runtime
+from amclip_ds.ranks import runtime
 started = runtime.start(120)
 import torch
 total = torch.tensor([10.0 ** started.rank])

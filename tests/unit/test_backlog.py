@@ -173,7 +173,7 @@ def test_a_tracker_that_raises_is_one_incident(tmp_path: Path, monkeypatch: pyte
 SMALL_DISK = """
 import errno, json, os, subprocess, sys
 from pathlib import Path
-from amclip_ds import backlog
+from amclip_ds.record import backlog
 backlog.RETRY_S = 0.0
 from amclip_ds.run_folder import write_verdict
 from tests.unit.test_backlog import record
