@@ -21,7 +21,10 @@ import psutil
 HERE = Path(__file__).resolve().parents[1]
 COUNTED = """
 import runpy, sys
-from amclip_ds.record import timeline
+try:
+    from amclip_ds.record import timeline
+except ImportError:  # an older checkout
+    from amclip_ds import timeline
 first_step = timeline.Timeline.first_step
 def counted(self):
     line = first_step(self)
