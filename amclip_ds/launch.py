@@ -101,6 +101,11 @@ def run_ranks(
     return code
 
 
+def hold_signals_back() -> None:
+    """Keeps what asks a run to stop for the ranks that train_ranks will start. Until then Ctrl-C ends this process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGINT})
+
+
 def train_ranks(
     argv: list[str],
     procs: int,
@@ -118,8 +123,6 @@ def train_ranks(
     function returns None. Not on a machine with a GPU: a process that has talked to one must not fork.
     """
     if import_ahead is not None:
-        # Ctrl-C ends this process; what asks a run to stop waits until there are ranks to hear of it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGINT})
         os.environ.setdefault("OMP_NUM_THREADS", _threads(procs))
         import_ahead()
     heard: list[int] = []

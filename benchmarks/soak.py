@@ -137,7 +137,7 @@ def under_fire(out: Path, data: Path, steps: int, minutes: int, dice: random.Ran
             faults.append(strike(launcher, out, dice))
         if launcher.poll() is not None:
             codes.append(launcher.returncode)
-            if launcher.returncode not in (0, 75, -signal.SIGKILL):
+            if launcher.returncode not in (0, 75, -signal.SIGKILL, -signal.SIGTERM):  # the last: it had hardly begun
                 raise SystemExit(f"the run ended with code {launcher.returncode}; see {out.parent / out.name}.log")
             launcher = None
         time.sleep(0.05)

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from amclip_ds import config, preconditions
-    from amclip_ds.launch import is_alone, is_first_rank
+    from amclip_ds.launch import hold_signals_back, is_alone, is_first_rank
     from amclip_ds.resilience import preemption
 
     if args.max_restarts is not None and args.procs is None:
@@ -36,8 +36,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"--max-restarts: a restart continues from the newest checkpoint, not with --resume {args.resume}"
         )
+    # Before anything slow: no signal may be lost, or end what cannot save yet.
     if args.procs is None:
-        preemption.listen()  # before anything slow: no signal may be lost, or end what cannot save yet
+        preemption.listen()
+    else:
+        hold_signals_back()
     settings = config.load(args.recipe, args.overrides, args.plugin)
     if args.procs is not None or is_alone():
         preconditions.check(settings, args.resume)

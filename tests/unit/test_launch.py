@@ -163,7 +163,8 @@ def test_ranks_die_with_their_launcher(tmp_path: Path) -> None:
 
 
 FORKS = """
-from amclip_ds.launch import train_ranks
+from amclip_ds.launch import hold_signals_back, train_ranks
+hold_signals_back()
 def ahead():
     (folder / "pids").write_text(str(os.getpid()))
     {ahead}
