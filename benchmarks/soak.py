@@ -157,8 +157,9 @@ def restarts(out: Path, faults: list[Fault]) -> dict[str, list[dict[str, float]]
     timeline = read_lines(out / "timeline.jsonl")
     found: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     for fault, following in zip(faults, [*faults[1:], None]):
-        until = following.at if following else time.time()
-        begun = [row for row in timeline if row["event"] == "start" and fault.at < row["time"] < until]
+        since, until = fault.gone or fault.at, following.at if following else time.time()
+        starts = [row for row in timeline if row["event"] == "start" and row["time"] < until]
+        begun = [row for row in starts if row["time"] - row["before_s"] > since]  # others began before the fault
         if not begun or not fault.at < first_rows.get(begun[-1]["attempt"], 0.0) < until:
             continue  # the next fault came before the first step
         rows = [row for row in timeline if row["attempt"] == begun[-1]["attempt"]]

@@ -199,7 +199,7 @@ def test_a_node_slowed_to_a_tenth(network: Network, launch: Callable[..., Fleet]
     for node in range(NODES):
         network.limit(node, RATES[node == 3])
     try:
-        fleet = launch()
+        fleet = launch("watchdog.step_timeout_s=900")
         assert fleet.end(1800) == [0] * NODES, fleet.printed()
     finally:
         network.unlimit()
