@@ -45,6 +45,7 @@ SETTINGS = (
     "model.vision.depth=1",
     "model.text.depth=1",
 )
+ENDINGS = (0, 75, -signal.SIGKILL, -signal.SIGTERM)  # of a launcher; the last of one that had hardly begun
 WINDOW = 20
 PHASES = ("verify", "index", "build", "resume", "first_batch")
 
@@ -129,22 +130,24 @@ def under_fire(out: Path, data: Path, steps: int, minutes: int, dice: random.Ran
     faults: list[Fault] = []
     codes: list[int] = []
     launcher = None
-    while (now := time.monotonic() - began) < 60 * minutes:
-        if launcher is None:
-            launcher = start(out, data, steps, dice.randint(1, 3), dice.randint(1, 3))
-        if due and now >= due[0] and launcher.poll() is None:
-            due.pop(0)
-            faults.append(strike(launcher, out, dice))
-        if launcher.poll() is not None:
-            codes.append(launcher.returncode)
-            if launcher.returncode not in (0, 75, -signal.SIGKILL, -signal.SIGTERM):  # the last: it had hardly begun
-                raise SystemExit(f"the run ended with code {launcher.returncode}; see {out.parent / out.name}.log")
-            launcher = None
-        time.sleep(0.05)
-    seconds = time.monotonic() - began
-    if launcher is not None:
-        launcher.terminate()
-        codes.append(launcher.wait(timeout=300))
+    try:
+        while (now := time.monotonic() - began) < 60 * minutes:
+            if launcher is None:
+                launcher = start(out, data, steps, dice.randint(1, 3), dice.randint(1, 3))
+            if due and now >= due[0] and launcher.poll() is None:
+                due.pop(0)
+                faults.append(strike(launcher, out, dice))
+            if launcher.poll() is not None:
+                codes.append(launcher.returncode)
+                if launcher.returncode not in ENDINGS:
+                    raise SystemExit(f"the run ended with code {launcher.returncode}; see {out.parent / out.name}.log")
+                launcher = None
+            time.sleep(0.05)
+        seconds = time.monotonic() - began
+    finally:
+        if launcher is not None:
+            launcher.terminate()
+            codes.append(launcher.wait(timeout=300))
     return {"seconds": seconds, "until": time.time(), "faults": faults, "codes": codes}
 
 
