@@ -316,9 +316,10 @@ def open_data(config: TrainConfig, method: Method, runtime: Runtime, resumes: bo
 def describe(config: TrainConfig, runtime: Runtime, plan: BatchPlan, data: TrainingData, total_steps: int) -> str:
     """The run in one line, before its first step."""
     accumulated = f" (accumulated over {plan.splits} splits of {plan.micro})" if plan.splits > 1 else ""
+    started = "alone" if runtime.launcher == "alone" else f"by {runtime.launcher}"
     note = f"; {runtime.note}" if runtime.note else ""
     return (
         f"run {config.run.out}: {total_steps} steps of {config.batch.global_size} = {runtime.world_size} ranks x"
         f" {plan.local}{accumulated}, {data.samples_per_epoch} samples an epoch, {config.engine.deepspeed},"
-        f" {runtime.device.type}, started by {runtime.launcher}{note}"
+        f" {runtime.device.type}, started {started}{note}"
     )

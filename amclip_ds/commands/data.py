@@ -315,9 +315,13 @@ def _print_tokens(tokens: dict[str, Any]) -> None:
 
 
 def _print_epoch(epoch: dict[str, Any]) -> None:
-    hours = "unknown" if epoch["reading_hours"] is None else f"{epoch['reading_hours']:.2g} hours"
+    from amclip_ds import display
+
+    hours = epoch["reading_hours"]
+    took = "an unknown time" if hours is None else display.duration(3600 * hours)
+    steps = f"{epoch['steps']} steps of" if epoch["steps"] else "less than one batch of"
     print(
-        f"one epoch: {epoch['samples']} samples, {epoch['gigabytes']:.3g} GB, {epoch['steps']} steps of"
-        f" {epoch['global_batch']}; {hours} to read and decode on {epoch['workers']} cores"
+        f"one epoch: {epoch['samples']} samples, {epoch['gigabytes']:.3g} GB, {steps}"
+        f" {epoch['global_batch']}; {took} to read and decode on {epoch['workers']} cores"
         f" ({epoch['samples_per_core_second']:.0f} samples/s a core)"
     )

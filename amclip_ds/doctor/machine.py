@@ -198,7 +198,7 @@ def _slurm() -> Iterator[Finding]:
     state = subprocess.run(["sinfo", "--noheader", "--format=%P %a %D"], capture_output=True, text=True, timeout=30)
     if state.returncode:
         said = in_one_line(state.stderr, 160)
-        yield Finding("slurm", WARN, f"{done.stdout.strip()}, but sinfo fails: {said}", "the cluster's help desk")
+        yield Finding("slurm", WARN, f"sbatch is here and sinfo fails: {said}", "a login node; the cluster's help desk")
         return
     job = current_job().job
     inside = f", in job {job}" if job else ""

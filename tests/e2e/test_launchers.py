@@ -41,6 +41,6 @@ def test_a_run_under(name: str, scenes: Path, tmp_path: Path) -> None:
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
     first = next(line for line in (run / "out.log").read_text().splitlines() if " steps of " in line)
-    said = f"started by {name}" if ranks > 1 else f"started by alone; {name} launch on the CPU starts one process"
+    said = f"started by {name}" if ranks > 1 else f"started alone; {name} launch on the CPU starts one process"
     assert f"= {ranks} ranks x" in first and said in first, first
     assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [1, 2] and verdict(run)["code"] == 0
