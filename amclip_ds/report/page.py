@@ -240,7 +240,8 @@ def tiles(run: RunFacts, attempts: list[Attempt], sums: dict[str, float], events
     found = [("step", f"{run.last_step:,}", length)]
     samples = [value for value in run.metrics.get("samples_seen") if isfinite(value)]
     if samples:
-        found.append(("samples seen", f"{samples[-1]:,.0f}", ""))
+        logged = run.metrics.steps[-1]
+        found.append(("samples seen", f"{samples[-1]:,.0f}", f"by step {logged:,}" if logged < run.last_step else ""))
     losses = [value for value in run.metrics.get("loss") if isfinite(value)]
     if losses:
         found.append(("loss", number(losses[-1]), f"{number(losses[0])} at first"))
