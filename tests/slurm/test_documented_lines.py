@@ -4,6 +4,7 @@ with its sizes and paths replaced: each job that it submits must complete."""
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,8 @@ def test_a_documented_submission_completes(
     before = jobs(cluster)
     done = subprocess.run(["bash", "-euc", text], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
-    cluster.poll(lambda: not cluster.client("squeue", "-h", check=False), "the queue to be empty", 1800)
+    queue = partial(cluster.client, "squeue", "-h", check=False, timeout_s=300)
+    cluster.poll(lambda: not queue(), "the queue to be empty", 1800, every_s=2)
     ended = {job: state for job, state in jobs(cluster).items() if job not in before}
     logs = "".join(path.read_text(errors="replace") for path in tmp_path.glob("*.out"))
     assert ended and set(ended.values()) == {"COMPLETED"}, f"{text}\n{ended}\n{logs}"
