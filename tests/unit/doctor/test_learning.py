@@ -157,7 +157,11 @@ def test_collapsed_features(tmp_path: Path) -> None:
 
 def test_an_evaluation_at_chance(tmp_path: Path) -> None:
     run = make_run(tmp_path, [])
-    for hits, status in ((105, FAIL), (500, OK)):
+    for hits, seen, status in ((105, 1e7, FAIL), (105, 1e5, WARN), (500, 1e7, OK)):
+        row = {"step": 400, "loss": 1.0, "loss_contrastive": 1.0, "samples_seen": seen}
+        (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        for name in ("eval.jsonl", "eval_classes.jsonl"):
+            (run / name).unlink(missing_ok=True)
         predicted = np.where(np.arange(1000) < hits, np.arange(1000) % 10, np.arange(1, 1001) % 10)
         data = EvalSet("scenes", "zeroshot_classification", (Sample("", 0, 0, ""),), tuple("abcdefghij"))
         row = describe(
