@@ -45,7 +45,11 @@ def test_the_json_contract(shards: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert found["shards"][3]["problems"] == [{"kind": "duplicate", "key": "000119", "count": 1}]
     printed = capsys.readouterr().out
     assert "expected 120, read 118, skipped 1, lost 1: do not submit" in printed
-    assert "one epoch: 119 samples" in printed and "half have at most 6 tokens" in printed
+    assert (
+        "one epoch: 119 samples" in printed
+        and "less than one batch of" in printed
+        and "half have at most 6 tokens" in printed
+    )
     assert found["epoch"]["steps"] == 0 and found["epoch"]["reading_hours"] > 0 and found["tokens"]["trimmed"] == 0
 
 

@@ -84,6 +84,14 @@ def test_the_verdict_comes_first(verdict: dict | None, line: str, tmp_path: Path
     assert text.index(line) < text.index("Where the time went"), "the verdict is the first thing to read"
 
 
+def test_the_samples_of_the_last_logged_step_say_which_it_is(tmp_path: Path) -> None:
+    """A run that stops between two logged steps has seen more."""
+    folder = eventful(tmp_path / "run")
+    assert "by step 100" not in page([read_run(folder)])
+    (folder / "exit.json").write_text(json.dumps({"code": 75, "step": 104, "attempt": 1, "reason": "SIGTERM"}))
+    assert "by step 100" in page([read_run(folder)])
+
+
 def test_a_run_that_has_just_begun_or_has_no_new_files_has_a_report(tmp_path: Path) -> None:
     """Settings alone; then a folder of before there was a time line."""
     folder = eventful(tmp_path / "run")
