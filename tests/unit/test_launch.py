@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds.launch import run_ranks
+from amclip_ds.cli import main
+from amclip_ds.launch import run_ranks, train_ranks
 
 HEAD = """
 import json, os, signal, sys, time
@@ -147,7 +148,8 @@ def test_the_verdict_counts_unless_it_is_an_older_one(tmp_path: Path) -> None:
 def test_ranks_die_with_their_launcher(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     body = '(folder / f"pid{rank}").write_text(str(os.getpid()))\ntime.sleep(600)'
-    code = f"from amclip_ds.launch import run_ranks; run_ranks({ranks_of(body, tmp_path)!r}, 2)"
+    code = f"from amclip_ds.cli import main
+from amclip_ds.launch import run_ranks; run_ranks({ranks_of(body, tmp_path)!r}, 2)"
     launcher = subprocess.Popen([sys.executable, "-c", code], cwd=root)
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("pid*"))) < 2 and time.monotonic() < deadline:
@@ -219,10 +221,22 @@ time.sleep(0 if attempt == 2 else 60)
 """
 
 
-def test_lost_ranks_are_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_ranks_are_started_again(tmp_path: Path) -> None:
     """All of them, as often as was allowed; what the launcher imports is imported once."""
     done = forks(tmp_path, LOST, ahead="import amclip_ds.launch as l; l.GRACE_S = 0.1", restarts=2)
     assert done.returncode == 0 and "restart 2 of 2" in done.stderr, done.stderr
+    assert len(list(tmp_path.glob("begun*"))) == 6
+
+
+def test_programs_that_are_lost_are_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a GPU, where ranks are no forks."""
+    monkeypatch.setattr("amclip_ds.launch.GRACE_S", 0.1)
+    begun = """
+    attempt = len(list(folder.glob(f"begun{rank}-*")))
+    (folder / f"begun{rank}-{attempt}").touch()
+    """
+    argv = ranks_of(textwrap.dedent(begun) + LOST, tmp_path)
+    assert train_ranks(argv, 2, tmp_path, forced_exit_s=60, max_restarts=2) == 0
     assert len(list(tmp_path.glob("begun*"))) == 6
 
 
@@ -237,3 +251,10 @@ def test_lost_ranks_are_not_started_again_more_often_than_asked(tmp_path: Path) 
 def test_what_ended_with_a_verdict_is_not_started_again(ending: str, tmp_path: Path) -> None:
     assert forks(tmp_path, ending, restarts=5).returncode in (1, 2)
     assert len(list(tmp_path.glob("begun*"))) == 2
+
+
+@pytest.mark.parametrize("words", [["--max-restarts", "3"], ["--procs", "2", "--max-restarts", "3", "--resume", "never"]])
+def test_restarts_that_nobody_would_make_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "aclip-tiny", *words]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("amclip train: --max-restarts: ")
