@@ -60,7 +60,7 @@ SIZES = {  # the largest value -> the keys that take no more: beyond, a run woul
     10**6: "run.epochs optim.lr optim.weight_decay optim.eps optim.warmup_start_lr optim.final_lr"
     " optim.clip_grad_norm optim.vision_lr_scale optim.text_lr_scale loss.contrastive_weight loss.o2o_weight"
     " loss.o2e_weight loss.o2o_temperature eval.batch_size loss.occlusion.weight loss.occlusion.temperature"
-    " loss.occlusion.kappa loss.patches.weight loss.clipkd.weight loss.clipkd.feature_weight"
+    " loss.occlusion.kappa loss.patches.weight loss.mlm.weight loss.clipkd.weight loss.clipkd.feature_weight"
     " loss.clipkd.interactive_weight loss.clipkd.relation_weight loss.detailclip.weight loss.detailclip.patch_weight"
     " loss.detailclip.cls_weight loss.detailclip.pixel_weight loss.detailclip.student_temperature"
     " loss.detailclip.teacher_temperature loss.detailclip.patch_temperature mask.attentive_noise.noise"
