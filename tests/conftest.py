@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads without work wait in a loop
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what pytest under nohup ignores, the programs it starts would ignore too
 SHARED = Path(os.environ.get("AMCLIP_SHARED", ROOT.parent / "shared"))
 LONGEST_FIRST = ("slurm", "e2e", "distributed", "parity")  # folders; the many short tests fill up what is left

@@ -93,6 +93,7 @@ def run(cells: list[Cell], seed: int = SEED) -> list[dict[str, Any]]:
                 "seed": seed,
                 "strategy": cell.strategy,
                 "recipe": True,
+                "smooth": True,
                 "batch_size": BATCH,
                 "replay": replay,
             }

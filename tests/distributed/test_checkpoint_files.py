@@ -23,7 +23,7 @@ def trials(folder: Path, style: str, number: int, seed: int, timeout_s: float) -
     return result
 
 
-@pytest.mark.parametrize("number", [50, pytest.param(500, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)])])
+@pytest.mark.parametrize("number", [30, pytest.param(500, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)])])
 def test_kills_lose_nothing_that_was_committed(number: int, tmp_path: Path) -> None:
     ours = trials(tmp_path / "ours", "ours", number, seed=number, timeout_s=12.0 * number)
     assert ours["kills"] == number and ours["committed"] > number

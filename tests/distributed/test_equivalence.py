@@ -57,4 +57,4 @@ def train_with_local_gradients(ds: str) -> dict[str, object]:
         return grad.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)  # type: ignore[attr-defined]
 
     collectives._AllGather.backward = staticmethod(stay)  # type: ignore[assignment]
-    return cases.train(ds, steps=STEPS, optim=equivalence.SGD, recipe=True, batch_size=equivalence.BATCH)
+    return cases.train(ds, steps=STEPS, optim=equivalence.SGD, recipe=True, smooth=True, batch_size=equivalence.BATCH)

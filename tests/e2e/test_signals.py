@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from amclip_ds.jsonl import read_lines
+from tests.e2e.conftest import Amclip
 from tests.e2e.trainers import STEPS, Trainer, checkpoints, outcome, tiny, verdict
 
 pytestmark = pytest.mark.timeout(3000)
@@ -16,12 +17,11 @@ Send = Callable[[Trainer], None]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def undisturbed(amclip: Amclip, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run of two ranks comes to when nobody disturbs it."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    trainer = Trainer(run, tiny(scenes, run))
-    assert trainer.end() == 0, trainer.printed()
-    assert not trainer.left_behind()
+    code, printed = amclip("train", *tiny(scenes, run), ranks=2, timeout_s=600)
+    assert code == 0, printed
     return outcome(run)
 
 

@@ -12,7 +12,7 @@ from tests.e2e.trainers import Trainer, checkpoints, tiny, verdict
 STEPS = 140
 QUICK = (
     f"run.steps={STEPS}",
-    "checkpoint.every_steps=4",
+    "checkpoint.every_steps=20",
     "ownership.heartbeat_s=0.5",
     "ownership.stale_s=10",
     "watchdog.step_timeout_s=null",

@@ -134,6 +134,7 @@ def test_no_command_says_it_raw(typed: list[str], tmp_path: Path) -> None:
     assert "\\x1b" in said
 
 
+@pytest.mark.slow
 def test_a_shard_s_names_and_texts_are_shown(tmp_path: Path) -> None:
     """A table and lines of `data`, about keys that a stranger chose."""
     shard = tmp_path / "00000.tar"

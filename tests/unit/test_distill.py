@@ -163,6 +163,7 @@ def test_another_mean_and_size_are_the_librarys_own() -> None:
         LibraryTowers(Given(), config.load("clip-tiny").model)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["timm", "onnx"])
 def test_an_export_without_both_towers_is_refused(fmt: str, tmp_path: Path) -> None:
     write_export(fmt, tmp_path / "export")

@@ -98,6 +98,7 @@ def test_without_listening_a_signal_ends_the_ranks(tmp_path: Path) -> None:
     sender.join()
 
 
+@pytest.mark.slow
 def test_one_failure_ends_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     body = """
     if rank == 1:

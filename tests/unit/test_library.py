@@ -153,6 +153,7 @@ def test_a_model_of_the_hub_is_read_from_its_cache(cached: str) -> None:
     assert main(["eval", "hf-hub:org/other", "--data", "/nowhere"]) == 2
 
 
+@pytest.mark.slow
 def test_the_interface_brings_no_deepspeed(run: Path, tmp_path: Path) -> None:
     """And the package itself imports nothing."""
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "a.png")

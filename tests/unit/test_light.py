@@ -47,6 +47,7 @@ def test_reading_settings_takes_little_cpu() -> None:
     assert min(seconds) < 0.4, seconds
 
 
+@pytest.mark.slow
 def test_the_torchvision_fix_waits_for_torchvision() -> None:
     """And a heavy import is seen."""
     code = "import amclip_ds\nimport torchvision.transforms\n" + REPORT

@@ -7,6 +7,7 @@ import pytest
 
 from amclip_ds.module_alone import import_alone
 
+pytestmark = pytest.mark.slow
 # What nothing of a plain run needs, and what each once came in through.
 LEFT_OUT = ("transformers", "open_clip", "accelerate", "scipy", "torch._inductor.compile_fx", "matplotlib", "sklearn")
 RANK = """

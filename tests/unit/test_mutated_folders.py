@@ -35,7 +35,7 @@ from tests.unit.mutations import copy_by_links, mutate
 MAX_CPU_S = 10.0
 MAX_WALL_S = 120.0  # tests run side by side on loaded machines; what blocks for ever is seen all the same
 MAX_GROWTH = 1_000_000  # kB above what the first commands on whole folders took
-ROUNDS = 500
+ROUNDS = 150
 NIGHTLY = 10_000
 STARTS = (
     "subprocess.Popen",
@@ -50,6 +50,8 @@ STARTS = (
     "ctypes.dlopen",
     "webbrowser.open",
 )
+
+pytestmark = pytest.mark.slow
 
 
 class Watch:

@@ -138,6 +138,7 @@ def overfitted(run: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_poisonous_sample_is_the_worst(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overfitted(run)
     step = next(n + 1 for n, ids in enumerate(trained_on(run, 6, 1)) if POISONED in ids and 3 not in ids)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 HOOK = ROOT / "environment" / "amclip_ds_torchvision.py"
 START = "import sys; sys.path.insert(0, {folder!r}); import amclip_ds_torchvision as hook; "

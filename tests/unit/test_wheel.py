@@ -18,6 +18,8 @@ import amclip_ds
 from tests.unit.evaluate.exports import write_run
 from tests.unit.evaluate.test_encoder import picture
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from amclip_ds import config
 from benchmarks import study
 
 
+@pytest.mark.slow
 def test_the_grid_is_whole_and_every_row_can_run(tmp_path: Path) -> None:
     runs = list(study.grid([], []))
     assert len(runs) == 8 * 6 + 9 and len({(cell.name, name) for cell, name, _ in runs}) == len(runs)

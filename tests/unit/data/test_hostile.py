@@ -80,6 +80,7 @@ def test_the_measurement_sees_a_decoded_bomb() -> None:
     assert grown_by(opened, damaged.bomb(5000), 24_999_999)[1] == "too large"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, exif", [("RGBA", 6), pytest.param("I;16", 1, marks=pytest.mark.nightly)])
 def test_the_largest_image_takes_less_than_a_gigabyte(mode: str, exif: int) -> None:
     """88 million pixels, of 4 or 2 bytes each; as an array for training, and as a picture for evaluation."""

@@ -89,6 +89,7 @@ def test_each_sample_comes_once_an_epoch_but_a_reported_tail(uneven: Path, seque
     assert sequence[:STEPS] != sequence[STEPS:]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.tuples(st.integers(1, TWO_EPOCHS - 1), st.sampled_from([1, 2, 3, 4])), min_size=1, max_size=3))
 def test_cut_anywhere_and_resumed_on_another_world_it_continues_unbroken(
@@ -500,6 +501,7 @@ def test_a_full_dev_shm_is_none_of_the_loaders_business(uneven: Path, tmp_path: 
     assert done.returncode == 0 and done.stdout.split() == ["1", "2", "3", "8"], done.stderr
 
 
+@pytest.mark.slow
 def test_a_file_system_that_hangs_is_an_error_within_the_time_limit(tmp_path: Path) -> None:
     """A pipe that nobody writes to in a shard's place: opening it never returns."""
     [shard] = write_shards(tmp_path / "data", (40,))

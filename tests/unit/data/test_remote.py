@@ -68,6 +68,7 @@ def remote_index(server: FaultyServer, tmp_path: Path) -> tuple[str, Path]:
     return train, tmp_path / "index"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_faults_are_repeated_and_counted_and_the_order_is_kept(workers: int, local: Path, tmp_path: Path) -> None:
     """Every second request goes wrong, each kind in turn; what comes out is what local files give."""

@@ -17,6 +17,8 @@ from amclip_ds.evaluate.tasks import run_task
 from tests.unit.evaluate.exports import write_export
 from tests.unit.evaluate.test_suites import captions, labels, present_numpy, write  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 BATCH = 8
 CLOSE = 1e-4  # logits nearer than this may change places by the order of sums
 

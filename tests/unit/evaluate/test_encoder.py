@@ -68,6 +68,7 @@ def test_pixels_are_torchvisions(size: tuple[int, int]) -> None:
     assert torch.equal(resize_and_crop(image, 48), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [4, 8, 64])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_any_number_of_ranks_gives_the_same_bits(batch_size: int, world_size: int, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from amclip_ds.evaluate.source import locate, open_encoder
 from amclip_ds.model import pretrained
 from tests.unit.evaluate.exports import FORMATS, write_export
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -116,6 +116,7 @@ def test_ranks_whose_losses_count_differently() -> None:
     torch.testing.assert_close(ours[0][2] + ours[1][2], wanted[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_memory_is_flat_in_the_number_of_ranks(kind: str) -> None:
     """Peak bytes of forward and backward, at 1 to 16 ranks. Twin: gathering grows with them."""

@@ -136,6 +136,7 @@ def test_the_page_names_no_place_to_ask(run: Path) -> None:
     assert "default-src 'none'" in text
 
 
+@pytest.mark.slow
 def test_a_long_runs_page_is_small(tmp_path: Path) -> None:
     """100,000 rows of metrics, 1,000 incidents and saves: under 1.5 MB."""
     out = tmp_path / "long.html"

@@ -75,6 +75,7 @@ def race(root: Path, rounds: int, slow_s: float) -> list[tuple[int, str, int, in
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rounds", "slow_s"),
     [

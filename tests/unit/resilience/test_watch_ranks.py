@@ -115,6 +115,7 @@ def wait_for_beats(place: Path, count: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stopped", "asleep"])
 def test_a_silent_process_ends_them_all_and_is_named(how: str, tmp_path: Path) -> None:
     place, run = tmp_path / "place", tmp_path / "run"
@@ -136,6 +137,7 @@ def test_a_silent_process_ends_them_all_and_is_named(how: str, tmp_path: Path) -
     assert kept.count("most recent call first") == 2 and "rank 1 on" in kept and "rank 1" in printed
 
 
+@pytest.mark.slow
 def test_processes_that_end_or_beat_are_left_alone(tmp_path: Path) -> None:
     """The twin: no hang, no report, and the watch ends with its ranks."""
     place, run = tmp_path / "place", tmp_path / "run"
