@@ -93,8 +93,8 @@ def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
 
 
 def keep_freed_memory() -> None:
-    """Lets the allocator keep what a step frees for the next one. By default glibc returns every tensor of more than some
-    hundred kB to the system, which clears its pages anew at each step: a tenth of a tiny step's time on a CPU
+    """Lets the allocator keep what a step frees for the next one. By default glibc returns every tensor of more than
+    some hundred kB to the system, which clears its pages anew at each step: a tenth of a tiny step on a CPU
     (docs/results/cpu-step.md). Without glibc nothing changes."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.harness import run_ranks
 
 STEPS = 20
-SEED = 1  # 0 meets a ReLU's kink at its sixth step: one rank in pieces parts there too (adr/0091)
+SEED = 0
 BATCH = 32  # over fewer samples the heads' batch norm amplifies rounding
 SGD = {"name": "sgd", "lr": 0.01}
 ADAMW = {"name": "adamw", "lr": 2e-4, "weight_decay": 0.05}
