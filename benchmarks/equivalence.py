@@ -16,14 +16,17 @@ def main() -> int:
     parser.add_argument("--filter", default="", help="only the cells whose name contains this")
     args = parser.parse_args()
     start, failed = time.monotonic(), 0
-    print(f"{'cell':58} {'loss':>8} {'student':>8} {'teacher':>8} {'BN stat.':>8} {'flips':>5} {'gap':>8}")
+    print(
+        f"{'cell':58} {'loss':>8} {'student':>8} {'teacher':>8} {'biases':>8} {'BN stat.':>8} {'flips':>5} {'gap':>8}"
+    )
     cells = [cell for cell in equivalence.table() if args.filter in cell.name]
     for _, together in itertools.groupby(cells, lambda cell: (cell.ds, cell.world_size)):
         batch = list(together)
         for cell, found in zip(batch, equivalence.verdicts(batch)):
             complaints = equivalence.complaints(cell, found)
             failed += bool(complaints)
-            exact = f"{found.loss:8.1e} {found.student:8.1e} {found.teacher:8.1e} {found.statistics:8.1e}"
+            values = (found.loss, found.student, found.teacher, found.biases, found.statistics)
+            exact = " ".join(f"{value:8.1e}" for value in values)
             verdict = f"  FAILS: {'; '.join(complaints)} ({found.worst})" if complaints else ""
             print(f"{cell.name:58} {exact} {found.flips:5} {found.gap:8.1e}{verdict}", flush=True)
     spread = equivalence.seeds_spread()

@@ -24,6 +24,8 @@ OPTIMIZERS = {"sgd": SGD, "adamw": ADAMW, "muon": MUON}
 # keys' bias, which moves every logit of a row alike (the image tower's is part of qkv.bias, held like the others).
 WITHOUT_GRADIENT = r"objectives\.simclr\.head\.layers\.[03]\.bias|text\.encoder\.layers\.\d+\.self_attn\.k_proj\.bias"
 FP32_LOSS, FP32_TENSOR, FP32_STATISTICS, ADAMW_LOSS, SCORE_GAP = 1e-5, 1e-5, 1e-4, 1e-4, 1e-7
+FP32_BIAS = 3e-5  # they begin at zero and are sums of a few gradients, whose rounding no initial value makes small
+STATISTICS, BIASES = r".*running_.*", r".*bias"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Verdict:
     """largest difference of a weight over its tensor's largest"""
     teacher: float
     """the same, of the average"""
+    biases: float
+    """the same, of the biases of both, which the two before leave out"""
     statistics: float
     """the same, of both batch norms' running statistics"""
     worst: str
@@ -118,25 +122,28 @@ def verdicts(cells: list[Cell]) -> list[Verdict]:
 
 
 def hold(cell: Cell, expected: dict[str, Any], actual: dict[str, Any]) -> Verdict:
-    student, worst = furthest(expected["student"], actual["student"])
-    teacher, _ = furthest(expected["teacher"], actual["teacher"])
-    running = [furthest(expected[who], actual[who], statistics=True)[0] for who in ("student", "teacher")]
+    both = ("student", "teacher")
+    (student, worst), (teacher, _) = (furthest(expected[who], actual[who]) for who in both)
+    biases, running = (max(furthest(expected[w], actual[w], kind)[0] for w in both) for kind in (BIASES, STATISTICS))
     flips, gap = flipped(expected["keep"], actual["keep"], actual["scores"], cell.replays)
     loss = loss_difference(expected["losses"], actual["losses"])
-    return Verdict(loss, student, teacher, max(running), worst, flips, gap)
+    return Verdict(loss, student, teacher, biases, running, worst, flips, gap)
 
 
 def loss_difference(expected: list[float], actual: list[float]) -> float:
     return max(abs(a - e) / abs(e) for e, a in zip(expected, actual, strict=True))
 
 
-def furthest(expected: dict[str, Tensor], actual: dict[str, Tensor], statistics: bool = False) -> tuple[float, str]:
-    """The largest |difference| over the tensor's largest |element|, and whose it is: of weights, or of statistics."""
+def furthest(expected: dict[str, Tensor], actual: dict[str, Tensor], kind: str = "") -> tuple[float, str]:
+    """The largest |difference| over the tensor's largest |element|, and whose it is.
+
+    kind: of STATISTICS or BIASES; empty: of what is neither.
+    """
     assert expected.keys() == actual.keys()
     distances = {
         name: float((actual[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-12))
         for name, tensor in expected.items()
-        if ("running_" in name) == statistics
+        if kind == next((one for one in (STATISTICS, BIASES) if re.fullmatch(one, name)), "")
         and tensor.is_floating_point()
         and not re.fullmatch(WITHOUT_GRADIENT, name)
     }
@@ -224,6 +231,7 @@ def complaints(cell: Cell, found: Verdict) -> list[str]:
             ("loss", found.loss, FP32_LOSS),
             ("student", found.student, FP32_TENSOR),
             ("teacher", found.teacher, FP32_TENSOR),
+            ("biases", found.biases, FP32_BIAS),
             ("statistics", found.statistics, FP32_STATISTICS),
             ("gap", found.gap, SCORE_GAP),
         ]
