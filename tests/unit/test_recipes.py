@@ -184,6 +184,8 @@ def test_disjoint_views_share_a_crop_and_are_compared() -> None:
         ("clip", "loss.patches.weight=1", "loss.patches.views: there is no view 1; there are 1"),
         ("random2x", "loss.patches.weight=1", "teacher.view: loss.patches compares view 1"),
         ("aclip", "loss.patches.depth=0", "loss.patches.depth: 0 must be at least 1"),
+        ("clip", "loss.mlm.share=1", "loss.mlm.share: 1.0 is outside (0, 1)"),
+        ("maskclip", "loss.mlm.depth=0", "loss.mlm.depth: 0 must be at least 1"),
         ("frequency", "run.seed=0", "data.text_mask.table: data.text_mask.strategy=frequency needs it"),
         ("clipkd", "run.seed=0", "distill.teacher: loss.clipkd compares with a finished model"),
         ("clip", "loss.clipkd.weight=1", "distill.teacher: loss.clipkd compares with a finished model"),
