@@ -150,7 +150,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words_of(scenes: Path, run: Path, *more: str) -> list[str]:
     small = ["model.vision.depth=1", "model.text.depth=1", "checkpoint.every_steps=4"]
-    limits = ["watchdog.step_timeout_s=60", "watchdog.phase_timeout_s=180"]
+    limits = ["watchdog.step_timeout_s=60", "watchdog.phase_timeout_s=180", "ownership.heartbeat_s=0.5"]
     return tiny(scenes, run, *small, *limits, f"run.steps={STEPS}", *more)
 
 
