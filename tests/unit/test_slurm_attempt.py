@@ -137,7 +137,7 @@ def test_the_most_nodes_are_remembered_over_a_small_attempt(tmp_path: Path, caps
     data = tmp_path / "data"
     data.mkdir()
     for number in range(3):
-        (data / f"{number}.tar").write_bytes(b"")
+        (data / f"{number}.tar").write_bytes(bytes(10240))  # a tar of nothing
     run = tmp_path / "run"
     assert begin(run, data, 2, 0, capsys)[3:] == ["2", "1-2"]
     assert begin(run, data, 1, 1, capsys)[3:] == ["1", "1-2"]
