@@ -23,6 +23,7 @@ def map_in_processes(
 
     processes: 1 or fewer works in this process. They are forked from a server that has imported `work`'s module once,
     never from this process, whose threads and locks a fork would tear. An exception of `work` itself is raised.
+    Take it to its end (zip with strict=True): left to the garbage collector it would join its threads from any thread.
     """
     if processes <= 1 or len(items) <= 1:
         yield from map(work, items)

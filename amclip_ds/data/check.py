@@ -238,7 +238,8 @@ def check(
     """Checks the shards in parallel. Whatever they hold, it returns: damage is reported, never raised."""
     texts = -(-CAPTIONS_TO_TOKENISE // len(shards))
     reports = []
-    for shard, found in zip(shards, map_in_processes(functools.partial(check_shard, config, texts), shards, processes)):
+    checked = map_in_processes(functools.partial(check_shard, config, texts), shards, processes)
+    for shard, found in zip(shards, checked, strict=True):
         if isinstance(found, WorkerCrashed):
             report = ShardReport(shard)
             report.add("crash", str(found))

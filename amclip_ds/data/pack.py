@@ -11,8 +11,9 @@ is whole, and then its line is written, so a pack that was killed resumes from i
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -91,8 +92,11 @@ def pack(source: Source, out: Path, shard_size: int, threads: int, advance: Call
     if done.rows:
         advance(done.rows)
     try:
-        with _Shards(out, done, shard_size) as shards:
-            for row, sample in _verified(source.rows(done.rows), done.rows, threads):
+        with (
+            _Shards(out, done, shard_size) as shards,
+            closing(_verified(source.rows(done.rows), done.rows, threads)) as verified,
+        ):
+            for row, sample in verified:
                 shards.take(row, sample)
                 advance(1)
         write_atomically(out / "sizes.json", json.dumps(done.shards, indent=0) + "\n")
@@ -209,7 +213,9 @@ class _Shards:
             self._note("")
 
 
-def _verified(rows: Iterator[Row], first: int, threads: int) -> Iterator[tuple[Row, dict[str, Any] | Fault]]:
+def _verified(
+    rows: Iterator[Row], first: int, threads: int
+) -> Generator[tuple[Row, dict[str, Any] | Fault], None, None]:
     """Each row with its sample, or what is wrong with it; images are decoded in threads, in order."""
     waiting: deque[tuple[Row, Future[dict[str, Any] | Fault]]] = deque()
     with ThreadPoolExecutor(threads) as pool:

@@ -7,9 +7,9 @@ comes out of the same forward call whoever computes it: the numbers do not depen
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import lru_cache, partial
 from typing import Any, Protocol, cast
 
@@ -170,10 +170,12 @@ def encode_images(
 
     batches = _deal(len(samples), batch_size, comm)
     with warnings.catch_warnings():  # the readers' own calls of it cross each other: what they leave ends here
-        loaded = _load_ahead([[samples[number] for number in batch] for batch in batches], load)
         rows = []
-        with _progress_of(encoder, "images", len(samples), comm) as advance:
-            for batch, images in zip(batches, loaded):
+        with (
+            closing(_load_ahead([[samples[number] for number in batch] for batch in batches], load)) as loaded,
+            _progress_of(encoder, "images", len(samples), comm) as advance,
+        ):
+            for batch, images in zip(batches, loaded, strict=True):
                 rows.append(work(batch, images))
                 advance(comm.world_size * len(batch))
     on_all(partial(_raise_first, errors))
@@ -241,8 +243,11 @@ def _collect(rows: list[Tensor], count: int, batch_size: int, comm: Comm) -> Ten
     return everything.unflatten(0, (comm.world_size, len(rows))).transpose(0, 1).flatten(0, 2)[:count]
 
 
-def _load_ahead(batches: Sequence[Sequence[Sample]], load: Callable[[Sample], Tensor]) -> Iterator[list[Tensor]]:
-    """Each batch loaded, while the next is being read."""
+def _load_ahead(
+    batches: Sequence[Sequence[Sample]], load: Callable[[Sample], Tensor]
+) -> Generator[list[Tensor], None, None]:
+    """Each batch loaded, while the next is being read. To be closed by its caller: left to the garbage collector it
+    joins its threads from whichever thread collects, and from one that is being started, that never ends."""
     with ThreadPoolExecutor(READERS) as pool:
         waiting: list[list[Future[Tensor]]] = []
         try:

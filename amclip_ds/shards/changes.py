@@ -41,7 +41,7 @@ def changed_shards(index: Index, paths: list[str], numbers: list[int], processes
     suspects = [(path, number) for path, number, doubt in zip(paths, numbers, doubts) if doubt not in ("", GONE)]
     scanned = map_in_processes(scan_shard, [path for path, _ in suspects], processes)
     unchanged = {}
-    for (path, number), scan in zip(suspects, scanned):
+    for (path, number), scan in zip(suspects, scanned, strict=True):
         if isinstance(scan, WorkerCrashed):
             found.append(Changed(redact(path), CHANGED, f"cannot be read: {scan}"))
         elif (difference := _difference(index, number, scan)) is not None:

@@ -251,7 +251,7 @@ def _replace(partial: Path, folder: Path) -> None:
 
 
 def _scanned(shards: list[str], workers: int) -> Iterator[Scanned]:
-    for shard, found in zip(shards, map_in_processes(scan_shard, shards, workers)):
+    for shard, found in zip(shards, map_in_processes(scan_shard, shards, workers), strict=True):
         if isinstance(found, WorkerCrashed):
             yield _unreadable(shard, str(found))
         else:

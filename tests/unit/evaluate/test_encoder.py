@@ -1,5 +1,6 @@
 """Sharing of the batches: whole, each once, the same on any number of ranks; pixels as torchvision makes them."""
 
+import contextlib
 import io
 import tarfile
 from pathlib import Path
@@ -122,6 +123,20 @@ def test_a_slice_a_rank_would_lose_or_double_samples(tmp_path: Path, monkeypatch
     monkeypatch.setattr(encoding, "_deal", padded)
     found = run_threads(2, lambda comm: encode_images(model, data.samples, 4, comm))[0]
     assert not torch.equal(found, alone)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_its_readers_end_where_they_are_used(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to the garbage collector they are joined in any thread, and in one that starts, that never ends: a run hung
+    in its evaluation."""
+    kept, load_ahead, model = [], encoding._load_ahead, tiny_encoder()
+    monkeypatch.setattr(encoding, "_load_ahead", lambda *words: kept.append(load_ahead(*words)) or kept[0])
+    if fails:
+        monkeypatch.setattr(model, "image", lambda batch: 1 / 0)
+    samples = open_set(str(write_set(tmp_path / "set"))).samples
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        encode_images(model, samples, 4, SingleProcess())
+    assert kept[0].gi_frame is None, "it is at its end"
 
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
