@@ -57,26 +57,25 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.contiguous().clone()
-        with COMMUNICATION.waiting():
-            dist.all_reduce(total)
-        return total.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)
+        return _summed(grad).narrow(0, dist.get_rank() * ctx.rows, ctx.rows)
 
 
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.contiguous().clone()
-        with COMMUNICATION.waiting():
-            dist.all_reduce(total)
-        return total
+        return _summed(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.contiguous().clone()
-        with COMMUNICATION.waiting():
-            dist.all_reduce(total)
-        return total
+        return _summed(grad)
+
+
+def _summed(x: Tensor) -> Tensor:
+    """The sum of x over the ranks, in memory of its own. Collective: every rank must call."""
+    total = x.contiguous().clone()
+    with COMMUNICATION.waiting():
+        dist.all_reduce(total)
+    return total
 
 
 class _RingShift(torch.autograd.Function):
