@@ -26,16 +26,20 @@ SPARE = 6 << 20  # what an event file, a log and a heartbeat may still take
 
 
 def calamities(steps: int, folder: Path) -> dict[int, Any]:
-    """After how many steps what happens. Saves are due every tenth of the run, evaluations every fifth."""
+    """After how many steps what happens. Saves are due every tenth of the run, evaluations every fifth. What returns
+    False could not happen yet, and is tried again a step later."""
     part, tar, fill = steps // 20, folder / "set" / "test" / "0.tar", folder / "fill"
 
-    def fill_the_disk(saved: int) -> None:
-        folder_of_it, until = folder / "run" / "checkpoints" / f"step_{saved:08d}", time.monotonic() + 120
-        while not folder_of_it.exists() and time.monotonic() < until:  # what is being written is to be committed
+    def fill_the_disk(saved: int) -> bool:
+        folder_of_it, until = folder / "run" / "checkpoints" / f"step_{saved:08d}", time.monotonic() + 20
+        while not folder_of_it.exists():  # what is being written is to be committed, and that happens between steps
+            if time.monotonic() > until:
+                return False
             time.sleep(0.02)
         with contextlib.suppress(OSError), fill.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 16))
+        return True
 
     def break_the_set() -> None:
         tar.rename(f"{tar}.whole")
@@ -79,8 +83,8 @@ def rank(argv: list[str]) -> int:
     def disturbed(self: TrainingData, cursor: dict | None) -> Iterator:
         done = cursor["epoch"] * self.steps_per_epoch + cursor["step"] if cursor else 0
         for number, batch in enumerate(batches(self, cursor), done):
-            if number in due and number > done:
-                due[number]()
+            if number in due and number > done and due[number]() is False:
+                due[number + 1] = due[number]
             yield batch
 
     TrainingData.batches = disturbed  # type: ignore[method-assign]
