@@ -56,11 +56,13 @@ class Method:
     """the view that the teacher sees; None: a crop of its own"""
     sees_views: bool = False
     """whether it sees all views instead"""
+    always_averages: bool = False
+    """whether the average is kept even where nothing reads it"""
 
     @property
     def has_teacher_crop(self) -> bool:
         """Whether samples carry a crop for the teacher alone."""
-        return self.needs_teacher and self.teacher_view is None and not self.sees_views
+        return self.reads_teacher and self.teacher_view is None and not self.sees_views
 
     @property
     def mask_needs(self) -> frozenset[str]:
@@ -99,9 +101,14 @@ class Method:
         return any(OBJECTIVES[name].reads_frozen() for name in self.objectives)
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether anything of the run reads the teacher."""
+    def reads_teacher(self) -> bool:
+        """Whether any mask or objective reads the teacher."""
         return bool(self.wants) or any(OBJECTIVES[name].averaged for name in self.objectives)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the run has a teacher: something reads it, or its average is wanted for itself."""
+        return self.reads_teacher or self.always_averages
 
     @property
     def draws(self) -> int:
@@ -132,4 +139,7 @@ def method_of(config: Settings) -> Method:
     masks_text = config.data.text_mask.strategy != NONE
     chosen = objectives.chosen(config.loss, config.heads, compat.pairs_views, masks_text, compat.gathers_gradient)
     masks = masks_of_views(config.mask, config.data.view_masks())
-    return Method(chosen, masks, config.model.vision.grid, compat, config.teacher.view, config.teacher.sees == "views")
+    teacher = config.teacher
+    return Method(
+        chosen, masks, config.model.vision.grid, compat, teacher.view, teacher.sees == "views", teacher.always
+    )

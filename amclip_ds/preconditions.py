@@ -64,7 +64,7 @@ def check_engine(config: TrainConfig) -> None:
     if config.engine.fp8 == FP8_TEACHER:
         from amclip_ds.method import method_of  # it loads torch
 
-        if not method_of(config).needs_teacher:
+        if not method_of(config).reads_teacher:
             raise UserError("engine.fp8: nothing of this run reads a teacher; use engine.fp8=all, or none")
 
 

@@ -84,10 +84,11 @@ def train_step(
     lr, progress = schedules.lr(updates), schedules.progress(updates)
     student.set_lr(lr, progress)
 
+    reads_teacher = method.reads_teacher  # now or later: its weights must then be those of the step before
     method = method.at(progress)
     views = student.change_views(batch.views_uint8, batch.photometric)
     observed = NOTHING_OBSERVED
-    if teacher is not None and method.needs_teacher:
+    if teacher is not None and method.reads_teacher:
         observed = teacher.observe(teachers_images(batch, views, method), method.wants, comm, progress)
     inputs = student_inputs(batch, views, observed.scores, method, progress)
     targets = observed.targets
@@ -104,7 +105,8 @@ def train_step(
         student.commit(comm, progress)
         if teacher is not None:
             teacher.update(momentum)
-            teacher.publish(whole=False)
+            if reads_teacher:
+                teacher.publish(whole=False)
     keep_indices = by_view(inputs, kept)
     return StepResult(
         loss=losses.total.detach(),

@@ -59,7 +59,7 @@ class PlainLoop:
     def step(self, batch: Any) -> float:
         """Trains on a batch; its loss."""
         scores, targets = None, {}
-        if self.method.needs_teacher:
+        if self.method.reads_teacher:
             with torch.no_grad():
                 images = photometric.normalise(batch.teacher_uint8)
                 seen = self.teacher.observe(images, self.method.wants, self.comm)

@@ -126,7 +126,7 @@ def run_cell(out: Path, cell: Cell, rows: dict[str, Row], seeds: int, steps: int
         amclip(["data", "stats", str(scenes / "train"), "--words", str(table)])
     recipes = [recipe_file(out, cell, name, row, table) for name, row in rows.items()]
     words = [f"data.train={scenes}/train", f"eval.data={scenes}", f"batch.global_size={BATCH}"]
-    words += [f"batch.per_gpu={BATCH}", "data.keep_colours=true"]
+    words += [f"batch.per_gpu={BATCH}", "data.keep_colours=true", "teacher.always=true"]
     baseline = "clip" if "clip" in rows else next(iter(rows))
     ask = Comparison(recipes, words, seeds, Budget("steps", steps), baseline, out / cell.name / "runs", 1, [])
     return compare(ask)[1]

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder (default out/demo)")
     parser.add_argument("--steps", type=whole(1), default=900, help="optimizer steps of each run (default 900)")
     parser.add_argument("--scenes", type=whole(1), default=20000, help="training scenes (default 20000)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of both trainings (default 0); the scenes stay")
     parser.add_argument(
         "--procs", type=whole(1, 1024), default=None, help="processes (default: one per GPU, or one on a CPU)"
     )
@@ -31,4 +32,4 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: a file; name an empty or new folder")
     from amclip_ds.demo import demo
 
-    return demo(args.out, args.steps, args.scenes, args.procs, args.setup_seconds)
+    return demo(args.out, args.steps, args.scenes, args.procs, args.seed, args.setup_seconds)

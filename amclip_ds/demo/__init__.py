@@ -37,8 +37,8 @@ SETTINGS = {
 REPORT_EVERY_S = 30.0
 
 
-def demo(out: Path, steps: int, num_scenes: int, procs: int | None, setup_seconds: float) -> int:
-    """Runs the whole path and prints what came of it. Returns the exit code."""
+def demo(out: Path, steps: int, num_scenes: int, procs: int | None, seed: int, setup_seconds: float) -> int:
+    """Runs the whole path and prints what came of it; the scenes do not depend on the seed. Returns the exit code."""
     start = time.monotonic()
     claim(out)
     shards, run, control = out / "scenes", out / "run", out / "random"
@@ -50,11 +50,11 @@ def demo(out: Path, steps: int, num_scenes: int, procs: int | None, setup_second
     about = describe_duration(steps * seconds_of_step(procs))
     where = f"{procs} process{'es' * (procs > 1)}, ZeRO-2, {precision} ({why})"
     print(f"2/5  training aclip-tiny, {steps} steps, {where}: about {about}")
-    code, train_seconds = trained("aclip-tiny", shards, run, steps, precision, procs)
+    code, train_seconds = trained("aclip-tiny", shards, run, steps, precision, procs, seed)
     if code:
         return code
     print(f"3/5  training {CONTROL}, its control: the same scenes and steps, tokens removed at random")
-    code, control_seconds = trained(CONTROL, shards, control, steps, precision, procs)
+    code, control_seconds = trained(CONTROL, shards, control, steps, precision, procs, seed)
     if code:
         return code
     print("4/5  measuring what the masks keep")
@@ -80,6 +80,7 @@ def demo(out: Path, steps: int, num_scenes: int, procs: int | None, setup_second
         "train_seconds": train_seconds,
         "precision": precision,
         "steps": steps,
+        "seed": seed,
         "procs": procs,
         "run": str(run),
         "control": str(control),
@@ -102,15 +103,17 @@ def claim(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def trained(recipe: str, shards: Path, run: Path, steps: int, precision: str, procs: int) -> tuple[int, float]:
+def trained(
+    recipe: str, shards: Path, run: Path, steps: int, precision: str, procs: int, seed: int
+) -> tuple[int, float]:
     """Trains a recipe on the scenes: the exit code, and the seconds it took."""
     began = time.monotonic()
     with printed_progress(run, steps):
-        code = run_ranks(train_command(recipe, shards, run, steps, precision), procs, str(run), listens=True)
+        code = run_ranks(train_command(recipe, shards, run, steps, precision, seed), procs, str(run), listens=True)
     return code, time.monotonic() - began
 
 
-def train_command(recipe: str, shards: Path, run: Path, steps: int, precision: str) -> list[str]:
+def train_command(recipe: str, shards: Path, run: Path, steps: int, precision: str, seed: int) -> list[str]:
     """The command a user would type. The scenes are named by colour, which hue, greyscale and solarize take away."""
     return [
         sys.executable,
@@ -121,7 +124,7 @@ def train_command(recipe: str, shards: Path, run: Path, steps: int, precision: s
         f"data.train={shards}/train",
         f"run.out={run}",
         f"run.steps={steps}",
-        f"run.seed={SEED}",
+        f"run.seed={seed}",
         f"engine.deepspeed=zero2_{precision}.json",
         f"eval.data={shards}",
         f"eval.every_steps={max(25, steps // 4)}",

@@ -371,6 +371,8 @@ class DistillConfig:
 class TeacherConfig:
     """The EMA of the student that scores the patches and gives the online-to-EMA target."""
 
+    always: bool = False
+    """true: the average is kept, evaluated and exported even where no mask or objective reads it"""
     momentum: float = 0.996
     """Momentum at the start."""
     final_momentum: float = 1.0

@@ -164,7 +164,7 @@ def _muon_bytes(step: Work, ds: dict[str, Any]) -> float:
 
 def _published_bytes(step: Work) -> float:
     """The teacher's all-gather at stages 1 and 2: everything, and a rank's share."""
-    if step.world == 1 or step.stage not in (1, 2) or not step.teacher:
+    if step.world == 1 or step.stage not in (1, 2) or step.teacher_grid is None:
         return 0.0
     sent = sum(p.numel() for name, p in step.teacher.items() if name.startswith(("vision.", "objectives.")))
     return step.bytes * sent * (1 + 1 / step.world)
@@ -363,7 +363,7 @@ def communication_bytes(step: Work) -> float:
     passes = {0: 0, 1: 1, 2: 1, 3: 2 * step.batch.splits + (1 if step.batch.splits > 1 else 0)}[step.stage]
     weights = elements * step.bytes * share * passes
     teacher = 0.0
-    if step.teacher and step.stage:
+    if step.teacher_grid is not None and step.stage:
         teacher = (
             step.bytes
             * share

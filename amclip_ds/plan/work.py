@@ -36,7 +36,7 @@ class Work:
     views: tuple[int, ...]
     """patch tokens that each view keeps"""
     teacher_grid: int | None
-    """patches along a side of the teacher's crop; None: no teacher"""
+    """patches along a side of the teacher's crop; None: nothing reads a teacher"""
     text_tokens: int
     texts: tuple[bool, ...]
     """of each form of the texts that is read: whether all of its tokens are, or the end token's alone"""
@@ -87,7 +87,7 @@ def work_of(config: TrainConfig, world: int, text_tokens: int | None = None) -> 
     has_bias = any("logit_bias" in part.features for part in parts.values())
     teacher_grid = _teacher_grid(config, parts, tower)
     teacher: Parameters = {}
-    if teacher_grid is not None:
+    if teacher_grid is not None or config.teacher.always:
         averaged = {name: part.averaged for name, part in parts.items()}
         teacher = shapes.teacher_parameters(config.model, tower, parameters, averaged)
     context = _longest_text(config, parts)
@@ -293,7 +293,7 @@ def begun(work: Work, progress: float) -> Work:
     from amclip_ds.method import method_of  # of objectives that are known by their modules alone: torch is loaded
 
     now = method_of(work.config).at(progress)
-    teacher_grid = work.teacher_grid if now.needs_teacher else None
+    teacher_grid = work.teacher_grid if now.reads_teacher else None
     texts = _texts_of(work.config, parts)
     return replace(work, parts=parts, texts=texts, views=work.views[: len(now.masks)], teacher_grid=teacher_grid)
 

@@ -50,6 +50,7 @@ def test_every_method_trains_evaluates_and_records(recipe: str, scenes: Path, tm
         "log.every_steps=2",
         "batch.global_size=32",
         "run.log_sample_ids=true",
+        *(["teacher.always=true"] if recipe == "clip" else []),
         ranks=ranks,
     )
     assert code == 0, printed
@@ -69,7 +70,7 @@ def test_every_method_trains_evaluates_and_records(recipe: str, scenes: Path, tm
     assert [len(row["ids"]) for row in ids] == [32] * 4
     assert len({i for row in ids for i in row["ids"]}) == 128
     evaluated = {row["weights"] for row in read_lines(run / "eval.jsonl")}
-    assert "student" in evaluated
+    assert evaluated == ({"student", "teacher"} if recipe in ("aclip", "aclip-eff", "clip") else {"student"})
     assert {"config.yaml", "versions.json", "out.log", "student.safetensors", "tensorboard"} <= {
         path.name for path in run.iterdir()
     }
@@ -78,6 +79,30 @@ def test_every_method_trains_evaluates_and_records(recipe: str, scenes: Path, tm
     planned, measured = (plan[key]["between_steps_gib"] for key in ("predicted", "measured"))
     assert abs(measured - planned) < 0.01 * planned and "plan: " in printed
     assert "Train Epoch: 0" in (run / "out.log").read_text()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_average_that_nothing_reads_changes_no_number(
+    stage: int, scenes: Path, tmp_path: Path, amclip: Amclip
+) -> None:
+    """teacher.always: the same losses; the average is in the checkpoint, is evaluated, and is not the student."""
+    losses = {}
+    for always in ("false", "true"):
+        run, words = (
+            tmp_path / always,
+            ["run.steps=6", "batch.global_size=16", "log.every_steps=1", "heads.hidden_dim=32"],
+        )
+        words += [f"engine.deepspeed=zero{stage}_fp32.json", f"teacher.always={always}", "teacher.momentum=0.5"]
+        words += [f"data.train={scenes}/train", f"eval.data={scenes}", f"run.out={run}"]
+        code, printed = amclip("train", "flip-tiny", *words, ranks=2)
+        assert code == 0, printed
+        losses[always] = [row["loss"] for row in read_lines(run / "metrics.jsonl")]
+        assert (run / "teacher.safetensors").exists() == (always == "true")
+    assert losses["false"] == losses["true"]
+    student, teacher = ((run / f"{name}.safetensors").read_bytes() for name in ("student", "teacher"))
+    assert student != teacher
+    assert {row["weights"] for row in read_lines(run / "eval.jsonl")} == {"student", "teacher"}
 
 
 def test_real_photographs_train_with_a_falling_finite_loss(shared_dir: Path, tmp_path: Path, amclip: Amclip) -> None:
