@@ -7,6 +7,7 @@ scaled to 8, what is transparent over white, the first frame of an animation.
 
 import contextlib
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -90,6 +91,25 @@ class Decoded:
     """what was wrong with the file and did not hinder decoding"""
 
 
+class Scratch:
+    """Memory that is used again for image after image: new pages cost the system more than a decoder takes to fill them.
+
+    What is larger than most_bytes gets memory of its own, which goes back when it is no longer used.
+    """
+
+    def __init__(self, most_bytes: int = 1 << 24) -> None:
+        self._held, self._most_bytes = np.empty(0, np.uint8), most_bytes
+
+    def take(self, *shape: int) -> np.ndarray:
+        """[*shape] uint8 of any content. What was taken before is overwritten through it."""
+        size = math.prod(shape)
+        if size > self._most_bytes:
+            return np.empty(shape, np.uint8)
+        if size > self._held.size:
+            self._held = np.empty(size, np.uint8)
+        return self._held[:size].reshape(shape)
+
+
 class ImageSource:
     """An image whose header was read and whose pixels were not."""
 
@@ -99,13 +119,16 @@ class ImageSource:
         turned = orientation >= 5
         self.height, self.width = (width, height) if turned else (height, width)
 
-    def decode(self, reduction: float = 1.0) -> Decoded:
-        """Decodes at 1/1, 1/2, 1/4 or 1/8 of the size: the smallest not below 1/reduction. Raises BadImage."""
+    def decode(self, reduction: float = 1.0, scratch: Scratch | None = None) -> Decoded:
+        """Decodes at 1/1, 1/2, 1/4 or 1/8 of the size: the smallest not below 1/reduction. Raises BadImage.
+
+        scratch: where the pixels may be put, which are then valid until the next image's.
+        """
         factor = next(f for f in (8, 4, 2, 1) if f <= max(reduction, 1.0))
         mended = ""
         if self._image is None:
             try:
-                return self._upright(self._turbo(factor), factor)
+                return self._upright(self._turbo(factor, scratch), factor)
             except ValueError as error:
                 mended = str(error)  # damaged, or a kind of JPEG that the fast decoder does not know: Pillow decides
         pixels = _decode(self._pillow(), _pixels, factor)
@@ -125,10 +148,13 @@ class ImageSource:
             self._image = _open(self._content, "JPEG")
         return self._image
 
-    def _turbo(self, factor: int) -> np.ndarray:
-        height, width = self._stored
-        least = (-(-height // factor), -(-width // factor)) if factor > 1 else (0, 0)
-        return simplejpeg.decode_jpeg(self._content, min_height=least[0], min_width=least[1], min_factor=1)
+    def _turbo(self, factor: int, scratch: Scratch | None) -> np.ndarray:
+        height, width = (-(-side // factor) for side in self._stored)
+        least = (height, width) if factor > 1 else (0, 0)
+        buffer = scratch.take(height, width, 3) if scratch else None
+        return simplejpeg.decode_jpeg(
+            self._content, min_height=least[0], min_width=least[1], min_factor=1, buffer=buffer
+        )
 
     def _upright(self, pixels: np.ndarray, factor: int, mended: str = "") -> Decoded:
         if self._orientation in EXIF_TURNS:

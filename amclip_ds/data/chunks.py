@@ -17,7 +17,7 @@ from amclip_ds.data import captions, photometric
 from amclip_ds.data.config import View
 from amclip_ds.data.exclude import Excluded
 from amclip_ds.data.order import EpochOrder, Mixture
-from amclip_ds.data.views import Views, make_views
+from amclip_ds.data.views import ViewMaker, Views
 from amclip_ds.errors import AmclipError, RunStopped, UserError
 from amclip_ds.files import describe
 from amclip_ds.keyed_random import keyed
@@ -139,6 +139,7 @@ class ChunkMaker:
     def __init__(self, spec: ChunkSpec) -> None:
         self.spec = spec
         self._index: Index | None = None
+        self._view_maker = ViewMaker()
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
         self._tokens: OrderedDict[str, _Encoded] = OrderedDict()
         self._retries: list[dict[str, str]] = []
@@ -273,12 +274,12 @@ class ChunkMaker:
             members = self._as_indexed(wanted, members, chunk)
             options = captions.candidates(members[1], members[2], spec.sources, spec.per_line)
             text = captions.choose(options, random)
-            made = make_views(
+            made = self._view_maker.make(
                 members[0] or b"",
                 random,
                 spec.views,
-                spec.image_size,
-                spec.teacher_size,
+                chunk.views[:, place].unbind(),
+                None if chunk.teacher is None else chunk.teacher[place],
                 spec.teacher_contains,
                 spec.max_pixels,
             )
@@ -333,12 +334,9 @@ class ChunkMaker:
             chunk.incidents.append(_incident("changed", wanted.shard, wanted.sample.key, cause, action))
 
     def _put(self, chunk: Chunk, place: int, made: Views, random: np.random.Generator) -> None:
-        """A sample's pictures and draws. What is drawn keeps its order: new draws come after all that there were, so
+        """A sample's boxes and draws. What is drawn keeps its order: new draws come after all that there were, so
         that a seed's samples stay what they are."""
         spec = self.spec
-        chunk.views[:, place] = torch.from_numpy(made.views)
-        if chunk.teacher is not None and made.teacher is not None:
-            chunk.teacher[place] = torch.from_numpy(made.teacher)
         chunk.boxes[:, place] = made.boxes
         V, sources = len(spec.views), [n if v.draws_of is None else v.draws_of for n, v in enumerate(spec.views)]
         changes = [photometric.draw(random, view.colours) for view in spec.views]

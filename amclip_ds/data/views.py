@@ -5,50 +5,77 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from amclip_ds.data.boxes import draw_boxes
 from amclip_ds.data.config import View
-from amclip_ds.images import MAX_PIXELS, Decoded, open_image
+from amclip_ds.images import MAX_PIXELS, Decoded, Scratch, open_image
 
 
 @dataclass
 class Views:
-    """One sample's crops. V views, S their side, s the teacher's."""
+    """What the crops of one sample are of. V views."""
 
-    views: np.ndarray
-    """[V, 3, S, S] uint8"""
-    teacher: np.ndarray | None
-    """[3, s, s] uint8"""
     boxes: np.ndarray
     """[V + 1, 4] float32, in pixels of the upright image at full scale"""
     mended: str = field(default="")
 
 
-def make_views(
-    content: bytes,
-    random: np.random.Generator,
-    views: Sequence[View],
-    size: int,
-    teacher_size: int | None,
-    teacher_contains: bool = True,
-    max_pixels: int = MAX_PIXELS,
-) -> Views:
-    """The crops of one encoded image, not mirrored yet. teacher_contains: boxes.draw_boxes. Raises BadImage."""
-    source = open_image(content, max_pixels)
-    boxes = draw_boxes(random, source.height, source.width, views, teacher_contains)
-    sides = [size] * len(views) + ([teacher_size] if teacher_size else [])
-    reduction = min(min(box[2], box[3]) / side for box, side in zip(boxes, sides))
-    decoded = source.decode(float(reduction))
-    boxes = _on_grid(boxes, decoded)
-    pixels = torch.from_numpy(decoded.pixels)
-    crops: list[Tensor] = []
-    for place, (box, side) in enumerate(zip(boxes, sides)):
-        repeated = views[place].draws_of if place < len(views) else None
-        crops.append(_crop(pixels, box, decoded.factor, side) if repeated is None else crops[repeated])
-    made = torch.stack(crops[: len(views)]).numpy()
-    return Views(made, crops[-1].numpy() if teacher_size else None, boxes, decoded.mended)
+class ViewMaker:
+    """Makes the crops of one image after another, in memory that it keeps."""
+
+    def __init__(self) -> None:
+        self._pixels, self._region = Scratch(), Scratch()
+
+    def make(
+        self,
+        content: bytes,
+        random: np.random.Generator,
+        views: Sequence[View],
+        crops: Sequence[Tensor],
+        teacher: Tensor | None,
+        teacher_contains: bool = True,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Views:
+        """Writes the crops of one encoded image, not mirrored yet. teacher_contains: boxes.draw_boxes. Raises BadImage.
+
+        crops: V x [3, S, S] uint8; teacher: [3, s, s] uint8, or None where there is none.
+        """
+        source = open_image(content, max_pixels)
+        boxes = draw_boxes(random, source.height, source.width, views, teacher_contains)
+        targets = [*crops, teacher] if teacher is not None else crops
+        reduction = min(min(box[2], box[3]) / target.shape[-1] for box, target in zip(boxes, targets))
+        decoded = source.decode(float(reduction), self._pixels)
+        boxes = _on_grid(boxes, decoded)
+        for place, (box, target) in enumerate(zip(boxes.tolist(), targets)):
+            repeated = views[place].draws_of if place < len(views) else None
+            if repeated is None:
+                self._crop(decoded, box, target)
+            else:
+                target.copy_(crops[repeated])
+        return Views(boxes, decoded.mended)
+
+    def _crop(self, decoded: Decoded, box: Sequence[float], target: Tensor) -> None:
+        """Fills target [3, side, side] uint8 with the box, resized (bilinear, antialiased) as F.interpolate does it.
+
+        Its operator is called with the target, in whose layout it writes by itself: a result of its own would be in
+        channels-last order, and putting it in place costs most of another resize. It copies a region that is part of
+        an image, into new memory each time: so it gets a copy.
+        """
+        factor = decoded.factor
+        top, left = int(box[0]) // factor, int(box[1]) // factor
+        bottom, right = -(-int(box[0] + box[2]) // factor), -(-int(box[1] + box[3]) // factor)
+        part = decoded.pixels[top:bottom, left:right]
+        if part.flags.c_contiguous:
+            region = part
+        else:
+            region = self._region.take(*part.shape)
+            np.copyto(region, part)
+        source = torch.from_numpy(region).permute(2, 0, 1)
+        if source.shape == target.shape:
+            target.copy_(source)
+        else:
+            torch._C._nn._upsample_bilinear2d_aa(source[None], target.shape[-2:], False, None, None, out=target[None])
 
 
 def _on_grid(boxes: np.ndarray, decoded: Decoded) -> np.ndarray:
@@ -64,13 +91,3 @@ def _on_grid(boxes: np.ndarray, decoded: Decoded) -> np.ndarray:
     first = np.minimum(first, np.floor((limits - 1) / decoded.factor) * decoded.factor)
     last = np.maximum(last, np.minimum(first + decoded.factor, limits))
     return np.concatenate([first, last - first], axis=1)
-
-
-def _crop(pixels: Tensor, box: np.ndarray, factor: int, side: int) -> Tensor:
-    """[3, side, side] uint8: the box, resized (bilinear, antialiased)."""
-    top, left = int(box[0]) // factor, int(box[1]) // factor
-    bottom, right = -(-int(box[0] + box[2]) // factor), -(-int(box[1] + box[3]) // factor)
-    region = pixels[top:bottom, left:right].permute(2, 0, 1)[None]
-    if region.shape[-2:] == (side, side):
-        return region[0].contiguous()
-    return F.interpolate(region, size=(side, side), mode="bilinear", antialias=True, align_corners=False)[0]

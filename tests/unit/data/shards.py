@@ -3,15 +3,17 @@
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
-from amclip_ds.data.config import DataConfig
+from amclip_ds.data.config import DataConfig, View
 from amclip_ds.data.loader import TrainingData
+from amclip_ds.data.views import ViewMaker
 
 UNEVEN = (37, 1, 64, 20, 53)  # samples of the shards
 
@@ -75,3 +77,30 @@ def open_data(train: str | Path, **changes: Any) -> TrainingData:
     }
     config = DataConfig(train=str(train), **{"workers": 0, "open_shards": 3, "shuffle_window": 40} | changes)
     return TrainingData(config, **arguments | own)
+
+
+class Made(NamedTuple):
+    """One image's crops, as a ViewMaker made them."""
+
+    views: np.ndarray
+    """[V, 3, S, S] uint8"""
+    teacher: np.ndarray | None
+    """[3, s, s] uint8"""
+    boxes: np.ndarray
+    """[V + 1, 4]"""
+    mended: str
+
+
+def make_views(
+    content: bytes,
+    random: np.random.Generator,
+    views: Sequence[View],
+    size: int,
+    teacher_size: int | None,
+    **options: Any,
+) -> Made:
+    """The crops of one encoded image, in memory of their own. options: as ViewMaker.make takes them."""
+    crops = torch.empty(len(views), 3, size, size, dtype=torch.uint8)
+    teacher = torch.empty(3, teacher_size, teacher_size, dtype=torch.uint8) if teacher_size else None
+    made = ViewMaker().make(content, random, views, crops.unbind(), teacher, **options)
+    return Made(crops.numpy(), None if teacher is None else teacher.numpy(), made.boxes, made.mended)

@@ -10,12 +10,12 @@ import pytest
 
 from amclip_ds.data.check import CheckConfig, check_shard
 from amclip_ds.data.config import View
-from amclip_ds.data.views import make_views
 from amclip_ds.images import BadImage
 from amclip_ds.keyed_random import keyed
 from amclip_ds.processes import WorkerCrashed, map_in_processes
 from amclip_ds.shards import index
 from tests.unit.data.damaged import BLOCK, json_fields, picture, sample, tar_of
+from tests.unit.data.shards import make_views
 
 SECONDS_EACH = 5.0  # on a loaded machine; a mutant takes milliseconds
 MEGABYTES = 400  # of one reading process, above what it had before: an image of the 89 Mpx allowed takes 268

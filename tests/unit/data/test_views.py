@@ -10,10 +10,9 @@ import torch
 from PIL import Image, ImageOps
 
 from amclip_ds.data.config import View
-from amclip_ds.data.views import make_views
 from amclip_ds.images import BadImage, open_image
 from amclip_ds.keyed_random import keyed
-from tests.unit.data.shards import encode, jpeg
+from tests.unit.data.shards import encode, jpeg, make_views
 
 TWO = [View(), View()]
 
