@@ -20,7 +20,7 @@ from amclip_ds.data.order import EpochOrder, Mixture
 from amclip_ds.data.views import ViewMaker, Views
 from amclip_ds.errors import AmclipError, RunStopped, UserError
 from amclip_ds.files import describe
-from amclip_ds.keyed_random import keyed
+from amclip_ds.keyed_random import Keyed, keyed
 from amclip_ds.masks.text import TextMaskConfig, Words, masked, prepare
 from amclip_ds.masks.text.cloze import hide
 from amclip_ds.masks.units import NONE
@@ -139,7 +139,8 @@ class ChunkMaker:
     def __init__(self, spec: ChunkSpec) -> None:
         self.spec = spec
         self._index: Index | None = None
-        self._view_maker = ViewMaker()
+        self._view_maker, self._keyed = ViewMaker(), Keyed()
+        self._reads_text, self._reads_json = captions.members_read(spec.sources)
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
         self._tokens: OrderedDict[str, _Encoded] = OrderedDict()
         self._retries: list[dict[str, str]] = []
@@ -259,8 +260,7 @@ class ChunkMaker:
 
     def _places(self, sample: Sample) -> list[tuple[int, int]]:
         """(offset, size) of the members that training reads."""
-        reads_text, reads_json = captions.members_read(self.spec.sources)
-        places = (sample.image, sample.text if reads_text else None, sample.json if reads_json else None)
+        places = sample.image, sample.text if self._reads_text else None, sample.json if self._reads_json else None
         return [place for place in places if place]
 
     def _fill(self, chunk: Chunk, place: int, wanted: _Wanted, contents: Contents, epoch: int) -> bool:
@@ -268,7 +268,7 @@ class ChunkMaker:
         sample, spec = wanted.sample, self.spec
         if (wanted.shard, sample.key) in spec.excluded:  # no incident: it is asked for, and data.max_skip_rate is not
             return False
-        random = keyed(spec.seed, "sample", epoch, sample.sample_id, wanted.copy)
+        random = self._keyed(spec.seed, "sample", epoch, sample.sample_id, wanted.copy)
         try:
             members = [self._content(contents, wanted.shard, at) for at in (sample.image, sample.text, sample.json)]
             members = self._as_indexed(wanted, members, chunk)

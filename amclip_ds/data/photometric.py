@@ -70,11 +70,12 @@ def draw(random: np.random.Generator, colours: str = "aclip") -> np.ndarray:
 
     colours: of CHANGES.
     """
-    uniform, order = random.random(9), random.permutation(4)
+    uniform, order = random.random(9).tolist(), random.permutation(4).tolist()
     changes = CHANGES[colours]
-    jitter, gray, blur, solarize = uniform[:4] < (JITTER_P, GRAY_P, changes.blur_p, changes.solarize_p)
-    amounts = np.array([BRIGHTNESS, CONTRAST, changes.saturation, HUE])
-    factors = np.array([1, 1, 1, 0]) + amounts * (2 * uniform[4:8] - 1)
+    chances = JITTER_P, GRAY_P, changes.blur_p, changes.solarize_p
+    jitter, gray, blur, solarize = (drawn < chance for drawn, chance in zip(uniform, chances))
+    amounts = (1, BRIGHTNESS), (1, CONTRAST), (1, changes.saturation), (0, HUE)
+    factors = [middle + amount * (2 * drawn - 1) for (middle, amount), drawn in zip(amounts, uniform[4:])]
     sigma = SIGMA[0] + (SIGMA[1] - SIGMA[0]) * uniform[8] if blur else 0.0
     return np.array([jitter, *factors, *order, gray, sigma, solarize], dtype=np.float32)
 

@@ -124,37 +124,35 @@ class Index:
 
     def shard_of(self, sample_id: int) -> int:
         """The number of the shard that holds a sample."""
-        return int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+        return int(self.starts.searchsorted(sample_id, side="right")) - 1
 
     def sample(self, sample_id: int) -> Sample:
         """Where a sample is. sample_id: 0 .. len - 1, shards in the index's order."""
-        record = self.records[sample_id]
+        record = dict(zip(RECORD.names or (), self.records[sample_id].item()))
         shard = self.shard_of(sample_id)
 
         def place(name: str) -> tuple[int, int]:
-            return int(record[f"{name}_block"]) * BLOCK, int(record[f"{name}_size"])
+            return record[f"{name}_block"] * BLOCK, record[f"{name}_size"]
 
         return Sample(
             sample_id,
             self.shards[shard].path,
-            self.key(sample_id),
+            self._key(sample_id, shard),
             place("image"),
             place("text") if record["flags"] & HAS_TEXT else None,
             place("json") if record["flags"] & HAS_JSON else None,
-            None if self.contents is None else tuple(map(int, self.contents[sample_id])),
+            None if self.contents is None else self.contents[sample_id].item(),
         )
 
     def key(self, sample_id: int) -> str:
         """A sample's key: its members' common name."""
-        shard = self.shard_of(sample_id)
-        start = int(self._key_starts[shard]) + int(self.records[sample_id]["key_offset"])
-        last = sample_id + 1 == self.starts[shard + 1]
-        stop = (
-            int(self._key_starts[shard + 1])
-            if last
-            else (int(self._key_starts[shard]) + int(self.records[sample_id + 1]["key_offset"]))
-        )
-        return self._keys[start:stop].tobytes().decode("utf-8", "surrogateescape")
+        return self._key(sample_id, self.shard_of(sample_id))
+
+    def _key(self, sample_id: int, shard: int) -> str:
+        offsets = self.records["key_offset"]
+        begin, end = int(self._key_starts[shard]), int(self._key_starts[shard + 1])
+        stop = end if sample_id + 1 == self.starts[shard + 1] else begin + int(offsets[sample_id + 1])
+        return self._keys[begin + int(offsets[sample_id]) : stop].tobytes().decode("utf-8", "surrogateescape")
 
     def find(self, shards: list[str]) -> list[int]:
         """Each shard's number in the index: by its path, else by a name that is there once. Raises UserError."""
@@ -393,7 +391,7 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size == 0:
                 return np.empty(0, dtype)
-            return np.memmap(file, dtype=dtype, mode="r")
+            return np.memmap(file, dtype=dtype, mode="r").view(np.ndarray)  # each part of a memmap costs microseconds
     except OSError as error:
         raise UserError(f"data.index: {path}: {describe(error)}; make it again: amclip data index") from None
     except ValueError:  # no whole number of records
