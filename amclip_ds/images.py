@@ -92,7 +92,7 @@ class Decoded:
 
 
 class Scratch:
-    """Memory that is used again for image after image: new pages cost the system more than a decoder takes to fill them.
+    """Memory that is used again for image after image: new pages cost the system time.
 
     What is larger than most_bytes gets memory of its own, which goes back when it is no longer used.
     """

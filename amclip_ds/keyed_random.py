@@ -5,7 +5,6 @@ import struct
 
 import numpy as np
 
-
 KEY = struct.Struct("=2Q")
 ZEROS = (0, 0, 0, 0)
 

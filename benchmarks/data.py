@@ -1,4 +1,5 @@
-"""How fast samples become views: `python -m benchmarks.data [--rounds 5] [--json FILE] [--no-train]`.
+"""How fast samples become views: `python -m benchmarks.data [--rounds 5] [--json FILE] [--no-train]`; the stream alone,
+beside an older commit's: `python -m benchmarks.data --stream --baseline CHECKOUT`.
 
 Makes JPEGs of its own (500 x 375 and other sizes), then, in one run and on the same files:
 
@@ -6,15 +7,18 @@ pipelines   our three views (one decode, uint8 crops; photometric parameters dra
             the straightforward ones (Pillow: full decode, three resized crops; colour jitter, grayscale, blur and
             solarize on both student views; three ToTensor and Normalize). Exit code 1 if ours is not 3 times as fast.
 decoders    and resizers, alone: what the choice of simplejpeg and torch rests on
-loader      batches of TrainingData, by number of workers, tokens and all
+stream      TrainingData, all of it, against decoding alone and against another checkout's (benchmarks/stream.py)
+loader      the same by the clock, by number of workers
 training    the part of a step of aclip-tiny that waits for data
 
 Times are CPU seconds of one thread, so other work on the machine disturbs them little; rounds alternate, medians count.
 """
 
 import argparse
+import contextlib
 import io
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -33,11 +37,12 @@ from PIL import Image
 from webdataset import TarWriter
 
 from amclip_ds.data import photometric, synthetic
-from amclip_ds.data.config import DataConfig, View
-from amclip_ds.data.loader import TrainingData
+from amclip_ds.data.config import View
 from amclip_ds.data.views import ViewMaker
 from amclip_ds.keyed_random import keyed
+from benchmarks.stream import open_data
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZES = ((256, 192), (500, 375), (1024, 768), (2048, 1536), (4096, 3072))
 VIEW = 224
 QUALITY = 92
@@ -171,38 +176,89 @@ def _opencv() -> Any:
     return cv2
 
 
+def write_photos(folder: Path) -> None:
+    """512 JPEGs of 500 x 375 in four shards."""
+    folder.mkdir(parents=True)
+    for shard in range(4):
+        with TarWriter(str(folder / f"{shard:05d}.tar")) as tar:
+            for number in range(shard * 128, (shard + 1) * 128):
+                text = f"a photo of scene number {number}"
+                tar.write({"__key__": f"{number:06d}", "jpg": make_jpeg(number, 500, 375), "txt": text})
+
+
+class Stream:
+    """A process that runs benchmarks/stream.py with the `amclip_ds` of a checkout, on shards of its own."""
+
+    def __init__(self, checkout: Path, shards: Path) -> None:
+        command = [sys.executable, "-P", str(Path(__file__).with_name("stream.py")), str(shards)]
+        environment = os.environ | {"PYTHONPATH": str(checkout)}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def __call__(self, word: str) -> str:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(f"{word}\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline().strip()
+        if not answer:
+            raise SystemExit(f"benchmarks.data: {' '.join(map(str, self._process.args))} ended: see its error above")
+        return answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+
+
+def stream(rounds: int, baseline: Path | None) -> dict[str, Any]:
+    """Milliseconds of CPU a sample of the training stream at 224 px over 500 x 375 JPEGs: decoding alone, ours, the
+    baseline's; rounds take turns, medians. And whether the two make the same bits."""
+    checkouts = {"ours": ROOT} | ({"baseline": baseline.resolve()} if baseline else {})
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as processes:
+        streams: dict[str, Stream] = {}
+        for name, checkout in checkouts.items():
+            write_photos(Path(folder, name))
+            streams[name] = Stream(checkout, Path(folder, name))
+            processes.callback(streams[name].close)
+        hashes = {name: one("hash") for name, one in streams.items()}
+        times: Times = {}
+        for round_number in range(rounds + 1):
+            for name, one in streams.items():
+                for word in ("decode", "stream", "worker"):
+                    value = 1e3 * float(one(word))
+                    if round_number:  # the first one warms up
+                        times.setdefault("decode" if word == "decode" else f"{name}, {word}", []).append(value)
+    found: dict[str, Any] = {name: statistics.median(values) for name, values in times.items()}
+    return found | {"rounds": times, "same bits": len(set(hashes.values())) == 1 if baseline else None}
+
+
+def show_stream(found: dict[str, Any]) -> None:
+    """A line each: milliseconds, samples a second, against decoding alone, against the baseline."""
+    print(f"{'500 x 375 to three views of 224':36} {'ms CPU':>7} {'samples/s':>10} {'x decode':>9} {'x baseline':>11}")
+    for name, milliseconds in found.items():
+        if isinstance(milliseconds, float):
+            other = found.get(name.replace("ours", "baseline"))
+            against = f"{other / milliseconds:11.2f}" if name.startswith("ours") and other else ""
+            row = f"{milliseconds:7.2f} {1e3 / milliseconds:10.0f} {milliseconds / found['decode']:9.2f}"
+            print(f"{name:36} {row} {against}")
+    if found["same bits"] is not None:
+        print(f"the first batches are the same to the bit as the baseline's: {'yes' if found['same bits'] else 'NO'}")
+
+
 def loader(batches: int = 12) -> dict[str, float]:
-    """Samples a second of the training stream at 224 px over 500 x 375 JPEGs: by CPU time without workers ("a core"),
-    else by the clock."""
+    """Samples a second of the same stream by the clock."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for shard in range(4):
-            with TarWriter(str(Path(folder, f"{shard:05d}.tar"))) as tar:
-                for number in range(shard * 128, (shard + 1) * 128):
-                    tar.write({"__key__": f"{number:06d}", "jpg": make_jpeg(number, 500, 375), "txt": "a photo of one"})
+        write_photos(Path(folder, "photos"))
         for workers in (0, 1, 2):
-            data = TrainingData(
-                DataConfig(train=folder, workers=workers),
-                seed=0,
-                global_batch=64,
-                rank=0,
-                world_size=1,
-                image_size=VIEW,
-                teacher_size=VIEW,
-                num_units=49,
-                context_length=77,
-                say=lambda text: None,
-            )
-            stream = data.batches()
-            for _ in range(2 + 4 * workers):  # start, and what was made ahead meanwhile
-                next(stream)
-            began, cpu_began = time.perf_counter(), time.process_time()
-            for _ in range(batches):
-                next(stream)
-            found[f"{workers} workers"] = 64 * batches / (time.perf_counter() - began)
-            if workers == 0:
-                found["a core"] = 64 * batches / (time.process_time() - cpu_began)
-            data.close()
+            with contextlib.closing(open_data(f"{folder}/photos", workers)) as data:
+                made = data.batches()
+                for _ in range(2 + 4 * workers):  # start, and what was made ahead meanwhile
+                    next(made)
+                began = time.perf_counter()
+                for _ in range(batches):
+                    next(made)
+                found[f"{workers} workers"] = 64 * batches / (time.perf_counter() - began)
     return found
 
 
@@ -231,16 +287,9 @@ def training(steps: int = 60) -> dict[str, float]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="how often everything is timed (default 5)")
-    parser.add_argument("--no-train", action="store_true", help="leave the training step out")
-    parser.add_argument("--json", type=Path, help="write the numbers there")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    random.seed(0)
-    torch.manual_seed(0)
-    found: dict[str, Any] = {"pipelines": pipelines(args.rounds)}
+def all_parts(rounds: int, train: bool) -> dict[str, Any]:
+    """Everything but the stream, each printed as it is known."""
+    found: dict[str, Any] = {"pipelines": pipelines(rounds)}
     print(f"{'source':14} {'kB':>6} {'ours':>8} {'straight':>8}  samples/s/core   ratio (worst to best round)")
     for name, row in found["pipelines"].items():
         print(
@@ -248,18 +297,36 @@ def main() -> int:
             f"{row['ratio']:5.1f} ({row['ratio_min']:.1f} to {row['ratio_max']:.1f})",
             flush=True,
         )
-    found["parts"] = parts(args.rounds)
+    found["parts"] = parts(rounds)
     for name, milliseconds in found["parts"].items():
         print(f"{name:40} {milliseconds:6.2f} ms")
     found["loader"] = loader()
     print("loader at 500 x 375: " + ", ".join(f"{name} {rate:.0f} samples/s" for name, rate in found["loader"].items()))
-    if not args.no_train:
+    if train:
         found["training"] = training()
         said = "aclip-tiny: a step {step_s:.3f} s, {data_wait_s:.4f} s of it waits for data ({share:.1%} of the run)"
         print(said.format(**found["training"]))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="how often everything is timed (default 5)")
+    parser.add_argument("--stream", action="store_true", help="the stream alone")
+    parser.add_argument("--baseline", type=Path, metavar="CHECKOUT", help="whose stream takes turns with ours")
+    parser.add_argument("--no-train", action="store_true", help="leave the training step out")
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    random.seed(0)
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"stream": stream(args.rounds, args.baseline)}
+    show_stream(found["stream"])
+    if not args.stream:
+        found |= all_parts(args.rounds, train=not args.no_train)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
-    return int(found["pipelines"]["500 x 375"]["ratio"] < NEEDED)
+    return 0 if args.stream else int(found["pipelines"]["500 x 375"]["ratio"] < NEEDED)
 
 
 if __name__ == "__main__":
