@@ -47,6 +47,9 @@ SIZES = ((256, 192), (500, 375), (1024, 768), (2048, 1536), (4096, 3072))
 VIEW = 224
 QUALITY = 92
 NEEDED = 3.0
+WORDS = """a an the photo picture view of in on at with and beside under old new small large red green blue white wooden
+street house garden kitchen table window river mountain dog cat horse bird child woman man people car bicycle train
+sunny cloudy morning evening winter summer standing sitting running close-up"""
 Times = dict[str, list[float]]
 
 
@@ -177,13 +180,16 @@ def _opencv() -> Any:
 
 
 def write_photos(folder: Path) -> None:
-    """512 JPEGs of 500 x 375 in four shards."""
+    """2560 samples in four shards: 256 JPEGs of 500 x 375, each ten times, each time with a caption of its own."""
     folder.mkdir(parents=True)
+    photos = [make_jpeg(number, 500, 375) for number in range(256)]
     for shard in range(4):
         with TarWriter(str(folder / f"{shard:05d}.tar")) as tar:
-            for number in range(shard * 128, (shard + 1) * 128):
-                text = f"a photo of scene number {number}"
-                tar.write({"__key__": f"{number:06d}", "jpg": make_jpeg(number, 500, 375), "txt": text})
+            for number in range(shard * 640, (shard + 1) * 640):
+                words = keyed(0, "caption", number).choice(WORDS, size=10)
+                tar.write(
+                    {"__key__": f"{number:06d}", "jpg": photos[number % 256], "txt": f"{' '.join(words)} {number}"}
+                )
 
 
 class Stream:

@@ -18,6 +18,7 @@ from amclip_ds.module_alone import import_alone
 
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # the encoder's pattern without special tokens
 PROBE = "A photo of 2 zebras, crossing the Straße (50 %) at naïve speed; 東京 isn't far."
+PLAIN = re.compile(r"[ -%'-~]*")  # visible ASCII without "&", in which nothing is to be fixed or unescaped
 LONGEST_TEXT, LONGEST_WORD = 1 << 16, 1000  # characters
 WORDS_REMEMBERED = 1 << 17
 Tokenizer = Callable[[Sequence[str], int], Tensor]
@@ -32,6 +33,8 @@ class ClipTokenizer:
     def __init__(self) -> None:
         self._tokenizer = import_alone("open_clip", "tokenizer").SimpleTokenizer()
         self._tokenizer.cache.clear()  # holds the special tokens as words of their own
+        self._ids: dict[str, list[int]] = {}
+        """of words that were seen lately"""
         self.start, self.end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
 
     def encode(self, text: str, limit: int | None = None) -> list[int]:
@@ -53,22 +56,34 @@ class ClipTokenizer:
 
     def split(self, text: str) -> list[str]:
         """The words of a text, cleaned and in lower case."""
-        return regex.findall(WORDS, self._tokenizer.clean_fn(text[:LONGEST_TEXT]), regex.IGNORECASE)
+        text = text[:LONGEST_TEXT]
+        clean = " ".join(text.lower().split()) if PLAIN.fullmatch(text) else self._tokenizer.clean_fn(text)
+        return regex.findall(WORDS, clean, regex.IGNORECASE)
 
     def _words(self, text: str) -> Iterator[tuple[str, list[int]]]:
-        if len(self._tokenizer.cache) > WORDS_REMEMBERED:
-            self._tokenizer.cache.clear()
         for word in self.split(text):
-            symbols = "".join(self._tokenizer.byte_encoder[byte] for byte in word[:LONGEST_WORD].encode("utf-8"))
-            yield word, [self._tokenizer.encoder[piece] for piece in self._tokenizer.bpe(symbols).split(" ")]
+            head = word[:LONGEST_WORD]
+            yield word, self._ids.get(head) or self._encode_word(head)
+
+    def _encode_word(self, word: str) -> list[int]:
+        if len(self._ids) > WORDS_REMEMBERED:
+            self._ids.clear()
+        symbols = "".join(self._tokenizer.byte_encoder[byte] for byte in word.encode("utf-8"))
+        self._ids[word] = ids = [self._tokenizer.encoder[piece] for piece in self._tokenizer.bpe(symbols).split(" ")]
+        self._tokenizer.cache.clear()
+        return ids
+
+    def row(self, text: str, context_length: int) -> np.ndarray:
+        """[context_length] int64: start, words, end, then zeros; a longer text keeps the end in its last place."""
+        ids = [self.start, *self.encode(text, context_length)[: context_length - 2], self.end]
+        row = np.zeros(context_length, np.int64)
+        row[: len(ids)] = ids
+        return row
 
     def __call__(self, texts: Sequence[str], context_length: int = 77) -> Tensor:
-        """[B, context_length] int64: start, words, end, then zeros; a longer text keeps the end in its last place."""
-        rows = torch.zeros(len(texts), context_length, dtype=torch.int64)
-        for row, text in zip(rows, texts):
-            ids = [self.start, *self.encode(text, context_length)[: context_length - 2], self.end]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
+        """[B, context_length] int64: a row each."""
+        rows = [self.row(text, context_length) for text in texts]
+        return torch.from_numpy(np.stack(rows) if rows else np.zeros((0, context_length), np.int64))
 
     def text_of(self, ids: Sequence[int]) -> str:
         """A row of ids as text again, lower-cased as it was encoded, without start, end and what fills it up."""

@@ -370,7 +370,7 @@ class ChunkMaker:
         if text in self._tokens:
             self._tokens.move_to_end(text)
             return self._tokens[text]
-        row = self._tokenizer([text], self.spec.context_length)[0].numpy()
+        row = self._tokenizer.row(text, self.spec.context_length)
         encoded = _Encoded(row, self._tokenizer.words(text) if self._masks_text else ())
         self._tokens[text] = encoded
         if len(self._tokens) > CAPTIONS_REMEMBERED:

@@ -1,7 +1,7 @@
 """What every recipe's samples are, bit for bit: crops, boxes, photometric parameters, noise, tokens.
 
-The hashes were made by commit 266e33d, before views became a list; `python -m tests.unit.data.test_recipe_views` prints
-those of the present code.
+The hashes were made by commit 266e33d, before views became a list, those of LATER by 0a1c2a4, before crops were resized
+into the chunk; `python -m tests.unit.data.test_recipe_views` prints those of the present code.
 """
 
 import hashlib
@@ -25,26 +25,29 @@ AS_THEY_WERE = {  # the two recipes that became what was published, with the vie
     "clip": ["data.photometric=true"],
     "flip": ["data.photometric=true", "data.views=[]", "data.num_views=1"],
 }
-CELLS = [f"{method} {compat}" for method in METHODS for compat in ("paper", "release")]
+LATER = ["slip paper", "siglip paper", "aclip paper data.keep_colours=true", "aclip paper turned"]
+CELLS = [f"{method} {compat}" for method in METHODS for compat in ("paper", "release")] + LATER
 
 
-def write_pictures(folder: Path) -> Path:
-    """A shard of 24 pictures of several shapes, as PNG, whose pixels no decoder changes."""
-    members = {}
+def write_pictures(folder: Path, turned: bool = False) -> Path:
+    """A shard of 24 pictures of several shapes, as PNG, whose pixels no decoder changes. turned: by their EXIF."""
+    members, exif = {}, Image.Exif()
     for number in range(24):
         random = np.random.default_rng(number)
         cells = random.integers(0, 256, (5, 7, 3), dtype=np.uint8)
         pixels = cells.repeat(9 + number, 0).repeat(11 + number % 5, 1) ^ random.integers(0, 16, 1, dtype=np.uint8)
-        members[f"{number:04d}.png"] = encode(Image.fromarray(pixels), "PNG")
+        exif[0x0112] = 1 + number % 8
+        options = {"exif": exif} if turned else {}
+        members[f"{number:04d}.png"] = encode(Image.fromarray(pixels), "PNG", **options)
         members[f"{number:04d}.txt"] = f"a picture, number {number}\nthe picture of row {number}".encode()
-    return write_tar(folder / "pictures.tar", members)
+    return write_tar(folder / ("turned.tar" if turned else "pictures.tar"), members)
 
 
-def batch_of(cell: str, shard: Path) -> Batch:
-    method, compat = cell.split()
-    config = settings.load(
-        f"{method}-tiny", [f"compat={compat}", "data.workers=0", f"data.train={shard}", *AS_THEY_WERE.get(method, [])]
-    )
+def batch_of(cell: str, folder: Path) -> Batch:
+    method, compat, *words = cell.split()
+    shard = folder / ("turned.tar" if "turned" in words else "pictures.tar")
+    own = [word for word in words if "=" in word] + AS_THEY_WERE.get(method, [])
+    config = settings.load(f"{method}-tiny", [f"compat={compat}", "data.workers=0", f"data.train={shard}", *own])
     chosen, vision = method_of(config), config.model.vision
     teacher_size = vision.image_size // (2 if config.teacher.resolution == "half" else 1)
     data = TrainingData(
@@ -83,16 +86,27 @@ def hashes_of(batch: Batch) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder)
+    write_pictures(folder, turned=True)
+    return folder
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_recipe_s_samples_are_what_they_were(cell: str, shard: Path) -> None:
-    assert hashes_of(batch_of(cell, shard)) == json.loads(HASHES.read_text())[cell]
+def test_a_recipe_s_samples_are_what_they_were(cell: str, pictures: Path) -> None:
+    assert hashes_of(batch_of(cell, pictures)) == json.loads(HASHES.read_text())[cell]
+
+
+def test_a_pixel_that_differs_is_seen(pictures: Path) -> None:
+    batch = batch_of("slip paper", pictures)
+    batch.views_uint8[1, 3, 0, 5, 5] ^= 1
+    differing = hashes_of(batch).items() ^ json.loads(HASHES.read_text())["slip paper"].items()
+    assert {name for name, _ in differing} == {"views"}
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        made = write_pictures(Path(folder))
-        print(json.dumps({cell: hashes_of(batch_of(cell, made)) for cell in CELLS}, indent=1))
+        for turned in (False, True):
+            write_pictures(Path(folder), turned)
+        print(json.dumps({cell: hashes_of(batch_of(cell, Path(folder))) for cell in CELLS}, indent=1))

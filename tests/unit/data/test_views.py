@@ -3,14 +3,17 @@
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from amclip_ds.data.config import View
-from amclip_ds.images import BadImage, open_image
+from amclip_ds.data.views import ViewMaker
+from amclip_ds.images import BadImage, Decoded, open_image
 from amclip_ds.keyed_random import keyed
 from tests.unit.data.shards import encode, jpeg, make_views
 
@@ -51,6 +54,49 @@ def test_crops_equal_the_slow_way(kind: str, options: dict) -> None:
         assert most <= 3 and mean < 0.05, (seed, most, mean)
         moved = made.boxes + np.array([3, 0, 0, 0])  # the twin: three pixels off is seen
         assert gap(made.views, cut_slowly(content, moved, 64)[:2])[1] > 0.3
+
+
+def cut_by_interpolate(decoded: Decoded, boxes: np.ndarray, size: int) -> torch.Tensor:
+    """[n, 3, size, size]: the public way, each crop resized into memory of its own."""
+    crops = []
+    for y, x, height, width in boxes.astype(int).tolist():
+        ends = [-(-end // decoded.factor) for end in (y + height, x + width)]
+        region = decoded.pixels[y // decoded.factor : ends[0], x // decoded.factor : ends[1]]
+        source = torch.from_numpy(region).permute(2, 0, 1)[None]
+        crops.append(F.interpolate(source, (size, size), mode="bilinear", antialias=True))
+    return torch.cat(crops)
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def images_of_all_kinds() -> Iterator[bytes]:
+    for number, (width, height) in enumerate([(160, 120), (500, 375), (90, 200), (64, 64), (31, 300), (1003, 757)]):
+        image = photograph(width, height, number)
+        yield encode(image, "JPEG", quality=92)
+        yield encode(image, "JPEG", quality=80, progressive=True, subsampling=0)
+        yield encode(image.convert("L"), "JPEG")
+        yield encode(image, "JPEG", exif=turned(1 + number))
+        yield encode(image, "PNG", exif=turned(8 - number))
+        yield encode(image, "WEBP", lossless=True)
+
+
+def test_crops_are_what_interpolate_makes_to_the_bit() -> None:
+    """One maker for all of them: nothing of an image is left in the next one's crops."""
+    maker, factors = ViewMaker(), set()
+    for number, content in enumerate(images_of_all_kinds()):
+        size = 224 if number % 4 else 64
+        crops = torch.empty(3, 3, size, size, dtype=torch.uint8)
+        made = maker.make(content, keyed(number), [View(), View(scale=(0.4, 1.0))], crops[:2].unbind(), crops[2])
+        decoded = open_image(content).decode(made.boxes[:, 2:].min() / size)
+        factors.add(decoded.factor)
+        assert torch.equal(crops, cut_by_interpolate(decoded, made.boxes, size)), number
+        less = made.boxes - np.array([0, 0, 0, 2 * decoded.factor])  # the twin: two columns less
+        assert not torch.equal(crops, cut_by_interpolate(decoded, less, size)), number
+    assert factors == {1, 2, 4, 8}
 
 
 @pytest.mark.parametrize("width, height, size", [(1000, 760, 64), (1201, 801, 112), (640, 480, 224)])
