@@ -186,7 +186,7 @@ def write_photos(folder: Path) -> None:
     for shard in range(4):
         with TarWriter(str(folder / f"{shard:05d}.tar")) as tar:
             for number in range(shard * 640, (shard + 1) * 640):
-                words = keyed(0, "caption", number).choice(WORDS, size=10)
+                words = keyed(0, "caption", number).choice(WORDS.split(), size=10)
                 tar.write(
                     {"__key__": f"{number:06d}", "jpg": photos[number % 256], "txt": f"{' '.join(words)} {number}"}
                 )
