@@ -69,7 +69,7 @@ class Ours:
     """What a worker does for one sample's image."""
 
     def __init__(self) -> None:
-        self._maker, self._crops = ViewMaker(), torch.empty(3, 3, VIEW, VIEW, dtype=torch.uint8).unbind()
+        self._maker, self._crops = ViewMaker(), torch.empty(3, VIEW, VIEW, 3, dtype=torch.uint8).unbind()
 
     def __call__(self, content: bytes) -> None:
         generator = keyed(0, "benchmark")

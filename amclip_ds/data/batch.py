@@ -18,9 +18,9 @@ class Batch:
     """A rank's slice of the global batch, made on the CPU; `to` moves the tensors."""
 
     views_uint8: Tensor
-    """[V, B, 3, H, H] crops, before photometric changes"""
+    """[V, B, 3, H, H] crops, before photometric changes; in memory a pixel's colours are beside each other"""
     teacher_uint8: Tensor | None
-    """[B, 3, h, h], never photometrically changed; None where there is no teacher"""
+    """[B, 3, h, h], never photometrically changed, in memory like the views; None where there is no teacher"""
     boxes: Tensor
     """[V + 1, B, 4] float32: top, left, height, width in source pixels; the last row is the teacher's"""
     photometric: Photometric

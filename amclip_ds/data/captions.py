@@ -16,7 +16,8 @@ from amclip_ds.errors import UserError
 from amclip_ds.masks.text.table import Table
 from amclip_ds.module_alone import import_alone
 
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # the encoder's pattern without special tokens
+WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+"""The encoder's pattern without special tokens."""
 PROBE = "A photo of 2 zebras, crossing the Straße (50 %) at naïve speed; 東京 isn't far."
 PLAIN = re.compile(r"[ -%'-~]*")  # visible ASCII without "&", in which nothing is to be fixed or unescaped
 LONGEST_TEXT, LONGEST_WORD = 1 << 16, 1000  # characters
@@ -58,7 +59,7 @@ class ClipTokenizer:
         """The words of a text, cleaned and in lower case."""
         text = text[:LONGEST_TEXT]
         clean = " ".join(text.lower().split()) if PLAIN.fullmatch(text) else self._tokenizer.clean_fn(text)
-        return regex.findall(WORDS, clean, regex.IGNORECASE)
+        return WORDS.findall(clean)
 
     def _words(self, text: str) -> Iterator[tuple[str, list[int]]]:
         for word in self.split(text):

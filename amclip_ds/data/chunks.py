@@ -82,9 +82,9 @@ class Chunk:
     """The samples of positions [start, start + B) of an epoch. A worker sends it as memory of its own (workers.py)."""
 
     views: Tensor
-    """[V, B, 3, S, S] uint8"""
+    """[V, B, S, S, 3] uint8: as decoders write and the resizer reads; the device makes planes of it (photometric.py)"""
     teacher: Tensor | None
-    """[B, 3, s, s] uint8"""
+    """[B, s, s, 3] uint8"""
     boxes: np.ndarray
     """[V + 1, B, 4] float32"""
     photometric: np.ndarray
@@ -193,8 +193,8 @@ class ChunkMaker:
         spec, count = self.spec, stop - start
         V, U, S, s = len(spec.views), spec.num_units, spec.image_size, spec.teacher_size
         chunk = Chunk(
-            views=torch.empty(V, count, 3, S, S, dtype=torch.uint8),
-            teacher=torch.empty(count, 3, s, s, dtype=torch.uint8) if s else None,
+            views=torch.empty(V, count, S, S, 3, dtype=torch.uint8),
+            teacher=torch.empty(count, s, s, 3, dtype=torch.uint8) if s else None,
             boxes=np.empty((V + 1, count, 4), np.float32),
             photometric=np.empty((V, count, photometric.NUM_COLUMNS), np.float32),
             noise=np.empty((V, count, U), np.float32),
@@ -352,7 +352,7 @@ class ChunkMaker:
     def _flip(self, chunk: Chunk, place: int, drawn: np.ndarray) -> None:
         chunk.flips[:, place] = drawn & [view.flip for view in self.spec.views]
         for view in np.flatnonzero(chunk.flips[:, place]):
-            chunk.views[view, place] = chunk.views[view, place].flip(-1)
+            chunk.views[view, place] = chunk.views[view, place].flip(1)
 
     @staticmethod
     def _content(contents: Contents, shard: str, place: tuple[int, int] | None) -> bytes | None:

@@ -175,8 +175,8 @@ class TrainingData:
         texts = {name: torch.from_numpy(ids) for name, ids in forms.items() if ids.shape[1]}
         trimmed = {name: captions.trim(ids, self.config.text_bucket) for name, ids in texts.items()}
         return Batch(
-            views_uint8=chunk.views,
-            teacher_uint8=chunk.teacher,
+            views_uint8=chunk.views.permute(0, 1, 4, 2, 3),
+            teacher_uint8=None if chunk.teacher is None else chunk.teacher.permute(0, 3, 1, 2),
             boxes=torch.from_numpy(chunk.boxes),
             photometric=Photometric(chunk.photometric),
             mask_noise=torch.from_numpy(chunk.noise),

@@ -82,12 +82,12 @@ def draw(random: np.random.Generator, colours: str = "aclip") -> np.ndarray:
 
 def normalise(images_uint8: Tensor) -> Tensor:
     """[..., 3, H, W] uint8 -> float32, ImageNet mean and std."""
-    return _standardise(images_uint8.float() / 255)
+    return _standardise(_planes(images_uint8))
 
 
 def apply(views_uint8: Tensor, photometric: Photometric) -> Tensor:
     """[V, B, 3, H, W] uint8 -> the changed and normalised views, float32, on the same device."""
-    images = views_uint8.flatten(0, 1).float() / 255
+    images = _planes(views_uint8.flatten(0, 1))
     for change, places, factors in _on_device(_planned(photometric.rows()), images.device):
         images.index_copy_(0, places, change(images.index_select(0, places), factors))
     return _standardise(images).unflatten(0, views_uint8.shape[:2])
@@ -119,6 +119,11 @@ def _on_device(steps: list[_Step], device: torch.device) -> Iterator[tuple[Chang
     all_places = packed[: places.nbytes].view(torch.int64).split(counts)
     all_factors = packed[places.nbytes :].view(torch.float32).view(-1, 1, 1, 1).split(counts)
     yield from zip([step.change for step in steps], all_places, all_factors)
+
+
+def _planes(images_uint8: Tensor) -> Tensor:
+    """[..., 3, H, W] uint8, in memory perhaps [..., H, W, 3] -> float32 in 0 to 1, each colour a plane in memory."""
+    return images_uint8.to(torch.float32, memory_format=torch.contiguous_format) / 255
 
 
 class _Constants(NamedTuple):
@@ -206,7 +211,7 @@ def change_all(views_uint8: Tensor, table: Tensor) -> Tensor:
 
     views_uint8 [V, B, 3, H, W]; table [V, B, 12] float32, as Photometric's, on the same device.
     """
-    images = views_uint8.flatten(0, 1).float() / 255
+    images = _planes(views_uint8.flatten(0, 1))
     columns = table.flatten(0, 1)[:, :, None, None, None].unbind(1)  # 12 x [V * B, 1, 1, 1]
     for place in range(4):
         changed = images

@@ -100,7 +100,8 @@ def make_views(
     **options: Any,
 ) -> Made:
     """The crops of one encoded image, in memory of their own. options: as ViewMaker.make takes them."""
-    crops = torch.empty(len(views), 3, size, size, dtype=torch.uint8)
-    teacher = torch.empty(3, teacher_size, teacher_size, dtype=torch.uint8) if teacher_size else None
+    crops = torch.empty(len(views), size, size, 3, dtype=torch.uint8)
+    teacher = torch.empty(teacher_size, teacher_size, 3, dtype=torch.uint8) if teacher_size else None
     made = ViewMaker().make(content, random, views, crops.unbind(), teacher, **options)
-    return Made(crops.numpy(), None if teacher is None else teacher.numpy(), made.boxes, made.mended)
+    planes = None if teacher is None else teacher.permute(2, 0, 1).numpy()
+    return Made(crops.permute(0, 3, 1, 2).numpy(), planes, made.boxes, made.mended)

@@ -89,8 +89,9 @@ def test_crops_are_what_interpolate_makes_to_the_bit() -> None:
     maker, factors = ViewMaker(), set()
     for number, content in enumerate(images_of_all_kinds()):
         size = 224 if number % 4 else 64
-        crops = torch.empty(3, 3, size, size, dtype=torch.uint8)
-        made = maker.make(content, keyed(number), [View(), View(scale=(0.4, 1.0))], crops[:2].unbind(), crops[2])
+        memory = torch.empty(3, size, size, 3, dtype=torch.uint8)
+        made = maker.make(content, keyed(number), [View(), View(scale=(0.4, 1.0))], memory[:2].unbind(), memory[2])
+        crops = memory.permute(0, 3, 1, 2)
         decoded = open_image(content).decode(made.boxes[:, 2:].min() / size)
         factors.add(decoded.factor)
         assert torch.equal(crops, cut_by_interpolate(decoded, made.boxes, size)), number
