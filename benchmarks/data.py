@@ -38,7 +38,7 @@ from webdataset import TarWriter
 
 from amclip_ds.data import photometric, synthetic
 from amclip_ds.data.config import View
-from amclip_ds.data.views import ViewMaker
+from amclip_ds.data.views import ViewMaker, planes
 from amclip_ds.keyed_random import keyed
 from benchmarks.stream import open_data
 
@@ -69,11 +69,12 @@ class Ours:
     """What a worker does for one sample's image."""
 
     def __init__(self) -> None:
-        self._maker, self._crops = ViewMaker(), torch.empty(3, VIEW, VIEW, 3, dtype=torch.uint8).unbind()
+        self._maker = ViewMaker()
+        self._crops = planes(torch.empty(3, VIEW, VIEW, 3, dtype=torch.uint8)).split(1)
 
     def __call__(self, content: bytes) -> None:
         generator = keyed(0, "benchmark")
-        self._maker.make(content, generator, [View()] * 2, self._crops[:2], self._crops[2])
+        self._maker.make(content, generator, [View()] * 2, self._crops)
         for _ in range(2):
             photometric.draw(generator)
 

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,15 +45,15 @@ class ClipTokenizer:
         word's length: a megabyte without a space (a blob in a caption) would take hours. Longer ones are cut.
         """
         ids: list[int] = []
-        for _, own in self._words(text):
-            ids += own
+        for word in self.split(text):
+            ids += self._word(word)
             if limit is not None and len(ids) >= limit:
                 break
         return ids
 
     def words(self, text: str) -> list[tuple[str, list[int]]]:
         """The words of a text, cleaned and in lower case, each with its token ids; together they are `encode`'s."""
-        return list(self._words(text))
+        return [(word, self._word(word)) for word in self.split(text)]
 
     def split(self, text: str) -> list[str]:
         """The words of a text, cleaned and in lower case."""
@@ -61,12 +61,11 @@ class ClipTokenizer:
         clean = " ".join(text.lower().split()) if PLAIN.fullmatch(text) else self._tokenizer.clean_fn(text)
         return WORDS.findall(clean)
 
-    def _words(self, text: str) -> Iterator[tuple[str, list[int]]]:
-        for word in self.split(text):
-            head = word[:LONGEST_WORD]
-            yield word, self._ids.get(head) or self._encode_word(head)
-
-    def _encode_word(self, word: str) -> list[int]:
+    def _word(self, word: str) -> list[int]:
+        """A word's ids; not to be changed."""
+        word = word[:LONGEST_WORD]
+        if (known := self._ids.get(word)) is not None:
+            return known
         if len(self._ids) > WORDS_REMEMBERED:
             self._ids.clear()
         symbols = "".join(self._tokenizer.byte_encoder[byte] for byte in word.encode("utf-8"))

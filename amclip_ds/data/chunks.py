@@ -17,7 +17,7 @@ from amclip_ds.data import captions, photometric
 from amclip_ds.data.config import View
 from amclip_ds.data.exclude import Excluded
 from amclip_ds.data.order import EpochOrder, Mixture
-from amclip_ds.data.views import ViewMaker, Views
+from amclip_ds.data.views import ViewMaker, Views, planes
 from amclip_ds.errors import AmclipError, RunStopped, UserError
 from amclip_ds.files import describe
 from amclip_ds.keyed_random import Keyed, keyed
@@ -141,9 +141,11 @@ class ChunkMaker:
         self._index: Index | None = None
         self._view_maker, self._keyed = ViewMaker(), Keyed()
         self._reads_text, self._reads_json = captions.members_read(spec.sources)
+        self._draws_of = [n if view.draws_of is None else view.draws_of for n, view in enumerate(spec.views)]
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
         self._tokens: OrderedDict[str, _Encoded] = OrderedDict()
         self._retries: list[dict[str, str]] = []
+        self._crops: list[tuple[Tensor, ...]] = []
         self._changed: Counter[str] = Counter()
         self._asked: deque[tuple[int, int, int]] = deque(maxlen=4)
         """windows (epoch, group, window) that were asked for lately"""
@@ -205,7 +207,7 @@ class ChunkMaker:
             masked_ids=np.zeros((count, spec.text_mask.tokens if self._masks_text else 0), np.int64),
             cloze_ids=np.zeros((count, spec.context_length if spec.hidden_share else 0), np.int64),
         )
-        self._retries = chunk.incidents
+        self._retries, self._crops = chunk.incidents, _crops_of(chunk)
         self._read_ahead(epoch, start)
         wanted = {place: self._wanted(row, int(row[2])) for place, row in enumerate(self._rows(epoch, start, stop))}
         for attempt in range(MAX_REPLACED + 1):
@@ -278,8 +280,7 @@ class ChunkMaker:
                 members[0] or b"",
                 random,
                 spec.views,
-                chunk.views[:, place].unbind(),
-                None if chunk.teacher is None else chunk.teacher[place],
+                self._crops[place],
                 spec.teacher_contains,
                 spec.max_pixels,
             )
@@ -338,7 +339,7 @@ class ChunkMaker:
         that a seed's samples stay what they are."""
         spec = self.spec
         chunk.boxes[:, place] = made.boxes
-        V, sources = len(spec.views), [n if v.draws_of is None else v.draws_of for n, v in enumerate(spec.views)]
+        V, sources = len(spec.views), self._draws_of
         changes = [photometric.draw(random, view.colours) for view in spec.views]
         for place_of_view, view in enumerate(spec.views):
             chunk.photometric[place_of_view, place] = changes[sources[place_of_view]] if view.photometric else 0
@@ -347,7 +348,8 @@ class ChunkMaker:
         chunk.noise[:, place] = random.random((V, spec.num_units), dtype=np.float32)
         if any(view.flip for view in spec.views):
             self._flip(chunk, place, random.random(V)[sources] < FLIP_P)
-        chunk.noise2[:, place] = random.random((V, chunk.noise2.shape[-1]), dtype=np.float32)
+        if spec.draws_twice:
+            chunk.noise2[:, place] = random.random((V, spec.num_units), dtype=np.float32)
 
     def _flip(self, chunk: Chunk, place: int, drawn: np.ndarray) -> None:
         chunk.flips[:, place] = drawn & [view.flip for view in self.spec.views]
@@ -376,6 +378,12 @@ class ChunkMaker:
         if len(self._tokens) > CAPTIONS_REMEMBERED:
             self._tokens.popitem(last=False)
         return encoded
+
+
+def _crops_of(chunk: Chunk) -> list[tuple[Tensor, ...]]:
+    """Each sample's views and teacher's crop, [1, 3, side, side], in the chunk's memory."""
+    parts = [*chunk.views.unbind(), *([] if chunk.teacher is None else [chunk.teacher])]
+    return list(zip(*(planes(part.unsqueeze(1)).unbind() for part in parts)))
 
 
 def _members_of(sample: Sample) -> tuple[tuple[int, int] | None, ...]:

@@ -24,6 +24,7 @@ from amclip_ds.data.order import EpochOrder, Mixture
 from amclip_ds.data.photometric import Photometric
 from amclip_ds.data.prefetch import prefetched
 from amclip_ds.data.prepare import Once, Sources, and_more, find_sources
+from amclip_ds.data.views import planes
 from amclip_ds.data.workers import Fault, Place, Workers, start_worker_server
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.masks.text import TextMaskConfig
@@ -175,8 +176,8 @@ class TrainingData:
         texts = {name: torch.from_numpy(ids) for name, ids in forms.items() if ids.shape[1]}
         trimmed = {name: captions.trim(ids, self.config.text_bucket) for name, ids in texts.items()}
         return Batch(
-            views_uint8=chunk.views.permute(0, 1, 4, 2, 3),
-            teacher_uint8=None if chunk.teacher is None else chunk.teacher.permute(0, 3, 1, 2),
+            views_uint8=planes(chunk.views),
+            teacher_uint8=None if chunk.teacher is None else planes(chunk.teacher),
             boxes=torch.from_numpy(chunk.boxes),
             photometric=Photometric(chunk.photometric),
             mask_noise=torch.from_numpy(chunk.noise),

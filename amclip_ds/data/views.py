@@ -33,50 +33,53 @@ class ViewMaker:
         random: np.random.Generator,
         views: Sequence[View],
         crops: Sequence[Tensor],
-        teacher: Tensor | None,
         teacher_contains: bool = True,
         max_pixels: int = MAX_PIXELS,
     ) -> Views:
         """Writes the crops of one encoded image, not mirrored yet. teacher_contains: boxes.draw_boxes. Raises BadImage.
 
-        crops: V x [S, S, 3] uint8; teacher: [s, s, 3] uint8, or None where there is none.
+        crops: a [1, 3, S, S] uint8 for each view, and [1, 3, s, s] for the teacher where there is one; quickest where
+        a pixel's colours are beside each other in memory (see `planes`).
         """
         source = open_image(content, max_pixels)
         boxes = draw_boxes(random, source.height, source.width, views, teacher_contains)
-        targets = [*crops, teacher] if teacher is not None else crops
-        reduction = min(min(box[2], box[3]) / len(target) for box, target in zip(boxes, targets))
-        decoded = source.decode(float(reduction), self._pixels)
+        reduction = min(min(box[2:]) / crop.shape[-1] for box, crop in zip(boxes.tolist(), crops))
+        decoded = source.decode(reduction, self._pixels)
         boxes = _on_grid(boxes, decoded)
-        for place, (box, target) in enumerate(zip(boxes.tolist(), targets)):
+        for place, (box, crop) in enumerate(zip(boxes.tolist(), crops)):
             repeated = views[place].draws_of if place < len(views) else None
             if repeated is None:
-                self._crop(decoded, box, target)
+                self._crop(decoded, box, crop)
             else:
-                target.copy_(crops[repeated])
+                crop.copy_(crops[repeated])
         return Views(boxes, decoded.mended)
 
-    def _crop(self, decoded: Decoded, box: Sequence[float], target: Tensor) -> None:
-        """Fills target [side, side, 3] uint8 with the box, resized (bilinear, antialiased) as F.interpolate does it.
+    def _crop(self, decoded: Decoded, box: Sequence[float], crop: Tensor) -> None:
+        """Fills crop [1, 3, side, side] with the box, resized (bilinear, antialiased) as F.interpolate does it.
 
-        Its operator is called with its result's memory: in this order of colours, which is the decoder's, it need not
-        sort them into planes, which takes a third of its time. Of a part of an image it makes a copy, in new memory
-        each time: so it gets one.
+        Its operator is called with its result's memory, for in the decoder's order of colours it need not sort them
+        into planes, which takes a third of its time. Of a part of an image it makes a copy, in new memory each time:
+        so it gets one.
         """
-        factor = decoded.factor
-        top, left = int(box[0]) // factor, int(box[1]) // factor
-        bottom, right = -(-int(box[0] + box[2]) // factor), -(-int(box[1] + box[3]) // factor)
-        part = decoded.pixels[top:bottom, left:right]
+        factor, size = decoded.factor, crop.shape[-2:]
+        top, left, height, width = map(int, box)
+        bottom, right = -(-(top + height) // factor), -(-(left + width) // factor)
+        part = decoded.pixels[top // factor : bottom, left // factor : right]
         if part.flags.c_contiguous:
             region = part
         else:
             region = self._region.take(*part.shape)
             np.copyto(region, part)
-        source = torch.from_numpy(region)
-        if source.shape == target.shape:
-            target.copy_(source)
-            return
-        planes, resized = source.permute(2, 0, 1)[None], target.permute(2, 0, 1)[None]
-        torch._C._nn._upsample_bilinear2d_aa(planes, target.shape[:2], False, None, None, out=resized)
+        source = torch.from_numpy(region.transpose(2, 0, 1)[None])
+        if source.shape == crop.shape:
+            crop.copy_(source)
+        else:
+            torch._C._nn._upsample_bilinear2d_aa(source, size, False, None, None, out=crop)
+
+
+def planes(pixels: Tensor) -> Tensor:
+    """Memory of [..., H, W, 3] as [..., 3, H, W]."""
+    return pixels.movedim(-1, -3)
 
 
 def _on_grid(boxes: np.ndarray, decoded: Decoded) -> np.ndarray:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from amclip_ds.data.config import DataConfig, View
 from amclip_ds.data.loader import TrainingData
-from amclip_ds.data.views import ViewMaker
+from amclip_ds.data.views import ViewMaker, planes
 
 UNEVEN = (37, 1, 64, 20, 53)  # samples of the shards
 
@@ -100,8 +100,8 @@ def make_views(
     **options: Any,
 ) -> Made:
     """The crops of one encoded image, in memory of their own. options: as ViewMaker.make takes them."""
-    crops = torch.empty(len(views), size, size, 3, dtype=torch.uint8)
-    teacher = torch.empty(teacher_size, teacher_size, 3, dtype=torch.uint8) if teacher_size else None
-    made = ViewMaker().make(content, random, views, crops.unbind(), teacher, **options)
-    planes = None if teacher is None else teacher.permute(2, 0, 1).numpy()
-    return Made(crops.permute(0, 3, 1, 2).numpy(), planes, made.boxes, made.mended)
+    sides = [size] * len(views) + ([teacher_size] if teacher_size else [])
+    crops = [planes(torch.empty(1, side, side, 3, dtype=torch.uint8)) for side in sides]
+    made = ViewMaker().make(content, random, views, crops, **options)
+    teacher = crops[-1][0].numpy() if teacher_size else None
+    return Made(torch.cat(crops[: len(views)]).numpy(), teacher, made.boxes, made.mended)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from amclip_ds.data.config import View
-from amclip_ds.data.views import ViewMaker
+from amclip_ds.data.views import ViewMaker, planes
 from amclip_ds.images import BadImage, Decoded, open_image
 from amclip_ds.keyed_random import keyed
 from tests.unit.data.shards import encode, jpeg, make_views
@@ -89,9 +89,8 @@ def test_crops_are_what_interpolate_makes_to_the_bit() -> None:
     maker, factors = ViewMaker(), set()
     for number, content in enumerate(images_of_all_kinds()):
         size = 224 if number % 4 else 64
-        memory = torch.empty(3, size, size, 3, dtype=torch.uint8)
-        made = maker.make(content, keyed(number), [View(), View(scale=(0.4, 1.0))], memory[:2].unbind(), memory[2])
-        crops = memory.permute(0, 3, 1, 2)
+        crops = planes(torch.empty(3, size, size, 3, dtype=torch.uint8))
+        made = maker.make(content, keyed(number), [View(), View(scale=(0.4, 1.0))], crops.split(1))
         decoded = open_image(content).decode(made.boxes[:, 2:].min() / size)
         factors.add(decoded.factor)
         assert torch.equal(crops, cut_by_interpolate(decoded, made.boxes, size)), number
