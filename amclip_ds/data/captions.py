@@ -16,8 +16,8 @@ from amclip_ds.errors import UserError
 from amclip_ds.masks.text.table import Table
 from amclip_ds.module_alone import import_alone
 
-WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-"""The encoder's pattern without special tokens."""
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # the encoder's pattern without special tokens
+SPLIT = regex.compile(WORDS, regex.IGNORECASE)
 PROBE = "A photo of 2 zebras, crossing the Straße (50 %) at naïve speed; 東京 isn't far."
 PLAIN = re.compile(r"[ -%'-~]*")  # visible ASCII without "&", in which nothing is to be fixed or unescaped
 LONGEST_TEXT, LONGEST_WORD = 1 << 16, 1000  # characters
@@ -59,7 +59,7 @@ class ClipTokenizer:
         """The words of a text, cleaned and in lower case."""
         text = text[:LONGEST_TEXT]
         clean = " ".join(text.lower().split()) if PLAIN.fullmatch(text) else self._tokenizer.clean_fn(text)
-        return WORDS.findall(clean)
+        return SPLIT.findall(clean)
 
     def _word(self, word: str) -> list[int]:
         """A word's ids; not to be changed."""

@@ -4,6 +4,7 @@ What a chunk holds is a pure function of (seed, epoch, step, rank's slice): no s
 Shapes: V views, B samples of the chunk, S side of a view, s of the teacher's crop, U units of tokens, T context length.
 """
 
+import sys
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from amclip_ds.data.order import EpochOrder, Mixture
 from amclip_ds.data.views import ViewMaker, Views, planes
 from amclip_ds.errors import AmclipError, RunStopped, UserError
 from amclip_ds.files import describe
+from amclip_ds.images import Scratch
 from amclip_ds.keyed_random import Keyed, keyed
 from amclip_ds.masks.text import TextMaskConfig, Words, masked, prepare
 from amclip_ds.masks.text.cloze import hide
@@ -134,10 +136,15 @@ class _Encoded(NamedTuple):
 
 
 class ChunkMaker:
-    """Makes chunks. Opens index, shards and tokenizer at first use, in the process that uses them."""
+    """Makes chunks. Opens index, shards and tokenizer at first use, in the process that uses them.
 
-    def __init__(self, spec: ChunkSpec) -> None:
+    keeps_memory: a chunk's images are valid until the next chunk is made: for workers, which send copies.
+    """
+
+    def __init__(self, spec: ChunkSpec, keeps_memory: bool = False) -> None:
         self.spec = spec
+        most_bytes = sys.maxsize if keeps_memory else 0
+        self._views, self._teachers = Scratch(most_bytes), Scratch(most_bytes)
         self._index: Index | None = None
         self._view_maker, self._keyed = ViewMaker(), Keyed()
         self._reads_text, self._reads_json = captions.members_read(spec.sources)
@@ -195,8 +202,8 @@ class ChunkMaker:
         spec, count = self.spec, stop - start
         V, U, S, s = len(spec.views), spec.num_units, spec.image_size, spec.teacher_size
         chunk = Chunk(
-            views=torch.empty(V, count, S, S, 3, dtype=torch.uint8),
-            teacher=torch.empty(count, s, s, 3, dtype=torch.uint8) if s else None,
+            views=torch.from_numpy(self._views.take(V, count, S, S, 3)),
+            teacher=torch.from_numpy(self._teachers.take(count, s, s, 3)) if s else None,
             boxes=np.empty((V + 1, count, 4), np.float32),
             photometric=np.empty((V, count, photometric.NUM_COLUMNS), np.float32),
             noise=np.empty((V, count, U), np.float32),

@@ -229,7 +229,7 @@ class TrainingData:
         config = self.config
         with contextlib.closing(
             Workers(
-                ChunkMaker(self._spec).make,
+                ChunkMaker(self._spec, keeps_memory=True).make,
                 self._places(epoch, step),
                 number=config.workers,
                 ahead=config.prefetch,

@@ -74,7 +74,8 @@ class ViewMaker:
         if source.shape == crop.shape:
             crop.copy_(source)
         else:
-            torch._C._nn._upsample_bilinear2d_aa(source, size, False, None, None, out=crop)
+            resize = torch._C._nn._upsample_bilinear2d_aa  # typed without its second form
+            resize(source, size, False, None, None, out=crop)  # type: ignore[call-arg]
 
 
 def planes(pixels: Tensor) -> Tensor:

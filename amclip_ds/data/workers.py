@@ -45,7 +45,7 @@ DEATHS_BORNE = 3  # over one place: it is the place then, or the machine
 START_ATTEMPTS = 4
 JOIN_TIMEOUT_S = 5.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGE_BUFFER = 1 << 17
+LARGE_BUFFER = 1 << 20
 
 
 def start_worker_server() -> None:
@@ -256,7 +256,8 @@ def _become_worker() -> None:
 
 def _give_memory_back() -> None:
     """Keeps large buffers out of the heap. glibc moves its threshold up when they are freed, and decoded images of
-    all sizes then leave holes that a worker never gives back (measured)."""
+    all sizes then leave holes that a worker never gives back (measured). What a resize needs for a moment is smaller:
+    new pages for it would cost a tenth of a worker's time."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another libc
             libc = ctypes.CDLL(None)

@@ -9,6 +9,7 @@ import torch
 
 from amclip_ds.data import photometric
 from amclip_ds.data.photometric import NUM_COLUMNS, Photometric
+from amclip_ds.data.views import planes
 
 V, B, H = 2, 6, 24
 TOLERANCE = 1e-3  # torchvision rounds the weight of red to .2989; ours is PIL's, .299
@@ -153,6 +154,22 @@ def test_one_table_for_all_changes_gives_the_same_bits(colours: str) -> None:
         table[0, 0, 1] += 0.1  # the twin: another brightness of one sample is seen, or it has no jitter
         other = torch.equal(changed, change_by_change(images(seed), table))
         assert other != bool(table[0, 0, 0])
+
+
+def test_colours_beside_each_other_in_memory_make_the_same_planes() -> None:
+    """As batches are in memory; what is made of them is the same to the bit, and the towers get planes."""
+    random, views = np.random.default_rng(1), images(3)
+    table = np.stack([[photometric.draw(random) for _ in range(B)] for _ in range(V)])
+    beside = planes(views.movedim(-3, -1).contiguous())
+    assert torch.equal(beside, views) and not beside.is_contiguous()
+    for change in (
+        photometric.normalise,
+        lambda pixels: photometric.apply(pixels, Photometric(table)),
+        lambda pixels: photometric.change_all(pixels, torch.from_numpy(table)),
+    ):
+        made = change(beside)
+        assert made.is_contiguous() and torch.equal(made, change(views))
+        assert not torch.equal(made, change(beside.flip(-3))), "the twin: colours in another order"
 
 
 def test_nothing_to_change_is_normalisation_alone() -> None:
