@@ -71,7 +71,7 @@ def train(config: TrainConfig, resume: str = "auto") -> int:
 def picture(run: Run) -> None:
     """What the masks keep now, where it is due. Collective: every rank must call."""
     if run.pictures.is_due(run.state.step):
-        with run.meter.paused(), run.watchdog.during("evaluate"):
+        with run.meter.paused(), run.watchdog.during("evaluate"), run.timeline.during("pictures"):
             progress = run.schedules.progress(run.state.updates)
             run.pictures.after_step(run.state.step, progress, run.student, run.teacher)
 

@@ -3,6 +3,7 @@
 A failure on any rank is the same error on all, leaves the previous checkpoint untouched and no temporary file behind.
 """
 
+import functools
 import importlib.metadata
 import os
 import shutil
@@ -396,6 +397,7 @@ def _describe(pending: PendingSave, reported: list[dict[str, Any]], world_size: 
     )
 
 
+@functools.cache
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

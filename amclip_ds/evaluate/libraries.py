@@ -224,6 +224,7 @@ class HuggingFaceModel(Library):
             config = library.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, **facts.model)
         with torch.device("meta"):
             skeleton = kind(copy.deepcopy(config))
+        library.utils.logging.disable_progress_bar()  # of tensors that are in memory already
         self.model, report = kind.from_pretrained(
             None,
             config=config,

@@ -40,6 +40,7 @@ from amclip_ds.record import LogConfig, Record
 from amclip_ds.step import student_inputs, teachers_images
 
 IMAGES = 8
+WITH_SAVES = 200  # pictures of a run, at most, that saves bring along: each takes as long as a step of a tiny model
 SIDE = 112  # pixels of a stored image
 HEAD, FOOT, GAP, MARGIN = 22, 20, 6, 8
 INK, PAPER, BLUE = (20, 22, 26), (255, 255, 255), (0, 114, 178)
@@ -69,7 +70,7 @@ class Pictures:
         total_steps: int,
     ) -> None:
         self._method, self._record, self._total = method, record, total_steps
-        self._steps = [every for every in (log.pictures_every_steps, checkpoint.every_steps) if every]
+        self._steps = steps_between(log.pictures_every_steps, checkpoint.every_steps or 0, total_steps)
         self._batch: Batch | None = None
         self._objects: Tensor | None = None
         if not log.pictures_every_steps or all(mask.strategy == NONE for mask in method.masks):
@@ -83,7 +84,7 @@ class Pictures:
             self._failed(error)
 
     def is_due(self, step: int) -> bool:
-        """At the first step and the last, every log.pictures_every_steps, and with each checkpoint by steps."""
+        """At the first step and the last, every log.pictures_every_steps, and with checkpoints by steps."""
         return step in (1, self._total) or any(step % every == 0 for every in self._steps)
 
     def after_step(self, step: int, progress: float, student: StudentEngine, teacher: Teacher | None) -> None:
@@ -116,6 +117,12 @@ class Pictures:
         cause = f"pictures of the masks: {in_one_line(error, 300)}"
         if self._record.is_main:
             self._record.incident("pictures", cause, action="training continues")
+
+
+def steps_between(asked: int, of_saves: int, total: int) -> list[int]:
+    """How many steps lie between pictures: as asked, and between the saves that have one. 0: of neither kind."""
+    thinned = of_saves * max(1, -(-total // (of_saves * WITH_SAVES))) if of_saves else 0
+    return [every for every in (asked, thinned) if every]
 
 
 def first_samples(data: TrainingData) -> tuple[Batch, Tensor | None]:

@@ -37,7 +37,7 @@ class LogConfig:
     """The project at wandb and trackio."""
     pictures_every_steps: int = 1000
     """What the masks keep of the same few images, in RUN/pictures and TensorBoard: every so many steps, with each
-    checkpoint by steps, at the first step and the last; 0: never."""
+    checkpoint by steps (200 of them, evenly, where there are more), at the first step and the last; 0: never."""
     tensorboard: bool = True
     """false: as if log.trackers were without tensorboard."""
     wandb_project: str | None = None

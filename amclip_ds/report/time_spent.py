@@ -1,7 +1,8 @@
-"""Where a run's time went, by attempt: start, steps (data, communication, computing), saves, evaluations, the rest.
+"""Where a run's time went, by attempt: start, steps (data, communication, computing), saves, evaluations, pictures, the
+rest.
 
 A metrics row is the mean over the steps since the row before it in its attempt, so steps x seconds adds up to the time
-of the steps. Saves and evaluations are no part of it; timeline.jsonl has them.
+of the steps. Saves, evaluations and pictures are no part of it; timeline.jsonl has them.
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ PARTS = {
     "start": "starting: imports, index, engines, resume",
     "save": "waiting for checkpoints",
     "evaluate": "evaluations",
+    "pictures": "pictures of the masks",
     "other": "not accounted for",
     "between": "between attempts: queue, or nobody",
 }
@@ -112,7 +114,7 @@ def _attempt(run: RunFacts, number: int, steps: list[_Row]) -> Attempt | None:
         seconds["data"] += count * logged.data_s
         seconds["communication"] += count * logged.communication_s
         seconds["compute"] += count * max(0.0, logged.step_s - logged.data_s - logged.communication_s)
-    for event in ("save", "evaluate"):
+    for event in ("save", "evaluate", "pictures"):
         seconds[event] = sum(_number(row, "seconds") for row in rows if row["event"] == event)
     training = next((row for row in rows if row["event"] == "training"), None)
     if training:

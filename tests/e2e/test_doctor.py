@@ -98,6 +98,19 @@ class FirstImage:
         return self.first
 
 
+class CaptionOfTheOneBefore:
+    """No image keeps its own."""
+
+    def __init__(self) -> None:
+        self.before = b"a red circle"
+
+    def __call__(self, name: str, content: bytes) -> bytes:
+        if not name.endswith(".txt"):
+            return content
+        given, self.before = self.before, content
+        return given
+
+
 @pytest.mark.parametrize(
     ("words", "change", "named"),
     [
@@ -107,8 +120,13 @@ class FirstImage:
         (["optim.warmup_steps=5000"], None, {"learning rate": "optim.lr is never reached", "loss": "at chance"}),
         ([], one_caption, {"captions": " x 'an image from the web'", "loss": "at chance"}),
         ([], FirstImage(), {"images": "1 different images", "loss": "at chance"}),
+        (
+            ["optim.lr=1"],
+            CaptionOfTheOneBefore(),
+            {"logit scale": "pinned at its floor", "features": "collapsed", "loss": "at chance"},
+        ),
     ],
-    ids=["it learns", "rate too high", "rate too low", "endless warm-up", "one caption", "one image"],
+    ids=["it learns", "rate too high", "rate too low", "endless warm-up", "one caption", "one image", "other captions"],
 )
 def test_runs_that_do_not_learn(
     words: list[str],

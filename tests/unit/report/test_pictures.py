@@ -153,6 +153,23 @@ def test_a_long_caption_and_strange_letters_fit_the_sheet() -> None:
     assert sheet.width < 500
 
 
+@pytest.mark.parametrize(
+    "asked, of_saves, total, between",
+    [
+        (1000, 0, 9, [1000]),
+        (1000, 10, 2000, [1000, 10]),
+        (0, 10, 2001, [20]),
+        (0, 7, 20_000, [105]),
+        (3, 500, 100, [3, 500]),
+    ],
+)
+def test_the_saves_of_a_run_bring_at_most_200_pictures(
+    asked: int, of_saves: int, total: int, between: list[int]
+) -> None:
+    assert pictures.steps_between(asked, of_saves, total) == between
+    assert not of_saves or total // between[-1] <= 200
+
+
 @pytest.mark.parametrize("every, due", [(4, [1, 4, 6, 8, 12]), (100, [1, 6, 12])])
 def test_pictures_are_due_with_each_checkpoint(every: int, due: list[int]) -> None:
     looks = object.__new__(pictures.Pictures)
