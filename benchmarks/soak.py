@@ -7,8 +7,8 @@ to 3) by chance. Then the same run without faults, on 2 ranks at stage 2, as far
 
 Printed: where the time went, by part; the parts of a restart, from the fault to the end of the first new step, cold
 (another launch) and warm (the launcher's own); steps that were lost and done again; the loss curve against the calm
-one; goodput, twice: the time of the steps kept at their own pace (an attempt's median step), and at the calm run's
-pace, over the time it took.
+one; goodput, three times: the time of the steps kept (as `amclip report` has it), the same at each attempt's median
+pace, and at the calm run's pace, over the time it took.
 """
 
 import argparse
@@ -232,6 +232,7 @@ def main() -> int:
     out_of_order = [step for step, row in enumerate(rows, 1) if row["step"] != step]
     kinds = [fault.kind for fault in fire["faults"]]
     again = restarts(run, fire["faults"])
+    parts = time_spent.total(time_spent.attempts_of(read_run(run)))
     numbers = {
         "seconds": fire["seconds"],
         "faults": [asdict(fault) for fault in fire["faults"]],
@@ -240,9 +241,10 @@ def main() -> int:
         "steps_done": len(rows),
         "steps_out_of_order": len(out_of_order),
         "steps_lost_and_done_again": len(read_lines(run / "metrics.superseded.jsonl")),
-        "parts_s": time_spent.total(time_spent.attempts_of(read_run(run))),
+        "parts_s": parts,
         "restarts": again,
-        "goodput": own_pace(run) / fire["seconds"],
+        "goodput": time_spent.goodput(parts),
+        "goodput_at_the_median_pace": own_pace(run) / fire["seconds"],
         "load_at_end": os.getloadavg()[0],
     }
     if not args.no_calm:
