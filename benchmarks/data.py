@@ -39,6 +39,7 @@ from webdataset import TarWriter
 from amclip_ds.data import photometric, synthetic
 from amclip_ds.data.config import View
 from amclip_ds.data.views import ViewMaker, planes
+from amclip_ds.images import Decoded
 from amclip_ds.keyed_random import keyed
 from benchmarks.stream import open_data
 
@@ -145,6 +146,8 @@ def parts(rounds: int) -> dict[str, float]:
     image = Image.fromarray(pixels.numpy())
     region = pixels[20:320, 40:400].permute(2, 0, 1)
     contiguous = region.contiguous()
+    maker, decoded = ViewMaker(), Decoded(pixels.numpy(), 375, 500)
+    crop = planes(torch.empty(1, VIEW, VIEW, 3, dtype=torch.uint8))
     linear, size = v2.InterpolationMode.BILINEAR, [VIEW, VIEW]
 
     def interpolate(source: torch.Tensor) -> torch.Tensor:
@@ -158,7 +161,8 @@ def parts(rounds: int) -> dict[str, float]:
             content, min_height=188, min_width=250, min_factor=1
         ),
         "resize, Pillow": lambda _: image.resize((VIEW, VIEW), Image.Resampling.BILINEAR, box=(40, 20, 400, 320)),
-        "resize, torch, channels last (ours)": lambda _: interpolate(region),
+        "resize, torch, in place (ours)": lambda _: maker._crop(decoded, (20.0, 40.0, 300.0, 360.0), crop),
+        "resize, torch, F.interpolate": lambda _: interpolate(region),
         "resize, torch, channels first": lambda _: interpolate(contiguous),
         "resize, torchvision v2": lambda _: v2.functional.resize(region, size, linear, antialias=True),
     }
