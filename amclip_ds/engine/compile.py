@@ -1,9 +1,10 @@
 """torch.compile of the towers, whole or block by block: what engine.compile asks for, and what to do where it fails.
 
 Shapes are fixed (dynamic=False): a view has one, texts have a few lengths (model/text_groups.py), so that what is
-compiled, and with it every digit, depends on no timing. Where the compiler does not work the towers run as they are,
-and one line says so: a run must not end for want of a compiler on one machine. Whether it works at all the ranks find
-out together.
+compiled depends on no timing. On a CPU neither does any digit. On a GPU the compiler times a few block sizes of some
+sums, once, and keeps its choice beside the run; with run.deterministic=true it takes theirs by a rule.
+Where the compiler does not work the towers run as they are, and one line says so: a run must not end for want of a
+compiler on one machine. Whether it works at all the ranks find out together.
 """
 
 import warnings

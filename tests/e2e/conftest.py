@@ -1,5 +1,6 @@
 """Small shards for the end-to-end tests, and a way to run a command on ranks."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,3 +30,15 @@ def scenes(amclip: Amclip, tmp_path_factory: pytest.TempPathFactory) -> Path:
     code, printed = amclip("data", "synth", "--out", str(folder), "--train", "600", "--test", "128")
     assert code == 0, printed
     return folder
+
+
+@pytest.fixture(scope="session")
+def words(amclip: Amclip, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """The words for what a method needs besides data; made at the first call for it."""
+    from tests.e2e.methods import needed
+
+    @functools.cache
+    def of(method: str) -> list[str]:
+        return needed(amclip, shared_dir, tmp_path_factory.mktemp(method), method)
+
+    return of

@@ -11,58 +11,10 @@ from amclip_ds import config
 from amclip_ds.jsonl import read_lines
 from amclip_ds.method import method_of
 from amclip_ds.objectives import RECORDED
-from amclip_ds.recipe_headers import all_headers
 from tests.e2e.conftest import Amclip
+from tests.e2e.methods import METHODS, needed, pairs, train
 from tests.harness import run_ranks
 from tests.recipes import words_of
-
-FIRST_STAGES = {"flip-tune": "flip", "clipa-tune": "clipa-pre"}
-METHODS = [header.method for header in all_headers()]
-
-
-def train(
-    amclip: Amclip,
-    shared_dir: Path,
-    out: Path,
-    method: str,
-    *words: str,
-    ranks: int = 2,
-    steps: int = 3,
-    options: tuple[str, ...] = (),
-) -> list[dict]:
-    """The rows of a short run over OpenStax pairs."""
-    shards = shared_dir / "data" / "openstax" / "train"
-    code, printed = amclip(
-        "train",
-        *options,
-        f"{method}-tiny",
-        f"data.train={shards}/{{00000..00003}}.tar",
-        f"run.out={out}",
-        f"run.steps={steps}",
-        "batch.global_size=16",
-        "log.every_steps=1",
-        *words,
-        ranks=ranks,
-        timeout_s=1200 if steps > 10 else 300,  # beside others on few cores
-    )
-    assert code == 0, printed
-    return read_lines(out / "metrics.jsonl")
-
-
-def needed(amclip: Amclip, shared_dir: Path, folder: Path, method: str) -> list[str]:
-    """A teacher for those that learn from one, a first stage for a second, a table of words for those that go by it."""
-    if not words_of(method):
-        return []
-    if method == "frequency":
-        shards = f"{shared_dir}/data/openstax/train/{{00000..00003}}.tar"
-        code, printed = amclip("data", "stats", shards, "--words", f"{folder}/words.json")
-        assert code == 0, printed
-        return [f"data.text_mask.table={folder}/words.json"]
-    if method in FIRST_STAGES:
-        train(amclip, shared_dir, folder / "first", FIRST_STAGES[method], ranks=1)
-        return [f"model.init_from={folder}/first"]
-    train(amclip, shared_dir, folder / "teacher", "clip", ranks=1)
-    return [f"distill.teacher={folder}/teacher"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -84,37 +36,25 @@ def test_ranks_whose_texts_differ_in_length_train_at_zero3(shared_dir: Path, tmp
     assert len(rows) == 3 and all(math.isfinite(row["loss"]) for row in rows)
 
 
-@pytest.fixture(scope="module")
-def words(amclip: Amclip, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What each method needs besides data."""
-    folder = tmp_path_factory.mktemp("needed")
-    found = {}
-    for method in METHODS:
-        (folder / method).mkdir()
-        found[method] = needed(amclip, shared_dir, folder / method, method)
-    return found
-
-
 WORLDS = {1: (16, 4), 2: (8, 4), 4: (4, 2)}  # ranks -> samples that each holds at a time: its batch, and pieces of it
 Steps = dict[tuple[str, int, int], list[tuple[float, float]]]
 
 
 @pytest.fixture(scope="module")
 def steps(
-    words: dict[str, list[str]], shared_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    words: Callable[[str], list[str]], shared_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int], Steps]:
     """Of a stage: method, ranks, samples at a time -> (loss, gradient norm) of three steps."""
 
     @functools.cache
     def of(stage: int) -> Steps:
         found: Steps = {}
-        shards = f"data.train={shared_dir}/data/openstax/train/{{00000..00003}}.tar"
-        common = [shards, f"run.out={tmp_path_factory.mktemp('steps')}", "run.steps=3", "batch.global_size=16"]
-        common.append(f"engine.deepspeed=zero{stage}_fp32.json")
+        common = [f"data.train={pairs(shared_dir)}", f"run.out={tmp_path_factory.mktemp('steps')}", "run.steps=3"]
+        common += ["batch.global_size=16", f"engine.deepspeed=zero{stage}_fp32.json"]
         for ranks, sizes in WORLDS.items():
             cells = [(method, ranks, size) for method in METHODS for size in sizes]
-            runs = [[f"{method}-tiny", *common, *words[method], f"batch.per_gpu={size}"] for method, _, size in cells]
-            results = run_ranks("tests.e2e.cases:steps_of", world_size=ranks, timeout_s=1800, runs=runs)
+            runs = [[f"{method}-tiny", *common, *words(method), f"batch.per_gpu={size}"] for method, _, size in cells]
+            results = run_ranks("tests.e2e.short_runs:steps_of", world_size=ranks, timeout_s=1800, runs=runs)
             found |= dict(zip(cells, results[0], strict=True))
         return found
 
@@ -131,14 +71,17 @@ def test_worlds_and_splits_agree(method: str, stage: int, steps: Callable[[int],
     reference = found.pop((1, 16))
     assert len(found) == 5 and len(reference) == 3 and all(math.isfinite(loss) for loss, _ in reference)
     apart = {cell: worst(reference, rows) for cell, rows in found.items()}
-    print(f"{method} at stage {stage}: {max(apart.values()):.1e}")
-    assert max(apart.values()) <= 1e-5, apart
+    loss, norm = (max(numbers) for numbers in zip(*apart.values()))
+    print(f"{method} at stage {stage}: loss {loss:.1e} norm {norm:.1e}")
+    assert max(loss, norm) <= 1e-5, apart
 
 
-def worst(reference: list[tuple[float, float]], rows: list[tuple[float, float]]) -> float:
-    """The largest relative difference of any number."""
-    pairs = [pair for one, other in zip(reference, rows, strict=True) for pair in zip(one, other, strict=True)]
-    return max(abs(a - b) / abs(a) for a, b in pairs)
+def worst(reference: list[tuple[float, float]], rows: list[tuple[float, float]]) -> tuple[float, float]:
+    """The largest relative difference of a loss, and of a gradient norm."""
+    loss, norm = (
+        max(abs(a - b) / abs(a) for a, b in zip(*numbers, strict=True)) for numbers in zip(zip(*reference), zip(*rows))
+    )
+    return loss, norm
 
 
 @pytest.mark.nightly

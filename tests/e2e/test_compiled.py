@@ -1,0 +1,136 @@
+"""Compiled towers and exact savings change no training: every recipe beside itself with neither, and a resumed run."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.methods import METHODS, pairs
+from tests.e2e.trainers import Trainer, outcome, tiny
+from tests.harness import run_ranks
+
+STEPS = 20
+FP32_LOSS, GAP = 1e-5, 1e-5
+BF16_COSINE, SPREADS = 0.9999, 3.0
+NO_GRADIENT = (
+    1e-6  # a tensor's norm over the largest one's: its gradient is zero in exact arithmetic, and this rounding
+)
+
+CASE = "tests.e2e.cases_compiled:against_plain"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where what is compiled is kept: most recipes have towers alike."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+def compare(
+    method: str, precision: str, words: list[str], shared_dir: Path, cache: Path, steps: int = STEPS, **case: Any
+) -> dict[str, Any]:
+    """The case's answer for a method at tiny on OpenStax pairs."""
+    settings = [f"data.train={pairs(shared_dir)}", f"run.steps={steps}", f"run.out={cache}/{method}"]
+    found = run_ranks(
+        CASE,
+        world_size=1,
+        timeout_s=1200,
+        env={"TORCHINDUCTOR_CACHE_DIR": str(cache)},
+        recipe=f"{method}-tiny",
+        words=[*settings, f"engine.deepspeed=zero1_{precision}.json", *words],
+        **case,
+    )[0]
+    print(f"{method} {precision}: {summary(found)}")
+    return found
+
+
+def furthest(losses: list[float], others: list[float]) -> float:
+    """The largest relative difference of a step's loss."""
+    return max(abs(a - b) / abs(a) for a, b in zip(losses, others, strict=True))
+
+
+def smallest(found: dict[str, Any], run: str) -> tuple[float, str]:
+    """The smallest cosine of a tensor's gradient, and whose it is."""
+    named = {name: value for name, value in found[run]["cosines"].items() if found["norms"][name] > NO_GRADIENT}
+    return min((value, name) for name, value in named.items())
+
+
+def summary(found: dict[str, Any]) -> str:
+    """One line for the page of results."""
+    parts = []
+    for name in ("pieces", "compiled"):
+        run = found[name]
+        cosine, whose = smallest(found, name)
+        parts.append(
+            f"{name}: losses {furthest(found['losses'], run['losses']):.1e}, cosine {cosine:.6f} ({whose}),"
+            f" {run['flips']} of {run['rows']} flips, gap {run['gap']:.1e}, {run['seconds']:.0f} s"
+        )
+    without = sum(norm <= NO_GRADIENT for norm in found["norms"].values())
+    return f"{'; '.join(parts)}; {without} of {len(found['norms'])} tensors without gradient"
+
+
+def complaints(found: dict[str, Any], precision: str) -> list[str]:
+    """What is outside its limit."""
+    run, loss = found["compiled"], furthest(found["losses"], found["compiled"]["losses"])
+    if set(run["towers"]) != {"compiled"} or run["warned"]:
+        return [f"not compiled: {run['towers']} {run['warned']}"]
+    if precision == "fp32":
+        limits = [("loss", loss, FP32_LOSS), ("gap of a flipped token", run["gap"], GAP)]
+    else:
+        spread = furthest(found["losses"], found["pieces"]["losses"])
+        cosine, whose = smallest(found, "compiled")
+        limits = [("loss", loss, SPREADS * spread), (f"1 - cosine of {whose}", 1 - cosine, 1 - BF16_COSINE)]
+    return [f"{name} {value:.2e} is over {limit:.2e}" for name, value, limit in limits if not value <= limit]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_recipe_compiled_is_the_recipe(
+    method: str, precision: str, words: Callable[[str], list[str]], shared_dir: Path, cache: Path
+) -> None:
+    """By the compiler itself, 20 steps: losses in fp32 within 1e-5, in bf16 within three times what another order of
+    summation does; there every gradient of the first step has the direction of the plain one."""
+    found = compare(method, precision, words(method), shared_dir, cache)
+    assert not complaints(found, precision)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_tower_that_is_not_quite_right_is_seen(precision: str, shared_dir: Path, cache: Path) -> None:
+    found = compare("aclip", precision, [], shared_dir, cache, steps=3, backend="aot_eager", mixed=True)
+    assert len(complaints(found, precision)) == (1 if precision == "fp32" else 2)
+
+
+def trained(scenes: Path, out: Path, *words: str, resume: Path | None = None) -> dict[str, Any]:
+    """What 40 compiled steps of A-CLIP at tiny gave, in a process of its own, one rank."""
+    settings = tiny(scenes, out, "run.steps=40", "checkpoint.every_steps=13", "engine.compile=tower", *words)
+    trainer = Trainer(out, [*(["--resume", str(resume)] if resume else []), *settings], procs=None)
+    assert trainer.end(timeout_s=1500) == 0, trainer.printed()
+    [start] = re.findall(r"start: .*", trainer.printed())
+    print(f"{out.name}: {start}")
+    return outcome(out)
+
+
+def compiled_files(folder: Path) -> dict[str, int]:
+    """What the compiler keeps beside the runs of a folder, and when it was written."""
+    files = [path for cache in folder.glob(".amclip-compiled-*") for path in cache.rglob("*") if path.is_file()]
+    return {str(path): path.stat().st_mtime_ns for path in files if path.suffix in (".cpp", ".so", ".h", ".gch")}
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3000)
+def test_13_and_27_compiled_steps_are_40(scenes: Path, tmp_path: Path) -> None:
+    """Bit for bit, from a cache beside the runs in which the second start finds all it needs; eager steps in their
+    place give other bits."""
+    whole = trained(scenes, tmp_path / "whole")
+    made = compiled_files(tmp_path)
+    saved = tmp_path / "whole" / "checkpoints" / "step_00000013"
+    rest = trained(scenes, tmp_path / "rest", resume=saved)
+    assert made and compiled_files(tmp_path) == made
+    assert len(rest["losses"]) == 27 and rest["losses"] == whole["losses"][13:]
+    assert rest["weights"] == whole["weights"]
+    eager = trained(scenes, tmp_path / "eager", "engine.compile=none", resume=saved)
+    assert eager["losses"] != rest["losses"] and eager["weights"] != rest["weights"]
