@@ -5,6 +5,7 @@ decides, would part the runs; for the same reason heads have no kinks (adr/0091)
 """
 
 import dataclasses
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -117,14 +118,16 @@ class Followed(NamedTuple):
 
 
 def against_plain(
-    recipe: str, words: list[str], backend: str = "inductor", in_pieces: bool = False, mixed: bool = False
+    recipe: str, words: list[str], backend: str = "inductor", is_bf16: bool = False, mixed: bool = False
 ) -> dict[str, Any]:
     """The same steps on one rank, without savings and compiler, texts padded to the whole context; and with every
-    saving and compiled towers. in_pieces: also the first in two pieces, which sums in another order.
+    saving and compiled towers. is_bf16: also the first in two pieces, which sums in another order, and its first
+    gradients in fp32.
 
     words: settings, with run.steps. mixed: the compiled image tower's features are not quite its own.
-    Returns the losses of the plain run and its gradients' norms over the largest one, by tensor; and of compiled, and
-    pieces, {losses, cosines by tensor, flips, rows, gap, seconds, towers, warned}.
+    Returns the losses of the plain run and its gradients' norms over the largest one, by tensor; of compiled, and
+    pieces, {losses, cosines by tensor, flips, rows, gap, seconds, towers, warned}; and in bf16 how far each one's
+    gradients are from those in fp32, over their norm, by tensor.
     """
     compiling.BACKEND = backend
     runtime = engine_runtime.start()
@@ -132,13 +135,23 @@ def against_plain(
     whole, half = [f"batch.per_gpu={BATCH}"], [f"batch.per_gpu={BATCH // 2}"]
     plain = follow(recipe, [*words, *PLAIN, *whole], runtime, padded)
     others = {"compiled": follow(recipe, [*words, *COMPILED, *whole], runtime, repeats=plain.choices, mixed=mixed)}
-    if in_pieces:
+    if is_bf16:
         others["pieces"] = follow(recipe, [*words, *PLAIN, *half], runtime, padded, plain.choices)
+    exact: dict[str, Tensor] = {}
+    if is_bf16:
+        fp32 = [word for word in words if not word.startswith("engine.deepspeed=")] + [
+            "engine.deepspeed=zero1_fp32.json"
+        ]
+        exact = follow(recipe, [*fp32, *PLAIN, *whole], runtime, padded, plain.choices, last_step=1).gradients
     engine_runtime.stop(runtime)
     largest = max(float(gradient.norm()) for gradient in plain.gradients.values())
     return {
         "losses": plain.losses,
         "seconds": plain.seconds,
+        "errors": {
+            name: {n: float((run.gradients[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in exact.items()}
+            for name, run in (others | {"plain": plain}).items()
+        },
         "norms": {name: float(gradient.norm()) / largest for name, gradient in plain.gradients.items()},
         **{
             name: {
@@ -163,8 +176,9 @@ def follow(
     prepare: Callable[[Batch, int], Batch] = lambda batch, context: batch,
     repeats: Choices | None = None,
     mixed: bool = False,
+    last_step: int | None = None,
 ) -> Followed:
-    """Every step of a run of the recipe's own start and batches."""
+    """The steps of a run of the recipe's own start and batches, all or up to one."""
     torch._dynamo.reset()
     choices, losses = Choices(repeats), []
     with warnings.catch_warnings(record=True) as caught:
@@ -177,7 +191,7 @@ def follow(
         gradients, hooks = watched_gradients(run)
         began = time.monotonic()
         with choices.watching():
-            for batch in run.batches():
+            for batch in itertools.islice(run.batches(), last_step):
                 choices.steps.append([])
                 losses.append(run.step(prepare(batch, run.config.model.text.context_length))[0])
                 for hook in hooks:

@@ -1,6 +1,7 @@
 """Compiled towers and exact savings change no training: every recipe beside itself with neither, and a resumed run."""
 
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def compare(
         timeout_s=1200,
         env={"TORCHINDUCTOR_CACHE_DIR": str(cache)},
         recipe=f"{method}-tiny",
-        in_pieces=precision == "bf16",
+        is_bf16=precision == "bf16",
         words=[*settings, f"engine.deepspeed=zero1_{precision}.json", *words],
         **case,
     )[0]
@@ -78,8 +79,16 @@ def summary(found: dict[str, Any]) -> str:
         cosine, whose = smallest(found, name)
         parts.append(
             f"{name}: losses {furthest(found['losses'], run['losses']):.1e}, cosine {cosine:.6f} ({whose}),"
+            f" {sum(value < BF16_COSINE for value in run['cosines'].values())} under {BF16_COSINE},"
             f" {run['flips']} of {run['rows']} flips, gap {run['gap']:.1e}, {run['seconds']:.0f} s"
         )
+    for name, errors in found["errors"].items():
+        if errors:
+            ratios = sorted(error / found["errors"]["plain"][tensor] for tensor, error in errors.items())
+            parts.append(
+                f"{name} from fp32: median {statistics.median(errors.values()):.1e}, over plain's: median"
+                f" {statistics.median(ratios):.2f}, largest {ratios[-1]:.2f}"
+            )
     without = sum(norm <= NO_GRADIENT for norm in found["norms"].values())
     parts.append(f"{without} of {len(found['norms'])} tensors without gradient")
     return f"plain {found['seconds']:.0f} s; {'; '.join(parts)}"
