@@ -125,7 +125,7 @@ def against_plain(
     gradients in fp32.
 
     words: settings, with run.steps. mixed: the compiled image tower's features are not quite its own.
-    Returns the losses of the plain run and its gradients' norms over the largest one, by tensor; of compiled, and
+    Returns the losses of the plain run and the norms of its gradients (in bf16 of those in fp32) over the largest one; of compiled, and
     pieces, {losses, cosines by tensor, flips, rows, gap, seconds, towers, warned}; and in bf16 how far each one's
     gradients are from those in fp32, over their norm, by tensor.
     """
@@ -144,15 +144,16 @@ def against_plain(
         ]
         exact = follow(recipe, [*fp32, *PLAIN, *whole], runtime, padded, plain.choices, last_step=1).gradients
     engine_runtime.stop(runtime)
-    largest = max(float(gradient.norm()) for gradient in plain.gradients.values())
+    reference = exact or plain.gradients
+    largest = max(float(gradient.norm()) for gradient in reference.values())
     return {
         "losses": plain.losses,
         "seconds": plain.seconds,
         "errors": {
             name: {n: float((run.gradients[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in exact.items()}
-            for name, run in (others | {"plain": plain}).items()
+            for name, run in ((others | {"plain": plain}).items() if is_bf16 else ())
         },
-        "norms": {name: float(gradient.norm()) / largest for name, gradient in plain.gradients.items()},
+        "norms": {name: float(gradient.norm()) / largest for name, gradient in reference.items()},
         **{
             name: {
                 "losses": run.losses,
