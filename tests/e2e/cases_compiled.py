@@ -125,9 +125,9 @@ def against_plain(
     gradients in fp32.
 
     words: settings, with run.steps. mixed: the compiled image tower's features are not quite its own.
-    Returns the losses of the plain run and the norms of its gradients (in bf16 of those in fp32) over the largest one; of compiled, and
-    pieces, {losses, cosines by tensor, flips, rows, gap, seconds, towers, warned}; and in bf16 how far each one's
-    gradients are from those in fp32, over their norm, by tensor.
+    Returns the losses of the plain run; the norms of its gradients (in bf16 of those in fp32) over the largest one; of
+    compiled, and pieces, {losses, cosines by tensor, flips, rows, gap, seconds, towers, warned}; and in bf16 how far
+    each one's gradients are from those in fp32, over their norm, by tensor.
     """
     compiling.BACKEND = backend
     runtime = engine_runtime.start()
