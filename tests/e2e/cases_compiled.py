@@ -170,6 +170,54 @@ def against_plain(
     }
 
 
+def at_same_weights(recipe: str, words: list[str], backend: str = "inductor", mixed: bool = False) -> dict[str, Any]:
+    """(loss, gradient norm) of each step, plain and compiled as in against_plain, where the compiled run begins each
+    step with the plain one's weights, average and statistics: what a step changes is not amplified by the next ones.
+
+    Heads are the recipe's own. Returns {plain, compiled, flips, gap, towers, warned}.
+    """
+    compiling.BACKEND = backend
+    runtime = engine_runtime.start()
+    words = [*words, f"batch.global_size={BATCH}", f"batch.per_gpu={BATCH}"]
+    choices = [Choices()]
+    choices.append(Choices(choices[0]))
+    rows: list[list[tuple[float, float]]] = [[], []]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plain, compiled = runs = [ShortRun(recipe, [*words, *more], runtime) for more in (PLAIN, COMPILED)]
+        if mixed:
+            mix(compiled.student.module.vision)
+        for batch in plain.batches():
+            take_weights(compiled, plain)
+            ready = (padded(batch, plain.config.model.text.context_length), batch)
+            for run, chosen, own, found in zip(runs, choices, ready, rows):
+                chosen.steps.append([])
+                with chosen.watching():
+                    found.append(run.step(own))
+    engine_runtime.stop(runtime)
+    return {
+        "plain": rows[0],
+        "compiled": rows[1],
+        "flips": choices[1].flips,
+        "gap": choices[1].gap,
+        "towers": towers_of(compiled),
+        "warned": [str(warning.message) for warning in caught if "engine.compile" in str(warning.message)],
+    }
+
+
+def take_weights(run: ShortRun, other: ShortRun) -> None:
+    """What the next step's forwards of a run read becomes another run's."""
+    run.student.module.load_state_dict(other.student.module.state_dict())
+    if run.teacher is not None and other.teacher is not None:
+        run.teacher.placed.module.load_state_dict(other.teacher.placed.module.state_dict())
+
+
+def towers_of(run: ShortRun) -> list[str]:
+    """Of student and teacher: plain, compiled, or why they failed."""
+    models: list[Any] = [run.student.module, *([run.teacher.placed.module] if run.teacher else [])]
+    return [taken(part) for model in models for part in (model.vision.through_blocks, model.text.pooled)]
+
+
 def follow(
     recipe: str,
     words: list[str],
@@ -186,9 +234,8 @@ def follow(
         warnings.simplefilter("always")
         with without_kinks():
             run = ShortRun(recipe, words, runtime)
-        vision: Any = run.student.module.vision
         if mixed:
-            mix(vision)
+            mix(run.student.module.vision)
         gradients, hooks = watched_gradients(run)
         began = time.monotonic()
         with choices.watching():
@@ -199,10 +246,8 @@ def follow(
                     hook.remove()
                 hooks = []
         seconds = time.monotonic() - began
-    models: list[Any] = [run.student.module, *([run.teacher.placed.module] if run.teacher else [])]
-    towers = [taken(part) for model in models for part in (model.vision.through_blocks, model.text.pooled)]
     warned = [str(warning.message) for warning in caught if "engine.compile" in str(warning.message)]
-    return Followed(losses, gradients, choices, seconds, towers, warned)
+    return Followed(losses, gradients, choices, seconds, towers_of(run), warned)
 
 
 def padded(batch: Batch, context: int) -> Batch:

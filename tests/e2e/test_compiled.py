@@ -14,12 +14,12 @@ from tests.harness import run_ranks
 
 STEPS = 20
 FP32_LOSS, GAP = 1e-5, 1e-5
+# In 20 steps of AdamW the batch norm of their heads makes of the last digit's 1e-7 up to some 1e-5, in eager runs that
+# sum in another order too: these have the limit that the equivalence table has for AdamW, and a test of their own.
+WITH_HEADS, WITH_HEADS_LOSS = ("aclip", "aclip-eff", "aclip-muon", "slip"), 1e-4
 BF16_COSINE, SPREADS = 0.9999, 3.0
 FROM_FP32 = 1.5  # times as far as the plain run's gradient
-NO_GRADIENT = (
-    1e-6  # a tensor's norm over the largest one's: its gradient is zero in exact arithmetic, and this rounding
-)
-
+NO_GRADIENT = 1e-6  # of the largest tensor's norm: in exact arithmetic the gradient is zero, and this is rounding
 BY_THE_COMPILER = (
     "aclip",
     "clip",
@@ -27,8 +27,7 @@ BY_THE_COMPILER = (
     "maskclip",
     "siglip",
     "detailclip",
-)  # which takes minutes; others: its graphs
-CASE = "tests.e2e.cases_compiled:against_plain"
+)  # minutes each; of the others its graphs
 
 
 @pytest.fixture(scope="session")
@@ -37,24 +36,36 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("compiled")
 
 
-def compare(
-    method: str, precision: str, words: list[str], shared_dir: Path, cache: Path, steps: int = STEPS, **case: Any
+def ask(
+    case: str,
+    method: str,
+    precision: str,
+    words: list[str],
+    shared_dir: Path,
+    cache: Path,
+    steps: int = STEPS,
+    **more: Any,
 ) -> dict[str, Any]:
-    """The case's answer for a method at tiny on OpenStax pairs."""
+    """What a case finds for a method at tiny on OpenStax pairs."""
     settings = [f"data.train={pairs(shared_dir)}", f"run.steps={steps}", f"run.out={cache}/{method}"]
-    settings += ["heads.hidden_dim=64", "heads.output_dim=16"]  # as narrow as the equivalence table's (adr/0091)
+    settings.append(f"engine.deepspeed=zero1_{precision}.json")
     if not method.startswith("clipa"):  # which have 16: few lengths are few graphs
         settings.append("model.text.context_length=32")
-    found = run_ranks(
-        CASE,
+    return run_ranks(
+        f"tests.e2e.cases_compiled:{case}",
         world_size=1,
         timeout_s=1200,
         env={"TORCHINDUCTOR_CACHE_DIR": str(cache)},
         recipe=f"{method}-tiny",
-        is_bf16=precision == "bf16",
-        words=[*settings, f"engine.deepspeed=zero1_{precision}.json", *words],
-        **case,
+        words=[*settings, *words],
+        **more,
     )[0]
+
+
+def compare(method: str, precision: str, words: list[str], *where: Path, **more: Any) -> dict[str, Any]:
+    """The case's answer, with heads as narrow as the equivalence table's (adr/0091)."""
+    words = ["heads.hidden_dim=64", "heads.output_dim=16", *words]
+    found = ask("against_plain", method, precision, words, *where, is_bf16=precision == "bf16", **more)
     print(f"{method} {precision}: {summary(found)}")
     return found
 
@@ -103,13 +114,14 @@ def summary(found: dict[str, Any]) -> str:
     return f"plain {found['seconds']:.0f} s; {'; '.join(parts)}"
 
 
-def complaints(found: dict[str, Any], precision: str) -> list[str]:
+def complaints(found: dict[str, Any], precision: str, method: str) -> list[str]:
     """What is outside its limit."""
     run, loss = found["compiled"], furthest(found["losses"], found["compiled"]["losses"])
     if set(run["towers"]) != {"compiled"} or run["warned"]:
         return [f"not compiled: {run['towers']} {run['warned']}"]
     if precision == "fp32":
-        limits = [("loss", loss, FP32_LOSS), ("gap of a flipped token", run["gap"], GAP)]
+        most = WITH_HEADS_LOSS if method in WITH_HEADS else FP32_LOSS
+        limits = [("loss", loss, most), ("gap of a flipped token", run["gap"], GAP)]
     else:
         spread = furthest(found["losses"], found["pieces"]["losses"])
         ratio, whose = max((value, name) for name, value in from_fp32(found, "compiled").items())
@@ -128,14 +140,32 @@ def test_every_recipe_compiled_is_the_recipe(
     order of summation does; there the first step's gradients are as near to those in fp32 as the plain ones."""
     backend = "inductor" if method in BY_THE_COMPILER else "aot_eager"
     found = compare(method, precision, words(method), shared_dir, cache, backend=backend)
-    assert not complaints(found, precision)
+    assert not complaints(found, precision, method)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_tower_that_is_not_quite_right_is_seen(precision: str, shared_dir: Path, cache: Path) -> None:
     found = compare("aclip", precision, [], shared_dir, cache, steps=3, backend="aot_eager", mixed=True)
-    assert len(complaints(found, precision)) == (1 if precision == "fp32" else 2)
+    assert len(complaints(found, precision, "aclip")) == (1 if precision == "fp32" else 2)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("method", WITH_HEADS)
+def test_at_the_same_weights_every_step_has_the_same_loss(method: str, shared_dir: Path, cache: Path) -> None:
+    found = ask("at_same_weights", method, "fp32", [], shared_dir, cache, backend="aot_eager")
+    loss, norm = (furthest(*pair) for pair in zip(*(zip(*found[run]) for run in ("plain", "compiled"))))
+    print(f"{method} at the same weights: loss {loss:.1e} norm {norm:.1e}, {found['flips']} flips")
+    assert set(found["towers"]) == {"compiled"} and not found["warned"]
+    assert loss <= FP32_LOSS and found["gap"] <= GAP and len(found["plain"]) == STEPS
+
+
+@pytest.mark.nightly
+def test_at_the_same_weights_a_tower_that_is_not_quite_right_is_seen(shared_dir: Path, cache: Path) -> None:
+    found = ask("at_same_weights", "aclip", "fp32", [], shared_dir, cache, steps=2, backend="aot_eager", mixed=True)
+    losses = [[loss for loss, _ in found[run]] for run in ("plain", "compiled")]
+    assert furthest(*losses) > 10 * FP32_LOSS
 
 
 def trained(scenes: Path, out: Path, *words: str, resume: Path | None = None) -> dict[str, Any]:
