@@ -18,7 +18,7 @@ FP32_LOSS, GAP = 1e-5, 1e-5
 # sum in another order too: these have the limit that the equivalence table has for AdamW, and a test of their own.
 WITH_HEADS, WITH_HEADS_LOSS = ("aclip", "aclip-eff", "slip"), 1e-4
 BF16_COSINE, SPREADS = 0.9999, 3.0
-FROM_FP32, MEDIAN_FROM_FP32 = 2.0, 1.1  # times as far as the plain run's gradient: a tensor's, and the median
+FROM_FP32, MEDIAN_FROM_FP32 = 3.0, 1.1  # times as far as the plain gradient: a tensor (as losses: three), the median
 NO_GRADIENT = 1e-6  # of the largest tensor's norm: in exact arithmetic the gradient is zero, and this is rounding
 BY_THE_COMPILER = (
     "aclip",
