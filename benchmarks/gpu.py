@@ -9,13 +9,15 @@ benchmarks/step.py's variations), `open_clip:b16` (eager and compiled), `release
 --release and --timm as in benchmarks/peers.py), `fed:RECIPE` (the step fed by the loader from --data beside a batch
 that stays), or `exact:RECIPE` and `exact-fp32:RECIPE` (savings and compiled towers against neither).
 base:CELL runs the amclip_ds of another checkout (--baseline). Each has a process of its own, since ZeRO-3 patches
-torch; they build and compile side by side, as many as --room allows (a ViT-L takes two places), and are measured one at
-a time: medians of --repeats steps by the device's clock, one batch that stays. A step is the run's own `train_step`.
-MFU is against a bf16 matrix product of 8192 cubed in the same process. The table comes last.
+torch; they build and compile side by side, as many as --room allows (a ViT-L takes two places). Once all are built they
+are measured one at a time, while nothing else runs: medians of --repeats steps by the device's clock, one batch that
+stays. A step is the run's own `train_step`. MFU is against a bf16 matrix product of 8192 cubed in the same process.
+--traces keeps the profiler's view of one step of each cell. The table comes last.
 """
 
 import argparse
 import fcntl
+import gzip
 import json
 import os
 import subprocess
@@ -36,25 +38,29 @@ CELLS = ["open_clip:b16", *(f"{name}-vitb16,engine.compile=tower" for name in OU
 BATCHES = {"vitb16": 256, "vitl16": 128, "tiny": 64}
 FED_STEPS = 40  # more than the workers have made ahead
 EXACT_STEPS = 20
-CORES = 3  # for the cell that is measured
 GIB = 1024.0**3
+
+
+def wait_for_turn(args: argparse.Namespace) -> None:
+    """Until every cell is built: what is held only between steps goes back to the device meanwhile."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    built_file(args.out, os.getpid()).touch()
+    while not args.out.with_suffix(".all-built").exists():
+        time.sleep(0.05)
+
+
+def built_file(out: Path, process: int) -> Path:
+    return out.with_name(f"built-{process}")
 
 
 @contextmanager
 def alone(lock: Path) -> Iterator[None]:
-    """One process at a time, on the cores that those which build leave to it."""
+    """One process at a time."""
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        cores = sorted(os.sched_getaffinity(1))
-        move_to(cores[:CORES])
         yield
-        move_to(cores[CORES:])
-
-
-def move_to(cores: list[int]) -> None:
-    """All threads of this process; what they start later too."""
-    for thread in Path("/proc/self/task").iterdir():
-        os.sched_setaffinity(int(thread.name), cores or os.sched_getaffinity(1))
+        torch.cuda.empty_cache()
 
 
 def device_seconds(work: Callable[[], Any], repeats: int, warm: int) -> list[float]:
@@ -70,10 +76,20 @@ def device_seconds(work: Callable[[], Any], repeats: int, warm: int) -> list[flo
     return [first.elapsed_time(last) / 1e3 for first, last in zip(events, events[1:])]
 
 
-def seen_by_profiler(work: Callable[[], Any]) -> dict[str, Any]:
-    """Of one step: seconds in which the device computed, what it started and waited for, the largest kernels."""
+def seen_by_profiler(work: Callable[[], Any], trace: Path | None) -> dict[str, Any]:
+    """Of one step: seconds in which the device computed, what it started and waited for, the largest kernels. trace:
+    where three steps in a row are kept for a viewer."""
     from torch.profiler import ProfilerActivity, profile
 
+    if trace:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as several:
+            for _ in range(3):
+                work()
+            torch.cuda.synchronize()
+        plain = trace.with_suffix("")
+        several.export_chrome_trace(str(plain))
+        trace.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         work()
         torch.cuda.synchronize()
@@ -135,6 +151,7 @@ def measure(args: argparse.Namespace, cell: str) -> list[dict[str, Any]]:
     torch.cuda.synchronize()
     facts = {"built_s": built - began, "first_step_s": time.perf_counter() - built}
     rows = []
+    wait_for_turn(args)
     with alone(args.out.with_suffix(".lock")):
         rate = steps.matrix_rate(torch.bfloat16)
         for name, work in works.items():
@@ -145,7 +162,9 @@ def measure(args: argparse.Namespace, cell: str) -> list[dict[str, Any]]:
             peak_memory = torch.cuda.max_memory_allocated() / GIB
             flops = steps.flops_of(work)
             row = steps.row_of(name, batch, times, flops, rate, args.peak) | {"peak_memory_gib": peak_memory}
-            rows.append(row | seen_by_profiler(work) | facts)
+            file = "".join(letter if letter.isalnum() else "-" for letter in name) + ".json.gz"
+            trace = args.traces / file if args.traces else None
+            rows.append(row | seen_by_profiler(work, trace) | facts)
     return rows
 
 
@@ -176,6 +195,7 @@ def measure_fed(args: argparse.Namespace, cell: str) -> list[dict[str, Any]]:
     for _ in range(2):
         engine.batches[True] = next(batches).to(engine.runtime.device)
         engine.step()
+    wait_for_turn(args)
     with alone(args.out.with_suffix(".lock")):
         before, _ = wall(lambda: first)
         fed, waited = wall(lambda: next(batches).to(engine.runtime.device))
@@ -225,8 +245,7 @@ def measure_exact(args: argparse.Namespace, cell: str) -> list[dict[str, Any]]:
         whole = steps.reordered(whole, list(range(batch - 1, -1, -1))) if reverse else whole
         engine.batches = dict.fromkeys(engine.batches, whole.to(engine.runtime.device))
         gradients = gradients_of(engine, variation)
-        with alone(args.out.with_suffix(".lock")):
-            return [float(engine.step(variation).loss) for _ in range(EXACT_STEPS)], gradients
+        return [float(engine.step(variation).loss) for _ in range(EXACT_STEPS)], gradients
 
     plain, gradients = follow(False)
     turned, other_gradients = follow(False, reverse=True)
@@ -260,7 +279,6 @@ KINDS = {"fed": measure_fed, "exact": measure_exact, "exact-fp32": measure_exact
 
 
 def run_cell(args: argparse.Namespace) -> None:
-    move_to(sorted(os.sched_getaffinity(1))[CORES:])
     rows = KINDS.get(args.cell.partition(":")[0], measure)(args, args.cell.removeprefix("base:"))
     with args.out.open("a") as file:
         for row in rows:
@@ -294,13 +312,14 @@ def main() -> int:
     parser.add_argument("--cells", nargs="*", default=CELLS)
     parser.add_argument("--tokens", type=steps.two_numbers, default=(77, 77), metavar="N[-M]", help="of a caption")
     parser.add_argument("--repeats", type=int, default=12)
-    parser.add_argument("--room", type=int, default=3, help="cells of ViT-B/16 whose memory the device holds")
+    parser.add_argument("--room", type=int, default=3, help="cells of ViT-B/16 that are built at a time")
     parser.add_argument("--peak", type=float, help="the maker's TFLOP/s")
     parser.add_argument("--baseline", type=Path, help="another checkout, for the cells base:...")
     parser.add_argument("--data", type=Path, help="shards of real photographs, for the cells fed:...")
     parser.add_argument("--workers", type=int, default=14, help="of the fed cell")
     parser.add_argument("--release", type=Path, metavar="CHECKOUT", help="of microsoft/A-CLIP")
     parser.add_argument("--timm", type=Path, metavar="FOLDER", help="that holds timm 0.5.4")
+    parser.add_argument("--traces", type=Path, metavar="FOLDER", help="where a trace of each cell's steps goes")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out = args.out.absolute()
@@ -308,9 +327,13 @@ def main() -> int:
     if args.cell:
         run_cell(args)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    all_built = args.out.with_suffix(".all-built")
+    all_built.unlink(missing_ok=True)
     waiting, running, failed = list(args.cells), [], []
     while waiting or running:
-        taken = sum(places_of(name) for name, _ in running)
+        taken = sum(places_of(name) for name, process in running if not built_file(args.out, process.pid).exists())
+        if not waiting and not taken:
+            all_built.touch()
         if waiting and taken + places_of(waiting[0]) <= args.room:
             name = waiting.pop(0)
             here = args.baseline if name.startswith("base:") else Path.cwd()
