@@ -3,6 +3,7 @@
 This is the only place that takes one. Shapes: V views, B this rank's samples, K kept tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,7 +91,7 @@ def train_step(
     observed = NOTHING_OBSERVED
     if teacher is not None and method.reads_teacher:
         observed = teacher.observe(teachers_images(batch, views, method), method.wants, comm, progress)
-    inputs = student_inputs(batch, views, observed.scores, method, progress)
+    inputs = student_inputs(batch, views, observed.scores, method, progress, student.scores_to_views)
     targets = observed.targets
     if frozen is not None and method.reads_frozen:
         targets = with_frozen(method.objectives, targets, frozen.embed(inputs, batch.token_ids, micro))
@@ -140,16 +141,23 @@ def teachers_images(batch: Batch, views: Tensor, method: Method) -> Tensor:
 
 
 def student_inputs(
-    batch: Batch, views: Tensor, scores: Tensor | None, method: Method, progress: float
+    batch: Batch,
+    views: Tensor,
+    scores: Tensor | None,
+    method: Method,
+    progress: float,
+    to_views: Callable[..., Tensor] = scoring.scores_to_views,
 ) -> StudentInputs:
     """What the student reads: the views [V, B, 3, H, W], changed and normalised, by group, with what their masks go by.
 
-    scores: the teacher's of its crop [B, n], or of all views [V, B, N].
+    scores: the teacher's of its crop [B, n], or of all views [V, B, N]. to_views: scoring.scores_to_views, or the same
+    compiled.
     """
     groups = []
     for group in method.groups(progress):
         selections = [
-            selection(mask, of, batch, scores, method.grid, progress, method.teacher_view) for mask, of in group.masks
+            selection(mask, of, batch, scores, method.grid, progress, method.teacher_view, to_views)
+            for mask, of in group.masks
         ]
         places = [tuple(group.views.index(view) for view in of) for _, of in group.masks]
         is_masked = any(mask.strategy != NONE for mask, _ in group.masks)
@@ -177,6 +185,7 @@ def selection(
     grid: int,
     progress: float,
     teacher_view: int | None = None,
+    to_views: Callable[..., Tensor] = scoring.scores_to_views,
 ) -> Selection:
     """How the tokens of some views are chosen. scores: the teacher's, [B, n] of its crop or of teacher_view, or
     [V, B, N] of all views."""
@@ -188,19 +197,25 @@ def selection(
             given[name] = taken(draws, views)[..., :units].flatten(0, 1)
     if "scores" in needs:
         assert scores is not None
-        given["scores"] = scores_of(views, batch, scores, grid, mask.unit, teacher_view)
+        given["scores"] = scores_of(views, batch, scores, grid, mask.unit, teacher_view, to_views)
     return Selection(mask, MaskInputs(grid, mask.unit, len(views), **given))
 
 
 def scores_of(
-    views: tuple[int, ...], batch: Batch, scores: Tensor, grid: int, unit: int, teacher_view: int | None
+    views: tuple[int, ...],
+    batch: Batch,
+    scores: Tensor,
+    grid: int,
+    unit: int,
+    teacher_view: int | None,
+    to_views: Callable[..., Tensor],
 ) -> Tensor:
     """The teacher's scores seen from some views, [v * B, U]."""
     if scores.dim() == 3:  # of the views themselves
         return pool(taken(scores, views).flatten(0, 1), grid, unit)
     flips = None if batch.flips is None else taken(batch.flips, views)
     boxes = taken(batch.boxes, (*views, len(batch.boxes) - 1 if teacher_view is None else teacher_view))
-    return scoring.scores_to_views(scores, boxes, grid, unit, flips).flatten(0, 1)
+    return to_views(scores, boxes, grid, unit, flips).flatten(0, 1)
 
 
 def by_view(inputs: StudentInputs, kept: list[Tensor | None]) -> list[Tensor | None]:

@@ -188,7 +188,8 @@ def _hue(x: Tensor, shift: Tensor) -> Tensor:
     # A channel is high - chroma * (how far its own hue is from h on the circle, clipped): one formula, no cases.
     channels = []
     for offset in (5.0, 3.0, 1.0):
-        k = (offset + hue * 6) % 6
+        k = offset + hue * 6  # of (-6, 12): the remainder by 6, which a division would take several times as long for
+        k = torch.where(k >= 6, k - 6, torch.where(k < 0, k + 6, k))
         channels.append(high - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
     return torch.stack(channels, 1)
 

@@ -1,5 +1,9 @@
 """torch.compile of the towers, whole or block by block: what engine.compile asks for, and what to do where it fails.
 
+With the towers goes what lies between two collectives of the heads and the losses: hundreds of small kernels, for which
+a GPU would wait for the host. A module names what may be compiled of it (`compiled_parts`: methods that compute and
+exchange nothing).
+
 Shapes are fixed (dynamic=False): a view has one, texts have a few lengths (model/text_groups.py), so that what is
 compiled depends on no timing. On a CPU neither does any digit. On a GPU the compiler times a few block sizes of some
 sums, once, and keeps its choice beside the run; with run.deterministic=true it takes theirs by a rule.
@@ -48,16 +52,15 @@ def compile_towers(model: nn.Module, mode: str) -> str | None:
         warnings.warn(f"engine.compile: {problem}; the towers run uncompiled", stacklevel=2)
         return problem
     _quiet_deepspeed()
-    vision: Any = model.vision
-    text: Any = model.text
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
-    text.fixed_shapes = True
+    model.text.fixed_shapes = True  # type: ignore[union-attr,assignment]
     if mode == BLOCK:  # without ZeRO-3's hooks, which are on the block's call
         for block in blocks_of(model):
             block.forward = Compiled(block.forward, f"a {type(block).__name__}")
         return None
-    vision.through_blocks = Compiled(vision.through_blocks, "the image tower")
-    text.pooled = Compiled(text.pooled, "the text tower")
+    for module in model.modules():
+        for part in getattr(module, "compiled_parts", ()):
+            setattr(module, part, Compiled(getattr(module, part), f"{type(module).__name__}.{part}"))
     return None
 
 
@@ -73,6 +76,11 @@ def compile_changes(mode: str, device: torch.device) -> Callable[[Tensor, photom
     is_compiled = mode != NO_COMPILE and device.type == "cuda"
     whole = Compiled(photometric.change_all, "the photometric changes") if is_compiled else None
     return apply
+
+
+def compile_function(mode: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that exchanges nothing, compiled where the towers are."""
+    return plain if mode == NO_COMPILE else Compiled(plain, plain.__name__)
 
 
 class Compiled:

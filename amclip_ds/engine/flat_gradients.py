@@ -1,4 +1,5 @@
-"""Gradients at ZeRO 1 as one flat fp32 tensor a parameter group: copied in one call, summed in pieces, one norm.
+"""Gradients at ZeRO 1 as one flat fp32 tensor a parameter group: copied in one call, summed in pieces, one norm, and a
+step that the device has in hand before the host knows that norm.
 
 DeepSpeed handles each gradient alone: two copies, a conversion to double and a norm for each of hundreds, which keep
 the host busy (docs/results/gpu-step.md). Its step accepts a group of gradients that is flat already (`flat_partition`,
@@ -6,6 +7,7 @@ made for DeepCompile), so that only the way there is ours. Averages stay fp32 al
 are rounded to the gradient's dtype in between.
 """
 
+import math
 import warnings
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
@@ -16,8 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from amclip_ds.engine.shards import Shard
+from amclip_ds.host_copies import begin_download
 from amclip_ds.ranks.communication_time import COMMUNICATION
 
+CLIP_EPSILON = 1e-6  # that DeepSpeed adds to a norm
 ROW = 8192  # elements of which a norm is taken at a time: fp32 sums of so few lose nothing that shows
 
 
@@ -46,12 +50,14 @@ class FlatGradients:
     """
 
     def __init__(self, optimizer: Any) -> None:
-        from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+        from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup, all_gather_dp_groups
 
-        self._optimizer, self._group_of = optimizer, GradPartitionBufferGroup
+        self._optimizer, self._group_of, self._gather = optimizer, GradPartitionBufferGroup, all_gather_dp_groups
         self._rounds = [self._plan(number) for number in range(len(optimizer.bit16_groups))]
         optimizer.reduce_gradients = self.reduce
         optimizer.scaled_global_norm = self.norm
+        if is_skipped_on_the_device(optimizer.optimizer):
+            optimizer.step = self.step
         optimizer._update_model_bit16_weights = lambda group: None  # points each weight at where it is already
 
     def _plan(self, number: int) -> list[Round]:
@@ -94,6 +100,40 @@ class FlatGradients:
                 flat.div_(world)
             zero.averaged_gradients[number] = self._group_of([flat], flat)
 
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """DeepSpeed's step of the optimizer, which waits for the norm last instead of first.
+
+        Whether the gradient is finite is decided on the device, by the optimizer's own kernel (`found_inf`, torch's way
+        for scaled losses): where it is not, weights, moments and counts stay. Meanwhile the device has the update to
+        do, so that it never waits for the host to begin it.
+        """
+        zero = self._optimizer
+        norm = self.norm()
+        arrived = begin_download(norm)
+        shrinks = 1.0 / ((norm + CLIP_EPSILON) / zero.clip_grad).clamp(min=1.0) if zero.clip_grad > 0 else None
+        for number, master in enumerate(zero.single_partition_of_fp32_groups):
+            master.grad = zero.averaged_gradients[number].flat_partition
+            zero.averaged_gradients[number] = None
+            if shrinks is not None:
+                master.grad.mul_(shrinks)
+        zero.optimizer.found_inf = norm.isfinite().logical_not().float()
+        zero.optimizer.step()
+        for number, master in enumerate(zero.single_partition_of_fp32_groups):
+            master.grad = None
+            own = dist.get_rank(group=zero.real_dp_process_group[number])
+            zero.parallel_partitioned_bit16_groups[number][own].copy_(master)
+        self._gather(
+            groups_flat=zero.bit16_groups_flat,
+            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
+            allgather_bucket_size=zero.allgather_bucket_size,
+        )
+        known = arrived().cpu()
+        zero.overflow = not bool(known.isfinite())
+        zero._global_grad_norm = math.inf if zero.overflow else known
+
     def of(self, parameter: Any) -> Shard | None:
         """This rank's part of a parameter's averaged gradient, a view; there between backward and step."""
         mapping = getattr(parameter, "_hp_mapping", None)
@@ -120,16 +160,18 @@ class FlatGradients:
 
     @torch.no_grad()
     def norm(self, norm_type: int = 2) -> Tensor:
-        """Of the whole averaged gradient, on the device (student.skip_overflow_scan reads it).
-
-        NaN or infinite where any gradient is: DeepSpeed's step then changes nothing, on all ranks.
-        """
+        """Of the whole averaged gradient, on the device. NaN or infinite where any gradient is, on all ranks."""
         squares = [norm_of(group.flat_partition).square() for group in self._optimizer.averaged_gradients.values()]
         total = torch.stack(squares).sum()
         if dist.get_world_size() > 1:
             with COMMUNICATION.waiting():
                 dist.all_reduce(total)
         return total.sqrt().float()
+
+
+def is_skipped_on_the_device(optimizer: Any) -> bool:
+    """Whether a torch optimizer leaves everything as it is where its found_inf is 1: the fused ones."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def fill(buffer: Tensor, turn: Round, gradients: list[Tensor | None]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
 from amclip_ds.engine import fp8, shards
-from amclip_ds.engine.compile import compile_changes, compile_towers, mode_of
+from amclip_ds.engine.compile import compile_changes, compile_function, compile_towers, mode_of
 from amclip_ds.engine.ds_config import (
     FP8_ALL,
     NO_COMPILE,
@@ -25,7 +25,7 @@ from amclip_ds.engine.ds_config import (
     read_ds_config,
     stage_of,
 )
-from amclip_ds.engine.flat_gradients import FlatGradients
+from amclip_ds.engine.flat_gradients import CLIP_EPSILON, FlatGradients
 from amclip_ds.engine.light_imports import import_muon_uncompiled
 from amclip_ds.engine.muon import NormBeforeMuon, build_muon, eager_kernels, with_muon
 from amclip_ds.engine.offload import build_cpu_adam
@@ -37,6 +37,7 @@ from amclip_ds.engine.zero3 import (
     take_one_norm,
     with_weights_in_place,
 )
+from amclip_ds.model import scoring
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets, Terms, ViewGroup
@@ -47,7 +48,6 @@ from amclip_ds.objectives.base import start_of as start_share
 from amclip_ds.optim import OptimConfig, build_optimizer, parameter_groups
 from amclip_ds.ranks.runtime import Runtime
 
-CLIP_EPSILON = 1e-6  # that DeepSpeed adds to a norm
 LOGIT_SCALE_RANGE = (0.0, math.log(100.0))
 
 
@@ -117,7 +117,9 @@ class StudentEngine:
         self.compile_asked = str(engine.compile)
         self.compile_mode = mode_of(self.compile_asked, self.stage, runtime.device, self.fetches_weights)
         self.not_compiled = compile_towers(module, self.compile_mode)
-        self.change_views = compile_changes(NO_COMPILE if self.not_compiled else self.compile_mode, runtime.device)
+        mode = NO_COMPILE if self.not_compiled else self.compile_mode
+        self.change_views = compile_changes(mode, runtime.device)
+        self.scores_to_views = compile_function(mode, scoring.scores_to_views)
         starts = {name: start_share(options) for name, options in objectives.items()}
         groups = parameter_groups(module.named_parameters(), optim, starts)
         self.in_host_memory = in_host_memory = is_offloaded(ds, "offload_optimizer")

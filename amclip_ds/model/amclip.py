@@ -54,6 +54,8 @@ def no_objectives(sizes: Sizes) -> Mapping[str, nn.Module]:
 class AClip(TwoTowers):
     """One module with one forward, so that one engine has one gradient norm, one skip decision and one step."""
 
+    compiled_parts = ("project_images", "project_texts")
+
     def __init__(
         self,
         model: ModelConfig,
@@ -203,14 +205,14 @@ class AClip(TwoTowers):
         cls = of_views(cls, objective.chosen_views)
         features = Features(cls=cls, eot=eot)
         if "image_embeds" in wanted:
-            rows = self.image_projection(cls.flatten(0, 1))
-            features = features._replace(image_embeds=normalise(rows).unflatten(0, cls.shape[:2]))
+            embeds, rows = self.project_images(cls)
+            features = features._replace(image_embeds=embeds)
             if "image_projected" in wanted:
-                features = features._replace(image_projected=rows.unflatten(0, cls.shape[:2]))
+                features = features._replace(image_projected=rows)
         if "text_embeds" in wanted:
             assert eot is not None
-            rows = self.text_projection(eot)
-            features = features._replace(text_embeds=normalise(rows))
+            embeds, rows = self.project_texts(eot)
+            features = features._replace(text_embeds=embeds)
             if "text_projected" in wanted:
                 features = features._replace(text_projected=rows)
         if "image_embeds" in wanted or "text_embeds" in wanted:
@@ -219,6 +221,16 @@ class AClip(TwoTowers):
             assert self.logit_bias is not None
             features = features._replace(logit_bias=self.logit_bias.float())
         return features
+
+    def project_images(self, cls: Tensor) -> tuple[Tensor, Tensor]:
+        """[V, B, D] -> embeddings [V, B, E], fp32 rows of unit length, and what they were before."""
+        rows = self.image_projection(cls.flatten(0, 1))
+        return normalise(rows).unflatten(0, cls.shape[:2]), rows.unflatten(0, cls.shape[:2])
+
+    def project_texts(self, eot: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, W] -> embeddings [B, E], fp32 rows of unit length, and what they were before."""
+        rows = self.text_projection(eot)
+        return normalise(rows), rows
 
 
 def in_order(objectives: Mapping[str, Any]) -> list[str]:

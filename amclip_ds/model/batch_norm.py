@@ -3,8 +3,6 @@
 torch.nn.SyncBatchNorm refuses CPU tensors, and BatchNorm1d fails under a bf16 engine, whose buffers stay fp32.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -26,25 +24,27 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
 
-    def forward(self, x: Tensor, all_reduce_sum: Callable[[Tensor], Tensor]) -> Tensor:
-        """x [B, C] -> [B, C] in x's dtype. Collective in training mode: every rank must call.
+    def sums(self, x: Tensor) -> Tensor | None:
+        """What the ranks add up before `forward`, with gradient: [1 + 2 C] fp64 of x [B, C]; None in evaluation."""
+        if not self.training:
+            return None
+        # Sums in fp64: CLS features of a young model hardly differ between images, and in fp32 the difference of the
+        # mean square and the squared mean then loses three digits (seen against the published code's gradients).
+        x = x.double()
+        count = x.new_full((1,), float(x.shape[0]))
+        return torch.cat([count, x.sum(0), x.square().sum(0)])
 
-        all_reduce_sum must carry gradients (its backward sums over the ranks).
-        """
+    def forward(self, x: Tensor, total: Tensor | None) -> Tensor:
+        """x [B, C] -> [B, C] in x's dtype. total: the sum over the ranks of `sums`; None: the running statistics."""
         x32 = x.float()
-        if self.training:
-            mean, variance = self._batch_statistics(x, all_reduce_sum)
+        if total is not None:
+            mean, variance = self._batch_statistics(total)
         else:
             mean, variance = self.running_mean.float(), self.running_var.float()
         out = (x32 - mean) * torch.rsqrt(variance + self.eps) * self.weight.float() + self.bias.float()
         return out.to(x.dtype)
 
-    def _batch_statistics(self, x: Tensor, all_reduce_sum: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        # Sums in fp64: CLS features of a young model hardly differ between images, and in fp32 the difference of the
-        # mean square and the squared mean then loses three digits (seen against the published code's gradients).
-        x = x.double()
-        count = x.new_full((1,), float(x.shape[0]))
-        total = all_reduce_sum(torch.cat([count, x.sum(0), x.square().sum(0)]))
+    def _batch_statistics(self, total: Tensor) -> tuple[Tensor, Tensor]:
         rows = total[0].detach()
         mean, mean_square = (total[1:] / rows).chunk(2)
         variance = (mean_square - mean.square()).clamp(min=0.0)
@@ -57,4 +57,4 @@ class BatchNorm(nn.Module):
         is_finite = torch.isfinite(mean + variance).all()
         for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
             running.copy_(torch.where(is_finite, running.lerp(batch.to(running.dtype), self.momentum), running))
-        self.num_batches_tracked += is_finite
+        self.num_batches_tracked.add_(is_finite)

@@ -9,6 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amclip_ds.model.scoring import row_of
+
 
 class QueryOfFirst(nn.Linear):
     """The `qkv` of a timm attention, whose query can be asked of the first token alone."""
@@ -39,6 +41,6 @@ def run_block_for_cls(block: Any, x_BTD: Tensor, with_row: bool = False) -> tupl
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, 1, -1)
     row = None
     if with_row:
-        row = (q.float() * attn.scale @ k.float().transpose(-2, -1)).squeeze(2).softmax(dim=-1).sum(dim=1)
+        row = row_of(q, k, attn.scale)
     x_B1D = x_BTD[:, :1] + block.ls1(attn.proj(attended))
     return x_B1D + block.ls2(block.mlp(block.norm2(x_B1D))), row

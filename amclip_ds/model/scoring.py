@@ -21,8 +21,17 @@ def attend_with_cls_row(attn: Any, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, -1)
-    logits_BHT = (q[:, :, :1].float() * attn.scale @ k.float().transpose(-2, -1)).squeeze(2)
-    return attn.proj(out), logits_BHT.softmax(dim=-1).sum(dim=1)
+    return attn.proj(out), row_of(q[:, :, :1], k, attn.scale)
+
+
+def row_of(q_BH1d: Tensor, k_BHTd: Tensor, scale: float) -> Tensor:
+    """One query's attention over all keys, summed over the heads: [B, T] fp32."""
+    q, k = q_BH1d.float() * scale, k_BHTd.float()
+    if torch.compiler.is_compiling():  # one kernel reads the keys as they are; a product would need them in fp32 first
+        logits_BHT = (q * k).sum(-1)
+    else:
+        logits_BHT = (q @ k.transpose(-2, -1)).squeeze(2)
+    return logits_BHT.softmax(dim=-1).sum(dim=1)
 
 
 def run_block_with_cls_row(block: Any, x_BTD: Tensor) -> tuple[Tensor, Tensor]:

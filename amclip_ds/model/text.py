@@ -20,6 +20,8 @@ from amclip_ds.model.text_layer import EPSILON, TextLayer
 class TextTower(nn.Module):
     """Computes what transformers' CLIPTextModel does, and its state dict is that one's."""
 
+    compiled_parts = ("pooled",)
+
     embeddings: Any
     encoder: Any
 
@@ -61,7 +63,7 @@ class TextTower(nn.Module):
         return groups_of(lengths, longest, self.fixed_shapes)
 
     def pooled(self, token_ids: Tensor) -> Tensor:
-        """[B, T] -> feature at the first end token, normed [B, W]. What a compiler takes."""
+        """[B, T] -> feature at the first end token, normed [B, W]."""
         end = self._end(token_ids)
         if not self.savings.last_block:
             return self.final_layer_norm(_at(self._run_blocks(token_ids), end))

@@ -103,6 +103,8 @@ class VisionOutput(NamedTuple):
 class VisionTower(nn.Module):
     """A timm ViT's modules under their own names, with token removal and CLS-row scores in the forward."""
 
+    compiled_parts = ("embed_kept", "through_blocks")
+
     def __init__(self, config: VisionConfig, savings: Savings | None = None) -> None:
         from amclip_ds.model.vision_block import VisionBlock
 
@@ -166,7 +168,7 @@ class VisionTower(nn.Module):
                 keep_indices = choose(selections, num_views, None, images)
                 selections = ()
             if keep_indices is not None or not selections:
-                return self.norm_pre(self._embed_kept(images, keep_indices, cls, positions)), keep_indices
+                return self.norm_pre(self.embed_kept(images, keep_indices, cls, positions)), keep_indices
         x = self.patch_embed(images.to(self.cls_token.dtype)).flatten(1, 2) + positions
         if keep_indices is None and selections:
             keep_indices = choose(selections, num_views, x, images)
@@ -182,7 +184,7 @@ class VisionTower(nn.Module):
             self.pos_embed, [height, width], [self.grid, self.grid], int(self.cls_has_position)
         )
 
-    def _embed_kept(self, images: Tensor, keep_indices: Tensor | None, cls: Tensor, positions: Tensor) -> Tensor:
+    def embed_kept(self, images: Tensor, keep_indices: Tensor | None, cls: Tensor, positions: Tensor) -> Tensor:
         """Class token and kept patches, with their positions [1, N, D]: [B, 1 + K, D]. Other patches cost nothing."""
         if not self.savings.one_write:
             rows = rows_of(images, self.patch_size, keep_indices, self.cls_token.dtype)
@@ -194,7 +196,7 @@ class VisionTower(nn.Module):
         return self.patch_embed.proj(rows, torch.cat([cls, positions], dim=1)[0], places)
 
     def through_blocks(self, x: Tensor, with_scores: bool, cls_only: bool) -> tuple[Tensor, Tensor | None]:
-        """[B, T, D] -> after the last norm, and the scores [B, T - 1] where asked for. What a compiler takes."""
+        """[B, T, D] -> after the last norm, and the scores [B, T - 1] where asked for."""
         rows = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device) if with_scores else None
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):

@@ -29,6 +29,7 @@ class BYOL(Objective):
     features = frozenset({"cls"})
     targets = frozenset({"cls"})
     averaged = ("projector",)
+    compiled_parts = ("of_predictions",)
 
     def __init__(self, options: Any, sizes: Sizes) -> None:
         super().__init__(options, sizes)
@@ -44,7 +45,11 @@ class BYOL(Objective):
         heads = self.options.heads
         projected = of_views(self.projector, features.cls, comm.all_reduce_sum, heads)
         predicted = of_views(self.predictor, projected, comm.all_reduce_sum, heads)
-        return {"o2e": online_to_ema(predicted, targets[0])}
+        return {"o2e": self.of_predictions(predicted, targets[0])}
+
+    def of_predictions(self, predictions_VBP: Tensor, target_BP: Tensor) -> Tensor:
+        """online_to_ema."""
+        return online_to_ema(predictions_VBP, target_BP)
 
 
 def online_to_ema(predictions_VBP: Tensor, target_BP: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: V views, B samples of this rank, W ranks, E embedding, R rows, C columns
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ class Contrastive(Objective):
 
     Options = Options
     features = frozenset({"image_embeds", "text_embeds"})
+    compiled_parts = ("of_gathered",)
 
     def forward(self, features: Features, targets: tuple[Tensor, ...], comm: Comm) -> Terms:
         assert features.image_embeds is not None and features.text_embeds is not None
@@ -42,7 +44,13 @@ class Contrastive(Objective):
         options = self.options
         if options.exchange == "ring" and options.gathers_gradient:
             return {"contrastive": ring.info_nce(images, texts, scale, comm, options.chunk)}
-        return {"contrastive": info_nce(images, texts, scale, comm, options.chunk, options.gathers_gradient)}
+        others = gathered(images, texts, comm, options.gathers_gradient)
+        of_gathered = info_nce_of_gathered if options.chunk else self.of_gathered
+        return {"contrastive": of_gathered(images, texts, *others, scale, comm.rank, options.chunk)}
+
+    def of_gathered(self, *given: Any) -> Tensor:
+        """info_nce_of_gathered."""
+        return info_nce_of_gathered(*given)
 
 
 def info_nce(
@@ -53,12 +61,24 @@ def info_nce(
     Collective: every rank must call. chunk: rows of logits held at a time, forward and backward; 0: all.
     gathers_gradient: Options.
     """
-    V, B, _ = images_VBE.shape
+    others = gathered(images_VBE, texts_BE, comm, gathers_gradient)
+    return info_nce_of_gathered(images_VBE, texts_BE, *others, scale, comm.rank, chunk)
+
+
+def gathered(images_VBE: Tensor, texts_BE: Tensor, comm: Comm, gathers_gradient: bool) -> tuple[Tensor, Tensor]:
+    """All ranks' images [V, W * B, E] and texts [W * B, E]. Collective: every rank must call."""
     is_cut = comm.world_size > 1 and not gathers_gradient
     columns_VBE, columns_BE = (images_VBE.detach(), texts_BE.detach()) if is_cut else (images_VBE, texts_BE)
-    all_images = comm.all_gather(columns_VBE.transpose(0, 1).contiguous()).transpose(0, 1)  # [V, W * B, E]
-    all_texts = comm.all_gather(columns_BE)
-    labels = comm.rank * B + torch.arange(B, device=texts_BE.device)
+    all_images = comm.all_gather(columns_VBE.transpose(0, 1).contiguous()).transpose(0, 1)
+    return all_images, comm.all_gather(columns_BE)
+
+
+def info_nce_of_gathered(
+    images_VBE: Tensor, texts_BE: Tensor, all_images: Tensor, all_texts: Tensor, scale: Tensor, rank: int, chunk: int
+) -> Tensor:
+    """info_nce, with what it asks of the other ranks at hand."""
+    V, B, _ = images_VBE.shape
+    labels = rank * B + torch.arange(B, device=texts_BE.device)
     total = texts_BE.new_zeros(())
     for images, columns in zip(images_VBE, all_images):
         total = total + cross_entropy(images, all_texts, labels, scale, chunk=chunk)

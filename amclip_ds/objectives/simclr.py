@@ -38,6 +38,7 @@ class SimCLR(Objective):
 
     Options = Options
     features = frozenset({"cls"})
+    compiled_parts = ("normalised", "of_gathered")
 
     def __init__(self, options: Any, sizes: Sizes) -> None:
         super().__init__(options, sizes)
@@ -51,7 +52,19 @@ class SimCLR(Objective):
         projected = of_views(self.head, features.cls, comm.all_reduce_sum, options.heads)
         if options.exchange == "ring" and options.pairs_views:
             return {"o2o": ring.online_to_online(projected, options.temperature, comm, options.chunk)}
-        return {"o2o": online_to_online(projected, options.temperature, comm, options.pairs_views, options.chunk)}
+        features = self.normalised(projected)
+        everyone = gathered(features, comm)
+        of_gathered = online_to_online_of_gathered if options.chunk else self.of_gathered
+        settings = options.temperature, comm.rank, options.pairs_views, options.chunk
+        return {"o2o": of_gathered(features, everyone, *settings)}
+
+    def normalised(self, projected_VBP: Tensor) -> Tensor:
+        """In fp32."""
+        return F.normalize(projected_VBP.float(), dim=-1)
+
+    def of_gathered(self, *given: Any) -> Tensor:
+        """online_to_online_of_gathered."""
+        return online_to_online_of_gathered(*given)
 
 
 def online_to_online(
@@ -62,16 +75,27 @@ def online_to_online(
     pairs_views False pairs view 1 with itself, as A-CLIP's published code does: view 2 then gets no gradient.
     Collective: every rank must call.
     """
-    if features_VBP.shape[0] != 2:
-        raise ValueError(f"loss.o2o_weight: this loss needs 2 views, not {features_VBP.shape[0]}")
-    B = features_VBP.shape[1]
     features = F.normalize(features_VBP.float(), dim=-1)
-    gathered = comm.all_gather(features.transpose(0, 1).contiguous()).transpose(0, 1)  # [2, W * B, P]
+    return online_to_online_of_gathered(features, gathered(features, comm), temperature, comm.rank, pairs_views, chunk)
+
+
+def gathered(features_VBP: Tensor, comm: Comm) -> Tensor:
+    """All ranks' features [V, W * B, P]. Collective: every rank must call."""
+    return comm.all_gather(features_VBP.transpose(0, 1).contiguous()).transpose(0, 1)
+
+
+def online_to_online_of_gathered(
+    features_VBP: Tensor, everyone: Tensor, temperature: float, rank: int, pairs_views: bool, chunk: int
+) -> Tensor:
+    """online_to_online of rows of unit length, with what it asks of the other ranks at hand: [2, W * B, P]."""
+    V, B, _ = features_VBP.shape
+    if V != 2:
+        raise ValueError(f"loss.o2o_weight: this loss needs 2 views, not {V}")
     partner = 1 if pairs_views else 0
-    labels = comm.rank * B + torch.arange(B, device=features.device)
-    total = features.new_zeros(())
+    labels = rank * B + torch.arange(B, device=features_VBP.device)
+    total = features_VBP.new_zeros(())
     for own, other in ((0, partner), (partner, 0)):
-        candidates = torch.cat([gathered[other], gathered[own]])
-        itself = gathered.shape[1] + labels
-        total = total + cross_entropy(features[own], candidates, labels, 1 / temperature, itself, chunk)
+        candidates = torch.cat([everyone[other], everyone[own]])
+        itself = everyone.shape[1] + labels
+        total = total + cross_entropy(features_VBP[own], candidates, labels, 1 / temperature, itself, chunk)
     return total / 2

@@ -250,6 +250,8 @@ class PlainStudent:
         self.encode_and_losses = module.encode_and_losses
         self.grads: dict[str, Tensor] = {}
 
+    scores_to_views = staticmethod(scores_to_views)
+
     def change_views(self, views_uint8: Tensor, changes: photometric.Photometric) -> Tensor:
         return photometric.apply(views_uint8, changes)
 

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,13 @@ from amclip_ds.objectives import builder, chosen
 from tests.unit.thread_ranks import ThreadComm, run_threads
 
 one_rank = SingleProcess().all_reduce_sum
+
+
+def normed(
+    norm: BatchNorm, x: torch.Tensor, all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] = one_rank
+) -> torch.Tensor:
+    sums = norm.sums(x)
+    return norm(x, None if sums is None else all_reduce_sum(sums))
 
 
 def trained_pair(width: int = 6) -> tuple[BatchNorm, nn.BatchNorm1d]:
@@ -27,7 +36,7 @@ def test_equals_torch_on_one_rank() -> None:
     for _ in range(3):
         x = (torch.randn(10, 6) * 3 + 5).requires_grad_()
         y = x.detach().clone().requires_grad_()
-        a, b = ours(x, one_rank), torchs(y)
+        a, b = normed(ours, x), torchs(y)
         torch.testing.assert_close(a, b)
         (a * torch.arange(6.0)).square().sum().backward()
         (b * torch.arange(6.0)).square().sum().backward()
@@ -37,7 +46,7 @@ def test_equals_torch_on_one_rank() -> None:
     for name, buffer in torchs.named_buffers():
         torch.testing.assert_close(ours.get_buffer(name), buffer)
     ours.eval(), torchs.eval()
-    torch.testing.assert_close(ours(x, one_rank), torchs(x))
+    torch.testing.assert_close(normed(ours, x), torchs(x))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -55,7 +64,7 @@ def test_equals_one_rank_regardless_of_the_world(world_size: int) -> None:
             other.load_state_dict(norm.state_dict())
 
         def rank_work(comm: ThreadComm) -> torch.Tensor:
-            return norms[comm.rank](parts[comm.rank], comm.all_reduce_sum)
+            return normed(norms[comm.rank], parts[comm.rank], comm.all_reduce_sum)
 
         out = torch.cat(run_threads(world, rank_work))
         (out * weights).sum().backward()
@@ -72,7 +81,7 @@ def test_equals_one_rank_regardless_of_the_world(world_size: int) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
     def alone(comm: ThreadComm) -> torch.Tensor:  # the twin: every rank its own statistics
-        return BatchNorm(6)(x.float().chunk(world_size)[comm.rank], one_rank)
+        return normed(BatchNorm(6), x.float().chunk(world_size)[comm.rank])
 
     with pytest.raises(AssertionError):
         torch.testing.assert_close(torch.cat(run_threads(world_size, alone)), expected_out)
@@ -83,7 +92,7 @@ def test_precise_where_rows_hardly_differ() -> None:
     x = torch.randn(64, 6, dtype=torch.float64) * 1e-3 + 1
     x = x.float()
     exact = (x.double() - x.double().mean(0)) / (x.double().var(0, correction=0) + 1e-5).sqrt()
-    ours = BatchNorm(6)(x, one_rank)
+    ours = normed(BatchNorm(6), x)
     torch.testing.assert_close(ours.double(), exact, atol=5e-5, rtol=0)
     squares = x.square().mean(0) - x.mean(0).square()
     with pytest.raises(AssertionError):
@@ -96,7 +105,7 @@ def test_bf16_in_bf16_out_with_fp32_statistics() -> None:
     norm.weight.data = norm.weight.data.bfloat16()
     norm.bias.data = norm.bias.data.bfloat16()
     x = torch.randn(8, 6, dtype=torch.bfloat16, requires_grad=True)
-    out = norm(x, one_rank)
+    out = normed(norm, x)
     assert out.dtype == torch.bfloat16 and norm.running_mean.dtype == torch.float32
     out.sum().backward()
     assert x.grad.dtype == torch.bfloat16
@@ -108,13 +117,13 @@ def test_bf16_in_bf16_out_with_fp32_statistics() -> None:
 
 def test_a_batch_that_is_not_finite_leaves_the_statistics_alone() -> None:
     norm = BatchNorm(6)
-    norm(torch.randn(8, 6), one_rank)
+    normed(norm, torch.randn(8, 6))
     before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
     bad = torch.randn(8, 6)
     bad[3, 2] = float("nan")
-    assert norm(bad, one_rank).isnan().any()
+    assert normed(norm, bad).isnan().any()
     assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
-    norm(torch.randn(8, 6), one_rank)
+    normed(norm, torch.randn(8, 6))
     assert norm.num_batches_tracked == 2 and not torch.equal(norm.running_mean, before["running_mean"])
 
 
