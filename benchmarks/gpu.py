@@ -4,8 +4,9 @@
     python -m benchmarks.gpu --out gpu.jsonl --cells aclip-vitb16,engine.compile=tower clip-vitb16 open_clip:b16
     python -m benchmarks.gpu --out gpu.jsonl --baseline CHECKOUT --cells base:aclip-vitb16 aclip-vitb16
 
-A cell is a recipe and settings behind commas (batch=N is this program's own: samples a step; vary=a+b: rows of
-benchmarks/step.py's variations), `open_clip:b16` (eager and compiled), `release:b16` (the published A-CLIP, by
+A cell is a recipe and settings behind commas (this program's own: batch=N, samples a step; vary=a+b, rows of
+benchmarks/step.py's variations; inductor=a+b, switches of torch._inductor.config that are put on; cudnn=off, attention
+by torch's own flash kernels), `open_clip:b16` (eager and compiled), `release:b16` (the published A-CLIP, by
 --release and --timm as in benchmarks/peers.py), `fed:RECIPE` (the step fed by the loader from --data beside a batch
 that stays), or `exact:RECIPE` and `exact-fp32:RECIPE` (savings and compiled towers against neither).
 base:CELL runs the amclip_ds of another checkout (--baseline). Each has a process of its own, since ZeRO-3 patches
@@ -110,9 +111,12 @@ def seen_by_profiler(work: Callable[[], Any], trace: Path | None) -> dict[str, A
 
 
 def parse_cell(cell: str) -> tuple[str, int, list[str], list[str]]:
-    """Recipe, samples a step, variations and settings of a cell of ours."""
+    """Recipe, samples a step, variations and settings of a cell of ours. Puts its switches of torch on."""
     recipe, *words = cell.split(",")
-    own = dict(word.split("=", 1) for word in words if word.startswith(("batch=", "vary=")))
+    own = dict(word.split("=", 1) for word in words if word.startswith(("batch=", "vary=", "inductor=", "cudnn=")))
+    if "inductor" in own:
+        torch._inductor.config.load_config({name: True for name in own["inductor"].split("+")})
+    torch.backends.cuda.enable_cudnn_sdp(own.get("cudnn") != "off")
     batch = int(own.get("batch", BATCHES[recipe.rpartition("-")[2]]))
     return recipe, batch, own.get("vary", "all").split("+"), [w for w in words if w.partition("=")[0] not in own]
 
@@ -139,7 +143,12 @@ def build(args: argparse.Namespace, cell: str) -> tuple[int, dict[str, Callable[
     with steps.made_scenes(batch) as scenes:
         engine = steps.Ours(recipe, words, batch, args.tokens, scenes)
     names = [cell] if variations == ["all"] else [f"{cell} {variation}" for variation in variations]
-    return batch, {name: (lambda v=v: engine.step(v)) for name, v in zip(names, variations)}
+
+    def step(variation: str) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        engine.step(variation)
+
+    return batch, {name: (lambda v=v: step(v)) for name, v in zip(names, variations)}
 
 
 def measure(args: argparse.Namespace, cell: str) -> list[dict[str, Any]]:
