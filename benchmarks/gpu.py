@@ -5,10 +5,10 @@
     python -m benchmarks.gpu --out gpu.jsonl --baseline CHECKOUT --cells base:aclip-vitb16 aclip-vitb16
 
 A cell is a recipe and settings behind commas (this program's own: batch=N, samples a step; vary=a+b, rows of
-benchmarks/step.py's variations; inductor=a+b, switches of torch._inductor.config that are put on; cudnn=off, attention
-by torch's own flash kernels), `open_clip:b16` (eager and compiled), `release:b16` (the published A-CLIP, by
---release and --timm as in benchmarks/peers.py), `fed:RECIPE` (the step fed by the loader from --data beside a batch
-that stays), or `exact:RECIPE` and `exact-fp32:RECIPE` (savings and compiled towers against neither).
+benchmarks/step.py's variations; inductor=a+b, switches of torch._inductor.config that are put on), `open_clip:b16`
+(eager and compiled), `release:b16` (the published A-CLIP, by --release and --timm as in benchmarks/peers.py),
+`fed:RECIPE` (the step fed by the loader from --data beside a batch that stays), or `exact:RECIPE` and
+`exact-fp32:RECIPE` (savings and compiled towers against neither).
 base:CELL runs the amclip_ds of another checkout (--baseline). Each has a process of its own, since ZeRO-3 patches
 torch; they build and compile side by side, as many as --room allows (a ViT-L takes two places). Once all are built they
 are measured one at a time, while nothing else runs: medians of --repeats steps by the device's clock, one batch that
@@ -47,7 +47,7 @@ def wait_for_turn(args: argparse.Namespace) -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     built_file(args.out, os.getpid()).touch()
-    while not args.out.with_suffix(".all-built").exists():
+    while not args.out.with_suffix(".go").exists():
         time.sleep(0.05)
 
 
@@ -113,10 +113,9 @@ def seen_by_profiler(work: Callable[[], Any], trace: Path | None) -> dict[str, A
 def parse_cell(cell: str) -> tuple[str, int, list[str], list[str]]:
     """Recipe, samples a step, variations and settings of a cell of ours. Puts its switches of torch on."""
     recipe, *words = cell.split(",")
-    own = dict(word.split("=", 1) for word in words if word.startswith(("batch=", "vary=", "inductor=", "cudnn=")))
+    own = dict(word.split("=", 1) for word in words if word.startswith(("batch=", "vary=", "inductor=")))
     if "inductor" in own:
         torch._inductor.config.load_config({name: True for name in own["inductor"].split("+")})
-    torch.backends.cuda.enable_cudnn_sdp(own.get("cudnn") != "off")
     batch = int(own.get("batch", BATCHES[recipe.rpartition("-")[2]]))
     return recipe, batch, own.get("vary", "all").split("+"), [w for w in words if w.partition("=")[0] not in own]
 
@@ -322,6 +321,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=steps.two_numbers, default=(77, 77), metavar="N[-M]", help="of a caption")
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--room", type=int, default=3, help="cells of ViT-B/16 that are built at a time")
+    parser.add_argument("--patience", type=float, default=3600, help="seconds after which what is built is measured")
     parser.add_argument("--peak", type=float, help="the maker's TFLOP/s")
     parser.add_argument("--baseline", type=Path, help="another checkout, for the cells base:...")
     parser.add_argument("--data", type=Path, help="shards of real photographs, for the cells fed:...")
@@ -336,13 +336,20 @@ def main() -> int:
     if args.cell:
         run_cell(args)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
-    all_built = args.out.with_suffix(".all-built")
-    all_built.unlink(missing_ok=True)
+    go, late = args.out.with_suffix(".go"), time.monotonic() + args.patience
+    go.unlink(missing_ok=True)
     waiting, running, failed = list(args.cells), [], []
     while waiting or running:
         taken = sum(places_of(name) for name, process in running if not built_file(args.out, process.pid).exists())
-        if not waiting and not taken:
-            all_built.touch()
+        if time.monotonic() > late and not go.exists():
+            failed += waiting
+            waiting = []
+            for name, process in running:
+                if not built_file(args.out, process.pid).exists():
+                    print(f"{name}: not built in {args.patience:.0f} s", flush=True)
+                    process.kill()
+        if not waiting and not taken or time.monotonic() > late:
+            go.touch()
         if waiting and taken + places_of(waiting[0]) <= args.room:
             name = waiting.pop(0)
             here = args.baseline if name.startswith("base:") else Path.cwd()

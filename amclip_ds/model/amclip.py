@@ -77,6 +77,9 @@ class AClip(TwoTowers):
         """Both towers over some samples, and the per-sample terms, which read tokens. targets: of the same samples."""
         wanted = self.features(inputs.progress)
         cls_only = "patches" not in wanted
+        # Texts first, so that the images' backward is: its kernels are the longest, and during them the host gets so
+        # far ahead of a GPU that the texts' short ones do not wait for it (docs/results/gpu-compiled.md).
+        texts = {name: self._read(inputs, name) for name in inputs.texts}
         outputs = [
             self.vision(
                 group.images.flatten(0, 1),
@@ -97,7 +100,6 @@ class AClip(TwoTowers):
         if "pixels" in wanted:
             images = by_view(inputs.groups, [group.images.flatten(0, 1) for group in inputs.groups])
             features = features._replace(pixels=tuple(pixels_of(view, self.vision.grid) for view in images))
-        texts = {name: self._read(inputs, name) for name in inputs.texts}
         terms, weighted = self._per_sample(features, texts, targets, inputs.progress)
         assert features.cls is not None
         eot = {name: text.eot for name, text in texts.items() if text.eot is not None}
