@@ -1,6 +1,6 @@
 """torch.compile of the towers, whole or block by block: what engine.compile asks for, and what to do where it fails.
 
-With the towers goes what lies between two collectives of the heads and the losses: hundreds of small kernels, for which
+The same compiles what is between two collectives of the heads and the losses: hundreds of small kernels, for which
 a GPU would wait for the host. A module names what may be compiled of it (`compiled_parts`: methods that compute and
 exchange nothing).
 

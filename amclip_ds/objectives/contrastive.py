@@ -76,7 +76,7 @@ def gathered(images_VBE: Tensor, texts_BE: Tensor, comm: Comm, gathers_gradient:
 def info_nce_of_gathered(
     images_VBE: Tensor, texts_BE: Tensor, all_images: Tensor, all_texts: Tensor, scale: Tensor, rank: int, chunk: int
 ) -> Tensor:
-    """info_nce, with what it asks of the other ranks at hand."""
+    """info_nce, with what the other ranks sent."""
     V, B, _ = images_VBE.shape
     labels = rank * B + torch.arange(B, device=texts_BE.device)
     total = texts_BE.new_zeros(())

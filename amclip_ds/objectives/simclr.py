@@ -87,7 +87,7 @@ def gathered(features_VBP: Tensor, comm: Comm) -> Tensor:
 def online_to_online_of_gathered(
     features_VBP: Tensor, everyone: Tensor, temperature: float, rank: int, pairs_views: bool, chunk: int
 ) -> Tensor:
-    """online_to_online of rows of unit length, with what it asks of the other ranks at hand: [2, W * B, P]."""
+    """online_to_online of rows of unit length. everyone: those of all ranks, [2, W * B, P]."""
     V, B, _ = features_VBP.shape
     if V != 2:
         raise ValueError(f"loss.o2o_weight: this loss needs 2 views, not {V}")
