@@ -52,11 +52,11 @@ class SimCLR(Objective):
         projected = of_views(self.head, features.cls, comm.all_reduce_sum, options.heads)
         if options.exchange == "ring" and options.pairs_views:
             return {"o2o": ring.online_to_online(projected, options.temperature, comm, options.chunk)}
-        features = self.normalised(projected)
-        everyone = gathered(features, comm)
+        rows = self.normalised(projected)
+        everyone = gathered(rows, comm)
         of_gathered = online_to_online_of_gathered if options.chunk else self.of_gathered
         settings = options.temperature, comm.rank, options.pairs_views, options.chunk
-        return {"o2o": of_gathered(features, everyone, *settings)}
+        return {"o2o": of_gathered(rows, everyone, *settings)}
 
     def normalised(self, projected_VBP: Tensor) -> Tensor:
         """In fp32."""
