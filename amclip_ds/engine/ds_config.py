@@ -33,7 +33,7 @@ NO_FP8, FP8_TEACHER, FP8_ALL = "none", "teacher", "all"
 class EngineConfig:
     """What DeepSpeed does for the run."""
 
-    deepspeed: str = "zero2_bf16.json"
+    deepspeed: str = "zero1_bf16.json"
     """A file in ds_configs/ or a path: ZeRO stage, precision, offload, buckets (ds_configs/README.md helps choose)."""
     allow_untested: bool = False
     """True: accept ds_configs files marked 'not tested here' (ZeRO++)."""

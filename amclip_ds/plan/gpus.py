@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 
 from amclip_ds import config as settings
+from amclip_ds.engine.ds_config import AUTO, TOWER
 from amclip_ds.errors import UserError
 from amclip_ds.model.savings import Savings
 from amclip_ds.plan import work as step_work
@@ -50,7 +51,8 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A whole training step on one GPU with everything on the device, bf16, uncompiled (docs/results/gpu-step.md)."""
+    """A whole training step on one GPU with everything on the device, in bf16 (docs/results/gpu-step.md; compiled:
+    gpu-compiled.md)."""
 
     gpu: str
     recipe: str
@@ -58,9 +60,14 @@ class Measured:
     batch: int
     is_recomputed: bool
     samples_per_s: float
+    is_compiled: bool = False
 
 
 MEASURED = (
+    Measured("h100", "clip-vitb16", 1, 256, False, 2962, is_compiled=True),
+    Measured("h100", "aclip-vitb16", 1, 256, False, 2306, is_compiled=True),
+    Measured("h100", "aclip-eff-vitb16", 1, 256, False, 2551, is_compiled=True),
+    Measured("h100", "aclip-vitl16", 1, 128, False, 790, is_compiled=True),
     Measured("h100", "clip-vitb16", 1, 256, False, 1828),
     Measured("h100", "aclip-vitb16", 1, 256, False, 1265),
     Measured("h100", "aclip-eff-vitb16", 1, 256, False, 1329),
@@ -82,7 +89,7 @@ AS_MEASURED = [
     "model.vision.freeze_patch_embed=true",
     *(f"engine.savings.{item.name}=false" for item in fields(Savings)),
 ]
-"""The settings under which all of these ran: there were no savings yet, and every recipe's patches were frozen."""
+"""The settings of the uncompiled ones: there were no savings yet, and every recipe's patches were frozen."""
 SAME_CHIP = {"h100": "h200", "h200": "h100"}
 REFERENCE = ("aclip-vitb16", 1, False)  # measured on both of the same chip: the ratio of their speeds
 PROBED = "here"
@@ -111,6 +118,8 @@ class Rate:
     """of a block's pass: a step takes no less, however small its batch"""
     stage: int | None = None
     """where it holds for one ZeRO stage alone"""
+    is_compiled: bool = True
+    """whether it is that of compiled towers; of --mfu and --probe it is what was asked for"""
 
     def step_s(self, work: step_work.Work) -> float:
         """Seconds of a step, without communication."""
@@ -125,11 +134,15 @@ def rate_of(gpu: Gpu, work: step_work.Work) -> Rate | None:
     """
     if work.bytes != 2:
         return None  # everything was measured in bf16
-    rows, factor = _rows(gpu.name, work), 1.0
-    if not rows and gpu.name in SAME_CHIP:
-        other = SAME_CHIP[gpu.name]
-        rows, factor = _rows(other, work), _reference(gpu.name) / _reference(other)
-    if not rows:
+    rows, factor = [], 1.0
+    for is_compiled in (True, False) if is_compiled_at(work) else (False,):
+        rows, factor = _rows(gpu.name, work, is_compiled), 1.0
+        if not rows and gpu.name in SAME_CHIP:
+            other = SAME_CHIP[gpu.name]
+            rows, factor = _rows(other, work, is_compiled), _reference(gpu.name) / _reference(other)
+        if rows:
+            break
+    else:
         return None
     has_teacher = work.teacher_grid is not None
     alike = [row for row in rows if (_work_of(row).teacher_grid is not None) == has_teacher]
@@ -144,19 +157,25 @@ def rate_of(gpu: Gpu, work: step_work.Work) -> Rate | None:
     names = sorted({row.recipe for width in {below, above} for row in points[width]})
     whose = points[below][0].gpu
     scaled = "" if factor == 1.0 else f", times {factor:.2f} (the two GPUs at {REFERENCE[0]})"
-    source = f"measured on one {whose} at stage {work.stage}: {', '.join(names)}{scaled}"
-    return Rate(rate * factor, source, _launch_s(whose, work.stage) / factor)
+    how = "compiled" if is_compiled else "uncompiled"
+    source = f"measured on one {whose} at stage {work.stage}, {how}: {', '.join(names)}{scaled}"
+    return Rate(rate * factor, source, _launch_s(whose, work.stage, is_compiled) / factor, is_compiled=is_compiled)
 
 
-def _launch_s(gpu: str, stage: int) -> float:
+def is_compiled_at(work: step_work.Work) -> bool:
+    """Whether a GPU's towers are compiled whole, as in what was measured."""
+    return work.config.engine.compile in (AUTO, TOWER) and work.stage > 0
+
+
+def _launch_s(gpu: str, stage: int, is_compiled: bool) -> float:
     """The least that a block's pass took in what was measured: at ViT-B the host was the limit."""
-    rows = [row for row in MEASURED if (row.gpu, row.stage) == (gpu, stage)]
+    rows = [row for row in MEASURED if (row.gpu, row.stage, row.is_compiled) == (gpu, stage, is_compiled)]
     steps = [row.batch / row.samples_per_s / step_work.block_passes(_work_of(row)) for row in rows]
     return min(steps, default=0.0)
 
 
-def _rows(gpu: str, work: step_work.Work) -> list[Measured]:
-    rows = [row for row in MEASURED if row.gpu == gpu and row.stage == work.stage]
+def _rows(gpu: str, work: step_work.Work, is_compiled: bool) -> list[Measured]:
+    rows = [row for row in MEASURED if (row.gpu, row.stage, row.is_compiled) == (gpu, work.stage, is_compiled)]
     vision = work.config.model.vision
     return [row for row in rows if row.is_recomputed == bool(vision.checkpoint_every)]
 
@@ -165,7 +184,7 @@ def _reference(gpu: str) -> float:
     return next(
         row.samples_per_s
         for row in MEASURED
-        if (row.gpu, row.recipe, row.stage, row.is_recomputed) == (gpu, *REFERENCE)
+        if (row.gpu, row.recipe, row.stage, row.is_recomputed, row.is_compiled) == (gpu, *REFERENCE, False)
     )
 
 
@@ -185,7 +204,7 @@ def _work_of(row: Measured) -> step_work.Work:
             f"engine.deepspeed=zero{row.stage}_bf16.json",
             f"model.vision.checkpoint_every={every}",
             f"model.text.checkpoint_every={every}",
-            *AS_MEASURED,
+            *(["engine.compile=tower"] if row.is_compiled else AS_MEASURED),
         ],
     )
     return step_work.work_of(config, 1)

@@ -10,6 +10,7 @@ from amclip_ds import config as settings
 from amclip_ds.config import TrainConfig
 from amclip_ds.engine.ds_config import (
     DS_CONFIGS,
+    NO_COMPILE,
     NO_FP8,
     check_fp8,
     check_optimizer,
@@ -451,8 +452,8 @@ def _notes(plan: Plan) -> list[str]:
             )
     if plan.config.engine.fp8 != NO_FP8:
         found.append("engine.fp8: steps in fp8 were not measured; memory and speed are those of bf16")
-    if plan.config.engine.compile:
-        found.append("compiled steps were not measured: the speed is that of uncompiled ones")
+    if chosen.rate is not None and not chosen.rate.is_compiled and plan.config.engine.compile != NO_COMPILE:
+        found.append("compiled steps were not measured in this form: the speed is that of uncompiled ones")
     return found
 
 

@@ -12,7 +12,7 @@ from amclip_ds.plan.gpus import GPUS, Gpu
 
 def test_a_line_before_the_first_step() -> None:
     line = Forecast(config.load("aclip-vitb16"), 8, GPUS["h100"]).line()
-    assert line.startswith("plan: 1.03 GiB of model state and ") and "GiB at the peak" in line
+    assert line.startswith("plan: 1.27 GiB of model state and ") and "GiB at the peak" in line
     assert "samples/s at most" in line
     assert "samples/s" not in Forecast(config.load("aclip-tiny"), 2, None).line()
 
@@ -20,7 +20,7 @@ def test_a_line_before_the_first_step() -> None:
 def test_what_may_run_out_is_said_and_what_cannot_fit_is_refused() -> None:
     settings = config.load("aclip-vitb16")
     assert "it may run out; a smaller batch.per_gpu" in Forecast(settings, 8, Gpu("x", 10.0, None, None)).line()
-    with pytest.raises(UserError, match="the model state alone is 1.0 GiB on each of 8 ranks, and the GPU has 0.5"):
+    with pytest.raises(UserError, match="the model state alone is 1.3 GiB on each of 8 ranks, and the GPU has 0.5"):
         Forecast(settings, 8, Gpu("x", 0.5, None, None))
 
 
