@@ -46,13 +46,15 @@ class Comparison:
 
 
 def compare(ask: Comparison) -> tuple[dict[str, Any], int]:
-    """Trains what is not there, prints the table, writes OUT/compare.json, compare.txt and compare.png.
+    """Trains what is not there, writes OUT/compare.json and compare.txt after each run, and prints the table and draws
+    compare.png at the end or when it is stopped.
 
     Returns what --json holds, and the exit code: that of a stop by a signal or a mistake; 1 where runs failed, which
     the table then lacks; else 0. Raises UserError.
     """
     runs = plan_runs(ask, _measure)
-    failed = []
+    failed: list[str] = []
+    stopped = 0
     for number, run in enumerate(runs, 1):
         outcome = read_outcome(run)
         if outcome.is_whole:
@@ -60,14 +62,18 @@ def compare(ask: Comparison) -> tuple[dict[str, Any], int]:
         print(f"compare: run {number} of {len(runs)}: {run.row.name}, seed {run.seed}, {run.steps} steps", flush=True)
         code = _train(run.row.recipe, run.words, run.folder, ask)
         if code in STOPPED:
-            print(printable(f"compare: stopped in run {number} of {len(runs)}; the same command resumes"))
-            return {}, code
+            stopped = code
+            break
         if code:
             failed.append(f"{run.folder.name} (exit {code})")
-    result = show(runs, ask.baseline, ask.out)
+        keep(runs, ask.baseline, ask.out)
+    nothing = bool(stopped) and not any(read_outcome(run).is_whole for run in runs)
+    result = {} if nothing else show(runs, ask.baseline, ask.out)
     if failed:
         print(printable(f"compare: {len(failed)} of {len(runs)} runs failed and are left out: {', '.join(failed)}"))
-    return result, 1 if failed else 0
+    if stopped:
+        print(printable(f"compare: stopped in run {number} of {len(runs)}; the same command resumes"))
+    return result, stopped or (1 if failed else 0)
 
 
 def plan_runs(ask: Comparison, measure: Callable[[Row, Comparison], float]) -> list[Run]:
@@ -94,8 +100,8 @@ def plan_runs(ask: Comparison, measure: Callable[[Row, Comparison], float]) -> l
     return runs
 
 
-def show(runs: Sequence[Run], baseline: str, out: Path) -> dict[str, Any]:
-    """Prints the table of what there is and writes the files. Returns what --json holds."""
+def keep(runs: Sequence[Run], baseline: str, out: Path) -> tuple[list[Outcome], dict[str, Any]]:
+    """Writes what there is as numbers. Returns it, and what --json holds."""
     outcomes: list[Outcome] = [read_outcome(run) for run in runs]
     summary = summarise(outcomes, baseline)
     result = {"rows": [outcome.json() for outcome in outcomes], "summary": summary}
@@ -103,6 +109,16 @@ def show(runs: Sequence[Run], baseline: str, out: Path) -> dict[str, Any]:
     try:
         write_atomically(out / "compare.json", json.dumps(result, indent=1) + "\n")
         write_atomically(out / "compare.txt", "".join("\t".join(line) + "\n" for line in [columns, *lines]))
+    except OSError as error:
+        raise not_written(f"--out {out}:", error) from None
+    return outcomes, result
+
+
+def show(runs: Sequence[Run], baseline: str, out: Path) -> dict[str, Any]:
+    """Prints the table of what there is and writes the files. Returns what --json holds."""
+    outcomes, result = keep(runs, baseline, out)
+    columns, lines = cells(result["summary"])
+    try:
         draw(outcomes, out / "compare.png")
     except OSError as error:
         raise not_written(f"--out {out}:", error) from None

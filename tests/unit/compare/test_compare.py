@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from amclip_ds import cli
-from amclip_ds.compare.compare import Comparison, compare, show
+from amclip_ds.compare.compare import Comparison, compare, plan_runs, show
 from amclip_ds.compare.runs import (
     PLAN,
     Budget,
@@ -244,3 +244,25 @@ def test_a_signal_in_a_run_that_is_at_its_end_stops_the_comparison(
     _, code = compare(Comparison(RECIPES, WORDS, 1, Budget("steps", 10), "clip-tiny", out, 1, []))
     assert signal.getsignal(signal.SIGTERM) is before
     assert (code, (out / "aclip-tiny-seed0").exists()) == ((75, False) if is_asked else (0, True))
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_stopped_comparison_shows_what_is_whole(
+    is_whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twin: where nothing is whole there is no table."""
+    (tmp_path / "program").write_text(PROGRAM)
+    (tmp_path / "program").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "program"))
+    monkeypatch.setattr("amclip_ds.compare.compare.preconditions.check", lambda config: None)
+    monkeypatch.setenv("ASKED", str(os.getpid()))
+    out = tmp_path / "out"
+    ask = Comparison(RECIPES, WORDS, 1, Budget("steps", 100), "clip-tiny", out, 1, [])
+    runs = plan_runs(ask, lambda row, comparison: 1.0)
+    if is_whole:
+        write_run(runs[0], 0.5, 1.0)
+    result, code = compare(ask)
+    assert code == 75 and f"stopped in run {1 + is_whole} of 2; the same command resumes" in capsys.readouterr().out
+    assert (out / "compare.json").exists() == is_whole and bool(result) == is_whole
+    if is_whole:
+        assert [row["seeds"] for row in json.loads((out / "compare.json").read_text())["summary"]] == [1, 0]
