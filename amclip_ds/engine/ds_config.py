@@ -38,8 +38,8 @@ class EngineConfig:
     allow_untested: bool = False
     """True: accept ds_configs files marked 'not tested here' (ZeRO++)."""
     compile: str | bool = AUTO
-    """auto: on a GPU tower, else none | none | block | tower: what torch.compile takes as one piece. At ZeRO 3 on
-    several ranks tower means block."""
+    """auto: on a GPU tower, else none | none | block | tower: what torch.compile takes as one piece; with tower, heads
+    and losses are compiled too. At ZeRO 3 on several ranks tower means block."""
     flat_gradients: bool = True
     """At ZeRO 1, gradients as one flat fp32 tensor a parameter group (not for Muon, nor with overlap_comm)."""
     fp8: str = NO_FP8
