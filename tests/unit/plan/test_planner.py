@@ -163,7 +163,8 @@ def test_muons_updates_are_beside_the_gradients_at_stages_1_and_2() -> None:
 
 
 def test_what_muon_sends_and_computes_beside_the_model() -> None:
-    adamw, muon = (config.load("aclip-vitl16", [f"optim.name={name}"]) for name in ("adamw", "muon"))
+    sharded = "engine.deepspeed=zero3_bf16.json"
+    adamw, muon = (config.load("aclip-vitl16", [sharded, f"optim.name={name}"]) for name in ("adamw", "muon"))
     matrices = optimizer.muon_shapes(work_of(muon, 8))
     assert (
         (3072, 1024) in matrices and len(matrices) == 24 * 4 + 12 * 6 and not optimizer.muon_shapes(work_of(adamw, 8))
@@ -173,7 +174,7 @@ def test_what_muon_sends_and_computes_beside_the_model() -> None:
     n, m = 1024.0, 3072.0
     one = 5 * (4 * n * n * m + 2 * n**3)
     assert optimizer.muon_flops(work_of(muon, 8)) > 24 * one
-    notes = plan("aclip-vitl16", "optim.name=muon").notes
+    notes = plan("aclip-vitl16", sharded, "optim.name=muon").notes
     assert sum("Newton-Schulz over 168 matrices" in note for note in notes) == 1
     assert not any("muon" in note for note in plan("aclip-vitl16").notes)
 
