@@ -47,7 +47,8 @@ def draw_curves(run: Path, file: Path, control: Path | None = None) -> None:
     metrics = read_lines(run / run_files.METRICS, run_files.STEP, run_files.MAX_METRICS)
     figure, (losses, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 3.6))
     steps = [row["step"] for row in metrics]
-    for name in dict.fromkeys(key for row in metrics for key in row if key == "loss" or key.startswith("loss_")):
+    named = dict.fromkeys(key for row in metrics for key in row if key == "loss" or key.startswith("loss_"))
+    for name in (name for name in named if any(row.get(name) for row in metrics)):  # a term of no weight is 0
         losses.plot(steps, [row.get(name) for row in metrics], label=name, linewidth=1)
     losses.set_title("losses")
     shown = [(run, "student", "student"), (run, "teacher", "teacher")]
