@@ -112,7 +112,7 @@ def trained(recipe: str, shards: Path, run: Path, steps: int, procs: int, seed: 
 def train_command(recipe: str, shards: Path, run: Path, steps: int, seed: int) -> list[str]:
     """The command a user would type. The scenes are named by colour, which hue, greyscale and solarize take away.
 
-    In fp32, the tiny recipes' own: in bf16 A-CLIP loses ten points at this scale (docs/results/demo.md).
+    In fp32, the tiny recipes' own: bf16 was no faster where a CPU has its units (docs/results/demo.md).
     """
     return [
         sys.executable,
