@@ -6,7 +6,6 @@ Shapes: V views, B samples of this rank, P output of the heads.
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
@@ -14,6 +13,7 @@ from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import HeadsConfig
 from amclip_ds.model.features import Features, Seen, Terms
 from amclip_ds.model.heads import MLPHead, of_views
+from amclip_ds.model.towers import normalise
 from amclip_ds.objectives.base import Objective, Weighted
 
 
@@ -54,6 +54,5 @@ class BYOL(Objective):
 
 def online_to_ema(predictions_VBP: Tensor, target_BP: Tensor) -> Tensor:
     """Mean over the V * B rows of 2 - 2 cos(prediction, target); the target is each view's, and gets no gradient."""
-    predictions = F.normalize(predictions_VBP.float(), dim=-1)
-    target = F.normalize(target_BP.detach().float(), dim=-1)
+    predictions, target = normalise(predictions_VBP), normalise(target_BP.detach())
     return (2 - 2 * (predictions * target).sum(-1)).mean()

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from amclip_ds.comm import Comm
@@ -15,6 +14,7 @@ from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import HeadsConfig
 from amclip_ds.model.features import Features, Terms
 from amclip_ds.model.heads import MLPHead, of_views
+from amclip_ds.model.towers import normalise
 from amclip_ds.objectives import ring
 from amclip_ds.objectives.base import Objective, Weighted
 from amclip_ds.objectives.contrastive import cross_entropy
@@ -60,7 +60,7 @@ class SimCLR(Objective):
 
     def normalised(self, projected_VBP: Tensor) -> Tensor:
         """In fp32."""
-        return F.normalize(projected_VBP.float(), dim=-1)
+        return normalise(projected_VBP)
 
     def of_gathered(self, *given: Any) -> Tensor:
         """online_to_online_of_gathered."""
@@ -75,7 +75,7 @@ def online_to_online(
     pairs_views False pairs view 1 with itself, as A-CLIP's published code does: view 2 then gets no gradient.
     Collective: every rank must call.
     """
-    features = F.normalize(features_VBP.float(), dim=-1)
+    features = normalise(features_VBP)
     return online_to_online_of_gathered(features, gathered(features, comm), temperature, comm.rank, pairs_views, chunk)
 
 
