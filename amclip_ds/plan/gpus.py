@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 
 from amclip_ds import config as settings
-from amclip_ds.engine.ds_config import AUTO, TOWER
+from amclip_ds.engine.ds_config import BLOCK
 from amclip_ds.errors import UserError
 from amclip_ds.model.savings import Savings
 from amclip_ds.plan import work as step_work
@@ -134,15 +134,8 @@ def rate_of(gpu: Gpu, work: step_work.Work) -> Rate | None:
     """
     if work.bytes != 2:
         return None  # everything was measured in bf16
-    rows, factor = [], 1.0
-    for is_compiled in (True, False) if is_compiled_at(work) else (False,):
-        rows, factor = _rows(gpu.name, work, is_compiled), 1.0
-        if not rows and gpu.name in SAME_CHIP:
-            other = SAME_CHIP[gpu.name]
-            rows, factor = _rows(other, work, is_compiled), _reference(gpu.name) / _reference(other)
-        if rows:
-            break
-    else:
+    rows, factor = _nearest(gpu.name, work)
+    if not rows:
         return None
     has_teacher = work.teacher_grid is not None
     alike = [row for row in rows if (_work_of(row).teacher_grid is not None) == has_teacher]
@@ -155,16 +148,24 @@ def rate_of(gpu: Gpu, work: step_work.Work) -> Rate | None:
     share = min(max(share, 0.0), 1.0)
     rate = (1 - share) * _mean_rate(points[below]) + share * _mean_rate(points[above])
     names = sorted({row.recipe for width in {below, above} for row in points[width]})
-    whose = points[below][0].gpu
+    whose, is_compiled = points[below][0].gpu, points[below][0].is_compiled
     scaled = "" if factor == 1.0 else f", times {factor:.2f} (the two GPUs at {REFERENCE[0]})"
     how = "compiled" if is_compiled else "uncompiled"
     source = f"measured on one {whose} at stage {work.stage}, {how}: {', '.join(names)}{scaled}"
     return Rate(rate * factor, source, _launch_s(whose, work.stage, is_compiled) / factor, is_compiled=is_compiled)
 
 
-def is_compiled_at(work: step_work.Work) -> bool:
-    """Whether a GPU's towers are compiled whole, as in what was measured."""
-    return work.config.engine.compile in (AUTO, TOWER) and work.stage > 0
+def _nearest(gpu: str, work: step_work.Work) -> tuple[list[Measured], float]:
+    """What was measured in this form, on this GPU or else on another of its chip, and how much faster this one is;
+    compiled steps before uncompiled ones where whole towers are compiled."""
+    other = SAME_CHIP.get(gpu, gpu)
+    has_whole_towers = step_work.is_compiled(work) and work.config.engine.compile != BLOCK
+    for is_compiled in (True, False) if has_whole_towers else (False,):
+        if rows := _rows(gpu, work, is_compiled):
+            return rows, 1.0
+        if rows := _rows(other, work, is_compiled):
+            return rows, _reference(gpu) / _reference(other)
+    return [], 1.0
 
 
 def _launch_s(gpu: str, stage: int, is_compiled: bool) -> float:
