@@ -13,7 +13,7 @@ base:CELL runs the amclip_ds of another checkout (--baseline). Each has a proces
 torch; they build and compile side by side, as many as --room allows (a ViT-L takes two places). Once all are built they
 are measured one at a time, while nothing else runs: medians of --repeats steps by the device's clock, one batch that
 stays. A step is the run's own `train_step`. MFU is against a bf16 matrix product of 8192 cubed in the same process.
---traces keeps the profiler's view of one step of each cell. The table comes last.
+--traces keeps the profiler's view of three steps of each cell. The table comes last.
 """
 
 import argparse
@@ -360,10 +360,13 @@ def main() -> int:
         for name, process in list(running):
             if process.poll() is not None:
                 running.remove((name, process))
+                built_file(args.out, process.pid).unlink(missing_ok=True)
                 if process.returncode:
                     failed.append(name)
                     print(f"{name}: failed ({process.returncode})", flush=True)
         time.sleep(0.1)
+    go.unlink(missing_ok=True)
+    args.out.with_suffix(".lock").unlink(missing_ok=True)
     if args.out.is_file():
         show([json.loads(line) for line in args.out.read_text().splitlines()])
     print(f"failed: {', '.join(failed) or 'none'}")
