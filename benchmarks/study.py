@@ -13,16 +13,18 @@ name colours, so colour changes are those that keep them (data.keep_colours), in
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from amclip_ds import run_files
 from amclip_ds.cli import main as amclip
-from amclip_ds.compare.compare import Comparison, compare
-from amclip_ds.compare.runs import Budget
+from amclip_ds.compare.compare import Comparison, compare, plan_runs
+from amclip_ds.compare.runs import Budget, Run
+from amclip_ds.compare.table import read_outcome
 from amclip_ds.data.synthetic import write_dataset
 from amclip_ds.jsonl import is_number, read_lines
 
@@ -129,7 +131,19 @@ def run_cell(out: Path, cell: Cell, rows: dict[str, Row], seeds: int, steps: int
     words += [f"batch.per_gpu={BATCH}", "data.keep_colours=true", "teacher.always=true"]
     baseline = "clip" if "clip" in rows else next(iter(rows))
     ask = Comparison(recipes, words, seeds, Budget("steps", steps), baseline, out / cell.name / "runs", 1, [])
+    link_unmasked(out, cell, plan_runs(ask, lambda row, ask: 0.0))  # no time is measured for a budget of steps
     return compare(ask)[1]
+
+
+def link_unmasked(out: Path, cell: Cell, runs: list[Run]) -> None:
+    """A row that masks nothing trains the same run in cells that differ in the kept fraction alone: where another cell
+    has it whole, it is linked and not trained again."""
+    twins = [other for other in CELLS if other != cell and replace(other, keep_ratio=cell.keep_ratio) == cell]
+    for run in runs:
+        for twin in twins if not rows_of(cell)[run.row.name].masked else []:
+            source = out / twin.name / "runs" / run.folder.name
+            if not os.path.lexists(run.folder) and read_outcome(replace(run, folder=source)).is_whole:
+                run.folder.symlink_to(os.path.relpath(source, run.folder.parent))
 
 
 def began(out: Path, cell: Cell, name: str) -> bool:
