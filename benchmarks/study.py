@@ -1,24 +1,31 @@
 """The study: when does attention pay, what do the further losses need, what does a point of accuracy cost? On synthetic
 scenes, by `amclip compare`, cell by cell and row by row; stopped, it goes on where it was.
 
-    python -m benchmarks.study list                                  the grid: which runs there are, and which are whole
+    python -m benchmarks.study list                                  the grid: which runs there are
     python -m benchmarks.study run OUT --seeds 3 --steps 900         days on two cores; any part of it counts
     python -m benchmarks.study run OUT --cells base --rows clip random2x aclip
-    python -m benchmarks.study table OUT                             what is there, and the rows that were not run
+    python -m benchmarks.study times OUT                             seconds of a step of each row, with nothing beside
+    python -m benchmarks.study table OUT                             what is there, and the runs that are not
 
 The grid below was committed before any of it ran (docs/results/study.md): nothing is tuned until it fits. Every row of
-a cell has the same samples in the same order, as many steps, and `compare`'s accuracy at equal time beside it. Captions
+a cell has the same samples in the same order and as many steps; accuracy at equal time is read from its curve. Captions
 name colours, so colour changes are those that keep them (data.keep_colours), in every row that has any.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import fmean, median, stdev
 from typing import Any
+
+import numpy as np
 
 from amclip_ds import run_files
 from amclip_ds.cli import main as amclip
@@ -27,9 +34,20 @@ from amclip_ds.compare.runs import Budget, Run
 from amclip_ds.compare.table import read_outcome
 from amclip_ds.data.synthetic import write_dataset
 from amclip_ds.jsonl import is_number, read_lines
+from amclip_ds.record import read_verdict
 
 TRAIN, TEST, BATCH = 20_000, 2_048, 64
-STATISTICS = ("mask_kept", "mask_overlap", "mask_score_entropy")
+SEEDS = 3
+REFERENCE = "random2x"
+TIMES, TIMED = "times.json", 60
+"""the file of the rows' times in OUT; steps that each is timed over"""
+STATISTICS = ("object_share", "mask_overlap", "mask_score_entropy")
+"""of a run's masks at its end: the share of the object's tokens kept in its eight pictures (an order, no measurement),
+of the kept tokens that two views share, the scores' entropy as a share of its maximum"""
+COLUMNS = [
+    *("cell", "row", "seeds", "at half", "at the end", "mean", "against random2x", "average", "at equal time"),
+    *("step ms", "TFLOP a step", "object kept", "overlap", "entropy"),
+]
 
 
 @dataclass(frozen=True)
@@ -77,11 +95,18 @@ ROWS_OF_BASE = {  # of the first cell alone
     "pgs": Row("pgs"),
     "frequency": Row("frequency"),
 }
+# Added when the grid had run in part, for what its rows leave mixed: the inverse without further losses, and masks
+# under the settings of `centered` (the patch embedding trained, no colour changes, one view), which clip has too.
+ROWS_ADDED = {
+    "inverse2x": Row("aclip", (*NO_LOSSES, "mask.strategy=attentive_inverse")),
+    "random1x-plain": Row("centered", ("mask.strategy=random",)),
+    "attentive1x-plain": Row("centered", ("mask.strategy=attentive", "mask.unit=2")),
+}
 
 
 def rows_of(cell: Cell) -> dict[str, Row]:
     """The rows that a cell has."""
-    return ROWS | (ROWS_OF_BASE if cell == BASE else {})
+    return ROWS | (ROWS_OF_BASE | ROWS_ADDED if cell == BASE else {})
 
 
 def grid(cells: list[str], rows: list[str]) -> Iterator[tuple[Cell, str, Row]]:
@@ -127,12 +152,17 @@ def run_cell(out: Path, cell: Cell, rows: dict[str, Row], seeds: int, steps: int
     if not table.exists() and any(row.recipe == "frequency" for row in rows.values()):
         amclip(["data", "stats", str(scenes / "train"), "--words", str(table)])
     recipes = [recipe_file(out, cell, name, row, table) for name, row in rows.items()]
-    words = [f"data.train={scenes}/train", f"eval.data={scenes}", f"batch.global_size={BATCH}"]
-    words += [f"batch.per_gpu={BATCH}", "data.keep_colours=true", "teacher.always=true"]
     baseline = "clip" if "clip" in rows else next(iter(rows))
-    ask = Comparison(recipes, words, seeds, Budget("steps", steps), baseline, out / cell.name / "runs", 1, [])
+    folder = out / cell.name / "runs"
+    ask = Comparison(recipes, words_of_all(scenes), seeds, Budget("steps", steps), baseline, folder, 1, [])
     link_unmasked(out, cell, plan_runs(ask, lambda row, ask: 0.0))  # no time is measured for a budget of steps
     return compare(ask)[1]
+
+
+def words_of_all(scenes: Path) -> list[str]:
+    """The settings that every run has."""
+    words = [f"data.train={scenes}/train", f"eval.data={scenes}", f"batch.global_size={BATCH}"]
+    return [*words, f"batch.per_gpu={BATCH}", "data.keep_colours=true", "teacher.always=true"]
 
 
 def link_unmasked(out: Path, cell: Cell, runs: list[Run]) -> None:
@@ -151,58 +181,121 @@ def began(out: Path, cell: Cell, name: str) -> bool:
     return any((out / cell.name / "runs").glob(f"{name}-seed*"))
 
 
-def table(out: Path) -> str:
-    """Markdown: a line a row of each cell, and the rows that were not run."""
-    lines, missing = (
-        [
-            "| cell | row | seeds | acc1, % | teacher, % | against the baseline | at equal time | masks |",
-            "|---|---|---|---|---|---|---|---|",
-        ],
-        [],
-    )
+def table(out: Path, steps: int) -> str:
+    """Markdown: a line a row of each cell, of its whole runs, and how many runs there are not."""
+    lines, missing = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"], []
+    times = read_times(out)
     for cell in CELLS:
-        file = out / cell.name / "runs" / "compare.json"
-        found = json.loads(file.read_text()) if file.exists() else {"summary": [], "rows": []}
-        done = {row["recipe"]: row for row in found["summary"] if row["seeds"]}
-        for name in rows_of(cell):
-            if name not in done:
-                missing.append(f"{cell.name} {name}")
+        found = {name: read_runs(out, cell, name, steps) for name in rows_of(cell)}
+        reference = found[REFERENCE]
+        costs = [times[cost] * steps for name in found if found[name] and (cost := (cell.keep_ratio, name)) in times]
+        first = cell.name
+        for name, runs in found.items():
+            missing += [f"{cell.name} {name} {seed}" for seed in range(SEEDS) if seed not in runs]
+            if not runs:
                 continue
-            row = done[name]
-            cells = [spread(row["metrics"].get(metric)) for metric in ("acc1", "teacher_acc1")]
-            cells += [spread(row["difference"].get("acc1")), spread(row["at_equal_time"])]
-            masks = statistics_of([Path(one["run"]) for one in found["rows"] if one["recipe"] == name])
-            lines.append(f"| {cell.name} | {name} | {row['seeds']} | {' | '.join(cells)} | {masks} |")
-    return "\n".join([*lines, "", f"Not run ({len(missing)}): {', '.join(missing) or 'none'}."])
+            pairs = [runs[seed].at(steps) - reference[seed].at(steps) for seed in runs if seed in reference]
+            step_s = times.get((cell.keep_ratio, name))
+            line = [first, name, ", ".join(map(str, runs))]
+            line += [", ".join(f"{run.at(step):.1f}" for run in runs.values()) for step in (steps // 2, steps)]
+            line += [spread([run.at(steps) for run in runs.values()])]
+            line += ["" if name == REFERENCE else spread(pairs, "+.1f"), spread([run.average for run in runs.values()])]
+            line += [spread([run.at(min(costs) / step_s) for run in runs.values()]) if step_s else ""]
+            line += [f"{1000 * step_s:.0f}" if step_s else "", f"{fmean(run.tflop for run in runs.values()):.4f}"]
+            for key in STATISTICS:
+                values = [run.statistics[key] for run in runs.values() if key in run.statistics]
+                line.append(f"{fmean(values):.2f}" if values else "")
+            lines.append(f"| {' | '.join(line)} |")
+            first = ""
+    total = SEEDS * sum(len(rows_of(cell)) for cell in CELLS)
+    return "\n".join([*lines, "", f"{total - len(missing)} of {total} runs. Not run: {', '.join(missing) or 'none'}."])
 
 
-def spread(value: dict[str, Any] | None) -> str:
-    """`12.3 \u00b1 0.4`, in percent; empty where there is none."""
-    if not value or value.get("mean") is None:
+@dataclass(frozen=True)
+class Ended:
+    """A whole run. curve: (step, top-1 of the student in %); average: the teacher's at the end; tflop: of a step."""
+
+    curve: list[tuple[int, float]]
+    average: float
+    tflop: float
+    statistics: dict[str, float]
+
+    def at(self, step: float) -> float:
+        """Top-1 after so many steps, in proportion between two evaluations, and from 0 at the start."""
+        steps, values = zip(*[(0, 0.0), *self.curve])
+        return float(np.interp(step, steps, values))
+
+
+def read_runs(out: Path, cell: Cell, name: str, steps: int) -> dict[int, Ended]:
+    """A row's whole runs of this length, by seed."""
+    found = {}
+    for seed in range(SEEDS):
+        folder = out / cell.name / "runs" / f"{name}-seed{seed}"
+        verdict = read_verdict(folder)
+        evaluations = read_lines(folder / run_files.EVALUATIONS)
+        if verdict is None or verdict["code"] != 0 or not evaluations or evaluations[-1]["step"] != steps:
+            continue
+        accuracy = {(row["weights"], row["step"]): 100 * row["metrics"]["acc1"] for row in evaluations}
+        rows = read_lines(folder / run_files.METRICS)
+        masks = read_lines(folder / run_files.MASKS)
+        numbers = rows[-1] | (masks[-1] if masks else {})
+        found[seed] = Ended(
+            [(step, value) for (weights, step), value in sorted(accuracy.items()) if weights == "student"],
+            accuracy["teacher", steps],
+            fmean(row["tflops"] * row["step_s"] for row in rows),
+            {key: float(numbers[key]) for key in STATISTICS if is_number(numbers.get(key))},
+        )
+    return found
+
+
+def measure_times(out: Path, asked: list[tuple[Cell, str, Row]], rounds: int = 3) -> None:
+    """Seconds of a step of each row at each kept fraction, one run after another, in rounds; into OUT/times.json."""
+    taken: dict[tuple[float, str], list[float]] = {}
+    folder = out / "timing"
+    for _ in range(rounds):
+        for cell, name, row in asked:
+            if cell.coloured or cell.small_objects:
+                continue  # the same step
+            scenes = scenes_of(out, cell)
+            recipe = recipe_file(out, cell, name, row, scenes / "words.json")
+            shutil.rmtree(folder, ignore_errors=True)
+            words = [*words_of_all(scenes), f"run.out={folder}", f"run.steps={TIMED}", "log.every_steps=5"]
+            command = [sys.executable, "-m", "amclip_ds", "train", recipe, *words, "eval.every_steps=null"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            rows = read_lines(folder / run_files.METRICS)
+            taken.setdefault((cell.keep_ratio, name), []).append(median(row["step_s"] for row in rows[2:]))
+            print(f"times: {cell.name} {name}: {taken[cell.keep_ratio, name][-1]:.4f} s a step", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    kept = [[*key, median(values)] for key, values in ({k: [v] for k, v in read_times(out).items()} | taken).items()]
+    (out / TIMES).write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def read_times(out: Path) -> dict[tuple[float, str], float]:
+    """Seconds of a step by (kept fraction, row); a row that masks nothing has those of the first at every fraction."""
+    file = out / TIMES
+    times = {(ratio, name): step_s for ratio, name, step_s in json.loads(file.read_text())} if file.exists() else {}
+    unmasked = {name for name, row in rows_of(BASE).items() if not row.masked}
+    shared = {
+        (cell.keep_ratio, name): times[BASE.keep_ratio, name]
+        for cell in CELLS
+        for name in unmasked
+        if (BASE.keep_ratio, name) in times
+    }
+    return shared | times
+
+
+def spread(values: Sequence[float], form: str = ".1f") -> str:
+    """`12.3 \u00b1 0.4`: the mean and its standard error; empty where there is none."""
+    if not values:
         return ""
-    off = value.get("std_error", value.get("std"))
-    return f"{100 * value['mean']:.1f}" + (f" \u00b1 {100 * off:.1f}" if off is not None else "")
-
-
-def statistics_of(folders: list[Path]) -> str:
-    """The masks' numbers at the end of the runs, their mean: `kept 0.50, overlap 0.61, score entropy 0.93`."""
-    found = []
-    for name in STATISTICS:
-        values = [
-            rows[-1][name]
-            for folder in folders
-            if (rows := read_lines(folder / run_files.METRICS)) and is_number(rows[-1].get(name))
-        ]
-        if values:
-            found.append(f"{name.removeprefix('mask_').replace('_', ' ')} {sum(values) / len(values):.2f}")
-    return ", ".join(found)
+    return f"{fmean(values):{form}}" + (f" \u00b1 {stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else "")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("list", "run", "table"))
+    parser.add_argument("action", choices=("list", "run", "times", "table"))
     parser.add_argument("out", type=Path, nargs="?", default=Path("study"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--cells", nargs="+", default=[], help="by name, or base")
     parser.add_argument("--rows", nargs="+", default=[])
@@ -216,12 +309,14 @@ def main() -> int:
         )
         return 0
     code = 0
+    if args.action == "times":
+        measure_times(args.out, asked)
     if args.action == "run":
         for cell in CELLS:
             names = {name for one, name, _ in asked if one == cell}
             rows = {name: row for name, row in rows_of(cell).items() if name in names or began(args.out, cell, name)}
             code = max(code, run_cell(args.out, cell, rows, args.seeds, args.steps) if names else 0)
-    print(table(args.out))
+    print(table(args.out, args.steps))
     return code
 
 

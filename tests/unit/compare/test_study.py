@@ -1,5 +1,6 @@
 """The study's grid (benchmarks/study.py): every run of it can be set up, and the table says what is missing."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.unit.compare.test_compare import write_run
 @pytest.mark.slow
 def test_the_grid_is_whole_and_every_row_can_run(tmp_path: Path) -> None:
     runs = list(study.grid([], []))
-    assert len(runs) == 8 * 6 + 9 and len({(cell.name, name) for cell, name, _ in runs}) == len(runs)
+    assert len(runs) == 8 * 6 + 9 + 3 and len({(cell.name, name) for cell, name, _ in runs}) == len(runs)
     (tmp_path / "words.json").write_text("{}")
     kept = {}
     for cell, name, row in runs:
@@ -26,9 +27,9 @@ def test_the_grid_is_whole_and_every_row_can_run(tmp_path: Path) -> None:
 
 def test_what_was_not_run_is_listed(tmp_path: Path) -> None:
     assert [name for _, name, _ in study.grid(["base"], ["clip", "slip"])] == ["clip", "slip"]
-    text = study.table(tmp_path)
-    assert "Not run (57): keep0.5-large-grey clip, " in text and len(text.splitlines()) == 4
-    assert study.spread({"mean": 0.123, "std_error": 0.004}) == "12.3 ± 0.4" and study.spread(None) == ""
+    text = study.table(tmp_path, 900)
+    assert "0 of 180 runs. Not run: keep0.5-large-grey clip 0, " in text and len(text.splitlines()) == 4
+    assert study.spread([12.3]) == "12.3" and study.spread([]) == ""
 
 
 def test_a_row_without_a_mask_is_trained_once_for_both_kept_fractions(tmp_path: Path) -> None:
@@ -53,3 +54,37 @@ def test_a_row_without_a_mask_is_trained_once_for_both_kept_fractions(tmp_path: 
     small = runs_of(study.CELLS[6])  # other scenes: no run of these is theirs
     study.link_unmasked(tmp_path, study.CELLS[6], small)
     assert not any(run.folder.exists() for run in small) and runs[0].folder.readlink().parts[-1] == "clip-seed0"
+
+
+def write_ended(folder: Path, accuracy: float, steps: int, code: int = 0) -> None:
+    """A run's records: half of its accuracy at half of its steps, the teacher one point above."""
+    (folder / "pictures").mkdir(parents=True)
+    (folder / "exit.json").write_text(json.dumps({"code": code}))
+    rows = [
+        {"step": step, "weights": weights, "metrics": {"acc1": (accuracy + more) * step / steps / 100}}
+        for step in (steps // 2, steps)
+        for weights, more in (("student", 0), ("teacher", 1))
+    ]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text(
+        json.dumps({"step": steps, "tflops": 0.5, "step_s": 0.02, "mask_overlap": 0.4})
+    )
+    (folder / "pictures" / "masks.jsonl").write_text(json.dumps({"step": steps, "kept": [], "object_share": 0.9}))
+
+
+def test_the_table_is_of_whole_runs_compared_seed_by_seed_and_at_equal_time(tmp_path: Path) -> None:
+    for name, accuracies in {"random2x": (40.0, 44.0), "attentive2x": (50.0, 52.0, 54.0)}.items():
+        for seed, accuracy in enumerate(accuracies):
+            write_ended(tmp_path / "keep0.5-large-grey" / "runs" / f"{name}-seed{seed}", accuracy, 900)
+    write_ended(tmp_path / "keep0.5-large-grey" / "runs" / "clip-seed0", 60.0, 900, code=1)  # failed
+    write_ended(tmp_path / "keep0.5-large-grey" / "runs" / "aclip-seed0", 60.0, 100)  # of another length
+    (tmp_path / "times.json").write_text(json.dumps([[0.5, "random2x", 0.1], [0.5, "attentive2x", 0.2]]))
+    lines = study.table(tmp_path, 900).splitlines()
+    assert lines[2].startswith(
+        "| keep0.5-large-grey | random2x | 0, 1 | 20.0, 22.0 | 40.0, 44.0 | 42.0 ± 2.0 |  | 43.0 ± 2.0 | 42.0 ± 2.0 |"
+    )
+    assert lines[3].startswith(
+        "|  | attentive2x | 0, 1, 2 | 25.0, 26.0, 27.0 | 50.0, 52.0, 54.0 | 52.0 ± 1.2 | +9.0 ± 1.0 | 53.0 ± 1.2"
+        " | 26.0 ± 0.6 | 200 | 0.0100 | 0.90 | 0.40 |"
+    )
+    assert len(lines) == 6 and lines[5].startswith("5 of 180 runs. Not run: keep0.5-large-grey clip 0, ")
