@@ -1,5 +1,5 @@
 """What a start, a save and a resume ask of a shared file system and of the other ranks, at 2 to 16 ranks, and at 1,024
-if it goes on as it goes: real gloo ranks here, two a node by name, operations counted and not timed.
+if it grows on like this: real gloo ranks here, two a node by name, operations counted and not timed.
 
     python -m benchmarks.fleet --ranks 2 4 8 16 --at 1024
 

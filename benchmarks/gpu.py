@@ -294,7 +294,7 @@ def run_cell(args: argparse.Namespace) -> None:
             text = json.dumps({key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()})
             print(text, file=file)
             print(text[:160], flush=True)
-    os._exit(0)  # the loader's workers and NCCL need no farewell
+    os._exit(0)  # without taking the loader's workers and NCCL down
 
 
 def places_of(cell: str) -> int:

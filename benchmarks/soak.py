@@ -57,7 +57,7 @@ class Fault:
     kind: str
     at: float
     gone: float | None = None
-    """when the launcher had ended; None where it goes on"""
+    """when the launcher had ended; None where it continues"""
 
 
 def start(out: Path, data: Path, steps: int, world: int, stage: int) -> subprocess.Popen:

@@ -1,5 +1,5 @@
 """The study: when does attention pay, what do the further losses need, what does a point of accuracy cost? On synthetic
-scenes, by `amclip compare`, cell by cell and row by row; stopped, it goes on where it was.
+scenes, by `amclip compare`, cell by cell and row by row; stopped, it resumes.
 
     python -m benchmarks.study list                                  the grid: which runs there are
     python -m benchmarks.study run OUT --seeds 3 --steps 900         days on two cores; any part of it counts

@@ -26,7 +26,7 @@ def shared_dir() -> Path:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What two test processes may run side by side, in which order, and what is quick.
+    """What test processes may run side by side, in which order, and what is quick.
 
     What shares a launch or a fixture of its file stays together, and all that use the Slurm cluster.
     """

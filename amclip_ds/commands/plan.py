@@ -6,8 +6,8 @@
   amclip plan aclip-tiny --probe                      two steps here, measured against what was planned
 
 Memory is what torch allocates at the peak, on the fullest GPU; `needs` adds the context and fragments. Speeds are this
-trainer's own, measured on one GPU (docs/results/gpu-step.md); where none was measured there is no number: --probe or
---mfu give one.
+trainer's own, measured on one GPU (docs/results/gpu-compiled.md, gpu-step.md); where none was measured there is no
+number: --probe or --mfu give one.
 """
 
 import argparse

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class DistributedComm:
-    """`loss.comm.Comm` over torch.distributed; on one rank every collective is the identity."""
+    """`comm.Comm` over torch.distributed; on one rank every collective is the identity."""
 
     def __init__(self) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else 0

@@ -49,6 +49,23 @@ def test_the_code_speaks_the_fields_words(part: str) -> None:
     assert not [word for path in modules for word in words_of(path)]
 
 
+SCRIPTS = [
+    *(
+        path
+        for folder in ("amclip_ds/recipes", "slurm")
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.is_file()
+    ),
+    *sorted((ROOT / "benchmarks").glob("*.py")),
+]
+
+
+def test_recipes_job_scripts_and_benchmarks_speak_them_too() -> None:
+    assert len(SCRIPTS) > 50
+    found = {f"{path.relative_to(ROOT)}": WORDS.findall(path.read_text()) for path in SCRIPTS}
+    assert not {path: words for path, words in found.items() if words}
+
+
 def test_a_word_is_seen(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
     module.write_text('def what_stands(shut):\n    """Goes on."""\n    print("stands", shut)  # likewise\n')
