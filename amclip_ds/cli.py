@@ -96,7 +96,8 @@ def run(argv: list[str]) -> int:
         settings += rest  # key=value words behind an option
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    json_file.check(getattr(args, "json", None))
+    for option in ("json", "csv", "words", "capsule"):
+        json_file.check(getattr(args, option, None), f"--{option}")
     return args.run(args)
 
 

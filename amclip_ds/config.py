@@ -206,6 +206,8 @@ def count_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     """The run's length in optimizer steps. Raises SettingsError where it comes to none."""
     if config.run.steps is not None:
         return config.run.steps
+    if steps_per_epoch < 1:
+        raise SettingsError(f"batch.global_size: {config.batch.global_size} is more than an epoch's samples; take less")
     steps = round((config.run.epochs or 0) * steps_per_epoch)
     if steps < 1:
         raise SettingsError(

@@ -77,6 +77,8 @@ def folder_of(run: Path, is_new: bool = False) -> Path:
         return run / run_files.CHECKPOINTS
     if step_folders.list_steps(run):
         return run
+    if step_folders.STEP_FOLDER.fullmatch(run.name):
+        raise UserError(f"{run}: a checkpoint; name its run, {run.absolute().parents[1]}")
     if (run / run_files.CHECKPOINTS).exists():
         raise UserError(f"{run}/checkpoints: not a folder")
     if not run.is_dir():

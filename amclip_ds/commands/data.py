@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from amclip_ds import json_file
 from amclip_ds.arguments import number, whole
+from amclip_ds.files import not_written
 
 if TYPE_CHECKING:
     from amclip_ds.data.check import CheckReport
@@ -78,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     synth.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     synth.add_argument("--train", type=whole(1), default=20000, metavar="N", help="training scenes (default 20000)")
     synth.add_argument("--test", type=whole(1), default=2048, metavar="N", help="held-out scenes (default 2048)")
-    synth.add_argument("--image-size", type=whole(1), default=64, metavar="PX", help="side in pixels (default 64)")
+    synth.add_argument(
+        "--image-size", type=whole(16, 4096), default=64, metavar="PX", help="side in pixels (default 64)"
+    )
     synth.add_argument("--seed", type=whole(0), default=0, help="another seed, other scenes (default 0)")
     synth.add_argument("--shard-size", type=whole(1), default=1000, metavar="N", help="scenes a tar (default 1000)")
     synth.add_argument("--coloured-distractors", action="store_true", help="colour the clutter too (a control)")
@@ -225,7 +228,11 @@ def _stats(args: argparse.Namespace) -> int:
     from amclip_ds.data import stats
     from amclip_ds.data.check import CheckConfig
 
-    json_file.check(args.words, "--words")
+    if args.out:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise not_written(f"--out {args.out}:", error) from None
     report = _run_check(
         args, "counting", CheckConfig(**_settings(args, decode=False, count_words=args.words is not None))
     )
@@ -245,7 +252,6 @@ def _stats(args: argparse.Namespace) -> int:
         json_file.write(args.words, table, "--words")
         print(f"{len(table['counts'])} words -> {args.words}")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
         print(stats.draw(report, args.out / "stats.png"))
     return 0
 

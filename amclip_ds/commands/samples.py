@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    json_file.check(args.out, "--out")
     from amclip_ds import samples
 
     shown = samples.of_step(args.run_folder, args.step, args.overrides, has_losses=args.worst is not None)

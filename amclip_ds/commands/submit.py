@@ -11,6 +11,7 @@ slurm/README.md.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 from amclip_ds import json_file
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--tasks-per-node", type=whole(1, 1024), metavar="N", help="tasks on each node without GPUs (1)")
     parser.add_argument("--gpu", metavar="NAME", help="kind of GPU (amclip plan): refuses what cannot fit")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of a GPU, as 80GB: refuses what cannot fit")
-    parser.add_argument("--time", metavar="T", help="time limit of a job, as sbatch reads it")
+    parser.add_argument("--time", type=_time, metavar="T", help="time limit of a job, as sbatch reads it")
     parser.add_argument("--partition", metavar="P")
     parser.add_argument("--account", metavar="A")
     parser.add_argument("--chain", type=whole(1, 1000), default=1, metavar="K", help="submit K jobs, one after another")
@@ -45,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scripts", type=Path, metavar="DIR", help="copy the job scripts there, and do nothing else")
     add_plugin(parser)
     parser.add_argument("--json", metavar="FILE", help="also write what was found and submitted")
+
+
+def _time(text: str) -> str:
+    """For `type=`: a time limit in one of the forms that sbatch reads."""
+    if not re.fullmatch(r"[0-9]+(:[0-9]{1,2}){0,2}|[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2}|UNLIMITED|INFINITE", text, re.I):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time limit; as MINUTES, H:MM:SS or D-HH:MM:SS")
+    return text
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -105,8 +105,17 @@ def pack(source: Source, out: Path, shard_size: int, threads: int, advance: Call
             f"--out {out}: cannot be written: {error.strerror or error}; the same command resumes"
         ) from None
     if not done.samples:
+        _forget(out)
         raise UserError(f"SOURCE: none of {done.rows} rows can be packed: {'; '.join(done.lines()[:3])}")
     return done
+
+
+def _forget(out: Path) -> None:
+    """Removes the record of a pack without a sample: the corrected command is to find the folder as this one did."""
+    with suppress(OSError):
+        for name in (RECORD, "sizes.json"):
+            (out / name).unlink(missing_ok=True)
+        out.rmdir()  # where there is nothing else in it
 
 
 def _open_record(out: Path, head: dict[str, Any]) -> Packed:

@@ -355,6 +355,8 @@ def _column(shown: str, columns: Sequence[str], asked: str | None, usual: Sequen
         if asked not in columns:
             raise UserError(f"{option} {asked}: {shown} has the columns {', '.join(map(repr, columns[:12]))}")
         return asked
+    if not columns:
+        raise UserError(f"SOURCE: {shown}: no columns: it is empty, or its first line is not JSON")
     found = [name for name in columns if name.lower() in usual]
     if len(found) != 1:
         what = f"{' and '.join(map(repr, found[:3]))} may each be meant" if found else "none is known"

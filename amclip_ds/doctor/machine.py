@@ -207,6 +207,9 @@ def _slurm() -> Iterator[Finding]:
 
 def _disk(folder: Path) -> Iterator[Finding]:
     place = folder.absolute()
+    if place.exists() and not place.is_dir():
+        yield Finding("disk", FAIL, f"{place} is a file", "another run.out")
+        return
     place = next(path for path in (place, *place.parents) if path.is_dir())
     if not os.access(place, os.W_OK):
         yield Finding("disk", FAIL, f"{place} cannot be written", "another run.out")

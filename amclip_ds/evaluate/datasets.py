@@ -11,7 +11,8 @@ file. A layout that is not understood is refused, never guessed, and EvalSet.des
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -154,7 +155,8 @@ def open_set(
     try:
         return _open_set(spec, split, task, classnames, templates, key)
     except UserError as error:
-        raise UserError(f"{key}: {str(error).removeprefix(f'{key}: ')}") from None
+        is_of_another = str(error).startswith(("--classnames: ", "--templates: "))
+        raise error if is_of_another else UserError(f"{key}: {str(error).removeprefix(f'{key}: ')}") from None
     except (OSError, ValueError) as error:  # a folder that may not be read, a name that no file system takes
         raise UserError(f"{key}: {printable(spec)}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -214,21 +216,33 @@ def _open_set(spec: str, split: str, task: str, classnames: str, templates: str,
         return _checked(EvalSet(name, task, _read_tars(shards, _Wanted(task, False, may_lack)), folder=spec), spec)
     hint = ", or --classnames FILE" if key == "--data" else ""
     if found is not None:
-        labels, chosen = names.number_labels(found.labels, home, classnames, hint)
+        with _named_by("--classnames", classnames):
+            labels, chosen = names.number_labels(found.labels, home, classnames, hint)
         samples = _samples_of(found, labels)
     else:
         samples = _read_tars(shards, _Wanted(task, is_multilabel, False, known_name(name) in GROUPED))
-        chosen = names.class_names(folder, classnames, hint, known_name(name))
-        _check_labels(samples, chosen, folder, is_multilabel)
+        with _named_by("--classnames", classnames):
+            chosen = names.class_names(folder, classnames, hint, known_name(name))
+            _check_labels(samples, chosen, folder, is_multilabel)
         if _is_suite(folder):
             samples = tuple(replace(sample, plain=True) for sample in samples)
     prompts: tuple[str, ...] = ()
     if templates != "none":
         hint = f", or --templates {names.OPENAI_7}" if key == "--data" else ""
         default = names.OPENAI_7 if found is not None else ""
-        prompts = names.templates(home, templates, default, hint, known_name(name))
+        with _named_by("--templates", templates):
+            prompts = names.templates(home, templates, default, hint, known_name(name))
     note = "; ".join(part for part in (found.note if found else "", names.describe(prompts)) if part)
     return _checked(EvalSet(name, task, samples, chosen, prompts, spec, is_multilabel, note), spec)
+
+
+@contextmanager
+def _named_by(option: str, choice: str) -> Iterator[None]:
+    """What is wrong with names or prompts that an option gave is that option's."""
+    try:
+        yield
+    except UserError as error:
+        raise error if choice == "folder" else UserError(f"{option}: {error}") from None
 
 
 def _games(table: Path, spec: str) -> EvalSet:

@@ -292,6 +292,8 @@ def test_a_length_of_no_step_is_refused() -> None:
     """Else a run would end at once, well, and hand over untrained weights."""
     with pytest.raises(UserError, match="run.epochs: 0.01 of an epoch of 9 steps is no step"):
         config.count_steps(config.load("aclip-tiny", ["run.epochs=0.01"]), steps_per_epoch=9)
+    with pytest.raises(UserError, match="batch.global_size: 64 is more than an epoch's samples"):
+        config.count_steps(config.load("aclip-tiny", ["run.epochs=3", "batch.global_size=64"]), steps_per_epoch=0)
 
 
 @pytest.mark.parametrize(

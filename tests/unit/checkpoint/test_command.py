@@ -50,6 +50,7 @@ def test_wrong_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Captu
     for argv, said in (
         ([str(tmp_path / "nowhere")], "no such folder"),
         ([str(tmp_path)], "not a run's folder: it has no config.yaml"),
+        ([str(run / "checkpoints" / "step_00000003")], "a checkpoint; name its run, "),
         ([str(run), "pin", "--step", "7"], "--step 7"),
         ([str(run), "consolidate"], "--out"),
         ([str(run), "import"], "--source"),

@@ -215,6 +215,10 @@ def test_what_cannot_be_packed_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert "1 images and no caption: put NAME.txt" in said(tmp_path / "bare")
     (tmp_path / "all.csv").write_text("image,text\nno.jpg,a\n")
     assert "none of 1 rows can be packed: left out: 1 rows: missing file" in said(tmp_path / "all.csv")
+    assert not (tmp_path / "new").exists(), "or the corrected command would be refused"
+    for name, text in {"none.csv": "", "none.jsonl": '{"image":"x"\n'}.items():
+        (tmp_path / name).write_text(text)
+        assert "no columns: it is empty, or its first line is not JSON" in said(tmp_path / name)
     pq.write_table(pa.table({"image": ["https://x"], "text": ["a"]}), tmp_path / "u.parquet")
     assert "is string, not bytes of images" in said(tmp_path / "u.parquet")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1torn")

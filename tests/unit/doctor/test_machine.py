@@ -48,6 +48,8 @@ def test_a_disk_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(machine, "FREE_GB", (1e9, 1e9))
     assert one("disk", tmp_path).status == FAIL
+    (tmp_path / "file").touch()
+    assert one("disk", tmp_path / "file").status == FAIL
     if Path("/proc/self/task").is_dir():
         assert one("disk", Path("/proc/1")).status == FAIL
 

@@ -94,6 +94,18 @@ def test_an_image_folder(tmp_path: Path) -> None:
         open_set(str(tmp_path / "animals"), templates="openai-80")
 
 
+def test_what_is_wrong_with_an_options_file_is_that_options(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set")
+    with pytest.raises(UserError, match="^--templates: nope: missing; it holds one prompt a line"):
+        open_set(str(folder), templates="nope")
+    (tmp_path / "one.txt").write_text("cat\n")
+    with pytest.raises(UserError, match="^--classnames: .* has label .*, and there are 1 class names"):
+        open_set(str(folder), classnames=str(tmp_path / "one.txt"))
+    (folder / "classnames.txt").write_text("cat\n")
+    with pytest.raises(UserError, match="^--data: .* has label"):
+        open_set(str(folder))
+
+
 def test_imagenet_by_name(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set")
     data = open_set(str(folder), classnames="imagenet", templates="openai-80")
