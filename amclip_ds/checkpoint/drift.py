@@ -121,9 +121,9 @@ def refuse_or_allow(changes: list[Change], allowed: Collection[str]) -> list[Cha
     return numeric
 
 
-def flatten(config: str) -> dict[str, str]:
-    """A config.yaml as dotted key -> value. Raises UserError."""
-    tree = plain_yaml.parse(config, "the checkpoint's config.yaml") or {}
+def flatten(config: str, source: str = "the checkpoint's config.yaml") -> dict[str, str]:
+    """A config.yaml as dotted key -> value. source: what to blame. Raises UserError."""
+    tree = plain_yaml.parse(config, source) or {}
     return {key: _text(value) for key, value in _leaves(tree, "")}
 
 

@@ -15,6 +15,7 @@ from amclip_ds.compare.runs import (
     Row,
     Run,
     check_against_earlier,
+    check_settings,
     make_runs,
     read_plan,
     read_rows,
@@ -90,9 +91,11 @@ def plan_runs(ask: Comparison, measure: Callable[[Row, Comparison], float]) -> l
         _check_first(rows, ask)
     if ask.budget.unit == "seconds":
         for row in rows:
-            if row.name not in step_s:
-                step_s[row.name] = measure(row, ask)
-                _note(ask.out, plan or {"runs": {}}, step_s)
+            if row.name in step_s:
+                check_settings(row, _timing_folder(row, ask))
+                continue
+            step_s[row.name] = measure(row, ask)
+            _note(ask.out, plan or {"runs": {}}, step_s)
     runs = make_runs(rows, ask.seeds, steps_of(rows, ask.budget, step_s), ask.overrides, ask.out)
     check_against_earlier(runs, ask.out, plan or {"runs": {}})
     known = {run.folder.name: {"recipe": run.row.recipe, "words": list(run.words)} for run in runs}
@@ -136,7 +139,7 @@ def _check_first(rows: Sequence[Row], ask: Comparison) -> None:
 
 def _measure(row: Row, ask: Comparison) -> float:
     """Seconds of a step of this recipe here, with these processes. Raises AmclipError."""
-    folder = ask.out / f"timing-{row.name}"
+    folder = _timing_folder(row, ask)
     print(f"compare: {row.name}: {TIMED_STEPS} steps, to know how many the seconds hold", flush=True)
     words = [*(word for word in ask.overrides if word.partition("=")[0] not in ("log.every_steps", "eval.every_steps"))]
     words += [f"run.out={folder}", f"run.steps={TIMED_STEPS}", "log.every_steps=1", "eval.every_steps=null"]
@@ -145,6 +148,10 @@ def _measure(row: Row, ask: Comparison) -> float:
     if code or not outcome.step_s:
         raise AmclipError(f"{row.name}: its step could not be timed: the run in {folder} ended with code {code}")
     return outcome.step_s
+
+
+def _timing_folder(row: Row, ask: Comparison) -> Path:
+    return ask.out / f"timing-{row.name}"
 
 
 def _train(recipe: str, words: Sequence[str], folder: Path, ask: Comparison) -> int:

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds import config as settings
+from amclip_ds import plain_yaml, run_files
+from amclip_ds.checkpoint import drift
+from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.config import TrainConfig
+from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import UserError
-from amclip_ds.files import read_json
+from amclip_ds.files import read_json, read_text
 from amclip_ds.plan.work import TERA, flops_of, work_of
+from amclip_ds.record import read_verdict
 
 PLAN = "compare-runs.json"
 """in OUT: the runs with their words, so that nothing of other settings is taken for theirs"""
@@ -29,7 +34,12 @@ EQUAL = (
     "batch.global_size",
     "eval.data",
 )
+# Free to differ at a resume, which compares contents or has its weights from the checkpoint; a whole run is only read.
+OF_RESULTS = (*EQUAL, "data.text_mask.table", "model.init_from")
+DEEPSPEED = "engine.deepspeed"
 UNITS = ("steps", "samples", "seconds", "flops")
+SHOWN = 4
+"""differences that an error names"""
 CURVE_POINTS = 10
 """evaluations of a run where the words name no eval.every_steps: accuracy at equal time is read between them"""
 
@@ -136,7 +146,8 @@ def steps_of(rows: Sequence[Row], budget: Budget, step_s: dict[str, float]) -> d
 
 
 def check_against_earlier(runs: Sequence[Run], out: Path, plan: dict[str, Any] | None) -> None:
-    """Raises UserError where OUT holds other things, or runs of other words: they would be shown as these."""
+    """Raises UserError where OUT holds other things, or runs of other words or settings: they would be shown as
+    these."""
     if plan is None:
         if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"--out {out}: holds other things and no comparison; name a new or an empty folder")
@@ -146,9 +157,51 @@ def check_against_earlier(runs: Sequence[Run], out: Path, plan: dict[str, Any] |
         if before is not None and before["words"] != list(run.words):
             changed = sorted(set(before["words"]) ^ set(run.words))
             raise UserError(
-                f"--out {out}: its run {run.folder.name} has other settings ({', '.join(changed[:4])}); name another"
-                f" folder, or give the same words"
+                f"--out {out}: its run {run.folder.name} has other settings ({', '.join(changed[:SHOWN])}); name"
+                f" another folder, or give the same words"
             )
+        if _has_results(run.folder):
+            recipe = "" if before is None else str(before.get("recipe", ""))
+            check_settings(run.row, run.folder, "" if recipe in ("", run.row.recipe) else f"recipe {recipe}; ")
+
+
+def check_settings(row: Row, folder: Path, whose: str = "") -> None:
+    """Raises UserError where the run in a folder had other settings than the row, of those that decide its results. A
+    key that a newer version has added had its default. whose: put before the differences."""
+    file = folder / run_files.CONFIG
+    if not file.exists():
+        return
+    saved = drift.flatten(read_text(file, plain_yaml.MAX_BYTES), str(file))
+    present, defaults = (drift.flatten(settings.dump(config)) for config in (row.config, type(row.config)()))
+    changes = [change for change in drift.compare(saved, present, defaults) if _decides(change)]
+    if changes:
+        more = f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+        raise UserError(
+            f"--out {folder.parent}: its run {folder.name} had other settings than {row.recipe} has now"
+            f" ({whose}{'; '.join(map(str, changes[:SHOWN]))}{more}); name another folder, or give those settings again"
+        )
+
+
+def _has_results(folder: Path) -> bool:
+    """Whether a run would be shown or resumed; one that failed before its first checkpoint begins anew."""
+    verdict = read_verdict(folder)
+    return (verdict is not None and verdict["code"] == 0) or bool(list_steps(folder / run_files.CHECKPOINTS))
+
+
+def _decides(change: drift.Change) -> bool:
+    """Whether a run's results depend on what has changed."""
+    if change.key == DEEPSPEED:
+        return _precision(change.saved) != _precision(change.present)
+    return change.key not in OURS and (not change.is_free or change.key in OF_RESULTS)
+
+
+def _precision(deepspeed: str) -> str:
+    """Of a DeepSpeed file: bf16 or fp32; its name where it is there no more."""
+    try:
+        ds = read_ds_config(EngineConfig(deepspeed=deepspeed, allow_untested=True))
+    except UserError:
+        return deepspeed
+    return "bf16" if ds.get("bf16", {}).get("enabled") else "fp32"
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:

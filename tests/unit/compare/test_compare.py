@@ -3,14 +3,16 @@
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from amclip_ds import cli
+from amclip_ds import cli, config
 from amclip_ds.compare.compare import Comparison, compare, plan_runs, show
 from amclip_ds.compare.runs import (
     PLAN,
@@ -150,6 +152,91 @@ def test_runs_of_other_words_are_not_taken_for_these(tmp_path: Path) -> None:
     (tmp_path / "full" / "thesis.txt").touch()
     with pytest.raises(UserError, match="holds other things"):
         check_against_earlier(runs, tmp_path / "full", None)
+
+
+def planned(
+    tmp_path: Path, yaml: str = "", folder: str = "rows", base: str = "random2x", unit: str = "steps"
+) -> list[Run]:
+    """The runs of a recipe of one's own, mine.yaml beside clip-tiny, as `amclip compare` plans them."""
+    file = tmp_path / folder / "mine.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"recipe: {base}-tiny\n{yaml}")
+    ask = Comparison(["clip-tiny", str(file)], WORDS, 1, Budget(unit, 100), "clip-tiny", tmp_path / "out", 1, [])
+    return plan_runs(ask, lambda row, comparison: 1.0)
+
+
+def write_settings(run: Run, **replaced: str) -> None:
+    """config.yaml as the run leaves it, with some of its text replaced."""
+    text = config.dump(config.load(run.row.recipe, run.words))
+    for old, new in replaced.items():
+        assert f"{old}: " in text
+        text = re.sub(rf"(?m)^( *{old}:) .*\n", rf"\1 {new}\n" if new else "", text)
+    (run.folder / "config.yaml").write_text(text)
+
+
+@pytest.fixture
+def without_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shards that the words name are none."""
+    monkeypatch.setattr("amclip_ds.compare.compare.preconditions.check", lambda config: None)
+
+
+@pytest.mark.usefixtures("without_data")
+def test_a_whole_run_is_not_shown_as_that_of_a_changed_recipe(tmp_path: Path) -> None:
+    """Neither one of the same name, nor one that has been edited. Twins: what changes no result, a run that failed
+    before its first checkpoint."""
+    mine = planned(tmp_path)[1]
+    write_run(mine, 0.5, 1.0)
+    write_settings(mine)
+    planned(tmp_path, "data: {workers: 2}\nengine: {deepspeed: zero1_fp32.json}\n")
+    had = r"^--out \S+: its run mine-seed0 had other settings than \S+mine.yaml has now "
+    for yaml, said in (
+        ("optim: {lr: 0.5}\n", r"\(optim.lr: 0.0015 -> 0.5\); name another folder"),
+        ("engine: {deepspeed: zero1_bf16.json}\n", r"\(engine.deepspeed: zero2_fp32.json -> zero1_bf16.json\)"),
+        ("model: {init_from: weights.safetensors}\n", r"\(model.init_from: None -> weights.safetensors\)"),
+    ):
+        with pytest.raises(UserError, match=had + said):
+            planned(tmp_path, yaml)
+    with pytest.raises(UserError, match=had + r"\(recipe \S+rows/mine.yaml; loss.o2e_weight: .*; and 1 more\)"):
+        planned(tmp_path, "optim: {lr: 0.5}\n", folder="others", base="aclip")
+    planned(tmp_path, folder="moved")
+    (mine.folder / "exit.json").write_text('{"code": 3}')
+    planned(tmp_path, "optim: {lr: 0.5}\n")
+    (mine.folder / "checkpoints" / "step_00000050").mkdir(parents=True)
+    with pytest.raises(UserError, match="optim.lr"):
+        planned(tmp_path, "optim: {lr: 0.5}\n")
+
+
+@pytest.mark.usefixtures("without_data")
+def test_a_key_that_an_older_version_did_not_have_was_at_its_default(tmp_path: Path) -> None:
+    """Twin: where the recipe sets it to something else now, the run was of other settings."""
+    mine = planned(tmp_path)[1]
+    write_run(mine, 0.5, 1.0)
+    write_settings(mine, layer_decay="")
+    planned(tmp_path)
+    with pytest.raises(UserError, match=r"optim.layer_decay: \S+ -> 0.5"):
+        planned(tmp_path, "optim: {layer_decay: 0.5}\n")
+
+
+@pytest.mark.usefixtures("without_data")
+def test_a_plug_in_that_has_changed_is_another_recipe(tmp_path: Path) -> None:
+    mine = planned(tmp_path)[1]
+    write_run(mine, 0.5, 1.0)
+    write_settings(mine)
+    saved = mine.folder / "config.yaml"
+    saved.write_text(saved.read_text() + "plugins:\n- mymask sha256:1234\n")
+    with pytest.raises(UserError, match=r"plugins: \[mymask sha256:1234\] -> \(absent\)"):
+        planned(tmp_path)
+
+
+@pytest.mark.usefixtures("without_data")
+def test_the_measured_time_of_a_step_is_not_a_changed_recipes(tmp_path: Path) -> None:
+    mine = planned(tmp_path, unit="seconds")[1]
+    timed = replace(mine, folder=tmp_path / "out" / "timing-mine")
+    timed.folder.mkdir()
+    write_settings(timed)
+    planned(tmp_path, unit="seconds")
+    with pytest.raises(UserError, match="its run timing-mine had other settings"):
+        planned(tmp_path, "mask: {keep_ratio: 0.25}\n", unit="seconds")
 
 
 @pytest.mark.parametrize(
