@@ -17,7 +17,7 @@ from amclip_ds.compare.runs import (
     check_against_earlier,
     check_settings,
     make_runs,
-    read_plan,
+    read_earlier,
     read_rows,
     steps_of,
 )
@@ -84,10 +84,9 @@ def plan_runs(ask: Comparison, measure: Callable[[Row, Comparison], float]) -> l
     names = [row.name for row in rows]
     if ask.baseline not in names:
         raise UserError(f"--baseline {ask.baseline}: not among the recipes: {', '.join(names)}")
-    plan = read_plan(ask.out)
+    plan = read_earlier(ask.out)
     step_s = dict(plan["step_s"]) if plan else {}
     if plan is None:
-        check_against_earlier([], ask.out, None)
         _check_first(rows, ask)
     if ask.budget.unit == "seconds":
         for row in rows:

@@ -145,13 +145,19 @@ def steps_of(rows: Sequence[Row], budget: Budget, step_s: dict[str, float]) -> d
     return steps
 
 
-def check_against_earlier(runs: Sequence[Run], out: Path, plan: dict[str, Any] | None) -> None:
-    """Raises UserError where OUT holds other things, or runs of other words or settings: they would be shown as
-    these."""
-    if plan is None:
-        if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
-            raise UserError(f"--out {out}: holds other things and no comparison; name a new or an empty folder")
-        return
+def read_earlier(out: Path) -> dict[str, Any] | None:
+    """The plan that an earlier call left in OUT; None where OUT is new or empty. Raises UserError where OUT holds other
+    things and no plan."""
+    # Listed first: tasks of an array that start together see each other's plan, or an empty folder.
+    holds = out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
+    plan = read_plan(out)
+    if plan is None and holds:
+        raise UserError(f"--out {out}: holds other things and no comparison; name a new or an empty folder")
+    return plan
+
+
+def check_against_earlier(runs: Sequence[Run], out: Path, plan: dict[str, Any]) -> None:
+    """Raises UserError where OUT has runs of other words or settings: they would be shown as these."""
     for run in runs:
         before = plan["runs"].get(run.folder.name)
         if before is not None and before["words"] != list(run.words):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from amclip_ds import cli, config
+from amclip_ds.compare import runs as compared
 from amclip_ds.compare.compare import Comparison, compare, plan_runs, show
 from amclip_ds.compare.runs import (
     PLAN,
@@ -21,6 +22,7 @@ from amclip_ds.compare.runs import (
     check_against_earlier,
     make_runs,
     read_budget,
+    read_earlier,
     read_plan,
     read_rows,
     steps_of,
@@ -139,19 +141,25 @@ def test_rows_of_other_data_are_refused(tmp_path: Path) -> None:
 
 def test_runs_of_other_words_are_not_taken_for_these(tmp_path: Path) -> None:
     runs = made_runs(tmp_path)
-    plan = {"runs": {run.folder.name: {"words": list(run.words)} for run in runs}, "step_s": {}}
-    (tmp_path / PLAN).write_text(json.dumps(plan))
-    check_against_earlier(runs, tmp_path, read_plan(tmp_path))
+    written = {"runs": {run.folder.name: {"words": list(run.words)} for run in runs}, "step_s": {}}
+    (tmp_path / PLAN).write_text(json.dumps(written))
+    plan = read_plan(tmp_path)
+    assert plan is not None
+    check_against_earlier(runs, tmp_path, plan)
     rows = read_rows(RECIPES, [*WORDS, "optim.lr=0.1"], [], 1)
     others = make_runs(rows, 3, dict.fromkeys(RECIPES, 100), [*WORDS, "optim.lr=0.1"], tmp_path)
     with pytest.raises(UserError, match=r"clip-tiny-seed0 has other settings \(optim.lr=0.1\)"):
-        check_against_earlier(others, tmp_path, read_plan(tmp_path))
+        check_against_earlier(others, tmp_path, plan)
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    assert read_earlier(tmp_path / "new") is None
     (tmp_path / "empty").mkdir()
-    check_against_earlier(runs, tmp_path / "empty", None)
+    assert read_earlier(tmp_path / "empty") is None
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
     with pytest.raises(UserError, match="holds other things"):
-        check_against_earlier(runs, tmp_path / "full", None)
+        read_earlier(tmp_path / "full")
 
 
 def planned(
@@ -306,6 +314,29 @@ def test_a_failed_task_leaves_its_run_out_of_the_table(
     assert codes == [0, 0, 0, 1]
     summary = json.loads((tmp_path / "out" / "compare.json").read_text())["summary"]
     assert [row["seeds"] for row in summary] == [2, 1] and [row["not_run"] for row in summary] == [0, 1]
+
+
+@pytest.mark.parametrize("moment", ["read_plan", "iterdir"])
+def test_tasks_that_start_together_see_each_others_plan(
+    moment: str, array: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another task notes the runs just after this one has read OUT's plan, or its names, for the first time."""
+    monkeypatch.setattr("amclip_ds.preconditions.check", lambda config: None)
+    of = {"read_plan": compared, "iterdir": Path}[moment]
+    read = getattr(of, moment)
+    begun: list[bool] = []
+
+    def read_first(path: Path) -> object:
+        found = list(read(path)) if moment == "iterdir" else read(path)
+        if not begun and path == tmp_path / "out":
+            begun.append(True)
+            assert array("--task", "1", "--tasks", "4")[0] == 0
+        return found
+
+    monkeypatch.setattr(of, moment, read_first)
+    (tmp_path / "out").mkdir()
+    code, printed, said = array("--task", "0", "--tasks", "4")
+    assert begun and (code, printed.split("\n")[0]) == (0, "clip-tiny"), said
 
 
 PROGRAM = """#!/bin/sh
