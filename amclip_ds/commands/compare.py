@@ -7,7 +7,9 @@
 A row with settings of its own is a yaml: `recipe: aclip-tiny` and what differs. Stopped, the same command resumes:
 whole runs are read, an interrupted one is resumed; more seeds or recipes may be added. OUT has a folder a run,
 compare.json, compare.txt and compare.png. Accuracy at equal time is read from each run's own
-evaluations (eval.every_steps). On Slurm: slurm/compare.sbatch, a task a run.
+evaluations (eval.every_steps). Operations are those of the model, forward and backward: in table and picture as each
+run counted them; for --budget flops= planned beforehand, the mean over masks' schedules and losses' starts, with every
+text as long as the context, so that short captions spend less. On Slurm: slurm/compare.sbatch, a task a run.
 """
 
 import argparse

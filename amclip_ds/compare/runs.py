@@ -16,7 +16,7 @@ from amclip_ds.config import TrainConfig
 from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import UserError
 from amclip_ds.files import read_json, read_text
-from amclip_ds.plan.work import TERA, flops_of, work_of
+from amclip_ds.plan.work import TERA, mean_operations, work_of
 from amclip_ds.record import read_verdict
 
 PLAN = "compare-runs.json"
@@ -60,6 +60,7 @@ class Row:
     recipe: str
     config: TrainConfig
     tflop_per_step: float
+    """planned: the mean over the run's steps, with every text as long as the context"""
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,7 @@ def read_rows(recipes: Sequence[str], overrides: Sequence[str], plugins: list[st
     for name, recipe in zip(names, recipes, strict=True):
         config = settings.load(recipe, [*overrides, "run.steps=1"], plugins)
         settings.plan_batch(config.batch, procs)
-        work = work_of(config, procs)
-        rows.append(Row(name, recipe, config, flops_of(work).model * procs / TERA))
+        rows.append(Row(name, recipe, config, mean_operations(work_of(config, procs)) * procs / TERA))
     for key in EQUAL:
         values = {row.name: attrgetter(key)(row.config) for row in rows}
         if len(set(map(repr, values.values()))) > 1:

@@ -29,10 +29,26 @@ class Outcome:
     curve: list[tuple[int, float]]
     """(step, main metric of the student)"""
     main: str
+    costs: Sequence[tuple[int, float]] = ()
+    """(step, TFLOP of a step on all ranks, as the run counted it) of its rows; none where it could not count"""
 
     @property
     def is_whole(self) -> bool:
         return self.code == 0 and bool(self.metrics)
+
+    @property
+    def tflop_per_step(self) -> float:
+        """On all ranks, the mean over the run's steps; planned where the run has counted none."""
+        return self.spent(self.run.steps) / self.run.steps
+
+    def spent(self, steps: int) -> float:
+        """TFLOP of the first steps on all ranks: between two rows, and after the last one, a step costs what the next,
+        or the last, row has."""
+        total, before, cost = 0.0, 0, self.run.row.tflop_per_step
+        for step, cost in self.costs:
+            total += cost * (min(step, steps) - before)
+            before = min(step, steps)
+        return total + cost * (steps - before)
 
     def json(self) -> dict[str, Any]:
         """A row of --json."""
@@ -45,7 +61,7 @@ class Outcome:
             "step_s": self.step_s,
             "samples_per_s": None if self.step_s is None else size / self.step_s,
             "peak_memory_gib": self.peak_memory_gib,
-            "tflop_per_step": self.run.row.tflop_per_step,
+            "tflop_per_step": self.tflop_per_step,
             "code": self.code,
             "metrics": self.metrics,
             "run": str(self.run.folder),
@@ -87,7 +103,19 @@ def read_outcome(run: Run) -> Outcome:
         metrics,
         curve,
         main,
+        _costs(run.folder, rows),
     )
+
+
+def _costs(folder: Path, rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(step, TFLOP of a step on all ranks) of a run's rows; a row has the TFLOP/s of a rank."""
+    starts = read_lines(folder / run_files.TIMELINE, run_files.EVENT | {"world_size": int}, run_files.MAX_METRICS)
+    worlds = {row["attempt"]: row["world_size"] for row in starts if row["event"] == "start"}
+    return [
+        (row["step"], row["tflops"] * row["step_s"] * worlds[row["attempt"]])
+        for row in rows
+        if all(is_number(row.get(name)) for name in ("tflops", "step_s", "attempt")) and row["attempt"] in worlds
+    ]
 
 
 def _curve(evaluations: list[dict[str, Any]], sets: list[str]) -> tuple[list[tuple[int, float]], str]:
@@ -120,7 +148,7 @@ def summarise(outcomes: Sequence[Outcome], baseline: str) -> list[dict[str, Any]
             "baseline": baseline,
             "steps": all_of[0].run.steps,
             "samples": all_of[0].json()["samples"],
-            "tflop_per_step": all_of[0].run.row.tflop_per_step,
+            "tflop_per_step": statistics.fmean(outcome.tflop_per_step for outcome in whole or all_of),
         }
         for key in ("step_s", "samples_per_s", "peak_memory_gib"):
             values = [value for outcome in whole if (value := outcome.json()[key]) is not None]
@@ -182,12 +210,12 @@ def draw(outcomes: Sequence[Outcome], file: Path) -> None:
     )
     main = next((outcome.main for outcome in outcomes if outcome.main), "acc1")
     for name in dict.fromkeys(outcome.run.row.name for outcome in outcomes):
-        curves = [dict(o.curve) for o in outcomes if o.run.row.name == name and o.curve]
+        drawn = [outcome for outcome in outcomes if outcome.run.row.name == name and outcome.curve]
+        curves = [dict(outcome.curve) for outcome in drawn]
         shared = sorted(set.intersection(*map(set, curves))) if curves else []
         if not shared:
             continue
-        row = next(outcome.run.row for outcome in outcomes if outcome.run.row.name == name)
-        spent = [step * row.tflop_per_step for step in shared]
+        spent = [statistics.fmean(outcome.spent(step) for outcome in drawn) for step in shared]
         values = [[100 * curve[step] for curve in curves] for step in shared]
         colour, style = next(lines)
         axis.plot(

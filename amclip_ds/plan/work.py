@@ -13,7 +13,7 @@ from amclip_ds import hub
 from amclip_ds.config import BatchPlan, TrainConfig
 from amclip_ds.engine.ds_config import AUTO, BLOCK, TOWER, read_ds_config
 from amclip_ds.errors import SettingsError, UserError, in_one_line
-from amclip_ds.masks import masks_of_views, needs_of
+from amclip_ds.masks import STAGES, masks_of_views, needs_of
 from amclip_ds.masks.units import num_kept
 from amclip_ds.model.config import ModelConfig, grid_of
 from amclip_ds.plan import objectives, shapes
@@ -296,6 +296,23 @@ def begun(work: Work, progress: float) -> Work:
     teacher_grid = work.teacher_grid if now.reads_teacher else None
     texts = _texts_of(work.config, parts)
     return replace(work, parts=parts, texts=texts, views=work.views[: len(now.masks)], teacher_grid=teacher_grid)
+
+
+def mean_operations(work: Work) -> float:
+    """Floating point operations of a rank's batch in one step, the mean over the whole run: masks keep what their
+    schedules say, and what begins later costs nothing before. A text has work.text_tokens, or what its form leaves."""
+    changes = {0.0, 1.0} | {part.start for part in work.parts.values()}
+    if any(mask.final_keep_ratio is not None for mask in masks_of(work.config)):
+        changes |= {stage / STAGES for stage in range(STAGES)}
+    edges = sorted(changes)
+    return sum((end - begin) * flops_of(_at(work, begin)).model for begin, end in zip(edges, edges[1:]))
+
+
+def _at(work: Work, progress: float) -> Work:
+    """A step when so much of the run is done, 0 to 1: what has begun, with as many tokens as the masks then keep."""
+    now = begun(work, progress)
+    masks = masks_of(work.config)[: len(now.views)]
+    return replace(now, views=tuple(num_kept(mask.at(progress), work.grid) for mask in masks))
 
 
 def operations(config: TrainConfig, world: int) -> Callable[[int | list[int], float, float], float] | None:

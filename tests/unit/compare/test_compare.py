@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from amclip_ds import cli, config
 from amclip_ds.compare import runs as compared
@@ -91,6 +92,40 @@ def test_the_table_has_means_spreads_and_paired_differences(tmp_path: Path) -> N
     assert (tmp_path / "compare.txt").read_text().count("\n") == 3
 
 
+def test_the_table_and_the_picture_have_the_operations_that_were_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they change during the run, and where a resume has another number of ranks. Twins: a run that could
+    not count has what was planned."""
+    runs = made_runs(tmp_path, seeds=1)
+    for run in runs:
+        write_run(run, 0.2, 0.5)
+    events = [{"event": "start", "world_size": 4}, {"event": "resumed", "world_size": 9}]
+    rows = [{"step": 0, "attempt": 0, **event} for event in events]
+    rows.append({"step": 40, "attempt": 1, "event": "start", "world_size": 2})
+    (runs[1].folder / "timeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # 2 TFLOP a step of all ranks until step 40, then 6
+    metrics = [(10, 0, 1.0), (40, 0, 1.0), (60, 1, 6.0), (90, 1, 6.0)]
+    written = [{"step": step, "attempt": attempt, "step_s": 0.5, "tflops": rate} for step, attempt, rate in metrics]
+    (runs[1].folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    clip, aclip = (read_outcome(run) for run in runs)
+    assert [aclip.spent(step) for step in (20, 50, 100)] == pytest.approx([40, 140, 440])
+    as_planned = pytest.approx(runs[0].row.tflop_per_step)
+    assert clip.tflop_per_step == as_planned
+    drawn: list[list[float]] = []
+    plot = Axes.plot
+
+    def note(axis: Axes, spent: list[float], *values: object, **style: object) -> object:
+        drawn.append(list(spent))
+        return plot(axis, spent, *values, **style)
+
+    monkeypatch.setattr(Axes, "plot", note)
+    result = show(runs, "clip-tiny", tmp_path)
+    assert [row["tflop_per_step"] for row in result["rows"]] == [as_planned, pytest.approx(4.4)]
+    assert result["summary"][1]["tflop_per_step"] == pytest.approx(4.4)
+    assert drawn[1] == pytest.approx([140, 440]), "at the evaluations of steps 50 and 100"
+
+
 def test_a_run_that_failed_is_in_no_mean(tmp_path: Path) -> None:
     runs = made_runs(tmp_path, seeds=2)
     for run in runs[:3]:
@@ -114,6 +149,16 @@ def test_budgets_in_other_units_are_steps(tmp_path: Path) -> None:
     by_flops = steps_of(rows, Budget("flops", 1e14), {})
     assert by_flops["clip-tiny"] > by_flops["aclip-tiny"]
     assert by_flops["clip-tiny"] == int(1e14 / (rows[0].tflop_per_step * 1e12))
+    words = [*WORDS, "mask.strategy=random", "mask.schedule=linear"]
+    falling, rising, most = (
+        steps_of(read_rows(["clip-tiny"], [*words, *ratios], [], 1), Budget("flops", 1e14), {})["clip-tiny"]
+        for ratios in (
+            ["mask.keep_ratio=0.5", "mask.final_keep_ratio=0.25"],
+            ["mask.keep_ratio=0.25", "mask.final_keep_ratio=0.5"],
+            ["mask.keep_ratio=0.5", "mask.final_keep_ratio=0.5"],
+        )
+    )
+    assert falling == rising > most
     assert steps_of(rows, read_budget("seconds=60"), {"clip-tiny": 0.5, "aclip-tiny": 2.0}) == {
         "clip-tiny": 120,
         "aclip-tiny": 30,

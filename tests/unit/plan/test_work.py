@@ -1,6 +1,7 @@
 """Operations and bytes of a step: the formulas against torch's own count and what autograd really keeps."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,26 @@ def test_what_begins_later_costs_nothing_before() -> None:
     assert late is not None and whole is not None and clip is not None
     assert late(64, 16.0, 0.79) == pytest.approx(clip(64, 16.0, 0.79), rel=0.01)
     assert late([64, 16], 16.0, 0.8) == whole([64, 16], 16.0, 0.0) > 1.3 * late(64, 16.0, 0.0)
+
+
+def test_a_runs_mean_follows_schedules_and_starts() -> None:
+    """Twin: where nothing changes, it is the step's own number, to the bit."""
+    words = ["mask.keep_ratio=0.5", "mask.schedule=linear", "mask.final_keep_ratio=0.25"]
+    falling = of_recipe("random2x-tiny", *words)
+    count = work.operations(falling.config, 1)
+    assert count is not None
+    ratios = [0.5 - 0.25 * stage / 7 for stage in range(8)]
+    stages = [count(math.ceil(64 * ratio - 1e-9), 77.0, stage / 8) for stage, ratio in enumerate(ratios)]
+    assert work.mean_operations(falling) == pytest.approx(sum(stages) / 8)
+    assert work.mean_operations(falling) < 0.95 * work.flops_of(falling).model
+    rising = of_recipe("random2x-tiny", words[1], "mask.keep_ratio=0.25", "mask.final_keep_ratio=0.5")
+    assert work.mean_operations(rising) == pytest.approx(work.mean_operations(falling))
+
+    late = of_recipe("maskclip-tiny", "loss.mlm.weight=0", "loss.patches.start=0.8")
+    count = work.operations(late.config, 1)
+    assert count is not None
+    after = count(list(late.views), 77.0, 0.8)
+    assert after == work.flops_of(late).model
+    assert work.mean_operations(late) == pytest.approx(0.8 * count(64, 77.0, 0.0) + 0.2 * after)
+    for recipe in ("clip-tiny", "aclip-tiny", "maskclip-tiny"):
+        assert work.mean_operations(of_recipe(recipe)) == work.flops_of(of_recipe(recipe)).model
