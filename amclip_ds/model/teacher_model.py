@@ -78,13 +78,6 @@ class TeacherModel(TwoTowers):
             check_targets(type(observer).observe, targets[name], views[-1])
         return Observed(targets, scores)
 
-    def attention(self, images: Tensor) -> Tensor:
-        """[B, N] fp32, of all views [V, B, N]: how much the class token attends to each patch of the crop. No objective
-        is asked, and no statistic moves. images: as observe."""
-        scores = self.vision(images.flatten(0, -4), with_scores=True).scores
-        assert scores is not None
-        return scores.unflatten(0, images.shape[:-3])
-
 
 def samples_first(part: Tensor, dimensions: int) -> Tensor:
     """[B, ...] as it is; [V, B, ...] of two leading dimensions as [B, V, ...]."""

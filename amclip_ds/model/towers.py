@@ -1,6 +1,6 @@
 """Both towers and their projections: what the student and the teacher have in common.
 
-Shapes: B samples, T tokens, E embedding.
+Shapes: B samples, V views, N patches of an image, T tokens, E embedding.
 """
 
 from collections.abc import Callable
@@ -32,6 +32,13 @@ class TwoTowers(nn.Module):
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised, every token -> embeddings [B, E], fp32 rows of unit length."""
         return normalise(self.image_projection(self.vision.feature(self.vision(images, cls_only=True).tokens)))
+
+    def attention(self, images: Tensor) -> Tensor:
+        """[B, N] fp32, of all views [V, B, N]: how much the class token attends to each patch. No objective is asked,
+        and no statistic moves. images: [B, 3, H, W] normalised, or all views [V, B, 3, H, W]."""
+        scores = self.vision(images.flatten(0, -4), with_scores=True).scores
+        assert scores is not None
+        return scores.unflatten(0, images.shape[:-3])
 
     def embed_texts(self, token_ids: Tensor) -> Tensor:
         """[B, T] -> embeddings [B, E], fp32 rows of unit length."""

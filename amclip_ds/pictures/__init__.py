@@ -141,9 +141,17 @@ def observe(batch: Batch, method: Method, student: StudentEngine, teacher: Teach
     inputs = student_inputs(batch, views, scores, method, progress)
     kept = by_view(inputs.groups, chosen(inputs, student.choose))
     on_cpu = [None if rows is None else rows.cpu() for rows in kept]
-    if scores is not None and scores.dim() == 3:
-        scores = scores[0]  # of the views themselves: the first one's
-    return Shot(on_cpu, None if scores is None else scores.float().cpu())
+    return Shot(on_cpu, None if scores is None else of_one_picture(scores).float().cpu())
+
+
+def of_one_picture(scores: Tensor) -> Tensor:
+    """The scores [B, n] that are drawn: of the views themselves, [V, B, N], the first one's."""
+    return scores[0] if scores.dim() == 3 else scores
+
+
+def teachers_picture(batch: Batch, method: Method) -> Tensor:
+    """What the teacher looks at, [B, 3, h, w] uint8; where it sees all views, the first one."""
+    return batch.views_uint8[method.teacher_view or 0] if batch.teacher_uint8 is None else batch.teacher_uint8
 
 
 def chosen(inputs: StudentInputs, through_tower: Callable[[ViewGroup], Tensor | None]) -> list[Tensor | None]:
@@ -208,9 +216,7 @@ def draw(batch: Batch, shot: Shot, method: Method, captions: list[str]) -> Image
     """A row an image: the teacher's crop and its scores, then each view with what is removed darkened; a legend."""
     columns: list[tuple[str, list[Image.Image]]] = []
     if shot.scores is not None:
-        crop = batch.teacher_uint8
-        looked_at = batch.views_uint8[method.teacher_view or 0] if crop is None else crop
-        columns.append(("teacher's crop", [thumbnail(image) for image in looked_at]))
+        columns.append(("teacher's crop", [thumbnail(image) for image in teachers_picture(batch, method)]))
         columns.append(("its attention", [heat(row) for row in shot.scores]))
     for view, (rows, mask) in enumerate(zip(shot.kept, method.masks)):
         pictures = [

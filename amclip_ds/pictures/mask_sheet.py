@@ -22,14 +22,25 @@ from amclip_ds.data.loader import TrainingData
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.source import build_towers, locate
 from amclip_ds.files import write_atomically
-from amclip_ds.masks import MASKS, MaskConfig
+from amclip_ds.masks import MASKS, NONE
 from amclip_ds.masks.units import num_units
 from amclip_ds.method import Method, method_of
 from amclip_ds.model.amclip import AClip, by_view
-from amclip_ds.pictures import captions_of, chosen, darkened, encoded, heat, outlined, sheet, thumbnail
+from amclip_ds.pictures import (
+    captions_of,
+    chosen,
+    darkened,
+    encoded,
+    heat,
+    of_one_picture,
+    outlined,
+    sheet,
+    teachers_picture,
+    thumbnail,
+)
 from amclip_ds.pictures.mask_statistics import object_boxes, object_share, patches_inside
 from amclip_ds.report.page import fill
-from amclip_ds.step import student_inputs
+from amclip_ds.step import student_inputs, teachers_images
 
 
 @dataclass
@@ -42,7 +53,8 @@ class Kept:
     tokens: list[int]
     """kept of each view"""
     object_share: float | None
-    """the mean share of an object's patches that stay, over the views that show any; None: no boxes"""
+    """the mean share of an object's patches that stay, over the views that show any and lose any patch; None: no boxes,
+    or nothing is removed"""
     note: str
 
     @property
@@ -65,7 +77,7 @@ def masks(source: Path, data: str, out: Path, images: int, names: list[str]) -> 
         raise UserError(f"--out {out}: {error.strerror}") from None
     batch, boxes = load_images(located.config, data, images, out)
     method = method_of(located.config)
-    scores = attention(towers, batch)
+    scores = attention(towers, batch, method)
     found = [kept_by(name, method, towers, batch, scores, boxes) for name in names or MASKS]
     picture = draw(batch, scores, found, method, boxes)
     title = f"{source}: {weights}, step {located.step}"
@@ -87,6 +99,7 @@ def masks(source: Path, data: str, out: Path, images: int, names: list[str]) -> 
 def load_images(config: TrainConfig, data: str, images: int, scratch: Path) -> tuple[Batch, Tensor | None]:
     """The first samples of the training order over the shards, and the objects' boxes [B, 4] where all have one."""
     vision, method = config.model.vision, method_of(config)
+    has_crop = method.teacher_view is None and not method.sees_views
     settings = replace(config.data, train=data, index=None, workers=0, weights=None, resampled=False, stage_dir="")
     with closing(
         TrainingData(
@@ -96,7 +109,7 @@ def load_images(config: TrainConfig, data: str, images: int, scratch: Path) -> t
             rank=0,
             world_size=1,
             image_size=vision.image_size,
-            teacher_size=config.teacher.image_size(vision.image_size),
+            teacher_size=config.teacher.image_size(vision.image_size) if has_crop else None,
             teacher_contains=method.compat.teacher_sees_views,
             draws_twice=True,
             num_units=max(num_units(vision.grid, mask.unit) for mask in method.masks),
@@ -110,49 +123,49 @@ def load_images(config: TrainConfig, data: str, images: int, scratch: Path) -> t
 
 
 @torch.no_grad()
-def attention(towers: AClip, batch: Batch) -> Tensor:
-    """[B, n] fp32: how much the source's class token attends to each patch of the teacher's crop."""
-    assert batch.teacher_uint8 is not None
-    scores = towers.vision(photometric.normalise(batch.teacher_uint8), with_scores=True).scores
-    assert scores is not None
-    return scores
+def attention(towers: AClip, batch: Batch, method: Method) -> Tensor:
+    """How much the source's class token attends to each patch of what the run's teacher sees, fp32: of its crop [B, n],
+    of all views [V, B, N]."""
+    views = photometric.apply(batch.views_uint8, batch.photometric)
+    return towers.attention(teachers_images(batch, views, method))
 
 
 @torch.no_grad()
 def kept_by(name: str, method: Method, towers: AClip, batch: Batch, scores: Tensor, boxes: Tensor | None) -> Kept:
-    """What one mask keeps of the views, with the run's unit and ratio, as at the end of the run."""
-    views = len(method.masks)
-    ratios = [mask.at(1.0).keep_ratio for mask in method.masks]
+    """What one mask keeps of the views, with the run's unit and ratio, as at the end of the run.
+
+    A view that the run does not mask stays whole, unless it masks none. scores: as attention gives them.
+    """
+    masks = [mask.at(1.0) for mask in method.masks]
+    masked = [view for view, mask in enumerate(masks) if mask.strategy != NONE] or list(range(len(masks)))
     note = ""
-    if MASKS[name].disjoint and max(ratios) > 1 / views:
-        ratios = [1 / views] * views
-        note = f"keeps 1/{views}: views that share no token cannot keep more"
-    now: list[MaskConfig] = []
-    for mask, ratio in zip(method.masks, ratios):
-        ratio = (
-            math.floor(ratio * num_units(method.grid, mask.unit)) / num_units(method.grid, mask.unit) if note else ratio
-        )
-        now.append(replace(mask.at(1.0), strategy=name, keep_ratio=ratio))
+    if MASKS[name].disjoint and max(masks[view].keep_ratio for view in masked) > 1 / len(masked):
+        note = f"keeps 1/{len(masked)}: views that share no token cannot keep more"
+    for view in masked:
+        mask, units = masks[view], num_units(method.grid, masks[view].unit)
+        ratio = math.floor(units / len(masked)) / units if note else mask.keep_ratio
+        masks[view] = replace(mask, strategy=name, keep_ratio=ratio)
     images = photometric.apply(batch.views_uint8, batch.photometric)
-    inputs = student_inputs(batch, images, scores, replace(method, masks=tuple(now)), progress=1.0)
+    inputs = student_inputs(batch, images, scores, replace(method, masks=tuple(masks)), progress=1.0)
     every = torch.arange(method.grid**2).expand(len(batch.sample_ids), -1)
-    kept = [every if rows is None else rows for rows in by_view(inputs.groups, chosen(inputs, towers.choose))]
+    found = by_view(inputs.groups, chosen(inputs, towers.choose))
+    kept = [every if rows is None else rows for rows in found]
+    removing = [None if rows.shape[-1] == method.grid**2 else rows for rows in kept]
     return Kept(
         name,
         kept,
         [rows.shape[-1] for rows in kept],
-        object_share(kept, boxes, batch.boxes[:-1], method.grid, batch.flips),
+        object_share(removing, boxes, batch.boxes[:-1], method.grid, batch.flips),
         note,
     )
 
 
 def draw(batch: Batch, scores: Tensor, found: list[Kept], method: Method, boxes: Tensor | None) -> Image.Image:
     """The grid: the teacher's crop, its attention, then both views under each mask; a row an image."""
-    assert batch.teacher_uint8 is not None
     inside = None if boxes is None else patches_inside(boxes, batch.boxes[:-1], method.grid, batch.flips)
     columns = [
-        ("teacher's crop", [thumbnail(image) for image in batch.teacher_uint8]),
-        ("its attention", [heat(row) for row in scores]),
+        ("teacher's crop", [thumbnail(image) for image in teachers_picture(batch, method)]),
+        ("its attention", [heat(row) for row in of_one_picture(scores)]),
     ]
     for one in found:
         for view, rows in enumerate(one.by_view):

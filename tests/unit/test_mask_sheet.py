@@ -2,20 +2,23 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from amclip_ds import cli
+from amclip_ds import cli, samples
 from amclip_ds import config as settings
 from amclip_ds.data.synthetic import write_dataset
 from amclip_ds.evaluate.source import build_towers, locate
 from amclip_ds.masks import MASKS
 from amclip_ds.method import method_of
 from amclip_ds.model.amclip import AClip
-from amclip_ds.pictures import mask_sheet
+from amclip_ds.pictures import first_samples, mask_sheet, observe
+from amclip_ds.pictures.mask_statistics import object_share
 from tests.unit.data.shards import write_tar
 
 
@@ -69,12 +72,63 @@ def test_the_masks_are_those_of_a_training_step(place: Path) -> None:
     towers, method = build_towers(located, "teacher"), method_of(located.config)
     batch, boxes = mask_sheet.load_images(located.config, str(place / "scenes" / "test"), 4, place / "scratch")
     assert boxes is not None
-    scores = mask_sheet.attention(towers, batch)
+    scores = mask_sheet.attention(towers, batch, method)
     shared = {}
     for name in ("disjoint", "random"):
         first, second = mask_sheet.kept_by(name, method, towers, batch, scores, boxes).by_view
         shared[name] = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(first, second))
     assert shared["disjoint"] == 0 and shared["random"] > 0
+
+
+@pytest.mark.parametrize(
+    "recipe, strategy, by_view",
+    [
+        ("aclip-tiny", "attentive", [32, 32]),
+        ("maskclip-tiny", "random", [64, 16]),  # its first view is not masked
+        ("maskclip-tiny", "attentive", [64, 16]),  # by the attention to the first view
+        ("detailclip-tiny", "attentive", [32, 32]),  # by the attention to each view
+    ],
+)
+def test_the_numbers_are_the_runs_own(
+    recipe: str, strategy: str, by_view: list[int], place: Path, tmp_path: Path
+) -> None:
+    """As the run's pictures find them on the same samples, of which the sheet holds the same views and boxes."""
+    shards = str(place / "scenes" / "test")
+    keys = [f"data.train={shards}", f"run.out={tmp_path}", "batch.global_size=8"]
+    keys += ["model.vision.depth=1", "model.text.depth=1"]
+    if "maskclip" in recipe:
+        keys.append(f"data.views.1.mask.strategy={strategy}")
+    config = settings.load(recipe, keys)
+    torch.manual_seed(0)
+    towers, method = AClip(config.model), method_of(config)
+    for parameter in towers.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    engine: Any = SimpleNamespace(attention=towers.attention, choose=towers.choose)
+    with samples.opened(samples.for_reading(config, tmp_path)) as data:
+        batch, boxes = first_samples(data)
+    shot = observe(batch, method, engine, engine, progress=1.0)
+    of_run = object_share(shot.kept, boxes, batch.boxes[:-1], method.grid, batch.flips)
+
+    shown, boxes = mask_sheet.load_images(config, shards, len(batch.sample_ids), tmp_path / "sheet")
+    for name in ("sample_ids", "views_uint8", "boxes"):
+        assert torch.equal(getattr(shown, name), getattr(batch, name)), name
+    scores = mask_sheet.attention(towers, shown, method)
+    found = mask_sheet.kept_by(strategy, method, towers, shown, scores, boxes)
+    assert found.tokens == by_view
+    for of_view, expected in zip(found.by_view, shot.kept, strict=True):
+        assert of_view.shape[-1] == method.grid**2 if expected is None else torch.equal(of_view, expected)
+    assert found.object_share == of_run and of_run is not None
+    assert mask_sheet.draw(shown, scores, [found], method, boxes).height > len(batch.sample_ids) * 112
+
+
+def test_a_run_that_removes_nothing_has_no_share(place: Path, tmp_path: Path) -> None:
+    shards = str(place / "scenes" / "test")
+    config = settings.load("clip-tiny", [f"data.train={shards}", "model.vision.depth=1", "model.text.depth=1"])
+    towers, method = AClip(config.model), method_of(config)
+    batch, boxes = mask_sheet.load_images(config, shards, 4, tmp_path)
+    assert boxes is not None and batch.teacher_uint8 is not None, "a crop to show the attention of"
+    found = mask_sheet.kept_by("random", method, towers, batch, mask_sheet.attention(towers, batch, method), boxes)
+    assert set(found.tokens) == {64} and found.object_share is None
 
 
 def test_images_without_boxes_have_no_share(place: Path, tmp_path: Path) -> None:
