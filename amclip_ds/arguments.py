@@ -108,6 +108,17 @@ def whole(least: int, most: int = 10**12) -> Callable[[str], int]:
     return read
 
 
+def share(text: str) -> float:
+    """For `type=`: a number above 0, 1 at most."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1]")
+    return value
+
+
 def number(least: float, most: float = 1e9) -> Callable[[str], float]:
     """For `type=`: a number from `least` to `most`."""
 

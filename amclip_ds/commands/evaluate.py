@@ -5,6 +5,7 @@
   amclip eval runs/aclip-vitb16/checkpoints/step_00010000 --data /eval/imagenet1k --templates openai-80 --procs 8
   amclip eval exported/open_clip --data /eval/imagenet1k --json numbers.json
   amclip eval runs/aclip-vitb16 --suite vtab+ --data /eval --csv vtab.csv --procs 8
+  amclip eval runs/flip-tuned --data /eval/imagenet1k --keep-ratio 0.5
 
 DIR is CLIP_benchmark's WebDataset layout, an image folder (a folder a class, wnids too, with train and val above them
 or not), images beside a list of NAME,LABEL, tars of image and text for retrieval, or WinoGAViL's table with its
@@ -17,7 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from amclip_ds.arguments import whole
+from amclip_ds.arguments import share, whole
 
 HELP = "evaluate a run, a checkpoint or an export"
 SUITES = ("vtab+", "datacomp", "imagenet-shifts", "retrieval")
@@ -68,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="ours",
         help="whose pixels an export sees: ours (default), or its own library's",
     )
+    parser.add_argument(
+        "--keep-ratio",
+        type=share,
+        default=1.0,
+        metavar="R",
+        help="encode a random share R of each image's patches (1: all); rows name their set `NAME keep=R`",
+    )
     parser.add_argument("--procs", type=whole(1, 1024), metavar="N", help="start N processes on this machine")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers, in CLIP_benchmark's names")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write CLIP_benchmark's table")
@@ -81,6 +89,10 @@ def run(args: argparse.Namespace) -> int:
     source_kind.check(args.source)
     for spec in () if args.suite else args.data or ():
         check_foreign(spec, "--data")
+    if args.keep_ratio < 1:
+        from amclip_ds.evaluate import token_removal
+
+        token_removal.check(args.source, args.keep_ratio)
     if args.procs is not None:
         from amclip_ds.launch import run_ranks
 

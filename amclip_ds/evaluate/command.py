@@ -8,7 +8,7 @@ from typing import Any
 
 from amclip_ds import display, json_file
 from amclip_ds.errors import UserError
-from amclip_ds.evaluate import suites
+from amclip_ds.evaluate import suites, token_removal
 from amclip_ds.evaluate.datasets import check_distinct
 from amclip_ds.evaluate.encoder import Encoder
 from amclip_ds.evaluate.rows import append_new
@@ -37,14 +37,15 @@ def evaluate(args: argparse.Namespace) -> int:
         )
         check_distinct([data for _, data, _ in opened], key)
         if runtime.is_main:
-            print(f"{located.path}: {located.kind}, step {located.step}; {', '.join(names)}", flush=True)
+            kept = f"; {token_removal.check(args.source, args.keep_ratio)}" if args.keep_ratio < 1 else ""
+            print(f"{located.path}: {located.kind}, step {located.step}; {', '.join(names)}{kept}", flush=True)
             for line in suite.lines() if suite else ():
                 print(line, flush=True)
             for line in dict.fromkeys(data.describe() for _, data, _ in opened):
                 print(line, flush=True)
         comm, rows = DistributedComm(), []
         for name in names:
-            encoder: Encoder = open_encoder(located, name, runtime.device, args.preprocess)
+            encoder: Encoder = open_encoder(located, name, runtime.device, args.preprocess, args.keep_ratio)
             encoder.say = partial(print, flush=True)
             for task, data, train in opened:
                 rows.append(run_task(task, encoder, data, args.batch_size, comm, located.step, train))
@@ -69,6 +70,9 @@ def _hand_over(
     rows: list[dict[str, Any]], located: Located, args: argparse.Namespace, suite: suites.Found | None
 ) -> None:
     averages = suites.report(suite, rows) if suite else []
+    if args.keep_ratio < 1:
+        token_removal.mark(rows, args.keep_ratio)
+        averages = [f"{line} (keep={args.keep_ratio})" for line in averages]
     print_table(rows)
     for line in averages:
         print(line)

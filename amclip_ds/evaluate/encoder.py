@@ -23,6 +23,8 @@ from amclip_ds.data import photometric
 from amclip_ds.data.captions import build_tokenizer, trim
 from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.datasets import Sample
+from amclip_ds.evaluate.token_removal import selection
+from amclip_ds.masks.selection import Selection
 from amclip_ds.progress import progress
 from amclip_ds.ranks.collectives import on_all
 
@@ -44,16 +46,17 @@ class Encoder(Protocol):
         """One RGB image -> what `image` stacks."""
         ...
 
-    def image(self, images: Tensor) -> Tensor:
-        """Stacked images [B, 3, H, W] -> unit vectors [B, E] fp32."""
+    def image(self, images: Tensor, numbers: Sequence[int] = ()) -> Tensor:
+        """Stacked images [B, 3, H, W] -> unit vectors [B, E] fp32. numbers: of the first images in their set, by which
+        patches are removed, where they are."""
         ...
 
     def text(self, texts: Sequence[str]) -> Tensor:
         """Texts -> unit vectors [B, E] fp32."""
         ...
 
-    def features(self, images: Tensor) -> Tensor:
-        """Stacked images [B, 3, H, W] -> what probes learn from [B, D] fp32."""
+    def features(self, images: Tensor, numbers: Sequence[int] = ()) -> Tensor:
+        """Stacked images [B, 3, H, W] -> what probes learn from [B, D] fp32. numbers: as image."""
         ...
 
 
@@ -75,20 +78,30 @@ class TowerEncoder:
     say: Callable[[str], None] | None = None
 
     def __init__(
-        self, towers: Towers, weights: str, image_size: int, context_length: int, device: torch.device
+        self,
+        towers: Towers,
+        weights: str,
+        image_size: int,
+        context_length: int,
+        device: torch.device,
+        keep_ratio: float = 1.0,
     ) -> None:
-        """towers: AClip, TeacherModel, or the engine of one."""
+        """towers: AClip, TeacherModel, or the engine of one. keep_ratio: share of an image's patches that is encoded
+        (token_removal); below 1 of a module only."""
         self.towers, self.weights, self.image_size = towers, weights, image_size
-        self.context_length, self.device = context_length, device
+        self.context_length, self.device, self.keep_ratio = context_length, device, keep_ratio
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Shortest side resized to the model's, centre cut: [3, H, H] uint8."""
         return resize_and_crop(image, self.image_size)
 
     @torch.no_grad()
-    def image(self, images: Tensor) -> Tensor:
+    def image(self, images: Tensor, numbers: Sequence[int] = ()) -> Tensor:
         """uint8 [B, 3, H, H] -> [B, E]."""
-        return self.towers.embed_images(photometric.normalise(images.to(self.device)))
+        pixels = photometric.normalise(images.to(self.device))
+        if self.keep_ratio == 1:
+            return self.towers.embed_images(pixels)
+        return cast(Any, self.towers).embed_images(pixels, self._removing(numbers, len(images)))
 
     @torch.no_grad()
     def text(self, texts: Sequence[str]) -> Tensor:
@@ -101,10 +114,16 @@ class TowerEncoder:
         return float(cast(Any, self.towers).logit_scale.detach().float().exp())
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, numbers: Sequence[int] = ()) -> Tensor:
         """uint8 [B, 3, H, H] -> the tower's feature [B, D]; of a module only, since no engine gives it."""
-        vision = cast(Any, self.towers).vision
-        return vision.feature(vision(photometric.normalise(images.to(self.device))).tokens).float()
+        vision, pixels = cast(Any, self.towers).vision, photometric.normalise(images.to(self.device))
+        return vision.feature(vision(pixels, self._removing(numbers, len(images))).tokens).float()
+
+    def _removing(self, numbers: Sequence[int], rows: int) -> tuple[Selection, ...]:
+        """How the patches of a batch are chosen; none: every one stays."""
+        if self.keep_ratio == 1:
+            return ()
+        return (selection(self.keep_ratio, cast(Any, self.towers).vision.grid, numbers, rows, self.device),)
 
 
 @lru_cache(maxsize=1)
@@ -165,7 +184,7 @@ def encode_images(
     def work(numbers: range, images: Sequence[Tensor]) -> Tensor:
         missing = batch_size - len(images)
         batch = torch.stack([*images, *[torch.zeros_like(images[0])] * missing])
-        embeddings = encoder.image(batch)[: len(images)]
+        embeddings = encoder.image(batch, numbers)[: len(images)]
         return then(embeddings, numbers) if then else embeddings
 
     batches = _deal(len(samples), batch_size, comm)

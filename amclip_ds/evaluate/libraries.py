@@ -106,8 +106,8 @@ class Library:
             raise UserError(f"{self.path}: gives embeddings that are not finite")
 
     @torch.no_grad()
-    def image(self, images: Tensor) -> Tensor:
-        """[B, 3, H, H] -> [B, E]."""
+    def image(self, images: Tensor, numbers: Sequence[int] = ()) -> Tensor:
+        """[B, 3, H, H] -> [B, E]; no patch is removed."""
         return F.normalize(self.features(images), dim=-1)
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class Library:
             return F.normalize(self.embed_ids(self.tokenise(list(texts)).to(self.device)).float(), dim=-1)
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, numbers: Sequence[int] = ()) -> Tensor:
         """[B, 3, H, H] -> [B, E], for probes: the embedding before it is normalised."""
         images = images.to(self.device)
         pixels = photometric.normalise(images) if images.dtype == torch.uint8 else images

@@ -121,8 +121,11 @@ def fill_towers(model: ModelConfig, sources: list[Source], device: torch.device 
     return module.requires_grad_(False).eval()
 
 
-def open_encoder(located: Located, weights: str, device: torch.device, preprocess: str = "ours") -> Encoder:
-    """The encoder of a source. preprocess: ours | library, whose pixels an export sees."""
+def open_encoder(
+    located: Located, weights: str, device: torch.device, preprocess: str = "ours", keep_ratio: float = 1.0
+) -> Encoder:
+    """The encoder of a source. preprocess: ours | library, whose pixels an export sees. keep_ratio: share of an image's
+    patches that a run's or checkpoint's model encodes (token_removal)."""
     if located.config is None:
         from amclip_ds.evaluate.libraries import open_library
 
@@ -137,4 +140,5 @@ def open_encoder(located: Located, weights: str, device: torch.device, preproces
             ) from None
     module = build_towers(located, weights, device)
     model = located.config.model
-    return TowerEncoder(module, weights, model.vision.image_size, model.text.context_length, device)
+    size, length = model.vision.image_size, model.text.context_length
+    return TowerEncoder(module, weights, size, length, device, keep_ratio)

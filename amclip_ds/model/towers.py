@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amclip_ds.masks.selection import Selection
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.savings import Savings
 from amclip_ds.model.text import TextTower
@@ -29,9 +30,11 @@ class TwoTowers(nn.Module):
         """The engine's entry: `method` of this class over the inputs (an engine's hooks watch forward alone)."""
         return method(self, *inputs)
 
-    def embed_images(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised, every token -> embeddings [B, E], fp32 rows of unit length."""
-        return normalise(self.image_projection(self.vision.feature(self.vision(images, cls_only=True).tokens)))
+    def embed_images(self, images: Tensor, selections: tuple[Selection, ...] = ()) -> Tensor:
+        """[B, 3, H, W] normalised -> embeddings [B, E], fp32 rows of unit length. selections choose the tokens that
+        stay; none: every one."""
+        output = self.vision(images, selections, cls_only=True)
+        return normalise(self.image_projection(self.vision.feature(output.tokens)))
 
     def attention(self, images: Tensor) -> Tensor:
         """[B, N] fp32, of all views [V, B, N]: how much the class token attends to each patch. No objective is asked,

@@ -132,7 +132,7 @@ def test_its_readers_end_where_they_are_used(fails: bool, tmp_path: Path, monkey
     kept, load_ahead, model = [], encoding._load_ahead, tiny_encoder()
     monkeypatch.setattr(encoding, "_load_ahead", lambda *words: kept.append(load_ahead(*words)) or kept[0])
     if fails:
-        monkeypatch.setattr(model, "image", lambda batch: 1 / 0)
+        monkeypatch.setattr(model, "image", lambda batch, numbers: 1 / 0)
     samples = open_set(str(write_set(tmp_path / "set"))).samples
     with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
         encode_images(model, samples, 4, SingleProcess())
