@@ -8,7 +8,11 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 HOOK = sorted(Path("environment").glob("amclip_ds_torchvision.*"))
-BENCHMARKS = [path for path in sorted(Path("benchmarks").glob("*.py")) if "from tests" not in path.read_text()]
+BENCHMARKS = [
+    path
+    for path in sorted(Path("benchmarks").glob("*.py"))
+    if path.stem != "mutants" and "from tests" not in path.read_text()
+]
 
 
 class BuildPy(build_py):

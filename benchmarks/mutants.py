@@ -3,7 +3,7 @@
     python benchmarks/mutants.py [--only masks] [--tests tests/unit]
 
 The first line of a patch names the tests that must fail under it. A fault that they pass is printed as MISSED, a patch
-that no longer applies as STALE; either makes the exit code 1.
+that no longer applies as STALE; either makes the exit code 1. Where there is no patch the exit code is 2.
 """
 
 import argparse
@@ -39,10 +39,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="a regular expression of patches' names")
     parser.add_argument("--tests", nargs="*", help="these tests instead of those that the patches name")
     args = parser.parse_args()
+    patches = [patch for patch in sorted(HERE.glob("mutants/*.patch")) if re.search(args.only, patch.stem)]
+    if not patches:
+        parser.error(f"no patch in {HERE / 'mutants'}" + (f" matches --only {args.only}" if args.only else ""))
     wrong = 0
-    for patch in sorted(HERE.glob("mutants/*.patch")):
-        if not re.search(args.only, patch.stem):
-            continue
+    for patch in patches:
         named = patch.read_text().splitlines()[0].removeprefix("Noticed by:").split()
         with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
             for name in COPIED:

@@ -63,6 +63,12 @@ def test_the_wheel_carries_recipes_and_ds_configs(wheel: Path) -> None:
             assert (name if name.startswith("amclip_ds/") else f"amclip_ds/{name}") in inside, name
 
 
+def test_the_wheel_carries_the_benchmarks_that_need_no_checkout(wheel: Path) -> None:
+    inside = {Path(name).stem for name in zipfile.ZipFile(wheel).namelist() if name.startswith("amclip_ds/benchmarks/")}
+    every = {file.stem for file in (ROOT / "benchmarks").glob("*.py")}
+    assert every - inside == {"equivalence", "fleet", "mutants"}, "those run the tests"
+
+
 def test_both_kinds_of_install_place_the_torchvision_hook(wheel: Path, tree: Path, tmp_path: Path) -> None:
     """A .pth file and its module, at the top of what is installed: of a wheel and of `pip install -e`."""
     script = f"from setuptools import build_meta; print(build_meta.build_editable({str(tmp_path)!r}))"
