@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds import cli
+from amclip_ds import cli, configfile
+from amclip_ds import config as settings
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACKED = [
@@ -35,6 +36,68 @@ def test_every_link_leads_somewhere() -> None:
 
 def test_a_broken_link_is_seen() -> None:
     assert broken_links(ROOT / "README.md", "see [the log](docs/log.md)") == ["docs/log.md"]
+
+
+def uneven_rows(text: str) -> list[str]:
+    """Rows of a table with another number of cells than its first. As GitHub reads them: a `|` parts cells in a code
+    span too, unless a backslash is before it."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    wrong = []
+    for table in re.findall(r"(?:^\|.*\n?)+", text, re.M):
+        first, *others = table.splitlines()
+        wrong += [row for row in others if num_cells(row) != num_cells(first)]
+    return wrong
+
+
+def num_cells(row: str) -> int:
+    return len(re.split(r"(?<!\\)\|", re.sub(r"(?<!\\)\|$", "", row.strip()))) - 1
+
+
+def test_every_row_of_a_table_has_as_many_cells_as_its_first() -> None:
+    assert not {page.name: rows for page in PAGES if (rows := uneven_rows(page.read_text()))}
+
+
+def test_an_uneven_row_is_seen() -> None:
+    head = "| a | b |\n|---|---|\n"
+    for row in ("| 1 | 2 |", r"| `x\|y` | 2 \| 3 |", "| | 2 |", "| 1 | 2"):
+        assert not uneven_rows(f"text\n\n{head}{row}\n\ntext | text")
+    for row in ("| 1 2 |", "| 1 | 2 | 3 |", "| `x|y` | 2 |"):
+        assert uneven_rows(head + row) == [row]
+
+
+KEYED = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "slurm" / "README.md"]
+FILE = re.compile(r"\.(sbatch|jsonl|safetensors|md|py|yaml|json)$")
+NO_KEYS = {  # parameters' names, and a field of a saved state
+    "checkpoint-format.md": {"heads.o2o.*", "heads.o2e_projector.*", "heads.o2e_predictor.*", "teacher.*", "run.step"}
+}
+
+
+def unknown_keys(text: str) -> set[str]:
+    """What is written in code spans like a key or a section of the settings, and is none. NAME and * are any name, N is
+    any place."""
+    known = settings.keys_and_types()
+    sections = "|".join({key.split(".")[0] for key in known if "." in key})
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    wrong = set()
+    for span in re.findall(r"`([^`]+)`", text):
+        for word in re.findall(rf"(?<![\w/.-])((?:{sections})(?:\.[\w*]+)+)(?![\w/-])", span):
+            key = re.sub(r"\.N(?=\.|$)", ".0", word)
+            pattern = re.sub(r"NAME|\\\*", r"\\w+", re.escape(key)) + r"(\..*)?"
+            if not FILE.search(word) and not any(re.fullmatch(pattern, k) for k in configfile.with_items(known, [key])):
+                wrong.add(word)
+    return wrong
+
+
+def test_every_key_that_a_page_names_is_known() -> None:
+    found = {page.name: unknown_keys(page.read_text()) - NO_KEYS.get(page.name, set()) for page in KEYED}
+    assert not {page: keys for page, keys in found.items() if keys}
+
+
+def test_an_unknown_key_is_seen() -> None:
+    known = "`data.train=a data.views.1.mask.keep_ratio` `loss.NAME.weight` `mask.pgs.*` `data.views.N.flip: no`"
+    assert not unknown_keys(known + " optim.lrr `slurm/data.sbatch` `RUN/eval.jsonl` `eval.jsonl` `data.text_mask`")
+    for word in ("optim.lrr", "data.views.1.mask.keep", "mask.pg.*", "loss.NAME.wait", "data.text_musk"):
+        assert unknown_keys(f"`amclip train {word}=1`") == {word}
 
 
 def test_every_page_and_decision_that_is_cited_exists() -> None:
