@@ -62,16 +62,6 @@ def parse(text: str, source: str) -> Any:
     return content
 
 
-def scalar(text: str) -> Any:
-    """A number, a boolean, null or a list as yaml reads it; what is no yaml is the text itself."""
-    if "\n" in text:
-        return text
-    try:
-        return parse(text, "value")
-    except UserError:
-        return text
-
-
 def refuse_interpolation(node: Any, source: str, key: str = "") -> None:
     """Raises UserError where a text holds `${`, or is the `???` that OmegaConf takes for a missing value."""
     if isinstance(node, dict):

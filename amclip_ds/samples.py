@@ -87,7 +87,7 @@ def batch_of(data: TrainingData, step: int) -> Batch:
 
 
 def members_of(
-    data: TrainingData, config: TrainConfig, step: int, ids: list[int] | None = None, most: int | None = None
+    data: TrainingData, step: int, ids: list[int] | None = None, most: int | None = None
 ) -> list[FoundSample]:
     """The samples of a step with what is in the shards, read but not decoded.
 
@@ -201,7 +201,7 @@ def of_step(run: Path, step: int, overrides: list[str], has_losses: bool) -> Sho
     module, weights_of = _towers(run) if has_losses else (None, None)
     with opened(config) as data:
         batch = batch_of(data, step)
-        found_samples = members_of(data, config, step, batch.sample_ids.tolist())
+        found_samples = members_of(data, step, batch.sample_ids.tolist())
         epoch, _ = place_of(data, step)
     losses = [None] * len(found_samples) if module is None else losses_of(module, batch)
     boxes = batch.boxes.transpose(0, 1).tolist()

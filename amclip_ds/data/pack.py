@@ -94,7 +94,7 @@ def pack(source: Source, out: Path, shard_size: int, threads: int, advance: Call
     try:
         with (
             _Shards(out, done, shard_size) as shards,
-            closing(_verified(source.rows(done.rows), done.rows, threads)) as verified,
+            closing(_verified(source.rows(done.rows), threads)) as verified,
         ):
             for row, sample in verified:
                 shards.take(row, sample)
@@ -222,9 +222,7 @@ class _Shards:
             self._note("")
 
 
-def _verified(
-    rows: Iterator[Row], first: int, threads: int
-) -> Generator[tuple[Row, dict[str, Any] | Fault], None, None]:
+def _verified(rows: Iterator[Row], threads: int) -> Generator[tuple[Row, dict[str, Any] | Fault], None, None]:
     """Each row with its sample, or what is wrong with it; images are decoded in threads, in order."""
     waiting: deque[tuple[Row, Future[dict[str, Any] | Fault]]] = deque()
     with ThreadPoolExecutor(threads) as pool:

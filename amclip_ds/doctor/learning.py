@@ -226,7 +226,7 @@ def _data(config: TrainConfig) -> Iterator[Finding]:
             seen: list[samples.FoundSample] = []
             step = 1
             while len(seen) < SAMPLED and step <= data.steps_per_epoch:
-                seen += samples.members_of(data, config, step, most=SAMPLED - len(seen))
+                seen += samples.members_of(data, step, most=SAMPLED - len(seen))
                 step += 1
     except (UserError, OSError, ValueError) as error:
         yield Finding("data", WARN, f"the run's shards cannot be read here: {in_one_line(error, 200)}")
@@ -266,7 +266,7 @@ def _features(run: Path, config: TrainConfig) -> Iterator[Finding]:
     try:
         located = locate(run)
         with samples.opened(config) as data:
-            seen = samples.members_of(data, config, 1, most=ENCODED)
+            seen = samples.members_of(data, 1, most=ENCODED)
         seen = list({one.caption.lower(): one for one in seen}.values())
         encoder = open_encoder(located, "student", torch.device("cpu"))
         pictures = torch.stack([encoder.preprocess(open_image(one.image).picture()) for one in seen])

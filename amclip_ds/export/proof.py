@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from amclip_ds.evaluate.datasets import RETRIEVAL, open_set
 from amclip_ds.evaluate.encoder import resize_and_crop, tokenizer
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
+from amclip_ds.model.towers import normalise
 from amclip_ds.shards.sources import expand_local, split_sources
 
 TOLERANCE = 1e-5  # largest difference of unit vectors, fp32
@@ -132,11 +132,11 @@ def prove(module: AClip, model: ModelConfig, library: Any, samples: Samples) -> 
     size = model.vision.image_size
     pixels = photometric.normalise(torch.stack([resize_and_crop(image, size) for image in samples.images]))
     if library.is_tower_alone:
-        image = _unit(_batched(lambda x: module.vision.feature(module.vision(x).tokens), pixels))
+        image = normalise(_batched(lambda x: module.vision.feature(module.vision(x).tokens), pixels))
     else:
         image = _batched(lambda x: module.embed_images(x), pixels)
-    agreements = [_agree("images, same pixels", image, _unit(_batched(library.embed_pixels, pixels)), "equal")]
-    own = _unit(_batched(library.embed_pixels, torch.stack([library.library_pixels(i) for i in samples.images])))
+    agreements = [_agree("images, same pixels", image, normalise(_batched(library.embed_pixels, pixels)), "equal")]
+    own = normalise(_batched(library.embed_pixels, torch.stack([library.library_pixels(i) for i in samples.images])))
     alike = torch.tensor([library.same_center_crop(i) for i in samples.images])
     for what, rows, must in (("", alike, "close"), (", where it crops a pixel aside", ~alike, "reported")):
         if rows.any():
@@ -146,13 +146,13 @@ def prove(module: AClip, model: ModelConfig, library: Any, samples: Samples) -> 
         return Proof(samples.origin, agreements, None, None)
     ids = tokenizer()(samples.texts, model.text.context_length)
     text = _batched(lambda x: module.embed_texts(x), ids)
-    agreements.insert(1, _agree("texts, same token ids", text, _unit(_batched(library.embed_ids, ids)), "equal"))
+    agreements.insert(1, _agree("texts, same token ids", text, normalise(_batched(library.embed_ids, ids)), "equal"))
     own_ids = library.tokenise(samples.texts)
     end = model.text.eos_token_id
     equal = [_up_to_end(ours, end) == _up_to_end(theirs, end) for ours, theirs in zip(ids, own_ids)]
     same = torch.tensor(equal)
     if same.any():  # what another cleaning of the text makes different is counted, not compared
-        theirs = _unit(_batched(library.embed_ids, own_ids[same]))
+        theirs = normalise(_batched(library.embed_ids, own_ids[same]))
         agreements.append(_agree("texts, its own tokenizer", text[same], theirs, "close"))
     scale = float(module.logit_scale.float().exp()), library.logit_scale()
     return Proof(samples.origin, agreements, scale, (sum(equal), len(equal)))
@@ -165,10 +165,6 @@ def _up_to_end(ids: Tensor, end: int) -> list[int]:
 
 def _batched(forward: Any, rows: Tensor) -> Tensor:
     return torch.cat([forward(part) for part in rows.split(BATCH)])
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return F.normalize(rows.float(), dim=-1)
 
 
 def _agree(what: str, ours: Tensor, theirs: Tensor, must: str) -> Agreement:

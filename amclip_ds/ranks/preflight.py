@@ -94,7 +94,7 @@ def preflight(
     mistakes, AmclipError for ranks that do not answer.
     """
     start = time.monotonic()
-    group = _meet(runtime)
+    group = _meet()
     facts = gather_facts(runtime, config_text, shards, folder, group)
     verdict = judge(facts)
     if verdict.mistakes:
@@ -190,7 +190,7 @@ def missing_of(shards: Sequence[str]) -> list[str]:
     return [shard for shard in files[::step] if not os.access(shard, os.R_OK)]
 
 
-def _meet(runtime: Runtime) -> dist.ProcessGroup:
+def _meet() -> dist.ProcessGroup:
     """A gloo group for objects, after every rank has shown up. Collective. Raises AmclipError naming who did not."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=ANSWER_TIMEOUT_S))
     try:

@@ -22,8 +22,6 @@ import psutil
 from amclip_ds.jsonl import read_lines
 from amclip_ds.record import backlog
 
-SPARE = 6 << 20  # what an event file, a log and a heartbeat may still take
-
 
 def calamities(steps: int, folder: Path) -> dict[int, Any]:
     """After how many steps what happens. Saves are due every tenth of the run, evaluations every fifth. What returns

@@ -147,7 +147,6 @@ CASES = {
     "not a tar": Case(lambda: b"<html>404 not found</html>" * 100, (0, 0, 0, 0), {"header": 1, "truncated": 1}),
     "gzipped": Case(lambda: gzip.compress(WHOLE, mtime=0), (0, 0, 0, 0), {"header": 1, "truncated": 1}),
 }
-UNFIT = {"read": 0, "lost": 1}
 
 
 def checked(path: Path, **settings: object) -> CheckReport:

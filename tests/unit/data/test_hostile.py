@@ -25,8 +25,6 @@ from tests.unit.data import damaged
 from tests.unit.data.damaged import sample, samples, special, tar_of
 from tests.unit.data.shards import encode, open_data
 
-MEGABYTE = 1 << 20
-
 
 def grown_by(work: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     """(MB by which the peak memory of a fresh process grew, result) of a call."""

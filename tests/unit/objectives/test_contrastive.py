@@ -96,9 +96,6 @@ def test_sigmoid_round_the_ring_is_the_dense_one(world_size: int, chunk: int) ->
 def test_a_ring_that_has_stopped_fails() -> None:
     leaves = features()
 
-    class Stuck(ThreadComm):
-        pass
-
     def work(comm: ThreadComm) -> Tensor:
         comm.ring_shift = lambda x: x  # type: ignore[method-assign]
         part = slice(comm.rank * 6, comm.rank * 6 + 6)
