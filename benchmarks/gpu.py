@@ -98,7 +98,7 @@ def seen_by_profiler(work: Callable[[], Any], trace: Path | None) -> dict[str, A
     on_device = {
         e.key: e.self_device_time_total / 1e6
         for e in averages
-        if "cuda" in str(e.device_type).lower() and "#" not in e.key  # what torch itself marks spans kernels
+        if e.device_type.name == "CUDA" and not e.is_user_annotation  # which span kernels, as in record/profiling.py
     }
     counts = {event.key: event.count for event in averages}
     kinds = {"launches": ("LaunchKernel",), "copies": ("cudaMemcpy",), "synchronisations": ("Synchronize",)}

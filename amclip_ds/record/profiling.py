@@ -90,6 +90,20 @@ def page_of(operators: list[tuple[str, float, int]], steps: int, wall_s: float, 
     return "\n".join([*lines, "", "trace.json.gz: open it at https://ui.perfetto.dev or chrome://tracing", ""])
 
 
+def operators_of(averages: Iterable[Any], on_gpu: bool) -> list[tuple[str, float, int]]:
+    """(name, seconds, calls) of what worked in torch's averages of a profile: a CPU's operators, or a GPU's kernels and
+    copies. The operators that started a kernel have its time too, and annotations on the device span kernels: left out.
+    """
+    if not on_gpu:
+        worked = [(event.key, event.self_cpu_time_total, event.count) for event in averages]
+        return [(name, us / 1e6, count) for name, us, count in worked if not name.startswith("ProfilerStep")]
+    return [
+        (event.key, event.self_device_time_total / 1e6, event.count)
+        for event in averages
+        if event.device_type.name == "CUDA" and not event.is_user_annotation
+    ]
+
+
 class Profile:
     """Watches some steps of rank 0; elsewhere, and where steps is None, it does nothing.
 
@@ -126,15 +140,9 @@ class Profile:
     def _write(self, seen: Any) -> None:
         """The files. What the disk does not take is said, and ends nothing."""
         self._is_wanted, steps = False, self._steps or 1
-        events = seen.key_averages()
-        of_gpu = self._on_gpu
-        operators = [
-            (event.key, (event.self_device_time_total if of_gpu else event.self_cpu_time_total) / 1e6, event.count)
-            for event in events
-            if not event.key.startswith("ProfilerStep")
-        ]
+        operators = operators_of(seen.key_averages(), self._on_gpu)
         walls = [event.cpu_time_total for event in seen.events() if event.name.startswith("ProfilerStep")]
-        page = page_of(operators, steps, sum(walls) / 1e6, "the GPU" if of_gpu else "the CPU")
+        page = page_of(operators, steps, sum(walls) / 1e6, "the GPU" if self._on_gpu else "the CPU")
         try:
             self._folder.mkdir(exist_ok=True)
             seen.export_chrome_trace(str(self._folder / "trace.json.gz"))
