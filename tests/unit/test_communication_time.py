@@ -1,6 +1,5 @@
 """The clock of the collectives on a GPU, with events that stand in for its own: who waits for the device, and when."""
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -8,9 +7,10 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from amclip_ds import meter, train
+from amclip_ds import meter
 from amclip_ds.ranks import communication_time
 from amclip_ds.ranks.communication_time import CommunicationTime
+from amclip_ds.train import account
 
 
 class Device:
@@ -28,7 +28,7 @@ class Device:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", device.event)
@@ -62,7 +62,7 @@ def test_a_step_that_is_not_logged_waits_for_nothing(device: Device, monkeypatch
     for _ in range(5):
         with clock.waiting():  # as the teacher's all-gather, the last of a step
             pass
-        train.account(run, MagicMock(), MagicMock())
+        account(run, MagicMock(), MagicMock())
     assert run.profile.step.call_count == 5 and device.waits == 0
     assert clock.take() == 5 * 0.25
 
