@@ -26,7 +26,7 @@ from amclip_ds.host_copies import upload
 from amclip_ds.ranks.collectives import gather_objects
 
 BACKEND = "inductor"
-MOST_GRAPHS = 64  # of one function: lengths of texts x (training, evaluation); torch would stop at 8
+MOST_GRAPHS = 256  # of one function: lengths of texts x (all, a group) x (training, evaluation); torch would stop at 8
 
 
 def mode_of(asked: str, stage: int, device: torch.device, fetches_weights: bool = False) -> str:
@@ -84,17 +84,31 @@ def compile_function(mode: str, plain: Callable[..., Any]) -> Callable[..., Any]
 
 
 class Compiled:
-    """A function compiled whole, for each shape it meets; or, from its first failure on, as it was."""
+    """A function compiled whole, for each shape it meets; or, from its first failure on, as it was.
+
+    Shapes beyond what torch keeps of one function's graphs run as it was too; those that have a graph keep it.
+    """
 
     def __init__(self, plain: Callable[..., Any], name: str) -> None:
         self._plain, self._name = plain, name
         self._call = torch.compile(plain, fullgraph=True, dynamic=False, backend=BACKEND)
         self.failed: str | None = None
+        self._is_full = False
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         if self.failed is None:
             try:
+                if self._is_full:
+                    with torch.compiler.set_stance("eager_on_recompile"):
+                        return self._call(*inputs, **named)
                 return self._call(*inputs, **named)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                self._is_full = True
+                warnings.warn(
+                    f"engine.compile: {self._name} has as many graphs as torch keeps of one function"
+                    f" ({torch._dynamo.config.recompile_limit}); further shapes run uncompiled",
+                    stacklevel=2,
+                )
             except torch._dynamo.exc.TorchDynamoException as error:
                 self.failed = f"{type(error).__name__}: {in_one_line(error, 150)}"
                 warnings.warn(f"engine.compile: {self._name} runs uncompiled ({self.failed})", stacklevel=2)
