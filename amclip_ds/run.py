@@ -14,8 +14,7 @@ from amclip_ds.data.batch import Batch
 from amclip_ds.data.ledger import Ledger
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.distill import FrozenTeacher
-from amclip_ds.engine.compile import mode_of
-from amclip_ds.engine.ds_config import NO_COMPILE, read_ds_config, stage_of
+from amclip_ds.engine.ds_config import NO_COMPILE, compile_mode_of, read_ds_config, stage_of
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.engine.teacher import Teacher
 from amclip_ds.errors import UserError
@@ -131,7 +130,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
 
     # A resumed run's weights are its checkpoint's: where the first ones came from need not exist any more.
     fresh = config if found is None else replace(config, model=replace(config.model, init_from=None))
-    if mode_of(str(config.engine.compile), stage_of(read_ds_config(config.engine)), runtime.device) != NO_COMPILE:
+    stage = stage_of(read_ds_config(config.engine))
+    if compile_mode_of(str(config.engine.compile), stage, runtime.device.type) != NO_COMPILE:
         engine_runtime.keep_compiled(folder)
     with timeline.during("build"):
         student, teacher = build_engines(fresh, method, runtime)

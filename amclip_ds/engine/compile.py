@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from amclip_ds.data import photometric
-from amclip_ds.engine.ds_config import AUTO, BLOCK, NO_COMPILE, TOWER
+from amclip_ds.engine.ds_config import BLOCK, NO_COMPILE
 from amclip_ds.engine.zero3 import blocks_of
 from amclip_ds.errors import in_one_line
 from amclip_ds.host_copies import upload
@@ -27,16 +27,6 @@ from amclip_ds.ranks.collectives import gather_objects
 
 BACKEND = "inductor"
 MOST_GRAPHS = 256  # of one function: lengths of texts x (all, a group) x (training, evaluation); torch would stop at 8
-
-
-def mode_of(asked: str, stage: int, device: torch.device, fetches_weights: bool = False) -> str:
-    """What `auto` is here: as much as can be compiled on a GPU at ZeRO 1 to 3; elsewhere nothing.
-
-    fetches_weights: between two blocks of a tower weights come and go: a block, which is fetched whole, is the most.
-    """
-    if asked == AUTO:
-        asked = TOWER if device.type == "cuda" and stage > 0 else NO_COMPILE
-    return BLOCK if asked == TOWER and fetches_weights else asked
 
 
 def compile_towers(model: nn.Module, mode: str) -> str | None:

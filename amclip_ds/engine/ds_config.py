@@ -153,6 +153,22 @@ def is_offloaded(ds: dict[str, Any], part: str) -> bool:
     return ds.get("zero_optimization", {}).get(part, {}).get("device", "none") != "none"
 
 
+def fetches_weights(ds: dict[str, Any], world_size: int) -> bool:
+    """Whether weights come and go: at stage 3, unless one rank has all of them where they are read."""
+    return stage_of(ds) == 3 and (world_size > 1 or is_offloaded(ds, "offload_param"))
+
+
+def compile_mode_of(asked: str, stage: int, device: str, fetches_weights: bool = False) -> str:
+    """What engine.compile means: with auto as much as can be compiled on a GPU at ZeRO 1 to 3, elsewhere nothing.
+
+    device: cuda | cpu. fetches_weights: between two blocks of a tower weights come and go: a block, which is fetched
+    whole, is the most.
+    """
+    if asked == AUTO:
+        asked = TOWER if device == "cuda" and stage > 0 else NO_COMPILE
+    return BLOCK if asked == TOWER and fetches_weights else asked
+
+
 def is_teacher_sharded(placement: str, stage: int, world_size: int) -> bool:
     """Whether teacher.placement means a teacher in shards: auto at stage 3, unless one rank would hold them all."""
     return placement == "sharded" or (placement == "auto" and stage == 3 and world_size > 1)

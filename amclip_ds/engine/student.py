@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
 from amclip_ds.engine import fp8, shards
-from amclip_ds.engine.compile import compile_changes, compile_function, compile_towers, mode_of
+from amclip_ds.engine.compile import compile_changes, compile_function, compile_towers
 from amclip_ds.engine.ds_config import (
     FP8_ALL,
     NO_COMPILE,
@@ -20,6 +20,8 @@ from amclip_ds.engine.ds_config import (
     EngineConfig,
     check_fp8,
     check_optimizer,
+    compile_mode_of,
+    fetches_weights,
     is_flat,
     is_offloaded,
     read_ds_config,
@@ -31,7 +33,6 @@ from amclip_ds.engine.muon import NormBeforeMuon, build_muon, eager_kernels, wit
 from amclip_ds.engine.offload import build_cpu_adam
 from amclip_ds.engine.zero3 import (
     fetch_blocks_whole,
-    fetches_weights,
     gradients_by_parameter,
     keep_weights_in_place,
     take_one_norm,
@@ -115,7 +116,7 @@ class StudentEngine:
             fetch_blocks_whole(module)
         self.in_fp8 = fp8.convert_towers(module, with_text=True) if self.fp8 == FP8_ALL else ""
         self.compile_asked = str(engine.compile)
-        self.compile_mode = mode_of(self.compile_asked, self.stage, runtime.device, self.fetches_weights)
+        self.compile_mode = compile_mode_of(self.compile_asked, self.stage, runtime.device.type, self.fetches_weights)
         self.not_compiled = compile_towers(module, self.compile_mode)
         mode = NO_COMPILE if self.not_compiled else self.compile_mode
         self.change_views = compile_changes(mode, runtime.device)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from amclip_ds.engine import fp8
-from amclip_ds.engine.compile import compile_towers, mode_of
-from amclip_ds.engine.ds_config import NO_FP8, is_teacher_sharded
+from amclip_ds.engine.compile import compile_towers
+from amclip_ds.engine.ds_config import NO_FP8, compile_mode_of, is_teacher_sharded
 from amclip_ds.engine.shards import Shard
 from amclip_ds.engine.student import StudentEngine, build_context, exact_buffers, start_weights
 from amclip_ds.engine.zero3 import fetch_blocks_whole
@@ -45,7 +45,7 @@ class Replicated:
             parameter.data = parameter.data.to(student.dtype)
         self.in_fp8 = fp8.convert_towers(self.module, with_text=False) if student.fp8 != NO_FP8 else ""
         if not student.not_compiled:
-            compile_towers(self.module, mode_of(student.compile_asked, student.stage, device))
+            compile_towers(self.module, compile_mode_of(student.compile_asked, student.stage, device.type))
         self.dtype = student.dtype
         self.whole_on_every_rank = student.stage == 0 or dist.get_world_size() == 1
         self._layouts: dict[bool, list[Layout]] = {}
@@ -118,7 +118,8 @@ class Sharded:
         start_weights(module, student.start, stage=3)
         fetch_blocks_whole(module)
         if not student.not_compiled:
-            compile_towers(module, mode_of(student.compile_asked, student.stage, device, fetches_weights=True))
+            mode = compile_mode_of(student.compile_asked, student.stage, device.type, fetches_weights=True)
+            compile_towers(module, mode)
         self._engine, *_ = deepspeed.initialize(model=module, config=ds, dist_init_required=False)
         self.module: nn.Module = module
         for buffer in module.buffers():

@@ -12,13 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from amclip_ds.engine.ds_config import is_offloaded, stage_of
-
-
-def fetches_weights(ds: dict[str, Any], world_size: int) -> bool:
-    """Whether weights come and go: at stage 3, unless one rank has all of them where they are read."""
-    return stage_of(ds) == 3 and (world_size > 1 or is_offloaded(ds, "offload_param"))
-
 
 def with_weights_in_place(ds: dict[str, Any]) -> dict[str, Any]:
     """A config of stage 3 for one rank: gradients are averaged as one run instead of tensor by tensor, and a linear

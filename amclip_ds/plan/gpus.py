@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 
 from amclip_ds import config as settings
-from amclip_ds.engine.ds_config import BLOCK
+from amclip_ds.engine.ds_config import TOWER
 from amclip_ds.errors import UserError
 from amclip_ds.model.savings import Savings
 from amclip_ds.plan import work as step_work
@@ -68,6 +68,7 @@ MEASURED = (
     Measured("h100", "aclip-vitb16", 1, 256, False, 2306, is_compiled=True),
     Measured("h100", "aclip-eff-vitb16", 1, 256, False, 2551, is_compiled=True),
     Measured("h100", "aclip-vitl16", 1, 128, False, 790, is_compiled=True),
+    Measured("h100", "aclip-vitb16", 3, 256, False, 1702, is_compiled=True),
     Measured("h100", "clip-vitb16", 1, 256, False, 1828),
     Measured("h100", "aclip-vitb16", 1, 256, False, 1265),
     Measured("h100", "aclip-eff-vitb16", 1, 256, False, 1329),
@@ -159,8 +160,7 @@ def _nearest(gpu: str, work: step_work.Work) -> tuple[list[Measured], float]:
     """What was measured in this form, on this GPU or else on another of its chip, and how much faster this one is;
     compiled steps before uncompiled ones where whole towers are compiled."""
     other = SAME_CHIP.get(gpu, gpu)
-    has_whole_towers = step_work.is_compiled(work) and work.config.engine.compile != BLOCK
-    for is_compiled in (True, False) if has_whole_towers else (False,):
+    for is_compiled in (True, False) if work.compile_mode == TOWER else (False,):
         if rows := _rows(gpu, work, is_compiled):
             return rows, 1.0
         if rows := _rows(other, work, is_compiled):

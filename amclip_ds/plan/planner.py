@@ -14,6 +14,7 @@ from amclip_ds.engine.ds_config import (
     NO_FP8,
     check_fp8,
     check_optimizer,
+    fetches_weights,
     is_flat,
     is_offloaded,
     read_ds_config,
@@ -143,7 +144,7 @@ def _bucket_bytes(step: Work, ds: dict[str, Any]) -> float:
         return bucket * sent if step.world > 1 else 0.0
     is_cast = step.world > 1 or step.stage == 3  # stage 3 averages on one rank too
     total = bucket * (step.bytes + (sent if is_cast else 0)) if step.stage > 1 or step.world > 1 else 0.0
-    if step.stage == 3 and (step.world > 1 or is_offloaded(ds, "offload_param")):
+    if fetches_weights(ds, step.world):
         live = sum(float(zero.get(key, default)) for key, default in LIVE.items())
         total += step.bytes * min(live, elements)
     return total

@@ -11,7 +11,7 @@ from typing import Any
 from amclip_ds import config as settings
 from amclip_ds import hub
 from amclip_ds.config import BatchPlan, TrainConfig
-from amclip_ds.engine.ds_config import AUTO, BLOCK, TOWER, read_ds_config
+from amclip_ds.engine.ds_config import NO_COMPILE, compile_mode_of, fetches_weights, read_ds_config, stage_of
 from amclip_ds.errors import SettingsError, UserError, in_one_line
 from amclip_ds.masks import STAGES, masks_of_views, needs_of
 from amclip_ds.masks.units import num_kept
@@ -50,6 +50,8 @@ class Work:
     bytes: int
     """of a number in the dtype of the forward"""
     stage: int
+    compile_mode: str
+    """none | block | tower: what torch.compile takes on a GPU"""
 
     def sizes(self) -> objectives.Sizes:
         """What the objectives' costs depend on."""
@@ -76,6 +78,7 @@ def work_of(config: TrainConfig, world: int, text_tokens: int | None = None) -> 
     Raises UserError for what cannot be built or shared out.
     """
     ds = read_ds_config(config.engine)
+    stage = stage_of(ds)
     try:
         tower = shapes.tower_of(config.model.vision)
         grid = grid_of(config.model.vision.image_size, tower.patch)
@@ -106,7 +109,8 @@ def work_of(config: TrainConfig, world: int, text_tokens: int | None = None) -> 
         teacher=teacher,
         frozen=settings.model_of_run(hub.local(config.distill.teacher)) if config.distill.teacher else None,
         bytes=2 if ds.get("bf16", {}).get("enabled") else FP32,
-        stage=int(ds.get("zero_optimization", {}).get("stage", 0)),
+        stage=stage,
+        compile_mode=compile_mode_of(str(config.engine.compile), stage, "cuda", fetches_weights(ds, world)),
     )
 
 
@@ -373,7 +377,7 @@ def activations_of(work: Work) -> Activations:
     cost = sum((part.cost(sizes) for part in work.parts.values()), Cost(0.0, 0.0))
     tokens = sum(1 + kept for kept in work.views)
     text_hidden = int(model.text.width * model.text.mlp_ratio)
-    is_fused = model.text.activation != "quick_gelu" or is_compiled(work)
+    is_fused = model.text.activation != "quick_gelu" or work.compile_mode != NO_COMPILE
     of_gelu = 2 if is_fused else 3
     vision, of_image = _tower_bytes(
         tokens * block_bytes(tower.width, tower.hidden, tower.heads, work.bytes),
@@ -405,12 +409,6 @@ def activations_of(work: Work) -> Activations:
         features = len(work.views) * tower.width + len(work.texts) * model.text.width
         cached = 2.0 * work.bytes * work.batch.local * features
     return Activations(micro * (vision + text + ends) + cached, cost.saved, max(micro * moment, cost.transient))
-
-
-def is_compiled(work: Work) -> bool:
-    """Whether torch.compile takes the towers, on a GPU."""
-    mode = work.config.engine.compile
-    return mode in (BLOCK, TOWER) or (mode == AUTO and work.stage in (1, 2))
 
 
 def _tower_bytes(of_block: int, of_input: int, depth: int, every: int, of_last: int | None) -> tuple[float, float]:

@@ -1,11 +1,16 @@
 """When weights come and go, and what follows from it: the teacher's place, and what a compiler takes."""
 
 import pytest
-import torch
 
-from amclip_ds.engine.compile import mode_of
-from amclip_ds.engine.ds_config import DS_CONFIGS, EngineConfig, is_teacher_sharded, read_ds_config
-from amclip_ds.engine.zero3 import fetches_weights, with_weights_in_place
+from amclip_ds.engine.ds_config import (
+    DS_CONFIGS,
+    EngineConfig,
+    compile_mode_of,
+    fetches_weights,
+    is_teacher_sharded,
+    read_ds_config,
+)
+from amclip_ds.engine.zero3 import with_weights_in_place
 
 STAGE_3 = [file.name for file in DS_CONFIGS.glob("zero3_*.json")]
 
@@ -52,4 +57,4 @@ def test_where_the_teacher_is(placement: str, stage: int, world_size: int, is_sh
     ],
 )
 def test_what_is_compiled(asked: str, device: str, stage: int, fetches: bool, mode: str) -> None:
-    assert mode_of(asked, stage, torch.device(device), fetches) == mode
+    assert compile_mode_of(asked, stage, device, fetches) == mode
