@@ -5,14 +5,15 @@
     python -m benchmarks.gpu --out gpu.jsonl --baseline CHECKOUT --cells base:aclip-vitb16 aclip-vitb16
 
 A cell is a recipe and settings behind commas (this program's own: batch=N, samples a step; vary=a+b, rows of
-benchmarks/step.py's variations; inductor=a+b, switches of torch._inductor.config that are put on), `open_clip:b16`
-(eager and compiled), `release:b16` (the published A-CLIP, by --release and --timm as in benchmarks/peers.py),
-`fed:RECIPE` (the step fed by the loader from --data beside a batch that stays), or `exact:RECIPE` and
-`exact-fp32:RECIPE` (savings and compiled towers against neither).
+benchmarks/step.py's variations; inductor=a+b, switches of torch._inductor.config that are put on in a compiled cell),
+`open_clip:b16` (eager and compiled), `release:b16` (the published A-CLIP, by --release and --timm as in
+benchmarks/peers.py), `fed:RECIPE` (the step fed by the loader from --data beside a batch that stays), or
+`exact:RECIPE` and `exact-fp32:RECIPE` (savings and compiled towers against neither).
 base:CELL runs the amclip_ds of another checkout (--baseline). Each has a process of its own, since ZeRO-3 patches
-torch; they build and compile side by side, as many as --room allows (a ViT-L takes two places). Once all are built they
-are measured one at a time, while nothing else runs: medians of --repeats steps by the device's clock, one batch that
-stays. A step is the run's own `train_step`. MFU is against a bf16 matrix product of 8192 cubed in the same process.
+torch; they build and compile side by side, as many as --room allows (a ViT-L takes two places). Once all are built
+they are measured one at a time, while nothing else runs: medians of --repeats steps by the device's clock, one batch
+that stays. A step is the run's own `train_step`. A cell of which a part was not compiled as asked says so in its row,
+and fails. MFU is against a bf16 matrix product of 8192 cubed in the same process.
 --traces keeps the profiler's view of three steps of each cell. The table comes last.
 """
 
@@ -24,6 +25,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,7 +103,11 @@ def seen_by_profiler(work: Callable[[], Any], trace: Path | None) -> dict[str, A
         if e.device_type.name == "CUDA" and not e.is_user_annotation  # which span kernels, as in record/profiling.py
     }
     counts = {event.key: event.count for event in averages}
-    kinds = {"launches": ("LaunchKernel",), "copies": ("cudaMemcpy",), "synchronisations": ("Synchronize",)}
+    kinds = {
+        "launches": ("LaunchKernel", "GraphLaunch"),
+        "copies": ("cudaMemcpy",),
+        "synchronisations": ("Synchronize",),
+    }
     largest = sorted(on_device.items(), key=lambda item: -item[1])[:40]
     return {
         "device_s": sum(on_device.values()),
@@ -110,14 +116,54 @@ def seen_by_profiler(work: Callable[[], Any], trace: Path | None) -> dict[str, A
     }
 
 
-def parse_cell(cell: str) -> tuple[str, int, list[str], list[str]]:
-    """Recipe, samples a step, variations and settings of a cell of ours. Puts its switches of torch on."""
+def parse_cell(cell: str, compiles: bool = False) -> tuple[str, int, list[str], list[str]]:
+    """Recipe, samples a step, variations and settings of a cell of ours. Puts its switches of torch on.
+
+    compiles: whether it compiles whatever its settings say. Raises SystemExit for switches that would change nothing.
+    """
     recipe, *words = cell.split(",")
     own = dict(word.split("=", 1) for word in words if word.startswith(("batch=", "vary=", "inductor=")))
+    others = [word for word in words if word.partition("=")[0] not in own]
     if "inductor" in own:
-        torch._inductor.config.load_config({name: True for name in own["inductor"].split("+")})
+        if not compiles and not {"engine.compile=tower", "engine.compile=block", "engine.compile=auto"} & set(others):
+            raise SystemExit(f"{cell}: inductor= changes nothing without engine.compile=tower (or block)")
+        switch_on(own["inductor"].split("+"))
     batch = int(own.get("batch", BATCHES[recipe.rpartition("-")[2]]))
-    return recipe, batch, own.get("vary", "all").split("+"), [w for w in words if w.partition("=")[0] not in own]
+    return recipe, batch, own.get("vary", "all").split("+"), others
+
+
+def switch_on(names: list[str]) -> None:
+    """Puts switches of torch._inductor.config on. Raises SystemExit for one that there is not, or that cannot work."""
+    for name in names:
+        try:
+            setattr(torch._inductor.config, name, True)
+        except AttributeError:
+            raise SystemExit(f"inductor={name}: torch {torch.__version__} has no such switch") from None
+    if "cpp_wrapper" not in names:
+        return
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None:
+        raise SystemExit("inductor=cpp_wrapper: it needs the CUDA toolkit, and CUDA_HOME is not set")
+    if "triton.cudagraphs" in names:
+        torch._inductor.config.graph_partition = False  # with it the C++ wrapper leaves CUDA graphs out
+
+
+@contextmanager
+def heard_fallbacks() -> Iterator[list[str]]:
+    """What engine.compile warns of inside: parts that run uncompiled."""
+    found: list[str] = []
+    show = warnings.showwarning
+
+    def heard(message: Warning | str, *about: Any, **named: Any) -> None:
+        if str(message).startswith("engine.compile"):
+            found.append(str(message))
+        show(message, *about, **named)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message="engine.compile")
+        warnings.showwarning = heard
+        yield found
 
 
 def build(args: argparse.Namespace, cell: str) -> tuple[int, dict[str, Callable[[], Any]]]:
@@ -241,7 +287,7 @@ def measure_exact(args: argparse.Namespace, cell: str) -> list[dict[str, Any]]:
     """Savings and compiled towers against neither: the smallest cosines of a gradient of the first step, and of 20
     losses the furthest, beside what another order of the samples does to the eager ones."""
     kind, _, rest = cell.partition(":")
-    recipe, batch, _, words = parse_cell(rest)
+    recipe, batch, _, words = parse_cell(rest, compiles=True)
 
     def follow(compiled: bool, reverse: bool = False) -> tuple[list[float], dict[str, torch.Tensor]]:
         file = f"zero1_{'fp32' if kind == 'exact-fp32' else 'bf16'}.json"
@@ -287,14 +333,16 @@ KINDS = {"fed": measure_fed, "exact": measure_exact, "exact-fp32": measure_exact
 
 
 def run_cell(args: argparse.Namespace) -> None:
-    rows = KINDS.get(args.cell.partition(":")[0], measure)(args, args.cell.removeprefix("base:"))
+    with heard_fallbacks() as not_compiled:
+        rows = KINDS.get(args.cell.partition(":")[0], measure)(args, args.cell.removeprefix("base:"))
     with args.out.open("a") as file:
         for row in rows:
             row["name"] = ("base:" if args.cell.startswith("base:") else "") + row["name"]
+            row["not_compiled"] = not_compiled
             text = json.dumps({key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()})
             print(text, file=file)
             print(text[:160], flush=True)
-    os._exit(0)  # without taking the loader's workers and NCCL down
+    os._exit(int(bool(not_compiled)))  # without taking the loader's workers and NCCL down
 
 
 def places_of(cell: str) -> int:
@@ -311,6 +359,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f" {row['device_s'] * 1e3:6.1f} ms  MFU {row['mfu_of_matrix_rate']:5.1%}  {row['peak_memory_gib']:5.1f} GiB"
             f"  {row['tflop']:.1f} TFLOP  launches {row['launches']} copies {row['copies']} syncs"
             f" {row['synchronisations']}  built {row['built_s']:.0f} first {row['first_step_s']:.0f} s"
+            f"{'  NOT COMPILED' if row.get('not_compiled') else ''}"
         )
 
 

@@ -215,7 +215,11 @@ def operations_of(work: Callable[[], Any]) -> dict[str, int]:
     counts = {event.key: event.count for event in seen.key_averages()}
     if not activities:
         return {"operators": sum(count for key, count in counts.items() if key.startswith("aten::"))}
-    kinds = {"launches": ("LaunchKernel",), "copies": ("cudaMemcpy",), "synchronisations": ("Synchronize",)}
+    kinds = {
+        "launches": ("LaunchKernel", "GraphLaunch"),
+        "copies": ("cudaMemcpy",),
+        "synchronisations": ("Synchronize",),
+    }
     return {
         kind: sum(count for key, count in counts.items() if any(part in key for part in parts))
         for kind, parts in kinds.items()
