@@ -22,7 +22,6 @@ from amclip_ds.data import photometric
 from amclip_ds.engine.ds_config import BLOCK, NO_COMPILE
 from amclip_ds.engine.zero3 import blocks_of
 from amclip_ds.errors import in_one_line
-from amclip_ds.host_copies import upload
 from amclip_ds.ranks.collectives import gather_objects
 
 BACKEND = "inductor"
@@ -56,15 +55,15 @@ def compile_towers(model: nn.Module, mode: str) -> str | None:
 
 def compile_changes(mode: str, device: torch.device) -> Callable[[Tensor, photometric.Photometric], Tensor]:
     """What changes the views: photometric.apply, or where a GPU's towers are compiled the same in few kernels."""
+    if mode == NO_COMPILE or device.type != "cuda":
+        return photometric.apply
+    change_all = Compiled(photometric.change_all, "the photometric changes")
 
     def apply(views_uint8: Tensor, changes: photometric.Photometric) -> Tensor:
-        if whole is None or whole.failed:
+        if change_all.failed:
             return photometric.apply(views_uint8, changes)
-        photometric.constants(views_uint8.device)
-        return whole(views_uint8, upload(torch.from_numpy(changes.table), device))
+        return photometric.apply_compiled(change_all, views_uint8, changes)
 
-    is_compiled = mode != NO_COMPILE and device.type == "cuda"
-    whole = Compiled(photometric.change_all, "the photometric changes") if is_compiled else None
     return apply
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from amclip_ds.data import photometric
 from amclip_ds.data.photometric import NUM_COLUMNS, Photometric
 from amclip_ds.data.views import planes
+from tests.distributed.cases_reads import HostTraffic
 
 V, B, H = 2, 6, 24
 TOLERANCE = 1e-3  # torchvision rounds the weight of red to .2989; ours is PIL's, .299
@@ -125,16 +128,55 @@ def test_drawn_parameters_each_sample_its_own() -> None:
         )
 
 
-def change_by_change(views: torch.Tensor, table: np.ndarray) -> torch.Tensor:
-    """`apply` as it was first written: each change by its own indices and factors."""
+def luma(x: torch.Tensor) -> torch.Tensor:
+    return (x * torch.tensor(photometric.LUMA).view(3, 1, 1)).sum(-3, keepdim=True)
+
+
+def brightness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return (x * factor).clamp(0, 1)
+
+
+def contrast(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    mean = luma(x).mean((-2, -1), keepdim=True)
+    return (mean + (x - mean) * factor).clamp(0, 1)
+
+
+def saturation(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return (luma(x) + (x - luma(x)) * factor).clamp(0, 1)
+
+
+def hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    (r, g, b), high, chroma = x.unbind(1), x.amax(1), x.amax(1) - x.amin(1)
+    safe = torch.where(chroma > 0, chroma, 1)
+    sector = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    turned = torch.where(chroma > 0, sector / 6, 0) + shift.view(-1, 1, 1)
+    places = [offset + turned * 6 for offset in (5.0, 3.0, 1.0)]
+    places = [torch.where(k >= 6, k - 6, torch.where(k < 0, k + 6, k)) for k in places]
+    return torch.stack([high - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in places], 1)
+
+
+def blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    return torch.stack(photometric._blur(x.unbind(1), sigma.view(-1, 1, 1)), 1)
+
+
+def blur_by_taps(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    return torch.stack(photometric._blur_by_taps(x.unbind(1), sigma.view(-1, 1, 1)), 1)
+
+
+def change_by_change(views: torch.Tensor, table: np.ndarray, blur: Callable[..., torch.Tensor] = blur) -> torch.Tensor:
+    """`apply` as it was first written: each change by its own indices and factors, on images of three colours."""
     images, rows = views.flatten(0, 1).float() / 255, table.reshape(-1, NUM_COLUMNS)
-    kinds = (photometric._brightness, photometric._contrast, photometric._saturation, photometric._hue)
+    kinds = (brightness, contrast, saturation, hue)
     steps = [
         ((rows[:, 0] > 0) & (rows[:, 5 + place] == kind), rows[:, 1 + kind], change)
         for place in range(4)
         for kind, change in enumerate(kinds)
     ]
-    rest = ((9, photometric._gray), (10, photometric._blur), (11, photometric._solarize))
+    rest = (
+        (9, lambda x, _: luma(x).expand_as(x)),
+        (10, blur),
+        (11, lambda x, _: torch.where(x >= 0.5, 1 - x, x)),
+    )
     steps += [(rows[:, column] > 0, rows[:, column], change) for column, change in rest]
     for is_chosen, values, change in steps:
         if is_chosen.any():
@@ -165,7 +207,7 @@ def test_colours_beside_each_other_in_memory_make_the_same_planes() -> None:
     for change in (
         photometric.normalise,
         lambda pixels: photometric.apply(pixels, Photometric(table)),
-        lambda pixels: photometric.change_all(pixels, torch.from_numpy(table)),
+        lambda pixels: photometric.change_all(pixels, torch.from_numpy(table), blurs=True),
     ):
         made = change(beside)
         assert made.is_contiguous() and torch.equal(made, change(views))
@@ -216,14 +258,58 @@ def test_what_is_drawn_next_does_not_depend_on_what_was_decided() -> None:
 
 @pytest.mark.parametrize("colours", ["aclip", "simclr"])
 def test_every_change_of_every_image_and_a_choice_is_the_same(colours: str) -> None:
-    """What a compiler gets (change_all), against the changes of chosen images alone."""
-    random = np.random.default_rng(0)
-    table = np.stack([photometric.draw(random, colours) for _ in range(V * B * 4)]).reshape(V, B * 4, NUM_COLUMNS)
-    views = images().repeat(1, 4, 1, 1, 1)
-    expected = photometric.apply(views, Photometric(table))
-    found = photometric.change_all(views, torch.from_numpy(table))
+    """What a compiler gets, against the changes of chosen images alone, as they were first written: to the bit, since
+    an image meets contrast once, and its mean is known before it is changed."""
+    views, table = many(colours, 4)
+    expected = change_by_change(views, table, blur_by_taps)
     assert (table[..., [0, 9, 10, 11]] > 0).any((0, 1)).sum() >= 3 and not table[..., 0].all()
-    assert float((found - expected).abs().max()) < 1e-5
+    assert torch.equal(photometric.change_all(views, torch.from_numpy(table), blurs=True), expected)
+    assert float((photometric.apply(views, Photometric(table)) - expected).abs().max()) < 1e-5
     table[0, 0, 1] += 0.01 if table[0, 0, 0] else 0
     table[0, 0, 9] = 1 - table[0, 0, 9]
-    assert float((photometric.change_all(views, torch.from_numpy(table)) - expected).abs().max()) > 1e-3
+    assert float((photometric.change_all(views, torch.from_numpy(table), blurs=True) - expected).abs().max()) > 1e-3
+
+
+def many(colours: str, times: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+    """Views [V, B * times, 3, H, H] and drawn parameters of each."""
+    random = np.random.default_rng(seed)
+    rows = np.stack([photometric.draw(random, colours) for _ in range(V * B * times)])
+    return images().repeat(1, times, 1, 1, 1), rows.reshape(V, B * times, NUM_COLUMNS)
+
+
+@pytest.mark.parametrize("colours", ["aclip", "simclr"])
+def test_blurred_images_alone_are_blurred(colours: str) -> None:
+    """The same bits as blurring all, of one pass, of several and of none; with one upload and nothing read."""
+    passes = set()
+    for seed, times in ((0, 1), (1, 12)):
+        views, table = many(colours, times, seed)
+        for count in ("drawn", "none"):
+            if count == "none":
+                table[..., 10] = 0
+            blurred = int((table[..., 10] > 0).sum())
+            passes.add(-(-blurred // photometric.BLURRED_AT_A_TIME))
+            whole = photometric.change_all(views, torch.from_numpy(table), blurs=True)
+            photometric.constants(views.device)
+            with HostTraffic() as seen:
+                apart = photometric.apply_compiled(photometric.change_all, views, Photometric(table))
+            assert torch.equal(apart, whole)
+            assert (seen.uploads, sum(seen.reads.values())) == (1, 0)
+            without = photometric.change_all(views, torch.from_numpy(table), blurs=False)  # the twin
+            assert torch.equal(without, whole) == (not blurred)
+    assert passes == ({0, 1} if colours == "aclip" else {0, 1, 3})
+
+
+def test_any_number_of_blurred_images_needs_two_graphs() -> None:
+    """A third would be compiled in the middle of a run."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    change_all = torch.compile(photometric.change_all, fullgraph=True, dynamic=False, backend=count)
+    for seed in range(4):
+        views, table = many("simclr" if seed == 3 else "aclip", 6, seed)
+        found = photometric.apply_compiled(change_all, views, Photometric(table))
+        assert torch.equal(found, photometric.apply_compiled(photometric.change_all, views, Photometric(table)))
+    assert len(graphs) == 2
