@@ -90,7 +90,8 @@ def train_step(
     views = student.change_views(batch.views_uint8, batch.photometric)
     observed = NOTHING_OBSERVED
     if teacher is not None and method.reads_teacher:
-        observed = teacher.observe(teachers_images(batch, views, method), method.wants, comm, progress)
+        images = teachers_images(batch, views, method, student.normalise)
+        observed = teacher.observe(images, method.wants, comm, progress)
     inputs = student_inputs(batch, views, observed.scores, method, progress, student.scores_to_views)
     targets = observed.targets
     if frozen is not None and method.reads_frozen:
@@ -131,13 +132,18 @@ def recorded(losses: Losses) -> dict[str, Tensor]:
     return {f"loss_{name}": term for name, term in terms.items()}
 
 
-def teachers_images(batch: Batch, views: Tensor, method: Method) -> Tensor:
-    """What the teacher looks at, normalised: a crop [B, 3, h, w], or the views as the student gets them."""
+def teachers_images(
+    batch: Batch, views: Tensor, method: Method, normalise: Callable[[Tensor], Tensor] = photometric.normalise
+) -> Tensor:
+    """What the teacher looks at, normalised: a crop [B, 3, h, w], or the views as the student gets them.
+
+    normalise: photometric.normalise, or the same compiled.
+    """
     if method.sees_views:
         return views
     crop = batch.teacher_uint8 if method.teacher_view is None else batch.views_uint8[method.teacher_view]
     assert crop is not None
-    return photometric.normalise(crop)
+    return normalise(crop)
 
 
 def student_inputs(

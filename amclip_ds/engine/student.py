@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
+from amclip_ds.data import photometric
 from amclip_ds.engine import fp8, shards
 from amclip_ds.engine.compile import compile_changes, compile_function, compile_towers
 from amclip_ds.engine.ds_config import (
@@ -120,6 +121,8 @@ class StudentEngine:
         self.not_compiled = compile_towers(module, self.compile_mode)
         mode = NO_COMPILE if self.not_compiled else self.compile_mode
         self.change_views = compile_changes(mode, runtime.device)
+        photometric.constants(runtime.device)  # a compiler takes them as they are
+        self.normalise = compile_function(mode, photometric.normalise)
         self.scores_to_views = compile_function(mode, scoring.scores_to_views)
         starts = {name: start_share(options) for name, options in objectives.items()}
         groups = parameter_groups(module.named_parameters(), optim, starts)

@@ -255,6 +255,9 @@ class PlainStudent:
     def change_views(self, views_uint8: Tensor, changes: photometric.Photometric) -> Tensor:
         return photometric.apply(views_uint8, changes)
 
+    def normalise(self, images_uint8: Tensor) -> Tensor:
+        return photometric.normalise(images_uint8)
+
     def set_lr(self, lr: float, progress: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
