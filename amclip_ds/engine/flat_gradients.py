@@ -8,7 +8,6 @@ are rounded to the gradient's dtype in between.
 """
 
 import math
-import warnings
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from amclip_ds.engine.shards import Shard
 from amclip_ds.host_copies import begin_download
+from amclip_ds.ranks.collectives import reduce_scatter
 from amclip_ds.ranks.communication_time import COMMUNICATION
 
 CLIP_EPSILON = 1e-6  # that DeepSpeed adds to a norm
@@ -176,24 +176,27 @@ def is_skipped_on_the_device(optimizer: Any) -> bool:
 
 def fill(buffer: Tensor, turn: Round, gradients: list[Tensor | None]) -> None:
     """Copies the pieces of a round into a buffer in one call; zeros where there is none, and between them."""
-    pieces = [(piece, gradients[piece.gradient]) for piece in turn.pieces]
-    found = [(piece, gradient) for piece, gradient in pieces if gradient is not None]
+    cuts: list[tuple[int, Tensor | None]] = []  # of the buffer, in order: a length and what is copied there
     end = 0
-    for piece, _ in found:
+    for piece in turn.pieces:
+        gradient = gradients[piece.gradient]
+        if gradient is None:
+            continue
         if piece.place > end:
-            buffer[end : piece.place].zero_()
+            cuts.append((piece.place - end, None))
+        is_whole = piece.length == gradient.numel()
+        cuts.append((piece.length, gradient if is_whole else gradient.narrow(0, piece.start, piece.length)))
         end = piece.place + piece.length
-    buffer[end:].zero_()
-    if found:
-        targets = [buffer.narrow(0, piece.place, piece.length) for piece, _ in found]
-        torch._foreach_copy_(targets, [gradient.narrow(0, piece.start, piece.length) for piece, gradient in found])
-
-
-def reduce_scatter(own: Tensor, everything: Tensor) -> None:
-    """own [n] <- this rank's part of the sum over the ranks of everything [world * n]."""
-    with COMMUNICATION.waiting(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # its new name is in no torch below 2.13
-        dist.reduce_scatter_tensor(own, everything)
+    cuts.append((buffer.numel() - end, None))
+    targets, sources = [], []
+    for part, (_, source) in zip(buffer.split([length for length, _ in cuts]), cuts):
+        if source is None:
+            part.zero_()
+        else:
+            targets.append(part)
+            sources.append(source)
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 def norm_of(flat: Tensor) -> Tensor:

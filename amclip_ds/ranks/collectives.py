@@ -3,7 +3,9 @@
 Everything here is collective: every rank must call, in the same order.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -57,7 +59,9 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _summed(grad).narrow(0, dist.get_rank() * ctx.rows, ctx.rows)
+        own = grad.new_empty(ctx.rows, *grad.shape[1:])
+        reduce_scatter(own, grad.contiguous())
+        return own
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -68,6 +72,29 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _summed(grad)
+
+
+def reduce_scatter(own: Tensor, everything: Tensor) -> None:
+    """own [n, ...] <- this rank's part of the sum over the ranks of everything [world_size * n, ...].
+
+    Collective: every rank must call.
+    """
+    with _renamed():
+        dist.reduce_scatter_tensor(own, everything)
+
+
+def gather_flat(everything: Tensor, own: Tensor) -> None:
+    """everything [world_size * n] <- every rank's own [n], in rank order. Collective: every rank must call."""
+    with _renamed():
+        dist.all_gather_into_tensor(everything, own)
+
+
+@contextmanager
+def _renamed() -> Iterator[None]:
+    """Around a collective whose new name is in no torch below 2.13, which warns of the old one."""
+    with COMMUNICATION.waiting(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _summed(x: Tensor) -> Tensor:
