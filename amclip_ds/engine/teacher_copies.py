@@ -22,8 +22,7 @@ from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.init import persistent_buffers
 from amclip_ds.model.teacher_model import TeacherModel
 from amclip_ds.objectives import Chosen, builder
-from amclip_ds.ranks.collectives import gather_objects
-from amclip_ds.ranks.communication_time import COMMUNICATION
+from amclip_ds.ranks.collectives import gather_flat, gather_objects
 
 Layout = list[tuple[str, int, int]]
 """What a rank holds: (name, start, length), in the order it sends them."""
@@ -80,14 +79,13 @@ class Replicated:
         layouts = self._layouts[whole]
         longest = max(sum(length for *_, length in layout) for layout in layouts)
         device = next(self.module.parameters()).device
-        mine = torch.zeros(longest, dtype=self.dtype, device=device)
+        mine = torch.empty(longest, dtype=self.dtype, device=device)  # what is beyond a rank's own nobody reads
         lengths = [shard.length for shard in published.values()]
         if lengths:  # a rank may hold nothing that is averaged
             torch._foreach_copy_(mine[: sum(lengths)].split(lengths), [shard.tensor for shard in published.values()])
-        everything = [torch.empty_like(mine) for _ in layouts]
-        with COMMUNICATION.waiting():
-            dist.all_gather(everything, mine)
-        for layout, flat in zip(layouts, everything):
+        everything = mine.new_empty(len(layouts) * longest)
+        gather_flat(everything, mine)
+        for layout, flat in zip(layouts, everything.view(len(layouts), longest)):
             offset = 0
             for name, start, length in layout:
                 yield name, start, flat[offset : offset + length]
