@@ -9,9 +9,10 @@ give --threads so that each keeps the same.
 
 `model` is arithmetic, no measurement, and says so: computation = the operations of a step (amclip plan's) over --rate
 TFLOP/s that one GPU reaches; the gradients' reduction and the weights' gathering at the stage of engine.deepspeed, the
-teacher's publishing, and the embeddings' gathering, each as a ring: 2 (n-1)/n of the bytes to reduce and gather,
-(n-1)/n to do either, over the slower of the links on its way (--intra GB/s within a node of --node GPUs, --inter GB/s
-a GPU between nodes), plus --latency us a hop. --overlap says which share of the backward pass (two thirds of the
+teacher's publishing, and the gathering of what the losses compare (loss.exchange=gather), each as a ring: a pass is
+(n-1)/n of the bytes, a gather or a reduce-scatter takes one, an all-reduce two, over the slower of the links on its way
+(--intra GB/s within a node of --node GPUs, --inter GB/s a GPU between nodes), plus --latency us a hop. What is small
+(sums of batch norms, the norm) is left out. --overlap says which share of the backward pass (two thirds of the
 computation) the reduction may hide behind; the rest is exposed and added.
 """
 
@@ -26,6 +27,7 @@ from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds.data.synthetic import write_dataset
+from amclip_ds.engine.ds_config import is_flat, read_ds_config
 from amclip_ds.jsonl import read_lines
 from amclip_ds.plan.work import Work, flops_of, work_of
 
@@ -45,9 +47,8 @@ def parts_of_step(work: Work, gpus: int, args: argparse.Namespace) -> dict[str, 
     latency = args.latency * 1e-6
     trained = sum(parameter.numel() for parameter in work.student.values() if parameter.requires_grad)
     published = sum(parameter.numel() for name, parameter in work.teacher.items() if not name.startswith("text"))
-    rows = work.batch.local * gpus * work.config.model.embed_dim * 4.0 * (len(work.views) + 1)
     compute = flops_of(work).executed / (args.rate * 1e12)
-    reduce_s = ring_s(MASTERS * trained, gpus, 1 if work.stage >= 2 else 2, link, latency)
+    reduce_s = ring_s(MASTERS * trained, gpus, gradient_passes(work), link, latency)
     hidden = min(reduce_s, args.overlap * compute * 2 / 3)
     weights = {0: 0, 1: 1, 2: 1, 3: 2}[work.stage]  # after the step; at stage 3 in the forward and in the backward
     return {
@@ -55,8 +56,29 @@ def parts_of_step(work: Work, gpus: int, args: argparse.Namespace) -> dict[str, 
         "gradients": reduce_s - hidden,
         "weights": ring_s(work.bytes * trained, gpus, weights, link, latency) if weights else 0.0,
         "teacher": ring_s(work.bytes * published, gpus, 1, link, latency) if work.stage else 0.0,
-        "embeddings": ring_s(rows, gpus, 2, link, latency),
+        # Gathered in the forward pass, their gradients reduced and scattered in the backward pass.
+        "embeddings": sum(ring_s(size, gpus, 2, link, latency) for size in gathered(work)),
     }
+
+
+def gradient_passes(work: Work) -> int:
+    """1: reduce-scatter, of flat gradients and at ZeRO 3; 2: all-reduce, which DeepSpeed makes of buckets of gradients
+    elsewhere (use_multi_rank_bucket_allreduce) and of Muon's at ZeRO 3 too."""
+    engine, optimizer = work.config.engine, work.config.optim.name
+    scatters = is_flat(read_ds_config(engine), engine, optimizer) or (work.stage == 3 and optimizer != "muon")
+    return 1 if scatters else 2
+
+
+def gathered(work: Work) -> list[float]:
+    """Bytes of each tensor of all ranks' rows that the losses of the recipes gather, in fp32."""
+    model, views = work.config.model, len(work.views)
+    widths = {
+        "contrastive": [views * model.embed_dim, model.embed_dim],
+        "simclr": [2 * work.config.heads.output_dim],
+        "occlusion": [2 * work.tower.width],
+    }
+    rows = work.batch.local * work.world
+    return [4.0 * rows * width for name in work.parts for width in widths.get(name, [])]
 
 
 def model(args: argparse.Namespace) -> int:
