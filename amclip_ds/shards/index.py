@@ -26,11 +26,12 @@ from amclip_ds.redact import redact
 from amclip_ds.shards import reader
 from amclip_ds.shards.contents import CONTENT, checksum_in, digest
 from amclip_ds.shards.grouping import IMAGE_TYPES, MAX_IMAGE_BYTES, Group, group, left_out_name
-from amclip_ds.shards.sources import is_remote
+from amclip_ds.shards.sources import MAX_SHARDS, is_remote
 from amclip_ds.shards.tar import BLOCK, Damage, Member, scan
 
 VERSION = 1
-MAX_META = 64 << 20  # 200 bytes a shard
+MAX_META = MAX_SHARDS << 10  # bytes
+ENTRY = 512  # bytes of meta.json that a shard takes beside its path: 220, and what is wrong with it
 RECORD = np.dtype(
     [
         ("image_block", "<u4"),
@@ -202,7 +203,15 @@ class Index:
 def build_index(
     shards: list[str], folder: Path, workers: int, on_shard: Callable[[ShardEntry], None] = lambda entry: None
 ) -> Index:
-    """Indexes the shards in parallel and writes the folder, which appears whole by one rename. Reports each shard."""
+    """Indexes the shards in parallel and writes the folder, which appears whole by one rename. Reports each shard.
+
+    Raises UserError where the folder cannot be written, and, before any work, where nobody could read it.
+    """
+    if sum(len(json.dumps(shard)) + ENTRY for shard in shards) > MAX_META:
+        raise UserError(
+            f"data.index: {len(shards)} shards of such long paths take more than the {MAX_META} bytes that an index's"
+            " meta.json may have; pack them larger, or give them shorter paths"
+        )
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
@@ -409,8 +418,14 @@ def _entries_of(folder: Path, meta: dict[str, Any]) -> list[ShardEntry]:
             is_typed = is_typed and isinstance(entry.contents, str) and isinstance(entry.etag, str)
             if not is_typed or not isinstance(entry.path, str) or not isinstance(entry.fingerprint, str):
                 raise TypeError("a field of another type")
-            if not all(isinstance(p, dict) and type(p.get("count")) is int for p in entry.problems):
-                raise TypeError("a problem without a count")
+            if not all(
+                isinstance(p, dict)
+                and type(p.get("count")) is int
+                and isinstance(p.get("kind"), str)
+                and isinstance(p.get("key"), str)
+                for p in entry.problems
+            ):
+                raise TypeError("a problem without kind, key and count")
         return entries
     except (KeyError, TypeError) as error:
         raise UserError(f"data.index: {folder}/meta.json: no list of shards ({error}); make it again") from None

@@ -10,18 +10,22 @@ import pytest
 
 from amclip_ds.data.order import EpochOrder, Mixture
 from amclip_ds.errors import UserError
+from amclip_ds.shards import index as index_module
 from amclip_ds.shards.index import (
     BAD_HEADER,
     HAS_JSON,
     HAS_TEXT,
+    MAX_META,
     RECORD,
     VERSION,
     Index,
     ShardEntry,
+    _meta_of,
     build_index,
     default_folder,
 )
 from amclip_ds.shards.reader import ShardReader
+from amclip_ds.shards.sources import MAX_SHARDS
 from tests.unit.data.shards import jpeg, write_shards, write_tar
 
 
@@ -147,6 +151,40 @@ def test_a_damaged_index_is_refused(damage, said: str, tmp_path: Path) -> None: 
     damage(tmp_path / "index")
     with pytest.raises(UserError, match=f"data.index: .*{said}.*amclip data index|data.index: .*{said}"):
         Index(tmp_path / "index")
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        {"count": 1},
+        {"kind": "no image", "count": 1},
+        {"kind": "no image", "key": 5, "count": 1},
+        {"kind": ["no image"], "key": "k", "count": 1},
+        {"kind": "no image", "key": "k", "count": "1"},
+    ],
+)
+def test_a_problem_of_other_types_is_refused(problem: dict, tmp_path: Path) -> None:
+    build_index(write_shards(tmp_path, (3,)), tmp_path / "index", workers=1)
+    meta = json.loads((tmp_path / "index" / "meta.json").read_text())
+    meta["shards"][0]["problems"] = [{"kind": "no image", "key": "k", "count": 1}]
+    (tmp_path / "index" / "meta.json").write_text(json.dumps(meta))
+    assert Index(tmp_path / "index").shards[0].problems
+    meta["shards"][0]["problems"] = [problem]
+    (tmp_path / "index" / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="no list of shards .a problem without kind, key and count.; make it again"):
+        Index(tmp_path / "index")
+
+
+def test_as_many_shards_as_there_may_be_can_be_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 263 bytes a shard, MAX_SHARDS take 276 MB; what could not be read is refused before a shard is opened."""
+    entry = ShardEntry("/lustre/laion/" + "x" * 40, 1 << 30, 1 << 60, "0" * 16, 10_000, [], 1 << 20, "0" * 32)
+    assert len(_meta_of([entry])) * MAX_SHARDS < MAX_META
+    opened: list[str] = []
+    monkeypatch.setattr(index_module, "_scanned", lambda shards, workers: opened.extend(shards) or iter(()))
+    monkeypatch.setattr(index_module, "MAX_META", 10_000)
+    with pytest.raises(UserError, match=r"data\.index: 10 shards of such long paths .* 10000 bytes .*shorter paths"):
+        build_index(["x" * 1000] * 10, tmp_path / "index", 1)
+    assert not opened and not list(tmp_path.iterdir())
 
 
 def test_an_index_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
