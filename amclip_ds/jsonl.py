@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def read_lines(path: Path, fields: Mapping[str, type] = {}, limit: int = MAX_REA
 
 def is_number(value: Any) -> bool:
     """Whether a parsed value is a finite number; true and false are none."""
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # isfinite raises for a larger int
 
 
 def read(path: Path, fields: Mapping[str, type] = {}, limit: int = MAX_READ) -> tuple[list[dict[str, Any]], int]:
@@ -101,6 +102,17 @@ def read(path: Path, fields: Mapping[str, type] = {}, limit: int = MAX_READ) -> 
     return rows, unreadable
 
 
+def each(path: Path, fields: Mapping[str, type] = {}) -> Iterator[dict[str, Any]]:
+    """Such rows one at a time, of a file of any size; none if there is no file. Raises UserError."""
+    try:
+        for line, is_whole in lines(path):
+            row = parse(line, fields) if is_whole else None
+            if row is not None:
+                yield row
+    except OSError as error:
+        raise UserError(f"{path}: {describe(error)}") from None
+
+
 def left_out(path: Path, unreadable: int) -> list[str]:
     """What a reader of a run's rows says of the lines that it could not read: one line, or none."""
     return [f"{path}: {unreadable} line(s) cannot be read and are left out"] if unreadable else []
@@ -122,14 +134,23 @@ def lines(path: Path) -> Iterator[tuple[bytes, bool]]:
 
 
 def parse(line: bytes, fields: Mapping[str, type] = {}) -> dict[str, Any] | None:
-    """The row of a line; None where it is no JSON object, or lacks one of the fields."""
+    """The row of a line; None where it is no JSON object, holds a whole number beyond 64 bits, which nothing counts, or
+    lacks one of the fields."""
     try:
-        row = json.loads(line.strip(BLANK).decode())  # NUL bytes: of blocks that a crash left unwritten
+        text = line.strip(BLANK).decode()  # NUL bytes: of blocks that a crash left unwritten
+        row = json.loads(text, parse_int=_whole)
     except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict):
         return None
     return row if all(_is_of(row.get(name), kind) for name, kind in fields.items()) else None
+
+
+def _whole(digits: str) -> int:
+    number = int(digits)
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError("a whole number beyond 64 bits")
+    return number
 
 
 def _is_of(value: Any, kind: type) -> bool:

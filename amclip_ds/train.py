@@ -14,7 +14,7 @@ from amclip_ds.errors import Preempted, UserError
 from amclip_ds.evaluate import rows
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.during_training import evaluate_engines, specs_of
-from amclip_ds.jsonl import read_lines
+from amclip_ds.jsonl import each
 from amclip_ds.pictures import mask_statistics
 from amclip_ds.ranks.collectives import on_main
 from amclip_ds.resilience.guards import RewindAsked
@@ -91,8 +91,7 @@ def account(run: Run, batch: Batch, result: StepResult) -> None:
         run.guards.account(state.step, result.applied, result.sample_ids)
     except RewindAsked:
         run.checkpoints.rewind(state)
-    run.ledger.account(batch)
-    record.incidents(batch.incidents)
+    record.incidents(run.ledger.account(batch))
     if run.runtime.is_main:
         run.forecast.after_step(run.student, run.teacher, state.step, record)
     if run.config.run.log_sample_ids:
@@ -151,7 +150,7 @@ def evaluation_is_missing(run: Run) -> bool:
 
     def is_missing() -> bool:
         try:
-            incidents = read_lines(run.folder / run_files.INCIDENTS, run_files.STEP | {"kind": str})
+            incidents = each(run.folder / run_files.INCIDENTS, run_files.STEP | {"kind": str})
             if any(row["step"] == run.state.step and row["kind"] in (FAILED, MADE_UP) for row in incidents):
                 return False
             sets = [open_set(spec, key="eval.data") for spec in specs_of(run.config)]

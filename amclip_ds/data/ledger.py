@@ -12,6 +12,7 @@ from amclip_ds.shards.account import Account
 Gather = Callable[[Any], list[Any]]
 SKIPPED = "replaced"  # the action of an incident that cost a sample its place
 MIN_SKIPS_TO_STOP = 16  # skipped samples that stop no run, however few were read so far
+LISTED = 16  # incidents of a shard and kind, over all ranks: later ones are listed in the first epoch alone
 BLOCK = 1 << 16  # samples after which what was read long ago is forgotten by the rate
 
 
@@ -28,6 +29,8 @@ class Counts:
     read_bytes: int = 0
     by_shard_and_kind: Counter[tuple[str, str]] = field(default_factory=Counter)
     """what was skipped"""
+    incidents: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """by shard and kind, whatever was done about them"""
 
     @property
     def tried(self) -> int:
@@ -42,6 +45,7 @@ class Counts:
             self.retried + other.retried,
             self.read_bytes + other.read_bytes,
             self.by_shard_and_kind + other.by_shard_and_kind,
+            self.incidents + other.incidents,
         )
 
 
@@ -62,8 +66,16 @@ class Ledger:
         self._before, self._recent, self.total = Counts(), Counts(), Counts()
         """of all ranks: the block before this one, this block, the whole run since its start"""
 
-    def account(self, batch: Batch) -> None:
-        """Enters one batch of this rank."""
+    def account(self, batch: Batch) -> list[dict[str, str]]:
+        """Enters one batch of this rank. Returns its incidents that incidents.jsonl is to list: all of the first epoch,
+        which comes by every sample once; of later ones, which come by the same again, LISTED of a shard and kind."""
+        listed, new = [], Counter[tuple[str, str]]()
+        for row in batch.incidents:
+            place = row["shard"], row["kind"]
+            new[place] += 1
+            known = self.total.incidents[place] + self._local.incidents[place] + new[place]
+            if batch.epoch == 0 or not row["shard"] or known <= LISTED:
+                listed.append(row)
         skipped = [row for row in batch.incidents if row["action"] == SKIPPED]
         kinds = Counter(row["kind"] for row in batch.incidents)
         self._local += Counts(
@@ -73,7 +85,9 @@ class Ledger:
             retried=kinds["retried"],
             read_bytes=batch.read_bytes,
             by_shard_and_kind=Counter((row["shard"], row["kind"]) for row in skipped),
+            incidents=new,
         )
+        return listed
 
     def settle(self) -> Counts:
         """Adds up what all ranks entered since the last time. Raises RunStopped, on all of them, when too many samples

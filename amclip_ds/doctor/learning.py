@@ -12,7 +12,7 @@ from amclip_ds import run_files
 from amclip_ds.config import TrainConfig
 from amclip_ds.doctor import FAIL, OK, WARN, Check, Finding
 from amclip_ds.errors import DONE, TO_REQUEUE, UserError, in_one_line
-from amclip_ds.jsonl import read
+from amclip_ds.jsonl import each, read
 from amclip_ds.optim import REFERENCE_BATCH, REFERENCE_LR, scaled_lr
 
 EARLY = 20  # steps: before them nothing is judged
@@ -57,8 +57,7 @@ def _ending(run: Path) -> Iterator[Finding]:
     from amclip_ds.record import read_verdict
 
     verdict = read_verdict(run)
-    incidents, _ = read(run / run_files.INCIDENTS, {"kind": str})
-    kinds = Counter(row["kind"] for row in incidents)
+    kinds = Counter(row["kind"] for row in each(run / run_files.INCIDENTS, {"kind": str}))
     listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(6)) or "no incidents"
     if verdict is None:
         yield Finding("ending", OK, f"it runs, or ended without a word; {listed}")

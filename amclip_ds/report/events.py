@@ -1,13 +1,12 @@
 """What happened to a run, in order: starts, saves, evaluations, incidents, ends; each with its cause and effect."""
 
 import shlex
-from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from amclip_ds import run_files
 from amclip_ds.errors import DONE, FAULT, INTERRUPTED, MISTAKE, STOPPED_ITSELF, TO_REQUEUE
-from amclip_ds.report.read import RunFacts
+from amclip_ds.report.incidents import effect_of
+from amclip_ds.report.read import RunFacts, number_in
 from amclip_ds.report.time_spent import Attempt
 
 WORST = 10  # samples by their loss, of a step whose loss is the incident
@@ -121,50 +120,43 @@ def _starts(run: RunFacts, attempts: list[Attempt]) -> list[Event]:
 def _waits(run: RunFacts) -> list[Event]:
     """Saves and evaluations: a row each, however many waits they consisted of."""
     sums: dict[tuple[int, int, str], Event] = {}
-    seconds: Counter[tuple[int, int, str]] = Counter()
+    seconds: dict[tuple[int, int, str], float] = {}
     for row in run.timeline:
         kind = {"save": SAVE, "evaluate": EVALUATION}.get(row["event"])
         if kind is None:
             continue
         key = (row["attempt"], row["step"], kind)
-        seconds[key] += row.get("seconds", 0.0)
+        seconds[key] = seconds.get(key, 0.0) + number_in(row, "seconds")
         what = "checkpoint" if kind == SAVE else "evaluation"
-        sums.setdefault(key, Event(row.get("time", 0.0), row["step"], row["attempt"], kind, what))
+        sums.setdefault(key, Event(number_in(row, "time"), row["step"], row["attempt"], kind, what))
     for key, event in sums.items():
         event.effect = f"training waited {seconds[key]:.1f} s"
     return list(sums.values())
 
 
 def _incidents(run: RunFacts) -> list[Event]:
-    """Those of one attempt and kind are one row as long as nothing else comes between; samples are reported by kind."""
-    found: list[Event] = []
-    open_rows: dict[tuple[Any, ...], Event] = {}
-    for row in run.incidents:
-        effect = str(row.get("action") or "")
-        is_sample = effect.startswith("replaced") or bool(row.get("shard"))
-        key = (row["attempt"], row["kind"], effect, is_sample or row["cause"])
-        known = open_rows.get(key)
-        if known is not None:
-            known.count += 1
-            known.until = max(known.until, row["step"])
-            continue
-        at = row.get("time")
-        event = Event(
-            float(at) if isinstance(at, int | float) else 0.0,
-            row["step"],
-            row["attempt"],
-            INCIDENT,
-            in_words(row["kind"]),
-            row["cause"],
-            effect,
-            until=row["step"],
-        )
+    """Those that are alike are one; of samples the first is the example."""
+    found = []
+    for held in run.incidents.alike.values():
+        row, cause, command = held.first, held.first["cause"], ""
         if row["kind"] in run_files.OF_A_BATCH:
-            event.command = shlex.join(["amclip", "samples", str(run.folder), str(row["step"]), "--worst", str(WORST)])
-        if is_sample and row.get("shard"):
-            event.cause = f"{row['cause']}: {row.get('key', '')} in {row['shard']}"
-        open_rows[key] = event
-        found.append(event)
+            command = shlex.join(["amclip", "samples", str(run.folder), str(row["step"]), "--worst", str(WORST)])
+        if row.get("shard"):
+            cause = f"{cause}: {row.get('key', '')} in {row['shard']}"
+        found.append(
+            Event(
+                number_in(row, "time"),
+                row["step"],
+                row["attempt"],
+                INCIDENT,
+                in_words(row["kind"]),
+                cause,
+                effect_of(row),
+                held.until,
+                held.count,
+                command,
+            )
+        )
     return found
 
 
@@ -211,24 +203,9 @@ class Loss:
 
 
 def lost_samples(run: RunFacts) -> list[Loss]:
-    """The ledger: by shard and kind, the worst first. A resume may report the same sample again; it counts once."""
-    counts: Counter[tuple[str, str]] = Counter()
-    first: dict[tuple[str, str], dict[str, Any]] = {}
-    seen: set[tuple[str, str, str]] = set()
-    for row in run.incidents:
-        shard, kind, key = str(row.get("shard") or ""), str(row["kind"]), str(row.get("key") or "")
-        if not shard or (shard, kind, key) in seen:
-            continue
-        seen.add((shard, kind, key))
-        counts[shard, kind] += 1
-        first.setdefault((shard, kind), row)
+    """The ledger: by shard and kind, the worst first."""
+    worst = sorted(run.incidents.lost.items(), key=lambda item: -item[1].count)
     return [
-        Loss(
-            shard,
-            kind,
-            count,
-            f"{first[shard, kind].get('key', '')}: {first[shard, kind]['cause']}",
-            str(first[shard, kind].get("action") or ""),
-        )
-        for (shard, kind), count in counts.most_common()
+        Loss(shard, kind, held.count, f"{held.first.get('key', '')}: {held.first['cause']}", effect_of(held.first))
+        for (shard, kind), held in worst
     ]

@@ -25,7 +25,7 @@ from amclip_ds.report import events as happened
 from amclip_ds.report.charts import Chart, Point, buckets, draw, number
 from amclip_ds.report.events import Event
 from amclip_ds.report.pictures import Pictures, read_pictures
-from amclip_ds.report.read import COUNTED, RunFacts, Series, read_run
+from amclip_ds.report.read import COUNTED, RunFacts, Series, is_measured, read_run
 from amclip_ds.report.time_spent import PARTS, Attempt, attempts_of, goodput, total
 
 HERE = Path(__file__).parent
@@ -130,7 +130,7 @@ class RunPage:
         rows = [(word, planned.get(name), measured.get(name)) for name, word in wholes.items()]
         parts = [held if isinstance(held := side.get("by_part"), dict) else {} for side in (planned, measured)]
         rows += [(f"of it: {part}", parts[0].get(part), parts[1].get(part)) for part in {**parts[0], **parts[1]}]
-        in_gib = [[f"{gib:.3f}" if isinstance(gib, int | float) else "" for gib in held] for _, *held in rows]
+        in_gib = [[f"{gib:.3f}" if is_measured(gib) else "" for gib in held] for _, *held in rows]
         return [(word, *pair) for (word, *_), pair in zip(rows, in_gib)]
 
     @property
@@ -247,8 +247,7 @@ def tiles(run: RunFacts, attempts: list[Attempt], sums: dict[str, float], events
         found.append(("loss", number(losses[-1]), f"{number(losses[0])} at first"))
     for row in best_rows(run):
         name, value = main_metric(row)
-        low, high = (row.get("intervals") or {}).get(name) or (None, None)
-        between = f"95%: {low:.1%} to {high:.1%}" if isinstance(low, float) and isinstance(high, float) else ""
+        between = interval(row, name)
         found.append((f"{METRICS.get(name, name)}, {row['dataset']}, {row['weights']}", f"{value:.1%}", between))
     speeds = [value for value in run.metrics.get("samples_per_s") if isfinite(value)]
     if speeds:
@@ -269,9 +268,16 @@ def best_rows(run: RunFacts) -> list[dict[str, Any]]:
     return list(latest.values())[:6]
 
 
+def interval(row: dict[str, Any], name: str) -> str:
+    """`95%: 40.0% to 60.0%`; empty where the row has none of that metric."""
+    found = row["intervals"].get(name) if isinstance(row.get("intervals"), dict) else None
+    is_pair = isinstance(found, list) and len(found) == 2 and all(map(is_measured, found))
+    return f"95%: {found[0]:.1%} to {found[1]:.1%}" if found and is_pair else ""
+
+
 def main_metric(row: dict[str, Any]) -> tuple[str, float]:
     """The headline number of an evaluation, and its name; an empty name where there is none."""
-    numbers = {name: value for name, value in row["metrics"].items() if isinstance(value, int | float)}
+    numbers = {name: value for name, value in row["metrics"].items() if is_measured(value)}
     named = row.get("main_metric")
     for name in (*([named] if isinstance(named, str) else []), *METRICS, *numbers):
         if name in numbers:
@@ -326,7 +332,7 @@ def evaluations(id: str, run: RunFacts) -> list[Chart | None]:
         lines: dict[str, list[Point | None]] = {}
         for row in run.evaluations:
             value = row["metrics"].get(name)
-            if isinstance(value, int | float):
+            if is_measured(value):
                 point = (float(row["step"]), float(value), float(value), float(value))
                 lines.setdefault(f"{row['dataset']}, {row['weights']}", []).append(point)
         if name == "acc1":
@@ -355,22 +361,25 @@ def marks(run: RunFacts, events: list[Event]) -> list[Mark]:
     """Where incidents, saves and starts are on the axis of steps; those that fall together are one."""
     first, last = span_of(run)
     alike = [
-        (event.kind, event.step, event.what)
+        (event.kind, event.step, event.what, 1)
         for event in events
         if event.kind == happened.SAVE or (event.kind == happened.START and event.step)
     ]
-    alike += [(happened.INCIDENT, row["step"], happened.in_words(row["kind"])) for row in run.incidents]
-    found: dict[tuple[str, int], list[tuple[int, str]]] = {}
-    for kind, step, what in alike:
-        found.setdefault((kind, int((step - first) / (last - first) * MARKS)), []).append((step, what))
+    alike += [
+        (happened.INCIDENT, step, happened.in_words(kind), count)
+        for (kind, step), count in run.incidents.at_steps.items()
+    ]
+    found: dict[tuple[str, int], list[tuple[int, str, int]]] = {}
+    for kind, step, what, count in alike:
+        found.setdefault((kind, int((step - first) / (last - first) * MARKS)), []).append((step, what, count))
     numbers = Counter(kind for kind, _ in found)
     made = []
     for (kind, _), held in found.items():
-        step = min(step for step, _ in held)
-        names = ", ".join(list(dict.fromkeys(what for _, what in held))[:3])
-        count = f" ({len(held)})" if len(held) > 1 else ""
+        step, number_of_them = min(step for step, *_ in held), sum(count for *_, count in held)
+        names = ", ".join(list(dict.fromkeys(what for _, what, _ in held))[:3])
+        times = f" ({number_of_them})" if number_of_them > 1 else ""
         percent = min(100.0, max(0.0, (step - first) / (last - first) * 100))
-        made.append(Mark(round(percent, 2), kind, f"step {step}: {names}{count}", numbers[kind] > LINES))
+        made.append(Mark(round(percent, 2), kind, f"step {step}: {names}{times}", numbers[kind] > LINES))
     return made
 
 
@@ -393,7 +402,8 @@ def classes(row: dict[str, Any], most: int = 1000) -> dict[str, Any]:
         if isinstance(pair, list) and len(pair) == 2 and all(type(count) is int for count in pair) and pair[1] > 0
     ]
     counts.sort(key=lambda item: (item[1] / item[2], item[0]))
-    pairs = [pair for pair in row.get("confusions") or [] if isinstance(pair, dict)]
+    listed = row.get("confusions")
+    pairs = [pair for pair in listed if isinstance(pair, dict)] if isinstance(listed, list) else []
     return {
         "title": f"{row['dataset']}, {row['weights']}, step {row['step']}",
         "classes": counts[:most],
@@ -448,7 +458,7 @@ def compare(runs: list[RunFacts]) -> list[Chart]:
         for name, run in named:
             for row in run.evaluations:
                 value = row["metrics"].get(metric)
-                if isinstance(value, int | float):
+                if is_measured(value):
                     point = (float(row["step"]), float(value), float(value), float(value))
                     lines.setdefault(f"{name}: {row['dataset']}, {row['weights']}", []).append(point)
         drawn.append(draw(f"all-{metric}", METRICS[metric], "", lines.items(), steps=span, from_zero=True))

@@ -101,7 +101,7 @@ def _sample(
     sample = PicturedSample(str(facts.get("caption", "")))
     scores = [_at(row.get("scores"), place) for row in rows]
     teacher = facts.get("teacher")
-    side = round((len(scores[-1]) / 2) ** 0.5) if scores[-1] else 0
+    side = round((len(scores[-1]) / 2) ** 0.5) if isinstance(scores[-1], str) else 0
     if isinstance(teacher, str) and side and all(_is_hex(frame, 2 * side * side) for frame in scores):
         shown = [round(byte / 255, 2) for byte in bytes.fromhex(scores[-1])]
         _add(sample, folder, teacher, "teacher's crop", side, "scores", scores, shown)

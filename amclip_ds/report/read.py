@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from amclip_ds import jsonl, plain_yaml, run_files
 from amclip_ds.errors import UserError
 from amclip_ds.files import describe, read_json
 from amclip_ds.record import read_verdict
+from amclip_ds.report.incidents import Incidents
 
 COUNTED = ("updates", "samples_seen", "attempt", "epoch", "time")  # numbers of a metrics row that are no measurement
 ALIVE_S = 180.0  # a run that wrote something so lately is still at work
+LARGEST = 1e100  # of what can be measured; twice a larger number may be infinite
 TAIL = 1 << 16  # bytes of out.log's end that are searched
 
 
@@ -32,7 +34,7 @@ class Series:
             if name != "step" and isinstance(value, int | float):
                 if name not in self.columns:
                     self.columns[name] = array("d", [nan]) * (len(self.steps) - 1)
-                self.columns[name].append(value)
+                self.columns[name].append(value if abs(value) < LARGEST else nan)
         for column in self.columns.values():
             if len(column) < len(self.steps):
                 column.append(nan)
@@ -67,7 +69,7 @@ class RunFacts:
     evaluations: list[dict[str, Any]]
     classes: list[dict[str, Any]]
     """of the last step that each set was evaluated at"""
-    incidents: list[dict[str, Any]]
+    incidents: Incidents
     summary: str
     """what the run said last about its data"""
     unreadable: dict[str, int]
@@ -77,13 +79,12 @@ class RunFacts:
     def total_steps(self) -> int | None:
         """How long the run is to be, where its settings say it in steps."""
         steps = self.config.get("run.steps")
-        return steps if isinstance(steps, int) else None
+        return steps if type(steps) is int and is_measured(steps) else None
 
     @property
     def last_step(self) -> int:
         """The last step that is known of."""
-        reported = self.verdict["step"] if self.verdict and isinstance(self.verdict.get("step"), int) else 0
-        return max(reported, self.metrics.steps[-1] if self.metrics.steps else 0)
+        return max(int(number_in(self.verdict, "step")), self.metrics.steps[-1] if self.metrics.steps else 0)
 
 
 def read_run(folder: Path) -> RunFacts:
@@ -100,6 +101,9 @@ def read_run(folder: Path) -> RunFacts:
         metrics.add(row)
     for row in rows("metrics.superseded.jsonl", run_files.STEP):
         set_aside.add(row)
+    incidents = Incidents()
+    for row in rows(run_files.INCIDENTS, run_files.INCIDENT):
+        incidents.add(row)
     verdict, last_write = read_verdict(folder), _last_write(folder)
     return RunFacts(
         folder=folder,
@@ -119,7 +123,7 @@ def read_run(folder: Path) -> RunFacts:
         set_aside=set_aside,
         evaluations=list(rows(run_files.EVALUATIONS, run_files.EVALUATION)),
         classes=_latest(rows(run_files.CLASSES, run_files.OF_CLASSES)),
-        incidents=list(rows(run_files.INCIDENTS, run_files.INCIDENT)),
+        incidents=incidents,
         summary=_summary(folder / run_files.LOG),
         unreadable=unreadable,
     )
@@ -146,6 +150,17 @@ def _latest(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         found[row["dataset"], row["weights"], row["task"]] = row
     return list(found.values())
+
+
+def number_in(row: dict[str, Any] | None, name: str) -> float:
+    """A number of a row, such as its time or seconds; 0 where it has none."""
+    value = (row or {}).get(name)
+    return float(value) if is_measured(value) else 0.0
+
+
+def is_measured(value: Any) -> TypeGuard[int | float]:
+    """Whether it is a number that something may have measured."""
+    return jsonl.is_number(value) and abs(value) < LARGEST
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import isnan
 from typing import Any, NamedTuple
 
-from amclip_ds.report.read import RunFacts
+from amclip_ds.report.read import RunFacts, number_in
 
 PARTS = {
     "compute": "computing",
@@ -89,7 +89,7 @@ def _attempt(run: RunFacts, number: int, steps: list[_Row]) -> Attempt | None:
     rows = [row for row in run.timeline if row["attempt"] == number]
     start = next((row for row in rows if row["event"] == "start"), None)
     counted = next((row for row in run.starts if row["attempt"] == number and "time" in row), None)
-    began = _time(start) - _number(start, "before_s") if start else _time(counted) if counted else None
+    began = _time(start) - number_in(start, "before_s") if start else _time(counted) if counted else None
     if began is None:
         return None
     resumed = next((row["step"] for row in rows if row["event"] == "resumed"), 0)
@@ -115,7 +115,7 @@ def _attempt(run: RunFacts, number: int, steps: list[_Row]) -> Attempt | None:
         seconds["communication"] += count * logged.communication_s
         seconds["compute"] += count * max(0.0, logged.step_s - logged.data_s - logged.communication_s)
     for event in ("save", "evaluate", "pictures"):
-        seconds[event] = sum(_number(row, "seconds") for row in rows if row["event"] == event)
+        seconds[event] = sum(number_in(row, "seconds") for row in rows if row["event"] == event)
     training = next((row for row in rows if row["event"] == "training"), None)
     if training:
         seconds["start"] = _time(training) - began
@@ -141,12 +141,7 @@ def _rows_by_attempt(run: RunFacts) -> dict[int, list[_Row]]:
 
 
 def _time(row: dict[str, Any] | None) -> float:
-    return _number(row, "time")
-
-
-def _number(row: dict[str, Any] | None, name: str) -> float:
-    value = (row or {}).get(name)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+    return number_in(row, "time")
 
 
 def _whole(row: dict[str, Any] | None, name: str) -> int | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TREES = (".json", ".yaml")
+TREES = (".json", ".jsonl", ".yaml")
 LARGEST = 1 << 28  # bytes; a sparse file of an earlier mutation is not read here
 VALUES: list[Any] = [
     None,
@@ -96,6 +96,8 @@ def _once(folder: Path, rng: random.Random) -> str:
     ways: list[Callable[[Path, random.Random], str]] = [_bytes]
     if path.suffix == ".json" and path.stat().st_size < 100_000:
         ways += [_tree] * 6
+    elif path.suffix == ".jsonl":
+        ways += [_row] * 6
     elif path.suffix == ".yaml":
         ways += [_lines] * 6
     elif path.suffix == ".safetensors":
@@ -144,6 +146,27 @@ def _tree(path: Path, rng: random.Random) -> str:
         content = json.loads(path.read_text())
     except ValueError:
         return _bytes(path, rng)
+    done = _spoilt(content, rng)
+    path.write_text(json.dumps(content))
+    return done or _bytes(path, rng)
+
+
+def _row(path: Path, rng: random.Random) -> str:
+    """A value, a key, or a place of one row of a run's file."""
+    lines = path.read_text(errors="replace").split("\n")
+    at = rng.randrange(len(lines))
+    try:
+        row = json.loads(lines[at])
+    except ValueError:
+        return _bytes(path, rng)
+    done = _spoilt(row, rng, [*VALUES, 10**400])
+    lines[at] = json.dumps(row)
+    path.write_text("\n".join(lines), errors="replace")
+    return f"row {at}: {done}"
+
+
+def _spoilt(content: Any, rng: random.Random, values: list[Any] = VALUES) -> str:
+    """Changes one place of a JSON value. Returns what was done; empty where it has no places."""
     places: list[tuple[Any, Any]] = []
 
     def walk(node: Any) -> None:
@@ -153,18 +176,17 @@ def _tree(path: Path, rng: random.Random) -> str:
 
     walk(content)
     if not places:
-        return _bytes(path, rng)
+        return ""
     node, key = rng.choice(places)
     way = rng.choice(("set", "set", "set", "remove", "add", "rename"))
     if way == "set":
-        node[key] = rng.choice(VALUES)
+        node[key] = rng.choice(values)
     elif way == "remove":
         del node[key]
     elif isinstance(node, dict) and way == "add":
-        node[rng.choice(KEYS)] = rng.choice(VALUES)
+        node[rng.choice(KEYS)] = rng.choice(values)
     elif isinstance(node, dict):
         node[rng.choice(KEYS)] = node.pop(key)
-    path.write_text(json.dumps(content))
     return f"{way} at {key!r}"
 
 

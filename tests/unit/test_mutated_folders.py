@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import pytest
 from safetensors.torch import save_file
 
 from amclip_ds import config as settings
+from amclip_ds import jsonl
 from amclip_ds.cli import main
 from amclip_ds.display import printable
 from amclip_ds.evaluate.datasets import open_set
@@ -31,11 +32,14 @@ from tests.unit.checkpoint.test_save import save_steps
 from tests.unit.evaluate.exports import FORMATS, tiny_model, write_export
 from tests.unit.evaluate.test_encoder import write_set
 from tests.unit.mutations import copy_by_links, mutate
+from tests.unit.report.runs import eventful
+from tests.unit.report.test_pictures import store
 
 MAX_CPU_S = 10.0
 MAX_WALL_S = 120.0  # tests run side by side on loaded machines; what blocks for ever is seen all the same
 MAX_GROWTH = 1_000_000  # kB above what the first commands on whole folders took
 ROUNDS = 150
+REPORTS = 60
 NIGHTLY = 10_000
 STARTS = (
     "subprocess.Popen",
@@ -114,6 +118,7 @@ class Folders:
         save_steps(run / "checkpoints", 1, 2)
         (run / "config.yaml").write_text(settings.dump(config))
         save_file(module.state_dict(), run / "student.safetensors", metadata={"step": "2"})
+        store(eventful(root / "logs"))
         write_set(root / "set", num_images=10, num_classes=5)
         shutil.copytree(root / "set" / "test", root / "set" / "train")  # what the k-NN learns from
         self.bin = root / "bin"
@@ -158,6 +163,13 @@ class Folders:
         ]
         return kinds[number % len(kinds)]
 
+    def report(self, number: int) -> tuple[str, list[list[str]]]:
+        """The same, of the report: a run's rows and pictures are spoilt."""
+        return "logs", [["report", str(self.root / "mutant"), "--out", str(self.root / "mutant.html")]]
+
+
+CommandsOf = Callable[[Folders, int], tuple[str, list[list[str]]]]
+
 
 @contextlib.contextmanager
 def watched(folders: Folders, may_link: bool = False) -> Iterator[Watch]:
@@ -192,9 +204,9 @@ def watched(folders: Folders, may_link: bool = False) -> Iterator[Watch]:
         watch.is_on = False
 
 
-def run_one(folders: Folders, number: int) -> list[str]:
+def run_one(folders: Folders, number: int, commands_of: CommandsOf) -> list[str]:
     """What is wrong with the commands on one mutation; nothing, normally."""
-    kind, commands = folders.commands(number)
+    kind, commands = commands_of(folders, number)
     mutant = folders.root / "mutant"
     for left in (mutant, folders.root / "mutant-run"):
         shutil.rmtree(left, ignore_errors=True)
@@ -207,7 +219,7 @@ def run_one(folders: Folders, number: int) -> list[str]:
     return [
         f"{number} ({kind}: {done}): amclip {command[0]} {command[1:3]}: {wrong}"
         for command in commands
-        for wrong in _run(folders, command, kind in ("run", "set"))
+        for wrong in _run(folders, command, kind in ("run", "set", "logs"))
     ]
 
 
@@ -258,7 +270,7 @@ def _where(failure: BaseException) -> str:
     return place
 
 
-def run_many(root: Path, numbers: range) -> list[str]:
+def run_many(root: Path, numbers: range, commands_of: CommandsOf = Folders.commands) -> list[str]:
     """All of them, with memory watched over all. The whole folders first: what they load is loaded then."""
     folders = Folders(root)
     path = os.environ["PATH"]
@@ -266,14 +278,14 @@ def run_many(root: Path, numbers: range) -> list[str]:
     wrong: list[str] = []
     try:
         for number in range(12):
-            kind, commands = folders.commands(number)
+            kind, commands = commands_of(folders, number)
             copy_by_links(folders.root / kind, folders.root / "mutant")
             copy_by_links(folders.root / "run", folders.root / "mutant-run")
             for command in commands:
                 _run(folders, command)
         before = peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for number in numbers:
-            wrong += run_one(folders, number)
+            wrong += run_one(folders, number, commands_of)
             now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             if now - peak > 100_000:
                 print(f"{number}: {(now - before) / 1000:.0f} MB above the start")
@@ -289,8 +301,7 @@ def run_many(root: Path, numbers: range) -> list[str]:
 def test_whole_folders_are_evaluated(tmp_path: Path) -> None:
     """The twin: each command on its folder as it is."""
     folders = Folders(tmp_path / "whole")
-    for number in range(12):
-        kind, commands = folders.commands(number)
+    for kind, commands in [*map(folders.commands, range(12)), folders.report(0)]:
         copy_by_links(folders.root / kind, folders.root / "mutant")
         copy_by_links(folders.root / "run", folders.root / "mutant-run")
         for command in commands:
@@ -319,10 +330,22 @@ def test_mutations(tmp_path: Path) -> None:
     assert not run_many(tmp_path / "all", range(ROUNDS))
 
 
+def test_mutated_rows_of_a_run_have_a_report(tmp_path: Path) -> None:
+    assert not run_many(tmp_path / "all", range(REPORTS), Folders.report)
+
+
+def test_a_report_that_takes_any_row_fails_on_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: without the test of a row's fields the same mutations end in tracebacks."""
+    parse = jsonl.parse
+    monkeypatch.setattr(jsonl, "parse", lambda line, fields: parse(line))
+    assert any("Error" in wrong for wrong in run_many(tmp_path / "all", range(REPORTS), Folders.report))
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(4 * 3600)
 def test_many_mutations(tmp_path: Path) -> None:
     assert not run_many(tmp_path / "all", range(NIGHTLY))
+    assert not run_many(tmp_path / "reports", range(NIGHTLY), Folders.report)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ from amclip_ds.bottleneck import judge
 from amclip_ds.data import ledger as ledger_module
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.check import CheckConfig, check
-from amclip_ds.data.ledger import MIN_SKIPS_TO_STOP, Ledger
+from amclip_ds.data.ledger import LISTED, MIN_SKIPS_TO_STOP, Ledger
 from amclip_ds.data.photometric import Photometric
 from amclip_ds.errors import RunStopped
 from tests.unit.data.damaged import sample, samples, tar_of
 from tests.unit.data.shards import open_data
 
 
-def batch_of(size: int, *incidents: tuple[str, str]) -> Batch:
+def batch_of(size: int, *incidents: tuple[str, str], epoch: int = 0) -> Batch:
     """A batch with these (kind, shard) incidents."""
     rows = [
         {
@@ -39,7 +39,7 @@ def batch_of(size: int, *incidents: tuple[str, str]) -> Batch:
         empty,
         empty,
         torch.arange(size),
-        0,
+        epoch,
         {},
         incidents=rows,
         read_bytes=10 * size,
@@ -55,6 +55,31 @@ def test_counts_by_shard_and_kind() -> None:
     assert interval.by_shard_and_kind == {("a.tar", "unreadable"): 2, ("b.tar", "no caption"): 1}
     assert ledger.settle().seen == 0, "what was settled is not counted again"
     assert "200 samples trained on, 3 skipped and replaced (unreadable 2, no caption 1), 1 mended" in ledger.summary()
+
+
+def test_the_first_epoch_lists_every_incident_and_later_ones_a_few_of_a_shard_and_kind() -> None:
+    """As many rows whether a run has two epochs or 32: later ones bring what was listed, and what is new in them."""
+    bad = [("unreadable", "a.tar")] * 40 + [("mended", "a.tar")] * 40
+    ledger = Ledger(0.9)
+    assert len(ledger.account(batch_of(100, *bad))) == 80
+    for epoch in range(1, 32):
+        assert not ledger.account(batch_of(100, *bad, epoch=epoch))
+        ledger.settle()
+    assert ledger.total.skipped == 32 * 40 and ledger.total.mended == 32 * 40, "the account counts them all"
+    new = [("no caption", "a.tar"), ("unreadable", "b.tar")] * 20
+    listed = ledger.account(batch_of(100, *new, epoch=31))
+    assert [row["shard"] for row in listed] == ["a.tar", "b.tar"] * LISTED
+    deaths = batch_of(100, *[("worker_died", "")] * 40, epoch=31)
+    assert ledger.account(deaths) == deaths.incidents, "what is of no shard is none of the samples"
+
+
+def test_what_other_ranks_found_is_listed_by_them() -> None:
+    """The counts are all ranks': two of them list as many rows of a later epoch as one, once they have settled."""
+    bad = [("unreadable", "a.tar")] * LISTED
+    ledger = Ledger(0.9, gather=lambda value: [value, value])
+    assert len(ledger.account(batch_of(100, *bad[::2], epoch=1))) == LISTED // 2
+    ledger.settle()
+    assert not ledger.account(batch_of(100, *bad, epoch=1))
 
 
 def test_too_many_skipped_stop_the_run_with_the_worst_shards_named() -> None:

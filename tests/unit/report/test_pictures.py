@@ -41,12 +41,14 @@ def made_batch(count: int = 3) -> Batch:
 
 @pytest.fixture()
 def stored(tmp_path: Path) -> tuple[Path, list[pictures.Shot]]:
-    run, method, batch = (
-        eventful(tmp_path / "run"),
-        method_of(settings.load("aclip-tiny", ["data.train=x"])),
-        made_batch(),
-    )
-    pictures.store_samples(run / "pictures", batch, method)
+    run = eventful(tmp_path / "run")
+    return run, store(run)
+
+
+def store(run: Path) -> list[pictures.Shot]:
+    """Pictures of the masks at two steps, as a trainer leaves them in RUN/pictures."""
+    method = method_of(settings.load("aclip-tiny", ["data.train=x"]))
+    pictures.store_samples(run / "pictures", made_batch(), method)
     shots = []
     for step in (10, 100):
         random = torch.Generator().manual_seed(step)
@@ -55,7 +57,7 @@ def stored(tmp_path: Path) -> tuple[Path, list[pictures.Shot]]:
             pictures.Shot([kept[0], None if step == 10 else kept[1]], torch.rand(3, GRID**2, generator=random))
         )
         append_line(run / "pictures" / "masks.jsonl", pictures.row_of(step, shots[-1], GRID))
-    return run, shots
+    return shots
 
 
 def patches_of(path: str) -> set[int]:

@@ -9,9 +9,10 @@ import pytest
 
 from amclip_ds import cli
 from amclip_ds.errors import RunStopped, UserError
+from amclip_ds.jsonl import encode, read_lines
 from amclip_ds.plain_yaml import flat
 from amclip_ds.report import charts, events
-from amclip_ds.report.page import differences, page, write_report
+from amclip_ds.report.page import differences, marks, page, write_report
 from amclip_ds.report.read import read_run
 from amclip_ds.report.time_spent import attempts_of, goodput, total
 from amclip_ds.run_folder import write_verdict_at_end
@@ -61,6 +62,23 @@ def test_the_ledger_counts_a_sample_once_though_a_resume_reports_it_again(run: P
     assert [(loss.shard, loss.kind, loss.count) for loss in events.lost_samples(read_run(again))] == [
         ("/data/b.tar", "broken image", 3)
     ]
+
+
+def test_many_samples_of_one_kind_are_held_as_one(tmp_path: Path) -> None:
+    """What the report holds does not grow with the samples that a run lists; all are counted."""
+    folder = eventful(tmp_path / "run")
+    with (folder / "incidents.jsonl").open("ab") as file:
+        for number in range(5000):
+            facts = {"step": number % 90, "attempt": 0, "kind": "broken image", "cause": f"byte {number}"}
+            more = {"shard": f"{number % 2}.tar", "key": str(number), "action": "replaced"}
+            file.write(encode(facts | more))
+    run = read_run(folder)
+    assert len(run.incidents.alike) == 3 and len(run.incidents.lost) == 3 and len(run.incidents.at_steps) <= 91
+    counts = {event.cause: event.count for event in events.events_of(run, attempts_of(run)) if event.count > 1}
+    assert counts == {"cannot be decoded: 000 in /data/b.tar": 3, "byte 0: 0 in 0.tar": 5000}
+    assert [loss.count for loss in events.lost_samples(run)] == [2500, 2500, 3]
+    marked = [mark.text for mark in marks(run, []) if mark.kind == events.INCIDENT]
+    assert sum(int((re.search(r"\((\d+)\)$", text) or [0, 1])[1]) for text in marked) == 5004
 
 
 @pytest.mark.parametrize(
@@ -115,6 +133,37 @@ def test_the_command_writes_where_it_says(run: Path, tmp_path: Path, capsys: pyt
     assert (run / "report.html").is_file() and str(run / "report.html") in capsys.readouterr().out
     with pytest.raises(UserError, match="--out"):
         write_report([run], tmp_path / "no" / "folder.html")
+
+
+@pytest.mark.parametrize(
+    "file, wrong",
+    [
+        ("timeline.jsonl", {"step": 30, "attempt": 1, "event": "save", "seconds": None}),
+        ("timeline.jsonl", {"step": 30, "attempt": 1, "event": "save", "time": "noon", "seconds": 1e308}),
+        ("timeline.jsonl", {"step": 10**400, "attempt": 1, "event": "save"}),
+        ("incidents.jsonl", {"step": 3, "attempt": 0, "kind": "k", "cause": "c", "time": 10**400}),
+        ("incidents.jsonl", {"step": 3, "attempt": 0, "kind": "k", "cause": "c", "time": [], "shard": {}}),
+        ("metrics.jsonl", {"step": 10**400, "attempt": 1, "loss": 1.0}),
+        ("metrics.jsonl", {"step": 102, "attempt": 1, "loss": -1e308}),
+        ("eval.jsonl", {"metrics": {"acc1": 10**400}}),
+        ("eval.jsonl", {"intervals": [0.4, 0.6]}),
+        ("eval.jsonl", {"intervals": {"acc1": 3}}),
+        ("eval_classes.jsonl", {"confusions": 5}),
+        ("pictures/masks.jsonl", {"scores": [7, 7, 7]}),
+        ("exit.json", {"code": 0, "step": 10**400}),
+        ("plan.json", {"predicted": {"peak_gib": 10**400}, "measured": {"peak_gib": 1.5}}),
+    ],
+)
+def test_a_value_of_another_type_costs_its_own_place_alone(file: str, wrong: dict, tmp_path: Path) -> None:
+    folder = eventful(tmp_path / "run")
+    (folder / "pictures").mkdir()
+    held = {"grid": 8, "masks": [], "samples": [{"caption": "c", "teacher": "t.webp", "views": []}]}
+    (folder / "pictures" / "samples.json").write_text(json.dumps(held))
+    of_file = read_lines(folder / file)[-1] if file.startswith("eval") else {"kept": [], "step": 100}
+    with (folder / file).open("w" if file.endswith(".json") else "a") as opened:
+        opened.write(json.dumps(of_file | wrong) + "\n")
+    text = page([read_run(folder)])
+    assert "of 100" in text and "non finite loss" in text
 
 
 def test_nothing_of_a_run_becomes_markup(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""incidents.jsonl as the report holds it: folded row by row, since a run may list millions of samples."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Alike:
+    """Rows that the report shows as one."""
+
+    first: dict[str, Any]
+    count: int = 0
+    until: int = 0
+    """the last step of them"""
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.count += 1
+        self.until = max(self.until, row["step"])
+
+
+class Incidents:
+    """What the report says of incidents; `add` takes the rows of run_files.INCIDENT in the order of the file."""
+
+    def __init__(self) -> None:
+        self.alike: dict[tuple[Any, ...], Alike] = {}
+        """those of one attempt, kind and effect; of samples together, of others by their cause"""
+        self.at_steps: Counter[tuple[str, int]] = Counter()
+        """(kind, step) -> rows"""
+        self.lost: dict[tuple[str, str], Alike] = {}
+        """(shard, kind) -> samples, each once, however often a resume reports it again"""
+        self._seen: set[int] = set()
+        """hashes of (shard, kind, key), which take a tenth of the memory"""
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Takes one row over."""
+        shard, kind, key = str(row.get("shard") or ""), row["kind"], str(row.get("key") or "")
+        key_of_row = (row["attempt"], kind, effect_of(row), is_of_a_sample(row) or row["cause"])
+        self.alike.setdefault(key_of_row, Alike(row)).add(row)
+        self.at_steps[kind, row["step"]] += 1
+        sample = hash((shard, kind, key))
+        if shard and sample not in self._seen:
+            self._seen.add(sample)
+            self.lost.setdefault((shard, kind), Alike(row)).add(row)
+
+
+def effect_of(row: dict[str, Any]) -> str:
+    """What was done about it."""
+    return str(row.get("action") or "")
+
+
+def is_of_a_sample(row: dict[str, Any]) -> bool:
+    """Whether it is one sample's, of which a run may have many."""
+    return effect_of(row).startswith("replaced") or bool(row.get("shard"))
