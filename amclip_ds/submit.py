@@ -292,17 +292,21 @@ def job_name(run: str) -> str:
     return f"amclip-{shown}" if is_whole else f"amclip-{shown}-{zlib.crc32(path.encode(errors='surrogateescape')):08x}"
 
 
-def submit(plan: Plan) -> list[int]:
-    """Submits the plan's job, or its chain of jobs. Returns their ids. Raises UserError with sbatch's own words."""
+def submit(plan: Plan, jobs: list[int]) -> None:
+    """Submits the plan's job, or its chain of jobs, and appends each one's id to `jobs`.
+
+    Raises UserError with sbatch's own words, which names the jobs submitted before: they stay in the queue.
+    """
     if shutil.which("sbatch") is None:
         raise UserError(f"sbatch is not here: submit on a login node; {plan.folder}/submit.sh is ready")
-    jobs = []
     for _ in range(plan.chain):
         done = subprocess.run(plan.words(), capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"sbatch: {' '.join(done.stderr.split()) or done.returncode}")
+            ids = [str(job) for job in jobs]
+            cancel = f"scancel {' '.join(ids)}, or leave them: each continues the run"
+            before = f"; submitted before it: {', '.join(ids)} ({cancel})" if jobs else ""
+            raise UserError(f"sbatch: {' '.join(done.stderr.split()) or done.returncode}{before}")
         jobs.append(int(done.stdout.strip().splitlines()[-1].split(";")[0]))
-    return jobs
 
 
 if __name__ == "__main__":

@@ -69,8 +69,13 @@ def run(args: argparse.Namespace) -> int:
     plan = submit.make_plan(args)
     for line in plan.lines():
         print(line)
-    jobs = [] if args.dry_run else submit.submit(plan)
-    json_file.write(args.json, plan.facts() | {"jobs": jobs})
+    jobs: list[int] = []
+    try:
+        if not args.dry_run:
+            submit.submit(plan, jobs)
+    finally:
+        if jobs or args.dry_run:
+            json_file.write(args.json, plan.facts() | {"jobs": jobs})
     dry = f"dry run: nothing submitted; bash {plan.folder}/submit.sh does it"
     print(dry if args.dry_run else " ".join(map(str, jobs)))
     return 0

@@ -104,6 +104,29 @@ def test_sbatchs_own_words_are_reported(
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("taken", [0, 2])
+def test_a_chain_that_sbatch_refuses_half_way_names_the_jobs_that_are_in_the_queue(
+    taken: int, shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A site's limit of jobs a user: those submitted before it run, so they are in --json and in the error."""
+    (tmp_path / "bin").mkdir()
+    fake, counted = tmp_path / "bin" / "sbatch", tmp_path / "counted"
+    fake.write_text(
+        f"#!/bin/sh\nnumber=$(cat {counted} 2>/dev/null || echo 0)\n"
+        f"[ $number -lt {taken} ] || {{ echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1; }}\n"
+        f"echo $((number + 1)) > {counted}\necho $((4701 + number))\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:/usr/bin:/bin")
+    argv = ["submit", "aclip-tiny", f"data.train={shards}", f"run.out={tmp_path}/run", "run.steps=5"]
+    assert main([*argv, "--chain", "4", "--json", f"{tmp_path}/jobs.json"]) == 2
+    [error] = capsys.readouterr().err.strip().splitlines()
+    before = "; submitted before it: 4701, 4702 (scancel 4701 4702, or leave them: each continues the run)"
+    assert error.endswith("QOSMaxSubmitJobPerUserLimit" + (before if taken else ""))
+    assert (tmp_path / "jobs.json").exists() == bool(taken)
+    assert not taken or json.loads((tmp_path / "jobs.json").read_text())["jobs"] == [4701, 4702]
+
+
 def test_a_plugin_goes_with_the_job(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its absolute path, wherever the job starts; and what train.sbatch asks first takes the same words."""
     from amclip_ds import plugins, slurm_attempt
