@@ -87,7 +87,7 @@ def _revision(run: Path, reported: dict[str, Any], here: dict[str, Any]) -> Iter
     if not isinstance(then, str):
         yield Finding("revision", WARN, "the run was not started from a checkout: its version alone is known")
         return
-    changed = is_regular(run / run_files.CHANGES)
+    changed = _has_patch(run, reported)
     patch = read_text(run / run_files.CHANGES, 2 * run_folder.MAX_CHANGES) if changed else ""
     revision = then.removesuffix("+changes")
     fix = f"git checkout {revision[:12]}" + (f" && git apply {run / run_files.CHANGES}" if changed else "")
@@ -98,6 +98,11 @@ def _revision(run: Path, reported: dict[str, Any], here: dict[str, Any]) -> Iter
     else:
         with_patch = f" with {run_files.CHANGES}" if changed else ""
         yield Finding("revision", WARN, f"{revision[:12]}{with_patch}; here {now}", fix)
+
+
+def _has_patch(run: Path, reported: dict[str, Any]) -> bool:
+    """Whether changes.diff belongs to the recorded revision; a start before the last one may have left it."""
+    return str(reported.get("git")).endswith("+changes") and is_regular(run / run_files.CHANGES)
 
 
 def _settings(run: Path, config: TrainConfig) -> Iterator[Finding]:
@@ -292,8 +297,9 @@ def pack(run: Path, own: list[str], capsule: Path) -> int:
     if capsule.exists():
         raise UserError(f"--capsule {capsule}: exists; name a new file")
     parts = {"README.txt": README.encode(), "packages.txt": _packages().encode()}
+    reported = read_json(run / run_files.VERSIONS, dict) if is_regular(run / run_files.VERSIONS) else {}
     for name in SMALL:
-        if is_regular(run / name):
+        if is_regular(run / name) and (name != run_files.CHANGES or _has_patch(run, reported)):
             parts[name] = read_bytes(run / name, 4 * MAX_TEXT)
     hashes = next((found.hashes for found in _manifests(run)), {})
     parts["data.json"] = json.dumps({"hashes": hashes}, indent=1).encode()

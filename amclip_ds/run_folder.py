@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -79,6 +79,9 @@ def write_settings(folder: Path, config: TrainConfig, write: Callable[[Path, str
             write(folder / run_files.copy_of(plugin.name, plugin.hash), plugin.text.decode(errors="replace"))
     if changes := git_changes():
         write(folder / run_files.CHANGES, changes)
+    else:  # a start before this one may have had some
+        with suppress(OSError):
+            (folder / run_files.CHANGES).unlink()
 
 
 def next_attempt(folder: Path) -> int:

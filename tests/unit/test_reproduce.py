@@ -1,0 +1,40 @@
+"""The patch beside a run: it is the last start's, and is shown and packed for a revision with changes alone."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from amclip_ds import config as settings
+from amclip_ds import reproduce, run_folder
+from amclip_ds.doctor import OK, WARN
+from amclip_ds.files import write_atomically
+
+
+def test_a_clean_start_removes_the_patch_of_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = settings.load("clip-tiny", ["data.train=x", f"run.out={tmp_path}"])
+    for changes in ("a patch\n", "another\n", "", ""):
+        monkeypatch.setattr(run_folder, "git_changes", lambda changes=changes: changes)
+        run_folder.write_settings(tmp_path, run, write_atomically)
+        patch = tmp_path / "changes.diff"
+        assert patch.exists() == bool(changes) and (not changes or patch.read_text() == changes)
+
+
+@pytest.mark.parametrize("here", ["1" * 40, "2" * 40])
+def test_a_patch_belongs_to_a_revision_with_changes_alone(
+    here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was begun with changes and resumed from a clean checkout: by a version that left the patch."""
+    monkeypatch.setattr(run_folder, "git_changes", lambda: "")
+    (tmp_path / "changes.diff").write_text("a patch\n")
+    for revision, has_patch in (("1" * 40, False), ("1" * 40 + "+changes", True)):
+        (tmp_path / "versions.json").write_text(json.dumps({"git": revision}))
+        [found] = reproduce._revision(tmp_path, {"git": revision}, {"git": here})
+        assert ("changes.diff" in found.found) == ("git apply" in found.fix) == has_patch
+        assert (found.status == OK) == (here == revision) and found.status in (OK, WARN)
+        assert ("changes too" in found.found) is False
+        capsule = tmp_path / f"{has_patch}.tar.gz"
+        reproduce.pack(tmp_path, [], capsule)
+        with tarfile.open(capsule) as tar:
+            assert any(name.endswith("/changes.diff") for name in tar.getnames()) == has_patch
