@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,41 @@ def is_possible() -> bool:
     return hasattr(os, "memfd_create")
 
 
-def available_memory() -> int:
-    """Bytes that this host can still give; a large number where it does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this host, and the cgroups of this process (a Slurm job's --mem), can still give; a large number where
+    nothing says. root: where /proc and /sys are."""
+    left = [1 << 62, *(limit - used for limit, used in _cgroups(root))]
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return 1 << 62
+                left.append(int(line.split()[1]) * 1024)
+    return max(0, min(left))
+
+
+def _cgroups(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, in use) of each cgroup of this process and those above it that has a limit, in bytes. What is in use
+    counts the page cache too, of which the inactive files are given back on demand."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except (OSError, ValueError):
+        return
+    for line in lines:
+        _, controllers, place = [*line.split(":", 2), "", ""][:3]
+        if controllers == "":
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file ")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "
+        else:
+            continue
+        own = mount / place.lstrip("/")
+        for folder in (own, *own.parents):
+            with contextlib.suppress(OSError, ValueError):  # "max", or a cgroup without this file, as the topmost is
+                limit, used = (int((folder / name).read_text()) for name in names[:2])
+                rows = (folder / "memory.stat").read_text().splitlines()
+                yield limit, used - sum(int(row.split()[1]) for row in rows if row.startswith(names[2]))
+            if folder == mount:
+                break
 
 
 def host_name() -> str:

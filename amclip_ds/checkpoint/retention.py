@@ -31,14 +31,17 @@ def purge(checkpoints: Path, config: CheckpointConfig, newest: int, say: Callabl
 
 
 def expired(checkpoints: Path, config: CheckpointConfig) -> list[tuple[int, Path]]:
-    """The checkpoints beyond the newest keep_last that no rule keeps. Damaged ones count for nothing and are left."""
-    whole = [(step, path) for step, path in step_folders.list_steps(checkpoints) if is_whole(path)]
-    every = config.keep_every_steps
-    return [
-        (step, path)
-        for step, path in whole[: -config.keep_last]
-        if not (every and step % every == 0) and not is_pinned(path)
-    ]
+    """The checkpoints beyond the newest keep_last that no rule keeps. Damaged ones count for nothing and are left.
+
+    All ranks wait for it, and is_whole looks at every file of every rank: it is asked only of what it decides.
+    """
+    found, num_kept, every = [], 0, config.keep_every_steps
+    for step, path in reversed(step_folders.list_steps(checkpoints)):
+        if num_kept < config.keep_last:
+            num_kept += is_whole(path)
+        elif not (every and step % every == 0) and not is_pinned(path) and is_whole(path):
+            found.append((step, path))
+    return found[::-1]
 
 
 def is_whole(path: Path) -> bool:

@@ -102,6 +102,32 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path: Path) ->
     assert steps_in(tmp_path) == [2, 3, 4], "3 is damaged: 2 and 4 are the last two"
 
 
+def test_a_commit_looks_at_the_files_of_no_checkpoint_that_stays_anyway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many kept ones of many ranks would be thousands of stats, at each commit, for which all ranks wait."""
+    save_steps(tmp_path, *range(1, 21), keep_last=20)
+    (tmp_path / "step_00000007" / "pinned").touch()
+    looked_at: list[str] = []
+    lstat = os.lstat
+
+    def counted(path: Any, **options: Any) -> os.stat_result:
+        if (step := Path(str(path)).relative_to(tmp_path).parts[:1]) and Path(str(path)).suffix == ".safetensors":
+            looked_at.append(step[0])
+        return lstat(path, **options)
+
+    monkeypatch.setattr(manifest.os, "lstat", counted)  # type: ignore[attr-defined]
+    config = CheckpointConfig(keep_last=2, keep_every_steps=2)
+    found = [step for step, _ in retention.expired(tmp_path, config)]
+    assert found == [1, 3, 5, 9, 11, 13, 15, 17], "19 and 20 are the newest, 7 is pinned, even ones stay"
+    assert {int(name.removeprefix("step_")) for name in looked_at} == {*found, 19, 20}
+    num_files = len([path for path in (tmp_path / "step_00000020").rglob("*.safetensors")])
+    assert len(looked_at) == num_files * (len(found) + 2)
+    looked_at.clear()
+    assert not retention.expired(tmp_path, CheckpointConfig(keep_last=2, keep_every_steps=1))
+    assert set(looked_at) == {"step_00000019", "step_00000020"}
+
+
 def test_training_waits_only_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An asynchronous save returns while its writer cannot have ended; at most one is in flight."""
     reported = Recorder()
@@ -216,6 +242,56 @@ def test_a_host_without_memory_for_a_snapshot_saves_synchronously(
     monkeypatch.setattr(background, "available_memory", lambda: 1000)
     reported = save_steps(tmp_path, 1, asynchronous=True)
     assert steps_in(tmp_path) == [1] and any("waits for the disk" in line for line in reported.lines)
+
+
+def made_host(root: Path, cgroup: str, folders: dict[str, dict[str, str]]) -> Path:
+    """A /proc and /sys with 1000 GiB left on the host; cgroup's folder -> its files."""
+    (root / "proc" / "self").mkdir(parents=True)
+    (root / "proc" / "meminfo").write_text(f"MemTotal: {2000 << 20} kB\nMemAvailable:   {1000 << 20} kB\n")
+    (root / "proc" / "self" / "cgroup").write_text(cgroup)
+    for folder, files in folders.items():
+        (root / "sys/fs/cgroup" / folder).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (root / "sys/fs/cgroup" / folder / name).write_text(content)
+    return root
+
+
+def v2(limit: str, used: int, cache: int = 0) -> dict[str, str]:
+    stat = f"anon 5\nfile {9 << 30}\ninactive_file {cache << 30}\nactive_file 7\n"
+    return {"memory.max": f"{limit}\n", "memory.current": f"{used << 30}\n", "memory.stat": stat}
+
+
+def v1(limit: int, used: int, cache: int) -> dict[str, str]:
+    stat = f"inactive_file 3\ntotal_inactive_file {cache << 30}\n"
+    sizes = {"memory.limit_in_bytes": f"{limit}\n", "memory.usage_in_bytes": f"{used << 30}\n"}
+    return sizes | {"memory.stat": stat}
+
+
+SLURM = "system.slice/slurmstepd.scope/job_7"
+HYBRID = "4:memory:/slurm/job_7/step_0\n1:cpu,cpuacct:/slurm\n0::/init.scope\n"
+
+
+@pytest.mark.parametrize(
+    "cgroup, folders, gib",
+    [
+        ("0::/user.slice\n", {"user.slice": v2("max", 50)}, 1000),
+        (f"0::/{SLURM}/step_0\n", {SLURM: v2(str(64 << 30), 40), f"{SLURM}/step_0": v2("max", 40)}, 24),
+        (f"0::/{SLURM}\n", {SLURM: v2(str(64 << 30), 60, cache=30)}, 34),
+        (f"0::/{SLURM}\n", {SLURM: v2(str(64 << 30), 65)}, 0),
+        ("0::/on/the/host/only\n", {"": v2(str(8 << 30), 2)}, 6),
+        (f"0::/{SLURM}\n", {SLURM: {"memory.max": "64\n"}}, 1000),
+        (HYBRID, {"memory/slurm/job_7": v1(64 << 30, 50, 10), "memory": v1((1 << 63) - 4096, 500, 0)}, 24),
+        ("12:cpu,memory:/job\n", {"memory/job": v1(16 << 30, 4, 0)}, 12),
+        ("nonsense\n", {}, 1000),
+    ],
+)
+def test_the_jobs_memory_limit_is_the_hosts(cgroup: str, folders: dict, gib: int, tmp_path: Path) -> None:
+    """The least of the host and every cgroup above the process, v2 and v1; cache that is given back is no use of it."""
+    assert background.available_memory(made_host(tmp_path, cgroup, folders)) == gib << 30
+
+
+def test_a_host_that_says_nothing_of_its_memory(tmp_path: Path) -> None:
+    assert background.available_memory(tmp_path) == 1 << 62 and 0 <= background.available_memory() < 1 << 50
 
 
 def test_a_save_of_a_committed_step_leaves_it(tmp_path: Path) -> None:
