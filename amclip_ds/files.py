@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -112,13 +113,26 @@ def not_written(what: str, error: OSError) -> AmclipError:
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
-    """Writes a small file so that a kill leaves the old one or the new one, never half of it. Raises OSError."""
+    """Writes a small file so that a kill leaves the old one or the new one, never half of it. Raises OSError, with
+    nothing left of the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with contextlib.suppress(FileNotFoundError):
         partial.unlink()  # of a killed process of the same number, or a trap
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with removed_on_error(partial):
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def removed_on_error(partial: Path) -> Iterator[None]:
+    """Removes a file that was to be renamed where that fails: on a full disk it would take what is left."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds.errors import UserError
-from amclip_ds.files import describe, open_regular, open_to_append
+from amclip_ds.files import describe, open_regular, open_to_append, removed_on_error
 from amclip_ds.redact import redact
 from amclip_ds.run_files import STEP
 
@@ -171,6 +171,7 @@ def supersede(path: Path, step: int) -> int:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(removed_on_error(partial))
         files = {
             name: stack.enter_context(os.fdopen(open_to_append(to), "ab"))
             for name, to in (asides | {KEPT: partial}).items()
@@ -184,7 +185,7 @@ def supersede(path: Path, step: int) -> int:
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    os.replace(partial, path)
+        os.replace(partial, path)
     return places.count(UNREADABLE)
 
 

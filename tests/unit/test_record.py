@@ -111,6 +111,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError):
         write_atomically(target, "new")
     assert target.read_text() == "old"
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    with pytest.raises(OSError):
+        supersede(tmp_path, 1)
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert not list(tmp_path.glob(".*.partial")), "what is left of the disk is not taken by what was not finished"
 
 
 def test_the_verdict_of_each_ending(tmp_path: Path) -> None:
