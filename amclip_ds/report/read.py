@@ -79,7 +79,7 @@ class RunFacts:
     def total_steps(self) -> int | None:
         """How long the run is to be, where its settings say it in steps."""
         steps = self.config.get("run.steps")
-        return steps if type(steps) is int and is_measured(steps) else None
+        return steps if is_measured(steps) and type(steps) is int else None
 
     @property
     def last_step(self) -> int:
