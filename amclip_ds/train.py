@@ -22,7 +22,8 @@ from amclip_ds.run import Run, assemble
 from amclip_ds.run_folder import write_run_weights
 from amclip_ds.step import StepResult, train_step
 
-FAILED, MADE_UP = "evaluation_failed", "evaluation_made_up"  # incidents; after either, no resume tries it again
+FAILED, MADE_UP = "evaluation_failed", "evaluation_made_up"  # incidents; after either, no resume tries it again,
+STOPPED = "evaluation_stopped"  # but for one that the run's stop ended
 
 
 def train(config: TrainConfig, resume: str = "auto") -> int:
@@ -113,17 +114,26 @@ def masks_of(batch: Batch, result: StepResult, grid: int) -> dict[str, float]:
 def evaluate(run: Run) -> None:
     """Student and teacher as they are, on the sets of eval.data. Collective: every rank must call.
 
-    What fails is an incident and costs its own rows, never the run nor the checkpoint that was due.
+    What fails is an incident and costs its own rows, never the run nor the checkpoint that was due. A stop ends it
+    after a batch: saves, keeps the rows that are whole, and raises Preempted; the resume makes the evaluation up.
     """
     run.checkpoints.settle()
     with run.meter.paused(), run.watchdog.during("evaluate"), run.timeline.during("evaluate"):
         if run.teacher is not None:
             run.teacher.publish()
-        made, failures = evaluate_engines(run.student, run.teacher, run.config, run.runtime, run.state.step)
+        made, failures, stop = evaluate_engines(
+            run.student, run.teacher, run.config, run.runtime, run.state.step, run.stops.agreed
+        )
+    if stop is not None:
+        run.checkpoints.after_step(run.state, is_last=True)
     run.record.evaluation(not_yet_recorded(run, made))
     for cause in failures if run.runtime.is_main else ():
         run.record.say(f"evaluation failed: {cause}; training continues")
         run.record.incident(FAILED, cause, action="training continues; `amclip watch` evaluates the checkpoint later")
+    if stop is not None:
+        if run.runtime.is_main:
+            run.record.incident(STOPPED, stop, action="saved; made when the run resumes")
+        raise Preempted(f"{stop}; stopped in the evaluation of step {run.state.step}, which the resume makes")
 
 
 def not_yet_recorded(run: Run, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -151,7 +161,8 @@ def evaluation_is_missing(run: Run) -> bool:
     def is_missing() -> bool:
         try:
             incidents = each(run.folder / run_files.INCIDENTS, run_files.STEP | {"kind": str})
-            if any(row["step"] == run.state.step and row["kind"] in (FAILED, MADE_UP) for row in incidents):
+            kinds = [row["kind"] for row in incidents if row["step"] == run.state.step]
+            if next((kind for kind in reversed(kinds) if kind in (FAILED, MADE_UP, STOPPED)), STOPPED) != STOPPED:
                 return False
             sets = [open_set(spec, key="eval.data") for spec in specs_of(run.config)]
             return bool(rows.missing(run.folder, run.state.step, sets, weights))

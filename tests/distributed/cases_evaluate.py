@@ -1,5 +1,6 @@
 """What the evaluation tests run on forked ranks: engines as training has them, evaluated where they are."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from amclip_ds.ranks.collectives import on_all, on_main
 from amclip_ds.run import build_engines
 
 
-def evaluate(ds: str, data: str, slices: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows, and what failed, of a tiny student and its teacher at their common start.
+def evaluate(
+    ds: str, data: str, slices: bool = False, stop_at: int = 0
+) -> tuple[list[dict[str, Any]], list[str], str | None]:
+    """The rows, what failed and why it stopped, of a tiny student and its teacher at their common start.
 
-    slices: dealt as a padding sampler deals.
+    slices: dealt as a padding sampler deals. stop_at: the run is to stop when that is asked for the so many-th time.
     """
     if slices:
         encoder._deal = _padded_slices
@@ -34,9 +37,13 @@ def evaluate(ds: str, data: str, slices: bool = False) -> tuple[list[dict[str, A
     student, teacher = build_engines(config, method_of(config), runtime)
     assert teacher is not None
     teacher.publish()
-    rows, failures = evaluate_engines(student, teacher, config, runtime, step=3)
+    asked = itertools.count(1)
+    found = evaluate_engines(
+        student, teacher, config, runtime, step=3, stop=lambda: "asked" if next(asked) == stop_at else None
+    )
+    torch.distributed.barrier()
     engine_runtime.stop(runtime)
-    return rows, failures
+    return tuple(found)
 
 
 def failing_on_one_rank() -> list[str]:

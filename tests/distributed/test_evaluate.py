@@ -33,7 +33,7 @@ def alone(uneven: Path) -> list[dict]:
 )
 def test_ranks_agree_with_one(world_size: int, ds: str, uneven: Path, alone: list[dict]) -> None:
     results = run_ranks(CASE, world_size=world_size, ds=ds, data=str(uneven), timeout_s=400)
-    assert all(found == (alone, []) for found in results)
+    assert all(found == (alone, [], None) for found in results)
     assert [row["weights"] for row in alone] == ["student", "teacher"]
     assert all(row["num_samples"] == 21 and row["step"] == 3 for row in alone)
 
@@ -54,10 +54,17 @@ def test_a_set_that_one_rank_cannot_read_costs_its_own_rows_alone(
     content[at : at + 64] = bytes(64)  # the first image: in rank 0's part alone
     tar.write_bytes(content)
     specs = f"{broken}::{tmp_path / 'none'}::{uneven}"
-    for rows, failures in run_ranks(CASE, ds="zero3_fp32.json", data=specs, timeout_s=400):
+    for rows, failures, _ in run_ranks(CASE, ds="zero3_fp32.json", data=specs, timeout_s=400):
         assert rows == alone
         assert [failure.split(":")[0] for failure in failures] == [str(broken), str(tmp_path / "none")]
         assert "0.tar" in failures[0] and "cannot be read" in failures[0]
+
+
+def test_a_stop_keeps_the_rows_that_are_whole(uneven: Path, alone: list[dict]) -> None:
+    """Asked before the set and each batch: 1 + 2 of prompts, 3 of images; the seventh is before the teacher's first."""
+    for stop_at, whole in ((1, 0), (5, 0), (9, 1)):
+        results = run_ranks(CASE, ds="zero3_fp32.json", data=str(uneven), stop_at=stop_at, timeout_s=400)
+        assert results == [(alone[:whole], [], "asked")] * 2
 
 
 def test_a_failure_of_any_kind_on_one_rank_is_raised_on_all() -> None:

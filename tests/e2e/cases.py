@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -51,3 +52,20 @@ def endless_step(argv: list[str], rank: int, after: int) -> None:
 
     selection.select = endless
     main(argv)
+
+
+def signal_in_evaluation(argv: list[str], rank: int, batch: int) -> tuple[int, str, int]:
+    """The command; as one rank encodes its so many-th batch of images in an evaluation, it gets SIGUSR1. Returns too
+    how many batches of images this rank has encoded."""
+    from amclip_ds.evaluate.encoder import TowerEncoder
+
+    image, calls = TowerEncoder.image, itertools.count(1)
+
+    def signalled(self: TowerEncoder, images: Any) -> Any:
+        if next(calls) == batch and os.environ["RANK"] == str(rank):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.2)  # for the thread that notes it
+        return image(self, images)
+
+    TowerEncoder.image = signalled  # type: ignore[method-assign]
+    return *command(argv), next(calls) - 1

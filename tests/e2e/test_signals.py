@@ -11,6 +11,7 @@ import pytest
 from amclip_ds.jsonl import read_lines
 from tests.e2e.conftest import Amclip
 from tests.e2e.trainers import STEPS, Trainer, checkpoints, outcome, tiny, verdict
+from tests.harness import run_ranks
 
 pytestmark = pytest.mark.timeout(3000)
 Send = Callable[[Trainer], None]
@@ -103,6 +104,31 @@ def test_one_stop_one_checkpoint_75_and_an_exact_resume(
     step = assert_stopped_well(trainer)
     assert 3 <= step < STEPS
     assert_resumes_as_if_undisturbed(started(), step, undisturbed)
+
+
+def test_a_stop_during_an_evaluation_is_heard_after_a_batch(scenes: Path, tmp_path: Path, amclip: Amclip) -> None:
+    """Saved at once, also when it comes again while the resume makes the evaluation up; no step and no row is lost."""
+    short = ("run.steps=4", "checkpoint.every_steps=4", "eval.every_steps=2", "eval.batch_size=4")
+    short = (*short, f"eval.data={scenes}")
+    code, printed = amclip("train", *tiny(scenes, tmp_path / "calm", *short), ranks=2)
+    assert code == 0, printed
+
+    run = tmp_path / "run"
+    argv = ["train", *tiny(scenes, run, *short)]
+    for attempt in range(2):
+        results = run_ranks("tests.e2e.cases:signal_in_evaluation", argv=argv, rank=1, batch=3, timeout_s=300)
+        assert {batches for _, _, batches in results} == {3}, results  # of 2 x 16: what was left was not waited for
+        assert verdict(run) | {"reason": ""} == {"code": 75, "step": 2, "attempt": attempt, "reason": ""}, results
+        assert "SIGUSR1 on rank 1; stopped in the evaluation of step 2" in verdict(run)["reason"]
+        assert checkpoints(run) == [2]
+
+    code, printed = amclip(*argv, ranks=2)
+    assert code == 0, printed
+    assert outcome(run) == outcome(tmp_path / "calm")
+    made = [(row["step"], row["weights"]) for row in read_lines(run / "eval.jsonl")]
+    assert made == [(step, weights) for step in (2, 4) for weights in ("student", "teacher")]
+    incidents = [row["kind"] for row in read_lines(run / "incidents.jsonl")]
+    assert incidents == ["evaluation_stopped", "evaluation_made_up", "evaluation_stopped", "evaluation_made_up"]
 
 
 @pytest.mark.nightly
