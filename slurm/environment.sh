@@ -1,8 +1,8 @@
 # environment.sh: where a job of ours finds its folder, its site file and its Python. Read by every *.sbatch here.
 #
-# Sets python, job, AMCLIP_CONTAINER, AMCLIP_SRUN and the functions say, give_up and once. What is particular to a
-# cluster (modules, conda, container, network) is in one file: slurm/sites/CLUSTERNAME.env, see sites/example.env, or
-# ~/.config/amclip/CLUSTERNAME.env, where the package is installed and has no folder of yours.
+# Sets python, job, AMCLIP_CONTAINER, AMCLIP_SRUN and the functions say, give_up, once and requeue_job. What is
+# particular to a cluster (modules, conda, container, network) is in one file: slurm/sites/CLUSTERNAME.env, see
+# sites/example.env, or ~/.config/amclip/CLUSTERNAME.env, where the package is installed and has no folder of yours.
 set -u
 
 job_file=${job_file:-$(basename "$0")}
@@ -37,4 +37,38 @@ once() { # runs one command in the run's environment, on this node
   else
     ${AMCLIP_CONTAINER[@]+"${AMCLIP_CONTAINER[@]}"} "$@"
   fi
+}
+
+requeue_job() { # $1: why. Puts the job back into the queue; status 1: it cannot be, for what $refusal says
+  # Only a RUNNING job: one that completes was cancelled by its owner or is already being requeued by Slurm, and
+  # `scontrol requeue` would bring the cancelled one back to life. A controller that is busy or starts anew does not
+  # answer for a while (connect failure, socket timed out): that is no refusal, and it is asked again.
+  local attempt shown said='' asked=''
+  for attempt in {1..20}; do
+    [ "$attempt" = 1 ] || sleep 15
+    [ "$attempt" != 2 ] || say "Slurm's controller does not answer: asked again every 15 s${said:+ ($said)}"
+    shown=$(scontrol --oneliner show job "$job" 2>/dev/null)
+    case $shown in
+    *JobState=RUNNING* | *JobState=COMPLETING*Reason=TimeLimit*) ;;
+    *JobState=*)
+      [ -z "$asked" ] || return 0 # the request had arrived, and its answer was lost
+      refusal="not requeued: Slurm is ending this job itself ($(echo "$shown" | grep -o 'JobState=[A-Z_]*'))"
+      return 1
+      ;;
+    *) continue ;;
+    esac
+    [ -n "$asked" ] || say "requeue of job $job: $1"
+    asked=1 requeued=1 # a script that sources train.sbatch may read it when it ends
+    trap '' TERM
+    said=$(scontrol requeue "$job" 2>&1) && return 0
+    case $said in
+    *failure* | *"timed out"* | *"Zero Bytes"* | *"temporarily"* | *standby* | *"Connection refused"*) ;;
+    *)
+      refusal="Slurm refuses the requeue ($said); submit again to continue: every argument the same"
+      return 1
+      ;;
+    esac
+  done
+  refusal="not requeued: Slurm's controller does not answer; submit again to continue: every argument the same"
+  return 1
 }
