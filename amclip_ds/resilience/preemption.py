@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from amclip_ds import run_files
 from amclip_ds.errors import INTERRUPTED, Preempted
+from amclip_ds.files import describe
 from amclip_ds.resilience.config import PreemptionConfig, read_duration
 from amclip_ds.resilience.ownership import Owner, OwnershipLost
 from amclip_ds.signals import STOP_FILE, STOPPING, heeded
@@ -181,8 +182,14 @@ class Preemption:
             return None
         self._listener.arm()
         if REASONS[index] == STOP_FILE and self._runtime.is_main:
-            self._stop_file.unlink(missing_ok=True)  # it has been read: started again, the run continues
+            self._remove_stop_file()  # it has been read: started again, the run continues
         return self._describe(REASONS[index], rank)
+
+    def _remove_stop_file(self) -> None:
+        try:
+            self._stop_file.unlink(missing_ok=True)
+        except OSError as error:  # a folder, or another's file in a folder of many
+            _say(f"{self._stop_file} cannot be removed ({describe(error)}): remove it by hand before the run resumes")
 
     def _largest(self, code: int, is_last: bool) -> int:
         """Of all ranks. Ahead, that of the step before: this one's would be waited for, and with it everything that the

@@ -40,6 +40,8 @@ def stop_case(folder: str, to: list[int], how: str, times: int = 1, is_ahead: bo
     disturb = {5: send} if how.startswith("SIG") and rank in to else {}
     if how == "STOP" and rank == 0:
         disturb = {5: lambda: (time.sleep(0.6), Path(folder, "STOP").touch())}  # type: ignore[dict-item]
+    if how == "STOP folder" and rank == 0:
+        disturb = {5: lambda: (time.sleep(0.6), Path(folder, "STOP").mkdir())}  # type: ignore[dict-item]
     limit = "00:00:01" if how == "limit" else None
     end = time.time() + 1 if how == "slurm" and rank == 0 else None
     with Preemption(PreemptionConfig(), Path(folder), started, None, end, limit) as stops:

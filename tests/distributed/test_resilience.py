@@ -41,6 +41,11 @@ def test_all_ranks_stop_at_the_same_step(to: list[int], how: str, times: int, tm
     assert not (tmp_path / "STOP").exists(), "a STOP file that was heard must not stop the next start"
 
 
+def test_a_stop_file_that_cannot_be_removed_stops_all_the_same(tmp_path: Path) -> None:
+    for result in run_ranks(f"{CASES}stop_case", folder=str(tmp_path), to=[], how="STOP folder"):
+        assert 5 <= result["step"] < 300 and result["reason"] == "a STOP file"
+
+
 @pytest.mark.nightly
 def test_ahead_of_the_device_all_ranks_stop_a_step_later(tmp_path: Path) -> None:
     case = {"folder": str(tmp_path), "to": [1], "how": "SIGUSR1", "is_ahead": True}
