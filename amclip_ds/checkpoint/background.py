@@ -84,8 +84,8 @@ class Snapshot:
         self.close()
         self.descriptor = os.memfd_create("checkpoint")
         os.ftruncate(self.descriptor, size)
-        self.size = size
         self._memory = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
+        self.size = size  # last: what failed before is tried anew
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             self._is_pinned = int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0)) == 0
         return True

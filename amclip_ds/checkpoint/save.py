@@ -45,6 +45,8 @@ class PendingSave:
     num_bytes: int
     began: float
     deadline: float
+    asynchronous: bool
+    """agreed among the ranks: where it is, none waits for the others before its next steps"""
     stall_s: float = 0.0
     outcome: dict[str, Any] | None = None
     """what this rank's writing came to; None while the background process works"""
@@ -112,7 +114,7 @@ class Saver:
             self._finish_previous()
             if self.newest != step:
                 self._begin(step, state, began)
-                if self._pending and (self._pending.outcome is not None or wait):
+                if self._pending and (wait or not self._pending.asynchronous):
                     self._finish_pending()
         finally:
             self.stall_s += time.monotonic() - began
@@ -163,11 +165,9 @@ class Saver:
             self.newest = step
             return
         failpoints.reached("make_folder")
-        self._pending = PendingSave(step, folder, state, total, began, began + self.config.timeout_s)
+        self._pending = PendingSave(step, folder, state, total, began, began + self.config.timeout_s, asynchronous)
         try:
-            if asynchronous:
-                self._start_writing(folder, planned)
-            else:
+            if not (asynchronous and self._start_writing(folder, planned)):
                 self._pending.outcome = {"files": _write_here(folder, planned)}
         except Exception as error:  # whatever it is, the other ranks must hear of it
             self._pending.outcome = {"error": describe(error)}
@@ -242,15 +242,24 @@ class Saver:
         self._say(f"{cause}; {action}")
         self._incident("folder_gone", cause, action)
 
-    def _start_writing(self, folder: Path, planned: list[PlannedFile]) -> None:
-        if self._snapshot.grow(background.size_of(planned)) and self._writer:
-            self._writer.close()
-            self._writer = None
-        jobs = self._snapshot.take(planned)
-        failpoints.reached("snapshot")
-        if self._writer is None:
-            self._writer = WriterProcess(self._snapshot.descriptor)
+    def _start_writing(self, folder: Path, planned: list[PlannedFile]) -> bool:
+        """Has the files written in the background; False where this rank gets no memory or process for that."""
+        try:
+            if self._snapshot.grow(background.size_of(planned)) and self._writer:
+                self._writer.close()
+                self._writer = None
+            jobs = self._snapshot.take(planned)
+            failpoints.reached("snapshot")
+            if self._writer is None:
+                self._writer = WriterProcess(self._snapshot.descriptor)
+        except (OSError, MemoryError) as error:
+            self._snapshot.close()
+            cause = f"rank {self.ranks.rank} gets no snapshot: {describe(error)}"
+            self._say(f"checkpoint: {cause}: this save waits for the disk")
+            self._incident("no_snapshot", cause, "this save waits for the disk")
+            return False
         self._writer.send(folder, jobs)
+        return True
 
     # ---------------------------------------------------------------- end
 

@@ -1,8 +1,10 @@
 """Saving on one rank: what is in a folder, what is kept, what a failure leaves, when a save is due."""
 
 import collections
+import errno
 import hashlib
 import json
+import mmap
 import os
 import signal
 import time
@@ -292,6 +294,27 @@ def test_the_jobs_memory_limit_is_the_hosts(cgroup: str, folders: dict, gib: int
 
 def test_a_host_that_says_nothing_of_its_memory(tmp_path: Path) -> None:
     assert background.available_memory(tmp_path) == 1 << 62 and 0 <= background.available_memory() < 1 << 50
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError()])
+def test_a_snapshot_that_fails_once_costs_this_save_a_wait(
+    failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures, mapped = [failure], mmap.mmap
+
+    def at_first_none(*words: Any) -> mmap.mmap:
+        if failures:
+            raise failures.pop()
+        return mapped(*words)
+
+    monkeypatch.setattr(mmap, "mmap", at_first_none)
+    reported = Recorder()
+    with reported.saver(tmp_path, asynchronous=True) as saver:
+        for step in (1, 2):
+            saver.save(step, toy_state(step, 0, 1), wait=True)
+            assert (saver._writer is None) == (step == 1)
+    assert steps_in(tmp_path) == [1, 2] and [kind for kind, *_ in reported.incidents] == ["no_snapshot"]
+    assert sum("rank 0 gets no snapshot: " in line for line in reported.lines) == 1
 
 
 def test_a_save_of_a_committed_step_leaves_it(tmp_path: Path) -> None:
