@@ -34,6 +34,13 @@ class UserError(AmclipError):
     exit_code = MISTAKE
 
 
+class NotRead(UserError):
+    """A file that the machine does not give just now, its file system being in trouble: tolerated where an unreadable
+    file is, and else code 1, since the same command may read it later."""
+
+    exit_code = FAULT
+
+
 class SettingsError(UserError):
     """A mistake in a recipe or a key=value word, which all ranks read alike."""
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from amclip_ds.errors import AmclipError, UserError, in_one_line
+from amclip_ds.errors import AmclipError, NotRead, UserError, in_one_line
 
 MAX_TEXT = 1 << 20
 MAX_JSON = 16 << 20  # parsed, a hostile one takes twenty times as much memory
@@ -80,7 +80,7 @@ def read_text(path: Path, limit: int = MAX_TEXT, *, follow: bool = True) -> str:
     try:
         return read_bytes(path, limit, follow=follow).decode()
     except OSError as error:
-        raise UserError(f"{path}: {describe(error)}") from None
+        raise not_read(str(path), error) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
@@ -90,7 +90,7 @@ def read_json(path: Path, kind: type[Kind], limit: int = MAX_JSON, *, follow: bo
     try:
         content = json.loads(read_bytes(path, limit, follow=follow))
     except OSError as error:
-        raise UserError(f"{path}: {describe(error)}") from None
+        raise not_read(str(path), error) from None
     except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits, or no Unicode
         raise UserError(f"{path}: not JSON: {in_one_line(error, 200)}") from None
     if not isinstance(content, kind):
@@ -101,6 +101,14 @@ def read_json(path: Path, kind: type[Kind], limit: int = MAX_JSON, *, follow: bo
 def describe(error: OSError) -> str:
     """What the system said, in words."""
     return "missing" if error.errno == errno.ENOENT else (error.strerror or str(error))
+
+
+def not_read(what: str, error: OSError) -> UserError:
+    """The error of what cannot be read: a UserError (code 2), but NotRead (code 1) where the machine is to blame. what:
+    the key or option, and the path."""
+    if error.errno in OF_THE_MACHINE:
+        return NotRead(f"{what}: {describe(error)}; once that is over, the same command resumes")
+    return UserError(f"{what}: {describe(error)}")
 
 
 def not_written(what: str, error: OSError) -> AmclipError:

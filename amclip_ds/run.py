@@ -1,6 +1,6 @@
 """What a run is made of, put together in order: ranks, folder, data, engines, record, checkpoints. train.py runs it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -117,7 +117,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         found = find_checkpoint(folder, resume, config, ranks)
     with watchdog.during("index"), timeline.during("index"):
         evaluated_on = on_main(partial(check_evaluation, config, is_resumed=found is not None))
-        data = stack.enter_context(closing(open_data(config, method, runtime, found is not None)))
+        alive = partial(watchdog.phase, "index", 0)  # an index of hours is no hang while it gets from shard to shard
+        data = stack.enter_context(closing(open_data(config, method, runtime, found is not None, alive)))
     total_steps = settings.count_steps(config, data.steps_per_epoch)
     first_step = found.manifest.step if found else 0
     record = stack.enter_context(open_record(config, folder, attempt, runtime, data, total_steps, first_step))
@@ -287,8 +288,14 @@ def describe_engines(config: TrainConfig, student: StudentEngine, teacher: Teach
     return lines
 
 
-def open_data(config: TrainConfig, method: Method, runtime: Runtime, resumes: bool = False) -> TrainingData:
-    """This rank's part of the training stream."""
+def open_data(
+    config: TrainConfig,
+    method: Method,
+    runtime: Runtime,
+    resumes: bool = False,
+    on_progress: Callable[[], None] = lambda: None,
+) -> TrainingData:
+    """This rank's part of the training stream. on_progress: see TrainingData."""
     vision = config.model.vision
     teacher_size = config.teacher.image_size(vision.image_size)
     return TrainingData(
@@ -310,6 +317,7 @@ def open_data(config: TrainConfig, method: Method, runtime: Runtime, resumes: bo
         device=runtime.device,
         resumes=resumes,
         prepare=partial(plugins.again, list(plugins.LOADED.values())) if plugins.LOADED else None,
+        on_progress=on_progress,
     )
 
 

@@ -28,7 +28,7 @@ from amclip_ds.masks.text.cloze import hide
 from amclip_ds.masks.units import NONE
 from amclip_ds.shards import contents as contents_of
 from amclip_ds.shards.index import Index, Sample
-from amclip_ds.shards.reader import Request, ShardChanged, ShardReader
+from amclip_ds.shards.reader import TRANSIENT_ERRNOS, Request, ShardChanged, ShardReader, outlasting
 from amclip_ds.shards.tar import printable
 
 Contents = dict[Request, bytes | OSError]
@@ -261,11 +261,21 @@ class ChunkMaker:
         return self._wanted(self._rows(epoch, other, other + 1)[0], f"instead of {position}")
 
     def _read(self, wanted: dict[int, _Wanted], chunk: Chunk) -> Contents:
-        """What the wanted samples' members hold; shards are read front to back."""
+        """What the wanted samples' members hold; shards are read front to back. Raises AmclipError where the file
+        system fails for minutes: that is no bad sample."""
         requests = [(w.shard, *place) for w in wanted.values() for place in self._places(w.sample)]
         contents = self._reader.read(requests)
+        for request, content in contents.items():
+            if isinstance(content, OSError) and content.errno in TRANSIENT_ERRNOS:
+                contents[request] = self._outlasted(*request)
         chunk.read_bytes += sum(len(content) for content in contents.values() if isinstance(content, bytes))
         return contents
+
+    def _outlasted(self, shard: str, offset: int, size: int) -> bytes | OSError:
+        try:
+            return outlasting(shard, lambda: self._reader.read_many(shard, [(offset, size)])[0])
+        except OSError as error:  # of another kind by now: the shard may be gone
+            return error
 
     def _places(self, sample: Sample) -> list[tuple[int, int]]:
         """(offset, size) of the members that training reads."""
@@ -322,7 +332,7 @@ class ChunkMaker:
         if not differing:
             return members
         places = [place if members[i] is not None else None for i, place in enumerate(_members_of(sample))]
-        again = self._reader.read_afresh(wanted.shard, places)
+        again = outlasting(wanted.shard, lambda: self._reader.read_afresh(wanted.shard, places))
         if not (still := _differing(sample, again)):  # a bad moment of a disk or a network, or a bad copy
             self._retried(wanted.shard, f"the {differing} of {key} came wrong, and right at a second reading")
             return again

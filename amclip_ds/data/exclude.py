@@ -41,7 +41,7 @@ def read_excluded(file: str | None) -> Excluded:
     try:
         lines = [line.strip() for line in read_text(Path(file), MAX_FILE).splitlines()]
     except UserError as error:
-        raise UserError(f"data.exclude: {error}") from None
+        raise type(error)(f"data.exclude: {error}") from None
     found = Excluded(line for line in lines if line and not line.startswith("#"))
     if not len(found):
         raise UserError(f"data.exclude: {file}: names no sample; a line is KEY, or SHARD/KEY")

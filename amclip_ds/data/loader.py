@@ -50,6 +50,7 @@ class TrainingData:
     resumes: whether a checkpoint was trained on these shards, so that what has changed in them since is refused.
     device: where the batches go next; for a GPU, images are in page-locked memory.
     prepare: picklable, called first in each worker process.
+    on_progress: called on every rank now and then, as long as an index that is made gets from shard to shard.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class TrainingData:
         device: torch.device = CPU,
         resumes: bool = False,
         prepare: Callable[[], object] | None = None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._device, self._prepare = device, prepare
         self.config, self.global_batch = config, global_batch
@@ -84,7 +86,7 @@ class TrainingData:
         self._first = rank * self._local
         if config.workers:
             start_worker_server()
-        sources = find_sources(config, say, once or (lambda work: work()), index_dir, resumes)
+        sources = find_sources(config, say, once or (lambda work: work()), index_dir, resumes, on_progress)
         self.shards = sources.shards
         self.index = index = Index(sources.index)
         members = index.find(sources.shards)

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 from amclip_ds.data.config import DataConfig
 from amclip_ds.data.train_sources import training_sources
-from amclip_ds.errors import UserError
+from amclip_ds.errors import NotRead, UserError
 from amclip_ds.processes import num_cores
 from amclip_ds.progress import progress
 from amclip_ds.redact import redact
 from amclip_ds.shards.changes import changed_shards
-from amclip_ds.shards.index import Index, build_index, default_folder
+from amclip_ds.shards.index import Index, ShardEntry, build_index, default_folder
 
 T = TypeVar("T")
 Once = Callable[[Callable[[], T]], T]
@@ -37,20 +37,34 @@ def find_sources(
     once: Once,
     index_dir: str | Path | None = None,
     resumes: bool = False,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Sources:
-    """The shards, checked, with an index that fits them, made where it is missing. Raises UserError."""
-    builder: list[_Background] = []
+    """The shards, checked, with an index that fits them, made where it is missing. Raises UserError.
 
-    def find_sources() -> Sources | None:
-        """On one rank; answers now and then, so that no rank waits longer than a collective may take."""
+    on_progress: called on every rank now and then, as long as one shard after another is read.
+    """
+    builder: list[_Background] = []
+    progressed = threading.Event()
+
+    def find_sources() -> tuple[Sources | None, bool]:
+        """On one rank; answers now and then, so that no rank waits longer than a collective may take. Whether a shard
+        was read since the answer before, too."""
         if not builder:
             builder.append(
-                _Background(lambda: _find_sources(config, lambda text: say(redact(text)), index_dir, resumes))
+                _Background(
+                    lambda: _find_sources(config, lambda text: say(redact(text)), index_dir, resumes, progressed.set)
+                )
             )
-        return builder[0].result(BUILD_REPORTS_EVERY_S)
+        found = builder[0].result(BUILD_REPORTS_EVERY_S)
+        is_progress = progressed.is_set()
+        progressed.clear()
+        return found, is_progress
 
-    while (sources := once(find_sources)) is None:
-        pass
+    sources = None
+    while sources is None:
+        sources, is_progress = once(find_sources)
+        if is_progress:
+            on_progress()
     return sources
 
 
@@ -79,16 +93,25 @@ class _Background:
 
 
 def _find_sources(
-    config: DataConfig, say: Callable[[str], None], index_dir: str | Path | None, resumes: bool
+    config: DataConfig,
+    say: Callable[[str], None],
+    index_dir: str | Path | None,
+    resumes: bool,
+    on_shard: Callable[[], None],
 ) -> Sources:
     found = training_sources(config)
     shards = [shard for part in found for shard in part]
     source_of_shard = [number for number, part in enumerate(found) for _ in part]
-    return Sources(shards, source_of_shard, str(_find_index(config, shards, say, index_dir, resumes)))
+    return Sources(shards, source_of_shard, str(_find_index(config, shards, say, index_dir, resumes, on_shard)))
 
 
 def _find_index(
-    config: DataConfig, shards: list[str], say: Callable[[str], None], index_dir: str | Path | None, resumes: bool
+    config: DataConfig,
+    shards: list[str],
+    say: Callable[[str], None],
+    index_dir: str | Path | None,
+    resumes: bool,
+    on_shard: Callable[[], None],
 ) -> Path:
     """The folder of an index that fits the shards as they are now. Raises UserError, also where shards have changed
     that a checkpoint was trained on and data.on_change refuses it."""
@@ -96,7 +119,7 @@ def _find_index(
     beside = default_folder(once_each)
     if config.index:
         if (Path(config.index) / "meta.json").exists():
-            stale = stale_index(Path(config.index), list(once_each))
+            stale = stale_index(Path(config.index), list(once_each), on_shard)
             if stale:
                 raise UserError(f"data.index: {stale}; make it again: amclip data index --out {config.index}")
             return Path(config.index)
@@ -105,7 +128,7 @@ def _find_index(
         places = [Path(folder) / beside.name for folder in (index_dir, beside.parent, Path.cwd()) if folder]
         for place in (beside, *places):
             if (place / "meta.json").exists():
-                stale = stale_index(place, list(once_each))
+                stale = stale_index(place, list(once_each), on_shard)
                 if not stale:
                     return place
                 if resumes and config.on_change == "refuse":
@@ -117,15 +140,18 @@ def _find_index(
     usable = [place for place in places if _writable(place.parent)]
     if not usable:
         raise UserError(f"data.index: no index, and {places[0].parent} cannot be written; set data.index to a folder")
-    _build(list(once_each), usable[0], num_cores() if len(once_each) >= MANY_SHARDS else 1, say)
+    _build(list(once_each), usable[0], num_cores() if len(once_each) >= MANY_SHARDS else 1, say, on_shard)
     return usable[0]
 
 
-def stale_index(folder: Path, shards: list[str]) -> str:
+def stale_index(folder: Path, shards: list[str], on_shard: Callable[[], None]) -> str:
     """Why an index does not fit these shards as they are now; empty if it does."""
     try:
         index = Index(folder)
-        stale = changed_shards(index, shards, index.find(shards), num_cores() if len(shards) >= MANY_SHARDS else 1)
+        processes = num_cores() if len(shards) >= MANY_SHARDS else 1
+        stale = changed_shards(index, shards, index.find(shards), processes, on_shard)
+    except NotRead:
+        raise
     except UserError as error:
         return str(error).removeprefix("data.index: ")
     if not stale:
@@ -134,10 +160,17 @@ def stale_index(folder: Path, shards: list[str]) -> str:
     return f"{path}: {what}{and_more(stale)}" + (f": {detail}" if detail else "")
 
 
-def _build(shards: list[str], folder: Path, processes: int, say: Callable[[str], None]) -> None:
+def _build(
+    shards: list[str], folder: Path, processes: int, say: Callable[[str], None], on_shard: Callable[[], None]
+) -> None:
     """Builds the index, printing its progress. Raises UserError for a shard that cannot be read at all."""
     with progress(f"data: indexing {len(shards)} shard(s)", len(shards), say) as advance:
-        index = build_index(shards, folder, processes, lambda entry: advance())
+
+        def report(entry: ShardEntry) -> None:
+            advance()
+            on_shard()
+
+        index = build_index(shards, folder, processes, report)
     unreadable = [s for s in index.shards if any(problem["kind"] == "unreadable" for problem in s.problems)]
     if unreadable:
         for name in ("meta.json", "samples.bin", "keys.bin", "content.bin"):

@@ -6,6 +6,7 @@ checksums of all members are equal. One that differs is named with the first sam
 
 import contextlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -33,8 +34,11 @@ class Changed(NamedTuple):
     """what differs first"""
 
 
-def changed_shards(index: Index, paths: list[str], numbers: list[int], processes: int) -> list[Changed]:
-    """What has changed in the shards of these numbers, that are at these paths now."""
+def changed_shards(
+    index: Index, paths: list[str], numbers: list[int], processes: int, on_shard: Callable[[], None] = lambda: None
+) -> list[Changed]:
+    """What has changed in the shards of these numbers, that are at these paths now. on_shard: called after each that
+    had to be read."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         doubts = list(pool.map(lambda of: _doubt(index, *of), zip(paths, numbers)))
     found = [Changed(redact(path), doubt) for path, doubt in zip(paths, doubts) if doubt == GONE]
@@ -42,6 +46,7 @@ def changed_shards(index: Index, paths: list[str], numbers: list[int], processes
     scanned = map_in_processes(scan_shard, [path for path, _ in suspects], processes)
     unchanged = {}
     for (path, number), scan in zip(suspects, scanned, strict=True):
+        on_shard()
         if isinstance(scan, WorkerCrashed):
             found.append(Changed(redact(path), CHANGED, f"cannot be read: {scan}"))
         elif (difference := _difference(index, number, scan)) is not None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from amclip_ds.errors import UserError
-from amclip_ds.files import describe, not_written, open_regular, read_json, write_atomically
+from amclip_ds.errors import NotRead, UserError
+from amclip_ds.files import not_read, not_written, open_regular, read_json, write_atomically
 from amclip_ds.images import header_size
 from amclip_ds.processes import WorkerCrashed, map_in_processes
 from amclip_ds.redact import redact
@@ -48,6 +49,7 @@ RECORD = np.dtype(
     ]
 )
 HAS_TEXT, HAS_JSON, BAD_HEADER = 1, 2, 4
+LEFT_BEHIND_S = 86400.0
 HEADER_BYTES = 1 << 16  # an image's header with its EXIF block
 LONG_HEADER_BYTES = 1 << 22  # one that carries a colour profile of a printer, or a preview
 
@@ -103,6 +105,8 @@ class Index:
         self.folder = folder = Path(folder)
         try:
             meta = read_json(folder / "meta.json", dict, MAX_META)
+        except NotRead as error:
+            raise NotRead(f"data.index: {error}") from None
         except UserError as error:
             raise UserError(f"data.index: {folder} holds no index ({error}); make it: amclip data index") from None
         if meta.get("version") != VERSION:
@@ -212,7 +216,8 @@ def build_index(
             f"data.index: {len(shards)} shards of such long paths take more than the {MAX_META} bytes that an index's"
             " meta.json may have; pack them larger, or give them shorter paths"
         )
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    _remove_left_behind(folder)
+    partial = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
@@ -237,6 +242,24 @@ def build_index(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Index(folder)
+
+
+def _remove_left_behind(folder: Path) -> None:
+    """What processes that are gone left of their building this index: of this host by their number, of others after a
+    day without a change."""
+    begin, end = f".{folder.name}.", ".partial"
+    for path in folder.parent.glob(f".*{end}"):
+        if not path.name.startswith(begin):
+            continue
+        host, _, number = path.name.removeprefix(begin).removesuffix(end).rpartition(".")
+        try:
+            newest = max(file.stat().st_mtime for file in (path, *path.iterdir()))
+        except OSError:  # its process has just removed or renamed it
+            continue
+        is_ours = number == str(os.getpid())
+        is_gone = host == os.uname().nodename and (is_ours or not Path("/proc", number).exists())
+        if is_gone or time.time() - newest > LEFT_BEHIND_S:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _meta_of(entries: list[ShardEntry]) -> str:
@@ -266,10 +289,15 @@ def _scanned(shards: list[str], workers: int) -> Iterator[Scanned]:
 
 
 def scan_shard(shard: str) -> Scanned:
-    """One pass over a shard. One that cannot be read becomes an entry with a problem."""
-    try:
+    """One pass over a shard. One that cannot be read becomes an entry with a problem. Raises AmclipError where the file
+    system fails for minutes."""
+
+    def scanned() -> Scanned:
         with reader.open_shard(shard) as opened:
             return _scan_open_shard(shard, opened)
+
+    try:
+        return reader.outlasting(shard, scanned)
     except OSError as error:
         return _unreadable(shard, error.strerror or str(error))
 
@@ -402,7 +430,9 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
                 return np.empty(0, dtype)
             return np.memmap(file, dtype=dtype, mode="r").view(np.ndarray)  # each part of a memmap costs microseconds
     except OSError as error:
-        raise UserError(f"data.index: {path}: {describe(error)}; make it again: amclip data index") from None
+        failure = not_read(f"data.index: {path}", error)
+        again = "" if isinstance(failure, NotRead) else "; make it again: amclip data index"
+        raise type(failure)(f"{failure}{again}") from None
     except ValueError:  # no whole number of records
         raise UserError(f"data.index: {path} is cut short; make it again: amclip data index") from None
 

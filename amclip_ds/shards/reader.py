@@ -5,12 +5,15 @@ import errno
 import os
 import random
 import subprocess
+import sys
 import tempfile
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+from amclip_ds.errors import AmclipError
+from amclip_ds.files import describe
 from amclip_ds.redact import redact
 from amclip_ds.shards.sources import is_remote, scheme_of
 from amclip_ds.shards.stage import Stage
@@ -28,6 +31,7 @@ TRANSIENT_ERRNOS = (
     errno.ETIMEDOUT,
     errno.EAGAIN,
 )  # what a network file system says in a bad moment
+TROUBLE_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0)  # together below watchdog.step_timeout_s
 GAP = 1 << 18  # members closer than this are read in one go: a skipped 256 KiB costs less than another request
 
 
@@ -223,6 +227,23 @@ def retry(request: Callable[[], T], on_failure: Callable[[str], None], attempts:
                 raise OSError(f"{cause} ({attempts} attempts)") from error
             time.sleep(FIRST_PAUSE_S * 2**attempt * (1 + random.random()))
     raise AssertionError("unreachable")
+
+
+def outlasting(shard: str, request: Callable[[], T]) -> T:
+    """What `request` returns, asked again for minutes while it fails with one of TRANSIENT_ERRNOS: trouble of the file
+    system, which says nothing of a sample or a shard. Raises AmclipError where it lasts, other OSErrors as they are."""
+    for place, pause in enumerate((*TROUBLE_PAUSES_S, None)):
+        try:
+            return request()
+        except OSError as error:
+            if error.errno not in TRANSIENT_ERRNOS:
+                raise
+            cause = f"{redact(shard)} cannot be read: {describe(error)}"
+        if pause is not None:
+            if place == 0:
+                print(f"data: {cause}; tried again for {sum(TROUBLE_PAUSES_S):.0f} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+    raise AmclipError(f"data.train: {cause}; once the file system is well again, the same command resumes")
 
 
 @contextlib.contextmanager

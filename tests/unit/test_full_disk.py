@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from amclip_ds import files
-from amclip_ds.errors import FAULT, MISTAKE
+from amclip_ds.data import prepare
+from amclip_ds.errors import FAULT, MISTAKE, NotRead, UserError
+from amclip_ds.shards.index import Index, build_index
 from tests.conftest import ROOT
 from tests.unit.data.shards import write_shards
 
@@ -80,3 +82,25 @@ def test_what_is_the_machines_fault(number: int) -> None:
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTDIR, errno.EROFS, errno.ENOENT])
 def test_what_its_user_can_set_right(number: int) -> None:
     assert files.not_written("run.out: run", OSError(number, os.strerror(number), "run")).exit_code == MISTAKE
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EIO, FAULT), (errno.ESTALE, FAULT), (errno.EACCES, MISTAKE)])
+def test_what_cannot_be_read_just_now_is_the_machines_fault(
+    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an index too, which is then not made again."""
+    shards = write_shards(tmp_path / "shards", (2,))
+    build_index(shards, tmp_path / "index", 1)
+
+    def failing(*words: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "read", failing)
+    path = tmp_path / "index" / "meta.json"
+    for read in (lambda: files.read_text(path), lambda: files.read_json(path, dict), lambda: Index(path.parent)):
+        with pytest.raises(UserError, match=os.strerror(number)) as caught:
+            read()
+        assert caught.value.exit_code == code
+    if code == FAULT:
+        with pytest.raises(NotRead, match="data.index: .*once that is over, the same command resumes"):
+            prepare.stale_index(path.parent, shards, lambda: None)

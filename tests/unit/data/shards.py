@@ -72,7 +72,16 @@ def open_data(train: str | Path, **changes: Any) -> TrainingData:
     }
     own = {
         name: changes.pop(name)
-        for name in [*arguments, "draws_twice", "hidden_share", "teacher_contains", "once", "index_dir", "resumes"]
+        for name in [
+            *arguments,
+            "draws_twice",
+            "hidden_share",
+            "teacher_contains",
+            "once",
+            "index_dir",
+            "resumes",
+            "on_progress",
+        ]
         if name in changes
     }
     config = DataConfig(train=str(train), **{"workers": 0, "open_shards": 3, "shuffle_window": 40} | changes)

@@ -1,20 +1,25 @@
 """Every kind of damage, built for real: checked, indexed and trained on; read + skipped + lost = expected, always."""
 
+import contextlib
+import errno
 import gzip
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from amclip_ds import processes
 from amclip_ds.data.check import CheckConfig, CheckReport, check
+from amclip_ds.errors import FAULT, AmclipError
 from amclip_ds.images import open_image
-from amclip_ds.shards import index
+from amclip_ds.shards import index, reader
 from tests.unit.data import damaged
 from tests.unit.data.damaged import BLOCK, flip, header_at, json_fields, picture, sample, samples, special, tar_of
-from tests.unit.data.shards import open_data
+from tests.unit.data.shards import open_data, write_shards
 
 WHOLE = tar_of(samples(range(10)))
 LONG = "a" * 120
@@ -268,3 +273,35 @@ def test_flipping_any_header_byte_loses_nothing_silently(tmp_path: Path) -> None
         assert report.total("expected") == report.total("read") + report.total("skipped") + report.total("lost")
         assert report.total("read") == 10 or report.problems(), offset
         assert report.total("read") >= 9
+
+
+def test_trouble_of_the_file_system_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Waited for, and no sample is replaced; where it lasts, the machine's code."""
+    write_shards(tmp_path / "data", (20, 20))
+    with contextlib.closing(open_data(tmp_path / "data")) as data:
+        undisturbed = next(data.batches(None))
+    monkeypatch.setattr(reader, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(reader, "TROUBLE_PAUSES_S", (0.001,) * 3)
+    pread, failures = os.pread, [errno.EIO] * 14
+
+    def failing(file: int, size: int, at: int) -> bytes:
+        if failures:
+            raise OSError(failures.pop(), "Input/output error")
+        return pread(file, size, at)
+
+    monkeypatch.setattr(os, "pread", failing)
+    with contextlib.closing(open_data(tmp_path / "data")) as data:
+        batch = next(data.batches(None))
+    assert not failures and torch.equal(batch.sample_ids, undisturbed.sample_ids)
+    assert {row["kind"] for row in batch.incidents} == {"retried"}
+    assert "Input/output error; tried again for" in capfd.readouterr().err
+
+    failures[:] = [errno.EIO] * 10_000
+    with (
+        contextlib.closing(open_data(tmp_path / "data")) as data,
+        pytest.raises(AmclipError, match=r"cannot be read: Input/output error; once the file system is well") as caught,
+    ):
+        next(data.batches(None))
+    assert caught.value.exit_code == FAULT

@@ -1,16 +1,22 @@
 """The index: what it says of each sample, its size on disk, half a million samples, staleness."""
 
+import errno
 import json
+import os
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from amclip_ds.data import prepare
 from amclip_ds.data.order import EpochOrder, Mixture
-from amclip_ds.errors import UserError
-from amclip_ds.shards import index as index_module
+from amclip_ds.errors import FAULT, AmclipError, UserError
+from amclip_ds.shards import index as indexing
+from amclip_ds.shards import reader as reading
 from amclip_ds.shards.index import (
     BAD_HEADER,
     HAS_JSON,
@@ -26,7 +32,7 @@ from amclip_ds.shards.index import (
 )
 from amclip_ds.shards.reader import ShardReader
 from amclip_ds.shards.sources import MAX_SHARDS
-from tests.unit.data.shards import jpeg, write_shards, write_tar
+from tests.unit.data.shards import jpeg, open_data, write_shards, write_tar
 
 
 def test_every_member_is_where_the_index_says(tmp_path: Path) -> None:
@@ -180,8 +186,8 @@ def test_as_many_shards_as_there_may_be_can_be_read_back(tmp_path: Path, monkeyp
     entry = ShardEntry("/lustre/laion/" + "x" * 40, 1 << 30, 1 << 60, "0" * 16, 10_000, [], 1 << 20, "0" * 32)
     assert len(_meta_of([entry])) * MAX_SHARDS < MAX_META
     opened: list[str] = []
-    monkeypatch.setattr(index_module, "_scanned", lambda shards, workers: opened.extend(shards) or iter(()))
-    monkeypatch.setattr(index_module, "MAX_META", 10_000)
+    monkeypatch.setattr(indexing, "_scanned", lambda shards, workers: opened.extend(shards) or iter(()))
+    monkeypatch.setattr(indexing, "MAX_META", 10_000)
     with pytest.raises(UserError, match=r"data\.index: 10 shards of such long paths .* 10000 bytes .*shorter paths"):
         build_index(["x" * 1000] * 10, tmp_path / "index", 1)
     assert not opened and not list(tmp_path.iterdir())
@@ -199,3 +205,76 @@ def test_an_index_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     build_index(paths, tmp_path / "index", 1)
     build_index(paths[:1], tmp_path / "index", 1)  # in the old one's place
     assert len(Index(tmp_path / "index")) == 3 and default_folder(tuple(paths)).parent == tmp_path / "data"
+
+
+def fail_at_opening(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The file system of 1.tar answers ESTALE so many times."""
+    monkeypatch.setattr(reading, "TROUBLE_PAUSES_S", (0.001,) * 3)
+    failures, opened = [errno.ESTALE] * times, reading.open_shard
+
+    @contextmanager
+    def failing(shard: str) -> Iterator[reading.Opened]:
+        if shard.endswith("1.tar") and failures:
+            raise OSError(failures.pop(), "Stale file handle", shard)
+        with opened(shard) as file:
+            yield file
+
+    monkeypatch.setattr(reading, "open_shard", failing)
+
+
+def test_a_stale_file_handle_is_no_property_of_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "data", (10, 10))
+    fail_at_opening(monkeypatch, 2)
+    open_data(tmp_path / "data", index_dir=tmp_path / "run").close()
+    assert "1.tar cannot be read: Stale file handle; tried again for" in capfd.readouterr().err
+
+
+def test_one_that_stays_ends_with_the_machines_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path / "data", (10, 10))
+    fail_at_opening(monkeypatch, 100)
+    with pytest.raises(AmclipError, match=r"1\.tar cannot be read: Stale file handle; once the file system") as caught:
+        open_data(tmp_path / "data", index_dir=tmp_path / "run")
+    assert caught.value.exit_code == FAULT
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_an_index_that_gets_on_gives_signs_of_life(
+    hangs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: one that hangs at its first shard gives none, so that the watchdog sees it."""
+    write_shards(tmp_path / "data", (3,) * 5)
+    monkeypatch.setattr(prepare, "BUILD_REPORTS_EVERY_S", 0.1)
+    scan, signs = indexing.scan_shard, []
+
+    def slow(shard: str) -> indexing.Scanned:
+        time.sleep(1.0 if hangs and shard.endswith("0.tar") else 0.0 if hangs else 0.2)
+        return scan(shard)
+
+    monkeypatch.setattr(indexing, "scan_shard", slow)
+    began = time.monotonic()
+    data = open_data(
+        tmp_path / "data", index_dir=tmp_path / "run", on_progress=lambda: signs.append(time.monotonic() - began)
+    )
+    data.close()
+    assert (len(signs) >= 3) != hangs and (not hangs or min(signs) >= 1.0), signs
+
+
+def test_what_processes_that_are_gone_left_is_removed(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, (2,))
+    here, old, other = os.uname().nodename, tmp_path / ".index.elsewhere.7.partial", ".index.elsewhere.8.partial"
+    for name in (
+        f".index.{here}.{1 << 30}.partial",
+        f".index.{here}.{os.getpid()}.partial",
+        f".index.{here}.1.partial",
+    ):
+        (tmp_path / name).mkdir()
+    for path in (old, tmp_path / other, tmp_path / ".index2.elsewhere.7.partial"):
+        path.mkdir()
+        (path / "samples.bin").touch()
+    for path in (old, old / "samples.bin"):
+        os.utime(path, (1, 1))
+    build_index(paths, tmp_path / "index", 1)
+    left = {path.name for path in tmp_path.glob(".*")}
+    assert left == {f".index.{here}.1.partial", other, ".index2.elsewhere.7.partial"}

@@ -388,7 +388,7 @@ def test_the_search_is_done_once_for_all_ranks_and_reports_in_between(uneven: Pa
         return calls[-1]
 
     assert find_sources(DataConfig(train=str(uneven)), print, once) == "found"
-    assert len(calls) > 3 and calls[:-1] == [None] * (len(calls) - 1)
+    assert len(calls) > 3 and calls[:-1] == [(None, False)] * (len(calls) - 1)
 
 
 # Workers as processes
