@@ -261,13 +261,18 @@ class ChunkMaker:
         return self._wanted(self._rows(epoch, other, other + 1)[0], f"instead of {position}")
 
     def _read(self, wanted: dict[int, _Wanted], chunk: Chunk) -> Contents:
-        """What the wanted samples' members hold; shards are read front to back. Raises AmclipError where the file
-        system fails for minutes: that is no bad sample."""
+        """What the wanted samples' members hold; shards are read front to back. Raises AmclipError where nothing of a
+        chunk can be read for minutes: that is the file system, and no bad sample."""
         requests = [(w.shard, *place) for w in wanted.values() for place in self._places(w.sample)]
         contents = self._reader.read(requests)
-        for request, content in contents.items():
-            if isinstance(content, OSError) and content.errno in TRANSIENT_ERRNOS:
+        failing = [at for at, got in contents.items() if isinstance(got, OSError) and got.errno in TRANSIENT_ERRNOS]
+        for request in failing:
+            try:
                 contents[request] = self._outlasted(*request)
+            except AmclipError:
+                if len(failing) == len(contents):
+                    raise
+                break  # a bad place of a disk: what is around it was read
         chunk.read_bytes += sum(len(content) for content in contents.values() if isinstance(content, bytes))
         return contents
 

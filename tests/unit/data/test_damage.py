@@ -305,3 +305,28 @@ def test_trouble_of_the_file_system_is_no_damage(
     ):
         next(data.batches(None))
     assert caught.value.exit_code == FAULT
+
+
+def test_a_bad_place_of_a_disk_costs_one_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path / "data", (20, 20))
+    monkeypatch.setattr(reader, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(reader, "TROUBLE_PAUSES_S", (0.001,) * 3)
+    with contextlib.closing(open_data(tmp_path / "data")) as data:
+        undisturbed = next(data.batches(None))
+    lost = int(undisturbed.sample_ids[2])
+    with contextlib.closing(open_data(tmp_path / "data")) as data:
+        bad = data.index.sample(lost).image[0]
+    pread = os.pread
+
+    def failing(file: int, size: int, at: int) -> bytes:
+        if at <= bad < at + size and os.readlink(f"/proc/self/fd/{file}").endswith(f"{lost // 20}.tar"):
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(file, size, at)
+
+    monkeypatch.setattr(os, "pread", failing)
+    with contextlib.closing(open_data(tmp_path / "data")) as data:
+        batch = next(data.batches(None))
+    assert [row["kind"] for row in batch.incidents if row["kind"] != "retried"] == ["unreadable"]
+    assert (batch.sample_ids != undisturbed.sample_ids).tolist() == [
+        place == 2 for place in range(len(batch.sample_ids))
+    ]
