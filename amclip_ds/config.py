@@ -25,7 +25,7 @@ from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import LocalSettingsError, SettingsError, UserError, in_one_line
 from amclip_ds.masks import MASKS, NONE, MaskConfig, ViewMask, masks_of_views, needs_of
 from amclip_ds.masks.text import TEXT_MASKS
-from amclip_ds.masks.units import num_kept_units, num_units
+from amclip_ds.masks.units import num_kept, num_kept_units, num_units
 from amclip_ds.model.config import (
     FLAT_OBJECTIVES,
     DistillConfig,
@@ -277,12 +277,14 @@ def load(
     loaded = _build(recipe, layers, overrides)
     loaded.plugins = own.identities()
     _check_together(loaded)
+    _check_training(loaded)
     return loaded
 
 
 def load_run(file: Path) -> TrainConfig:
     """The settings in a run's config.yaml, for whoever reads the run: none of its plug-ins is imported; their masks and
-    the keys of their objectives are left out."""
+    the keys of their objectives are left out. What would be refused of a run to come (_check_training) is not of one
+    that there is."""
     layers = _layers(str(file))
     loaded = _build(str(file), [(source, _without_plugins(layer)) for source, layer in layers], ())
     _check_together(loaded)
@@ -547,6 +549,17 @@ def _check_together(config: TrainConfig) -> None:
         raise SettingsError(
             f"data.text_mask.tokens: {text_mask.tokens} is above model.text.context_length, {context}: nothing would go"
         )
+
+
+def _check_training(config: TrainConfig) -> None:
+    """Raises SettingsError for a run that could not train, or not as its settings say."""
+    optim = config.optim
+    if optim.final_lr > optim.lr > 0:
+        raise SettingsError(
+            f"optim.final_lr: {optim.final_lr:g} is above optim.lr, {optim.lr:g}: the rate would rise; set"
+            f" optim.final_lr=0"
+        )
+    _check_disjoint(config)
     _check_read_views(config)
 
 
@@ -575,10 +588,33 @@ def _check_masks(config: TrainConfig, grid: int) -> None:
             )
 
 
+def _check_disjoint(config: TrainConfig) -> None:
+    """Raises SettingsError for views of a disjoint mask that may share patches: of different masks, or crops."""
+    views, masks = config.data.all_views(), masks_of_views(config.mask, config.data.view_masks())
+    first_of: dict[str, int] = {}
+    for place, mask in enumerate(masks):
+        if mask.strategy == NONE or not MASKS[mask.strategy].disjoint:
+            continue
+        first = first_of.setdefault(mask.strategy, place)
+        if mask != masks[first]:
+            raise SettingsError(
+                f"data.views.{place}.mask: views of mask.strategy={mask.strategy} share one order; give them one"
+                f" keep_ratio, unit and schedule"
+            )
+        crops = [view if views[view].draws_of is None else views[view].draws_of for view in (first, place)]
+        if crops[0] != crops[1]:
+            raise SettingsError(
+                f"data.views.{place}.same_crop_as: views of mask.strategy={mask.strategy} are parts of one crop; set it"
+                f" to {crops[0]}"
+            )
+
+
 def _check_read_views(config: TrainConfig) -> None:
-    """Raises SettingsError for an objective that reads a view that is not there, or a text that nothing makes."""
+    """Raises SettingsError for an objective that reads a view that is not there, or a text that nothing makes; and for
+    a text that nothing reads."""
     loss, num_views = config.loss, config.data.num_views
     has_masked_text = config.data.text_mask.strategy != NONE
+    reads_masked_text = loss.contrastive_weight > 0 and loss.text == "masked"
     for key, views in (
         ("loss.views", loss.views),
         ("loss.o2o_views", loss.o2o_views),
@@ -592,13 +628,16 @@ def _check_read_views(config: TrainConfig) -> None:
             f"loss.o2o_weight: this loss needs data.num_views=2, not {num_views}, or two of them in loss.o2o_views; or"
             f" set it to 0"
         )
+    for name, options in vars(loss).items():
+        if getattr(options, "weight", 0):
+            _check_places(f"loss.{name}.views", getattr(options, "views", None), num_views)
+    if loss.occlusion.weight > 0 and len(loss.occlusion.views or (0, 1)) != 2:
+        raise SettingsError(f"loss.occlusion.views: {loss.occlusion.views} are not two views, which this loss compares")
     if loss.occlusion.weight > 0 and num_views < 2:
         raise SettingsError(f"loss.occlusion.weight: this loss needs data.num_views=2, not {num_views}; or set it to 0")
     _check_starts(loss)
     _check_teacher_view(config)
     reads_frozen = loss.clipkd.weight > 0
-    if reads_frozen:
-        _check_places("loss.clipkd.views", loss.clipkd.views, num_views)
     if reads_frozen and not config.distill.teacher:
         raise SettingsError(
             "distill.teacher: loss.clipkd compares with a finished model; name a run or a checkpoint, or set"
@@ -619,28 +658,32 @@ def _check_read_views(config: TrainConfig) -> None:
                 f"teacher.sees: loss.{name} compares with what the teacher sees under teacher.sees={kind.sees}; set it,"
                 f" or loss.{name}.weight=0"
             )
-        views = getattr(options, "views", None)
-        _check_places(f"loss.{name}.views", views, num_views)
-        if not views and max(kind.views or (0,)) >= num_views:
+        if not getattr(options, "views", None) and max(kind.views or (0,)) >= num_views:
             raise SettingsError(
                 f"loss.{name}.weight: this objective reads the views {', '.join(map(str, kind.views))} of data.views,"
                 f" and there are {num_views}, from 0; add what is missing, name others in loss.{name}.views, or set it"
                 f" to 0"
             )
+        reads_masked_text = reads_masked_text or kind.text_pass_of(options) == "masked"
         if kind.text_pass_of(options) == "masked" and not has_masked_text:
             raise SettingsError(
                 f"loss.{name}.weight: this objective reads masked texts; set data.text_mask.strategy, or it to 0"
             )
     if config.distill.teacher and not reads_frozen:
         raise SettingsError("distill.teacher: no objective of this run reads it; leave it out, or give one a weight")
+    if has_masked_text and not reads_masked_text:
+        why = "loss.text=plain" if loss.text == "plain" else "loss.contrastive_weight=0"
+        raise SettingsError(f"data.text_mask.strategy: nothing reads masked texts ({why}); leave one out")
 
 
 def _check_starts(loss: LossConfig) -> None:
     """Raises SettingsError for a run that would begin without any loss."""
-    late = [name for name, options in vars(loss).items() if getattr(options, "weight", 0) and options.start > 0]
-    on = [name for name, options in vars(loss).items() if getattr(options, "weight", 0) and options.start == 0]
-    if late and not on and not (loss.contrastive_weight or loss.o2o_weight or loss.o2e_weight):
-        raise SettingsError(f"loss.{late[0]}.start: nothing else has a weight before it begins; set it to 0")
+    starts = {name: options.start for name, options in vars(loss).items() if getattr(options, "weight", 0)}
+    if loss.contrastive_weight or loss.o2o_weight or loss.o2e_weight or 0 in starts.values():
+        return
+    if not starts:
+        raise SettingsError("loss.contrastive_weight: no objective has a weight; set it, or another's, above 0")
+    raise SettingsError(f"loss.{next(iter(starts))}.start: nothing else has a weight before it begins; set it to 0")
 
 
 def _check_teacher_view(config: TrainConfig) -> None:
@@ -666,10 +709,24 @@ def _check_teacher_view(config: TrainConfig) -> None:
                 f"teacher.view: loss.patches compares view {place} with what the teacher sees in the same crop; set it"
                 f" to {source}, the view of that crop, or loss.patches.weight=0"
             )
-        if masks[place].strategy == NONE:
-            raise SettingsError(
-                f"loss.patches.weight: view {place} keeps every token; set data.views.{place}.mask.strategy, or it to 0"
-            )
+        _check_removes(config, place, "patches", loss.patches.start, "loss.patches.weight=0")
+
+
+def _check_removes(config: TrainConfig, place: int, objective: str, start: float, instead: str) -> None:
+    """Raises SettingsError for a view of which an objective predicts removed patches, and whose mask at some time from
+    `start` on, a share of the run, removes none. instead: what else can be set."""
+    own = config.data.view_masks()
+    mask, grid = masks_of_views(config.mask, own)[place], config.model.vision.grid
+    fullest = max((mask.at(start), mask.at(1.0)), key=lambda at: num_kept(at, grid))
+    if num_kept(fullest, grid) < grid**2:
+        return
+    said = f"loss.{objective}.weight: view {place} keeps every token"
+    if mask.strategy == NONE:
+        raise SettingsError(f"{said}; set data.views.{place}.mask.strategy, or {instead}")
+    name = "final_keep_ratio" if (mask.final_keep_ratio or 0.0) > mask.keep_ratio else "keep_ratio"
+    key = f"mask.{name}" if getattr(own[place], name) is None else f"data.views.{place}.mask.{name}"
+    units = num_units(grid, mask.unit)
+    raise SettingsError(f"{said}: {key}={getattr(mask, name):g} of {units} units is all; set it lower, or {instead}")
 
 
 def _check_looks_at_views(config: TrainConfig) -> None:
@@ -690,19 +747,14 @@ def _check_looks_at_views(config: TrainConfig) -> None:
             "teacher.sees: loss.detailclip compares with what the teacher sees of the views; set teacher.sees=views"
         )
     read = detail.views or list(range(len(views)))
-    _check_places("loss.detailclip.views", detail.views, len(views))
     if detail.cls_weight and len(read) < 2:
         raise SettingsError(
             f"loss.detailclip.cls_weight: one view is compared with another, and there is {len(read)}; set"
             f" data.num_views=2, or it to 0"
         )
-    masks = masks_of_views(config.mask, config.data.view_masks())
     for place in read if detail.patch_weight or detail.pixel_weight else []:
-        if masks[place].strategy == NONE:
-            raise SettingsError(
-                f"loss.detailclip.weight: view {place} keeps every token; set data.views.{place}.mask.strategy, or"
-                f" loss.detailclip.patch_weight=0 loss.detailclip.pixel_weight=0"
-            )
+        off = "loss.detailclip.patch_weight=0 loss.detailclip.pixel_weight=0"
+        _check_removes(config, place, "detailclip", detail.start, off)
 
 
 def _check_places(key: str, views: list[int] | None, num_views: int) -> None:

@@ -1,16 +1,20 @@
 """What the shipped recipes say of themselves, and what they are."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from amclip_ds import cli, config
+from amclip_ds.errors import UserError
 from amclip_ds.masks import NONE
 from amclip_ds.masks.units import num_kept
 from amclip_ds.method import method_of
+from amclip_ds.optim import lr_at
 from amclip_ds.recipe_headers import GROUPS, PARTS, Header, all_headers, read_header
 from tests.recipes import words_of
 
+STEPS_PER_EPOCH = 3586  # YFCC-15M in batches of 4096
 PUBLISHED = {  # as their own code has them (methods.md of the facts): views are cropped alone, patch embeddings trained
     "clip": (5e-4, 0.5, [0.9, 0.98], 3586),
     "flip": (5e-4, 0.2, [0.9, 0.95], 3586),
@@ -91,6 +95,55 @@ def test_a_second_stage_is_its_first_with_whole_images_and_a_smaller_rate(
     assert whole == (64 if size == "tiny" else 224) and cut == (whole // 2 if first == "clipa-pre" else whole)
     length = (second.run.steps or 0) / (before.run.steps or 1) if size == "tiny" else (second.run.epochs or 0) / 25
     assert length < 0.11
+
+
+@pytest.mark.parametrize("method", [header.method for header in all_headers()])
+def test_the_rate_never_rises_after_its_warm_up(method: str) -> None:
+    loaded = config.load(f"{method}-vitb16", words_of(method))
+    assert falls_after_warm_up(loaded) and (not method.endswith("-tune") or loaded.optim.final_lr == 0)
+
+
+def falls_after_warm_up(loaded: config.TrainConfig) -> bool:
+    total = round((loaded.run.epochs or 0) * STEPS_PER_EPOCH)
+    assert total > loaded.optim.warmup_steps
+    rates = [lr_at(updates, total, loaded.optim) for updates in range(loaded.optim.warmup_steps, total + 1)]
+    return all(after <= before for before, after in zip(rates, rates[1:]))
+
+
+def test_a_rate_that_would_rise_is_refused_but_a_run_that_had_it_is_read(tmp_path: Path) -> None:
+    words = [*words_of("flip-tune"), "optim.final_lr=1e-5"]
+    with pytest.raises(UserError, match="optim.final_lr: 1e-05 is above optim.lr, 5e-06: .*; set optim.final_lr=0"):
+        config.load("flip-tune-vitb16", words)
+    file = tmp_path / "config.yaml"
+    had = config.load("flip-tune-vitb16", words[:-1])
+    had.optim.final_lr = 1e-5
+    file.write_text(config.dump(had))
+    assert config.load_run(file).optim.final_lr == 1e-5
+    assert not falls_after_warm_up(config.load_run(file))
+    config.load("flip-tune-vitb16", [*words, "optim.lr=0"])  # nothing moves: no peak that it could be above
+
+
+METHODS_PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+SECOND_STAGES = re.findall(r"`amclip train ([^`]*model\.init_from=[^`]*)`", METHODS_PAGE)
+
+
+@pytest.mark.parametrize("command", SECOND_STAGES)
+def test_the_documented_second_stages_train_at_rates_that_fall(command: str) -> None:
+    recipe, *words = command.split()
+    loaded = config.load(recipe, words)
+    assert falls_after_warm_up(loaded)
+    kept = {num_kept(mask, loaded.model.vision.grid) for mask in method_of(loaded).masks}
+    assert (kept == {98}) == ("mask.strategy=random" in words)  # of 196, or 441 where images are larger
+
+
+def test_the_documented_second_stages_are_found() -> None:
+    assert len(SECOND_STAGES) == 5 and sum("mask.strategy=random" in command for command in SECOND_STAGES) == 1
+
+
+@pytest.mark.parametrize("method", ["aclip", "aclip-eff", "aclip-muon", "random2x", "detailclip"])
+def test_a_warm_up_shorter_than_the_published_epoch_is_said(method: str) -> None:
+    assert config.load(f"{method}-vitb16").optim.warmup_steps == 2000
+    assert "optim.warmup_steps=3586" in read_header(method).parts["Inferred"]
 
 
 def test_a_start_that_is_needed_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,6 +234,12 @@ def test_disjoint_views_share_a_crop_and_are_compared() -> None:
         ("maskclip", "data.views.1.mask.strategy=none", "loss.patches.weight: view 1 keeps every token"),
         ("maskclip", "teacher.resolution=half", "teacher.view: the teacher then sees the view's size"),
         ("maskclip", "loss.patches.views=[0]", "loss.patches.weight: view 0 keeps every token"),
+        (
+            "maskclip",
+            "data.views.1.mask.keep_ratio=1",
+            "loss.patches.weight: view 1 keeps every token: data.views.1.mask.keep_ratio=1 of 64 units is all",
+        ),
+        ("maskclip", "data.views.1.mask.keep_ratio=0.99", "data.views.1.mask.keep_ratio=0.99 of 64 units is all"),
         ("clip", "loss.patches.weight=1", "loss.patches.views: there is no view 1; there are 1"),
         ("random2x", "loss.patches.weight=1", "teacher.view: loss.patches compares view 1"),
         ("aclip", "loss.patches.depth=0", "loss.patches.depth: 0 must be at least 1"),
@@ -191,6 +250,10 @@ def test_disjoint_views_share_a_crop_and_are_compared() -> None:
         ("clip", "loss.clipkd.weight=1", "distill.teacher: loss.clipkd compares with a finished model"),
         ("clip", "loss.clipkd.feature_weight=-1", "loss.clipkd.feature_weight: -1.0 must be 0 or more"),
         ("clip", "distill.teacher=run", "distill.teacher: no objective of this run reads it"),
+        ("disjoint", "loss.occlusion.views=[0]", "loss.occlusion.views: [0] are not two views, which this loss"),
+        ("disjoint", "loss.occlusion.views=[0,5]", "loss.occlusion.views: there is no view 5; there are 2"),
+        ("maskclip", "loss.mlm.views=[2]", "loss.mlm.views: there is no view 2; there are 2"),
+        ("clip", "loss.contrastive_weight=0", "loss.contrastive_weight: no objective has a weight"),
         ("clip", "loss.occlusion.weight=1", "loss.occlusion.weight: this loss needs data.num_views=2, not 1"),
         ("aclip", "mask.keep_ratio=0.05", "mask.keep_ratio: 0.05 of 16 units of 2 x 2 patches is less than one"),
         ("centered", "mask.keep_ratio=0.01", "mask.keep_ratio: 0.01 of 64 units of 1 x 1 patches is less than one"),

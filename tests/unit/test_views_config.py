@@ -9,6 +9,7 @@ from amclip_ds.errors import SettingsError, UserError
 from amclip_ds.export.card import masks_in_words
 from amclip_ds.method import method_of
 
+DISJOINT = ["mask.strategy=disjoint", "data.views.1.same_crop_as=0"]
 THREE = "data.views=[{}, {flip: true, scale: [0.2, 1]}, {same_crop_as: 1, mask: {strategy: none}}]"
 
 
@@ -125,6 +126,19 @@ def test_the_explanation_has_every_view_in_full() -> None:
             ["mask.strategy=disjoint", "mask.keep_ratio=0.6"],
             "mask.keep_ratio: 2 views of 39 units each, none in common",
         ),
+        (
+            [*DISJOINT, "mask.keep_ratio=0.25", "data.views.1.mask.keep_ratio=0.5"],
+            "data.views.1.mask: views of mask.strategy=disjoint share one order; give them one keep_ratio, unit and",
+        ),
+        ([*DISJOINT, "data.views.1.mask.unit=2"], "data.views.1.mask: views of mask.strategy=disjoint share one order"),
+        (
+            ["mask.strategy=disjoint"],
+            "data.views.1.same_crop_as: views of mask.strategy=disjoint are parts of one crop; set it to 0",
+        ),
+        (
+            ["data.text_mask.strategy=block", "data.text_mask.tokens=4", "loss.text=plain"],
+            "data.text_mask.strategy: nothing reads masked texts (loss.text=plain); leave one out",
+        ),
         (["data.views.1.mask.schedule=linear"], "data.views.1.mask.final_keep_ratio: mask.schedule=linear needs it"),
     ],
 )
@@ -181,6 +195,31 @@ def test_views_with_different_schedules_go_together_when_they_keep_equally_many(
     loaded = load("data.views.1.mask.schedule=linear", "data.views.1.mask.final_keep_ratio=0.25")
     assert [views for views, _ in kept(loaded, 0.0)] == [(0, 1)]
     assert [views for views, _ in kept(loaded, 1.0)] == [(0,), (1,)]
+
+
+def test_disjoint_views_may_be_any_of_one_crop() -> None:
+    """Another view between them, and one that repeats a repeated crop."""
+    views = "data.views=[{mask: {strategy: none}}, {same_crop_as: 0}, {same_crop_as: 1}]"
+    loaded = load("mask.strategy=disjoint", views)
+    assert kept(loaded) == [((0,), ["none"]), ((1, 2), ["disjoint"])]
+    load("mask.strategy=disjoint", "data.num_views=1")
+
+
+def test_what_is_predicted_must_be_removed_from_when_the_objective_begins() -> None:
+    mask = [f"data.views.1.mask.{word}" for word in ("keep_ratio=1", "schedule=linear", "final_keep_ratio=0.25")]
+    with pytest.raises(UserError, match="loss.patches.weight: view 1 keeps every token: data.views.1.mask.keep_ratio"):
+        load(*mask, recipe="maskclip-tiny")
+    load(*mask, "loss.patches.start=0.5", recipe="maskclip-tiny")
+
+
+def test_a_run_that_there_is_can_be_read_however_it_trained(tmp_path: Path) -> None:
+    had = load("data.text_mask.strategy=block", "data.text_mask.tokens=4")
+    had.loss.text, had.mask.strategy = "plain", "disjoint"
+    file = tmp_path / "config.yaml"
+    file.write_text(config.dump(had))
+    assert config.load_run(file).loss.text == "plain"
+    with pytest.raises(UserError, match="same_crop_as"):
+        config.load(str(file))
 
 
 def test_lists_of_sections_are_found_by_their_type() -> None:

@@ -225,6 +225,12 @@ def test_the_recipe_is_the_published_one() -> None:
         ("detailclip", ["teacher.view=0"], "teacher.sees: views are all of them; leave out teacher.view"),
         ("detailclip", ["teacher.resolution=half"], "teacher.sees: views have their own size"),
         ("detailclip", ["mask.strategy=none"], "loss.detailclip.weight: view 0 keeps every token"),
+        (
+            "detailclip",
+            ["mask.schedule=linear", "mask.final_keep_ratio=1"],
+            "loss.detailclip.weight: view 0 keeps every token: mask.final_keep_ratio=1 of 16 units is all",
+        ),
+        ("detailclip", ["data.views.1.mask.keep_ratio=0.98"], "data.views.1.mask.keep_ratio=0.98 of 16 units is all"),
         ("detailclip", ["loss.o2e_weight=1"], "teacher.sees: loss.o2e_weight compares with one crop"),
         ("detailclip", ["loss.detailclip.views=[1]"], "loss.detailclip.cls_weight: one view is compared with another"),
         ("detailclip", ["loss.detailclip.views=[0,2]"], "loss.detailclip.views: there is no view 2"),
