@@ -12,7 +12,8 @@ from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.train_sources import check_inputs
 from amclip_ds.engine.ds_config import FP8_TEACHER, check_fp8, check_optimizer, check_torchao, read_ds_config
 from amclip_ds.errors import UserError
-from amclip_ds.model.config import check_teacher_fits, other_width
+from amclip_ds.model.config import ModelConfig, VisionConfig, check_teacher_fits, other_width
+from amclip_ds.plan.shapes import tower_of
 
 # One of them: a run.
 OURS = {run_files.ATTEMPTS, run_files.METRICS, run_files.VERSIONS, run_files.CHECKPOINTS, "slurm", "index"}
@@ -148,7 +149,55 @@ def resumes(config: TrainConfig) -> bool:
 
 
 def check_init(config: TrainConfig) -> None:
-    """Raises UserError where model.init_from points nowhere; a run that resumes needs it no more."""
+    """Raises UserError where model.init_from points nowhere, or at a run of a model that computes something else with
+    weights of the same shapes; a run that resumes needs it no more."""
     source = config.model.init_from
-    if source and not resumes(config) and not hub.local(source).exists():
+    if not source or resumes(config):
+        return
+    if not hub.local(source).exists():
         raise UserError(f"model.init_from: no such file or folder: {source}{hub.missing(source)}")
+    started = model_of_start(source)
+    if started is None:
+        return
+    pairs = {
+        "text.activation": (started.text.activation, config.model.text.activation),
+        "text.heads": (started.text.heads, config.model.text.heads),
+        "vision.heads": (heads_of(started.vision), heads_of(config.model.vision)),
+    }
+    for key, (theirs, own) in pairs.items():
+        if None not in (theirs, own) and theirs != own:
+            raise UserError(
+                f"model.{key}: {own}, but the weights of model.init_from={source} were trained with {theirs}; set"
+                f" model.{key}={theirs}"
+            )
+
+
+def model_of_start(source: str) -> ModelConfig | None:
+    """The model of the run that model.init_from is of; None: it is of none whose settings can be read."""
+    path = hub.local(source)
+    try:
+        return settings.model_of_run(path.parent if path.is_file() else path)
+    except UserError:
+        return None
+
+
+def heads_of(vision: VisionConfig) -> int | None:
+    """Attention heads of the vision tower; None: it cannot be built."""
+    try:
+        return tower_of(vision).heads
+    except ValueError:
+        return None
+
+
+def about_pooling(config: TrainConfig) -> list[str]:
+    """What to say, in a line or none, of a start from a run that pools otherwise: its feature of an image was another
+    one. No refusal: a second stage may be meant to change it."""
+    own, source = config.model.vision.pool, config.model.init_from
+    started = model_of_start(source) if source else None
+    if started is None or started.vision.pool == own:
+        return []
+    theirs = started.vision.pool
+    return [
+        f"model.init_from: warning: model.vision.pool is {own}, {source} was trained with {theirs}: images have other"
+        f" features than there until this run has learned them; model.vision.pool={theirs} keeps them"
+    ]

@@ -285,6 +285,7 @@ def describe_engines(config: TrainConfig, student: StudentEngine, teacher: Teach
     lines = [f"engine.fp8: of the {who}'s Linear layers {n} compute in fp8" for who, n in in_fp8.items() if n]
     if config.model.init_from:
         lines += pretrained.describe(config.model.init_from, dict(student.module.named_parameters()))
+        lines += preconditions.about_pooling(config)
     return lines
 
 

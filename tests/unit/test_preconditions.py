@@ -1,0 +1,74 @@
+"""model.init_from of a run whose model computes something else with weights of the same shapes."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from amclip_ds import config, preconditions, run
+from amclip_ds.errors import UserError
+from tests.unit.evaluate.exports import tiny_model, write_run
+
+
+def run_of(folder: Path, recipe: str, *words: str) -> Path:
+    """A run's folder as far as its settings, with a checkpoint's folder in it."""
+    (folder / "checkpoints" / "step_00000003").mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.dump(config.load(recipe, list(words))))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("before", "recipe", "said"),
+    [
+        (
+            ["clip-tiny", "model.text.activation=quick_gelu"],
+            "clip-tiny",
+            "model.text.activation: gelu, but the weights",
+        ),
+        (["clip-tiny", "model.text.heads=2"], "clip-tiny", "model.text.heads: 4, but"),
+        (["clip-vits16-moco"], "clip-vits16", "model.vision.heads: 6, but"),
+    ],
+)
+@pytest.mark.parametrize("part", ["", "checkpoints/step_00000003", "student.safetensors"])
+def test_a_run_whose_weights_would_compute_something_else(
+    before: list[str], recipe: str, said: str, part: str, tmp_path: Path
+) -> None:
+    source = run_of(tmp_path / "before", *before) / part
+    if source.suffix:
+        source.touch()
+    words = [f"model.init_from={source}", f"run.out={tmp_path}/run"]
+    with pytest.raises(UserError) as error:
+        preconditions.check_init(config.load(recipe, words))
+    key, wanted = str(error.value).split(":")[0], str(error.value).rpartition("=")[2]
+    assert str(error.value).startswith(said) and str(error.value).endswith(f"; set {key}={wanted}")
+    preconditions.check_init(config.load(recipe, [*words, f"{key}={wanted}"]))
+    run_of(tmp_path / "run", recipe)  # it resumes: its weights are its checkpoint's
+    preconditions.check_init(config.load(recipe, words))
+
+
+def test_heads_that_a_name_says_are_those_that_a_key_says(tmp_path: Path) -> None:
+    source = run_of(tmp_path / "before", "clip-vitb16", "model.vision.heads=12")
+    preconditions.check_init(config.load("aclip-vitb16", [f"model.init_from={source}", f"run.out={tmp_path}/run"]))
+
+
+def test_settings_of_another_trainer_beside_the_weights_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {text: {activation: relu}}\n")
+    (tmp_path / "model.safetensors").touch()
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        loaded = config.load("clip-tiny", [f"model.init_from={source}", f"run.out={tmp_path}/run"])
+        preconditions.check_init(loaded)
+        assert preconditions.about_pooling(loaded) == []
+
+
+@pytest.mark.parametrize(("pool", "is_said"), [("mean", True), ("cls", False)])
+def test_a_start_from_a_run_that_pools_otherwise_prints_a_warning(pool: str, is_said: bool, tmp_path: Path) -> None:
+    """No refusal: a second stage may be meant to change it."""
+    write_run(tmp_path / "before")  # of class tokens
+    loaded = config.load("aclip-tiny", [f"model.init_from={tmp_path}/before", f"model.vision.pool={pool}"])
+    preconditions.check_init(loaded)
+    student: Any = SimpleNamespace(in_fp8="", module=tiny_model()[0])
+    lines = run.describe_engines(loaded, student, None)
+    assert "parameters from" in lines[0]
+    warned = [line for line in lines if "model.vision.pool is mean," in line and "was trained with cls" in line]
+    assert len(warned) == int(is_said)
