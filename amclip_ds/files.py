@@ -18,6 +18,7 @@ from amclip_ds.errors import AmclipError, NotRead, UserError, in_one_line
 MAX_TEXT = 1 << 20
 MAX_JSON = 16 << 20  # parsed, a hostile one takes twenty times as much memory
 READ = 1 << 20
+HEAD = 256
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENFILE, errno.EMFILE, errno.ENOMEM}
 
 Kind = TypeVar("Kind")
@@ -118,6 +119,24 @@ def not_written(what: str, error: OSError) -> AmclipError:
     if error.errno in OF_THE_MACHINE:
         return AmclipError(f"{what} cannot be written: {describe(error)}; once that is over, the same command resumes")
     return UserError(f"{what} cannot be written: {describe(error)}")
+
+
+def check_output(path: Path, option: str, begins: tuple[bytes, ...], at: int = 0) -> None:
+    """Raises UserError where a file can never be written, or would replace one that is none of its kind: better before
+    an hour's work than after it, and `--json 0.tar 1.tar` must not cost a shard.
+
+    begins: how a file of its kind may begin, `at` bytes from its start.
+    """
+    if path.is_dir():
+        raise UserError(f"{option} {path}: cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: cannot be written: there is no folder {path.parent}")
+    if not os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK):
+        raise UserError(f"{option} {path}: cannot be written: permission denied")
+    with contextlib.suppress(OSError), open_regular(path) as file:
+        head = file.read(at + HEAD)
+        if head and not head[at:].lstrip().startswith(begins):
+            raise UserError(f"{option} {path}: holds something else; name a new file")
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:

@@ -1,25 +1,17 @@
 """`--json FILE`, as every command has it: checked before the work, written after it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from amclip_ds import files
-from amclip_ds.errors import UserError
 
 
 def check(file: str | Path | None, option: str = "--json") -> None:
-    """Raises UserError where the file can never be written: better now than after an hour's work."""
+    """Raises UserError where the file can never be written, or holds what is no JSON."""
     if file is None:
         return
-    path = Path(file)
-    if path.is_dir():
-        raise UserError(f"{option} {path}: cannot be written: it is a folder")
-    if not path.parent.is_dir():
-        raise UserError(f"{option} {path}: cannot be written: there is no folder {path.parent}")
-    if not os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK):
-        raise UserError(f"{option} {path}: cannot be written: permission denied")
+    files.check_output(Path(file), option, (b"{", b"["))
 
 
 def write(file: str | Path | None, content: Any, option: str = "--json") -> None:

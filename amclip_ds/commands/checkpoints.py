@@ -116,11 +116,12 @@ def _rules(args: argparse.Namespace) -> Any:
 
 
 def _consolidate(args: argparse.Namespace, checkpoints: Path) -> dict[str, Any]:
-    from amclip_ds import stored_checkpoints
+    from amclip_ds import files, stored_checkpoints
     from amclip_ds.errors import UserError
 
     if args.out is None:
         raise UserError("consolidate: --out FILE is missing")
+    files.check_output(args.out, "--out", (b"{",), at=8)  # a safetensors file: its header's length, then JSON
     path = stored_checkpoints.choose(checkpoints, args.step)
     num_bytes = stored_checkpoints.consolidate(path, args.out, args.weights)
     print(f"{args.out}: the {args.weights} of {path.name}, {num_bytes / 1e6:.1f} MB")

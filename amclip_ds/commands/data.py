@@ -197,7 +197,7 @@ def _index(args: argparse.Namespace) -> int:
 
     folder = args.out or index.default_folder(tuple(args.shards))
     with progress("indexing shards", len(args.shards)) as advance:
-        made = index.build_index(args.shards, folder, _workers(args), lambda entry: advance())
+        made = index.build_index(args.shards, folder, _workers(args), lambda entry: advance(), "--out")
     problems = [(shard.path, problem) for shard in made.shards for problem in shard.problems]
     for path, problem in problems[:20]:
         print(f"  {path}: {problem['kind']} ({problem['count']}): {printable(problem['key'])}")
@@ -224,6 +224,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
+    json_file.check(args.words, "--words")
     from amclip_ds import display
     from amclip_ds.data import stats
     from amclip_ds.data.check import CheckConfig

@@ -83,9 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from amclip_ds import files
     from amclip_ds.evaluate import source_kind
     from amclip_ds.shards.inputs import check_foreign
 
+    if args.csv is not None:
+        files.check_output(args.csv, "--csv", (b"model_fullname",))
     source_kind.check(args.source)
     for spec in () if args.suite else args.data or ():
         check_foreign(spec, "--data")

@@ -11,7 +11,7 @@ where). Losses are of the whole batch, both directions, every token kept, by the
 import argparse
 from pathlib import Path
 
-from amclip_ds import json_file
+from amclip_ds import files, json_file
 from amclip_ds.arguments import whole
 
 HELP = "show the samples of a step of a run"
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    json_file.check(args.out, "--out")
+    if args.out is not None:
+        files.check_output(args.out, "--out", (b"<",))
     from amclip_ds import samples
 
     shown = samples.of_step(args.run_folder, args.step, args.overrides, has_losses=args.worst is not None)

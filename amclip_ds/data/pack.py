@@ -92,6 +92,8 @@ def pack(source: Source, out: Path, shard_size: int, threads: int, advance: Call
     if done.rows:
         advance(done.rows)
     try:
+        for partial in out.glob(".[0-9]*.tar.partial"):  # of this pack, which was stopped
+            partial.unlink()
         with (
             _Shards(out, done, shard_size) as shards,
             closing(_verified(source.rows(done.rows), threads)) as verified,
@@ -129,8 +131,6 @@ def _open_record(out: Path, head: dict[str, Any]) -> Packed:
                 raise UserError(f"--out {out}: holds something else; name an empty or new folder")
             append_line(out / RECORD, head)
             rows = [head]
-        for path in out.glob(".*.tar.partial"):
-            path.unlink()
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
     if rows[0] != head:

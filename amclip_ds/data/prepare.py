@@ -15,6 +15,7 @@ from amclip_ds.progress import progress
 from amclip_ds.redact import redact
 from amclip_ds.shards.changes import changed_shards
 from amclip_ds.shards.index import Index, ShardEntry, build_index, default_folder
+from amclip_ds.shards.inputs import INDEX
 
 T = TypeVar("T")
 Once = Callable[[Callable[[], T]], T]
@@ -173,7 +174,7 @@ def _build(
         index = build_index(shards, folder, processes, report)
     unreadable = [s for s in index.shards if any(problem["kind"] == "unreadable" for problem in s.problems)]
     if unreadable:
-        for name in ("meta.json", "samples.bin", "keys.bin", "content.bin"):
+        for name in INDEX:
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
         raise UserError(

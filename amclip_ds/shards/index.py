@@ -27,6 +27,7 @@ from amclip_ds.redact import redact
 from amclip_ds.shards import reader
 from amclip_ds.shards.contents import CONTENT, checksum_in, digest
 from amclip_ds.shards.grouping import IMAGE_TYPES, MAX_IMAGE_BYTES, Group, group, left_out_name
+from amclip_ds.shards.inputs import check_index_folder, is_of_index
 from amclip_ds.shards.sources import MAX_SHARDS, is_remote
 from amclip_ds.shards.tar import BLOCK, Damage, Member, scan
 
@@ -205,23 +206,29 @@ class Index:
 
 
 def build_index(
-    shards: list[str], folder: Path, workers: int, on_shard: Callable[[ShardEntry], None] = lambda entry: None
+    shards: list[str],
+    folder: Path,
+    workers: int,
+    on_shard: Callable[[ShardEntry], None] = lambda entry: None,
+    key: str = "data.index",
 ) -> Index:
     """Indexes the shards in parallel and writes the folder, which appears whole by one rename. Reports each shard.
 
-    Raises UserError where the folder cannot be written, and, before any work, where nobody could read it.
+    key: the setting or option that named the folder. Raises UserError for a folder that holds anything but an index and,
+    before any work, for an index that nobody could read; AmclipError where the disk is full.
     """
     if sum(len(json.dumps(shard)) + ENTRY for shard in shards) > MAX_META:
         raise UserError(
-            f"data.index: {len(shards)} shards of such long paths take more than the {MAX_META} bytes that an index's"
+            f"{key}: {len(shards)} shards of such long paths take more than the {MAX_META} bytes that an index's"
             " meta.json may have; pack them larger, or give them shorter paths"
         )
+    check_index_folder(folder, key)
     _remove_left_behind(folder)
     partial = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise not_written(f"data.index: {folder}", error) from None
+        raise not_written(f"{key}: {folder}", error) from None
     entries = []
     try:
         with (
@@ -238,7 +245,7 @@ def build_index(
         (partial / "meta.json").write_text(_meta_of(entries))
         _replace(partial, folder)
     except OSError as error:
-        raise not_written(f"data.index: {folder}", error) from None
+        raise not_written(f"{key}: {folder}", error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Index(folder)
@@ -268,7 +275,8 @@ def _meta_of(entries: list[ShardEntry]) -> str:
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    """Puts the new index in the old one's place; where another process was faster, its index stays."""
+    """Puts the new index in the old one's place; where another process was faster, its index stays. Of the old one only
+    the index's own files go, and of a link the link alone."""
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(old)
@@ -277,7 +285,13 @@ def _replace(partial: Path, folder: Path) -> None:
     except OSError:
         if not (folder / "meta.json").exists():
             raise
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        if old.is_symlink():
+            old.unlink()
+        else:
+            for path in filter(lambda path: is_of_index(path.name), list(old.iterdir())):
+                path.unlink()
+            old.rmdir()
 
 
 def _scanned(shards: list[str], workers: int) -> Iterator[Scanned]:

@@ -18,6 +18,7 @@ from amclip_ds.shards.kinds import COMPRESSED, HEAD, IMAGES, NAMES, PACK, kind_b
 from amclip_ds.shards.tar import Member, printable, scan, split_name
 
 HUGGING_FACE = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
+INDEX = ("meta.json", "samples.bin", "keys.bin", "content.bin")  # what an index holds (index.py)
 MEMBERS = 256  # of a tar that are checked
 MANY = 10_000  # names of a folder that are checked
 
@@ -73,6 +74,30 @@ def tars_of(folder: Path, key: str) -> list[str]:
         raise UserError(f"{key}: {name} holds {len(packed)} compressed tar(s) ({first}){beside}: {what}{alone}")
     what = _of_folder(folder)
     raise UserError(f"{key}: no .tar file in the folder {name}" + (f"; it holds {what}" if what else ""))
+
+
+def is_of_index(name: str) -> bool:
+    """Whether a file of that name in an index's folder is the index's, one half written included."""
+    return name in INDEX or (name.startswith(".meta.json.") and name.endswith(".partial"))
+
+
+def check_index_folder(folder: Path, key: str) -> None:
+    """Raises UserError where an index cannot be written there: it would replace a file, or what is no index."""
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        if not os.path.lexists(folder):
+            return
+        raise UserError(f"{key}: {folder} is a link to nothing; name a folder") from None
+    except NotADirectoryError:
+        raise UserError(f"{key}: {folder} is a file, or below one; name a folder") from None
+    except OSError as error:
+        raise UserError(f"{key}: {folder} cannot be read: {error.strerror}") from None
+    strange = [name for name in names if not is_of_index(name)]
+    if strange:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        first = printable(strange[0])
+        raise UserError(f"{key}: {folder} holds other things ('{first}'{more}); name a new or an empty folder")
 
 
 def check_foreign(spec: str, key: str) -> None:

@@ -94,6 +94,15 @@ MISTAKES = [  # what is typed -> what the line must hold. SHARDS, EMPTY, RUN, FU
     ("eval RUN --data x --procs 0", "--procs: 0 is below 1"),
     ("demo --steps 0", "--steps: 0 is below 1"),
     ("checkpoints RUN --keep-last 0", "--keep-last: 0 is below 1"),
+    # What is somebody's is never replaced
+    (f"{TRAIN} data.index=FULL", "holds other things ('thesis.tex'); name a new or an empty folder"),
+    (f"{TRAIN} data.index=SHARDS", "is a file, or below one"),
+    ("data index SHARDS --out FULL", "holds other things ('thesis.tex'); name a new or an empty folder"),
+    ("data check --json SHARDS SHARDS", "holds something else; name a new file"),
+    ("data stats SHARDS --words SHARDS", "holds something else; name a new file"),
+    ("report RUN --out SHARDS", "holds something else; name a new file"),
+    ("samples RUN 1 --out SHARDS", "holds something else; name a new file"),
+    ("eval RUN --data x --csv SHARDS", "holds something else; name a new file"),
     # Kin of the above: a typo of a key, a file for a folder and the reverse, other units, quotes, numbers as texts
     (f"{TRAIN} Run.Steps=5", "run.steps"),
     (f"{TRAIN} run.steps:5", "expected key=value"),

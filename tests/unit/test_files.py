@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds import files
+from amclip_ds import files, json_file
 from amclip_ds.errors import UserError
 
 
@@ -94,3 +94,17 @@ def test_a_sparse_file_over_the_limit_takes_no_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     with pytest.raises(OSError, match="more than the 10 bytes"):
         files.read_bytes(Path("/proc/self/status"), 10)
+
+
+@pytest.mark.parametrize("head", [b"data/00000.jpg\0\0", b"PK\3\4", b"steps: 5\n", b"\0" * 20])
+def test_an_output_never_replaces_a_file_of_another_kind(head: bytes, tmp_path: Path) -> None:
+    """`amclip data check --json 0.tar 1.tar` would write its report over the first shard."""
+    (tmp_path / "0.tar").write_bytes(head)
+    for begins, at in (((b"{", b"["), 0), ((b"<",), 0), ((b"{",), 8)):
+        with pytest.raises(UserError, match="--json .*0.tar: holds something else; name a new file"):
+            files.check_output(tmp_path / "0.tar", "--json", begins, at)
+    for content in (b"", b'\n{"a": 1}'):  # mktemp's; an earlier one
+        (tmp_path / "0.tar").write_bytes(content)
+        json_file.check(tmp_path / "0.tar")
+    (tmp_path / "w.safetensors").write_bytes(bytes(8) + b"{}")
+    files.check_output(tmp_path / "w.safetensors", "--out", (b"{",), at=8)

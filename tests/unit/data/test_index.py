@@ -12,8 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from amclip_ds.cli import main
 from amclip_ds.data import prepare
+from amclip_ds.data.config import DataConfig
 from amclip_ds.data.order import EpochOrder, Mixture
+from amclip_ds.data.prepare import find_sources
+from amclip_ds.data.train_sources import check_inputs
 from amclip_ds.errors import FAULT, AmclipError, UserError
 from amclip_ds.shards import index as indexing
 from amclip_ds.shards import reader as reading
@@ -278,3 +282,51 @@ def test_what_processes_that_are_gone_left_is_removed(tmp_path: Path) -> None:
     build_index(paths, tmp_path / "index", 1)
     left = {path.name for path in tmp_path.glob(".*")}
     assert left == {f".index.{here}.1.partial", other, ".index2.elsewhere.7.partial"}
+
+
+OTHERS = {
+    "shards": lambda folder: write_shards(folder, (3,)),
+    "index and more": lambda folder: (
+        [build_index(write_shards(folder.parent / "data", (3,)), folder, 1)]
+        and (folder / "notes.txt").write_text("mine")
+    ),
+    "empty file": lambda folder: folder.touch(),
+    "lost link": lambda folder: folder.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_nothing_but_an_index_is_replaced(other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards, folder = write_shards(tmp_path / "shards", (3,)), tmp_path / "other"
+    OTHERS[other](folder)
+    before = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else os.lstat(folder).st_mode
+    assert main(["data", "index", *shards, "--out", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"amclip data: --out: {folder} ") and len(error.splitlines()) == 1
+    config = DataConfig(train=shards[0], index=str(folder))
+    if other != "index and more":  # training reads that one, and never replaces one that is there
+        with pytest.raises(UserError, match=f"data.index: {folder} "):
+            check_inputs(config, None)
+        with pytest.raises(UserError, match=f"data.index: {folder} "):
+            find_sources(config, print, lambda work: work())
+    assert before == (sorted(path.name for path in folder.iterdir()) if folder.is_dir() else os.lstat(folder).st_mode)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_index_an_empty_folder_and_a_link_to_one_are_replaced(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", (3,))
+    (tmp_path / "index").mkdir()
+    build_index(shards, tmp_path / "index", 1)
+    (tmp_path / "index" / ".meta.json.1.partial").touch()  # of a process that was killed
+    assert len(build_index(shards * 2, tmp_path / "index", 1)) == 6
+    (tmp_path / "link").symlink_to("index")
+    assert len(build_index(shards, tmp_path / "link", 1)) == 3
+    assert len(Index(tmp_path / "index")) == 6 and not (tmp_path / "link").is_symlink()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_comes_while_an_index_is_made_stays(tmp_path: Path) -> None:
+    shards, folder = write_shards(tmp_path / "shards", (3,)), tmp_path / "index"
+    build_index(shards, folder, 1)
+    build_index(shards, folder, 1, lambda entry: (folder / "mine.tar").touch())
+    assert [path.name for path in tmp_path.glob(".index.*.old/*")] == ["mine.tar"]

@@ -227,7 +227,9 @@ def test_what_cannot_be_packed_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert "a zip archive" in said(tmp_path / "x.zip")
     assert "holds something else" in said(table, out="bare")
     assert pack(table, tmp_path / "out") == 0
+    (tmp_path / "out" / ".00001.tar.partial").touch()  # another pack is at it
     assert "holds a pack of something else (shard_size differ)" in said(table, "--shard-size", "7", out="out")
+    assert (tmp_path / "out" / ".00001.tar.partial").exists()
 
 
 @pytest.mark.parametrize(
