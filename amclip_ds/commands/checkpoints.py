@@ -14,21 +14,30 @@ from typing import Any
 
 from amclip_ds import json_file, run_files
 from amclip_ds.arguments import whole
+from amclip_ds.errors import UserError
 
 HELP = "list, verify, prune, consolidate, import checkpoints"
-ACTIONS = ("list", "verify", "prune", "pin", "unpin", "consolidate", "import")
+ACTIONS: dict[str, tuple[str, ...]] = {  # -> the options that each reads, beside --json
+    "list": (),
+    "verify": (),
+    "prune": ("keep-last", "damaged", "set-aside"),
+    "pin": ("step",),
+    "unpin": ("step",),
+    "consolidate": ("out", "weights", "step"),
+    "import": ("source", "tag", "config", "trust-pickle"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("action", nargs="?", default="list", choices=ACTIONS, help="what to do (list)")
-    parser.add_argument("--step", type=whole(0), metavar="N", help="the checkpoint meant (the newest whole one)")
+    parser.add_argument("--step", type=whole(0), metavar="N", help="pin, unpin, consolidate: which (newest whole one)")
     parser.add_argument(
         "--keep-last", type=whole(1), metavar="K", help="prune: in place of the run's checkpoint.keep_last"
     )
     parser.add_argument("--damaged", action="store_true", help="prune: damaged checkpoints too")
     parser.add_argument("--set-aside", action="store_true", help="prune: also what resumes set aside")
-    parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="consolidate: whose")
+    parser.add_argument("--weights", choices=("student", "teacher"), help="consolidate: whose (student)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="consolidate: the safetensors file to write")
     parser.add_argument("--source", type=Path, metavar="DIR", help="import: a folder of DeepSpeed's save_checkpoint")
     parser.add_argument("--tag", metavar="T", help="import: which of its tags (what its `latest` names)")
@@ -42,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_options(args)
     from amclip_ds import stored_checkpoints
 
     checkpoints = stored_checkpoints.folder_of(args.run_folder, is_new=args.action == "import")
@@ -65,6 +75,18 @@ def run(args: argparse.Namespace) -> int:
         result = _import(args, checkpoints)
     json_file.write(args.json, result)
     return 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises UserError for an option that the action does not read: it was meant to change what is done."""
+    own = ACTIONS[args.action]
+    for option in dict.fromkeys(name for names in ACTIONS.values() for name in names):
+        given = getattr(args, option.replace("-", "_"))
+        if option in own or given is None or given is False:
+            continue
+        readers = [action for action, names in ACTIONS.items() if option in names]
+        by = f"it goes by --{', --'.join(own)}" if own else f"{', '.join(readers)} {'do' if readers[1:] else 'does'}"
+        raise UserError(f"--{option}: {args.action} does not read it; {by}")
 
 
 def _print_table(rows: list[dict[str, Any]], checkpoints: Path) -> None:
@@ -105,7 +127,6 @@ def _rules(args: argparse.Namespace) -> Any:
 
     from amclip_ds import config
     from amclip_ds.checkpoint import CheckpointConfig
-    from amclip_ds.errors import UserError
 
     file = args.run_folder / run_files.CONFIG
     rules = config.load_run(file).checkpoint if file.is_file() else CheckpointConfig()
@@ -117,20 +138,19 @@ def _rules(args: argparse.Namespace) -> Any:
 
 def _consolidate(args: argparse.Namespace, checkpoints: Path) -> dict[str, Any]:
     from amclip_ds import files, stored_checkpoints
-    from amclip_ds.errors import UserError
 
     if args.out is None:
         raise UserError("consolidate: --out FILE is missing")
     files.check_output(args.out, "--out", (b"{",), at=8)  # a safetensors file: its header's length, then JSON
     path = stored_checkpoints.choose(checkpoints, args.step)
-    num_bytes = stored_checkpoints.consolidate(path, args.out, args.weights)
-    print(f"{args.out}: the {args.weights} of {path.name}, {num_bytes / 1e6:.1f} MB")
-    return {"out": str(args.out), "weights": args.weights, "checkpoint": str(path), "bytes": num_bytes}
+    weights = args.weights or "student"
+    num_bytes = stored_checkpoints.consolidate(path, args.out, weights)
+    print(f"{args.out}: the {weights} of {path.name}, {num_bytes / 1e6:.1f} MB")
+    return {"out": str(args.out), "weights": weights, "checkpoint": str(path), "bytes": num_bytes}
 
 
 def _import(args: argparse.Namespace, checkpoints: Path) -> dict[str, Any]:
     from amclip_ds import config, stored_checkpoints
-    from amclip_ds.errors import UserError
 
     if args.source is None:
         raise UserError("import: --source DIR is missing: a folder of DeepSpeed's save_checkpoint")

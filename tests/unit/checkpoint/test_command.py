@@ -46,13 +46,36 @@ def test_prune_follows_the_rules_and_pins(run: Path) -> None:
     assert steps_in(checkpoints) == [3], "the only one is never removed, even damaged"
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("prune --step 0", "--step: prune does not read it; it goes by --keep-last, --damaged, --set-aside"),
+        ("prune --keep-last 1 --weights student", "--weights: prune does not read it; it goes by --keep-last"),
+        ("--out w.safetensors", "--out: list does not read it; consolidate does"),
+        ("--keep-last 1", "--keep-last: list does not read it; prune does"),
+        ("verify --step 2", "--step: verify does not read it; pin, unpin, consolidate do"),
+        ("pin --damaged", "--damaged: pin does not read it; it goes by --step"),
+        ("consolidate --out w --keep-last 1", "--keep-last: consolidate does not read it; it goes by --out, --weights"),
+        ("import --step 2", "--step: import does not read it; it goes by --source"),
+    ],
+)
+def test_an_option_of_another_action_is_refused(
+    run: Path, words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["checkpoints", str(run), *words.split()]) == 2
+    assert said in capsys.readouterr().err
+    assert steps_in(run / "checkpoints") == [1, 2, 3] and not list(run.glob("checkpoints/*/pinned"))
+
+
 def test_wrong_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.yaml").write_text("run: {}\n")
     for argv, said in (
         ([str(tmp_path / "nowhere")], "no such folder"),
         ([str(tmp_path)], "not a run's folder: it has no config.yaml"),
         ([str(run / "checkpoints" / "step_00000003")], "a checkpoint; name its run, "),
         ([str(run), "pin", "--step", "7"], "--step 7"),
         ([str(run), "consolidate"], "--out"),
+        ([str(run), "consolidate", "--out", str(run / "config.yaml")], "holds something else; name a new file"),
         ([str(run), "import"], "--source"),
         ([str(run), "prune", "--keep-last", "0"], "keep-last"),
     ):
