@@ -17,8 +17,7 @@ from typing import Any
 from amclip_ds import config as settings
 from amclip_ds import plain_yaml, plugins, run_files, run_folder
 from amclip_ds.arguments import plugin_words
-from amclip_ds.checkpoint import manifest, step_folders
-from amclip_ds.checkpoint.tensorfile import DamagedError
+from amclip_ds.checkpoint import manifest
 from amclip_ds.config import TrainConfig
 from amclip_ds.doctor import FAIL, OK, WARN, Finding
 from amclip_ds.errors import UserError, in_one_line
@@ -138,37 +137,22 @@ def _plugins(run: Path) -> Iterator[Finding]:
 def _data(run: Path, config: TrainConfig) -> Iterator[Finding]:
     from amclip_ds import samples
 
-    hashes = next((found.hashes for found in _manifests(run)), {})
-    recorded = read_json(run / "data.json", dict) if is_regular(run / "data.json") else {}
-    known = recorded.get("hashes", hashes)
-    if not isinstance(known, dict) or "data" not in known:
+    known = samples.hashes_of(run)
+    if "data" not in known:
         yield Finding("data", WARN, "no checkpoint is left that holds the hash of the data", "nothing can be said")
         return
     reading = samples.for_reading(config, run)
     try:
         with samples.opened(reading) as data:
-            found = {"data": data.fingerprint, "contents": data.contents}
+            differing = samples.differing(data, known)
     except (UserError, OSError) as error:
         yield Finding("data", FAIL, in_one_line(error, 300), "data.train=SHARDS of this site")
         return
-    differing = [name for name, value in found.items() if value and name in known and known[name] != value]
-    if "data" in differing:
-        said = "other samples, or in another order, than the run had"
-        yield Finding(
-            "data", FAIL, said, "the same shards in the same order (data.train), batch and data.shuffle_window"
-        )
-    elif differing:
-        yield Finding("data", FAIL, "the same names, and other contents", "the shards as they were")
+    if differing:
+        key, said, fix = samples.DIFFERENCES[differing[0]]
+        yield Finding("data", FAIL, f"{key}: {said}", fix)
     else:
         yield Finding("data", OK, f"the same samples in the same order ({known['data'][:12]})")
-
-
-def _manifests(run: Path) -> Iterator[manifest.Manifest]:
-    for _, folder in step_folders.list_steps(run / run_files.CHECKPOINTS):
-        try:
-            yield manifest.read(folder)
-        except (UserError, DamagedError, OSError):
-            continue
 
 
 def _world(run: Path, config: TrainConfig) -> Iterator[Finding]:
@@ -187,7 +171,8 @@ def first_world(run: Path) -> int | None:
             return int(found[1])
     held = read_json(run / run_files.PLAN, dict) if is_regular(run / run_files.PLAN) else {}
     world = held.get("predicted", {}).get("world_size") if isinstance(held.get("predicted"), dict) else None
-    return world if type(world) is int else next((found.world_size for found in _manifests(run)), None)
+    found = next(manifest.all_of(run / run_files.CHECKPOINTS), None)
+    return world if type(world) is int else found and found.world_size
 
 
 # --- the first steps again -------------------------------------------------------------------------------------------
@@ -301,8 +286,8 @@ def pack(run: Path, own: list[str], capsule: Path) -> int:
     for name in SMALL:
         if is_regular(run / name) and (name != run_files.CHANGES or _has_patch(run, reported)):
             parts[name] = read_bytes(run / name, 4 * MAX_TEXT)
-    hashes = next((found.hashes for found in _manifests(run)), {})
-    parts["data.json"] = json.dumps({"hashes": hashes}, indent=1).encode()
+    found = next(manifest.all_of(run / run_files.CHECKPOINTS), None)
+    parts[run_files.DATA] = json.dumps({"hashes": found.hashes if found else {}}, indent=1).encode()
     world = first_world(run)
     if run_files.PLAN not in parts and world is not None:
         parts[run_files.PLAN] = json.dumps({"predicted": {"world_size": world}}).encode()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from amclip_ds import config as settings
 from amclip_ds import run as runs
 from amclip_ds import run_files
+from amclip_ds.checkpoint import manifest
 from amclip_ds.config import TrainConfig
 from amclip_ds.data import captions, photometric
 from amclip_ds.data.batch import Batch
@@ -22,13 +23,24 @@ from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.order import EpochOrder
 from amclip_ds.display import one_line
 from amclip_ds.errors import UserError
-from amclip_ds.files import write_atomically
+from amclip_ds.files import is_regular, read_json, write_atomically
 from amclip_ds.images import open_image
 from amclip_ds.keyed_random import keyed
 from amclip_ds.method import method_of
 from amclip_ds.ranks.runtime import Runtime
 from amclip_ds.shards.reader import ShardReader
 
+FILES = ("data.train", "data.index", "data.exclude", "data.text_mask.table")  # what may be elsewhere than it was
+DIFFERENCES = {  # a hash that a checkpoint holds of its data -> what differs where it does: the key, what, what to do
+    "data": (
+        "data.train",
+        "other samples, or in another order, than the run had",
+        "the same shards in the same order, batch.global_size and data.shuffle_window",
+    ),
+    "contents": ("data.train", "the same names, and other contents, than the run had", "the shards as they were"),
+    "words": ("data.text_mask.table", "another table than the run had", "the table as it was"),
+    "excluded": ("data.exclude", "leaves out other samples than the run did", "the file as it was; null: none"),
+}
 ALONE = Runtime(0, 1, 0, 1, 1, 0, torch.device("cpu"), "alone", True)
 
 
@@ -72,6 +84,29 @@ def opened(config: TrainConfig) -> Iterator[TrainingData]:
     """The training data of a run, whole batches on one rank. Raises UserError where they are not there."""
     with closing(runs.open_data(config, method_of(config), ALONE)) as data:
         yield data
+
+
+def hashes_of(run: Path, step: int = 0) -> dict[str, str]:
+    """What the data of a step was, as hashes by name: by the first checkpoint from that step on that is left, else by
+    the newest, or as a capsule holds it. Empty: none is left. Raises UserError.
+    """
+    if is_regular(run / run_files.DATA):
+        held = read_json(run / run_files.DATA, dict).get("hashes")
+        return held if isinstance(held, dict) else {}
+    found: dict[str, str] = {}
+    for one in manifest.all_of(run / run_files.CHECKPOINTS):
+        found = one.hashes
+        if one.step >= step:
+            break
+    return found
+
+
+def differing(data: TrainingData, known: dict[str, str]) -> list[str]:
+    """Which of the hashes that a checkpoint holds these data do not have; DIFFERENCES has them in words."""
+    here = {"data": data.fingerprint, "contents": data.contents, "words": data.words_hash}
+    odd = [name for name, value in here.items() if value and name in known and known[name] != value]
+    is_other = bool(known) and data.excluded_hash != known.get("excluded", "")
+    return odd + ["excluded"] * is_other
 
 
 def place_of(data: TrainingData, step: int) -> tuple[int, int]:
@@ -176,6 +211,8 @@ class Shown:
     """the step of the weights that the losses are by"""
     rows: list[Row]
     incidents: list[dict[str, str]]
+    is_compared: bool
+    """whether a checkpoint is left whose hash of the data these are held against"""
 
     def worst(self, number: int) -> list[Row]:
         """Those with the largest loss, the largest first."""
@@ -194,19 +231,31 @@ class Shown:
 
 
 def of_step(run: Path, step: int, overrides: list[str], has_losses: bool) -> Shown:
-    """The samples of a step as they were trained on. Raises UserError where run, data or weights are not there."""
+    """The samples of a step as they were trained on. Raises UserError where run, data or weights are not there, where
+    the data are others than the run had, for a step beyond its end and for a word that is not one of FILES.
+    """
+    for word in overrides:
+        if word.partition("=")[0] not in FILES:
+            raise UserError(f"{word}: the samples would be others than the run's; {', '.join(FILES)} may be given")
     config = config_of(run)
     if overrides:
         config = for_reading(settings.load(str(run / run_files.CONFIG), overrides), run)
     module, weights_of = _towers(run) if has_losses else (None, None)
+    known = hashes_of(run, step)
     with opened(config) as data:
+        for name in differing(data, known):
+            key, said, fix = DIFFERENCES[name]
+            raise UserError(f"{key}: {said}: {fix}")
+        total = settings.count_steps(config, data.steps_per_epoch)
+        if step > total:
+            raise UserError(f"STEP {step}: the run has {total} steps")
         batch = batch_of(data, step)
         found_samples = members_of(data, step, batch.sample_ids.tolist())
         epoch, _ = place_of(data, step)
     losses = [None] * len(found_samples) if module is None else losses_of(module, batch)
     boxes = batch.boxes.transpose(0, 1).tolist()
     rows = [Row(*held) for held in zip(found_samples, boxes, losses)]
-    return Shown(run, step, epoch, weights_of, rows, batch.incidents)
+    return Shown(run, step, epoch, weights_of, rows, batch.incidents, "data" in known)
 
 
 def _towers(run: Path) -> tuple[Any, int]:
@@ -234,6 +283,8 @@ def lines(shown: Shown, chosen: list[Row]) -> Iterator[str]:
     """A line a sample and what is in its place."""
     by = "" if shown.weights_of is None else f"; losses by the weights of step {shown.weights_of}"
     yield f"{shown.run}: step {shown.step} (epoch {shown.epoch}), {len(shown.rows)} samples{by}"
+    if not shown.is_compared:
+        yield "no checkpoint is left that holds the hash of the data: whether these shards are the run's is not known"
     for row in chosen:
         sample = row.sample
         loss = "" if row.loss is None else f" loss {row.loss:.3f}"

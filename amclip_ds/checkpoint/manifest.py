@@ -16,13 +16,14 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from amclip_ds import files, plain_yaml
 from amclip_ds.checkpoint import tensorfile, trainer_json
-from amclip_ds.checkpoint.step_folders import MANIFEST, STEP_FOLDER, folder_name
+from amclip_ds.checkpoint.step_folders import MANIFEST, STEP_FOLDER, folder_name, list_steps
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.checkpoint.writer import sha256_of
 from amclip_ds.errors import UserError
@@ -104,6 +105,15 @@ def read(folder: Path) -> Manifest:
     if folder.name != folder_name(manifest.step) and STEP_FOLDER.fullmatch(folder.name):
         raise DamagedError(f"{path}: is of step {manifest.step}, not of {folder.name}")
     return manifest
+
+
+def all_of(checkpoints: Path) -> Iterator[Manifest]:
+    """Those of a run that can be read, the oldest first."""
+    for _, folder in list_steps(checkpoints):
+        try:
+            yield read(folder)
+        except (UserError, DamagedError, OSError):
+            continue
 
 
 def read_json(path: Path) -> dict[str, Any]:

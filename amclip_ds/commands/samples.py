@@ -5,7 +5,8 @@
   amclip samples runs/aclip-vitb16 1200 --json step.json    all of them
 
 Nothing is searched: the order of data is a function of seed and step. The shards must be there (or data.train=... names
-where). Losses are of the whole batch, both directions, every token kept, by the run's newest checkpoint or weights.
+where) and those that the run had, by the hash in its checkpoints. Losses are of the whole batch, both directions, every
+token kept, by the run's newest checkpoint or weights.
 """
 
 import argparse
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("step", type=whole(1, 10**12), metavar="STEP", help="the step, from 1")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="where the data are here (data.train=...)"
+        "overrides", nargs="*", default=[], metavar="key=value", help="where its files are here (data.train=...)"
     )
     parser.add_argument("--worst", type=whole(1), metavar="N", help="the N samples with the largest loss")
     parser.add_argument("--most", type=whole(1), default=32, metavar="N", help="shown without --worst (32)")

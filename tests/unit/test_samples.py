@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from contextlib import closing
 from pathlib import Path
@@ -13,17 +14,18 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from amclip_ds import config, samples
-from amclip_ds.checkpoint import drift
+from amclip_ds.checkpoint import drift, manifest
 from amclip_ds.cli import main
 from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.errors import UserError
 from amclip_ds.model.amclip import AClip
+from tests.unit.checkpoint.test_save import save_steps
 
 NUMBER, BATCH, POISONED = 40, 16, 11
 WORDS = [
     f"batch.global_size={BATCH}",
-    "run.steps=400",
+    "run.steps=2000000",
     "model.vision.depth=1",
     "model.text.depth=1",
     "mask.strategy=none",
@@ -164,6 +166,52 @@ def test_a_sample_that_is_left_out_is_replaced_and_the_others_stay(run: Path, tm
         assert not after.incidents
     (tmp_path / "bad.txt").write_text(f"other.tar/{POISONED:04d}\n")
     assert samples.of_step(run, step, [f"data.exclude={tmp_path}/bad.txt"], False).rows == before.rows
+
+
+def test_samples_that_the_run_did_not_have_are_refused(run: Path, tmp_path: Path) -> None:
+    with samples.opened(samples.config_of(run)) as data:
+        hashes = {"data": data.fingerprint, "contents": data.contents}
+    assert not samples.of_step(run, 1, [], False).is_compared
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "config.yaml").write_text((run / "config.yaml").read_text())
+    (copy / "data.json").write_text(json.dumps({"hashes": hashes}))
+    shard = run.parent / "0.tar"
+    with tarfile.open(shard) as whole, tarfile.open(tmp_path / "half.tar", "w") as half:
+        for member in whole.getmembers()[:NUMBER]:
+            half.addfile(member, whole.extractfile(member))
+    (tmp_path / "bad.txt").write_text("0007\n")
+    for word, said in (
+        (f"data.train={tmp_path}/half.tar", "data.train: other samples, or in another order, than the run had"),
+        (f"data.exclude={tmp_path}/bad.txt", "data.exclude: leaves out other samples than the run did"),
+        ("run.seed=5", "run.seed=5: the samples would be others than the run's; data.train, data.index"),
+        ("optim.lr=3", "optim.lr=3: the samples would be others"),
+        ("data.workers=2", "data.workers=2: the samples would be others"),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+            samples.of_step(copy, 1, [word], has_losses=False)
+    moved = tmp_path / "0.tar"
+    moved.write_bytes(shard.read_bytes())
+    shown = samples.of_step(copy, 1, [f"data.train={moved}"], has_losses=False)
+    assert shown.is_compared and [row.sample.key for row in shown.rows] == [
+        row.sample.key for row in samples.of_step(run, 1, [], False).rows
+    ]
+    with pytest.raises(UserError, match="STEP 2000001: the run has 2000000 steps"):
+        samples.of_step(copy, 2000001, [], has_losses=False)
+    (copy / "data.json").write_text(json.dumps({"hashes": hashes | {"contents": "other"}}))
+    with pytest.raises(UserError, match="data.train: the same names, and other contents, than the run had"):
+        samples.of_step(copy, 1, [], has_losses=False)
+
+
+def test_the_data_of_a_step_is_that_of_the_checkpoint_which_follows(tmp_path: Path) -> None:
+    save_steps(tmp_path / "checkpoints", 10, 20, keep_last=9)
+    for step, content in ((10, "first"), (20, "later")):
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        held = manifest.read(folder)
+        held.hashes = {"data": content}
+        (folder / manifest.NAME).write_bytes(manifest.dump(held))
+    found = {step: samples.hashes_of(tmp_path, step)["data"] for step in (0, 1, 10, 11, 20, 30)}
+    assert found == {0: "first", 1: "first", 10: "first", 11: "later", 20: "later", 30: "later"}
 
 
 def test_a_resume_may_leave_samples_out_and_its_step_is_recorded() -> None:
