@@ -14,6 +14,7 @@ from amclip_ds.engine.ds_config import FP8_TEACHER, check_fp8, check_optimizer, 
 from amclip_ds.errors import UserError
 from amclip_ds.model.config import ModelConfig, VisionConfig, check_teacher_fits, other_width
 from amclip_ds.plan.shapes import tower_of
+from amclip_ds.shards.stage import check_stage
 
 # One of them: a run.
 OURS = {run_files.ATTEMPTS, run_files.METRICS, run_files.VERSIONS, run_files.CHECKPOINTS, "slurm", "index"}
@@ -22,14 +23,19 @@ BESIDE = {run_files.CONFIG, run_files.OWNER, run_files.STOP}
 OUTPUT = (".out", ".err", ".log")
 
 
-def check(config: TrainConfig, resume: str = "auto") -> None:
-    """Raises UserError for a start that could only fail later: run folder, data, DeepSpeed's file, weights, W&B."""
+def check(config: TrainConfig, resume: str = "auto", trains_here: bool = True) -> None:
+    """Raises UserError for a start that could only fail later: run folder, data, DeepSpeed's file, weights, W&B.
+
+    trains_here: whether this machine is one of those that train, whose local disk takes data.stage_dir.
+    """
     check_folder(Path(config.run.out))
     check_engine(config)
     if config.model.vision.name not in settings.shipped_towers():
         settings.check_buildable(config)  # only timm knows the name, and it loads torch
     check_inputs(config.data, config.eval.data)
     read_excluded(config.data.exclude)
+    if config.data.stage_dir and trains_here:
+        check_stage(config.data.stage_dir)
     check_words(config)
     check_teacher(config)
     check_init(config)

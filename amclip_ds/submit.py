@@ -88,7 +88,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         if value < 1:
             raise UserError(f"{name}: {value} is below 1")
     world_size = args.nodes * per_node
-    preconditions.check(config)
+    preconditions.check(config, trains_here=False)
     plan = Plan(config, args.nodes, world_size, args.chain, [], {})
     plan.found.append(describe_batch(config, world_size))
     shards = check_shards(config, args.nodes)

@@ -187,13 +187,11 @@ class ChunkMaker:
     def _open(self) -> None:
         if self._index is None:
             self._text_options = prepare(self.spec.text_mask, self.spec.fills_text_budget, self.spec.words_hash)
-            self._index = Index(self.spec.index)
+            index = Index(self.spec.index)
             self._tokenizer = captions.build_tokenizer()
-            self._reader = ShardReader(self.spec.stage_dir or None, self.spec.stage_bytes, self._retried, self._sizes())
-
-    def _sizes(self) -> dict[str, int]:
-        assert self._index is not None
-        return {path: self._index.shards[n].size for path, n in zip(self.spec.paths, self.spec.members)}
+            sizes = {path: index.shards[n].size for path, n in zip(self.spec.paths, self.spec.members)}
+            self._reader = ShardReader(self.spec.stage_dir or None, self.spec.stage_bytes, self._retried, sizes)
+            self._index = index  # last: once it is there, all is
 
     def _retried(self, shard: str, cause: str) -> None:
         self._retries.append(_incident("retried", shard, "", cause, "read again"))

@@ -26,7 +26,7 @@ class Stage:
     """One process copies a shard; those that want it meanwhile read the original. Raises UserError for the folder."""
 
     def __init__(self, folder: str | Path, budget: int) -> None:
-        self.folder = Path(folder) / f"amclip-{os.geteuid()}"
+        self.folder = _place_in(folder)
         self._budget = budget
         self._fd = _private_folder(self.folder)
 
@@ -135,6 +135,15 @@ class Stage:
         except OSError as error:
             if error.errno not in (errno.EISDIR, errno.EPERM):
                 raise
+
+
+def check_stage(folder: str | Path) -> None:
+    """Makes the folder of this node's copies, in `folder`. Raises UserError, AmclipError where the disk is full."""
+    os.close(_private_folder(_place_in(folder)))
+
+
+def _place_in(folder: str | Path) -> Path:
+    return Path(folder) / f"amclip-{os.geteuid()}"
 
 
 def _private_folder(folder: Path) -> int:

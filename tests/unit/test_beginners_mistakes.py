@@ -128,6 +128,8 @@ MISTAKES = [  # what is typed -> what the line must hold. SHARDS, EMPTY, RUN, FU
     (f"{TRAIN} data.views=2", "data.views: '2' does not fit; it takes a list"),
     (f"{TRAIN} engine.deepspeed=2", "engine.deepspeed: no file '2'; ds_configs/ has"),
     (f"{TRAIN} engine.deepspeed=FULL", "engine.deepspeed: no file"),
+    (f"{TRAIN} data.stage_dir=/proc/x", "data.stage_dir: /proc/x/amclip-"),
+    (f"{TRAIN} data.stage_dir=SHARDS", "0.tar/amclip-"),
     (f"{TRAIN} eval.data=/nowhere", "eval.data: no such shard"),
     (f"{TRAIN} --resume FULL", "there is no checkpoint (step_XXXXXXXX with a manifest.json)"),
     (f"{TRAIN} --nproc 2", "did you mean --procs?"),

@@ -42,13 +42,14 @@ def test_a_dry_run_leaves_script_config_and_command(shards: Path, capsys: pytest
         "--time",
         "1:00:00",
         "--sbatch=--qos=low",
+        "data.stage_dir=/proc/local-nvme",  # of the compute nodes alone
         "--json",
         str(shards.parent / "plan.json"),
     )
     printed = capsys.readouterr().out
     assert code == 0 and "batch: 64 = 8 ranks x 8" in printed and "memory: " in printed and "4 shards, 3 of" in printed
     command = json.loads((shards.parent / "plan.json").read_text())["command"]
-    assert command[:2] == ["sbatch", "--parsable"] and command[-4] == "aclip-tiny"
+    assert command[:2] == ["sbatch", "--parsable"] and command[-5] == "aclip-tiny"
     assert {"--nodes=2", "--gpus-per-node=4", "--time=1:00:00", "--qos=low"} <= set(command)
     assert (run / "slurm" / "train.sbatch").read_text() == submit.TEMPLATE.read_text()
     assert subprocess.run(["bash", "-n", run / "slurm" / "submit.sh"]).returncode == 0

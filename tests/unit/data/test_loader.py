@@ -320,6 +320,15 @@ def test_wrong_settings_are_named() -> None:
             DataConfig(**changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_for_copies_that_a_node_has_not_is_one_line(uneven: Path, workers: int) -> None:
+    with (
+        contextlib.closing(open_data(uneven, workers=workers, stage_dir="/proc/x")) as data,
+        pytest.raises(UserError, match="^data.stage_dir: /proc/x/amclip-"),
+    ):
+        next(iter(data.batches()))
+
+
 def test_weights_need_one_number_a_source(uneven: Path) -> None:
     with pytest.raises(UserError, match=r"data\.weights: 1 numbers for 2 sources"):
         open_data(f"{uneven}/0.tar::{uneven}/2.tar", weights=[1.0])
