@@ -130,7 +130,7 @@ class BatchConfig:
 class EvalConfig:
     """Evaluation during training."""
 
-    data: str | None = None
+    data: str | None = field(default=None, metadata={"shards": True})
     """Folders to evaluate on, joined by `::`: CLIP_benchmark's layout (classnames.txt, test/0.tar, ...), an image
     folder (a folder a class, wnids too; below `val` or not), or tars of pairs for retrieval; null: none."""
     every_steps: int | None = None
@@ -309,7 +309,7 @@ def _build(recipe: str, read: list[tuple[str, dict[str, Any]]], overrides: Seque
         found = configfile.read_layer(layer, known, source)
         layers.append(_one_length(found, f" (in {source})"))
         sources |= dict.fromkeys(found, source)
-    given = configfile.read_overrides(overrides, known)
+    given = configfile.read_overrides(overrides, known, set(configfile.shard_keys(kind)))
     layers.append(_one_length(given, ""))
     for key in given:
         sources.pop(key, None)

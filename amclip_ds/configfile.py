@@ -20,7 +20,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -46,6 +46,17 @@ def keys_and_types(kind: type, prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + item.name] = hint
     return found
+
+
+def shard_keys(kind: type, prefix: str = "") -> Iterator[str]:
+    """The dotted keys that take SHARDS, by their fields' metadata."""
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        hint = hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            yield from shard_keys(typing.cast(type, hint), f"{prefix}{item.name}.")
+        elif item.metadata.get("shards"):
+            yield prefix + item.name
 
 
 def with_sections(base: type[Config], sections: Mapping[str, type]) -> type[Config]:
@@ -285,8 +296,11 @@ def _read_value(key: str, hint: Any, value: Any, where: str = "") -> Values:
     return values
 
 
-def read_overrides(words: Sequence[str], known: Mapping[str, Any]) -> Values:
-    """`key=value` words of a command line. Raises SettingsError, also for a key that is given twice."""
+def read_overrides(words: Sequence[str], known: Mapping[str, Any], shards: Collection[str] = ()) -> Values:
+    """`key=value` words of a command line. Raises SettingsError, also for a key that is given twice.
+
+    shards: the keys whose value a shell may have expanded, because it was in no quotes.
+    """
     texts: dict[str, list[str]] = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -301,15 +315,15 @@ def read_overrides(words: Sequence[str], known: Mapping[str, Any]) -> Values:
                 raise SettingsError(f"{key}: a section, not a key; its keys: {', '.join(inside)}")
             raise SettingsError(unknown(key, known))
         if len(given) > 1:
-            raise SettingsError(_twice(key, given))
+            raise SettingsError(_twice(key, given, key in shards))
         values |= _typed(key, known[key], given[0])
     return values
 
 
-def _twice(key: str, given: list[str]) -> str:
-    """Most often a shell has made several words of one."""
+def _twice(key: str, given: list[str], takes_shards: bool) -> str:
+    """Of shards, a shell has most often made several words of one."""
     reported = f"{key} is given {len(given)} times: {key}={given[0]} and {key}={given[-1]}"
-    whole = unexpand(given)
+    whole = unexpand(given) if takes_shards else None
     if whole is None:
         return f"{reported}; give it once"
     return f"{reported}; a shell expands braces outside quotes: write '{key}={whole}'"

@@ -71,7 +71,7 @@ class View(NamedTuple):
 class DataConfig:
     """What is trained on, and how it is read."""
 
-    train: str = ""
+    train: str = field(default="", metadata={"shards": True})
     """SHARDS: a folder, a glob, braces ('/data/{00000..00099}.tar'), a list.txt, URLs; sources joined by `::`."""
     index: str | None = None
     """Folder of the index that `amclip data index` made; null: expected beside the shards, made where missing."""

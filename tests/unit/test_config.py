@@ -208,6 +208,9 @@ def test_both_lengths_are_refused(tmp_path: Path) -> None:
         ([f"data.train=/x/{n:05d}.tar" for n in range(9, 12)], "write 'data.train=/x/{00009..00011}.tar'"),
         (["data.train=/x/a.tar", "data.train=/x/b.tar"], "write 'data.train=/x/{a,b}.tar'"),
         (["optim.lr=1", "optim.lr=2"], "optim.lr is given 2 times: optim.lr=1 and optim.lr=2; give it once"),
+        (["eval.data=/x/0.tar", "eval.data=/x/1.tar"], "write 'eval.data=/x/{0..1}.tar'"),
+        (["optim.lr=1e-3", "optim.lr=1e-4"], "optim.lr=1e-3 and optim.lr=1e-4; give it once"),
+        (["run.out=/a/r2", "run.out=/proc/x"], "run.out=/a/r2 and run.out=/proc/x; give it once"),
         (["run.seed=1", "run.seed=1"], "run.seed is given 2 times"),
     ],
 )
