@@ -17,7 +17,7 @@ from typing import Any
 from amclip_ds import config as settings
 from amclip_ds import plain_yaml, plugins, run_files, run_folder
 from amclip_ds.arguments import plugin_words
-from amclip_ds.checkpoint import manifest
+from amclip_ds.checkpoint import drift, manifest
 from amclip_ds.config import TrainConfig
 from amclip_ds.doctor import FAIL, OK, WARN, Finding
 from amclip_ds.errors import UserError, in_one_line
@@ -108,11 +108,15 @@ def _settings(run: Path, config: TrainConfig) -> Iterator[Finding]:
     written = plain_yaml.read(run / run_files.CONFIG)
     flat = plain_yaml.flat(written) if isinstance(written, dict) else {}
     now = {key: value for key, value, _ in settings.explain(config)}
-    then = {key: value for key, value, _ in settings.explain(settings.load_run(run / run_files.CONFIG))}
+    file = run / run_files.CONFIG
+    own = settings.load(str(file)) if config.plugins else settings.load_run(file)  # with the keys that plug-ins bring
+    then = {key: value for key, value, _ in settings.explain(own)}
     odd = [key for key, value in now.items() if key in then and then[key] != value and key != "run.out"]
     new = [key for key in now if key not in flat and key.split(".")[0] in written]
     if odd:
-        yield Finding("settings", WARN, f"other values here: {', '.join(odd[:8])}", "leave those words out")
+        odd.sort(key=drift.is_free)  # those that change the numbers first
+        status = WARN if drift.is_free(odd[0]) else FAIL
+        yield Finding("settings", status, f"other values here: {', '.join(odd[:8])}", "leave those words out")
     else:
         more = f" ({len(new)} keys are newer than the run, at their defaults)" if new else ""
         yield Finding("settings", OK, f"the same{more}; run.seed={config.run.seed}, compat={config.compat}")
