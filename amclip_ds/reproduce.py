@@ -175,8 +175,8 @@ def first_world(run: Path) -> int | None:
             return int(found[1])
     held = read_json(run / run_files.PLAN, dict) if is_regular(run / run_files.PLAN) else {}
     world = held.get("predicted", {}).get("world_size") if isinstance(held.get("predicted"), dict) else None
-    found = next(manifest.all_of(run / run_files.CHECKPOINTS), None)
-    return world if type(world) is int else found and found.world_size
+    oldest = next(manifest.all_of(run / run_files.CHECKPOINTS), None)
+    return world if type(world) is int else oldest and oldest.world_size
 
 
 # --- the first steps again -------------------------------------------------------------------------------------------
@@ -290,8 +290,8 @@ def pack(run: Path, own: list[str], capsule: Path) -> int:
     for name in SMALL:
         if is_regular(run / name) and (name != run_files.CHANGES or _has_patch(run, reported)):
             parts[name] = read_bytes(run / name, 4 * MAX_TEXT)
-    found = next(manifest.all_of(run / run_files.CHECKPOINTS), None)
-    parts[run_files.DATA] = json.dumps({"hashes": found.hashes if found else {}}, indent=1).encode()
+    oldest = next(manifest.all_of(run / run_files.CHECKPOINTS), None)
+    parts[run_files.DATA] = json.dumps({"hashes": oldest.hashes if oldest else {}}, indent=1).encode()
     world = first_world(run)
     if run_files.PLAN not in parts and world is not None:
         parts[run_files.PLAN] = json.dumps({"predicted": {"world_size": world}}).encode()
