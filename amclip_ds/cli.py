@@ -96,8 +96,7 @@ def run(argv: list[str]) -> int:
         settings += rest  # key=value words behind an option
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    for option in ("json", "csv", "words", "capsule"):
-        json_file.check(getattr(args, option, None), f"--{option}")
+    json_file.check(getattr(args, "json", None))
     return args.run(args)
 
 

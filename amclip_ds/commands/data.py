@@ -225,15 +225,15 @@ def _check(args: argparse.Namespace) -> int:
 
 def _stats(args: argparse.Namespace) -> int:
     json_file.check(args.words, "--words")
-    from amclip_ds import display
-    from amclip_ds.data import stats
-    from amclip_ds.data.check import CheckConfig
-
     if args.out:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise not_written(f"--out {args.out}:", error) from None
+    from amclip_ds import display
+    from amclip_ds.data import stats
+    from amclip_ds.data.check import CheckConfig
+
     report = _run_check(
         args, "counting", CheckConfig(**_settings(args, decode=False, count_words=args.words is not None))
     )

@@ -12,7 +12,7 @@ where data.train says.
 import argparse
 from pathlib import Path
 
-from amclip_ds import json_file
+from amclip_ds import files, json_file
 from amclip_ds.arguments import add_plugin, whole
 
 HELP = "what repeats a run, checked against here"
@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.capsule is not None:
+        files.check_output(args.capsule, "--capsule", (b"\x1f\x8b",))
     from amclip_ds import reproduce
     from amclip_ds.doctor import FAIL
     from amclip_ds.errors import DONE, MISTAKE

@@ -214,8 +214,8 @@ def build_index(
 ) -> Index:
     """Indexes the shards in parallel and writes the folder, which appears whole by one rename. Reports each shard.
 
-    key: the setting or option that named the folder. Raises UserError for a folder that holds anything but an index and,
-    before any work, for an index that nobody could read; AmclipError where the disk is full.
+    key: the setting or option that named the folder. Raises UserError for a folder that holds anything but an index
+    and, before any work, for an index that nobody could read; AmclipError where the disk is full.
     """
     if sum(len(json.dumps(shard)) + ENTRY for shard in shards) > MAX_META:
         raise UserError(
