@@ -176,7 +176,7 @@ def first_world(run: Path) -> int | None:
     held = read_json(run / run_files.PLAN, dict) if is_regular(run / run_files.PLAN) else {}
     world = held.get("predicted", {}).get("world_size") if isinstance(held.get("predicted"), dict) else None
     oldest = next(manifest.all_of(run / run_files.CHECKPOINTS), None)
-    return world if type(world) is int else oldest and oldest.world_size
+    return world if type(world) is int else (oldest.world_size if oldest else None)
 
 
 # --- the first steps again -------------------------------------------------------------------------------------------
