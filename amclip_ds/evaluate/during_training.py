@@ -89,10 +89,10 @@ class _StoppableEncoder(TowerEncoder):
         super().__init__(*tower)
         self._stop = stop
 
-    def image(self, images: Tensor) -> Tensor:
+    def image(self, images: Tensor, numbers: Sequence[int] = ()) -> Tensor:
         """uint8 [B, 3, H, H] -> [B, E]. Collective: every rank must call."""
         _heed(self._stop)
-        return super().image(images)
+        return super().image(images, numbers)
 
     def text(self, texts: Sequence[str]) -> Tensor:
         """Texts -> [B, E]. Collective: every rank must call."""

@@ -83,6 +83,8 @@ def is_of_index(name: str) -> bool:
 
 def check_index_folder(folder: Path, key: str) -> None:
     """Raises UserError where an index cannot be written there: it would replace a file, or what is no index."""
+    if not folder.name:
+        raise UserError(f"{key}: {folder}: name a folder of its own")
     try:
         names = sorted(os.listdir(folder))
     except FileNotFoundError:

@@ -83,6 +83,7 @@ MISTAKES = [  # what is typed -> what the line must hold. SHARDS, EMPTY, RUN, FU
     ("submit aclip-tiny optim.learning_rate=1", "did you mean optim.lr?"),
     ("data check SHARDS --json /nowhere/report.json", "--json /nowhere/report.json: cannot be written"),
     ("data stats SHARDS --out SHARDS", "cannot be written: "),
+    ("data index SHARDS --out .", "--out: .: name a folder of its own"),
     ("data stats SHARDS --words FULL", "--words "),
     ("data synth --out x --image-size 100000", "--image-size: 100000 is above 4096"),
     ("eval FULL --data SHARDS --csv FULL", "--csv "),
