@@ -61,11 +61,11 @@ def signal_in_evaluation(argv: list[str], rank: int, batch: int) -> tuple[int, s
 
     image, calls = TowerEncoder.image, itertools.count(1)
 
-    def signalled(self: TowerEncoder, images: Any) -> Any:
+    def signalled(self: TowerEncoder, *images: Any) -> Any:
         if next(calls) == batch and os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(0.2)  # for the thread that notes it
-        return image(self, images)
+        return image(self, *images)
 
     TowerEncoder.image = signalled  # type: ignore[method-assign]
     return *command(argv), next(calls) - 1

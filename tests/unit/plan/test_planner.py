@@ -290,7 +290,7 @@ WRONG = {
     "tower": (["aclip-vitb16", "model.vision.heads=7"], "does not divide"),
     "probe": (["aclip-vitb16", "--probe", "--gpu", "h100"], "--probe: measures the GPU that is here"),
     "data": (["aclip-vitb16", "data.train=/nowhere/{0..3}.tar"], "/nowhere"),
-    "epoch": (["aclip-tiny", "run.epochs=1", "--samples", "9"], "is no step"),
+    "epoch": (["aclip-tiny", "run.epochs=1", "--samples", "9"], "is more than an epoch's samples"),
 }
 
 
