@@ -108,12 +108,16 @@ def whole(least: int, most: int = 10**12) -> Callable[[str], int]:
     return read
 
 
-def share(text: str) -> float:
-    """For `type=`: a number above 0, 1 at most."""
+def _float(text: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def share(text: str) -> float:
+    """For `type=`: a number above 0, 1 at most."""
+    value = _float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is outside (0, 1]")
     return value
@@ -123,10 +127,7 @@ def number(least: float, most: float = 1e9) -> Callable[[str], float]:
     """For `type=`: a number from `least` to `most`."""
 
     def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        value = _float(text)
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{text} is outside [{least:g}, {most:g}]")
         return value
