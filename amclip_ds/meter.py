@@ -20,6 +20,7 @@ from amclip_ds.step import StepResult
 
 GIB = 1024.0**3
 SIDE = {"cuda": 8192, "cpu": 512}  # of the matrices whose product gives a device's rate
+MEASURED_S = 0.1
 Operations = Callable[[int | list[int], float, float], float]
 """(kept tokens of the views, tokens of a text, how much of the run is done) -> floating point operations of a rank's
 batch, recomputation apart."""
@@ -107,13 +108,13 @@ class Meter:
         return bottleneck.judge(row["step_s"], row["data_wait_s"], row["communication_s"], self._workers, self._cores)
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, tries: int = 5) -> float:
-    """Floating point operations a second of a large matrix product on this device: the fastest of some, since what
-    else runs on the machine only ever takes away."""
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations a second of a large matrix product on this device: the fastest of those in MEASURED_S,
+    longer than others keep a busy core, since what else runs on the machine only ever takes away."""
     side = SIDE.get(device.type, SIDE["cpu"])
     left, right = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(tries + 1):
+    times: list[float] = []
+    while len(times) < 6 or sum(times[1:]) < MEASURED_S:
         began = time.perf_counter()
         left @ right
         if device.type == "cuda":

@@ -6,6 +6,7 @@ scenes, by `amclip compare`, cell by cell and row by row; stopped, it resumes.
     python -m benchmarks.study run OUT --cells base --rows clip random2x aclip
     python -m benchmarks.study times OUT                             seconds of a step of each row, with nothing beside
     python -m benchmarks.study table OUT                             what is there, and the runs that are not
+    python -m benchmarks.study runs OUT > runs.csv                   each run's curve, average, cost and masks' numbers
 
 The grid below was committed before any of it ran (docs/results/study.md): nothing is tuned until it fits. Every row of
 a cell has the same samples in the same order and as many steps; accuracy at equal time is read from its curve. Captions
@@ -30,7 +31,7 @@ import numpy as np
 from amclip_ds import run_files
 from amclip_ds.cli import main as amclip
 from amclip_ds.compare.compare import Comparison, compare, plan_runs
-from amclip_ds.compare.runs import Budget, Run
+from amclip_ds.compare.runs import CURVE_POINTS, Budget, Run
 from amclip_ds.compare.table import read_outcome
 from amclip_ds.data.synthetic import write_dataset
 from amclip_ds.jsonl import is_number, read_lines
@@ -211,6 +212,19 @@ def table(out: Path, steps: int) -> str:
     return "\n".join([*lines, "", f"{total - len(missing)} of {total} runs. Not run: {', '.join(missing) or 'none'}."])
 
 
+def runs_csv(out: Path, steps: int) -> str:
+    """A line a whole run: its curve at a tenth of the steps and on, and what else the table is made of."""
+    points = [steps * tenth // CURVE_POINTS for tenth in range(1, CURVE_POINTS + 1)]
+    lines = [["cell", "row", "seed", *(f"acc1 at {step}" for step in points), "average", "tflop a step", *STATISTICS]]
+    for cell in CELLS:
+        for name in rows_of(cell):
+            for seed, run in read_runs(out, cell, name, steps).items():
+                curve = [f"{run.at(step):.2f}" for step in points]
+                masks = [f"{run.statistics[key]:.3f}" if key in run.statistics else "" for key in STATISTICS]
+                lines.append([cell.name, name, str(seed), *curve, f"{run.average:.2f}", f"{run.tflop:.5f}", *masks])
+    return "\n".join(map(",".join, lines))
+
+
 @dataclass(frozen=True)
 class Ended:
     """A whole run. curve: (step, top-1 of the student in %); average: the teacher's at the end; tflop: of a step."""
@@ -293,7 +307,7 @@ def spread(values: Sequence[float], form: str = ".1f") -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("list", "run", "times", "table"))
+    parser.add_argument("action", choices=("list", "run", "times", "table", "runs"))
     parser.add_argument("out", type=Path, nargs="?", default=Path("study"))
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=900)
@@ -309,6 +323,9 @@ def main() -> int:
         )
         return 0
     code = 0
+    if args.action == "runs":
+        print(runs_csv(args.out, args.steps))
+        return 0
     if args.action == "times":
         measure_times(args.out, asked)
     if args.action == "run":

@@ -88,3 +88,8 @@ def test_the_table_is_of_whole_runs_compared_seed_by_seed_and_at_equal_time(tmp_
         " | 26.0 ± 0.6 | 200 | 0.0100 | 0.90 | 0.40 |"
     )
     assert len(lines) == 6 and lines[5].startswith("5 of 180 runs. Not run: keep0.5-large-grey clip 0, ")
+    csv = study.runs_csv(tmp_path, 900).splitlines()
+    assert csv[0].startswith("cell,row,seed,acc1 at 90,acc1 at 180,") and len(csv) == 6
+    assert csv[1] == (
+        "keep0.5-large-grey,random2x,0,4.00,8.00,12.00,16.00,20.00,24.00,28.00,32.00,36.00,40.00,41.00,0.01000,0.900,0.400,"
+    )
