@@ -2,20 +2,29 @@
 matrix of hundreds of runs needs a launch for each world alone."""
 
 import itertools
+import math
+import re
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from amclip_ds import config as settings
 from amclip_ds import run as parts
 from amclip_ds.data.batch import Batch
 from amclip_ds.distill import FrozenTeacher
+from amclip_ds.engine.shards import optimizer_shards
 from amclip_ds.method import method_of
 from amclip_ds.optim import Schedules
 from amclip_ds.ranks import runtime as engine_runtime
-from amclip_ds.ranks.collectives import DistributedComm
+from amclip_ds.ranks.collectives import DistributedComm, gather_objects
 from amclip_ds.ranks.runtime import Runtime
 from amclip_ds.resilience.guards import Guards
 from amclip_ds.step import train_step
+from tests.distributed.equivalence import WITHOUT_GRADIENT
 
 
 class ShortRun:
@@ -54,12 +63,44 @@ class ShortRun:
         self.updates += int(made.applied)
         return float(self.comm.all_reduce_sum(made.loss) / self.comm.world_size), float(made.grad_norm)
 
+    def first_gradients(self) -> dict[str, Tensor]:
+        """Each parameter's gradient of the only step so far, whole, from the optimizer's first moment, which is the
+        clipped gradient times one number. Collective: every rank must call."""
+        own = []
+        for name, moments in optimizer_shards(self.student.engine).items():
+            shard = moments["exp_avg"] if "exp_avg" in moments else moments["momentum_buffer"]
+            own.append((name, shard.start, shard.numel, shard.tensor.detach().clone()))
+        found: dict[str, Tensor] = {}
+        for name, start, numel, part in itertools.chain.from_iterable(gather_objects(own)):
+            found.setdefault(name, torch.full((numel,), torch.nan))[start : start + len(part)] = part.flatten()
+        return found
 
-def steps_of(runs: list[list[str]]) -> list[list[tuple[float, float]]]:
-    """(loss, gradient norm) of each step of short runs (METHOD-SIZE and settings), one run after another."""
+
+def steps_of(runs: list[list[str]], folder: str) -> list[tuple[list[tuple[float, float]], float]]:
+    """Of short runs (METHOD-SIZE and settings), one after another: (loss, gradient norm) of each step; and how far the
+    first step's gradients are from those of the first run of this recipe and stage, which are kept in the folder: the
+    largest difference of an element, as a share of its tensor's largest."""
     runtime, found = engine_runtime.start(), []
     for recipe, *words in runs:
         run = ShortRun(recipe, words, runtime)
-        found.append([run.step(batch) for batch in run.batches()])
+        rows, gradients = [], {}
+        for batch in run.batches():
+            rows.append(run.step(batch))
+            gradients = gradients or run.first_gradients()
+        kept = Path(folder, f"{recipe}-{run.student.engine.zero_optimization_stage()}.safetensors")
+        if runtime.rank == 0 and not kept.exists():
+            save_file(gradients, kept)
+        found.append((rows, apart(load_file(kept), gradients) if runtime.rank == 0 else 0.0))
     engine_runtime.stop(runtime)
     return found
+
+
+def apart(reference: dict[str, Tensor], gradients: dict[str, Tensor]) -> float:
+    """The largest difference of an element, as a share of its tensor's largest; infinite where one is not a number."""
+    assert reference.keys() == gradients.keys()
+    shares = [
+        float((gradients[name] - right).abs().max() / right.abs().max().clamp(min=1e-12))
+        for name, right in reference.items()
+        if not re.fullmatch(WITHOUT_GRADIENT, name)
+    ]
+    return max(share if share == share else math.inf for share in shares)

@@ -37,24 +37,27 @@ def test_ranks_whose_texts_differ_in_length_train_at_zero3(shared_dir: Path, tmp
 
 
 WORLDS = {1: (16, 4), 2: (8, 4), 4: (4, 2)}  # ranks -> samples that each holds at a time: its batch, and pieces of it
-Steps = dict[tuple[str, int, int], list[tuple[float, float]]]
+Steps = dict[tuple[str, int, int], tuple[list[tuple[float, float]], float]]
 
 
 @pytest.fixture(scope="module")
 def steps(
     words: Callable[[str], list[str]], shared_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int], Steps]:
-    """Of a stage: method, ranks, samples at a time -> (loss, gradient norm) of three steps."""
+    """Of a stage: method, ranks, samples at a time -> (loss, gradient norm) of three steps, and how far the first
+    gradients are from those of one rank with its batch whole."""
 
     @functools.cache
     def of(stage: int) -> Steps:
         found: Steps = {}
-        common = [f"data.train={pairs(shared_dir)}", f"run.out={tmp_path_factory.mktemp('steps')}", "run.steps=3"]
+        folder = tmp_path_factory.mktemp("steps")
+        common = [f"data.train={pairs(shared_dir)}", f"run.out={folder}", "run.steps=3"]
         common += ["batch.global_size=16", f"engine.deepspeed=zero{stage}_fp32.json"]
         for ranks, sizes in WORLDS.items():
             cells = [(method, ranks, size) for method in METHODS for size in sizes]
             runs = [[f"{method}-tiny", *common, *words(method), f"batch.per_gpu={size}"] for method, _, size in cells]
-            results = run_ranks("tests.e2e.short_runs:steps_of", world_size=ranks, timeout_s=1800, runs=runs)
+            case = "tests.e2e.short_runs:steps_of"
+            results = run_ranks(case, world_size=ranks, timeout_s=1800, runs=runs, folder=str(folder))
             found |= dict(zip(cells, results[0], strict=True))
         return found
 
@@ -66,14 +69,16 @@ def steps(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_worlds_and_splits_agree(method: str, stage: int, steps: Callable[[int], Steps]) -> None:
-    """1, 2 and 4 ranks, whole and in pieces: losses and gradient norms of three steps within 1e-5 relative."""
-    found = {cell[1:]: rows for cell, rows in steps(stage).items() if cell[0] == method}
-    reference = found.pop((1, 16))
+    """1, 2 and 4 ranks, whole and in pieces: losses and gradient norms of three steps within 1e-5 relative, and every
+    element of the first step's gradients within 1e-5 of its tensor's largest."""
+    found = {cell[1:]: made for cell, made in steps(stage).items() if cell[0] == method}
+    reference, itself = found.pop((1, 16))
     assert len(found) == 5 and len(reference) == 3 and all(math.isfinite(loss) for loss, _ in reference)
-    apart = {cell: worst(reference, rows) for cell, rows in found.items()}
-    loss, norm = (max(numbers) for numbers in zip(*apart.values()))
-    print(f"{method} at stage {stage}: loss {loss:.1e} norm {norm:.1e}")
-    assert max(loss, norm) <= 1e-5, apart
+    assert itself == 0.0
+    apart = {cell: (*worst(reference, rows), gradient) for cell, (rows, gradient) in found.items()}
+    loss, norm, gradient = (max(numbers) for numbers in zip(*apart.values()))
+    print(f"{method} at stage {stage}: loss {loss:.1e} norm {norm:.1e} gradients {gradient:.1e}")
+    assert max(loss, norm, gradient) <= 1e-5, apart
 
 
 def worst(reference: list[tuple[float, float]], rows: list[tuple[float, float]]) -> tuple[float, float]:
