@@ -574,18 +574,26 @@ def _check_masks(config: TrainConfig, grid: int) -> None:
             units = num_units(grid, mask.unit)
         except ValueError as error:
             raise ValueError(f"data.views.{place}.{error}" if own[place].unit is not None else str(error)) from None
-        least = min(mask.keep_ratio, mask.final_keep_ratio or 1.0)
+        name = min(("keep_ratio", "final_keep_ratio"), key=lambda name: getattr(mask, name) or 1.0)
+        least, key = getattr(mask, name), _mask_key(own[place], place, name)
         if units * least < 1 - 1e-9:
             raise ValueError(
-                f"mask.keep_ratio: {least} of {units} units of {mask.unit} x {mask.unit} patches is less than one; at"
+                f"{key}: {least} of {units} units of {mask.unit} x {mask.unit} patches is less than one; at"
                 f" least {1 / units:.4g}, or a smaller mask.unit"
             )
         kept = num_kept_units(units, mask.at_most().keep_ratio)
         if MASKS[mask.strategy].disjoint and masks.count(mask) * kept > units:
+            name = max(("keep_ratio", "final_keep_ratio"), key=lambda name: getattr(mask, name) or 0.0)
             raise ValueError(
-                f"mask.keep_ratio: {masks.count(mask)} views of {kept} units each, none in common, are more than the"
-                f" {units} that mask.strategy={mask.strategy} can share out; keep at most 1/{masks.count(mask)}"
+                f"{_mask_key(own[place], place, name)}: {masks.count(mask)} views of {kept} units each, none in common,"
+                f" are more than the {units} that mask.strategy={mask.strategy} can share out; keep at most"
+                f" 1/{masks.count(mask)}"
             )
+
+
+def _mask_key(own: ViewMask, place: int, name: str) -> str:
+    """Where a view's mask has a setting from: its own, or that of all views."""
+    return f"mask.{name}" if getattr(own, name) is None else f"data.views.{place}.mask.{name}"
 
 
 def _check_disjoint(config: TrainConfig) -> None:
@@ -724,7 +732,7 @@ def _check_removes(config: TrainConfig, place: int, objective: str, start: float
     if mask.strategy == NONE:
         raise SettingsError(f"{said}; set data.views.{place}.mask.strategy, or {instead}")
     name = "final_keep_ratio" if (mask.final_keep_ratio or 0.0) > mask.keep_ratio else "keep_ratio"
-    key = f"mask.{name}" if getattr(own[place], name) is None else f"data.views.{place}.mask.{name}"
+    key = _mask_key(own[place], place, name)
     units = num_units(grid, mask.unit)
     raise SettingsError(f"{said}: {key}={getattr(mask, name):g} of {units} units is all; set it lower, or {instead}")
 

@@ -47,15 +47,19 @@ def forward_backward(
     kept = kept_of_batch(inputs, [piece.kept for piece in cached])
     factor = admit(losses)
     with student.accumulate_gradients():
-        student.backward(losses.total * factor)
+        if losses.total.requires_grad:  # means over samples alone have their gradient in the pieces
+            student.backward(losses.total * factor)
         for piece, first in zip(pieces, cached):
             again = student.encode(inputs.part(piece, first.kept), pieces_of(targets, piece))
-            student.backward(surrogate(again, cls, eot, piece))
+            student.backward(surrogate(again, cls, eot, piece, factor))
     return losses, kept
 
 
-def surrogate(again: Encoded, cls: Tensor, eot: dict[str, Tensor], piece: slice) -> Tensor:
-    """A scalar whose gradient is the loss's, through a piece's towers. cls, eot: the cached features of the batch."""
+def surrogate(
+    again: Encoded, cls: Tensor, eot: dict[str, Tensor], piece: slice, factor: Tensor | float = 1.0
+) -> Tensor:
+    """A scalar whose gradient is the loss's, through a piece's towers. cls, eot: the batch's cached features, whose
+    gradients have the factor already."""
     parts = []
     if cls.grad is not None:
         parts.append((again.cls * cls.grad[:, piece]).sum())
@@ -63,7 +67,7 @@ def surrogate(again: Encoded, cls: Tensor, eot: dict[str, Tensor], piece: slice)
         if cached.grad is not None:
             parts.append((again.eot[name] * cached.grad[piece]).sum())
     if again.weighted is not None:
-        parts.append(again.weighted * ((piece.stop - piece.start) / cls.shape[1]))
+        parts.append(again.weighted * ((piece.stop - piece.start) / cls.shape[1]) * factor)
     total = parts[0]
     for part in parts[1:]:
         total = total + part

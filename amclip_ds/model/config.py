@@ -247,11 +247,12 @@ class DetailCLIPOptions(Weighted):
     student_temperature: float = 0.1
     """Of the student's softmax over prototypes."""
     teacher_temperature: float = 0.04
-    """Of the teacher's, and of its patches' during the first loss.detailclip.warmup of the run."""
+    """Of the teacher's, and of its patches' for loss.detailclip.warmup of the run."""
     patch_temperature: float = 0.07
     """Of the teacher's patches after that."""
     warmup: float = 0.04
-    """Share of the run after which the patches' temperature is loss.detailclip.patch_temperature (1 of 25 epochs)."""
+    """Share of the run, from loss.detailclip.start on, after which the patches' temperature is
+    loss.detailclip.patch_temperature (1 of 25 epochs)."""
     centre_momentum: float = 0.9
     """How slowly the centres of the teacher's logits follow the batches."""
 

@@ -149,14 +149,16 @@ def fit(tensor: Tensor, name: str, shape: Sequence[int], source: str) -> Tensor:
 
 
 def resample_positions(positions: Tensor, wanted: Sequence[int]) -> Tensor | None:
-    """[1, 1 + n, D] -> [1, 1 + m, D], bicubic over the square grid; the CLS row stays. None: of another width."""
+    """[1, 1 + n, D] -> [1, 1 + m, D], bicubic over the square grid; the CLS row stays, where there is one (DeiT III's
+    class token has no position). None: of another width."""
     from timm.layers import resample_abs_pos_embed
 
     _, length, width = wanted
     if positions.numel() % width:
         return None
-    side = math.isqrt(length - 1)
-    return resample_abs_pos_embed(positions.reshape(1, -1, width), [side, side], num_prefix_tokens=1)
+    side = math.isqrt(length)
+    prefix = length - side**2
+    return resample_abs_pos_embed(positions.reshape(1, -1, width), [side, side], num_prefix_tokens=prefix)
 
 
 def resample_text_positions(positions: Tensor, wanted: Sequence[int]) -> Tensor | None:

@@ -20,7 +20,7 @@ from amclip_ds.model.amclip import Sizes
 from amclip_ds.model.config import DetailCLIPOptions
 from amclip_ds.model.features import Features, Seen, Terms
 from amclip_ds.model.init import constant, normal, xavier
-from amclip_ds.objectives.base import Objective
+from amclip_ds.objectives.base import Objective, start_of
 from amclip_ds.objectives.patches import PatchDecoder
 
 PIXEL_EPS = 1e-6
@@ -131,7 +131,8 @@ class DetailCLIP(Objective):
     def _patches(self, decoded: list[tuple[Tensor, Tensor]], targets: tuple[Tensor, ...], progress: float) -> Tensor:
         """Each view's removed places against what the teacher saw there in the same view."""
         options, (inside, prototypes) = self.options, targets
-        temperature = options.patch_temperature if progress >= options.warmup else options.teacher_temperature
+        warm = progress >= start_of(options) + options.warmup
+        temperature = options.patch_temperature if warm else options.teacher_temperature
         losses = []
         for view, (tokens, removed) in enumerate(decoded):
             seen = inside[:, view, 1:].take_along_dim(removed[..., None], 1)

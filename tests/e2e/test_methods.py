@@ -36,6 +36,15 @@ def test_ranks_whose_texts_differ_in_length_train_at_zero3(shared_dir: Path, tmp
     assert len(rows) == 3 and all(math.isfinite(row["loss"]) for row in rows)
 
 
+def test_a_loss_of_means_over_samples_alone_trains_in_pieces(shared_dir: Path, tmp_path: Path) -> None:
+    """Its gradient comes from the pieces; the batch as a whole has none."""
+    words = ["maskclip-tiny", f"data.train={pairs(shared_dir)}", f"run.out={tmp_path}", "run.steps=1"]
+    words += ["batch.global_size=16", "loss.contrastive_weight=0", "loss.mlm.weight=0"]
+    runs = [[*words, f"batch.per_gpu={size}"] for size in (16, 4)]
+    (whole, _), (pieces, gradient) = run_ranks("tests.e2e.short_runs:steps_of", runs=runs, folder=str(tmp_path))[0]
+    assert worst(whole, pieces)[1] <= 1e-5 and gradient <= 1e-5 and whole[0][1] > 0
+
+
 WORLDS = {1: (16, 4), 2: (8, 4), 4: (4, 2)}  # ranks -> samples that each holds at a time: its batch, and pieces of it
 Steps = dict[tuple[str, int, int], tuple[list[tuple[float, float]], float]]
 

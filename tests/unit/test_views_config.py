@@ -122,6 +122,8 @@ def test_the_explanation_has_every_view_in_full() -> None:
         (["data.views.1.mask.keep_ratio=0"], "data.views.1.mask.keep_ratio: 0.0 is outside (0, 1]"),
         (["data.views.1.mask.strategy=randm"], "data.views.1.mask.strategy: 'randm' is none of"),
         (["data.views.1.mask.unit=3"], "data.views.1.mask.unit: 3 does not divide"),
+        (["data.views.1.mask.keep_ratio=0.001"], "data.views.1.mask.keep_ratio: 0.001 of "),
+        (["mask.schedule=linear", "mask.final_keep_ratio=0.001"], "mask.final_keep_ratio: 0.001 of "),
         (
             ["mask.strategy=disjoint", "mask.keep_ratio=0.6"],
             "mask.keep_ratio: 2 views of 39 units each, none in common",

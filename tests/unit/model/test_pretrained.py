@@ -101,6 +101,13 @@ def test_positions_of_another_grid_are_resampled(tmp_path: Path) -> None:
     assert torch.equal(larger[:, 0], state_of(config())["vision.pos_embed"][:, 0])
 
 
+def test_positions_without_a_class_token_s_are_resampled_too() -> None:
+    """DeiT III's towers."""
+    even = torch.arange(4.0).expand(1, 49, 4)  # the same everywhere
+    larger = pretrained.fit(even, "vision.pos_embed", (1, 196, 4), "RUN")
+    assert larger.shape == (1, 196, 4) and torch.allclose(larger, torch.arange(4.0).expand(1, 196, 4), atol=1e-5)
+
+
 def test_the_report_lists_what_came_and_what_did_not(tmp_path: Path) -> None:
     theirs = other_libraries.export_state("open_clip timm", state_of(config()))
     theirs["visual.trunk.head.weight"] = torch.zeros(2)

@@ -201,6 +201,10 @@ def test_the_patches_temperature_rises_after_its_share_of_the_run() -> None:
     assert torch.equal(early["detail_patch"], before["detail_patch"])
     assert not torch.equal(early["detail_patch"], late["detail_patch"])
     assert torch.equal(early["detail_cls"], late["detail_cls"])
+    made = objective(start=0.8)
+    early, late = (made.per_sample(features._replace(progress=at), targets) for at in (0.8399, 0.8401))
+    assert torch.equal(early["detail_patch"], before["detail_patch"])
+    assert not torch.equal(early["detail_patch"], late["detail_patch"])
 
 
 def test_sizes_that_are_left_open_are_the_heads() -> None:
