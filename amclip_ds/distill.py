@@ -15,7 +15,7 @@ from amclip_ds.data.photometric import MEAN, STD
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.libraries import Library
 from amclip_ds.evaluate.source import Located, build_towers, locate, open_encoder
-from amclip_ds.model.amclip import by_view
+from amclip_ds.model.amclip import AClip, by_view
 from amclip_ds.model.config import ModelConfig, check_teacher_fits
 from amclip_ds.model.features import FROZEN_IMAGES, FROZEN_SCALE, FROZEN_TEXTS, StudentInputs
 
@@ -87,7 +87,7 @@ def check_kind(located: Located) -> None:
 def _own(located: Located, student: ModelConfig, device: torch.device) -> Towers:
     assert located.config is not None
     check_teacher_fits(located.config.model, student, str(located.path))
-    return build_towers(located, located.weights[-1], device)
+    return OwnTowers(build_towers(located, located.weights[-1], device), located.config.model.vision.image_size)
 
 
 def _library(located: Located, student: ModelConfig, device: torch.device) -> "LibraryTowers | None":
@@ -98,6 +98,21 @@ def _library(located: Located, student: ModelConfig, device: torch.device) -> "L
     library = open_encoder(located, located.weights[-1], device)
     assert isinstance(library, Library)
     return LibraryTowers(library, student)
+
+
+class OwnTowers:
+    """A model of ours, which sees pixels of the size that it was trained on."""
+
+    def __init__(self, model: AClip, image_size: int) -> None:
+        self.model, self.image_size, self.logit_scale = model, image_size, model.logit_scale
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised -> [B, E], fp32 rows of unit length."""
+        return self.model.embed_images(_resized(images, self.image_size))
+
+    def embed_texts(self, token_ids: Tensor) -> Tensor:
+        """[B, T] -> [B, E] the same."""
+        return self.model.embed_texts(token_ids)
 
 
 class LibraryTowers:
@@ -127,13 +142,16 @@ class LibraryTowers:
 
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised as ours -> [B, E], fp32 rows of unit length."""
-        size = (self.library.image_size, self.library.image_size)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
-        return self.library.image(images * self.factor + self.shift)
+        return self.library.image(_resized(images, self.library.image_size) * self.factor + self.shift)
 
     def embed_texts(self, token_ids: Tensor) -> Tensor:
         """[B, T] -> [B, E] the same."""
         filled = F.pad(token_ids, (0, self.context_length - token_ids.shape[1]))
         with self.library._blamed():
             return F.normalize(self.library.embed_ids(filled).float(), dim=-1)
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True)

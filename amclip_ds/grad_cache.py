@@ -55,9 +55,7 @@ def forward_backward(
     return losses, kept
 
 
-def surrogate(
-    again: Encoded, cls: Tensor, eot: dict[str, Tensor], piece: slice, factor: Tensor | float = 1.0
-) -> Tensor:
+def surrogate(again: Encoded, cls: Tensor, eot: dict[str, Tensor], piece: slice, factor: Tensor | float) -> Tensor:
     """A scalar whose gradient is the loss's, through a piece's towers. cls, eot: the batch's cached features, whose
     gradients have the factor already."""
     parts = []

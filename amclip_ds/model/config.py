@@ -204,12 +204,6 @@ def check_teacher_fits(teacher: ModelConfig, student: ModelConfig, name: str) ->
             f"distill.teacher: {name} reads texts of {theirs.context_length} tokens, the student of"
             f" {own.context_length}; set model.text.context_length={theirs.context_length}"
         )
-    try:
-        patch_grid(teacher.vision, student.vision.image_size)
-    except ValueError:
-        raise UserError(
-            f"distill.teacher: the patches of {name} do not divide model.vision.image_size={student.vision.image_size}"
-        ) from None
 
 
 @dataclass

@@ -264,11 +264,11 @@ def _teacher_forward(work: Work) -> float:
 
 
 def _frozen_forward(work: Work) -> float:
-    """Of distill.teacher, over every view and the text of a sample, at the student's sizes."""
+    """Of distill.teacher, over every view, at the teacher's own size, and the text of a sample."""
     model = work.frozen
     if model is None:
         return 0.0
-    tower, side = shapes.tower_of(model.vision), work.config.model.vision.image_size
+    tower, side = shapes.tower_of(model.vision), model.vision.image_size
     patches, pooled = grid_of(side, tower.patch) ** 2, model.vision.pool == "cls"
     of_view = sum(blocks_forward(tower.width, tower.hidden, tower.depth, 1 + patches, pooled))
     of_view += 2.0 * tower.width * (patches * 3 * tower.patch**2 + model.embed_dim)

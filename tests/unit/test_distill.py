@@ -14,6 +14,7 @@ from amclip_ds.data.captions import build_tokenizer
 from amclip_ds.data.photometric import MEAN, STD
 from amclip_ds.distill import FrozenTeacher, LibraryTowers
 from amclip_ds.errors import UserError
+from amclip_ds.evaluate.source import build_towers, locate
 from amclip_ds.method import Method, method_of
 from amclip_ds.model.config import Weighted
 from amclip_ds.model.features import Features, StudentInputs, Terms, ViewGroup
@@ -117,16 +118,21 @@ def test_a_mistake_is_one_line_before_any_rank_starts(words: list[str], said: st
         ([], "neither a run"),
         (["model.text.context_length=99"], "reads texts of 77 tokens, the student of 99"),
         (["model.text.vocab_size=49409"], "another vocabulary"),
-        (
-            ["model.vision.image_size=60", "model.vision.patch_size=6", "mask.unit=1"],
-            "do not divide model.vision.image_size=60",
-        ),
     ],
 )
 def test_a_teacher_that_does_not_fit(words: list[str], said: str, run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="distill.teacher: ") as error:
         FrozenTeacher(str(run if words else tmp_path), config.load("clip-tiny", words).model, CPU)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_sees_the_views_at_its_own_size(run: Path) -> None:
+    """Not at the student's, where its patches would show other parts of an object than those that it has learned."""
+    student = config.load("clip-tiny", ["model.vision.image_size=60", "model.vision.patch_size=6", "mask.unit=1"]).model
+    teacher, model = FrozenTeacher(str(run), student, CPU), build_towers(locate(str(run)), locate(str(run)).weights[-1])
+    views = torch.randn(2, 3, 60, 60)
+    resized = torch.nn.functional.interpolate(views, size=(64, 64), mode="bicubic", antialias=True)
+    torch.testing.assert_close(teacher.towers.embed_images(views), model.embed_images(resized))
 
 
 @pytest.mark.parametrize("fmt", ["open_clip", "hf"])
