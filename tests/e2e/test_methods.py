@@ -30,6 +30,15 @@ def test_trains_on_real_pairs_on_two_ranks(method: str, shared_dir: Path, tmp_pa
     assert any(row["step_applied"] for row in rows)
 
 
+def test_distillation_stacks_on_aclip(shared_dir: Path, tmp_path: Path, amclip: Amclip) -> None:
+    """The average that scores the patches and the finished teacher of the embeddings, in one step."""
+    words = needed(amclip, shared_dir, tmp_path, "clipkd")
+    rows = train(amclip, shared_dir, tmp_path / "run", "aclip", "loss.clipkd.weight=1", *words)
+    named = {"loss_o2o", "loss_o2e", "loss_contrastive", "loss_kd_feature"}
+    assert len(rows) == 3 and all(math.isfinite(row["loss"]) for row in rows), rows
+    assert named <= rows[-1].keys(), rows[-1].keys()
+
+
 def test_ranks_whose_texts_differ_in_length_train_at_zero3(shared_dir: Path, tmp_path: Path, amclip: Amclip) -> None:
     """A rank that ran its text tower once more than another would wait for a gather that never comes."""
     rows = train(amclip, shared_dir, tmp_path / "run", "maskclip", "engine.deepspeed=zero3_fp32.json")

@@ -54,7 +54,7 @@ MATHEMATICS = {
     *("loss.text", "loss.views", "loss.o2o_views", "loss.o2e_views"),
 }
 """Keys of which another value gives another training; drift.FREE has those that do not."""
-HASHES = {"data": "a" * 64, "tokenizer": "b" * 64}
+HASHES = {"data": "a" * 64, "tokenizer": "b" * 64, "words": "d" * 64}
 
 
 def changes(*overrides: str, hashes: dict[str, str] = HASHES, precision: str = "float32") -> list[drift.Change]:
@@ -119,6 +119,7 @@ def test_other_data_another_tokenizer_another_precision_are_refused() -> None:
     for hashes, precision, key in (
         (HASHES | {"data": "c" * 64}, "float32", "data.train"),
         (HASHES | {"tokenizer": "c" * 64}, "float32", "data.tokenizer"),
+        (HASHES | {"words": "c" * 64}, "float32", "data.text_mask.table"),
         (HASHES, "bfloat16", "engine.deepspeed"),
     ):
         found = changes(hashes=hashes, precision=precision)
