@@ -42,6 +42,7 @@ def compile_towers(model: nn.Module, mode: str) -> str | None:
         return problem
     _quiet_deepspeed()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    compile_backward_with_forward()
     model.text.fixed_shapes = True  # type: ignore[union-attr,assignment]
     if mode == BLOCK:  # without ZeRO-3's hooks, which are on the block's call
         for block in blocks_of(model):
@@ -102,6 +103,15 @@ class Compiled:
                 self.failed = f"{type(error).__name__}: {in_one_line(error, 150)}"
                 warnings.warn(f"engine.compile: {self._name} runs uncompiled ({self.failed})", stacklevel=2)
         return self._plain(*inputs, **named)
+
+
+def compile_backward_with_forward() -> None:
+    """A backward is compiled in the call of its forward, where `Compiled` can do without it; torch would do so in the
+    first backward pass, and what fails there ends the run."""
+    import torch._functorch.config as functorch
+
+    if hasattr(functorch, "force_non_lazy_backward_lowering"):
+        functorch.force_non_lazy_backward_lowering = True
 
 
 def _quiet_deepspeed() -> None:

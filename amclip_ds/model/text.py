@@ -49,11 +49,12 @@ class TextTower(nn.Module):
         lengths: tokens of each text up to its end token, so that short texts can be taken apart from long ones.
         """
         groups = self.groups(lengths, token_ids.shape[1])
+        # Contiguous: what is compiled for a length must not depend on how wide the batch was.
         if len(groups) < 2:
-            return self.pooled(token_ids[:, : groups[0].length] if groups else token_ids)
+            return self.pooled(token_ids[:, : groups[0].length].contiguous() if groups else token_ids)
         order = upload(torch.tensor([row for group in groups for row in group.rows]), token_ids.device)
         parts = token_ids[order].split([len(group.rows) for group in groups])
-        found = [self.pooled(part[:, : group.length]) for part, group in zip(parts, groups)]
+        found = [self.pooled(part[:, : group.length].contiguous()) for part, group in zip(parts, groups)]
         return torch.cat(found)[order.argsort()]
 
     def groups(self, lengths: Sequence[int] | None, longest: int) -> list[TextGroup]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from amclip_ds.engine import compile as compiling
-from amclip_ds.engine.compile import Compiled
+from amclip_ds.engine.compile import Compiled, compile_towers
 from amclip_ds.model.config import TextConfig, VisionConfig
 from amclip_ds.model.text import TextTower
 from amclip_ds.model.vision import VisionTower
+from tests.unit.model import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +62,35 @@ def test_more_shapes_than_graphs_are_run_as_they_are(
     assert sum("recompile_limit" in record.message for record in caplog.records) == 1
 
 
+def without_backward(graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
+    """A backend that cannot compile the backward of what is as large as a tower."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    def refuse(graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
+        if len(graph.graph.nodes) > 50:
+            raise NotImplementedError("no such backward")
+        return plain(graph, inputs)
+
+    def plain(graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
+        from functorch.compile import make_boxed_func
+
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=plain, bw_compiler=refuse)(graph, inputs)
+
+
+@pytest.mark.parametrize("mode", ["tower", "block"])
+def test_a_backward_that_cannot_be_compiled_ends_no_run(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """It fails in its forward's call, which then runs as it was: the gradients are the plain model's."""
+    monkeypatch.setattr(compiling, "BACKEND", without_backward)
+    plain, model = tiny.student(), tiny.student()
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=False):
+        with pytest.warns(UserWarning, match="runs uncompiled.*no such backward"):
+            assert compile_towers(model, mode) is None
+            found = passed(model, model.text, TEXTS)
+    assert not differences(passed(plain, plain.text, TEXTS), found)
+
+
 class Pass(NamedTuple):
     """A forward and backward of a part of a tower."""
 
@@ -106,7 +136,7 @@ def a_vision_tower(checkpoint_every: int) -> VisionTower:
 
 def a_text_tower(checkpoint_every: int) -> TextTower:
     torch.manual_seed(0)
-    config = TextConfig(32, 3, 2, context_length=8, vocab_size=64, eos_token_id=63, checkpoint_every=checkpoint_every)
+    config = TextConfig(32, 3, 2, context_length=40, vocab_size=64, eos_token_id=63, checkpoint_every=checkpoint_every)
     tower = TextTower(config)
     for parameter in tower.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -137,6 +167,23 @@ def test_a_compiled_tower_that_recomputes_blocks_is_the_plain_tower(
     assert compiled.failed is None
     assert not differences(expected, found)
     assert found.kept < 0.75 * expected.kept
+
+
+def test_texts_of_one_length_are_one_graph_however_wide_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken in groups by length, and all together."""
+    graphs = Graphs()
+    monkeypatch.setattr(compiling, "BACKEND", graphs)
+    tower = a_text_tower(0)
+    tower.fixed_shapes = True
+    tower.pooled = Compiled(tower.pooled, "the texts")  # type: ignore[method-assign,assignment]
+    made = []
+    for lengths in ([3, 3, 3, 3, 9, 9, 20, 20], [3] * 8):
+        for width in (24, 32, 40):
+            ids = torch.zeros(8, width, dtype=torch.long)
+            ids[torch.arange(8), torch.tensor(lengths) - 1] = 63
+            tower(ids, lengths)
+            made.append(len(graphs.made))
+    assert made == [3, 3, 3, 4, 4, 4]
 
 
 def test_a_tower_that_is_not_quite_right_is_seen() -> None:
