@@ -136,10 +136,11 @@ def observe(batch: Batch, method: Method, student: StudentEngine, teacher: Teach
     """What stays of each view now. Collective: every rank must call."""
     scores = None
     views = photometric.apply(batch.views_uint8, batch.photometric)
-    if teacher is not None and "scores" in method.wants:
-        scores = teacher.attention(teachers_images(batch, views, method))
-    inputs = student_inputs(batch, views, scores, method, progress)
-    kept = by_view(inputs.groups, chosen(inputs, student.choose))
+    with torch.compiler.set_stance("force_eager"):  # a tower's graph for so few images takes longer than they do
+        if teacher is not None and "scores" in method.wants:
+            scores = teacher.attention(teachers_images(batch, views, method))
+        inputs = student_inputs(batch, views, scores, method, progress)
+        kept = by_view(inputs.groups, chosen(inputs, student.choose))
     on_cpu = [None if rows is None else rows.cpu() for rows in kept]
     return Shot(on_cpu, None if scores is None else of_one_picture(scores).float().cpu())
 

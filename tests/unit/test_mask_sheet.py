@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 from amclip_ds import cli, samples
 from amclip_ds import config as settings
+from amclip_ds.data import photometric
 from amclip_ds.data.synthetic import write_dataset
+from amclip_ds.engine import compile as compiling
 from amclip_ds.evaluate.source import build_towers, locate
 from amclip_ds.masks import MASKS
 from amclip_ds.method import method_of
@@ -119,6 +121,31 @@ def test_the_numbers_are_the_runs_own(
         assert of_view.shape[-1] == method.grid**2 if expected is None else torch.equal(of_view, expected)
     assert found.object_share == of_run and of_run is not None
     assert mask_sheet.draw(shown, scores, [found], method, boxes).height > len(batch.sample_ids) * 112
+
+
+def test_a_picture_compiles_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's pictures show its few images by towers that are compiled for the shapes of its steps."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    located = locate(place / "run")
+    assert located.config is not None
+    towers, method = build_towers(located, "teacher"), method_of(located.config)
+    batch, _ = mask_sheet.load_images(located.config, str(place / "scenes" / "test"), 4, place / "few")
+    engine: Any = SimpleNamespace(attention=towers.attention, choose=towers.choose)
+    plain = observe(batch, method, engine, engine, progress=1.0)
+    assert compiling.compile_towers(towers, "tower") is None
+    graphs.clear()  # of the compiler's trial
+    shot = observe(batch, method, engine, engine, progress=1.0)
+    assert shot.scores is not None and plain.scores is not None and torch.equal(shot.scores, plain.scores)
+    assert not graphs
+    with torch.no_grad():
+        towers.attention(photometric.normalise(batch.views_uint8[0]))
+    assert graphs, "the twin: a pass like it, outside of a picture"
 
 
 def test_a_run_that_removes_nothing_has_no_share(place: Path, tmp_path: Path) -> None:
