@@ -14,6 +14,7 @@ from amclip_ds.data.batch import Batch
 from amclip_ds.data.ledger import Ledger
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.distill import FrozenTeacher
+from amclip_ds.engine.compile import reported
 from amclip_ds.engine.ds_config import NO_COMPILE, compile_mode_of, read_ds_config, stage_of
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.engine.teacher import Teacher
@@ -134,6 +135,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     stage = stage_of(read_ds_config(config.engine))
     if compile_mode_of(str(config.engine.compile), stage, runtime.device.type) != NO_COMPILE:
         engine_runtime.keep_compiled(folder)
+        stack.enter_context(reported(watchdog.compile_begins, watchdog.compile_ends))
     with timeline.during("build"):
         student, teacher = build_engines(fresh, method, runtime)
     for line in describe_engines(fresh, student, teacher):

@@ -11,8 +11,9 @@ Where the compiler does not work the towers run as they are, and one line says s
 compiler on one machine. Whether it works at all the ranks find out together.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,6 +72,29 @@ def compile_changes(mode: str, device: torch.device) -> Callable[[Tensor, photom
 def compile_function(mode: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     """A function that exchanges nothing, compiled where the towers are."""
     return plain if mode == NO_COMPILE else Compiled(plain, plain.__name__)
+
+
+@contextlib.contextmanager
+def reported(begins: Callable[[], None], ends: Callable[[], None]) -> Iterator[None]:
+    """Inside, what this process compiles is reported when it begins and when it ends, a part within another with it.
+
+    Later steps compile too: a stage of a schedule keeps other numbers of tokens, texts have lengths not met before.
+    """
+    from torch._dynamo import callback_handler
+
+    def begin(about: Any) -> None:
+        begins()
+
+    def end(about: Any) -> None:
+        ends()
+
+    callback_handler.register_start_callback(begin)
+    callback_handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(begin)
+        callback_handler.remove_end_callback(end)
 
 
 class Compiled:

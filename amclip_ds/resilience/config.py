@@ -70,7 +70,7 @@ class WatchdogConfig:
     step_timeout_s: float | None = 300.0
     """A step or a wait for data that takes longer than this is a hang: all stacks are kept, the run ends. null: off."""
     phase_timeout_s: float = 3600.0
-    """The same for what takes longer: start, the first step (which may compile), resume, save, evaluation."""
+    """The same for what takes longer: start, first step, resume, save, evaluation, what engine.compile compiles."""
 
     def __post_init__(self) -> None:
         for name in ("step_timeout_s", "phase_timeout_s"):

@@ -21,7 +21,8 @@ from typing import Any
 BEAT = struct.Struct("<qqqdd32s")  # process, its start in ticks since boot, step, monotonic time, limit, phase
 STACKS_SIGNAL = signal.SIGRTMIN + 5
 # In the order in which a rank passes through them.
-PHASES = ("start", "verify", "index", "resume", "data", "step", "save", "evaluate", "end")
+PHASES = ("start", "verify", "index", "resume", "data", "compile", "step", "save", "evaluate", "end")
+COMPILE = "compile"
 DONE = "done"
 ANSWER_S = 3.0  # a rank's time to print its stacks
 OTHERS_S = 10.0  # the other nodes' time to report
@@ -62,7 +63,7 @@ def process_state(pid: int, started: int) -> str:
 def watch(folder: Path) -> int:
     """Until every rank has ended (0), or one hangs (1)."""
     settings = json.loads((folder / "settings.json").read_text())
-    poll_s, over_for = settings["poll_s"], 0
+    poll_s, over_for, compiled_at = settings["poll_s"], 0, 0.0
     while True:
         time.sleep(poll_s)
         beats = {rank: read_beat(folder / f"rank{rank}.beat") for rank in settings["ranks"]}
@@ -71,9 +72,18 @@ def watch(folder: Path) -> int:
         if over_for == 2:  # one read may fall into the middle of a write
             return 0
         now = time.monotonic()
-        if any(beat["phase"] != DONE and now - beat["at"] > beat["limit_s"] for beat in alive.values()):
+        if any(beat["phase"] == COMPILE for beat in alive.values()):
+            compiled_at = now
+        if any(is_silent(beat, now, compiled_at) for beat in alive.values()):
             end_it(folder, settings, beats, now)
             return 1
+
+
+def is_silent(beat: dict[str, Any], now: float, compiled_at: float) -> bool:
+    """Whether a rank has given no sign of life for longer than it said. In a step it may wait for another one of this
+    node, which compiled until compiled_at."""
+    since = max(beat["at"], compiled_at) if beat["phase"] == "step" else beat["at"]
+    return beat["phase"] != DONE and now - since > beat["limit_s"]
 
 
 def end_it(folder: Path, settings: dict[str, Any], beats: dict[int, dict[str, Any] | None], now: float) -> None:

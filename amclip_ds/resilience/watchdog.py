@@ -33,7 +33,7 @@ from amclip_ds.ranks.runtime import Runtime
 from amclip_ds.record import Record
 from amclip_ds.resilience import watch_ranks
 from amclip_ds.resilience.config import WatchdogConfig
-from amclip_ds.resilience.watch_ranks import BEAT, DONE, STACKS_SIGNAL
+from amclip_ds.resilience.watch_ranks import BEAT, COMPILE, DONE, STACKS_SIGNAL
 from amclip_ds.signals import held_back
 
 SLOW_FACTOR = 1.5  # a straggler's own work takes so many times the others' median
@@ -76,10 +76,7 @@ class Watchdog:
             self._is_warm = self._is_warm or self._phase == "step"  # the first step may compile, and is no measure
             self._own.begin(now, is_measured=self._is_warm)
         self._phase, self._step = name, step
-        if self._memory is not None and self._config.step_timeout_s is not None:
-            short = self._is_warm and name in ("data", "step")
-            limit_s = self._config.step_timeout_s if short else self._config.phase_timeout_s
-            self._memory[: BEAT.size] = BEAT.pack(self._pid, self._started, step, now, limit_s, name.encode())
+        self._beat(name, now)
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
@@ -90,6 +87,15 @@ class Watchdog:
             yield
         finally:
             self.phase(before, self._step)
+
+    def compile_begins(self) -> None:
+        """Something is compiled, which may take longer than a step; the step that has to is no measure either."""
+        self._own.leave_out()
+        self._beat(COMPILE, time.monotonic())
+
+    def compile_ends(self) -> None:
+        """The former phase continues, with all its time."""
+        self._beat(self._phase, time.monotonic())
 
     def watched(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
         """The same batches; `step` steps are done before the first. What happens between two of them is a step."""
@@ -141,6 +147,12 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _beat(self, phase: str, now: float) -> None:
+        if self._memory is not None and self._config.step_timeout_s is not None:
+            short = self._is_warm and phase in ("data", "step")
+            limit_s = self._config.step_timeout_s if short else self._config.phase_timeout_s
+            self._memory[: BEAT.size] = BEAT.pack(self._pid, self._started, self._step, now, limit_s, phase.encode())
 
     def _meet(self) -> tuple[Path, list[int], list[str]]:
         """The node's folder for signs of life, in its own temporary storage; its ranks; the hosts of all nodes.
@@ -235,6 +247,10 @@ class OwnTime:
         if self._is_cuda and is_measured:  # the device's own clock: the host is ahead of it
             self._begun = torch.cuda.Event(enable_timing=True)
             self._begun.record()
+
+    def leave_out(self) -> None:
+        """The step that has begun is no measure."""
+        self._since = self._begun = None
 
     def end(self) -> None:
         """The step's first collective is about to begin; later ones are not counted."""

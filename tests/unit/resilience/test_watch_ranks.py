@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from amclip_ds.jsonl import read_lines
 from amclip_ds.resilience import watch_ranks
 
 TRAINING = (
@@ -151,3 +152,34 @@ def test_processes_that_end_or_beat_are_left_alone(tmp_path: Path) -> None:
     beating.kill()
     beating.wait()
     assert watcher.wait(timeout=20) == 0 and not (run / "incidents.jsonl").exists()
+
+
+def test_the_others_wait_for_a_rank_that_compiles(tmp_path: Path) -> None:
+    """And for as long as a step may take after it; a rank that is silent for longer ends the run."""
+    ranks = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+
+    def beat(rank: int, phase: str, limit_s: float) -> None:
+        pid = ranks[rank].pid
+        row = watch_ranks.BEAT.pack(pid, watch_ranks.start_time(pid), 5, time.monotonic(), limit_s, phase.encode())
+        (place / f"rank{rank}.beat").write_bytes(row)
+
+    place, run = tmp_path / "place", tmp_path / "run"
+    place.mkdir()
+    run.mkdir()
+    settings = {"run": str(run), "attempt": 0, "ranks": [0, 1], "node": 0, "hosts": ["here"], "poll_s": 0.05}
+    (place / "settings.json").write_text(json.dumps(settings))
+    beat(0, "compile", 60.0)
+    beat(1, "step", 1.0)
+    watch = subprocess.Popen([sys.executable, "-I", "-S", watch_ranks.__file__, str(place)])
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            watch.wait(timeout=3.0)
+        beat(0, "step", 60.0)
+        began = time.monotonic()
+        assert watch.wait(timeout=20.0) == 1 and time.monotonic() - began > 0.8
+    finally:
+        for process in (watch, *ranks):
+            process.kill()
+            process.wait()
+    [row] = read_lines(run / "incidents.jsonl")
+    assert row["kind"] == "hang" and "phase 'step'" in row["cause"]

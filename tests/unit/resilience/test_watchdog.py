@@ -1,4 +1,4 @@
-"""The watching process is itself watched: killed, it comes back, and that is recorded."""
+"""Signs of life of a rank; and the watching process is itself watched: killed, it comes back, and that is recorded."""
 
 import json
 import os
@@ -6,14 +6,16 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from amclip_ds.engine.compile import reported
 from amclip_ds.jsonl import read_lines
 from amclip_ds.ranks.runtime import Runtime
 from amclip_ds.record import LogConfig, Record
-from amclip_ds.resilience import watchdog
+from amclip_ds.resilience import watch_ranks, watchdog
 from amclip_ds.resilience.config import WatchdogConfig
 from amclip_ds.resilience.watch_ranks import process_state
 from amclip_ds.resilience.watchdog import Watchdog
@@ -72,3 +74,32 @@ def test_an_orderly_end_is_no_incident(tmp_path: Path) -> None:
     with Watchdog(WatchdogConfig(step_timeout_s=1.0), tmp_path, 0, alone()) as dog:
         settings = json.loads((dog._place / "settings.json").read_text())
     assert settings["ranks"] == [0] and not dog._ended and watchdog.RESTARTS > 0
+
+
+def beat_of(dog: Watchdog) -> tuple[str, int, float]:
+    """The sign of life as the watching process reads it: phase, step, limit."""
+    beat = watch_ranks.read_beat(dog._place / "rank0.beat")
+    assert beat is not None
+    return beat["phase"], beat["step"], beat["limit_s"]
+
+
+def test_a_later_step_that_compiles_has_its_time(watched: Watchdog) -> None:
+    """And is no measure of the rank's own speed; a step that compiles nothing is one."""
+    during, measured = [], []
+
+    def backend(graph: Any, inputs: list[torch.Tensor]) -> Any:
+        during.append(beat_of(watched))
+        return graph.forward
+
+    torch._dynamo.reset()
+    doubled = torch.compile(lambda x: x * 2, backend=backend, dynamic=False)
+    batches: Any = iter([3, 3, 4, 4])
+    with reported(watched.compile_begins, watched.compile_ends):
+        for length in watched.watched(batches, step=7):
+            doubled(torch.ones(length))
+            assert beat_of(watched)[0] == "step"
+            watched.arrived()
+            measured.append(watched._own._steps)
+        assert beat_of(watched) == ("data", 11, 60.0)
+    assert during == [("compile", 7, 3600.0), ("compile", 9, 3600.0)]
+    assert measured == [0, 1, 1, 2]
