@@ -34,6 +34,7 @@ from amclip_ds.engine.muon import NormBeforeMuon, build_muon, eager_kernels, wit
 from amclip_ds.engine.offload import build_cpu_adam
 from amclip_ds.engine.zero3 import (
     fetch_blocks_whole,
+    gather_what_is_written,
     gradients_by_parameter,
     keep_weights_in_place,
     take_one_norm,
@@ -154,7 +155,9 @@ class StudentEngine:
         if self.stage == 3:
             gather_with_the_model(module)
             take_one_norm(self.engine.optimizer)
-            if not self.fetches_weights:
+            if self.fetches_weights:
+                gather_what_is_written(self.engine)
+            else:
                 keep_weights_in_place(self.engine.optimizer)
 
     @property

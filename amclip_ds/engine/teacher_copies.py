@@ -16,7 +16,7 @@ from amclip_ds.engine.compile import compile_towers
 from amclip_ds.engine.ds_config import NO_FP8, compile_mode_of, is_teacher_sharded
 from amclip_ds.engine.shards import Shard
 from amclip_ds.engine.student import StudentEngine, build_context, exact_buffers, start_weights
-from amclip_ds.engine.zero3 import fetch_blocks_whole
+from amclip_ds.engine.zero3 import fetch_blocks_whole, gather_what_is_written
 from amclip_ds.errors import UserError
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.init import persistent_buffers
@@ -119,6 +119,7 @@ class Sharded:
             mode = compile_mode_of(student.compile_asked, student.stage, device.type, fetches_weights=True)
             compile_towers(module, mode)
         self._engine, *_ = deepspeed.initialize(model=module, config=ds, dist_init_required=False)
+        gather_what_is_written(self._engine)
         self.module: nn.Module = module
         for buffer in module.buffers():
             if buffer.is_floating_point():

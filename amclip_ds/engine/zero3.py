@@ -34,6 +34,26 @@ def keep_weights_in_place(optimizer: Any) -> None:
     optimizer._partition_all_parameters = lambda: None
 
 
+def gather_what_is_written(engine: Any) -> None:
+    """Where an engine gathers weights in a stream of its own: that one waits, at each forward, for what the forward's
+    stream has written to the shards before (a step, a clamp, the teacher's publishing, a checkpoint).
+
+    DeepSpeed has a forward wait for its gathers, but no gather for a step: with `overlap_comm` it might read shards
+    that are not written yet. Its throughput timer, which we leave off, hides that (docs/adr/0057).
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    stream = offload._DeepSpeedZeRoOffload__allgather_stream
+    if stream is None:  # a CPU, which has none
+        return
+
+    def wait(*_: Any) -> None:
+        stream.wait_stream(get_accelerator().current_stream())
+
+    engine.module.register_forward_pre_hook(wait, prepend=True)  # before DeepSpeed's, the first of which gathers
+
+
 def fetch_blocks_whole(model: nn.Module) -> None:
     """Marks each block of both towers for ZeRO-3, before deepspeed.initialize: its parts are called by it alone."""
     from deepspeed.utils import set_z3_leaf_module

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from amclip_ds.engine import student as student_module
+from amclip_ds.engine import teacher_copies
 from amclip_ds.engine.shards import gather_whole
 from amclip_ds.engine.zero3 import blocks_of
 from amclip_ds.errors import AmclipError
@@ -79,6 +80,58 @@ def misaligned(ds: str, in_order: bool = True) -> list[str]:
             if parameter.requires_grad and held.data_ptr() % 16:
                 found.append(name)
         return found
+
+
+class Stream:
+    """In the place of a GPU's stream in which one engine gathers: who waited in it, among what else was done."""
+
+    def __init__(self, done: list[str]) -> None:
+        self._done = done
+
+    def wait_stream(self, stream: Any) -> None:
+        self._done.append("wait")
+
+
+def gathers(ds: str, ordered: bool = True) -> dict[str, list[str]]:
+    """What the engines of student and sharded teacher do in three steps, in order: wait (their gathers for the
+    forward's stream), gather, write (to their shards). ordered False: the engines are left as DeepSpeed makes them."""
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload as Offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    done: dict[Any, list[str]] = {}
+    built, gather = Offload.__init__, Coordinator._PartitionedParameterCoordinator__all_gather_params_
+
+    def build(self: Any, *given: Any, **named: Any) -> None:
+        built(self, *given, **named)
+        own = self.param_coordinator._PartitionedParameterCoordinator__allgather_stream
+        assert own is self._DeepSpeedZeRoOffload__allgather_stream, "one stream, by two names"
+        done[self.param_coordinator] = []
+        self._DeepSpeedZeRoOffload__allgather_stream = Stream(done[self.param_coordinator])
+
+    def noted(self: Any, *given: Any, **named: Any) -> None:
+        done[self].append("gather")
+        gather(self, *given, **named)
+
+    def writing(owner: Any, name: str, to: list[str]) -> None:
+        method = getattr(owner, name)
+
+        def write(*given: Any, **named: Any) -> Any:
+            to.append("write")
+            return method(*given, **named)
+
+        setattr(owner, name, write)
+
+    Offload.__init__, Coordinator._PartitionedParameterCoordinator__all_gather_params_ = build, noted
+    if not ordered:
+        student_module.gather_what_is_written = teacher_copies.gather_what_is_written = lambda engine: None
+    with running(ds, steps=3, placement="sharded") as run:
+        student, teacher = done.values()
+        writing(run.student, "step", student)
+        writing(run.student, "clamp_logit_scale", student)
+        writing(run.teacher.placed, "publish", teacher)
+        for step in range(3):
+            run.step(step)
+    return {"student": student, "teacher": teacher}
 
 
 def _dense_embeddings(run: Run, weights: dict[str, Tensor], images: Tensor) -> Tensor:
