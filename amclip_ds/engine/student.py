@@ -113,7 +113,8 @@ class StudentEngine:
         with build_context(self.stage, self.ds_config):
             module = AClip(model, builder(objectives), self.savings)
         self.start = start_of(seed, model, objectives)
-        start_weights(module, self.start, self.stage)
+        first: dict[str, shards.Shard] = {}
+        start_weights(module, self.start, self.stage, first if self.dtype == torch.bfloat16 else None)
         if self.fetches_weights:
             fetch_blocks_whole(module)
         self.in_fp8 = fp8.convert_towers(module, with_text=True) if self.fp8 == FP8_ALL else ""
@@ -151,7 +152,7 @@ class StudentEngine:
             if buffer.is_floating_point():
                 buffer.data = buffer.data.float()
         exact_buffers(module, self.start)
-        init_fp32_masters(self.engine, self.start, self.dtype)
+        init_fp32_masters(self.engine, first)
         if self.stage == 3:
             gather_with_the_model(module)
             take_one_norm(self.engine.optimizer)
@@ -315,38 +316,44 @@ def build_context(stage: int, ds_config: dict[str, Any]) -> contextlib.AbstractC
 
 
 @torch.no_grad()
-def start_weights(module: nn.Module, start: Start, stage: int) -> None:
-    """Our keyed initialisation; at stage 3 each rank fills its own shard, a few parameters in memory at a time."""
+def start_weights(module: nn.Module, start: Start, stage: int, first: dict[str, shards.Shard] | None = None) -> None:
+    """Our keyed initialisation; at stage 3 each rank fills its own shard, a few parameters in memory at a time.
+
+    first: takes what this rank fills in fp32; below stage 3 the module's own memory, which an engine in bf16 leaves.
+    """
     if stage < 3:
         initialise(module, start)
+        if first is not None:
+            first |= shards.forward_shards(dict(module.named_parameters()))
         return
     named: dict[str, Any] = dict(module.named_parameters())  # ZeRO-3 gives them ds_* attributes
     for name, whole in init_tensors({name: parameter.ds_shape for name, parameter in named.items()}, start):
-        fill_shard(named[name], whole)
+        part = fill_shard(named[name], whole)
+        if first is not None:
+            first[name] = replace(part, tensor=part.tensor.clone())
     for name, buffer in persistent_buffers(module).items():
         value = init_tensor(name, buffer.shape, start)
         buffer.data = value.to(buffer.device)
 
 
-def fill_shard(parameter: Any, whole: Tensor) -> None:
-    """Writes this rank's part of a whole tensor into a ZeRO-3 parameter."""
+def fill_shard(parameter: Any, whole: Tensor) -> shards.Shard:
+    """Writes this rank's part of a whole tensor into a ZeRO-3 parameter. Returns that part."""
     shard = parameter.ds_tensor
     start = shard.ds_numel * dist.get_rank()
     part = whole.reshape(-1)[start : start + shard.ds_numel]
     shard.data[: part.numel()].copy_(part)
     shard.data[part.numel() :].zero_()
+    return shards.Shard(part, start, part.numel(), whole.numel())
 
 
 @torch.no_grad()
-def init_fp32_masters(engine: Any, start: Start, dtype: torch.dtype) -> None:
-    """Gives bf16 engines masters with the full fp32 start instead of its bf16 rounding."""
-    if dtype == torch.float32:
-        return
-    held = shards.master_shards(engine)
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters() if name in held}
-    for name, whole in init_tensors(shapes, start):
-        shard = held[name]
-        shard.tensor.copy_(whole.reshape(-1)[shard.start : shard.start + shard.length])
+def init_fp32_masters(engine: Any, first: dict[str, shards.Shard]) -> None:
+    """Gives bf16 engines masters with the full fp32 start instead of its bf16 rounding. first: what start_weights took,
+    which is let go of; nothing for an engine in fp32."""
+    for name, shard in shards.master_shards(engine).items() if first else ():
+        held = first[name]
+        shard.tensor.copy_(held.tensor[shard.start - held.start :][: shard.length])
+    first.clear()
 
 
 @torch.no_grad()

@@ -11,18 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amclip_ds.engine import shards, teacher_copies
 from amclip_ds.engine import student as student_module
-from amclip_ds.engine import teacher_copies
+from amclip_ds.engine.ds_config import EngineConfig
 from amclip_ds.engine.shards import gather_whole
 from amclip_ds.engine.zero3 import blocks_of
 from amclip_ds.errors import AmclipError
+from amclip_ds.model import init
+from amclip_ds.model.config import HeadsConfig, LossConfig
 from amclip_ds.model.features import Encoded, Losses, StudentInputs, Targets
 from amclip_ds.model.teacher_model import TeacherModel
-from amclip_ds.objectives import builder
+from amclip_ds.objectives import builder, chosen
+from amclip_ds.optim import OptimConfig
 from amclip_ds.ranks import runtime as engine_runtime
 from amclip_ds.ranks.communication_time import COMMUNICATION
 from tests.distributed.batches import both, local_part
-from tests.distributed.cases import Run, global_batch, pixels, running
+from tests.distributed.cases import Run, global_batch, pixels, running, tiny_model
 
 
 def ema(ds: str, steps: int, momentum: float = 0.999, placement: str = "auto") -> dict[str, Any]:
@@ -80,6 +84,37 @@ def misaligned(ds: str, in_order: bool = True) -> list[str]:
             if parameter.requires_grad and held.data_ptr() % 16:
                 found.append(name)
         return found
+
+
+def first_masters(ds: str, rounded: bool = False) -> dict[str, Any]:
+    """The masters before any step: those that are not the fp32 start, all of them, and how often a tensor was drawn at
+    most. rounded: they begin as DeepSpeed makes them, by the weights in bf16."""
+    draws: list[str] = []
+    draw = init.init_tensor
+
+    def counted(name: str, *given: Any) -> Tensor:
+        draws.append(name)
+        return draw(name, *given)
+
+    init.init_tensor = counted
+    if rounded:
+        student_module.init_fp32_masters = lambda engine, first: None
+    runtime = engine_runtime.start()
+    model, objectives = tiny_model(), chosen(LossConfig(), HeadsConfig(hidden_dim=64, output_dim=16))
+    optim = OptimConfig(name="sgd", lr=0.05)
+    student = student_module.StudentEngine(model, objectives, optim, EngineConfig(ds), seed=0, runtime=runtime)
+    most = max(draws.count(name) for name, _ in student.module.named_parameters())
+    held = shards.master_shards(student.engine)
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in student.module.named_parameters()}
+    other = [
+        name
+        for name, shard in held.items()
+        if not torch.equal(
+            shard.tensor, draw(name, shapes[name], student.start).reshape(-1)[shard.start :][: shard.length]
+        )
+    ]
+    engine_runtime.stop(runtime)
+    return {"other": other, "masters": len(held), "draws": most}
 
 
 class Stream:
