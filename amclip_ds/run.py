@@ -76,14 +76,14 @@ class Run:
     pictures: Pictures
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of the steps to come, on the device."""
+        """The batches of the steps to come, on the device (to a GPU from workers: data/prefetch.py, one ahead)."""
         waited_for = self.meter.timed(self.data.batches(self.state.cursor))
         on_device = (batch.to(self.runtime.device) for batch in waited_for)
         stream = self.watchdog.watched(on_device, self.state.step)
         if self.state.step < self.total_steps:
             with self.timeline.during("first_batch"):
-                batch = next(stream)
-            yield batch
+                first = [next(stream)]
+            yield first.pop()  # a name for it would keep it in memory for the whole run
         while self.state.step < self.total_steps:
             yield next(stream)
 

@@ -136,7 +136,8 @@ class TrainingData:
         self._streams: list[Generator[Batch, None, None]] = []
 
     def batches(self, cursor: dict[str, Any] | None = None) -> Iterator[Batch]:
-        """Endless batches on the CPU. cursor: that of the last batch that was consumed; None: from the start."""
+        """Endless batches, where workers make them on the device already. cursor: that of the last batch that was
+        consumed; None: from the start."""
         stream = self._made(cursor)
         if self.config.workers:
             stream = prefetched(stream, self._device)

@@ -422,12 +422,14 @@ def _tower_bytes(of_block: int, of_input: int, depth: int, every: int, of_last: 
 
 
 def input_bytes(work: Work) -> dict[str, float]:
-    """The images of a rank's batch on the device: as bytes, and changed and normalised in fp32."""
+    """The images of a rank's batch on the device: as bytes, where workers make them those of the next one too, and
+    changed and normalised in fp32."""
     side, B = work.config.model.vision.image_size, work.batch.local
     pixels = 3 * side**2
     has_crop = work.teacher_grid and work.config.teacher.view is None and work.config.teacher.sees == "crop"
     teacher = 3 * (side * (work.teacher_grid or 0) // work.grid) ** 2 if has_crop else 0
+    batches = 2 if work.config.data.workers else 1  # data/prefetch.py
     return {
-        "images": float(B * (len(work.views) * pixels + teacher)),
+        "images": float(batches * B * (len(work.views) * pixels + teacher)),
         "photometric": float(FP32 * B * len(work.views) * pixels),
     }

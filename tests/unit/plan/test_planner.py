@@ -48,6 +48,7 @@ def test_the_peak_is_what_was_measured(recipe: str, stage: int, batch: int, word
             f"batch.global_size={batch}",
             f"batch.per_gpu={batch}",
             f"engine.deepspeed=zero{stage}_bf16.json",
+            "data.workers=0",  # a batch that stays
         ],
     )
     assert memory_of(work_of(settings, 1)).peak / GIB == pytest.approx(measured, rel=0.06)
@@ -65,7 +66,8 @@ COMPILED_PEAKS = [  # docs/results/gpu-compiled.md: with every saving, towers co
 @pytest.mark.parametrize(("recipe", "stage", "batch", "measured"), COMPILED_PEAKS)
 def test_the_peak_of_compiled_towers_is_what_was_measured(recipe: str, stage: int, batch: int, measured: float) -> None:
     words = [f"batch.global_size={batch}", f"batch.per_gpu={batch}", f"engine.deepspeed=zero{stage}_bf16.json"]
-    settings = config.load(recipe, [*words, "model.vision.checkpoint_every=0", "model.text.checkpoint_every=0"])
+    words += ["model.vision.checkpoint_every=0", "model.text.checkpoint_every=0", "data.workers=0"]
+    settings = config.load(recipe, words)
     assert memory_of(work_of(settings, 1)).peak / GIB == pytest.approx(measured, rel=0.02)
 
 

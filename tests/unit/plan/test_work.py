@@ -82,9 +82,15 @@ def test_a_frozen_teacher_counts_where_its_run_is_there(tmp_path: Path) -> None:
 
 
 def test_the_teacher_that_sees_views_has_no_crop_and_looks_at_each() -> None:
-    detail, aclip = of_recipe("detailclip-vitb16"), of_recipe("aclip-vitb16", *PLAIN)
+    detail, aclip = of_recipe("detailclip-vitb16", "data.workers=0"), of_recipe("aclip-vitb16", *PLAIN)
     assert work.input_bytes(detail)["images"] == B * 2 * 3 * 224**2 < work.input_bytes(aclip)["images"]
     assert work.flops_of(detail).teacher > 2 * work.flops_of(aclip).teacher
+
+
+def test_the_next_batch_is_on_the_device_too_where_workers_make_it() -> None:
+    alone, ahead = (work.input_bytes(of_recipe("aclip-vitb16", f"data.workers={n}")) for n in (0, 4))
+    assert ahead["images"] == 2 * alone["images"] == 2 * B * 3 * 3 * 224**2
+    assert ahead["photometric"] == alone["photometric"]
 
 
 @pytest.mark.parametrize("words", [[], PLAIN], ids=["saving", "plain"])
