@@ -67,7 +67,7 @@ class NormBeforeMuon:
 
     def _at_stages_1_and_2(self, tensors: list[Tensor], *args: Any, param_group_idx: int, **words: Any) -> Any:
         """Notes the sum of squares of this rank's elements of a group, before they are laid out."""
-        zero, rank, squares = self._optimizer, dist.get_rank(), []
+        zero, rank, pieces = self._optimizer, dist.get_rank(), []
         for tensor, gradient in zip(tensors, zero.all_grad_tensors[param_group_idx]):
             number = zero.get_param_id(tensor)
             start = zero.grad_start_offset[param_group_idx][rank][number]
@@ -75,10 +75,10 @@ class NormBeforeMuon:
                 zero.partition_size[param_group_idx]
                 - zero.grad_partition_insertion_offset[param_group_idx][rank][number]
             )
-            piece = gradient.reshape(-1)[int(start) : int(start + room)]
-            squares.append(torch.linalg.vector_norm(piece, dtype=torch.float64).square())
+            pieces.append(gradient.reshape(-1)[int(start) : int(start + room)])
+        norms = torch._foreach_norm(pieces, 2, dtype=torch.float64) if pieces else []
         none = torch.zeros((), dtype=torch.float64, device=zero.device)
-        self._squares[param_group_idx] = torch.stack([none, *squares]).sum()
+        self._squares[param_group_idx] = torch.stack([none, *norms]).square().sum()
         return self._then(tensors, *args, param_group_idx=param_group_idx, **words)
 
     def _at_stage_3(self) -> None:

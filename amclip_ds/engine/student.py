@@ -1,6 +1,7 @@
 """The trained engine: one DeepSpeed engine around AClip, at ZeRO stages 0 to 3, fp32 or bf16."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -49,6 +50,7 @@ from amclip_ds.model.savings import Savings
 from amclip_ds.objectives import Chosen, builder, start_of
 from amclip_ds.objectives.base import start_of as start_share
 from amclip_ds.optim import OptimConfig, build_optimizer, parameter_groups
+from amclip_ds.ranks.communication_time import COMMUNICATION
 from amclip_ds.ranks.runtime import Runtime
 
 LOGIT_SCALE_RANGE = (0.0, math.log(100.0))
@@ -293,16 +295,35 @@ def skip_overflow_scan(optimizer: Any) -> None:
 
     A NaN or an infinity anywhere makes the norm one, on all ranks, and the step is skipped alike; looking at every
     parameter first, eight kernels and more for each, took a sixth of a step of ViT-B (docs/results/gpu-step.md).
-    The norm is read from the device once: DeepSpeed asks for it again for each group, which would wait for the last
-    one's update. Where it is within the bound the gradients, which would be multiplied by 1, are left alone.
+    A group's norm is taken by one call for all of its tensors (`norm_of_group`). The norm is read from the device once:
+    DeepSpeed asks for it again for each group, which would wait for the last one's update. Where it is within the bound
+    the gradients, which would be multiplied by 1, are left alone.
     """
     assert optimizer.compute_grad_norm
     take, clip = optimizer.scaled_global_norm, optimizer.unscale_and_clip_grads
     optimizer.has_overflow = lambda partition_gradients=True: False
+    optimizer.get_grad_norm_direct = functools.partial(norm_of_group, optimizer.device)
     optimizer.scaled_global_norm = lambda norm_type=2: take(norm_type).cpu()
     optimizer.unscale_and_clip_grads = lambda groups, norm: (
         None if float(norm) + CLIP_EPSILON <= optimizer.clip_grad else clip(groups, norm)
     )
+
+
+def norm_of_group(device: str, gradients: list[Tensor], params: list[nn.Parameter]) -> Tensor:
+    """Over all ranks, fp32; -1 where it is not finite, as DeepSpeed has it. Collective: every rank must call.
+
+    DeepSpeed's numbers: each tensor's norm and their sum in fp64. On a GPU the order of an fp64 sum is another one,
+    which fp32 does not show. gradients: may end with what fills this rank's part up.
+    """
+    filled = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+    own = [gradient for gradient, _ in zip(filled, params)]
+    norms = torch._foreach_norm(own, 2, dtype=torch.float64) if own else []
+    total = torch.stack(norms).square().sum().float() if norms else torch.zeros((), device=device)
+    if dist.get_world_size() > 1:
+        with COMMUNICATION.waiting():
+            dist.all_reduce(total)
+    norm = total.sqrt()
+    return torch.where(norm.isfinite(), norm, torch.full_like(norm, -1.0))
 
 
 def build_context(stage: int, ds_config: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:

@@ -268,6 +268,35 @@ def flat_gradients(ds: str, misplaced: int = 0) -> dict[str, Any]:
     return result
 
 
+def norms(ds: str, optim: str = "adamw") -> list[tuple[float, float]]:
+    """The norm of each group in two steps, and in a third of which the last rank's gradients are NaN; each beside what
+    DeepSpeed finds for the same gradients."""
+    runtime = engine_runtime.start()
+    run = Run(ds, runtime=runtime, steps=3, flat=False, optim={"name": optim})
+    zero, found = run.student.engine.optimizer, []
+    own, theirs = zero.get_grad_norm_direct, type(zero).get_grad_norm_direct
+
+    def compared(*words: Any) -> Tensor:
+        norm = own(*words)
+        found.append((norm.item(), theirs(zero, *words).item()))
+        return norm
+
+    zero.get_grad_norm_direct = compared
+    run.step(0)
+    run.step(1)
+    admit = run.guards.admit
+
+    def poison(losses: Losses) -> Tensor:
+        if runtime.rank == runtime.world_size - 1:
+            losses.total.register_hook(lambda grad: grad * math.nan)
+        return admit(losses)
+
+    run.guards.admit = poison  # type: ignore[method-assign]
+    run.step(2)
+    engine_runtime.stop(runtime)
+    return found
+
+
 def _break(run: Run, what: str, split: int) -> None:
     student = run.student
     if what == "boundary":
