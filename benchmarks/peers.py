@@ -9,7 +9,8 @@ its --precision amp_bf16. It pads every text to 77 tokens, as it does in trainin
 wants timm 0.5.4, which `pip install --no-deps --target FOLDER timm==0.5.4` puts beside the installed one. Its step is
 its own model, loss and AdamW without its loop's reads and logging (that its losses are ours under compat=release, from
 the same weights, is tests/parity's to show). Ours runs at ZeRO 1 with every exact saving, through the run's own
-`train_step`, photometric changes included, which the others do not make. Rows as in benchmarks/step.py.
+`train_step`, photometric changes included, which the others do not make. Rows as in benchmarks/step.py; the peak of
+memory is that of all these models together.
 """
 
 import argparse

@@ -9,8 +9,8 @@ One process, one row a recipe and variation; their steps take turns, so that wha
 alike. A step is the run's own `train_step`: photometric changes, teacher, masks, losses, backward, optimizer, average.
 On a CPU in fp32, on a GPU in bf16, at ZeRO 1 unless --set says otherwise. Printed: median, fastest and slowest step,
 samples/s, TFLOP of a step as torch counts them, their rate against a large matrix product's in the same process (and
-against the maker's peak, where --peak gives it), peak memory of the device, and operations (on a GPU: kernels, copies
-and synchronisations) of one step.
+against the maker's peak, where --peak gives it), the device's peak memory (of the process, with all recipes in it:
+benchmarks/gpu.py has a process a recipe), and operations (on a GPU: kernels, copies and synchronisations) of one step.
 
 Variations: all (every saving), none (no saving, texts padded to the whole context), the name of one saving alone, or
 texts_trimmed (none, but texts cut to the longest of the batch).

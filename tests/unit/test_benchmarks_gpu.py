@@ -1,6 +1,9 @@
-"""A row of benchmarks/gpu.py is of what its name says: switches that are not there, or change nothing, are refused."""
+"""A row of benchmarks/gpu.py is of what its name says: switches that are not there, or change nothing, are refused; a
+loader is timed at its own rate; losses beyond their limit fail."""
 
+import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,3 +82,63 @@ def test_a_part_that_falls_back_is_in_the_row_and_fails_the_cell(
     compiled, eager = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert eager["not_compiled"] == [] and codes == [1, 0]
     assert compiled["not_compiled"][0].startswith("engine.compile: the part runs uncompiled")
+
+
+def given(cells: list[str], data: Path | None = None, release: Path | None = None) -> Any:
+    return gpu.argparse.Namespace(cells=cells, data=data, release=release)
+
+
+def test_a_list_of_cells_leaves_out_what_has_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = gpu.expanded(given(["owed", "clip-tiny"], tmp_path, tmp_path))
+    assert whole == [*gpu.SETS["owed"], "clip-tiny"]
+    without = gpu.expanded(given(["owed"]))
+    left = [cell for cell in whole if cell.startswith(("fed:", "release:"))]
+    assert len(left) == 2 and without == [cell for cell in gpu.SETS["owed"] if cell not in left]
+    printed = capsys.readouterr().out
+    assert all(f"{cell}: left out, it needs --" in printed for cell in left)
+    with pytest.raises(SystemExit, match="release:b16: it needs --release"):
+        gpu.expanded(given(["release:b16"], data=tmp_path))
+
+
+def test_every_cell_of_a_list_is_understood() -> None:
+    """Its settings are those of a recipe: a key that is not there would cost a call on the device."""
+    for cell in {cell for cells in gpu.SETS.values() for cell in cells}:
+        kind, _, rest = cell.rpartition(":")
+        if kind in ("open_clip", "open_clip-compiled", "release"):
+            assert rest in gpu.peers.SIZES
+            continue
+        recipe, batch, variations, words = gpu.parse_cell(rest, compiles=kind.startswith("exact"))
+        config = gpu.steps.settings_of(recipe, words, batch, Path("scenes"))
+        assert variations == ["all"] and config.batch.global_size == batch
+
+
+@pytest.mark.parametrize(("compiled", "built"), [("open_clip:b16", False), ("open_clip-compiled:b16", True)])
+def test_open_clip_is_one_model_a_process(compiled: str, built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one beside it would count as its memory."""
+    made: list[bool] = []
+    monkeypatch.setattr(gpu, "BATCHES", {"vitb16": 2})
+    monkeypatch.setattr(gpu.peers, "open_clip_step", lambda name, images, ids, compiled: made.append(compiled) or print)
+    batch, works = gpu.build(gpu.argparse.Namespace(tokens=(8, 8)), compiled)
+    assert batch == 2 and list(works) == [compiled] and made == [built]
+
+
+def test_what_was_made_ahead_is_taken_first() -> None:
+    """14 workers with 4 chunks of 64 each: 14 batches of 256, and what the thread behind them holds."""
+    batches = itertools.count()
+    gpu.drain(batches, workers=14, prefetch=4, batch_size=256)
+    assert next(batches) == 16
+    batches = itertools.count()
+    gpu.drain(batches, workers=2, prefetch=4, batch_size=32)
+    assert next(batches) == 10
+
+
+@pytest.mark.parametrize(("difference", "is_wrong"), [(0.9e-5, False), (1.1e-5, True), (math.nan, True)])
+def test_losses_beyond_their_limit_fail_the_cell(
+    difference: float, is_wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    row = {"name": "exact-fp32:x", "wrong": gpu.beyond(difference, gpu.FP32_LIMIT)}
+    monkeypatch.setitem(gpu.KINDS, "exact-fp32", lambda args, cell: [row])
+    gpu.run_cell(gpu.argparse.Namespace(cell="exact-fp32:x", out=tmp_path / "rows.jsonl"))
+    assert codes == [int(is_wrong)] and ("at most 1.0e-05" in row["wrong"]) == is_wrong
