@@ -120,7 +120,8 @@ def slurm_port(env: Mapping[str, str]) -> int:
 
 
 def _from_ranks(env: Mapping[str, str]) -> Placement:
-    """torchrun, deepspeed, accelerate launch and --procs all set torch's own variables."""
+    """torchrun, deepspeed, accelerate launch and --procs all set torch's own variables; so do, in srun's tasks,
+    pyxis and `export RANK=$SLURM_PROCID`."""
     missing = [name for name in NEEDED if not env.get(name)]
     if missing:
         found = ", ".join(f"{name}={env[name]}" for name in NEEDED if env.get(name))
@@ -131,17 +132,25 @@ def _from_ranks(env: Mapping[str, str]) -> Placement:
     rank, world_size, local_rank = (_integer(env, name) for name in NEEDED[:3])
     launcher = _rank_launcher(env)
     _check_range(rank, world_size, "RANK", "WORLD_SIZE")
-    if launcher == "environment" and _in_slurm_step(env) and _integer(env, "SLURM_NTASKS") > 1:
+    if launcher == "environment" and _in_slurm_step(env):
         task = _integer(env, "SLURM_PROCID")
-        if task != rank:
+        if task != rank and _integer(env, "SLURM_NTASKS") > 1:
             raise UserError(
                 f"environment: RANK={rank} but SLURM_PROCID={task}; RANK and WORLD_SIZE were exported before"
                 f" srun: unset them"
             )
+        counts = expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE") or "0")
+        if task == rank and sum(counts) == world_size:  # srun's ranks under torch's names, which say nothing of nodes
+            return _from_slurm(env)
     local_world_size = _integer(env, "LOCAL_WORLD_SIZE", _integer(env, "LOCAL_SIZE", 0))
     num_nodes = _integer(env, "GROUP_WORLD_SIZE", _integer(env, "CROSS_SIZE", 0))
+    if not local_world_size and not num_nodes and world_size > 1:
+        raise UserError(
+            f"environment: WORLD_SIZE={world_size} but LOCAL_WORLD_SIZE not set, the number of ranks on a node: set it"
+            f" too, or start with torchrun, srun or --procs"
+        )
     if not local_world_size:
-        local_world_size = world_size // num_nodes if num_nodes else world_size
+        local_world_size = world_size // (num_nodes or 1)
     _check_range(local_rank, local_world_size, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     num_nodes = num_nodes or -(-world_size // local_world_size)
     node_rank = _integer(env, "GROUP_RANK", _integer(env, "CROSS_RANK", rank // local_world_size))

@@ -311,7 +311,8 @@ def test_a_length_of_no_step_is_refused() -> None:
 def test_a_mistake_is_reported_by_one_rank(
     rank: int, words: list[str], is_reported: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launched = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    launched = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
     for name, value in launched.items():
         monkeypatch.setenv(name, str(value))
     assert cli.main(["recipes", *words]) == 2

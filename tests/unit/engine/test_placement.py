@@ -143,11 +143,30 @@ def test_torchrun_inside_srun_is_torchruns() -> None:
     assert discover(SRUN | TORCHRUN).launcher == "torchrun"
 
 
-def test_ranks_exported_by_hand_from_srun_are_fine_and_stale_ones_are_not() -> None:
-    by_hand = SRUN | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "9000"}
-    assert discover(by_hand).rank == 3
+BY_HAND = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "9000"}
+
+
+def test_ranks_exported_by_hand_from_srun_are_sruns_and_stale_ones_are_not() -> None:
+    """As pyxis does, and many a script: torch's names of ranks, which say nothing of nodes. Slurm's do."""
+    by_hand = SRUN | BY_HAND
+    assert discover(by_hand) == Placement(3, 4, 1, 2, 1, 2, "node1", 9000, "srun")
     with pytest.raises(UserError, match="SLURM_PROCID=3"):
         discover(by_hand | {"RANK": "0"})
+    uneven = {"SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURM_LOCALID": "0", "LOCAL_RANK": "0"}
+    assert discover(by_hand | uneven) == Placement(3, 4, 0, 1, 1, 2, "node1", 9000, "srun")
+    with_size = by_hand | uneven | {"LOCAL_WORLD_SIZE": "1"}  # from which alone every rank would be a node
+    assert discover(with_size).num_nodes == 2
+
+
+def test_ranks_exported_by_hand_whose_nodes_nobody_knows() -> None:
+    other_size = SRUN | BY_HAND | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NTASKS": "8"}
+    for env in (BY_HAND, other_size):
+        with pytest.raises(UserError, match="LOCAL_WORLD_SIZE not set") as caught:
+            discover(env)
+        assert "\n" not in str(caught.value)
+        assert discover(env | {"LOCAL_WORLD_SIZE": "2"}) == Placement(3, 4, 1, 2, 1, 2, "node1", 9000, "environment")
+    alone = BY_HAND | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    assert discover(alone) == Placement(0, 1, 0, 1, 0, 1, "node1", 9000, "environment")
 
 
 def test_mpirun() -> None:
@@ -209,5 +228,6 @@ def test_device_of_a_rank() -> None:
     assert device_index(srun, 1) == 0, "--gpus-per-task=1: every task sees one GPU, its own"
     assert device_index(torchrun, 2) == 1
     assert device_index(discover({}), 1) == 0
+    assert device_index(discover(SRUN | BY_HAND), 1) == 0, "the same under torch's names"
     with pytest.raises(UserError, match="2 ranks on node 1 but 1 visible"):
         device_index(torchrun, 1)
