@@ -3,11 +3,12 @@
 Everything but `__init__`'s fields is collective: every rank must call, in the same order.
 """
 
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from amclip_ds.ranks.collectives import cpu_group
 
 SPARE_S = 60.0  # what a collective may wait beyond a save's own limit, so that the limit is named, not the collective
 
@@ -22,7 +23,7 @@ class Ranks:
         self.world_size = dist.get_world_size() if is_world else 1
         self._group: Any = None
         if is_world:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s + SPARE_S))
+            self._group = cpu_group(timeout_s + SPARE_S)
 
     @property
     def is_main(self) -> bool:

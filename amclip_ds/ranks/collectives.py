@@ -3,16 +3,18 @@
 Everything here is collective: every rank must call, in the same order.
 """
 
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from amclip_ds.errors import AmclipError
+from amclip_ds.errors import AmclipError, in_one_line
 from amclip_ds.ranks.communication_time import COMMUNICATION
 
 T = TypeVar("T")
@@ -140,6 +142,17 @@ def _begin_exchange(x: Tensor, step: int) -> Callable[[], Tensor]:
         return received
 
     return finish
+
+
+def cpu_group(timeout_s: float) -> dist.ProcessGroup:
+    """A gloo group of all ranks, whose collectives wait no longer. Raises AmclipError where gloo does not connect."""
+    try:
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    except (dist.DistError, RuntimeError, ValueError) as error:  # NCCL may well have found its interface by itself
+        raise AmclipError(
+            f"rank {my_rank()} on {socket.gethostname()} could not meet the others through gloo (where the host's name"
+            f" resolves to 127.0.1.1: GLOO_SOCKET_IFNAME=the interface): {in_one_line(error, 300)}"
+        ) from error
 
 
 def my_rank() -> int:

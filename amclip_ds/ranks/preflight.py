@@ -11,8 +11,6 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
-from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ import torch.distributed as dist
 
 from amclip_ds.errors import AmclipError, UserError, in_one_line
 from amclip_ds.ranks.bandwidth import measure_collectives, measure_pairs, name_outliers
+from amclip_ds.ranks.collectives import cpu_group
 from amclip_ds.ranks.runtime import Runtime
 from amclip_ds.shards.sources import is_remote
 
@@ -46,8 +45,6 @@ class Facts:
     config: str
     versions: str
     clock_s: float
-    device: str
-    """Identity of the GPU; empty on a CPU."""
     gpu_free: int = 0
     gpu_total: int = 0
     disk_error: str = ""
@@ -158,7 +155,6 @@ def judge(facts: Sequence[Facts]) -> Judgement:
         verdict.mistakes.append(
             f"data.train: {blind[0].missing_shards[0]} cannot be read on {_nodes(blind)}{_exclude(blind, facts)}"
         )
-    verdict.mistakes += _shared_gpus(facts)
     verdict.warnings += _busy_gpus(facts) + _wrong_clocks(facts)
     return verdict
 
@@ -192,7 +188,7 @@ def missing_of(shards: Sequence[str]) -> list[str]:
 
 def _meet() -> dist.ProcessGroup:
     """A gloo group for objects, after every rank has shown up. Collective. Raises AmclipError naming who did not."""
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=ANSWER_TIMEOUT_S))
+    group = cpu_group(ANSWER_TIMEOUT_S)
     try:
         dist.monitored_barrier(group=group, wait_all_ranks=True)
     except RuntimeError as error:
@@ -203,10 +199,9 @@ def _meet() -> dist.ProcessGroup:
 
 def _gpu_facts(device: torch.device) -> dict:
     if device.type != "cuda":
-        return {"device": ""}
+        return {}
     free, total = torch.cuda.mem_get_info(device)
-    properties = torch.cuda.get_device_properties(device)
-    return {"device": str(properties.uuid), "gpu_free": free, "gpu_total": total}
+    return {"gpu_free": free, "gpu_total": total}
 
 
 def _odd_ones(facts: Sequence[Facts], name: str) -> tuple[list[Facts], str]:
@@ -214,17 +209,6 @@ def _odd_ones(facts: Sequence[Facts], name: str) -> tuple[list[Facts], str]:
     values = [getattr(fact, name) for fact in facts]
     usual = max(values, key=lambda value: (values.count(value), value == values[0]))
     return [fact for fact, value in zip(facts, values) if value != usual], usual
-
-
-def _shared_gpus(facts: Sequence[Facts]) -> list[str]:
-    lines = []
-    for a, b in combinations(facts, 2):
-        if a.device and (a.host, a.device) == (b.host, b.device):
-            lines.append(
-                f"ranks {a.rank} and {b.rank} share one GPU of {a.host} ({a.device}): start one rank per GPU"
-                f" (--gpus-per-node, or --gpus-per-task=1)"
-            )
-    return lines
 
 
 def _busy_gpus(facts: Sequence[Facts]) -> list[str]:

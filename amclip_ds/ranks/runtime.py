@@ -215,13 +215,20 @@ def _init_process_group(place: Placement, port: int, device: "torch.device", tim
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its own lines would drown a run's
     where = f"{place.master_addr}:{port}"
     os.environ["MASTER_PORT"] = str(port)
+    timeout = timedelta(seconds=timeout_s)
     try:
+        store = None
+        if place.world_size > 1 and (gpu := _identity(device)):
+            # Kept until the others have met: its server is the meeting's, which would else begin anew on the port.
+            store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timeout))
+            check_gpus(store, place, gpu)
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo",
             auto_mpi_discovery=False,
             verbose=False,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timeout,
         )
+        del store
         time_engine_collectives()
     except (torch.distributed.DistError, RuntimeError, ValueError) as error:
         text = in_one_line(error, 300)
@@ -231,3 +238,41 @@ def _init_process_group(place: Placement, port: int, device: "torch.device", tim
             f"rank {place.rank} on {socket.gethostname()} could not meet the others at {where}"
             f" (MASTER_ADDR, MASTER_PORT; {place.world_size} ranks, {timeout_s:.0f} s): {text}"
         ) from error
+
+
+def _identity(device: "torch.device") -> str:
+    """What a GPU is known by; empty for a CPU."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def check_gpus(store: "torch.distributed.Store", place: Placement, gpu: str) -> None:
+    """That no two ranks have one GPU. Asked of the store where the ranks meet: NCCL's first word would be an error of
+    its own, and it has it while it connects. Collective: every rank must call. Raises UserError, the same everywhere.
+    """
+    import torch.distributed
+
+    host = socket.gethostname()
+    first = int(store.compare_set(f"amclip: {host} {gpu}", "", str(place.rank)))
+    if first != place.rank:
+        one, other = sorted((first, place.rank))
+        store.set(
+            "amclip: shared",
+            f"ranks {one} and {other} share one GPU of {host} ({gpu}): start one rank per GPU (--gpus-per-node, or"
+            f" --gpus-per-task=1)",
+        )
+    _wait_for_all(store, place, "asked")
+    if store.check(["amclip: shared"]):
+        error = UserError(store.get("amclip: shared").decode())
+        error.is_shared = True
+        with contextlib.suppress(torch.distributed.DistError, RuntimeError):  # rank 0, the store's host, may be gone
+            _wait_for_all(store, place, "answered")
+        raise error
+
+
+def _wait_for_all(store: "torch.distributed.Store", place: Placement, what: str) -> None:
+    """Until every rank is here. Collective: every rank must call."""
+    if store.add(f"amclip: {what}", 1) == place.world_size:
+        store.set(f"amclip: all {what}", "")
+    store.wait([f"amclip: all {what}"])

@@ -5,7 +5,9 @@ import socket
 
 import torch
 
-from amclip_ds.ranks import runtime
+from amclip_ds.checkpoint.ranks import Ranks
+from amclip_ds.errors import UserError
+from amclip_ds.ranks import preflight, runtime
 
 
 def meeting_case(taken_draws: int) -> int:
@@ -28,3 +30,32 @@ def meeting_case(taken_draws: int) -> int:
         torch.distributed.all_reduce(torch.ones(1))
         runtime.stop(started)
     return draws
+
+
+def gpus_case(gpus: list[str]) -> str:
+    """Meets with a GPU each, known by these names. Returns what was said against that."""
+    runtime._identity = lambda device: gpus[int(os.environ["RANK"])]  # type: ignore[assignment]
+    try:
+        started = runtime.start(30)
+    except UserError as error:
+        assert error.is_shared, "else every rank would print it"
+        return str(error)
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    runtime.stop(started)
+    assert total.item() == len(gpus)
+    return ""
+
+
+def no_interface_case() -> list[str]:
+    """What the groups of a node say whose interface gloo does not find, though the ranks have met."""
+    started = runtime.start(30)
+    os.environ["GLOO_SOCKET_IFNAME"] = "nosuch0"
+    said = []
+    for group in (Ranks, preflight._meet):
+        try:
+            group()
+        except runtime.AmclipError as error:
+            said.append(str(error))
+    runtime.stop(started)
+    return said

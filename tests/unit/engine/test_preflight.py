@@ -8,9 +8,7 @@ from amclip_ds.ranks.bandwidth import name_outliers, tournament
 from amclip_ds.ranks.preflight import Facts, code_hash, judge, missing_of, write_probe
 
 FIT = [
-    Facts(
-        rank, f"node{1 + rank // 2}", "c0de", "c0f1", "torch 2", 100.0, f"gpu{rank % 2}", 79_000_000_000, 80_000_000_000
-    )
+    Facts(rank, f"node{1 + rank // 2}", "c0de", "c0f1", "torch 2", 100.0, 79_000_000_000, 80_000_000_000)
     for rank in range(6)
 ]
 
@@ -44,11 +42,6 @@ def test_nobody_is_left_out_when_every_node_fails() -> None:
         [replace(fact, disk_error="cannot write in runs/x: Read-only file system") for fact in FIT]
     ).mistakes
     assert "exclude" not in line
-
-
-def test_two_ranks_on_one_gpu() -> None:
-    (line,) = judge([FIT[0], replace(FIT[1], device="gpu0"), *FIT[2:]]).mistakes
-    assert "ranks 0 and 1 share one GPU of node1" in line
 
 
 def test_a_taken_gpu_and_a_wrong_clock_are_warnings() -> None:
