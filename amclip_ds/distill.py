@@ -50,7 +50,7 @@ class FrozenTeacher:
             self.towers: Towers = _library(located, student, device) or _own(located, student, device)
         except UserError as error:
             text = str(error)
-            raise UserError(text if text.startswith("distill.teacher: ") else f"distill.teacher: {text}") from None
+            raise type(error)(text if text.startswith("distill.teacher: ") else f"distill.teacher: {text}") from None
         self.about = f"distill.teacher: the {located.weights[-1]} of {located.path}, step {located.step}, frozen"
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ def check_export(source: str) -> None:
     try:
         check_kind(locate(source))
     except UserError as error:
-        raise UserError(f"distill.teacher: {error}") from None
+        raise type(error)(f"distill.teacher: {error}") from None
 
 
 def check_kind(located: Located) -> None:

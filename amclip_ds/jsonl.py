@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds.errors import UserError
-from amclip_ds.files import describe, open_regular, open_to_append, removed_on_error
+from amclip_ds.files import not_read, open_regular, open_to_append, removed_on_error
 from amclip_ds.redact import redact
 from amclip_ds.run_files import STEP
 
@@ -98,7 +98,7 @@ def read(path: Path, fields: Mapping[str, type] = {}, limit: int = MAX_READ) -> 
             elif line.endswith(b"\n"):
                 unreadable += 1
     except OSError as error:
-        raise UserError(f"{path}: {describe(error)}") from None
+        raise not_read(str(path), error) from None
     return rows, unreadable
 
 
@@ -110,7 +110,7 @@ def each(path: Path, fields: Mapping[str, type] = {}) -> Iterator[dict[str, Any]
             if row is not None:
                 yield row
     except OSError as error:
-        raise UserError(f"{path}: {describe(error)}") from None
+        raise not_read(str(path), error) from None
 
 
 def left_out(path: Path, unreadable: int) -> list[str]:

@@ -12,6 +12,7 @@ from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.train_sources import check_inputs
 from amclip_ds.engine.ds_config import FP8_TEACHER, check_fp8, check_optimizer, check_torchao, read_ds_config
 from amclip_ds.errors import UserError
+from amclip_ds.files import not_read
 from amclip_ds.model.config import ModelConfig, VisionConfig, check_teacher_fits, other_width
 from amclip_ds.plan.shapes import tower_of
 from amclip_ds.shards.stage import check_stage
@@ -140,7 +141,7 @@ def check_folder(folder: Path) -> None:
     except NotADirectoryError:
         raise UserError(f"run.out: {folder} cannot be written: it is a file, or below one; name a folder") from None
     except OSError as error:
-        raise UserError(f"run.out: {folder} cannot be read: {error.strerror}") from None
+        raise not_read(f"run.out: {folder} cannot be read", error) from None
     strange = [name for name in names if name not in BESIDE and not name.startswith(".") and not name.endswith(OUTPUT)]
     if strange and not OURS & set(names):
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""

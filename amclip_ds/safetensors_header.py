@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds.errors import UserError, in_one_line
-from amclip_ds.files import describe, open_regular
+from amclip_ds.files import not_read, open_regular
 
 BITS = {
     "BOOL": 8,
@@ -71,7 +71,7 @@ def read(path: Path, *, follow: bool = True) -> Header:
                 raise UserError(f"{path}: its header claims {length} bytes in a file of {size}")
             header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
     except OSError as error:
-        raise UserError(f"{path}: {describe(error)}") from None
+        raise not_read(str(path), error) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a safetensors file: {in_one_line(error, 200)}") from None
     if not isinstance(header, dict):

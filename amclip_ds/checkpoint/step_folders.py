@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from amclip_ds.errors import UserError
+from amclip_ds.files import not_read
 
 MANIFEST = "manifest.json"
 """What a checkpoint's folder holds, whatever its name."""
@@ -22,6 +22,6 @@ def list_steps(checkpoints: Path) -> list[tuple[int, Path]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"{checkpoints}: cannot be read: {error.strerror}") from None
+        raise not_read(f"{checkpoints}: cannot be read", error) from None
     steps = [(int(match[1]), match[0]) for name in names if (match := STEP_FOLDER.fullmatch(name))]
     return sorted((step, checkpoints / name) for step, name in steps if name == folder_name(step))

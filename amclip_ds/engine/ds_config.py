@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amclip_ds.errors import UserError
+from amclip_ds.errors import NotRead, UserError
 from amclip_ds.files import read_json
 from amclip_ds.model.savings import Savings
 
@@ -65,6 +65,8 @@ def read_ds_config(config: EngineConfig) -> dict[str, Any]:
         raise UserError(f"engine.deepspeed: no file {config.deepspeed!r}; ds_configs/ has {known}")
     try:
         ds = read_json(path, dict, 1 << 20)
+    except NotRead as error:
+        raise NotRead(f"engine.deepspeed: {error}") from None
     except UserError as error:
         raise UserError(f"engine.deepspeed: {error}: not a DeepSpeed config in JSON") from None
     if not isinstance(ds.get("zero_optimization", {}), dict):

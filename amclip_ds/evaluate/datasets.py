@@ -25,7 +25,7 @@ from amclip_ds.data.plain_text import BadText, decode, lines, parse_object, visi
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import folders, names, winogavil
 from amclip_ds.evaluate.set_names import GROUPED, known_name
-from amclip_ds.files import describe, is_regular, open_regular, read_text
+from amclip_ds.files import is_regular, not_read, open_regular, read_text
 from amclip_ds.images import BadImage, open_image
 from amclip_ds.shards import sources
 from amclip_ds.shards.grouping import ADVICE, MAX_IMAGE_BYTES, Group, group, left_out_name, scattered
@@ -72,7 +72,7 @@ class Sample:
                 raise BadImage("too large", f"more than {MAX_IMAGE_BYTES} bytes")
             return open_image(content, MAX_PIXELS).picture(self.plain)
         except OSError as error:
-            raise UserError(f"{self.place}: {describe(error)}") from None
+            raise not_read(self.place, error) from None
         except BadImage as error:
             own = f" ({error.detail})" if error.detail else ""
             raise UserError(f"{self.place} cannot be read as an image: {error}{own}") from None
@@ -156,9 +156,11 @@ def open_set(
         return _open_set(spec, split, task, classnames, templates, key)
     except UserError as error:
         is_of_another = str(error).startswith(("--classnames: ", "--templates: "))
-        raise error if is_of_another else UserError(f"{key}: {str(error).removeprefix(f'{key}: ')}") from None
-    except (OSError, ValueError) as error:  # a folder that may not be read, a name that no file system takes
-        raise UserError(f"{key}: {printable(spec)}: {getattr(error, 'strerror', None) or error}") from None
+        raise error if is_of_another else type(error)(f"{key}: {str(error).removeprefix(f'{key}: ')}") from None
+    except OSError as error:  # a folder that may not be read
+        raise not_read(f"{key}: {printable(spec)}", error) from None
+    except ValueError as error:  # a name that no file system takes
+        raise UserError(f"{key}: {printable(spec)}: {error}") from None
 
 
 def open_sets(specs: Sequence[str], key: str) -> list[EvalSet]:
@@ -187,7 +189,7 @@ def check_sets(spec: str | None, key: str = "eval.data") -> list[str]:
         try:
             data.samples[0].read()
         except UserError as error:
-            raise UserError(f"{key}: {error}") from None
+            raise type(error)(f"{key}: {error}") from None
     return [data.describe() for data in sets]
 
 
@@ -242,7 +244,7 @@ def _named_by(option: str, choice: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise error if choice == "folder" else UserError(f"{option}: {error}") from None
+        raise error if choice == "folder" else type(error)(f"{option}: {error}") from None
 
 
 def _games(table: Path, spec: str) -> EvalSet:

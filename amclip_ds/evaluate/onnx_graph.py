@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds.errors import UserError, in_one_line
-from amclip_ds.files import read_bytes
+from amclip_ds.files import not_read, read_bytes
 from amclip_ds.model.weight_files import inside
 
 MAX_GRAPH = 1 << 30  # bytes; a graph with its weights inside ends at 2 GB in any case
@@ -33,7 +33,7 @@ def open_graph(path: Path, providers: list[str]) -> Any:
     try:
         content = read_bytes(inside(path.parent, path), MAX_GRAPH)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise not_read(str(path), error) from None
     try:
         model = onnx.load_model_from_string(content)
     except Exception as error:  # of protobuf

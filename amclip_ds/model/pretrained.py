@@ -222,11 +222,11 @@ def _files_of(path: Path, weights: str) -> list[Path]:
             return [path / f"{weights}.safetensors"]
         return weight_files(path, WHOLE)
     except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
+        raise type(error)(f"model.init_from: {error}") from None
 
 
 def _keys(file: Path) -> list[str]:
     try:
         return list(safetensors_header.read(file).entries)
     except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
+        raise type(error)(f"model.init_from: {error}") from None

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from amclip_ds import jsonl, plain_yaml, run_files
 from amclip_ds.errors import UserError
-from amclip_ds.files import describe, read_json
+from amclip_ds.files import not_read, read_json
 from amclip_ds.record import read_verdict
 from amclip_ds.report.incidents import Incidents
 
@@ -141,7 +141,7 @@ def _rows(path: Path, fields: dict[str, type], unreadable: dict[str, int]) -> It
             elif line.endswith(b"\n"):
                 unreadable[path.name] = unreadable.get(path.name, 0) + 1
     except OSError as error:
-        raise UserError(f"{path}: {describe(error)}") from None
+        raise not_read(str(path), error) from None
 
 
 def _latest(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from amclip_ds import run_files
 from amclip_ds.errors import UserError
-from amclip_ds.files import open_regular
+from amclip_ds.files import not_read, open_regular
 from amclip_ds.shards.kinds import COMPRESSED, HEAD, IMAGES, NAMES, PACK, kind_by_name, kind_of
 from amclip_ds.shards.tar import Member, printable, scan, split_name
 
@@ -94,7 +94,7 @@ def check_index_folder(folder: Path, key: str) -> None:
     except NotADirectoryError:
         raise UserError(f"{key}: {folder} is a file, or below one; name a folder") from None
     except OSError as error:
-        raise UserError(f"{key}: {folder} cannot be read: {error.strerror}") from None
+        raise not_read(f"{key}: {folder} cannot be read", error) from None
     strange = [name for name in names if not is_of_index(name)]
     if strange:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""

@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from amclip_ds import files
+from amclip_ds import distill, files, jsonl
+from amclip_ds.checkpoint import step_folders
 from amclip_ds.data import prepare
+from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import FAULT, MISTAKE, NotRead, UserError
+from amclip_ds.evaluate import datasets
+from amclip_ds.model import pretrained
 from amclip_ds.shards.index import Index, build_index
+from amclip_ds.shards.inputs import check_index_folder
 from tests.conftest import ROOT
 from tests.unit.data.shards import write_shards
 
@@ -104,3 +109,37 @@ def test_what_cannot_be_read_just_now_is_the_machines_fault(
     if code == FAULT:
         with pytest.raises(NotRead, match="data.index: .*once that is over, the same command resumes"):
             prepare.stale_index(path.parent, shards, lambda: None)
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ESTALE, FAULT), (errno.EACCES, MISTAKE)])
+def test_who_names_the_key_keeps_whose_fault_it_is(
+    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A setting put before the error had made code 2 of code 1, a mistake that a restart would only repeat."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "student.safetensors", "pairs.tar", "attempts.jsonl"):
+        (run / name).write_bytes(b"x" * 1024)
+    readers = {
+        "eval.data: ": lambda: datasets.open_set(str(run / "pairs.tar"), key="eval.data"),
+        "distill.teacher: ": lambda: distill.check_export(str(run)),
+        "model.init_from: ": lambda: pretrained._keys(run / "student.safetensors"),
+        "engine.deepspeed: ": lambda: read_ds_config(EngineConfig()),
+        "data.index: ": lambda: check_index_folder(run, "data.index"),
+        f"{run}/attempts.jsonl: ": lambda: jsonl.read(run / "attempts.jsonl"),
+        f"{run}: cannot be read: ": lambda: step_folders.list_steps(run),
+    }
+
+    def failing(*words: object, **named: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    for begins, read in readers.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "open", failing)
+            patched.setattr(os, "listdir", failing)
+            with pytest.raises(UserError) as caught:
+                read()
+        assert str(caught.value).startswith(begins) and os.strerror(number) in str(caught.value), caught.value
+        assert caught.value.exit_code == code, caught.value
+        if code == FAULT:
+            assert str(caught.value).endswith("once that is over, the same command resumes"), caught.value

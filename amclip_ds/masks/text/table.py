@@ -38,7 +38,7 @@ def read(path: str, holds: str) -> Table:
         content = files.read_bytes(Path(path), MAX_BYTES)
         held = json.loads(content)
     except OSError as error:
-        raise UserError(f"data.text_mask.table: {path}: {files.describe(error)}") from None
+        raise files.not_read(f"data.text_mask.table: {path}", error) from None
     except (ValueError, RecursionError):
         raise UserError(f"data.text_mask.table: {path}: not a json file") from None
     words = held.get(holds) if isinstance(held, dict) else None
