@@ -105,18 +105,21 @@ def _has_patch(run: Path, reported: dict[str, Any]) -> bool:
 
 
 def _settings(run: Path, config: TrainConfig) -> Iterator[Finding]:
+    from amclip_ds.samples import FILES  # where they are; _data compares what they hold
+
     written = plain_yaml.read(run / run_files.CONFIG)
     flat = plain_yaml.flat(written) if isinstance(written, dict) else {}
     now = {key: value for key, value, _ in settings.explain(config)}
     file = run / run_files.CONFIG
     own = settings.load(str(file)) if config.plugins else settings.load_run(file)  # with the keys that plug-ins bring
     then = {key: value for key, value, _ in settings.explain(own)}
-    odd = [key for key, value in now.items() if key in then and then[key] != value and key != "run.out"]
+    odd = [key for key, value in now.items() if key in then and then[key] != value and key not in ("run.out", *FILES)]
     new = [key for key in now if key not in flat and key.split(".")[0] in written]
     if odd:
-        odd.sort(key=drift.is_free)  # those that change the numbers first
-        status = WARN if drift.is_free(odd[0]) else FAIL
-        yield Finding("settings", status, f"other values here: {', '.join(odd[:8])}", "leave those words out")
+        deciding = [key for key in odd if drift.decides(key, then[key], now[key])]
+        first = deciding + [key for key in odd if key not in deciding]
+        status = FAIL if deciding else WARN
+        yield Finding("settings", status, f"other values here: {', '.join(first[:8])}", "leave those words out")
     else:
         more = f" ({len(new)} keys are newer than the run, at their defaults)" if new else ""
         yield Finding("settings", OK, f"the same{more}; run.seed={config.run.seed}, compat={config.compat}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from amclip_ds import plain_yaml
+from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import UserError
 from amclip_ds.model.savings import Savings
 
@@ -34,6 +35,8 @@ FREE = {
     ),
     *("data.allow_pipe", "data.max_skip_rate", "data.on_change", "data.text_bucket"),
 }
+DEEPSPEED = "engine.deepspeed"
+AT_THE_START = {"model.init_from"}  # free at a resume alone, which has its weights from the checkpoint
 HASH_KEYS = {  # a hash of the manifest -> the key that names it
     "data": "data.train",
     "contents": "data.train",
@@ -77,6 +80,22 @@ def is_free(key: str) -> bool:
     return key in FREE or key.partition(".")[0] in FREE_SECTIONS
 
 
+def decides(key: str, one: str, other: str) -> bool:
+    """Whether a run from its first step on comes to other numbers by another value of the key."""
+    if key == DEEPSPEED:
+        return _precision(one) != _precision(other)
+    return key in AT_THE_START or not is_free(key)
+
+
+def _precision(deepspeed: str) -> str:
+    """Of a DeepSpeed file: bf16 or fp32; its name where it is there no more."""
+    try:
+        ds = read_ds_config(EngineConfig(deepspeed=deepspeed, allow_untested=True))
+    except UserError:
+        return deepspeed
+    return "bf16" if ds.get("bf16", {}).get("enabled") else "fp32"
+
+
 def changes_between(
     saved_config: str,
     config: str,
@@ -95,7 +114,7 @@ def changes_between(
         if name in saved_hashes and name in hashes and saved_hashes[name] != hashes[name]:
             changes.append(Change(key, f"content {saved_hashes[name][:12]}", f"content {hashes[name][:12]}", False))
     if saved_precision != precision:
-        changes.append(Change("engine.deepspeed", saved_precision, precision, False))
+        changes.append(Change(DEEPSPEED, saved_precision, precision, False))
     return changes
 
 

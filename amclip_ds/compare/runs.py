@@ -13,7 +13,6 @@ from amclip_ds import plain_yaml, run_files
 from amclip_ds.checkpoint import drift
 from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.config import TrainConfig
-from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import UserError
 from amclip_ds.files import read_json, read_text
 from amclip_ds.plan.work import TERA, mean_operations, work_of
@@ -34,9 +33,8 @@ EQUAL = (
     "batch.global_size",
     "eval.data",
 )
-# Free to differ at a resume, which compares contents or has its weights from the checkpoint; a whole run is only read.
-OF_RESULTS = (*EQUAL, "data.text_mask.table", "model.init_from")
-DEEPSPEED = "engine.deepspeed"
+# Free to differ where contents are compared, which nobody does with a run that is only read.
+OF_RESULTS = (*EQUAL, "data.text_mask.table")
 UNITS = ("steps", "samples", "seconds", "flops")
 SHOWN = 4
 """differences that an error names"""
@@ -196,18 +194,8 @@ def _has_results(folder: Path) -> bool:
 
 def _decides(change: drift.Change) -> bool:
     """Whether a run's results depend on what has changed."""
-    if change.key == DEEPSPEED:
-        return _precision(change.saved) != _precision(change.present)
-    return change.key not in OURS and (not change.is_free or change.key in OF_RESULTS)
-
-
-def _precision(deepspeed: str) -> str:
-    """Of a DeepSpeed file: bf16 or fp32; its name where it is there no more."""
-    try:
-        ds = read_ds_config(EngineConfig(deepspeed=deepspeed, allow_untested=True))
-    except UserError:
-        return deepspeed
-    return "bf16" if ds.get("bf16", {}).get("enabled") else "fp32"
+    is_of_results = change.key in OF_RESULTS or drift.decides(change.key, change.saved, change.present)
+    return change.key not in OURS and is_of_results
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:

@@ -30,7 +30,11 @@ def make_run(folder: Path, *words: str, own: tuple[str, ...] = ()) -> Path:
     [
         ("optim.lr=3", 2, "fail", "other values here: optim.lr"),
         ("data.train=y.tar log.every_steps=7 run.seed=5", 2, "fail", "other values here: run.seed, "),
-        ("data.train=y.tar log.every_steps=7", 0, "warn", "other values here: data.train, log.every_steps"),
+        ("data.train=y.tar log.every_steps=7", 0, "warn", "other values here: log.every_steps"),
+        ("engine.deepspeed=zero1_bf16.json", 2, "fail", "other values here: engine.deepspeed"),
+        ("engine.deepspeed=zero1_fp32.json", 0, "warn", "other values here: engine.deepspeed"),
+        ("model.init_from=other", 2, "fail", "other values here: model.init_from"),
+        ("data.exclude=elsewhere.txt", 0, "ok", "the same"),
         ("run.out=elsewhere", 0, "ok", "the same"),
     ],
 )
