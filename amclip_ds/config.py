@@ -7,6 +7,7 @@ one's own may begin with `recipe: aclip-vitb16` and change what it likes.
 Every mistake is a UserError of one line that names the key and, where it is misspelt, the nearest valid one.
 """
 
+import contextlib
 import difflib
 import sys
 from collections import ChainMap
@@ -19,6 +20,7 @@ from typing import Any
 from amclip_ds import configfile, plain_yaml, run_files
 from amclip_ds import plugins as own
 from amclip_ds.checkpoint import CheckpointConfig
+from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.compat import COMPAT
 from amclip_ds.data.config import DataConfig, View, ViewConfig
 from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
@@ -263,7 +265,7 @@ def load(
 
     Of run.steps and run.epochs the one that is given last holds: on the command line, else in the outermost yaml.
     plugins: of --plugin. They are imported, as are installed ones of which a word of `overrides` names a mask or an
-    objective; what a yaml names is not.
+    objective; what a yaml names is not. What is refused of new runs (_refusals) is not of one that has begun so.
     """
     own.load(plugins)
     layers = _layers(recipe)
@@ -277,13 +279,33 @@ def load(
     loaded = _build(recipe, layers, overrides)
     loaded.plugins = own.identities()
     _check_together(loaded)
-    _check_training(loaded)
+    if refused := _refusals(loaded):
+        before = _refusals_before(recipe, loaded.run.out)
+        for refusal in refused:
+            if refusal not in before:
+                raise SettingsError(refusal)
     return loaded
+
+
+def _refusals_before(recipe: str, out: str) -> list[str]:
+    """What would be refused of the run whose own config.yaml the recipe is, and of the one of which run.out has a
+    checkpoint: an older version has trained it so, and it is repeated, read and resumed as it was."""
+    file, folder = Path(recipe), Path(out)
+    is_of_run = file.name == run_files.CONFIG and (file.parent / run_files.VERSIONS).is_file()
+    resumes = bool(list_steps(folder / run_files.CHECKPOINTS))
+    found: list[str] = []
+    for begun in [file] * is_of_run + [folder / run_files.CONFIG] * resumes:
+        layers = _layers(str(begun))
+        for _, layer in layers:
+            layer.pop("plugins", None)  # those that are loaded have brought their keys
+        with contextlib.suppress(UserError):  # of a plug-in that is not: nothing of such a run is let pass
+            found += _refusals(_build(str(begun), layers, ()))
+    return found
 
 
 def load_run(file: Path) -> TrainConfig:
     """The settings in a run's config.yaml, for whoever reads the run: none of its plug-ins is imported; their masks and
-    the keys of their objectives are left out. What would be refused of a run to come (_check_training) is not of one
+    the keys of their objectives are left out. What would be refused of a run to come (_refusals) is not of one
     that there is."""
     layers = _layers(str(file))
     loaded = _build(str(file), [(source, _without_plugins(layer)) for source, layer in layers], ())
@@ -551,16 +573,25 @@ def _check_together(config: TrainConfig) -> None:
         )
 
 
-def _check_training(config: TrainConfig) -> None:
-    """Raises SettingsError for a run that could not train, or not as its settings say."""
+def _refusals(config: TrainConfig) -> list[str]:
+    """Why a run could not train, or not as its settings say."""
+    found = []
+    for check in (_check_rate, _check_disjoint, _check_read_views):
+        try:
+            check(config)
+        except SettingsError as error:
+            found.append(str(error))
+    return found
+
+
+def _check_rate(config: TrainConfig) -> None:
+    """Raises SettingsError for a learning rate that would rise after its warm-up."""
     optim = config.optim
     if optim.final_lr > optim.lr > 0:
         raise SettingsError(
             f"optim.final_lr: {optim.final_lr:g} is above optim.lr, {optim.lr:g}: the rate would rise; set"
             f" optim.final_lr=0"
         )
-    _check_disjoint(config)
-    _check_read_views(config)
 
 
 def _check_masks(config: TrainConfig, grid: int) -> None:

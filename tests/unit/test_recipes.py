@@ -123,6 +123,33 @@ def test_a_rate_that_would_rise_is_refused_but_a_run_that_had_it_is_read(tmp_pat
     config.load("flip-tune-vitb16", [*words, "optim.lr=0"])  # nothing moves: no peak that it could be above
 
 
+def test_a_run_whose_settings_are_refused_by_now_is_repeated_and_resumed_as_it_was(tmp_path: Path) -> None:
+    """Else no run of flip-tune of before could be: it had the rate that is refused, and with another one it drifts."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    words = [*words_of("flip-tune"), f"run.out={run}", "optim.final_lr=1e-5"]
+    had = config.load("flip-tune-vitb16", words[:-1])
+    had.optim.final_lr = 1e-5
+    file = run / "config.yaml"
+    file.write_text(config.dump(had))
+    again = [f"run.out={tmp_path / 'again'}", "log.every_steps=1"]
+    for recipe, given in ((str(file), again), ("flip-tune-vitb16", words)):
+        with pytest.raises(UserError, match="^optim.final_lr: "):  # a yaml of that name alone, a run that never saved
+            config.load(recipe, given)
+    (run / "versions.json").write_text("{}")
+    (run / "checkpoints" / "step_00000005").mkdir()
+    assert config.load(str(file), again).optim.final_lr == 1e-5
+    assert config.load("flip-tune-vitb16", words).optim.final_lr == 1e-5
+    for key, other in (
+        ("optim.final_lr", "optim.final_lr=2e-5"),
+        ("loss.contrastive_weight", "loss.contrastive_weight=0"),
+    ):
+        own = words if key != "optim.final_lr" else words[:-1]
+        for recipe, given in ((str(file), again), ("flip-tune-vitb16", own)):
+            with pytest.raises(UserError, match=f"^{key}: "):  # it had none of these
+                config.load(recipe, [*given, other])
+
+
 METHODS_PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
 SECOND_STAGES = re.findall(r"`amclip train ([^`]*model\.init_from=[^`]*)`", METHODS_PAGE)
 

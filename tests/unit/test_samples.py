@@ -196,6 +196,11 @@ def test_samples_that_the_run_did_not_have_are_refused(run: Path, tmp_path: Path
     assert shown.is_compared and [row.sample.key for row in shown.rows] == [
         row.sample.key for row in samples.of_step(run, 1, [], False).rows
     ]
+    had = (run / "config.yaml").read_text()
+    assert "final_lr: 0.0" in had
+    (copy / "config.yaml").write_text(had.replace("final_lr: 0.0", "final_lr: 1.0"))  # refused of a run to come
+    (copy / "versions.json").write_text("{}")
+    assert samples.of_step(copy, 1, [f"data.train={moved}"], has_losses=False).rows == shown.rows
     with pytest.raises(UserError, match="STEP 2000001: the run has 2000000 steps"):
         samples.of_step(copy, 2000001, [], has_losses=False)
     (copy / "data.json").write_text(json.dumps({"hashes": hashes | {"contents": "other"}}))
