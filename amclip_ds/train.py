@@ -3,6 +3,7 @@
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -115,14 +116,17 @@ def evaluate(run: Run) -> None:
     """Student and teacher as they are, on the sets of eval.data. Collective: every rank must call.
 
     What fails is an incident and costs its own rows, never the run nor the checkpoint that was due. A stop ends it
-    after a batch: saves, keeps the rows that are whole, and raises Preempted; the resume makes the evaluation up.
+    after a batch: saves, keeps the rows that are whole, and raises Preempted; the resume makes the others. A second
+    stop of the same step leaves them to `amclip watch`: an evaluation that outlasts every attempt must not keep the run
+    from its next step.
     """
     run.checkpoints.settle()
     with run.meter.paused(), run.watchdog.during("evaluate"), run.timeline.during("evaluate"):
         if run.teacher is not None:
             run.teacher.publish()
+        recorded = on_main(partial(recorded_of, run))
         made, failures, stop = evaluate_engines(
-            run.student, run.teacher, run.config, run.runtime, run.state.step, run.stops.agreed
+            run.student, run.teacher, run.config, run.runtime, run.state.step, run.stops.agreed, recorded
         )
     if stop is not None:
         run.checkpoints.after_step(run.state, is_last=True)
@@ -131,9 +135,11 @@ def evaluate(run: Run) -> None:
         run.record.say(f"evaluation failed: {cause}; training continues")
         run.record.incident(FAILED, cause, action="training continues; `amclip watch` evaluates the checkpoint later")
     if stop is not None:
+        is_again = on_main(partial(was_stopped, run))
+        kind, who = (FAILED, "`amclip watch` evaluates it later") if is_again else (STOPPED, "the resume makes it")
         if run.runtime.is_main:
-            run.record.incident(STOPPED, stop, action="saved; made when the run resumes")
-        raise Preempted(f"{stop}; stopped in the evaluation of step {run.state.step}, which the resume makes")
+            run.record.incident(kind, stop, action=f"saved; {who}")
+        raise Preempted(f"{stop}; stopped in the evaluation of step {run.state.step}: {who}")
 
 
 def not_yet_recorded(run: Run, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -142,6 +148,29 @@ def not_yet_recorded(run: Run, made: list[dict[str, Any]]) -> list[dict[str, Any
         return rows.new(run.folder, made) if run.runtime.is_main else []
     except UserError:  # the file cannot be read: a row too many is better than one that is lost
         return made
+
+
+def recorded_of(run: Run) -> set[tuple[Any, ...]]:
+    """(weights, data set, task) of this step's rows: of a watch, or of this run before it was stopped. Rank 0 only."""
+    try:
+        return rows.of_step(run.folder, run.state.step)
+    except UserError:  # the file cannot be read: all are made
+        return set()
+
+
+def was_stopped(run: Run) -> bool:
+    """Whether an evaluation of this step was stopped before. Rank 0 only."""
+    try:
+        return STOPPED in kinds_of(run)
+    except UserError:  # the file cannot be read, which must not take the stop's place
+        return False
+
+
+def kinds_of(run: Run) -> list[str]:
+    """What became of earlier evaluations of this step: FAILED, MADE_UP, STOPPED. Rank 0 only. Raises UserError."""
+    incidents = each(run.folder / run_files.INCIDENTS, run_files.STEP | {"kind": str})
+    kinds = [row["kind"] for row in incidents if row["step"] == run.state.step]
+    return [kind for kind in kinds if kind in (FAILED, MADE_UP, STOPPED)]
 
 
 def evaluation_is_due(run: Run) -> bool:
@@ -160,9 +189,7 @@ def evaluation_is_missing(run: Run) -> bool:
 
     def is_missing() -> bool:
         try:
-            incidents = each(run.folder / run_files.INCIDENTS, run_files.STEP | {"kind": str})
-            kinds = [row["kind"] for row in incidents if row["step"] == run.state.step]
-            if next((kind for kind in reversed(kinds) if kind in (FAILED, MADE_UP, STOPPED)), STOPPED) != STOPPED:
+            if kinds_of(run)[-1:] not in ([], [STOPPED]):
                 return False
             sets = [open_set(spec, key="eval.data") for spec in specs_of(run.config)]
             return bool(rows.missing(run.folder, run.state.step, sets, weights))

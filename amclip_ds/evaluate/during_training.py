@@ -1,6 +1,6 @@
 """Evaluation between two steps: the engines as they are, student and teacher, on the sets of `eval.data`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,10 +41,12 @@ def evaluate_engines(
     runtime: Runtime,
     step: int,
     stop: Callable[[], str | None] = lambda: None,
+    recorded: Collection[tuple[str, ...]] = (),
 ) -> Evaluated:
     """Each set of eval.data with the student and, if there is one, the teacher.
 
-    A set that fails costs its own rows alone. stop: why the run is to stop, agreed among the ranks, or None; asked
+    A set that fails costs its own rows alone. recorded: (weights, data set, task) of rows that are not made again; the
+    same on every rank. stop: why the run is to stop, agreed among the ranks, or None; asked
     before every set and batch, and what it raises is raised. The teacher must be published whole.
     Collective: every rank must call.
     """
@@ -62,7 +64,8 @@ def evaluate_engines(
             _heed(stop)
             data = on_all(partial(open_set, spec, key="eval.data"))
             for encoder in encoders:
-                rows.append(run_task(data.task, encoder, data, config.eval.batch_size, DistributedComm(), step))
+                if (encoder.weights, data.name, data.task) not in recorded:
+                    rows.append(run_task(data.task, encoder, data, config.eval.batch_size, DistributedComm(), step))
         except _Stopped as stopped:
             return Evaluated(rows, failures, str(stopped))
         except RunStopped:  # by `stop`: another trainer has the folder

@@ -20,6 +20,11 @@ def new(run: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if tuple(row[name] for name in KEY) not in present]
 
 
+def of_step(run: Path, step: int) -> set[tuple[Any, ...]]:
+    """(weights, data set, task) of the rows that RUN/eval.jsonl has of a step."""
+    return {key[1:] for key in _present(run) if key[0] == step}
+
+
 def append_new(run: Path, rows: Sequence[dict[str, Any]]) -> int:
     """Appends the new ones of the rows. Returns how many. Raises AmclipError where the disk does not take them."""
     found = new(run, rows)

@@ -16,11 +16,12 @@ from amclip_ds.run import build_engines
 
 
 def evaluate(
-    ds: str, data: str, slices: bool = False, stop_at: int = 0
+    ds: str, data: str, slices: bool = False, stop_at: int = 0, recorded: tuple[tuple[str, ...], ...] = ()
 ) -> tuple[list[dict[str, Any]], list[str], str | None]:
     """The rows, what failed and why it stopped, of a tiny student and its teacher at their common start.
 
     slices: dealt as a padding sampler deals. stop_at: the run is to stop when that is asked for the so many-th time.
+    recorded: weights, data set and task of rows that are there.
     """
     if slices:
         encoder._deal = _padded_slices
@@ -39,7 +40,7 @@ def evaluate(
     teacher.publish()
     asked = itertools.count(1)
     found = evaluate_engines(
-        student, teacher, config, runtime, step=3, stop=lambda: "asked" if next(asked) == stop_at else None
+        student, teacher, config, runtime, 3, lambda: "asked" if next(asked) == stop_at else None, recorded
     )
     torch.distributed.barrier()
     engine_runtime.stop(runtime)

@@ -67,6 +67,12 @@ def test_a_stop_keeps_the_rows_that_are_whole(uneven: Path, alone: list[dict]) -
         assert results == [(alone[:whole], [], "asked")] * 2
 
 
+def test_rows_that_are_there_are_not_made_again(uneven: Path, alone: list[dict]) -> None:
+    there = [tuple(row[name] for name in ("weights", "dataset", "task")) for row in alone[:1]]
+    results = run_ranks(CASE, ds="zero3_fp32.json", data=str(uneven), recorded=there, timeout_s=400)
+    assert results == [(alone[1:], [], None)] * 2
+
+
 def test_a_failure_of_any_kind_on_one_rank_is_raised_on_all() -> None:
     """Not an AmclipError alone: the others used to wait in a broadcast for what rank 0 never sent."""
     first, second = run_ranks("tests.distributed.cases_evaluate:failing_on_one_rank", timeout_s=60)

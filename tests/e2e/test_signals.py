@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from amclip_ds.cli import main
 from amclip_ds.jsonl import read_lines
 from tests.e2e.conftest import Amclip
 from tests.e2e.trainers import STEPS, Trainer, checkpoints, outcome, tiny, verdict
@@ -107,7 +108,8 @@ def test_one_stop_one_checkpoint_75_and_an_exact_resume(
 
 
 def test_a_stop_during_an_evaluation_is_heard_after_a_batch(scenes: Path, tmp_path: Path, amclip: Amclip) -> None:
-    """Saved at once, also when it comes again while the resume makes the evaluation up; no step and no row is lost."""
+    """Saved at once, also while the resume makes the evaluation up. Whole rows are not made again, and at its second
+    stop an evaluation is left to a watch: no step and no row is lost, and no attempt after another."""
     short = ("run.steps=4", "checkpoint.every_steps=4", "eval.every_steps=2", "eval.batch_size=4")
     short = (*short, f"eval.data={scenes}")
     code, printed = amclip("train", *tiny(scenes, tmp_path / "calm", *short), ranks=2)
@@ -115,20 +117,28 @@ def test_a_stop_during_an_evaluation_is_heard_after_a_batch(scenes: Path, tmp_pa
 
     run = tmp_path / "run"
     argv = ["train", *tiny(scenes, run, *short)]
-    for attempt in range(2):
-        results = run_ranks("tests.e2e.cases:signal_in_evaluation", argv=argv, rank=1, batch=3, timeout_s=300)
-        assert {batches for _, _, batches in results} == {3}, results  # of 2 x 16: what was left was not waited for
-        assert verdict(run) | {"reason": ""} == {"code": 75, "step": 2, "attempt": attempt, "reason": ""}, results
-        assert "SIGUSR1 on rank 1; stopped in the evaluation of step 2" in verdict(run)["reason"]
-        assert checkpoints(run) == [2]
+    # Of 2 x 16 batches a step: in the teacher's part of step 2; after what that had left, in step 4; in step 4 again.
+    for attempt, (batch, step) in enumerate([(19, 2), (17, 4), (3, 4)]):
+        results = run_ranks("tests.e2e.cases:signal_in_evaluation", argv=argv, rank=1, batch=batch, timeout_s=300)
+        assert {batches for _, _, batches in results} == {batch}, results  # what was left was not waited for
+        assert verdict(run) | {"reason": ""} == {"code": 75, "step": step, "attempt": attempt, "reason": ""}, results
+        assert f"SIGUSR1 on rank 1; stopped in the evaluation of step {step}: " in verdict(run)["reason"]
+        assert checkpoints(run)[-1] == step
+    assert verdict(run)["reason"].endswith(": `amclip watch` evaluates it later")
 
     code, printed = amclip(*argv, ranks=2)
     assert code == 0, printed
     assert outcome(run) == outcome(tmp_path / "calm")
-    made = [(row["step"], row["weights"]) for row in read_lines(run / "eval.jsonl")]
-    assert made == [(step, weights) for step in (2, 4) for weights in ("student", "teacher")]
+    assert rows_made(run) == [(2, "student"), (2, "teacher")]
     incidents = [row["kind"] for row in read_lines(run / "incidents.jsonl")]
-    assert incidents == ["evaluation_stopped", "evaluation_made_up", "evaluation_stopped", "evaluation_made_up"]
+    assert incidents == [*["evaluation_stopped", "evaluation_made_up"] * 2, "evaluation_failed"]
+    assert main(["watch", str(run), "--once"]) == 0
+    assert rows_made(run) == rows_made(tmp_path / "calm")
+
+
+def rows_made(run: Path) -> list[tuple[int, str]]:
+    """Step and weights of each row of eval.jsonl."""
+    return [(row["step"], row["weights"]) for row in read_lines(run / "eval.jsonl")]
 
 
 @pytest.mark.nightly
