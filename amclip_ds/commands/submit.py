@@ -3,7 +3,7 @@
   amclip submit aclip-vitb16 'data.train=/data/cc12m/{00000..01242}.tar' --nodes 4 --gpus-per-node 8 --time 24:00:00
   amclip submit aclip-vitb16 ... --dry-run           writes the script and the command, submits nothing
   amclip submit aclip-vitb16 ... --chain 3           three jobs, each continuing where the one before ended
-  amclip submit aclip-vitb16 ... --sbatch=--qos=low --sbatch=--exclude=node7
+  amclip submit aclip-vitb16 ... --sbatch=--cpus-per-gpu=12 --sbatch=--mem=480G --sbatch=--qos=low
   amclip submit --scripts slurm                      copies train.sbatch, eval.sbatch, ... there, for sbatch itself
 
 The exact script and command are left in RUN/slurm. The last line printed is the job's id. Everything else about jobs:

@@ -20,6 +20,8 @@ RUN_HERE = re.compile(r"amclip submit|sbatch|job=|for |cp ")  # the environment 
 SIZES = (  # of a cluster -> of this one: two nodes, two GPUs each
     (r"--nodes[= ]\d+", "--nodes=2"),
     (r"--gpus-per-node[= ]\d+", "--gpus-per-node=1"),
+    (r"--cpus-per-gpu[= ]\d+", "--cpus-per-gpu=1"),
+    (r" (--sbatch=)?--mem[= ]\w+", ""),
     (r"--array=0-7", "--array=0-1"),
     (r"--array=0-5%2", "--array=0-1%2"),
     (r"--seeds 3", "--seeds 1"),
