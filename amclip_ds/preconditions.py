@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds import hub, run_files
@@ -14,7 +15,7 @@ from amclip_ds.engine.ds_config import FP8_TEACHER, check_fp8, check_optimizer, 
 from amclip_ds.errors import UserError
 from amclip_ds.files import not_read
 from amclip_ds.model.config import ModelConfig, VisionConfig, check_teacher_fits, other_width
-from amclip_ds.plan.shapes import tower_of
+from amclip_ds.plan.shapes import Tower, tower_of
 from amclip_ds.shards.stage import check_stage
 
 # One of them: a run.
@@ -156,21 +157,26 @@ def resumes(config: TrainConfig) -> bool:
 
 
 def check_init(config: TrainConfig) -> None:
-    """Raises UserError where model.init_from points nowhere, or at a run of a model that computes something else with
-    weights of the same shapes; a run that resumes needs it no more."""
+    """Raises UserError where model.init_from points nowhere, or at weights of a model that computes something else with
+    the same shapes; a run that resumes needs it no more."""
     source = config.model.init_from
     if not source or resumes(config):
         return
     if not hub.local(source).exists():
         raise UserError(f"model.init_from: no such file or folder: {source}{hub.missing(source)}")
     started = model_of_start(source)
+    pairs: dict[str, tuple[Any, Any]] = {}
     if started is None:
-        return
-    pairs = {
-        "text.activation": (started.text.activation, config.model.text.activation),
-        "text.heads": (started.text.heads, config.model.text.heads),
-        "vision.heads": (heads_of(started.vision), heads_of(config.model.vision)),
-    }
+        check_norm(config.model.vision, source)
+        pairs["text.activation"] = (text_activation(hub.local(source)), config.model.text.activation)
+    else:
+        before, now = tower_in(started.vision), tower_in(config.model.vision)
+        pairs["text.activation"] = (started.text.activation, config.model.text.activation)
+        pairs["text.heads"] = (started.text.heads, config.model.text.heads)
+        pairs["vision.heads"] = (before and before.heads, now and now.heads)
+        is_other = is_quick(started.vision) != is_quick(config.model.vision)
+        if before and now and (is_other or before.is_clip != now.is_clip):
+            pairs["vision.name"] = (started.vision.name, config.model.vision.name)
     for key, (theirs, own) in pairs.items():
         if None not in (theirs, own) and theirs != own:
             raise UserError(
@@ -188,12 +194,48 @@ def model_of_start(source: str) -> ModelConfig | None:
         return None
 
 
-def heads_of(vision: VisionConfig) -> int | None:
-    """Attention heads of the vision tower; None: it cannot be built."""
+def tower_in(vision: VisionConfig) -> Tower | None:
+    """The vision tower's shape; None: it cannot be built."""
     try:
-        return tower_of(vision).heads
+        return tower_of(vision)
     except ValueError:
         return None
+
+
+def is_quick(vision: VisionConfig) -> bool:
+    """Whether the tower has OpenAI's activation; in timm a word of the name says it."""
+    return "quickgelu" in vision.name
+
+
+def text_activation(path: Path) -> str | None:
+    """quick_gelu | gelu: of another library's text tower; None where its folder says neither."""
+    from amclip_ds.evaluate import export_folder  # it loads torch
+
+    folder = path.parent if path.is_file() else path
+    try:
+        if (folder / "open_clip_config.json").is_file():
+            return "quick_gelu" if export_folder.read_open_clip(folder).model.get("quick_gelu") else "gelu"
+        said = export_folder.read_hugging_face(folder).text.get("hidden_act", "quick_gelu")
+    except UserError:
+        return None
+    return said if said in ("quick_gelu", "gelu") else None
+
+
+def check_norm(vision: VisionConfig, source: str) -> None:
+    """Raises UserError for weights of another library's tower with a norm before its blocks, where ours has none, or
+    the other way round: all other weights have the same names and shapes."""
+    from amclip_ds.model import pretrained  # it loads torch
+
+    held, tower = set(pretrained.open_source(source).names()), tower_in(vision)
+    has_norm = "vision.norm_pre.weight" in held
+    if "vision.cls_token" not in held or tower is None or has_norm == tower.is_clip:
+        return
+    own, theirs = ("no norm", "one") if has_norm else ("a norm", "none")
+    raise UserError(
+        f"model.vision.name: {vision.name} has {own} before its blocks (norm_pre), but the weights of"
+        f" model.init_from={source} have {theirs}; set model.vision.name to a tower with {theirs}, such as"
+        f" vit_base_patch16_{'clip_' if has_norm else ''}224"
+    )
 
 
 def about_pooling(config: TrainConfig) -> list[str]:

@@ -23,7 +23,8 @@ class VisionConfig:
     mlp_ratio: float | None = None
     """Hidden width of the MLP over the width; none: what the name says."""
     freeze_patch_embed: bool = True
-    """The patch embedding stays at its random initialisation (as published) and has no backward pass."""
+    """The patch embedding stays at its random initialisation (as published), with model.init_from at that value,
+    and has no backward pass."""
     pool: str = "cls"
     """cls: the class token is the image's feature | mean: the mean of all tokens, the class token among them (FLIP)."""
     position_init: str = "normal"
@@ -97,7 +98,8 @@ class ModelConfig:
     embed_dim: int = 512
     """Width of the shared embedding of images and texts."""
     init_from: str | None = None
-    """A checkpoint, run or safetensors file whose weights replace the random start; none: random."""
+    """A run, checkpoint, or safetensors of ours, open_clip, transformers or timm (a folder, a file, hf-hub:ORG/NAME),
+    whose weights replace the random start; none: random."""
 
     def __post_init__(self) -> None:
         if self.embed_dim < 1:

@@ -5,10 +5,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from amclip_ds import config, preconditions, run
 from amclip_ds.errors import UserError
-from tests.unit.evaluate.exports import tiny_model, write_run
+from amclip_ds.model import other_libraries, pretrained
+from tests.unit.evaluate.exports import tiny_model, write_export, write_run
 
 
 def run_of(folder: Path, recipe: str, *words: str) -> Path:
@@ -28,6 +31,16 @@ def run_of(folder: Path, recipe: str, *words: str) -> Path:
         ),
         (["clip-tiny", "model.text.heads=2"], "clip-tiny", "model.text.heads: 4, but"),
         (["clip-vits16-moco"], "clip-vits16", "model.vision.heads: 6, but"),
+        (
+            ["clip-vitb16", "model.vision.name=vit_base_patch16_clip_224"],
+            "clip-vitb16",
+            "model.vision.name: vit_base_patch16_224, but",
+        ),
+        (
+            ["clip-vitb16", "model.vision.name=vit_base_patch16_clip_quickgelu_224"],
+            "aclip-vitb16",
+            "model.vision.name: vit_base_patch16_224, but",
+        ),
     ],
 )
 @pytest.mark.parametrize("part", ["", "checkpoints/step_00000003", "student.safetensors"])
@@ -54,11 +67,46 @@ def test_heads_that_a_name_says_are_those_that_a_key_says(tmp_path: Path) -> Non
 
 def test_settings_of_another_trainer_beside_the_weights_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {text: {activation: relu}}\n")
-    (tmp_path / "model.safetensors").touch()
+    save_file({"cls_token": torch.zeros(1), "logit_scale": torch.zeros(1)}, tmp_path / "model.safetensors")
     for source in (tmp_path, tmp_path / "model.safetensors"):
         loaded = config.load("clip-tiny", [f"model.init_from={source}", f"run.out={tmp_path}/run"])
         preconditions.check_init(loaded)
         assert preconditions.about_pooling(loaded) == []
+
+
+TIMM, CLIP = "vit_base_patch16_224", "vit_base_patch16_clip_224"
+
+
+@pytest.mark.parametrize("fmt", ["open_clip", "transformers CLIPModel", "timm"])
+@pytest.mark.parametrize("tower", [TIMM, CLIP])
+def test_a_start_from_a_tower_with_another_norm(fmt: str, tower: str, tmp_path: Path) -> None:
+    """OpenAI's and LAION's models have one before their blocks: without it all other weights fit, and compute something
+    else. The other way round too."""
+    ours = {rule.ours[0]: rule.theirs[0] for rule in other_libraries.FORMATS[fmt] if "#" not in rule.theirs[0]}
+    held = [theirs for name, theirs in ours.items() if tower == CLIP or "norm_pre" not in name]
+    save_file({theirs: torch.zeros(1) for theirs in held}, tmp_path / "model.safetensors")
+
+    def check(name: str) -> None:
+        words = [f"model.init_from={tmp_path}", f"run.out={tmp_path}/run", f"model.vision.name={name}"]
+        preconditions.check_init(config.load("clip-vitb16", words))
+
+    pretrained.open_source.cache_clear()
+    check(tower)
+    other = TIMM if tower == CLIP else CLIP
+    with pytest.raises(UserError, match=f"^model.vision.name: {other} has .* set model.vision.name to .* {tower}$"):
+        check(other)
+
+
+@pytest.mark.parametrize("fmt", ["open_clip", "hf"])
+def test_a_start_from_an_export_with_another_activation(fmt: str, tmp_path: Path) -> None:
+    write_export(fmt, tmp_path / "export")  # of gelu
+    for source in (tmp_path / "export", next((tmp_path / "export").glob("*.safetensors"))):
+        words = [f"model.init_from={source}", f"run.out={tmp_path}/run"]
+        preconditions.check_init(config.load("aclip-tiny", words))
+        with pytest.raises(
+            UserError, match="^model.text.activation: quick_gelu, but .* set model.text.activation=gelu$"
+        ):
+            preconditions.check_init(config.load("aclip-tiny", [*words, "model.text.activation=quick_gelu"]))
 
 
 @pytest.mark.parametrize(("pool", "is_said"), [("mean", True), ("cls", False)])
