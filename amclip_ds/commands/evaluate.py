@@ -54,13 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--templates",
         default="folder",
         metavar="folder|openai-7|openai-80|FILE",
-        help="prompt templates (the folder's own; of an image folder openai-7)",
+        help="prompt templates (the folder's own; of an image folder openai-7, which are CLIP's 7 of 80); rows of others"
+        " name their set `NAME templates=...`",
     )
     parser.add_argument(
         "--classnames",
         default="folder",
         metavar="folder|imagenet|FILE",
-        help="class names (the folder's own; wnids are known)",
+        help="class names (the folder's own; wnids are known); rows of others name their set `NAME classnames=...`",
     )
     parser.add_argument("--batch-size", type=whole(1), default=64, metavar="N", help="images in one forward (64)")
     parser.add_argument(

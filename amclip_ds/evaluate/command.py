@@ -11,7 +11,7 @@ from amclip_ds.errors import UserError
 from amclip_ds.evaluate import suites, token_removal
 from amclip_ds.evaluate.datasets import check_distinct
 from amclip_ds.evaluate.encoder import Encoder
-from amclip_ds.evaluate.rows import append_new
+from amclip_ds.evaluate.rows import append_new, mark_asked
 from amclip_ds.evaluate.source import Located, locate, open_encoder
 from amclip_ds.evaluate.tasks import open_for, run_task
 from amclip_ds.ranks import runtime as engine_runtime
@@ -70,6 +70,7 @@ def _hand_over(
     rows: list[dict[str, Any]], located: Located, args: argparse.Namespace, suite: suites.Found | None
 ) -> None:
     averages = suites.report(suite, rows) if suite else []
+    mark_asked(rows)
     if args.keep_ratio < 1:
         token_removal.mark(rows, args.keep_ratio)
         averages = [f"{line} (keep={args.keep_ratio})" for line in averages]

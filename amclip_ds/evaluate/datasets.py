@@ -11,10 +11,10 @@ file. A layout that is not understood is refused, never guessed, and EvalSet.des
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -94,6 +94,8 @@ class EvalSet:
     """whether an image may have several labels, which are in its `numbers`"""
     note: str = field(default="", compare=False)
     """which prompts, and what else was understood"""
+    asked: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+    """(`templates` or `classnames`, the option's value) where these are others than the set's own"""
     games: tuple[winogavil.Game, ...] = ()
     """of association: cues and which of the samples are chosen for them"""
 
@@ -220,12 +222,15 @@ def _open_set(spec: str, split: str, task: str, classnames: str, templates: str,
     if found is not None:
         with _named_by("--classnames", classnames):
             labels, chosen = names.number_labels(found.labels, home, classnames, hint)
+        asked = _asked("classnames", classnames, chosen, lambda: names.number_labels(found.labels, home, "folder")[1])
         samples = _samples_of(found, labels)
     else:
         samples = _read_tars(shards, _Wanted(task, is_multilabel, False, known_name(name) in GROUPED))
         with _named_by("--classnames", classnames):
             chosen = names.class_names(folder, classnames, hint, known_name(name))
             _check_labels(samples, chosen, folder, is_multilabel)
+        own_names = partial(names.class_names, folder, "folder", "", known_name(name))
+        asked = _asked("classnames", classnames, chosen, own_names)
         if _is_suite(folder):
             samples = tuple(replace(sample, plain=True) for sample in samples)
     prompts: tuple[str, ...] = ()
@@ -234,8 +239,22 @@ def _open_set(spec: str, split: str, task: str, classnames: str, templates: str,
         default = names.OPENAI_7 if found is not None else ""
         with _named_by("--templates", templates):
             prompts = names.templates(home, templates, default, hint, known_name(name))
+        own_prompts = partial(names.templates, home, "folder", default, "", known_name(name))
+        asked += _asked("templates", templates, prompts, own_prompts)
     note = "; ".join(part for part in (found.note if found else "", names.describe(prompts)) if part)
-    return _checked(EvalSet(name, task, samples, chosen, prompts, spec, is_multilabel, note), spec)
+    return _checked(EvalSet(name, task, samples, chosen, prompts, spec, is_multilabel, note, asked), spec)
+
+
+def _asked(
+    option: str, choice: str, taken: Sequence[str], own: Callable[[], tuple[str, ...]]
+) -> tuple[tuple[str, str], ...]:
+    """The option, where the set has others of its own than what was asked for: its rows are then another set's."""
+    if choice == "folder":
+        return ()
+    try:
+        return () if own() == tuple(taken) else ((option, Path(choice).name),)
+    except UserError:  # it has none
+        return ()
 
 
 @contextmanager

@@ -36,6 +36,22 @@ def append_new(run: Path, rows: Sequence[dict[str, Any]]) -> int:
     return len(found)
 
 
+def rename(row: dict[str, Any], how: str) -> None:
+    """Puts what was not as usual into the name of a row's set: whoever reads rows takes it for another set's,
+    so none is taken for a usual one."""
+    for name in ("dataset", "suite_dataset"):
+        if name in row:
+            row[name] += f" {how}"
+
+
+def mark_asked(rows: Sequence[dict[str, Any]]) -> None:
+    """Names the templates and class names that an option gave, where the set has others of its own."""
+    for row in rows:
+        for option in ("templates", "classnames"):
+            if option in row:
+                rename(row, f"{option}={row[option]}")
+
+
 def missing(run: Path, step: int, sets: Sequence[EvalSet], weights: Sequence[str]) -> dict[str, list[EvalSet]]:
     """Weights -> the sets of which RUN/eval.jsonl has no row at this step. Empty: nothing is missing."""
     present = _present(run)

@@ -31,7 +31,7 @@ def run_task(
         assert train is not None
         learn = probe.linear_probe if task == "linear_probe" else probe.knn
         row = learn(encoder, train, data, batch_size, comm, step)
-    return row | {"images": data.images}
+    return row | {"images": data.images} | dict(data.asked)
 
 
 def open_for(

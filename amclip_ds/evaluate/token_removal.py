@@ -14,6 +14,7 @@ import torch
 from amclip_ds import config as settings
 from amclip_ds import hub
 from amclip_ds.errors import UserError
+from amclip_ds.evaluate.rows import rename
 from amclip_ds.evaluate.source_kind import CHECKPOINT, RUN, kind_of
 from amclip_ds.keyed_random import keyed
 from amclip_ds.masks import MaskConfig, MaskInputs
@@ -55,10 +56,7 @@ def selection(keep_ratio: float, grid: int, numbers: Sequence[int], rows: int, d
 
 
 def mark(rows: Iterable[dict[str, Any]], keep_ratio: float) -> None:
-    """Puts the ratio into the rows and into the names of their sets: whoever reads rows takes them for another set's,
-    so none of them is taken for one of whole images."""
+    """Puts the ratio into the rows and into the names of their sets."""
     for row in rows:
         row["keep_ratio"] = keep_ratio
-        for name in ("dataset", "suite_dataset"):
-            if name in row:
-                row[name] += f" keep={keep_ratio}"
+        rename(row, f"keep={keep_ratio}")

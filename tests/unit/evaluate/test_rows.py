@@ -4,8 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from amclip_ds import cli
 from amclip_ds.evaluate import rows
-from amclip_ds.evaluate.datasets import EvalSet
+from amclip_ds.evaluate.datasets import EvalSet, open_set
+from tests.unit.evaluate.exports import write_run
+from tests.unit.evaluate.test_encoder import write_set
 
 TASK = "zeroshot_classification"
 SETS = [EvalSet("cars", TASK, ()), EvalSet("pets", TASK, ())]
@@ -31,3 +36,30 @@ def test_nothing_is_there_twice(tmp_path: Path) -> None:
     assert rows.append_new(tmp_path, mine) == 1
     written = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert [(one["step"], one["weights"]) for one in written] == [(3, "student"), (3, "teacher")]
+
+
+def test_other_prompts_and_names_are_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twins: the set's own prompts given as a file, and prompts for a set that has none, are its own rows."""
+    write_set(tmp_path / "set")
+    write_run(tmp_path / "run")
+    (tmp_path / "mine.txt").write_text("{c}\n")
+    (tmp_path / "things.txt").write_text("".join(f"object {n}\n" for n in range(5)))
+    name = open_set(str(tmp_path / "set")).name
+    words = ["eval", str(tmp_path / "run"), "--data", str(tmp_path / "set"), "--weights", "student"]
+
+    def evaluated(*more: str) -> str:
+        assert cli.main([*words, *more]) == 0
+        (row,) = json.loads((tmp_path / "n.json").read_text())
+        return row["dataset"] if "1 of 1 rows appended" in capsys.readouterr().out else "there already"
+
+    words += ["--json", str(tmp_path / "n.json")]
+    assert evaluated() == name
+    assert evaluated("--templates", str(tmp_path / "mine.txt")) == f"{name} templates=mine.txt"
+    assert evaluated("--templates", str(tmp_path / "mine.txt")) == "there already"
+    both = evaluated("--templates", "openai-7", "--classnames", str(tmp_path / "things.txt"))
+    assert both == f"{name} templates=openai-7 classnames=things.txt"
+    own = tmp_path / "set" / "zeroshot_classification_templates.txt"
+    assert evaluated("--templates", str(own)) == "there already"
+    own.unlink()
+    open_set.cache_clear()
+    assert open_set(str(tmp_path / "set"), templates="openai-7").asked == ()
