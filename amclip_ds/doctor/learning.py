@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from amclip_ds import config as settings
 from amclip_ds import run_files
 from amclip_ds.config import TrainConfig
 from amclip_ds.doctor import FAIL, OK, WARN, Check, Finding
@@ -96,7 +97,7 @@ def _expected(seen: float) -> str:
 
 
 def _learning_rate(rows: list[dict[str, Any]], config: TrainConfig) -> Iterator[Finding]:
-    optim, steps = config.optim, config.run.steps
+    optim, steps = config.optim, _planned_steps(config)
     if steps is not None and optim.warmup_steps >= steps:
         said = f"warm-up takes {optim.warmup_steps} steps and the run has {steps}: optim.lr is never reached"
         yield Finding("learning rate", FAIL, said, f"optim.warmup_steps={max(1, steps // 20)}")
@@ -115,6 +116,19 @@ def _learning_rate(rows: list[dict[str, Any]], config: TrainConfig) -> Iterator[
         yield Finding("learning rate", FAIL, said, f"optim.lr={reference:.1g}")
     else:
         yield Finding("learning rate", OK, f"{said} ({known})")
+
+
+def _planned_steps(config: TrainConfig) -> int | None:
+    """The run's length; None where run.epochs says it and its data cannot be read here."""
+    if config.run.steps is not None:
+        return config.run.steps
+    from amclip_ds import samples
+
+    try:
+        with samples.opened(config) as data:
+            return settings.count_steps(config, data.steps_per_epoch)
+    except (UserError, OSError, ValueError):
+        return None
 
 
 def _loss(rows: list[dict[str, Any]], config: TrainConfig) -> Iterator[Finding]:

@@ -46,8 +46,8 @@ def learning_rates(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def learning_rate_lines(config: TrainConfig) -> list[str]:
-    """The same for people."""
+def learning_rate_lines(config: TrainConfig, steps: int) -> list[str]:
+    """The same for people. steps: the run's length."""
     rates, name = learning_rates(config), config.optim.name
     lines = [
         f"learning rate: optim.lr={rates['configured']:g} at {rates['batch']:,} samples a step; {REFERENCE_LR:g} at"
@@ -62,8 +62,8 @@ def learning_rate_lines(config: TrainConfig) -> list[str]:
             "sgd": "  sgd: in proportion, but no CLIP was trained so: no rate is known",
         }[name]
     )
-    if config.run.steps is not None and config.optim.warmup_steps >= config.run.steps:
-        lines.append(f"  warm-up of {config.optim.warmup_steps} steps is longer than the run: it is never reached")
+    if config.optim.warmup_steps >= steps:
+        lines.append(f"  warm-up of {config.optim.warmup_steps} steps, of a run of {steps:,}: it is never reached")
     return lines
 
 

@@ -59,7 +59,7 @@ def lines(plan: Plan, recipe: str) -> Iterator[str]:
     yield f"  {'slack':<12}{chosen.memory.slack / GIB:9.2f} GiB  context, and {FRAGMENTED:.0%} of the peak in fragments"
     yield ""
     yield from _cost_lines(plan)
-    yield from learning_rate_lines(plan.config)
+    yield from learning_rate_lines(plan.config, plan.steps)
     for note in plan.notes:
         yield f"note: {note}"
 

@@ -24,7 +24,6 @@ from amclip_ds.record import evaluation_lines
 BATCH = 32
 WORDS = [
     f"batch.global_size={BATCH}",
-    "run.steps=400",
     "model.vision.depth=1",
     "model.text.depth=1",
     "mask.strategy=none",
@@ -55,7 +54,8 @@ def make_run(
     run = folder / "run"
     run.mkdir()
     write_shard(folder / "0.tar", caption)
-    settings = config.load("clip-tiny", [*WORDS, f"data.train={folder}/0.tar", f"run.out={run}", *words])
+    length = [] if "run.epochs=20" in words else ["run.steps=400"]
+    settings = config.load("clip-tiny", [*WORDS, *length, f"data.train={folder}/0.tar", f"run.out={run}", *words])
     (run / "config.yaml").write_text(config.dump(settings))
     with (run / "metrics.jsonl").open("w") as file:
         for step in range(10, 401, 10):
@@ -94,6 +94,10 @@ def test_a_run_that_learns_is_well(tmp_path: Path) -> None:
         (["optim.lr=1"], "times what is usual"),
         (["optim.lr=1e-9"], "times below what is usual"),
         (["optim.warmup_steps=400"], "optim.lr is never reached"),
+        (
+            ["run.epochs=20", "optim.warmup_steps=40"],
+            "warm-up takes 40 steps and the run has 40: optim.lr is never",
+        ),
     ],
 )
 def test_learning_rates(tmp_path: Path, words: list[str], said: str) -> None:

@@ -214,6 +214,16 @@ def test_learning_rates_for_another_batch() -> None:
         assert "learning rate" in "\n".join(shown.lines(plan("aclip-tiny", f"optim.name={name}"), "x"))
 
 
+def test_a_warm_up_that_a_small_data_set_never_leaves() -> None:
+    """Twin: with enough samples the same recipe leaves it."""
+
+    def said(samples: int) -> str:
+        return "\n".join(shown.lines(plan("aclip-vitb16", samples=samples), "x"))
+
+    assert "warm-up of 2000 steps, of a run of 25: it is never reached" in said(5_000)
+    assert "never reached" not in said(15_000_000)
+
+
 def test_accumulation_costs_a_second_forward_and_less_memory() -> None:
     whole, split = plan("aclip-vitb16", "batch.per_gpu=512"), plan("aclip-vitb16", "batch.per_gpu=128")
     assert whole.stages[1].memory.activations > 3 * split.stages[1].memory.activations
