@@ -31,6 +31,8 @@ METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "captions.csv", "c
 SPLIT_OF = re.compile(r"(.+?)-\d+-of-\d+(-[0-9a-f]+)?\.(?:parquet|arrow)")
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 MAX_FIELD = 1 << 20  # characters of a cell
+OF_URLS = ("url", "image_url", "img_url")  # columns of LAION's, DataComp's and CC12M's tables
+DOWNLOAD = "img2dataset downloads them into shards (--output_format=webdataset)"
 ROWS_AT_ONCE = 64  # of a Parquet or Arrow file, with their images
 BESIDE = 32 << 20  # bytes of a metadata table's first lines
 
@@ -190,10 +192,7 @@ class Table:
         self.count = sum(1 for _ in self._cells())
         first = next((cells for cells in self._cells() if isinstance(cells, dict)), {})
         if URL.match(str(first.get(self.image, ""))):
-            raise UserError(
-                f"SOURCE: {path}: its images are URLs; img2dataset downloads them into shards"
-                " (--output_format=webdataset)"
-            )
+            raise UserError(f"SOURCE: {path}: its images are URLs; {DOWNLOAD}")
         self.fingerprint = f"{path.stat().st_size} bytes, {self.image}, {self.caption}, {self.root.resolve()}"
 
     def describe(self) -> str:
@@ -358,6 +357,9 @@ def _column(shown: str, columns: Sequence[str], asked: str | None, usual: Sequen
     if not columns:
         raise UserError(f"SOURCE: {shown}: no columns: it is empty, or its first line is not JSON")
     found = [name for name in columns if name.lower() in usual]
+    of_urls = [name for name in columns if name.lower() in OF_URLS or URL.match(name)]  # or a row, without a heading
+    if not found and of_urls and option == "--image-key":
+        raise UserError(f"SOURCE: {shown}: no column of images, and {of_urls[0][:80]!r} holds URLs; {DOWNLOAD}")
     if len(found) != 1:
         what = f"{' and '.join(map(repr, found[:3]))} may each be meant" if found else "none is known"
         listed = ", ".join(map(repr, columns[:12]))

@@ -210,6 +210,8 @@ def test_what_cannot_be_packed_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert "'image' and 'path' may each be meant" in said(tmp_path / "two.csv")
     (tmp_path / "urls.csv").write_text("image,text\nhttps://x/1.jpg,a\n")
     assert "img2dataset downloads them" in said(tmp_path / "urls.csv")
+    (tmp_path / "cc3m.tsv").write_text("a cat\thttps://x/1.jpg\n")  # without a heading
+    assert "'https://x/1.jpg' holds URLs; img2dataset downloads them" in said(tmp_path / "cc3m.tsv")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "1.jpg").write_bytes(picture(1))
     assert "1 images and no caption: put NAME.txt" in said(tmp_path / "bare")
@@ -221,6 +223,8 @@ def test_what_cannot_be_packed_is_one_line(tmp_path: Path, capsys: pytest.Captur
         assert "no columns: it is empty, or its first line is not JSON" in said(tmp_path / name)
     pq.write_table(pa.table({"image": ["https://x"], "text": ["a"]}), tmp_path / "u.parquet")
     assert "is string, not bytes of images" in said(tmp_path / "u.parquet")
+    pq.write_table(pa.table({"URL": ["https://x"], "TEXT": ["a"]}), tmp_path / "laion.parquet")
+    assert "no column of images, and 'URL' holds URLs; img2dataset" in said(tmp_path / "laion.parquet")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1torn")
     assert "torn.parquet: " in said(tmp_path / "torn.parquet")
     (tmp_path / "x.zip").write_bytes(b"PK\3\4")
