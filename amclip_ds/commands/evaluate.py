@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--templates",
         default="folder",
         metavar="folder|openai-7|openai-80|FILE",
-        help="prompt templates (the folder's own; of an image folder openai-7, which are CLIP's 7 of 80); rows of others"
+        help="prompt templates (the folder's own; of an image folder openai-7, CLIP's 7 of 80); rows of others"
         " name their set `NAME templates=...`",
     )
     parser.add_argument(

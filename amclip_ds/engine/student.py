@@ -318,7 +318,7 @@ def norm_of_group(device: str, gradients: list[Tensor], params: list[nn.Paramete
     filled = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
     own = [gradient for gradient, _ in zip(filled, params)]
     norms = torch._foreach_norm(own, 2, dtype=torch.float64) if own else []
-    total = torch.stack(norms).square().sum().float() if norms else torch.zeros((), device=device)
+    total = torch.stack(list(norms)).square().sum().float() if norms else torch.zeros((), device=device)
     if dist.get_world_size() > 1:
         with COMMUNICATION.waiting():
             dist.all_reduce(total)
