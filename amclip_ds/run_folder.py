@@ -20,7 +20,7 @@ from amclip_ds import config as settings
 from amclip_ds import plugins, run_files
 from amclip_ds.config import TrainConfig
 from amclip_ds.errors import AmclipError, in_one_line
-from amclip_ds.files import not_written, write_atomically
+from amclip_ds.files import not_written, removed_on_error, write_atomically
 from amclip_ds.jsonl import append_line, read
 from amclip_ds.preconditions import check_folder
 from amclip_ds.ranks.collectives import on_main
@@ -218,9 +218,10 @@ def write_run_weights(folder: Path, student: "StudentEngine", teacher: "Teacher 
 def write_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Writes named fp32 weights as one safetensors file, old or new in any case. Rank 0 only."""
     partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-    _sort_metadata(partial)
-    partial.replace(path)
+    with removed_on_error(partial):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+        _sort_metadata(partial)
+        partial.replace(path)
 
 
 def _sort_metadata(path: Path) -> None:

@@ -28,7 +28,7 @@ from amclip_ds.data.loader import TrainingData
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.engine.teacher import Teacher
 from amclip_ds.errors import AmclipError, in_one_line
-from amclip_ds.files import write_atomically
+from amclip_ds.files import removed_on_error, write_atomically
 from amclip_ds.masks import NONE
 from amclip_ds.masks.selection import choose
 from amclip_ds.method import Method
@@ -103,8 +103,9 @@ class Pictures:
         picture = draw(self._batch, shot, self._method, captions_of(self._batch))
         self._record.masks(self._row(step, shot), encoded(picture, "JPEG"), *picture.size)
         partial = self._record.folder / run_files.PICTURES / ".masks.png.partial"
-        partial.write_bytes(encoded(picture))
-        partial.replace(self._record.folder / run_files.PICTURES / "masks.png")
+        with removed_on_error(partial):
+            partial.write_bytes(encoded(picture))
+            partial.replace(self._record.folder / run_files.PICTURES / "masks.png")
 
     def _row(self, step: int, shot: Shot) -> dict[str, Any]:
         assert self._batch is not None

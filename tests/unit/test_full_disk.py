@@ -6,16 +6,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
-from amclip_ds import distill, files, jsonl
+from amclip_ds import distill, files, jsonl, pictures, reproduce
 from amclip_ds.checkpoint import step_folders
 from amclip_ds.data import prepare
 from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import FAULT, MISTAKE, NotRead, UserError
 from amclip_ds.evaluate import datasets
 from amclip_ds.model import pretrained
+from amclip_ds.run_folder import write_weights
 from amclip_ds.shards.index import Index, build_index
 from amclip_ds.shards.inputs import check_index_folder
 from tests.conftest import ROOT
@@ -143,3 +148,33 @@ def test_who_names_the_key_keeps_whose_fault_it_is(
         assert caught.value.exit_code == code, caught.value
         if code == FAULT:
             assert str(caught.value).endswith("once that is over, the same command resumes"), caught.value
+
+
+def test_nothing_is_left_of_a_file_that_does_not_come_to_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights above all: on a full disk what is left of them would take the place of the next checkpoint."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    monkeypatch.setattr(pictures, "draw", lambda *words: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(pictures, "captions_of", lambda batch: [])
+    record = SimpleNamespace(folder=tmp_path, masks=lambda *words: None)
+    run: Any = SimpleNamespace(_batch=0, _method=None, _record=record, _row=lambda step, shot: {})
+    shot: Any = None
+    writers = {
+        "student.safetensors": lambda name: write_weights(tmp_path / name, {"a": torch.zeros(4)}, {"step": "1"}),
+        "capsule.tar.gz": lambda name: reproduce.pack(tmp_path, [], tmp_path / name),
+        "pictures/masks.png": lambda name: pictures.Pictures._store(run, 1, shot),
+    }
+
+    def full(path: Path, target: Path) -> None:
+        assert path.stat().st_size and path.name.endswith(".partial")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name, write in writers.items():
+        with monkeypatch.context() as patched, pytest.raises((OSError, UserError), match="No space left on device"):
+            patched.setattr(Path, "replace", full)
+            write(name)
+        assert not list(tmp_path.rglob("*.partial")), name
+        write(name)
+        assert (tmp_path / name).stat().st_size
