@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     from amclip_ds.report.page import write_report
 
     out = args.out or (args.runs[0] / run_files.REPORT if len(args.runs) == 1 else Path(run_files.REPORT))
-    files.check_output(out, "--out", (b"<",))
+    if args.out is not None:
+        files.check_output(out, "--out", (b"<",))
     size = write_report(args.runs, out)
     print(f"{out}: {size / 1e6:.2f} MB")
     return 0

@@ -123,8 +123,11 @@ def test_a_run_that_has_just_begun_or_has_no_new_files_has_a_report(tmp_path: Pa
 
 
 def test_a_folder_that_is_none_is_the_users_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["report", str(tmp_path)]) == 2
-    assert "no run's folder" in capsys.readouterr().err
+    for folder in (tmp_path, tmp_path / "typo"):
+        assert cli.main(["report", str(folder)]) == 2
+        assert capsys.readouterr().err.startswith(f"amclip report: {folder}: no run's folder"), (
+            "no option that nobody gave"
+        )
 
 
 def test_the_command_writes_where_it_says(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
