@@ -169,14 +169,16 @@ def check_init(config: TrainConfig) -> None:
     if started is None:
         check_norm(config.model.vision, source)
         pairs["text.activation"] = (text_activation(hub.local(source)), config.model.text.activation)
-    else:
+    else:  # of another width no weight fits, which is what their reader says
         before, now = tower_in(started.vision), tower_in(config.model.vision)
-        pairs["text.activation"] = (started.text.activation, config.model.text.activation)
-        pairs["text.heads"] = (started.text.heads, config.model.text.heads)
-        pairs["vision.heads"] = (before and before.heads, now and now.heads)
-        is_other = is_quick(started.vision) != is_quick(config.model.vision)
-        if before and now and (is_other or before.is_clip != now.is_clip):
-            pairs["vision.name"] = (started.vision.name, config.model.vision.name)
+        if started.text.width == config.model.text.width:
+            pairs["text.activation"] = (started.text.activation, config.model.text.activation)
+            pairs["text.heads"] = (started.text.heads, config.model.text.heads)
+        if before and now and before.width == now.width:
+            pairs["vision.heads"] = (before.heads, now.heads)
+            is_other = is_quick(started.vision) != is_quick(config.model.vision)
+            if is_other or before.is_clip != now.is_clip:
+                pairs["vision.name"] = (started.vision.name, config.model.vision.name)
     for key, (theirs, own) in pairs.items():
         if None not in (theirs, own) and theirs != own:
             raise UserError(

@@ -65,6 +65,13 @@ def test_heads_that_a_name_says_are_those_that_a_key_says(tmp_path: Path) -> Non
     preconditions.check_init(config.load("aclip-vitb16", [f"model.init_from={source}", f"run.out={tmp_path}/run"]))
 
 
+@pytest.mark.parametrize(("before", "recipe"), [("clip-vits16", "clip-vitb16"), ("clip-tiny", "clip-vitb16")])
+def test_a_model_of_another_size_is_not_called_one_of_other_heads(before: str, recipe: str, tmp_path: Path) -> None:
+    """No number of heads makes these weights fit: their reader names what does not."""
+    source = run_of(tmp_path / "before", before)
+    preconditions.check_init(config.load(recipe, [f"model.init_from={source}", f"run.out={tmp_path}/run"]))
+
+
 def test_settings_of_another_trainer_beside_the_weights_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {text: {activation: relu}}\n")
     save_file({"cls_token": torch.zeros(1), "logit_scale": torch.zeros(1)}, tmp_path / "model.safetensors")
