@@ -83,11 +83,11 @@ def is_free(key: str) -> bool:
 def decides(key: str, one: str, other: str) -> bool:
     """Whether a run from its first step on comes to other numbers by another value of the key."""
     if key == DEEPSPEED:
-        return _precision(one) != _precision(other)
+        return precision_of(one) != precision_of(other)
     return key in AT_THE_START or not is_free(key)
 
 
-def _precision(deepspeed: str) -> str:
+def precision_of(deepspeed: str) -> str:
     """Of a DeepSpeed file: bf16 or fp32; its name where it is there no more."""
     try:
         ds = read_ds_config(EngineConfig(deepspeed=deepspeed, allow_untested=True))

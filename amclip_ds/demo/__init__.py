@@ -16,6 +16,7 @@ import torch
 
 from amclip_ds import config as settings
 from amclip_ds import run_files
+from amclip_ds.checkpoint import drift
 from amclip_ds.data import synthetic
 from amclip_ds.demo import picture, scenes
 from amclip_ds.errors import UserError
@@ -80,6 +81,7 @@ def demo(out: Path, steps: int, num_scenes: int, procs: int | None, seed: int, s
         "steps": steps,
         "seed": seed,
         "procs": procs,
+        "precision": drift.precision_of(config.engine.deepspeed),
         "run": str(run),
         "control": str(control),
     }

@@ -29,7 +29,7 @@ def test_the_demo_leaves_numbers_pictures_and_a_run(tmp_path: Path, amclip: Amcl
     code, printed = amclip("demo", "--out", str(out), "--steps", "8", "--scenes", "640", timeout_s=600)
     assert code == 0, printed
     numbers = json.loads((out / "demo.json").read_text())
-    assert set(numbers) >= NUMBERS and numbers["classes"] == 64
+    assert set(numbers) >= NUMBERS and numbers["classes"] == 64 and numbers["precision"] == "fp32"
     for name in NUMBERS - {"seconds", "setup_seconds", "train_seconds", "classes", "run", "control"}:
         assert 0 <= numbers[name] <= 1
     assert abs(numbers["object_kept_random"] - 0.5) < 0.06, "half of the tokens stay, whatever they show"
