@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from amclip_ds.comm import SingleProcess
 from amclip_ds.data import photometric
-from amclip_ds.step import teachers_images
+from amclip_ds.step import teachers_images, train_step
 
 
 def test_the_teachers_crop_is_normalised_by_the_function_given() -> None:
@@ -27,3 +29,34 @@ def test_the_teachers_crop_is_normalised_by_the_function_given() -> None:
         assert torch.equal(found, teachers_images(batch, views.float(), method))
     method = SimpleNamespace(sees_views=True, teacher_view=None)
     assert teachers_images(batch, views, method, normalise) is views and not seen
+
+
+class Observing(Exception):
+    """The step has come to its teacher's forward pass."""
+
+
+def test_a_step_has_the_crop_normalised_by_its_engine() -> None:
+    """Compiled there: uncompiled, each step would take longer, and nothing else would show it."""
+    crop = torch.full((2, 3, 4, 4), 7, dtype=torch.uint8)
+    batch: Any = SimpleNamespace(teacher_uint8=crop, views_uint8=crop[None], photometric=None)
+    normalised: list[Tensor] = []
+
+    def normalise(images_uint8: Tensor) -> Tensor:
+        normalised.append(images_uint8)
+        return photometric.normalise(images_uint8)
+
+    def observe(images: Tensor, *words: Any) -> None:
+        assert torch.equal(images, photometric.normalise(crop))
+        raise Observing
+
+    method: Any = SimpleNamespace(reads_teacher=True, sees_views=False, teacher_view=None, wants=None)
+    method.at = lambda progress: method
+    student: Any = SimpleNamespace(
+        set_lr=lambda lr, progress: None, change_views=lambda views, draws: views.float(), normalise=normalise
+    )
+    teacher: Any = SimpleNamespace(observe=observe)
+    schedules: Any = SimpleNamespace(lr=lambda updates: 0.0, progress=lambda updates: 0.0)
+    guards: Any = None
+    with pytest.raises(Observing):
+        train_step(batch, student, teacher, schedules, 0, method, SingleProcess(), 2, guards)
+    assert len(normalised) == 1 and normalised[0] is crop
