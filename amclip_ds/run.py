@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from amclip_ds import config as settings
-from amclip_ds import plugins, preconditions
+from amclip_ds import plugins, preconditions, run_files
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.config import BatchPlan, TrainConfig
 from amclip_ds.data.batch import Batch
-from amclip_ds.data.ledger import Ledger
+from amclip_ds.data.ledger import Ledger, listed_in
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.distill import FrozenTeacher
 from amclip_ds.engine.compile import reported
@@ -171,6 +171,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     )
     with watchdog.during("resume"), timeline.during("resume"):
         checkpoints.resume(found, state)
+        listed = on_main(partial(listed_in, folder / run_files.INCIDENTS)) if found is not None else None
         timeline.step = state.step
         if found is not None:
             saved = found.manifest
@@ -198,7 +199,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         frozen=frozen,
         schedules=Schedules(config.optim, config.teacher, total_steps),
         guards=guards,
-        ledger=Ledger(config.data.max_skip_rate, gather_objects, data.account),
+        ledger=Ledger(config.data.max_skip_rate, gather_objects, data.account, listed),
         meter=meter,
         profile=profile,
         checkpoints=checkpoints,

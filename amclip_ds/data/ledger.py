@@ -2,11 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from amclip_ds.data.batch import Batch
-from amclip_ds.errors import RunStopped
+from amclip_ds.errors import RunStopped, UserError
+from amclip_ds.jsonl import each
 from amclip_ds.shards.account import Account
 
 Gather = Callable[[Any], list[Any]]
@@ -55,15 +58,20 @@ class Ledger:
     max_skip_rate: part of the samples tried that may be unusable, checked over the last BLOCK to 2 BLOCK samples;
     `amclip data check` counts the same part of the same samples before a run.
     images: what became of the shards' images before the first step.
+    listed: incidents by shard and kind that incidents.jsonl has of this run's earlier attempts.
     gather: gives every rank the list of all ranks' values (alone: a list of one), so that all decide alike.
     """
 
     def __init__(
-        self, max_skip_rate: float, gather: Gather = lambda value: [value], images: Account | None = None
+        self,
+        max_skip_rate: float,
+        gather: Gather = lambda value: [value],
+        images: Account | None = None,
+        listed: Counter[tuple[str, str]] | None = None,
     ) -> None:
         self._max_skip_rate, self._gather, self._images = max_skip_rate, gather, images
         self._local = Counts()
-        self._before, self._recent, self.total = Counts(), Counts(), Counts()
+        self._before, self._recent, self.total = Counts(), Counts(), Counts(incidents=Counter(listed or ()))
         """of all ranks: the block before this one, this block, the whole run since its start"""
 
     def account(self, batch: Batch) -> list[dict[str, str]]:
@@ -118,6 +126,15 @@ class Ledger:
             f"data: {total.seen} samples trained on, {total.skipped} skipped and replaced{causes},"
             f" {total.mended} mended, {total.retried} reads repeated, {total.read_bytes / 1e9:.2f} GB read{images}"
         )
+
+
+def listed_in(incidents: Path) -> Counter[tuple[str, str]]:
+    """How many incidents of a shard and kind a run's incidents.jsonl lists; as far as it can be read."""
+    found = Counter[tuple[str, str]]()
+    with suppress(UserError):
+        for row in each(incidents, {"shard": str, "kind": str}):
+            found[row["shard"], row["kind"]] += 1
+    return found
 
 
 def worst_shards(counts: Counts, number: int = 3) -> str:

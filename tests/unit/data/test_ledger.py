@@ -11,9 +11,10 @@ from amclip_ds.bottleneck import judge
 from amclip_ds.data import ledger as ledger_module
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.check import CheckConfig, check
-from amclip_ds.data.ledger import LISTED, MIN_SKIPS_TO_STOP, Ledger
+from amclip_ds.data.ledger import LISTED, MIN_SKIPS_TO_STOP, Ledger, listed_in
 from amclip_ds.data.photometric import Photometric
 from amclip_ds.errors import RunStopped
+from amclip_ds.jsonl import append_line, read_lines
 from tests.unit.data.damaged import sample, samples, tar_of
 from tests.unit.data.shards import open_data
 
@@ -80,6 +81,17 @@ def test_what_other_ranks_found_is_listed_by_them() -> None:
     assert len(ledger.account(batch_of(100, *bad[::2], epoch=1))) == LISTED // 2
     ledger.settle()
     assert not ledger.account(batch_of(100, *bad, epoch=1))
+
+
+def test_a_resume_goes_on_from_what_is_listed(tmp_path: Path) -> None:
+    """Else each attempt lists as many again, and the file grows with the preemptions."""
+    bad = [("unreadable", "a.tar")] * 40
+    for attempt in range(3):
+        ledger = Ledger(0.9, listed=listed_in(tmp_path / "incidents.jsonl") if attempt else None)
+        for row in ledger.account(batch_of(100, *bad, epoch=1)):
+            append_line(tmp_path / "incidents.jsonl", row)
+        assert len(read_lines(tmp_path / "incidents.jsonl")) == LISTED
+        assert ledger.total.skipped == 0 and ledger.settle().skipped == 40, "the account is of what this attempt saw"
 
 
 def test_too_many_skipped_stop_the_run_with_the_worst_shards_named() -> None:
