@@ -48,7 +48,7 @@ def build_parser(only: str | None = None) -> Parser:
     """The parser; with `only`, that command's arguments alone are filled in, since modules cost time to import."""
     parser = Parser(
         prog="amclip",
-        description="Pre-train CLIP with attentive token removal (A-CLIP) through DeepSpeed.",
+        description="Pre-train CLIP with masked image tokens through DeepSpeed: A-CLIP and others.",
         epilog=EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"amclip_ds {__version__}")

@@ -679,7 +679,7 @@ def _check_read_views(config: TrainConfig) -> None:
     reads_frozen = loss.clipkd.weight > 0
     if reads_frozen and not config.distill.teacher:
         raise SettingsError(
-            "distill.teacher: loss.clipkd compares with a finished model; name a run or a checkpoint, or set"
+            "distill.teacher: loss.clipkd compares with a finished model; name a run, a checkpoint or an export, or set"
             " loss.clipkd.weight=0"
         )
     for name, kind in _loaded_objectives().items():
@@ -689,8 +689,8 @@ def _check_read_views(config: TrainConfig) -> None:
         reads_frozen = reads_frozen or kind.reads_frozen()
         if kind.reads_frozen() and not config.distill.teacher:
             raise SettingsError(
-                f"distill.teacher: loss.{name} compares with a finished model; name a run or a checkpoint, or set"
-                f" loss.{name}.weight=0"
+                f"distill.teacher: loss.{name} compares with a finished model; name a run, a checkpoint or an export,"
+                f" or set loss.{name}.weight=0"
             )
         if kind.reads_average() and kind.sees != config.teacher.sees:
             raise SettingsError(

@@ -30,7 +30,7 @@ OPEN_CLIP = {
     "grad_checkpointing": "model.vision.checkpoint_every=1 model.text.checkpoint_every=1",
     "torchcompile": "engine.compile",
     "siglip": "loss.kind=sigmoid",
-    "force_patch_dropout": "mask.strategy=random mask.keep_ratio=0.5",
+    "force_patch_dropout": "mask.strategy=random mask.keep_ratio=0.5 mask.unit=1",
     "force_image_size": "model.vision.image_size",
     "force_context_length": "model.text.context_length",
     "pretrained": "model.init_from",

@@ -1,5 +1,5 @@
-"""The embedded default: makes synthetic shards, trains a tiny A-CLIP and a control with random masks through DeepSpeed
-here, evaluates and draws them.
+"""Makes synthetic shards, trains a tiny A-CLIP and a control with random masks through DeepSpeed here, evaluates and
+draws them.
 
   amclip demo --out out/demo
 

@@ -2,7 +2,7 @@
 
 amclip recipes                 the methods by group, what each is; in a pipe the names, METHOD-SIZE, one a line
 amclip recipes aclip-vitb16    one: its source, known numbers, what is inferred, and what each key means
-amclip recipes aclip-vitb16 optim.lr=1e-3 --yaml > mine.yaml    a file to start from
+amclip recipes aclip-vitb16 optim.lr=1e-3 run.out=runs/mine --yaml > mine.yaml    a file to start from
 """
 
 import argparse

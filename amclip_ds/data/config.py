@@ -74,7 +74,8 @@ class DataConfig:
     train: str = field(default="", metadata={"shards": True})
     """SHARDS: a folder, a glob, braces ('/data/{00000..00099}.tar'), a list.txt, URLs; sources joined by `::`."""
     index: str | None = None
-    """Folder of the index that `amclip data index` made; null: expected beside the shards, made where missing."""
+    """Folder of the index that `amclip data index` made; null: looked for beside the shards and in the run's folder,
+    and made in the latter, again for each run."""
     weights: list[float] | None = None
     """A number for each source in data.train: how often an epoch holds its samples (2.0: twice); empty: once each."""
     resampled: bool = False

@@ -361,7 +361,8 @@ class DistillConfig:
     """A second teacher, which is not averaged and never changes."""
 
     teacher: str | None = None
-    """A run or a checkpoint whose embeddings of the views and texts the objectives that ask for them read; none."""
+    """A run, a checkpoint, or an export for open_clip or transformers (a folder, hf-hub:ORG/NAME), whose embeddings of
+    the views and texts the objectives that ask for them read; none."""
 
 
 @dataclass
