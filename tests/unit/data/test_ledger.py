@@ -83,7 +83,7 @@ def test_what_other_ranks_found_is_listed_by_them() -> None:
     assert not ledger.account(batch_of(100, *bad, epoch=1))
 
 
-def test_a_resume_goes_on_from_what_is_listed(tmp_path: Path) -> None:
+def test_a_resume_continues_from_what_is_listed(tmp_path: Path) -> None:
     """Else each attempt lists as many again, and the file grows with the preemptions."""
     bad = [("unreadable", "a.tar")] * 40
     for attempt in range(3):
