@@ -4,6 +4,7 @@ It runs by its path, so that it imports neither torch nor this package: it costs
 FOLDER holds settings.json, and for each rank of the node rankN.beat (phase, step, time of the last sign of life) and
 rankN.stacks (where the rank's stacks go when it is asked for them by a signal). When a rank gives no sign of life for
 as long as it said its phase may take: the stacks of all ranks, who is to blame, an incident, and the end of every rank.
+What is written of that has a time limit each: the run's file system may be what hangs.
 """
 
 import json
@@ -14,7 +15,9 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ STACKS_SIGNAL = signal.SIGRTMIN + 5
 PHASES = ("start", "verify", "index", "resume", "data", "compile", "step", "save", "evaluate", "end")
 COMPILE = "compile"
 DONE = "done"
-ANSWER_S = 3.0  # a rank's time to print its stacks
+ANSWER_S = 3.0  # a rank's time to print its stacks, the log's to take a line
+WRITE_S = 10.0  # a file system's time to take a report
 OTHERS_S = 10.0  # the other nodes' time to report
 COLLECTIVES = re.compile(
     r"distributed_c10d\.py|deepspeed/comm/|in (_?all_reduce|_?all_gather|reduce_scatter|barrier|"
@@ -66,42 +70,63 @@ def watch(folder: Path) -> int:
     poll_s, over_for, compiled_at = settings["poll_s"], 0, 0.0
     while True:
         time.sleep(poll_s)
-        beats = {rank: read_beat(folder / f"rank{rank}.beat") for rank in settings["ranks"]}
-        alive = {rank: beat for rank, beat in beats.items() if beat and process_state(beat["pid"], beat["started"])}
-        over_for = over_for + 1 if all(beat["phase"] == DONE for beat in alive.values()) else 0
+        beats = read_beats(folder, settings["ranks"])
+        at_work = [beat for beat in living(beats) if beat["phase"] != DONE]
+        over_for = 0 if at_work else over_for + 1
         if over_for == 2:  # one read may fall into the middle of a write
             return 0
         now = time.monotonic()
-        if any(beat["phase"] == COMPILE for beat in alive.values()):
+        if any(beat["phase"] == COMPILE for beat in at_work):
             compiled_at = now
-        if any(is_silent(beat, now, compiled_at) for beat in alive.values()):
-            end_it(folder, settings, beats, now)
+        is_hang = any(is_silent(beat, compiled_at) for beat in at_work)
+        if is_hang and end_it(folder, settings, beats, now, compiled_at):
             return 1
 
 
-def is_silent(beat: dict[str, Any], now: float, compiled_at: float) -> bool:
+def read_beats(folder: Path, ranks: list[int]) -> dict[int, dict[str, Any] | None]:
+    return {rank: read_beat(folder / f"rank{rank}.beat") for rank in ranks}
+
+
+def living(beats: dict[int, dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """The signs of life of those that still are there."""
+    return [beat for beat in beats.values() if beat and process_state(beat["pid"], beat["started"])]
+
+
+def is_silent(beat: dict[str, Any], compiled_at: float) -> bool:
     """Whether a rank has given no sign of life for longer than it said. In a step it may wait for another one of this
     node, which compiled until compiled_at."""
     since = max(beat["at"], compiled_at) if beat["phase"] == "step" else beat["at"]
-    return beat["phase"] != DONE and now - since > beat["limit_s"]
+    return beat["phase"] != DONE and time.monotonic() - since > beat["limit_s"]
 
 
-def end_it(folder: Path, settings: dict[str, Any], beats: dict[int, dict[str, Any] | None], now: float) -> None:
-    """Stacks, blame, incident; then every rank of this node is killed, with all that it started."""
+def end_it(
+    folder: Path, settings: dict[str, Any], beats: dict[int, dict[str, Any] | None], now: float, compiled_at: float
+) -> bool:
+    """Stacks, blame, incident; then every rank of this node is killed, with all that it started. False where all gave
+    signs of life again meanwhile, as after a pause of the file system: they go on."""
     hosts, own_node = settings["hosts"], settings["node"]
     reaches = len(hosts) == 1 or reaches_meeting(*settings["meeting"])
     reports = [report(folder, rank, beat, now) | {"reaches": reaches} for rank, beat in beats.items() if beat]
     hangs = Path(settings["run"]) / "hangs"
     name = f"attempt{settings['attempt']}-node"
+    own = hangs / f"{name}{own_node}.json"
+    nodes = {own_node: {"ranks": reports}}
+    failure: OSError | None = None
     try:
-        hangs.mkdir(exist_ok=True)
-        own = hangs / f"{name}{own_node}.json"
-        own.with_suffix(".txt").write_text("".join(text_of(item) for item in reports))
-        write_whole(own, json.dumps({"ranks": reports}))
-        nodes = wait_for_others(hangs, name, len(hosts))
+        within(WRITE_S, lambda: keep_stacks(own.with_suffix(".txt"), reports))
     except OSError as error:  # the file system may be what hangs or is gone: what is known must still be reported
-        say(f"watchdog: {hangs} cannot be written: {error}")
-        nodes = {own_node: {"ranks": reports}}
+        failure = error
+    # Before the other nodes read this one's report: from there on they count on it.
+    if are_well_again(reports, living(read_beats(folder, settings["ranks"])), compiled_at):
+        say(f"watchdog: silent for {max(item['silent_s'] for item in reports):.0f} s, and well again; see {hangs}")
+        return False
+    try:
+        if failure is None:
+            nodes = within(OTHERS_S + WRITE_S, lambda: exchange(own, reports, name, len(hosts)))
+    except OSError as error:
+        failure = error
+    if failure is not None:
+        say(f"watchdog: {hangs} cannot be written: {failure}")
     everybody = sorted((item for node in nodes.values() for item in node["ranks"]), key=lambda item: item["rank"])
     silent = [host for node, host in enumerate(hosts) if node not in nodes]
     culprits, why = blame(everybody)
@@ -111,6 +136,46 @@ def end_it(folder: Path, settings: dict[str, Any], beats: dict[int, dict[str, An
     descendants = children_of([item["pid"] for item in reports])
     for pid in [*(item["pid"] for item in reports), *descendants]:
         kill(pid, signal.SIGKILL)
+    return True
+
+
+def within(limit_s: float, work: Callable[[], Any]) -> Any:
+    """What `work` returns or raises; TimeoutError where that takes longer. It is then left to itself, and may never
+    come back from the file system that it waits for."""
+    outcome: list[tuple[Any, Exception | None]] = []
+
+    def do() -> None:
+        try:
+            outcome.append((work(), None))
+        except Exception as error:  # whatever it is, it is raised below
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=do, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if not outcome:
+        raise TimeoutError(f"no answer within {limit_s:.0f} s")
+    value, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return value
+
+
+def keep_stacks(path: Path, reports: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(map(text_of, reports)))
+
+
+def exchange(own: Path, reports: list[dict[str, Any]], name: str, num_nodes: int) -> dict[int, dict[str, Any]]:
+    """This node's report for the others', or for those that come in time."""
+    write_whole(own, json.dumps({"ranks": reports}))
+    return wait_for_others(own.parent, name, num_nodes)
+
+
+def are_well_again(reports: list[dict[str, Any]], alive: list[dict[str, Any]], compiled_at: float) -> bool:
+    """Whether nobody is silent any more. One that was stopped has only run to print its stacks."""
+    was_running = all(item["state"] not in ("", "T", "t") for item in reports)
+    return was_running and not any(is_silent(beat, compiled_at) for beat in alive)
 
 
 def report(folder: Path, rank: int, beat: dict[str, Any], now: float) -> dict[str, Any]:
@@ -228,20 +293,25 @@ def report_hang(
         "action": f"all ranks ended; {hangs}",
     }
     try:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # as jsonl.append_line
-        descriptor = os.open(Path(settings["run"]) / "incidents.jsonl", flags, 0o644)
-        size = os.fstat(descriptor).st_size
-        is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, b"\n" * is_torn + json.dumps(row).encode() + b"\n")
-        os.close(descriptor)
+        within(WRITE_S, lambda: append(Path(settings["run"]) / "incidents.jsonl", json.dumps(row).encode()))
     except OSError as error:
         say(f"watchdog: incidents.jsonl cannot be written: {error}")
 
 
+def append(path: Path, line: bytes) -> None:
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # as jsonl.append_line
+    descriptor = os.open(path, flags, 0o644)
+    size = os.fstat(descriptor).st_size
+    is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+    os.write(descriptor, b"\n" * is_torn + line + b"\n")
+    os.close(descriptor)
+
+
 def say(text: str) -> None:
-    """Into the job's log, where that can be written: a closed one must not keep the ranks from being ended."""
+    """Into the job's log, where that can be written: a closed one must not keep the ranks from being ended, nor one on
+    the file system that hangs."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        within(ANSWER_S, lambda: print(text, file=sys.stderr, flush=True))
     except (OSError, ValueError):
         return
 
@@ -301,4 +371,4 @@ def kill(pid: int, number: int) -> None:
 if __name__ == "__main__":
     ending = watch(Path(sys.argv[1]))
     shutil.rmtree(sys.argv[1], ignore_errors=True)  # the ranks are gone, or have closed their files
-    sys.exit(ending)
+    os._exit(ending)  # not by way of a thread that may never end

@@ -24,11 +24,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
 
 from amclip_ds.data.batch import Batch
+from amclip_ds.files import describe
+from amclip_ds.ranks.collectives import gather_objects
 from amclip_ds.ranks.runtime import Runtime
 from amclip_ds.record import Record
 from amclip_ds.resilience import watch_ranks
@@ -39,6 +42,7 @@ from amclip_ds.signals import held_back
 SLOW_FACTOR = 1.5  # a straggler's own work takes so many times the others' median
 SLOW_SHARE = 0.25  # and costs at least so much of a step
 RESTARTS = 20  # of the watching process, in one run
+UNNOTICED = "no hang is noticed there"
 SLOW_INTERVALS = 2  # in so many logged intervals in a row
 
 
@@ -52,6 +56,8 @@ class Watchdog:
         self._config, self._runtime = config, runtime
         self._process: subprocess.Popen | None = None
         self._memory: mmap.mmap | None = None
+        self._stacks: TextIO | None = None
+        self._made = ""  # the node's folder, on the rank that made it
         self._phase, self._step = "start", 0
         self._is_warm = False
         self._is_closing = False
@@ -59,14 +65,18 @@ class Watchdog:
         self._own = OwnTime(runtime)
         if config.step_timeout_s is None:
             return
-        self._place, ranks, hosts = self._meet()
-        self._open_beat()
+        problem, ranks, hosts = self._meet()
+        if not self._all_open(problem):  # else every rank of this node can be watched
+            self._let_go()
+            return
         self.phase("start", 0)
-        if runtime.world_size > 1:
-            dist.barrier()  # every rank of this node can be watched
         if runtime.local_rank == 0:
-            self._write_settings(folder, attempt, ranks, hosts, poll_s=min(1.0, config.step_timeout_s / 20))
-            self._process = self._start()
+            try:
+                self._write_settings(folder, attempt, ranks, hosts, poll_s=min(1.0, config.step_timeout_s / 20))
+                self._process = self._start()
+            except OSError as error:
+                self._report(f"on {socket.gethostname()} no watching process starts ({describe(error)})", UNNOTICED)
+                return
             threading.Thread(target=self._keep_it_alive, name="watchdog", daemon=True).start()
 
     def phase(self, name: str, step: int) -> None:
@@ -136,11 +146,7 @@ class Watchdog:
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=5.0)
-            shutil.rmtree(self._place, ignore_errors=True)
-        faulthandler.unregister(STACKS_SIGNAL)
-        self._stacks.close()
-        self._memory.close()
-        self._memory = None
+        self._let_go()
 
     def __enter__(self) -> "Watchdog":
         return self
@@ -154,24 +160,62 @@ class Watchdog:
             limit_s = self._config.step_timeout_s if short else self._config.phase_timeout_s
             self._memory[: BEAT.size] = BEAT.pack(self._pid, self._started, self._step, now, limit_s, phase.encode())
 
-    def _meet(self) -> tuple[Path, list[int], list[str]]:
-        """The node's folder for signs of life, in its own temporary storage; its ranks; the hosts of all nodes.
+    def _meet(self) -> tuple[str, list[int], list[str]]:
+        """Why this node has no folder for signs of life, in its own temporary storage; its ranks; the hosts of all.
 
         Collective: every rank must call.
         """
-        runtime = self._runtime
-        mine = tempfile.mkdtemp(prefix="amclip-watch-") if runtime.local_rank == 0 else ""
-        own = (runtime.rank, runtime.node_rank, mine, socket.gethostname())
-        places: list[tuple[int, int, str, str]] = [own] * runtime.world_size
-        if runtime.world_size > 1:
-            dist.all_gather_object(places, own)
-        here = [(rank, place) for rank, node, place, _ in places if node == runtime.node_rank]
-        hosts = {node: host for _, node, _, host in places}
+        runtime, problem = self._runtime, ""
+        if runtime.local_rank == 0:
+            try:
+                self._made = tempfile.mkdtemp(prefix="amclip-watch-")
+            except OSError as error:
+                problem = describe(error)
+        own = (runtime.rank, runtime.node_rank, socket.gethostname(), self._made, problem)
+        found = gather_objects(own)
+        here = [(rank, made, problem) for rank, node, _, made, problem in found if node == runtime.node_rank]
+        self._place = Path(next((made for _, made, _ in here if made), "nowhere"))
+        hosts = {node: host for _, node, host, *_ in found}
         return (
-            Path(next(place for _, place in here if place)),
-            [rank for rank, _ in here],
+            next((problem for *_, problem in here if problem), ""),
+            [rank for rank, *_ in here],
             [hosts[node] for node in sorted(hosts)],
         )
+
+    def _all_open(self, problem: str) -> bool:
+        """Whether every rank of this node can be watched. Rank 0 says where that is not so: no reason not to train.
+
+        Collective: every rank must call.
+        """
+        if not problem:
+            try:
+                self._open_beat()
+            except OSError as error:  # a /tmp that each task has to itself, or a full one
+                problem = f"{self._place}: {describe(error)}"
+        found = gather_objects((self._runtime.node_rank, socket.gethostname(), problem))
+        unwatched = {node: host for node, host, problem in found if problem}
+        if unwatched and self._runtime.is_main:
+            where = ", ".join(unwatched.values())
+            first = next(problem for *_, problem in found if problem)
+            self._report(f"on {where} the ranks have no temporary folder in common ({first})", UNNOTICED)
+        return self._runtime.node_rank not in unwatched
+
+    def _let_go(self) -> None:
+        """Of what is open, and of the node's folder."""
+        if self._stacks is not None:
+            faulthandler.unregister(STACKS_SIGNAL)
+            self._stacks.close()
+            self._stacks = None
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+        if self._made:
+            shutil.rmtree(self._made, ignore_errors=True)
+
+    def _report(self, cause: str, action: str) -> None:
+        """At once on the screen, and in incidents.jsonl with the next row."""
+        print(f"watchdog: {cause}; {action}", file=sys.stderr, flush=True)
+        self._ended.append((cause, action))
 
     def _open_beat(self) -> None:
         rank = self._runtime.rank
@@ -216,9 +260,7 @@ class Watchdog:
                 return
             is_possible = left > 0 and (self._place / "settings.json").exists()
             action = "started again" if is_possible else "no hang is noticed any more"
-            cause = f"the watching process ended by itself (status {status})"
-            print(f"watchdog: {cause}; {action}", file=sys.stderr, flush=True)
-            self._ended.append((cause, action))
+            self._report(f"the watching process ended by itself (status {status})", action)
             if not is_possible:
                 return
             self._process = self._start()

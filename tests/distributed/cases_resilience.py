@@ -1,16 +1,20 @@
 """Stops, slow ranks and signals on real ranks, without the rest of a run."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from amclip_ds.errors import Preempted
 from amclip_ds.ranks import runtime
+from amclip_ds.resilience.config import WatchdogConfig
 from amclip_ds.resilience.ownership import OwnershipConfig, OwnershipLost, claim, owning
 from amclip_ds.resilience.preemption import Preemption, PreemptionConfig, leaving_together
-from amclip_ds.resilience.watchdog import OwnTime
+from amclip_ds.resilience.watchdog import OwnTime, Watchdog
 from amclip_ds.signals import STOPPING
 
 
@@ -135,3 +139,33 @@ def leaving_case(launcher: str) -> str:
         return f"left with {error.exit_code}"
     finally:
         runtime.stop(started)
+
+
+def mount_own(folder: str, options: str) -> None:
+    """A temporary storage that this process alone sees, as a container of its own has."""
+    c, uid, gid = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
+    new_user, new_mounts = 0x10000000, 0x00020000
+    assert c.unshare(new_user | new_mounts) == 0, os.strerror(ctypes.get_errno())
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+    assert c.mount(b"none", folder.encode(), b"tmpfs", 0, options.encode()) == 0, os.strerror(ctypes.get_errno())
+
+
+def tmp_case(folder: str, alone: int, options: str) -> dict[str, Any]:
+    """A watchdog where rank `alone` has a temporary storage of its own, with these options of tmpfs."""
+    rank = int(os.environ["RANK"])
+    if rank == alone:
+        mount_own(folder, options)
+    tempfile.tempdir = folder
+    started = runtime.start(60)
+    import torch
+    import torch.distributed as dist
+
+    with Watchdog(WatchdogConfig(step_timeout_s=60.0), Path(folder), 0, started) as watchdog:
+        for step in range(3):
+            watchdog.phase("step", step)
+            dist.all_reduce(torch.ones(1))
+        found = {"process": watchdog._process is not None, "said": list(watchdog._ended)}
+    runtime.stop(started)
+    return found | {"left": sorted(path.name for path in Path(folder).glob("amclip-watch-*"))}

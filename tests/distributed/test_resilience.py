@@ -1,6 +1,8 @@
 """Agreed stops, lost folders and slow ranks, on real gloo ranks."""
 
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,37 @@ def test_even_ranks_are_not_named() -> None:
 @pytest.mark.parametrize("launcher, how", [("--procs", "left with 75"), ("torchrun", "left with 0")])
 def test_75_is_for_our_own_launcher(launcher: str, how: str) -> None:
     assert run_ranks(f"{CASES}leaving_case", world_size=2, launcher=launcher) == [how, how]
+
+
+def needs_mounts() -> None:
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+
+
+@pytest.mark.parametrize(
+    "alone, options, why",
+    [(-1, "", None), (1, "", "missing"), (0, "nr_inodes=1", "No space left on device"), (0, "nr_inodes=2", "No space")],
+    ids=["shared", "private", "full", "almost full"],
+)
+def test_ranks_without_a_temporary_folder_in_common_train_unwatched(
+    alone: int, options: str, why: str | None, tmp_path: Path
+) -> None:
+    needs_mounts()
+    case = {"folder": str(tmp_path), "alone": alone, "options": options}
+    main, other = run_ranks(f"{CASES}tmp_case", world_size=2, **case)
+    assert main["process"] == (why is None) and not other["process"]
+    assert not other["said"] and not main["left"]
+    if why:
+        [(cause, action)] = main["said"]
+        assert why in cause and "no temporary folder in common" in cause and action == "no hang is noticed there"
+    else:
+        assert not main["said"]
+
+
+def test_a_watch_that_cannot_start_is_no_reason_not_to_train(tmp_path: Path) -> None:
+    """Room for the signs of life, but not for what the watching process reads."""
+    needs_mounts()
+    case = {"folder": str(tmp_path), "alone": 0, "options": "nr_inodes=4"}
+    [found] = run_ranks(f"{CASES}tmp_case", world_size=1, **case)
+    assert not found["process"] and not found["left"]
+    assert "no watching process starts (No space left on device)" in found["said"][0][0]

@@ -92,7 +92,8 @@ while True:
     now = time.monotonic()
     memory[: w.BEAT.size] = w.BEAT.pack(os.getpid(), w.start_time(os.getpid()), 5, now, limit, b"data")
     if len(sys.argv) > 5:
-        time.sleep(600)
+        while not Path(sys.argv[5]).exists() and time.monotonic() < now + 600:
+            time.sleep(0.05)
     time.sleep(0.05)
 """
 
@@ -122,7 +123,7 @@ def test_a_silent_process_ends_them_all_and_is_named(how: str, tmp_path: Path) -
     place, run = tmp_path / "place", tmp_path / "run"
     place.mkdir()
     run.mkdir()
-    ranks = [start(place, 0), start(place, 1, *(["asleep"] if how == "asleep" else []))]
+    ranks = [start(place, 0), start(place, 1, *([str(tmp_path / "never")] if how == "asleep" else []))]
     wait_for_beats(place, 2)
     watcher = watching(place, run, [0, 1])
     if how == "stopped":
@@ -183,3 +184,45 @@ def test_the_others_wait_for_a_rank_that_compiles(tmp_path: Path) -> None:
             process.wait()
     [row] = read_lines(run / "incidents.jsonl")
     assert row["kind"] == "hang" and "phase 'step'" in row["cause"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hangs/attempt4-node0.txt", "hangs/.attempt4-node0.json.partial"])
+def test_a_file_system_that_hangs_too_keeps_no_rank_alive(name: str, tmp_path: Path) -> None:
+    """A pipe that nobody reads: whoever opens it to write waits for ever."""
+    place, run = tmp_path / "place", tmp_path / "run"
+    place.mkdir()
+    (run / "hangs").mkdir(parents=True)
+    os.mkfifo(run / name)
+    silent = start(place, 0, str(tmp_path / "never"), limit_s=1.0)
+    wait_for_beats(place, 1)
+    _, printed = watching(place, run, [0]).communicate(timeout=90)
+    assert silent.wait(timeout=10) == -signal.SIGKILL
+    assert "cannot be written: no answer within" in printed and "rank 0 on" in printed
+    [row] = [json.loads(line) for line in (run / "incidents.jsonl").read_text().splitlines()]
+    assert row["kind"] == "hang"
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_well_again_before_its_report_is_written_is_left_alone(tmp_path: Path) -> None:
+    """A file system's pause, which the rank and the report waited for alike."""
+    place, run, again = tmp_path / "place", tmp_path / "run", tmp_path / "again"
+    place.mkdir()
+    (run / "hangs").mkdir(parents=True)
+    pipe = run / "hangs" / "attempt4-node0.txt"
+    os.mkfifo(pipe)
+    rank = start(place, 0, str(again))
+    wait_for_beats(place, 1)
+    watcher = watching(place, run, [0])
+    deadline = time.monotonic() + 30
+    while not (place / "rank0.stacks").read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    again.touch()
+    time.sleep(0.5)
+    assert "rank 0 on" in pipe.read_text()
+    time.sleep(2.0)
+    assert rank.poll() is None and watcher.poll() is None and not (run / "incidents.jsonl").exists()
+    rank.kill()
+    rank.wait()
+    _, printed = watcher.communicate(timeout=30)
+    assert watcher.returncode == 0 and "well again" in printed
