@@ -111,8 +111,8 @@ def check_teacher(config: TrainConfig) -> None:
 def check_weights(path: Path) -> None:
     """Raises UserError for a run that has saved nothing, and for what is no checkpoint or export in a run; the ranks
     read the files."""
-    names = (MANIFEST, run_files.CHECKPOINTS, "student.safetensors", "teacher.safetensors")
-    if any((path / name).exists() for name in names):
+    names = (MANIFEST, "student.safetensors", "teacher.safetensors")
+    if any((path / name).exists() for name in names) or list_steps(path / run_files.CHECKPOINTS):
         return
     if not (path / run_files.CONFIG).is_file():
         from amclip_ds.distill import check_export  # it loads torch

@@ -49,7 +49,7 @@ PACKAGES = (
 
 
 def open_folder(config: TrainConfig) -> tuple[Path, int]:
-    """Makes the run's folder, with config.yaml and versions.json if it has none. Rank 0 only.
+    """Makes the run's folder, with config.yaml and versions.json if it has none, and checkpoints/. Rank 0 only.
 
     Returns the folder and the number of this attempt, 0 on the first start. An older attempt's exit.json goes: a run
     that leaves none has crashed. Raises UserError, or AmclipError where the disk is full.
@@ -62,6 +62,9 @@ def open_folder(config: TrainConfig) -> tuple[Path, int]:
         (folder / run_files.VERDICT).unlink(missing_ok=True)
         if not (folder / run_files.CONFIG).exists():
             write_settings(folder, config, write_atomically)
+        # Before any rank asks for it: a node remembers for seconds that its network file system had no such name, and
+        # its ranks open their files there as soon as rank 0 has begun a save.
+        (folder / run_files.CHECKPOINTS).mkdir(exist_ok=True)
     except OSError as error:
         raise not_written(f"run.out: {folder}", error) from None
     return folder, attempt

@@ -118,6 +118,17 @@ def test_a_cut_in_mid_epoch_and_another_world(few_scenes: Path, tmp_path: Path) 
     assert abs(here["loss"] - there["loss"]) < 0.02 * there["loss"]
 
 
+def test_no_other_rank_asks_for_the_checkpoints_folder_before_it_is_there(few_scenes: Path, tmp_path: Path) -> None:
+    """Its node would remember for seconds that there is none, and its ranks' part of the first save would fail."""
+    run, why = tmp_path / "run", "the part runs uncompiled (why)"
+    words = last_of_each(["train", "aclip-tiny", f"data.train={few_scenes}", f"run.out={run}", "run.steps=1", *SMALL])
+    case = {"argv": words, "of": str(run / "checkpoints"), "uncompiled": why}
+    asked = run_ranks("tests.e2e.cases:asked_in_vain", world_size=2, timeout_s=400, **case)
+    assert not asked[1] and (run / "checkpoints" / step_folders.folder_name(1)).is_dir()
+    [row] = read_lines(run / "incidents.jsonl")
+    assert (row["rank"], row["kind"], row["cause"]) == (1, "uncompiled", why)
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ds", ["zero1_fp32.json", "zero2_bf16.json", "zero3_bf16.json"])

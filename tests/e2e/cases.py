@@ -6,7 +6,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from amclip_ds.cli import main
@@ -21,6 +21,33 @@ def command(argv: list[str]) -> tuple[int, str]:
         except SystemExit as leaving:
             code = leaving.code if isinstance(leaving.code, int) else 1
     return code, printed.getvalue()
+
+
+def asked_in_vain(argv: list[str], of: str, uncompiled: str) -> list[str]:
+    """The command, with a part on rank 1 that began to run uncompiled for that reason. Returns what this rank asked of
+    a path, by any call that a start or a save makes, while nothing was there."""
+    from amclip_ds.engine.compile import FALLEN_BACK
+
+    found: list[str] = []
+
+    def noting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(path: Any, *args: Any, **words: Any) -> Any:
+            try:
+                return call(path, *args, **words)
+            except FileNotFoundError:
+                if str(path) == of:
+                    found.append(name)
+                raise
+
+        return noted
+
+    for name in ("stat", "lstat", "statvfs", "listdir", "scandir", "open"):
+        setattr(os, name, noting(name, getattr(os, name)))
+    if os.environ["RANK"] == "1":
+        FALLEN_BACK.append(uncompiled)
+    code, printed = command(argv)
+    assert code == 0, printed
+    return found
 
 
 def blocked_loader(argv: list[str], rank: int, after: int) -> None:

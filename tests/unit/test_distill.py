@@ -205,6 +205,7 @@ def test_a_teacher_of_shorter_texts_is_reported_before_any_rank_starts(run: Path
     [
         ("", "neither a run (config.yaml), a checkpoint (manifest.json) nor an export"),
         ("config.yaml", "no weights yet: neither student.safetensors nor a checkpoint"),
+        ("checkpoints", "no weights yet: neither student.safetensors nor a checkpoint"),
         ("timm", "an export for timm; name one for open_clip or transformers"),
     ],
 )
@@ -216,8 +217,10 @@ def test_what_holds_no_teacher_is_reported_before_any_rank_starts(
         write_export("timm", folder)
     else:
         folder.mkdir()
-    if there == "config.yaml":
-        (folder / there).write_bytes((run / there).read_bytes())
+    if there in ("config.yaml", "checkpoints"):
+        (folder / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    if there == "checkpoints":  # as of a run that has not saved yet
+        (folder / there).mkdir()
     write_export("open_clip", tmp_path / "run" / "exports" / "open_clip")
     (tmp_path / "run" / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     of_a_run = f"distill.teacher={tmp_path}/run/exports/open_clip"
