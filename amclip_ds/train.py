@@ -11,6 +11,7 @@ from typing import Any
 from amclip_ds import plugins, preconditions, run_files
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.batch import Batch
+from amclip_ds.engine.compile import FALLEN_BACK
 from amclip_ds.errors import Preempted, UserError
 from amclip_ds.evaluate import rows
 from amclip_ds.evaluate.datasets import open_set
@@ -94,6 +95,8 @@ def account(run: Run, batch: Batch, result: StepResult) -> None:
     except RewindAsked:
         run.checkpoints.rewind(state)
     record.incidents(run.ledger.account(batch))
+    while FALLEN_BACK:
+        record.incident("uncompiled", FALLEN_BACK.pop(0), action="this rank continues, slower")
     if run.runtime.is_main:
         run.forecast.after_step(run.student, run.teacher, state.step, record)
     if run.config.run.log_sample_ids:

@@ -26,6 +26,8 @@ from amclip_ds.errors import in_one_line
 from amclip_ds.ranks.collectives import gather_objects
 
 BACKEND = "inductor"
+FALLEN_BACK: list[str] = []
+"""What began to run uncompiled in this process, and why: the run takes it from here into incidents.jsonl."""
 MOST_GRAPHS = 256  # of one function: lengths of texts x (all, a group) x (training, evaluation); torch would stop at 8
 
 
@@ -125,7 +127,8 @@ class Compiled:
                 )
             except torch._dynamo.exc.TorchDynamoException as error:
                 self.failed = f"{type(error).__name__}: {in_one_line(error, 150)}"
-                warnings.warn(f"engine.compile: {self._name} runs uncompiled ({self.failed})", stacklevel=2)
+                FALLEN_BACK.append(f"{self._name} runs uncompiled ({self.failed})")
+                warnings.warn(f"engine.compile: {FALLEN_BACK[-1]}", stacklevel=2)
         return self._plain(*inputs, **named)
 
 

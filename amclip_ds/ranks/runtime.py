@@ -125,8 +125,10 @@ def keep_compiled(run: Path) -> Path | None:
     """Lets torch.compile keep what it makes beside the run, so that a restart makes nothing again.
 
     In a folder of the user's own next to the run, never in it: what is there is executed, and a run's folder may
-    come from a stranger. Returns it, or None where the environment names another one, or where this one belongs to
-    somebody else or others may write to it: then torch keeps to its own place.
+    come from a stranger. Each node has its own in there: torch and Triton replace files that another process reads,
+    which a network file system answers with ESTALE, EBUSY or no file at all between nodes (pytorch#173679,
+    triton#11512). Returns it, or None where the environment names another one, or where the folder belongs to somebody
+    else or others may write to it: then torch keeps to its own place.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -140,9 +142,10 @@ def keep_compiled(run: Path) -> Path | None:
         return None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         return None
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
-    return folder
+    own = folder / socket.gethostname()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(own / "triton"))
+    return own
 
 
 def current_job() -> SlurmJob:

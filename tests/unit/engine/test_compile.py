@@ -1,5 +1,6 @@
 """Compiled parts beside the plain ones: more shapes than torch keeps graphs of, and towers that recompute blocks."""
 
+import errno
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -89,6 +90,22 @@ def test_a_backward_that_cannot_be_compiled_ends_no_run(monkeypatch: pytest.Monk
         assert compile_towers(model, mode) is None
         found = passed(model, model.text, TEXTS)
     assert not differences(passed(plain, plain.text, TEXTS), found)
+
+
+def test_a_compiler_that_fails_on_one_rank_leaves_word_for_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does whose cache another node replaces."""
+
+    def stale(graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(compiling, "BACKEND", stale)
+    monkeypatch.setattr(compiling, "FALLEN_BACK", [])
+    part = Compiled(doubled, "the part")
+    with pytest.warns(UserWarning, match="engine.compile: the part runs uncompiled"):
+        assert torch.equal(part(torch.ones(3)), torch.full((3,), 2.0))
+    assert torch.equal(part(torch.ones(4)), torch.full((4,), 2.0))
+    [said] = compiling.FALLEN_BACK
+    assert said.startswith("the part runs uncompiled (BackendCompilerFailed") and "Stale file handle" in said
 
 
 class Pass(NamedTuple):
