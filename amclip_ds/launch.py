@@ -201,6 +201,14 @@ def is_first_rank() -> bool:
         return True
 
 
+def is_under_srun() -> bool:
+    """Whether srun started this process, by what its launcher left in the environment; needs no torch."""
+    try:
+        return discover(os.environ).launcher == "srun"
+    except UserError:  # reported where the ranks meet
+        return False
+
+
 def die_with_parent(parent: int) -> None:
     """Asks the kernel to kill this process when `parent`, its parent, ends. Linux; elsewhere it does nothing."""
     if sys.platform == "linux":

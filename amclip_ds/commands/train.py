@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from amclip_ds import config, preconditions
-    from amclip_ds.launch import hold_signals_back, is_alone, is_first_rank
+    from amclip_ds.launch import hold_signals_back, is_alone, is_first_rank, is_under_srun
     from amclip_ds.resilience import preemption
 
     if args.max_restarts is not None and args.procs is None:
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         )
     # Before anything slow: no signal may be lost, or end what cannot save yet.
     if args.procs is None:
-        preemption.listen()
+        preemption.listen(leaves_early=is_under_srun())
     else:
         hold_signals_back()
     settings = config.load(args.recipe, args.overrides, args.plugin)

@@ -5,7 +5,8 @@
         reason = stops.agreed()                  # once a step, collective: None, or why the run is to save and stop
 
 Signals only leave a note: nothing is torn, however many arrive. From the first one on a timer runs, in C and without
-the interpreter's lock, that prints all stacks and ends the process if saving and leaving take too long.
+the interpreter's lock, that prints all stacks and ends the process if saving and leaving take too long. Under srun a
+run that has no step behind it leaves at once: its job's time may end before an index or a compilation does.
 """
 
 import contextlib
@@ -38,18 +39,22 @@ REASONS = ("run.time_limit", "the end of the Slurm job", STOP_FILE, *NAMES, "own
 STDERR = 2
 CHECK_EVERY_S = 0.5  # for the STOP file: a stat a step would be felt on a parallel file system
 OWN_LAUNCHERS = ("alone", "--procs")  # the others turn 75 into a code of their own
+LEAVE_AFTER_S = 3.0  # until then every rank has heard the signal: one that is left by the others has not crashed
 
 
 class SignalListener:
     """The signals that reached this process, noted by a thread of its own so that a blocked main thread delays none."""
 
-    def __init__(self, forced_exit_s: float) -> None:
+    def __init__(self, forced_exit_s: float, leaves_early: bool = False) -> None:
         self.first: str | None = None
         """The name of the first one."""
         self.count = self.interrupts = 0
         self.is_starting = True
         """Whether no step is behind this process: there is nothing yet that a second Ctrl-C could lose."""
         self.forced_exit_s = forced_exit_s
+        self.leaves_early = leaves_early
+        """Whether a stop during the start ends this process with code 0, as srun wants it, and no verdict: the batch
+        script requeues a job whose ranks have all left so."""
         self.is_closed = self.is_armed = False
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -76,8 +81,18 @@ class SignalListener:
         if self.first is None:
             self.first = name
             self.arm()
+            if self.is_starting and self.leaves_early:
+                _say(f"{name}: before the first step there is nothing to save; leaving")
+                timer = threading.Timer(LEAVE_AFTER_S, self._leave)
+                timer.daemon = False  # an interpreter that ends before, since the others are gone, waits for it
+                timer.start()
+                return
             again = "; Ctrl-C again quits at once" if self.is_starting and name == "SIGINT" else ""
             _say(f"{name}: saving and stopping after {'the first' if self.is_starting else 'this'} step{again}")
+
+    def _leave(self) -> None:
+        if self.is_starting:  # a first step that was done meanwhile is saved as any other
+            os._exit(0)
 
     def arm(self) -> None:
         """Starts the forced-exit timer, or starts it anew with the present `forced_exit_s`."""
@@ -107,12 +122,12 @@ class SignalListener:
 _listener: SignalListener | None = None  # signals are the process's, so this is too
 
 
-def listen(forced_exit_s: float = PreemptionConfig.forced_exit_s) -> SignalListener:
+def listen(forced_exit_s: float = PreemptionConfig.forced_exit_s, leaves_early: bool = False) -> SignalListener:
     """From here on USR1, TERM, INT and HUP (under nohup not the last) are noted and end nothing. Main thread only; a
-    second call changes the timer."""
+    second call changes the timer. leaves_early: see SignalListener."""
     global _listener
     if _listener is None:
-        _listener = SignalListener(forced_exit_s)
+        _listener = SignalListener(forced_exit_s, leaves_early)
     elif _listener.forced_exit_s != forced_exit_s:
         _listener.forced_exit_s = forced_exit_s
         if _listener.first is not None:
@@ -167,12 +182,12 @@ class Preemption:
         is_last: the run ends with this step anyway, nothing needs to stop it. Raises OwnershipLost, on every rank,
         where another trainer has the folder: call before the step is recorded there.
         """
-        self._listener.is_starting = False
         own = self._own_reason()
         world = self._runtime.world_size
         code = -1 if own is None else REASONS.index(own) * world + self._runtime.rank
         if world > 1:
             code = self._largest(code, is_last)
+        self._listener.is_starting = False  # now that no rank is still in its first step
         if code < 0:
             return None
         index, rank = divmod(code, world)

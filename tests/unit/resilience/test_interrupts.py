@@ -1,8 +1,14 @@
-"""Ctrl-C: the first asks for a save, a second before the first step quits, later ones lose nothing."""
+"""Ctrl-C: the first asks for a save, a second before the first step quits, later ones lose nothing. Under srun a stop
+before the first step ends a rank at once."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+from tests.unit.data.shards import write_shards
 
 LISTENER = """
 import os, signal, sys, time
@@ -35,3 +41,43 @@ def test_other_signals_and_a_run_with_steps_are_not_quit() -> None:
     for when, signals in (("starting", "SIGTERM,SIGTERM"), ("training", "SIGINT,SIGINT,SIGINT")):
         code, printed = listener(when, signals)
         assert code == 0 and "alive" in printed and printed.count("saving and stopping") == 1
+
+
+RANK = """
+import os, signal, sys, time
+from amclip_ds.resilience import preemption
+preemption.LEAVE_AFTER_S = 1.0
+arrivals = preemption.listen(leaves_early=True)
+os.kill(os.getpid(), signal.SIGUSR1)
+time.sleep(0.3)
+arrivals.is_starting = sys.argv[1] != "its first step ends meanwhile"
+if sys.argv[1] == "the others have left":
+    raise RuntimeError("connection closed by peer")
+time.sleep(2)
+print("alive")
+sys.exit(7)
+"""
+
+
+def test_a_rank_leaves_before_its_first_step_with_code_0() -> None:
+    """Also where it fails since another one has left before it; a step that ends meanwhile is to be saved."""
+    for when, code in (("it waits", 0), ("the others have left", 0), ("its first step ends meanwhile", 7)):
+        done = subprocess.run([sys.executable, "-c", RANK, when], capture_output=True, text=True, timeout=60)
+        assert done.returncode == code and ("alive" in done.stdout) == bool(code), (when, done.stderr)
+        assert done.stderr.count("before the first step there is nothing to save; leaving") == 1
+
+
+def test_a_task_of_srun_is_such_a_rank(tmp_path: Path) -> None:
+    """The command itself, stopped where it loads torch: its job's time may end before an index does."""
+    task = {"PROCID": "0", "LOCALID": "0", "NODEID": "0", "STEP_NODELIST": "node1", "STEP_ID": "0", "NTASKS": "1"}
+    env = os.environ | {f"SLURM_{name}": value for name, value in task.items()} | {"SLURM_STEP_TASKS_PER_NODE": "1"}
+    write_shards(tmp_path, (4,))
+    words = ["clip-tiny", f"data.train={tmp_path}/0.tar", f"run.out={tmp_path}/run"]
+    rank = subprocess.Popen(
+        [sys.executable, "-m", "amclip_ds", "train", *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert rank.stdout is not None and b"loading torch" in rank.stdout.readline()
+    rank.send_signal(signal.SIGUSR1)
+    printed = rank.communicate(timeout=60)[0]
+    assert rank.returncode == 0 and b"SIGUSR1: before the first step" in printed, printed
+    assert not (tmp_path / "run" / "exit.json").exists()
