@@ -1,9 +1,9 @@
 """What slurm/train.sbatch asks around one attempt of a job: may it begin, and what follows from how it ended?
 
 `python -m amclip_ds.slurm_attempt begin ...` checks what can be checked on one node, describes the attempt in the log
-(standard error) and prints the run's folder, a free port and the resume mode; `... end ...` reads RUN/exit.json and
-prints `requeue WHY` or `exit CODE`. Attempts are remembered in RUN/slurm/attempts.jsonl: three in a row
-(--max-stalls) that bring no new checkpoint end the job, whatever ended them.
+(standard error) and prints the run's folder, a free port and the resume mode, or `exit CODE` where the job is over;
+`... end ...` reads RUN/exit.json and prints `requeue WHY` or `exit CODE`. Attempts are remembered in
+RUN/slurm/attempts.jsonl: three in a row (--max-stalls) that bring no new checkpoint end the job, whatever ended them.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from typing import Any
 
 from amclip_ds import preconditions, run_files
 from amclip_ds.arguments import Parser, add_training
-from amclip_ds.checkpoint.step_folders import list_steps
+from amclip_ds.checkpoint.step_folders import MANIFEST, list_steps
 from amclip_ds.display import printable
-from amclip_ds.errors import MISTAKE, STOPPED_ITSELF, TO_REQUEUE, AmclipError, UserError
+from amclip_ds.errors import FAULT, MISTAKE, STOPPED_ITSELF, TO_REQUEUE, AmclipError, UserError
 from amclip_ds.files import not_written, write_atomically
 from amclip_ds.jsonl import append_line, read_lines
 from amclip_ds.ranks.launcher_env import free_port
@@ -45,44 +45,71 @@ class Limits:
     retry_crashes: bool = False
 
 
-def newest_step(run: Path) -> int:
-    """The step of the newest committed checkpoint of a run; -1 if there is none."""
-    return max((step for step, _ in list_steps(run / run_files.CHECKPOINTS)), default=-1)
+@dataclass(frozen=True)
+class Newest:
+    """The newest committed checkpoint of a run. Another run's in the same folder may have its step, not its time."""
+
+    step: int = -1
+    """-1: there is none."""
+    written: int = 0
+    """When its manifest was written, in ns; 0 if that is not known."""
+
+    def is_of(self, attempt: dict[str, Any]) -> bool:
+        """Whether it was the newest already as an attempt began."""
+        return self.step == attempt["step"] and self.written == attempt.get("checkpoint_time", self.written)
+
+
+def newest_checkpoint(run: Path) -> Newest:
+    for step, path in reversed(list_steps(run / run_files.CHECKPOINTS)):
+        return Newest(step, time_of(path / MANIFEST))
+    return Newest()
+
+
+def time_of(file: Path) -> int:
+    """When it was written, in ns; 0 if it is not there."""
+    with contextlib.suppress(OSError):
+        return file.stat().st_mtime_ns
+    return 0
 
 
 def verdict_time(run: Path) -> int:
     """When RUN/exit.json was written, in ns; 0 if there is none. An older verdict has another."""
-    with contextlib.suppress(OSError):
-        return (run / run_files.VERDICT).stat().st_mtime_ns
-    return 0
+    return time_of(run / run_files.VERDICT)
 
 
-def resume_mode(wanted: str, mine: list[dict[str, Any]], step: int) -> str:
+def resume_mode(wanted: str, mine: list[dict[str, Any]], newest: Newest) -> str:
     """`--resume never` and `--resume PATH` hold for a job's start: once it has checkpoints, its restarts use those."""
-    return "auto" if mine and step != mine[0]["step"] else wanted
+    return "auto" if mine and not newest.is_of(mine[0]) else wanted
 
 
-def count_stalls(steps_at_start: list[int], step_now: int) -> int:
-    """How many of the last attempts brought no new checkpoint. `steps_at_start`: the newest step as each began."""
+def count_stalls(mine: list[dict[str, Any]], newest: Newest) -> int:
+    """How many of the job's last attempts brought no new checkpoint."""
     stalls = 0
-    for step in reversed(steps_at_start):
-        if step != step_now:
+    for attempt in reversed(mine):
+        if not newest.is_of(attempt):
             break
         stalls += 1
     return stalls
 
 
 def decide(verdict: dict[str, Any] | None, restarts: int, stalls: int, limits: Limits, status: int) -> Decision:
-    """What follows from an attempt. `verdict` None: it wrote none, so it crashed; `status` is then srun's."""
-    if verdict is not None and verdict["code"] != TO_REQUEUE:
+    """What follows from an attempt. `verdict` None: it wrote none; `status` is srun's.
+
+    A fault (code 1) of rank 0 is a crash as that of any other rank, which leaves no verdict. But where no rank failed
+    (status 0), all of them left before the first step because they were asked to stop: see SignalListener.
+    """
+    if verdict is not None and verdict["code"] not in (TO_REQUEUE, FAULT):
         return Decision(False, verdict["code"], f"{verdict.get('reason', '')} (step {verdict.get('step')})")
-    what = (
-        f"stopped at step {verdict.get('step')}: {verdict.get('reason', '')}" if verdict else f"crash (srun: {status})"
-    )
+    is_stopped = status == 0 or (verdict is not None and verdict["code"] == TO_REQUEUE)
+    what = "stopped" if is_stopped else f"crash (srun: {status})"
+    if verdict is not None:
+        what += f" at step {verdict.get('step')}: {verdict.get('reason', '')}"
+    elif is_stopped:
+        what += " before the first step"
     if verdict is not None and str(verdict.get("reason", "")).startswith(STOP_FILE):
         return Decision(False, TO_REQUEUE, f"{what}; submit again to continue")
-    failed = TO_REQUEUE if verdict else (status if 0 < status < 128 else 1)
-    if verdict is None and not limits.retry_crashes:
+    failed = TO_REQUEUE if is_stopped else (status if 0 < status < 128 else FAULT)
+    if not is_stopped and not limits.retry_crashes:
         return Decision(False, failed, f"{what}; the lines above name the rank (AMCLIP_RETRY_CRASHES=1 would requeue)")
     if stalls >= limits.max_stalls:
         return Decision(False, failed, f"{what}; no new checkpoint in {stalls} attempts (AMCLIP_MAX_STALLS)")
@@ -112,9 +139,9 @@ def begin(args: argparse.Namespace) -> str:
     settings.plan_batch(config.batch, args.tasks)
     folder = run / "slurm"
     preconditions.check_folder(run)
-    earlier, step = read_lines(folder / run_files.ATTEMPTS, run_files.JOB_ATTEMPT), newest_step(run)
+    earlier, newest = read_lines(folder / run_files.ATTEMPTS, run_files.JOB_ATTEMPT), newest_checkpoint(run)
     mine = [row for row in earlier if row["job"] == args.job]
-    resume = resume_mode(wanted.resume, mine, step)
+    resume = resume_mode(wanted.resume, mine, newest)
     preconditions.check(config, resume)
     check_shards(config, nodes)
     revision = git_revision()
@@ -129,7 +156,8 @@ def begin(args: argparse.Namespace) -> str:
                 "nodes": args.node_list,
                 "num_nodes": args.nodes,
                 "tasks": args.tasks,
-                "step": step,
+                "step": newest.step,
+                "checkpoint_time": newest.written,
                 "revision": revision,
                 "verdict_time": verdict_time(run),
                 "command": ["amclip", "train", *args.train_arguments],
@@ -138,9 +166,10 @@ def begin(args: argparse.Namespace) -> str:
         write_atomically(folder / f"config-{args.job}-{args.restart}.yaml", settings.dump(config))
     except OSError as error:
         raise not_written(f"run.out: {run}", error) from None
-    _check_restarts(mine, args, step)
-    _chain_check(args.chain, read_verdict(run), run)
-    describe(args, run, step, revision, earlier)
+    _check_restarts(mine, args, newest)
+    if args.chain and verdict_time(run) > args.submitted * 10**9:
+        _chain_check(read_verdict(run), run)
+    describe(args, run, newest.step, revision, earlier)
     if nodes < args.nodes:
         _say(
             f"note: {args.nodes - nodes} node(s) idle: {config.batch.global_size} samples divide by {args.tasks} tasks"
@@ -172,7 +201,7 @@ def end(args: argparse.Namespace) -> str:
     verdict = read_verdict(run)
     if mine and verdict_time(run) == mine[-1]["verdict_time"]:
         verdict = None  # left by an earlier attempt: this one wrote nothing
-    stalls = count_stalls([row["step"] for row in mine], newest_step(run))
+    stalls = count_stalls(mine, newest_checkpoint(run))
     limits = Limits(args.max_restarts, args.max_stalls, args.retry_crashes)
     decision = decide(verdict, args.restart, stalls, limits, args.status)
     reported = f"code {verdict['code']} in {run}/exit.json" if verdict else f"no verdict in {run}/exit.json"
@@ -208,25 +237,25 @@ def describe(
     _say(f"save and stop: touch {run}/STOP; save and requeue: scancel --batch --signal=USR1 {args.job}")
 
 
-def _check_restarts(mine: list[dict[str, Any]], args: argparse.Namespace, step: int) -> None:
+def _check_restarts(mine: list[dict[str, Any]], args: argparse.Namespace, newest: Newest) -> None:
     """Slurm requeues a job of a lost node by itself, without asking `end`: the limits hold at the start too."""
-    stalls = count_stalls([row["step"] for row in mine], step)
+    stalls = count_stalls(mine, newest)
     if args.restart > args.max_restarts:
-        raise AmclipError(f"restarted {args.restart} times: given up (AMCLIP_MAX_RESTARTS)")
+        raise JobEnded(f"restarted {args.restart} times: given up (AMCLIP_MAX_RESTARTS)")
     if stalls >= args.max_stalls:
-        raise AmclipError(f"no new checkpoint in {stalls} attempts: given up (AMCLIP_MAX_STALLS)")
+        raise JobEnded(f"no new checkpoint in {stalls} attempts: given up (AMCLIP_MAX_STALLS)")
 
 
-def _chain_check(chain: bool, verdict: dict[str, Any] | None, run: Path) -> None:
+def _chain_check(verdict: dict[str, Any] | None, run: Path) -> None:
     """A later job of a chain has nothing to do once an earlier one ended the run for good."""
-    if chain and verdict and verdict["code"] in (MISTAKE, STOPPED_ITSELF):
-        ending = RunEnded(f"{run}/exit.json: an earlier job of this chain ended with code {verdict['code']}")
+    if verdict and verdict["code"] in (MISTAKE, STOPPED_ITSELF):
+        ending = JobEnded(f"{run}/exit.json: an earlier job of this chain ended with code {verdict['code']}")
         ending.exit_code = verdict["code"]
         raise ending
 
 
-class RunEnded(AmclipError):
-    """The run is over; its own code is the job's."""
+class JobEnded(AmclipError):
+    """The job is over, and another start of it would change nothing: its code is the job's."""
 
 
 def _say(text: str) -> None:
@@ -250,6 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--min-nodes", type=int, default=1)
             sub.add_argument("--node-list", default="")
             sub.add_argument("--chain", action="store_true")
+            sub.add_argument("--submitted", type=lambda text: int(text) if text.isdecimal() else 0, default=0)
             sub.add_argument("train_arguments", nargs="+")
         else:
             sub.add_argument("--run", required=True)
@@ -267,6 +297,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except AmclipError as error:
         _say(str(error))
+        if isinstance(error, JobEnded):
+            print(f"exit {error.exit_code}")
         return error.exit_code
 
 

@@ -11,11 +11,12 @@ from amclip_ds.preconditions import resumes
 from amclip_ds.record import read_verdict
 from amclip_ds.slurm_attempt import (
     Limits,
+    Newest,
     count_stalls,
     decide,
     largest_that_divides,
     main,
-    newest_step,
+    newest_checkpoint,
     node_range,
     resume_mode,
 )
@@ -51,18 +52,45 @@ def test_a_crash_ends_the_job_unless_asked_and_a_crash_loop_always_ends() -> Non
     assert decide(None, 0, 0, LIMITS, status=143).code == 1, "a crash is never taken for a preemption"
 
 
+def test_a_fault_is_a_crash_whichever_rank_met_it() -> None:
+    """Rank 0 leaves a verdict of it, another rank none: the same trouble of a disk ends or requeues the job alike."""
+    for written in (None, verdict(1)):
+        assert not decide(written, 0, 0, LIMITS, status=1).requeue
+        assert decide(written, 0, 1, RETRY, status=143).requeue
+        looping = decide(written, 2, 3, RETRY, status=143)
+        assert not looping.requeue and looping.code == 1 and "3 attempts" in looping.reason
+    assert "because" in decide(verdict(1), 0, 0, LIMITS, status=1).reason
+
+
+def test_ranks_that_all_left_before_the_first_step_are_requeued_within_the_limit() -> None:
+    """A crash has a status of its own, as has what it takes down with it. A rank that others left may say code 1."""
+    for written in (None, verdict(1)):
+        assert decide(written, 0, 0, LIMITS, status=0).requeue
+        often = decide(written, 2, 3, LIMITS, status=0)
+        assert not often.requeue and often.code == 75 and "3 attempts" in often.reason
+
+
+def began(*steps: int) -> list[dict]:
+    return [{"step": step} for step in steps]
+
+
 def test_stalls_are_the_last_attempts_that_began_where_the_run_still_is() -> None:
-    assert count_stalls([-1, 10, 20], 30) == 0
-    assert count_stalls([-1, 10, 30], 30) == 1
-    assert count_stalls([-1, -1, -1], -1) == 3
-    assert count_stalls([], -1) == 0
+    assert count_stalls(began(-1, 10, 20), Newest(30)) == 0
+    assert count_stalls(began(-1, 10, 30), Newest(30)) == 1
+    assert count_stalls(began(-1, -1, -1), Newest()) == 3
+    assert count_stalls([], Newest()) == 0
+    same = [{"step": 30, "checkpoint_time": 5}]
+    assert (count_stalls(same, Newest(30, 5)), count_stalls(same, Newest(30, 6))) == (1, 0), "another run's step 30"
 
 
 def test_the_newest_step_ignores_what_is_not_committed(tmp_path: Path) -> None:
-    assert newest_step(tmp_path) == -1
+    assert newest_checkpoint(tmp_path) == Newest()
     for name in ("step_00000010", "step_00000020", ".tmp-step_00000030", "step_00000025.del", "step_²"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert newest_step(tmp_path) == 20
+    assert newest_checkpoint(tmp_path) == Newest(20)
+    manifest = tmp_path / "checkpoints" / "step_00000020" / "manifest.json"
+    manifest.write_text("{}")
+    assert newest_checkpoint(tmp_path) == Newest(20, manifest.stat().st_mtime_ns)
 
 
 def test_a_torn_or_foreign_exit_file_is_no_verdict(tmp_path: Path) -> None:
@@ -73,9 +101,25 @@ def test_a_torn_or_foreign_exit_file_is_no_verdict(tmp_path: Path) -> None:
 
 
 def test_resume_never_holds_for_the_start_alone() -> None:
-    assert resume_mode("never", [], 40) == "never"
-    assert resume_mode("never", [{"step": 40}], 40) == "never", "no checkpoint of this job yet"
-    assert resume_mode("never", [{"step": 40}], 50) == "auto"
+    assert resume_mode("never", [], Newest(40)) == "never"
+    assert resume_mode("never", began(40), Newest(40)) == "never", "no checkpoint of this job yet"
+    assert resume_mode("never", began(40), Newest(50)) == "auto"
+
+
+def test_a_restart_resumes_from_its_own_checkpoint_of_the_old_runs_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Started with --resume never where step 40 was the newest, stopped when its own step 40 was."""
+    write_shards(tmp_path / "data", (20,))
+    run = tmp_path / "run"
+    manifest = run / "checkpoints" / "step_00000040" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    assert begin(run, tmp_path / "data", 1, 0, capsys, "--resume=never")[2] == "never"
+    assert begin(run, tmp_path / "data", 1, 1, capsys, "--resume=never")[2] == "never", "it saved nothing"
+    manifest.write_text("{ }")
+    os.utime(manifest, ns=(manifest.stat().st_mtime_ns + 1,) * 2)
+    assert begin(run, tmp_path / "data", 1, 2, capsys, "--resume=never")[2] == "auto"
 
 
 def test_an_old_verdict_is_not_taken_for_this_attempts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +153,7 @@ def test_a_restart_uses_as_many_nodes_as_the_batch_divides_by() -> None:
     assert largest_that_divides(7, 3, 2) == 0
 
 
-def begin(run: Path, data: Path, nodes: int, restart: int, capsys: pytest.CaptureFixture[str]) -> list[str]:
+def begin(run: Path, data: Path, nodes: int, restart: int, capsys: pytest.CaptureFixture[str], *more: str) -> list[str]:
     words = [
         "begin",
         "--job",
@@ -127,6 +171,7 @@ def begin(run: Path, data: Path, nodes: int, restart: int, capsys: pytest.Captur
         f"data.train={data}",
         f"run.out={run}",
         "batch.global_size=8",
+        *more,
     ]
     assert main(words) == 0
     return capsys.readouterr().out.splitlines()
@@ -184,5 +229,33 @@ def test_rows_that_are_no_attempts_are_left_out(tmp_path: Path, capsys: pytest.C
     (run / "slurm").mkdir(parents=True)
     (run / "slurm" / "attempts.jsonl").write_text('{"job": 9}\n{"step": 3}\nno row\n[]\n')
     assert begin(run, tmp_path / "data", 1, 0, capsys)[2] == "auto"
-    assert main(["end", "--job", "9", "--run", str(run), "--status", "0"]) == 0
+    assert main(["end", "--job", "9", "--run", str(run), "--status", "1"]) == 0
     assert capsys.readouterr().out == "exit 1\n", "a crash: it left no verdict"
+
+
+@pytest.mark.parametrize("code", [2, 3])
+def test_a_chain_heeds_the_ending_of_its_own_jobs_alone(
+    code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that was there as the chain was submitted is what a person has repaired since."""
+    write_shards(tmp_path / "data", (20,))
+    run = tmp_path / "run"
+    begin(run, tmp_path / "data", 1, 0, capsys)
+    (run / "exit.json").write_text(json.dumps(verdict(code)))
+    written = int((run / "exit.json").stat().st_mtime)
+    recipe = ["--", "aclip-tiny", f"data.train={tmp_path}/data", f"run.out={run}", "batch.global_size=8"]
+    for job, submitted in enumerate((str(written + 60), str(written - 60), "")):  # empty: squeue does not answer
+        words = ["begin", "--job", str(job), "--nodes", "1", "--tasks", "1", "--chain", "--submitted", submitted]
+        assert main([*words, *recipe]) == (0 if job == 0 else code)
+        assert (capsys.readouterr().out == f"exit {code}\n") == (job > 0)
+
+
+def test_a_job_that_reached_a_limit_says_that_it_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """train.sbatch requeues a begin that fails on a restart, but not this one."""
+    write_shards(tmp_path / "data", (20,))
+    for _ in range(3):
+        begin(tmp_path / "run", tmp_path / "data", 1, 0, capsys)
+    with pytest.raises(AssertionError):
+        begin(tmp_path / "run", tmp_path / "data", 1, 1, capsys)
+    captured = capsys.readouterr()
+    assert captured.out == "exit 1\n" and "no new checkpoint in 3 attempts" in captured.err
