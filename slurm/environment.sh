@@ -1,8 +1,9 @@
 # environment.sh: where a job of ours finds its folder, its site file and its Python. Read by every *.sbatch here.
 #
-# Sets python, job, AMCLIP_CONTAINER, AMCLIP_SRUN and the functions say, give_up, once and requeue_job. What is
-# particular to a cluster (modules, conda, container, network) is in one file: slurm/sites/CLUSTERNAME.env, see
-# sites/example.env, or ~/.config/amclip/CLUSTERNAME.env, where the package is installed and has no folder of yours.
+# Sets python, job, AMCLIP_CONTAINER, AMCLIP_SRUN, bare_srun and the functions say, give_up, once, requeue_job and
+# start_failed. What is particular to a cluster (modules, conda, container, network) is in one file:
+# slurm/sites/CLUSTERNAME.env, see sites/example.env, or ~/.config/amclip/CLUSTERNAME.env, where the package is
+# installed and has no folder of yours.
 set -u
 
 job_file=${job_file:-$(basename "$0")}
@@ -12,32 +13,6 @@ give_up() { say "$1"; exit "$2"; }
 # One task of an array goes by ARRAY_TASK: the number of its last task is the array's own, and would mean all of them.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-
-cd "$SLURM_SUBMIT_DIR" || give_up "cannot enter $SLURM_SUBMIT_DIR on $(hostname)" 2
-AMCLIP_CONTAINER=() AMCLIP_SRUN=()
-site=${AMCLIP_SITE:-$AMCLIP_HOME/slurm/sites/${SLURM_CLUSTER_NAME:-}.env}
-[ -f "$site" ] || [ -n "${AMCLIP_SITE:-}" ] || site=${XDG_CONFIG_HOME:-$HOME/.config}/amclip/${SLURM_CLUSTER_NAME:-}.env
-if [ -f "$site" ]; then
-  # shellcheck source=sites/example.env
-  . "$site"
-elif [ -n "${AMCLIP_SITE:-}" ]; then
-  give_up "no site file at $AMCLIP_SITE (AMCLIP_SITE)" 2
-fi
-venv=${AMCLIP_VENV:-$AMCLIP_HOME/.venv}
-[ -n "${AMCLIP_VENV:-}" ] || [ -x "$venv/bin/python" ] || venv=${VIRTUAL_ENV:-$venv} # active where sbatch was called
-python=${AMCLIP_PYTHON:-$venv/bin/python}
-if [ ${#AMCLIP_CONTAINER[@]} = 0 ] && [ ${#AMCLIP_SRUN[@]} = 0 ] && ! command -v "$python" >/dev/null; then
-  give_up "no Python at $python: run \`make setup\` in $AMCLIP_HOME, or set AMCLIP_VENV or AMCLIP_SITE" 2
-fi
-export PYTHONUNBUFFERED=1
-
-once() { # runs one command in the run's environment, on this node
-  if [ ${#AMCLIP_SRUN[@]} -gt 0 ]; then
-    srun --overlap --nodes=1 --ntasks=1 "${AMCLIP_SRUN[@]}" "$@"
-  else
-    ${AMCLIP_CONTAINER[@]+"${AMCLIP_CONTAINER[@]}"} "$@"
-  fi
-}
 
 requeue_job() { # $1: why. Puts the job back into the queue; status 1: it cannot be, for what $refusal says
   # Only a RUNNING job: one that completes was cancelled by its owner or is already being requeued by Slurm, and
@@ -71,4 +46,56 @@ requeue_job() { # $1: why. Puts the job back into the queue; status 1: it cannot
   done
   refusal="not requeued: Slurm's controller does not answer; submit again to continue: every argument the same"
   return 1
+}
+
+start_failed() { # $1: what failed before the attempt began (empty: the log says it), $2: the exit code
+  # Where the job has started before, its set-up is proven, and this node or a file system is in trouble: it is
+  # requeued, until as many starts in a row have failed as attempts may bring no checkpoint. They are counted in the
+  # job's own log, to which Slurm appends: the run's folder may be what is not there.
+  local failed log=/proc/$$/fd/1
+  if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ ! -f "$log" ]; then
+    [ -z "$1" ] || say "$1"
+    exit "$2"
+  fi
+  say "the start failed on $(hostname)${1:+: $1}"
+  failed=$(awk '/: the start failed on / {n++} /: job [^ ]+, restart [0-9]+: / {n = 0} END {print n}' "$log")
+  [ "$failed" -lt "${AMCLIP_MAX_STALLS:-3}" ] || give_up "$failed starts in a row failed (AMCLIP_MAX_STALLS)" "$2"
+  requeue_job "it has started before" || give_up "$refusal" "$2"
+  exit 0
+}
+
+cd "$SLURM_SUBMIT_DIR" || start_failed "cannot enter $SLURM_SUBMIT_DIR on $(hostname)" 2
+AMCLIP_CONTAINER=() AMCLIP_SRUN=()
+site=${AMCLIP_SITE:-$AMCLIP_HOME/slurm/sites/${SLURM_CLUSTER_NAME:-}.env}
+[ -f "$site" ] || [ -n "${AMCLIP_SITE:-}" ] || site=${XDG_CONFIG_HOME:-$HOME/.config}/amclip/${SLURM_CLUSTER_NAME:-}.env
+if [ -f "$site" ]; then
+  # shellcheck source=sites/example.env
+  . "$site"
+elif [ -n "${AMCLIP_SITE:-}" ]; then
+  start_failed "no site file at $AMCLIP_SITE (AMCLIP_SITE)" 2
+fi
+venv=${AMCLIP_VENV:-$AMCLIP_HOME/.venv}
+[ -n "${AMCLIP_VENV:-}" ] || [ -x "$venv/bin/python" ] || venv=${VIRTUAL_ENV:-$venv} # active where sbatch was called
+python=${AMCLIP_PYTHON:-}
+[ -n "$python${AMCLIP_VENV:-}" ] || python=${submit_python:-} # which need be no environment's
+python=${python:-$venv/bin/python}
+if [ ${#AMCLIP_CONTAINER[@]} = 0 ] && [ ${#AMCLIP_SRUN[@]} = 0 ] && ! command -v "$python" >/dev/null; then
+  start_failed "no Python at $python: run \`make setup\` in $AMCLIP_HOME, or set AMCLIP_VENV or AMCLIP_SITE" 2
+fi
+export PYTHONUNBUFFERED=1
+export SLURM_EXPORT_ENV=ALL # submitted with --export=NONE, srun would hand the ranks nothing of what is set here
+
+# The job's own words about GPUs and tasks are in srun's environment and would go into a small step's request too, which
+# Slurm then refuses: all of `--gpus=N` on one node, a task for each GPU.
+bare_srun=(env -u SLURM_GPUS -u SLURM_GPUS_PER_NODE -u SLURM_GPUS_PER_TASK -u SLURM_NTASKS_PER_GPU
+  -u SLURM_TRES_PER_TASK -u SLURM_CPUS_PER_GPU srun --overlap)
+once_gpus=(--gres=none)
+
+once() { # runs one command in the run's environment, on this node; without GPUs, unless once_gpus is empty
+  if [ ${#AMCLIP_SRUN[@]} -gt 0 ]; then
+    "${bare_srun[@]}" --nodes=1 --ntasks=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+      ${once_gpus[@]+"${once_gpus[@]}"} "${AMCLIP_SRUN[@]}" "$@"
+  else
+    ${AMCLIP_CONTAINER[@]+"${AMCLIP_CONTAINER[@]}"} "$@"
+  fi
 }

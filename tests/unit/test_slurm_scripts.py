@@ -100,3 +100,120 @@ def test_a_keeper_waits_on_each_node_while_the_ranks_train(programs: Path, tmp_p
     steps = (tmp_path / "steps").read_text().split()
     assert [step for step in steps if step != "begin"] == ["train", "keeper"], done.stdout + done.stderr
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+ANSWER = 'printf "%s\\n" run 12345 auto 1 ""'
+ONE_NODE = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
+
+
+def a_job(programs: Path, *srun: str, begin: str = ANSWER, end: str = "echo exit 0") -> None:
+    """A Slurm that runs what train.sbatch asks for; `asked` gets srun's words and variables, a line each."""
+    write(programs / "python", f'case "$3" in begin) {begin} ;; end) {end} ;; esac')
+    write(programs / "squeue", "echo train")
+    write(programs / "sinfo", "true")
+    write(programs / "scontrol", '[ "$1" = requeue ] && touch "$SLURM_SUBMIT_DIR/requeued"', RUNNING)
+    write(programs / "srun", 'cd "$SLURM_SUBMIT_DIR"', '{ env; printf "%s\\n" "$@"; } >asked', *srun)
+
+
+def train(programs: Path, **env: str) -> subprocess.CompletedProcess:
+    """Into a file, as Slurm has it: to the same at every start."""
+    log = programs.parent / "log"
+    words = 'exec >>"$1" 2>&1; exec bash "$2" clip-tiny'
+    done = run(programs, "bash", "-c", words, "bash", str(log), str(ROOT / "slurm/train.sbatch"), **ONE_NODE | env)
+    done.stdout = log.read_text()
+    return done
+
+
+def test_a_job_without_an_environment_hands_its_own_to_the_ranks(programs: Path) -> None:
+    """--export=NONE, which srun reads as SLURM_EXPORT_ENV: no MASTER_PORT, no NCCL_* would arrive."""
+    a_job(programs)
+    assert train(programs, SLURM_EXPORT_ENV="NONE").returncode == 0
+    assert "SLURM_EXPORT_ENV=ALL" in (programs.parent / "asked").read_text().splitlines()
+
+
+def test_the_ranks_step_contradicts_nothing_that_the_job_asked_for(programs: Path) -> None:
+    """--ntasks-per-node goes with no --ntasks-per-gpu; a rank chooses among all GPUs of its node."""
+    a_job(programs)
+    words = {"SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS_PER_GPU": "1", "SLURM_GPU_BIND": "closest"}
+    assert train(programs, **words).returncode == 0
+    asked = (programs.parent / "asked").read_text()
+    assert "--ntasks-per-node=4" in asked and "SLURM_NTASKS_PER_GPU" not in asked and "SLURM_GPU_BIND" not in asked
+    assert train(programs, SLURM_GPUS="4", SLURM_GPU_BIND="single:1").returncode == 0
+    asked = (programs.parent / "asked").read_text()
+    assert "--gpus-per-task=1" in asked and "SLURM_GPU_BIND=single:1" in asked
+
+
+@pytest.mark.parametrize(("script", "has_gpus"), [("train", False), ("eval", True)])
+def test_a_step_of_one_task_does_not_ask_for_the_jobs_gpus(programs: Path, script: str, has_gpus: bool) -> None:
+    """Of --gpus=16 on two nodes a node has not all. Watching evaluates, and keeps what the node has."""
+    a_job(programs)
+    write(programs / "srun", 'cd "$SLURM_SUBMIT_DIR"', '{ env; printf "%s\\n" "$@"; } >asked; exit 2')
+    (programs.parent / "site.env").write_text("AMCLIP_SRUN=(--container-image=x)\n")
+    job = ONE_NODE | {"SLURM_GPUS": "16", "SLURM_CPUS_PER_GPU": "4", "SLURM_CPUS_PER_TASK": "8"}
+    site = {"AMCLIP_SITE": str(programs.parent / "site.env")}
+    assert run(programs, "bash", str(ROOT / f"slurm/{script}.sbatch"), "clip-tiny", **job | site).returncode == 2
+    asked = (programs.parent / "asked").read_text().splitlines()
+    assert not any(line.startswith(("SLURM_GPUS=", "SLURM_CPUS_PER_GPU=")) for line in asked)
+    assert ("--gres=none" not in asked) == has_gpus and "--cpus-per-task=8" in asked
+
+
+@pytest.mark.parametrize("what", ["folder", "python", "begin"])
+def test_a_start_that_fails_where_an_earlier_one_did_not_is_tried_on(programs: Path, what: str) -> None:
+    """Twice; a third time in a row, or in the first start of all, it ends the job."""
+    a_job(programs, begin="exit 1" if what == "begin" else ANSWER)
+    broken = {"folder": {"SLURM_SUBMIT_DIR": "/not/mounted"}, "python": {"AMCLIP_PYTHON": "/no/python"}}.get(what, {})
+    write(programs / "scontrol", f'[ "$1" = requeue ] && touch {programs.parent}/requeued', RUNNING)
+    requeued, code = programs.parent / "requeued", 1 if what == "begin" else 2
+    assert train(programs, **broken).returncode == code and not requeued.exists()
+    for _ in range(2):
+        done = train(programs, SLURM_RESTART_COUNT="1", **broken)
+        assert done.returncode == 0 and requeued.exists(), done.stdout
+        requeued.unlink()
+    with (programs.parent / "log").open("a") as log:
+        log.write("train.sbatch: job 7, restart 3: 1 task(s) on 1 node(s): node1\n")  # one that was well
+    for _ in range(2):
+        assert train(programs, SLURM_RESTART_COUNT="4", **broken).returncode == 0
+        requeued.unlink()
+    done = train(programs, SLURM_RESTART_COUNT="6", **broken)
+    assert done.returncode == code and not requeued.exists() and "3 starts in a row failed" in done.stdout
+
+
+def test_a_job_that_is_over_is_not_tried_on(programs: Path) -> None:
+    a_job(programs, begin="echo exit 3; exit 3")
+    done = train(programs, SLURM_RESTART_COUNT="1")
+    assert done.returncode == 3 and not (programs.parent / "requeued").exists() and "failed" not in done.stdout
+
+
+def test_a_signal_that_comes_before_the_step_reaches_the_ranks(programs: Path) -> None:
+    """An srun that has no step yet would die of it: it is kept until there is one."""
+    a_job(
+        programs,
+        "kill -USR1 $PPID; /bin/sleep 0.5; trap 'echo heard >>heard; exit 0' USR1; touch step",
+        "for turn in {1..200}; do /bin/sleep 0.05; done",
+    )
+    write(programs / "squeue", '[ ! -e "$SLURM_SUBMIT_DIR/step" ] || echo train')
+    done = train(programs)
+    assert done.returncode == 0 and (programs.parent / "heard").read_text() == "heard\n", done.stdout
+
+
+def test_a_chain_is_as_old_as_its_job(programs: Path) -> None:
+    a_job(programs, begin='echo "$@" >"$SLURM_SUBMIT_DIR/begun"; ' + ANSWER)
+    write(
+        programs / "squeue",
+        'case "$*" in *%V) [ "$SLURM_TIME_FORMAT" = %s ] && echo 1700000000 ;; *) echo train ;; esac',
+    )
+    assert train(programs, AMCLIP_CHAIN="1").returncode == 0
+    assert "--chain --submitted 1700000000 " in (programs.parent / "begun").read_text()
+
+
+def test_python_is_that_of_the_site_else_the_one_that_submitted(programs: Path, tmp_path: Path) -> None:
+    for name in ("own/bin", "system", "AMCLIP_HOME"):
+        (tmp_path / name).mkdir(parents=True)
+    write(tmp_path / "own/bin/python", "true")
+    write(tmp_path / "system/python3", "true")
+    shown = f'submit_python={tmp_path}/system/python3; . "{ROOT}/slurm/environment.sh"; echo $python'
+    home = {"AMCLIP_HOME": str(tmp_path / "AMCLIP_HOME"), "AMCLIP_PYTHON": ""}
+    done = run(programs, "bash", "-c", shown, **home)
+    assert done.stdout.strip() == f"{tmp_path}/system/python3", done.stdout + done.stderr
+    done = run(programs, "bash", "-c", shown, **home, AMCLIP_VENV=f"{tmp_path}/own")
+    assert done.stdout.strip() == f"{tmp_path}/own/bin/python"
