@@ -1,6 +1,7 @@
 """What `amclip submit` checks before sbatch, and the script and command that it leaves in the run's folder."""
 
 import argparse
+import itertools
 import os
 import re
 import shlex
@@ -27,7 +28,11 @@ from amclip_ds.slurm_attempt import check_shards
 HOME = Path(__file__).resolve().parent  # its slurm/ is in a checkout a link to the folder at the top
 SCRIPTS = HOME / "slurm"
 TEMPLATE = SCRIPTS / "train.sbatch"
+FIRST_COMMAND = "AMCLIP_HOME=${AMCLIP_HOME:-"  # of the template: lines for sbatch count only before it
 SAMPLED_SHARDS = 3
+GPU_FLAGS = ("gpus-per-node", "gpus", "gres", "gpus-per-task", "gpus-per-socket")
+LETTERS = {"gpus": "G", "partition": "p"}
+"""sbatch's flags by their names; some have a letter too"""
 
 
 @dataclass
@@ -39,7 +44,8 @@ class Plan:
     world_size: int
     chain: int
     command: list[str]
-    environment: dict[str, str]
+    variables: dict[str, str]
+    """What RUN/slurm/train.sbatch sets by itself: under --export=NONE a job gets no environment."""
     found: list[str] = field(default_factory=list)
 
     @property
@@ -49,11 +55,7 @@ class Plan:
 
     def shell_line(self) -> str:
         """The command as one line of shell."""
-        return shlex.join(self.words())
-
-    def words(self) -> list[str]:
-        """The command with the variables it adds to the environment, which sbatch hands on to the job."""
-        return ["env", *(f"{name}={value}" for name, value in self.environment.items()), *self.command]
+        return shlex.join(self.command)
 
     def lines(self) -> list[str]:
         """What the person who submits should know."""
@@ -73,7 +75,7 @@ class Plan:
             "world_size": self.world_size,
             "chain": self.chain,
             "command": redact_all(self.command),
-            "environment": self.environment,
+            "environment": self.variables,
             "found": self.found,
         }
 
@@ -81,16 +83,13 @@ class Plan:
 def make_plan(args: argparse.Namespace) -> Plan:
     """Checks recipe, batch, memory, a sample of the shards and eval.data; writes RUN/slurm. Raises UserError."""
     config = settings.load(args.recipe, args.overrides, args.plugin)
-    if args.gpus_per_node is None and args.tasks_per_node is None:
-        args.gpus_per_node = gpus_of_partition(args.partition)
-    per_node = args.gpus_per_node or args.tasks_per_node or 1
+    world_size, per_node, about_gpus = ranks_of(args)
     for name, value in (("--nodes", args.nodes), ("--chain", args.chain), ("tasks per node", per_node)):
         if value < 1:
             raise UserError(f"{name}: {value} is below 1")
-    world_size = args.nodes * per_node
     preconditions.check(config, trains_here=False)
     plan = Plan(config, args.nodes, world_size, args.chain, [], {})
-    plan.found.append(describe_batch(config, world_size))
+    plan.found += [*about_gpus, describe_batch(config, world_size)]
     shards = check_shards(config, args.nodes)
     plan.found.append(sample_shards(shards))
     check_epoch(config, shards)
@@ -101,6 +100,50 @@ def make_plan(args: argparse.Namespace) -> Plan:
     plan.found += describe_evaluation(config)
     write_script(plan, args)
     return plan
+
+
+def ranks_of(args: argparse.Namespace) -> tuple[int, int, list[str]]:
+    """All ranks, those of a node, and what the person who submits should know about them.
+
+    Where neither args nor what else sbatch is given says a word of GPUs, args.gpus_per_node becomes the partition's.
+    """
+    if args.tasks_per_node is not None:
+        return args.nodes * args.tasks_per_node, args.tasks_per_node, []
+    if args.gpus_per_node is None:
+        for name in GPU_FLAGS:
+            shown, value = given_to_sbatch(args.sbatch, name)
+            if value and (name != "gres" or "gpu" in value):
+                return _ranks_by(name, value, shown, args.nodes)
+        partition = args.partition or given_to_sbatch(args.sbatch, "partition")[1]
+        count = gpus_of_partition(partition or None)
+        args.gpus_per_node = str(count) if count else None
+    if args.gpus_per_node is None:
+        note = "no GPUs asked for: sinfo shows none, or not on every node; --gpus-per-node N asks for them"
+        return args.nodes, 1, [note]
+    per_node = _gpus_in(f"gpu:{args.gpus_per_node}")
+    return args.nodes * per_node, per_node, []
+
+
+def given_to_sbatch(words: list[str], name: str) -> tuple[str, str]:
+    """A flag as sbatch gets it, and its value: by the words for it, else by its variable; empty where by neither."""
+    variable, letter = f"SBATCH_{name.upper().replace('-', '_')}", LETTERS.get(name, "")
+    shown, value = f"{variable}={os.environ.get(variable, '')}", os.environ.get(variable, "")
+    for word, after in itertools.pairwise([*words, ""]):
+        if word in (f"--{name}", f"-{letter}"):
+            shown, value = f"{word} {after}", after
+        elif word.startswith(f"--{name}=") or (letter and re.match(f"-{letter}.", word)):
+            shown, value = word, word.removeprefix(f"--{name}=").removeprefix(f"-{letter}")
+    return shown, value
+
+
+def _ranks_by(name: str, value: str, shown: str, nodes: int) -> tuple[int, int, list[str]]:
+    """The ranks where a flag of sbatch's own asks for GPUs, one for each."""
+    count = _gpus_in(value if name == "gres" else f"gpu:{value}")
+    if name in ("gpus-per-node", "gres") and count:
+        return nodes * count, count, [f"GPUs: {count} on each node ({shown})"]
+    if name == "gpus" and count:
+        return count, -(-count // nodes), [f"GPUs: {count} in all ({shown})"]
+    return nodes, 1, [f"GPUs: as {shown} has it; the checks here are for one rank on each node"]
 
 
 def gpus_of_partition(partition: str | None) -> int | None:
@@ -120,8 +163,9 @@ def gpus_of_partition(partition: str | None) -> int | None:
 
 
 def _gpus_in(gres: str) -> int:
-    """`gpu:a100:4(S:0-1),gpu:2` holds 6, anything else none."""
-    return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres))
+    """`gpu:a100:4(S:0-1),gpu:2` holds 6, `gpu` and `gpu:a100` one, anything else none."""
+    named = re.findall(r"(?:^|,)gpu(?::[^:,()]*[^:,()\d][^:,()]*)?(?::(\d+))?(?![^,(])", gres)
+    return sum(int(count or 1) for count in named)
 
 
 def describe_batch(config: TrainConfig, world_size: int) -> str:
@@ -245,15 +289,15 @@ def write_script(plan: Plan, args: argparse.Namespace) -> None:
     """Leaves train.sbatch, config.yaml and submit.sh in RUN/slurm and puts the command into the plan."""
     script = plan.folder / "train.sbatch"
     plan.command = ["sbatch", "--parsable", *sbatch_flags(plan, args), str(script), args.recipe, *args.overrides]
-    plan.environment = {"AMCLIP_HOME": str(HOME), "AMCLIP_VENV": sys.prefix}
+    plan.variables = {"AMCLIP_HOME": str(HOME), "submit_python": sys.executable}
     if plan.chain > 1:
-        plan.environment["AMCLIP_CHAIN"] = "1"
+        plan.variables["AMCLIP_CHAIN"] = "1"
     if not any(word.startswith("run.out=") for word in args.overrides):
         plan.command.append(f"run.out={plan.config.run.out}")
     plan.command += plugin_words(args.plugin)
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(TEMPLATE, script)
+        write_atomically(script, script_of(plan))
         write_atomically(plan.folder / run_files.CONFIG, settings.dump(plan.config))
         lines = ["#!/bin/bash", f"cd {shlex.quote(str(Path.cwd()))} || exit", *([plan.shell_line()] * plan.chain)]
         write_atomically(
@@ -261,6 +305,12 @@ def write_script(plan: Plan, args: argparse.Namespace) -> None:
         )
     except OSError as error:
         raise not_written(f"run.out: {plan.folder}", error) from None
+
+
+def script_of(plan: Plan) -> str:
+    """The template, which sets the plan's variables before all else."""
+    head, first, rest = TEMPLATE.read_text().partition(FIRST_COMMAND)
+    return head + "".join(f"{name}={shlex.quote(value)}\n" for name, value in plan.variables.items()) + first + rest
 
 
 def copy_scripts(folder: Path) -> list[Path]:
@@ -300,13 +350,17 @@ def submit(plan: Plan, jobs: list[int]) -> None:
     if shutil.which("sbatch") is None:
         raise UserError(f"sbatch is not here: submit on a login node; {plan.folder}/submit.sh is ready")
     for _ in range(plan.chain):
-        done = subprocess.run(plan.words(), capture_output=True, text=True)
+        done = subprocess.run(plan.command, capture_output=True, text=True)
+        ids = [str(job) for job in jobs]
+        cancel = f"scancel {' '.join(ids)}, or leave them: each continues the run"
+        before = f"; submitted before it: {', '.join(ids)} ({cancel})" if jobs else ""
         if done.returncode:
-            ids = [str(job) for job in jobs]
-            cancel = f"scancel {' '.join(ids)}, or leave them: each continues the run"
-            before = f"; submitted before it: {', '.join(ids)} ({cancel})" if jobs else ""
             raise UserError(f"sbatch: {' '.join(done.stderr.split()) or done.returncode}{before}")
-        jobs.append(int(done.stdout.strip().splitlines()[-1].split(";")[0]))
+        answer = re.search(r"^(\d+)(;.*)?$", done.stdout, re.M)  # a site's wrapper may print more
+        if answer is None:
+            said = " ".join(done.stdout.split()) or "it printed nothing"
+            raise UserError(f"sbatch names no job ({said}); squeue --me shows what it queued{before}")
+        jobs.append(int(answer[1]))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--gpus-per-node",
-        type=whole(1, 1024),
-        metavar="N",
+        type=_gpus,
+        metavar="[TYPE:]N",
         help="GPUs on each, a task for each GPU (as many as the partition's nodes have)",
     )
     size.add_argument("--tasks-per-node", type=whole(1, 1024), metavar="N", help="tasks on each node without GPUs (1)")
@@ -46,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scripts", type=Path, metavar="DIR", help="copy the job scripts there, and do nothing else")
     add_plugin(parser)
     parser.add_argument("--json", metavar="FILE", help="also write what was found and submitted")
+
+
+def _gpus(text: str) -> str:
+    """For `type=`: a number of GPUs, of a type if it is named, as sbatch reads it."""
+    kind, colon, count = text.rpartition(":")
+    if colon and not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z_.-][A-Za-z0-9_.-]*", kind):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs; as 4 or a100:4")
+    return kind + colon + str(whole(1, 1024)(count))
 
 
 def _time(text: str) -> str:

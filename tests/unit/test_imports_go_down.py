@@ -34,7 +34,8 @@ ALONE = {  # rooms that import less of the package than their floor allows: they
     "comm": set(),
 }
 IMPORT_DEEPSPEED = {"ranks/runtime.py", "ranks/communication_time.py"}  # besides engine/
-READ_ENVIRONMENT = {"ranks/runtime.py", "launch.py", "completion.py"}  # the last what a shell asks at TAB
+READ_ENVIRONMENT = {"ranks/runtime.py", "launch.py", "completion.py", "submit.py"}  # the last two what a shell asks at
+# TAB, and what sbatch reads of it
 
 
 def too_much(room: str, text: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -51,7 +52,10 @@ def test_a_dry_run_leaves_script_config_and_command(shards: Path, capsys: pytest
     command = json.loads((shards.parent / "plan.json").read_text())["command"]
     assert command[:2] == ["sbatch", "--parsable"] and command[-5] == "aclip-tiny"
     assert {"--nodes=2", "--gpus-per-node=4", "--time=1:00:00", "--qos=low"} <= set(command)
-    assert (run / "slurm" / "train.sbatch").read_text() == submit.TEMPLATE.read_text()
+    script = (run / "slurm" / "train.sbatch").read_text()
+    own = f"AMCLIP_HOME={submit.HOME}\nsubmit_python={sys.executable}\n"
+    assert own in script and script.replace(own, "") == submit.TEMPLATE.read_text()
+    assert script.index(own) > script.rindex("\n#SBATCH"), "sbatch reads its lines up to the first command"
     assert subprocess.run(["bash", "-n", run / "slurm" / "submit.sh"]).returncode == 0
 
 
@@ -59,7 +63,8 @@ def test_a_chain_goes_by_a_name_of_its_own(shards: Path, capsys: pytest.CaptureF
     code, run = submitted(shards, "--chain", "3")
     lines = [line for line in (run / "slurm" / "submit.sh").read_text().splitlines() if "sbatch" in line]
     assert code == 0 and len(lines) == 3
-    assert all("--dependency=singleton" in line and "AMCLIP_CHAIN=1" in line and "run" in line for line in lines)
+    assert all("--dependency=singleton" in line and "run" in line for line in lines)
+    assert "\nAMCLIP_CHAIN=1\n" in (run / "slurm" / "train.sbatch").read_text()
 
 
 @pytest.mark.parametrize(
@@ -182,3 +187,95 @@ def test_a_submission_takes_those_gpus(shards: Path, tmp_path: Path, monkeypatch
     assert code == 0 and "--gpus-per-node=4" in json.loads((shards.parent / "plan.json").read_text())["command"]
     code, run = submitted(shards, "--tasks-per-node", "2", "--json", str(shards.parent / "plan.json"))
     assert code == 0 and "--gpus-per-node=4" not in json.loads((shards.parent / "plan.json").read_text())["command"]
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "world_size", "said"),
+    [
+        (["--sbatch=--gres=gpu:a100:2"], {}, 4, "GPUs: 2 on each node (--gres=gpu:a100:2)"),
+        (["--sbatch=--gpus=8"], {}, 8, "GPUs: 8 in all (--gpus=8)"),
+        (["--sbatch=-G8"], {}, 8, "GPUs: 8 in all (-G8)"),
+        (["--sbatch=-G", "--sbatch=8"], {}, 8, "GPUs: 8 in all (-G 8)"),
+        (["--sbatch=--gpus-per-task=1"], {}, 2, "GPUs: as --gpus-per-task=1 has it"),
+        ([], {"SBATCH_GPUS_PER_NODE": "v100:2"}, 4, "GPUs: 2 on each node (SBATCH_GPUS_PER_NODE=v100:2)"),
+        ([], {"SBATCH_GRES": "gpu"}, 2, "GPUs: 1 on each node (SBATCH_GRES=gpu)"),
+    ],
+)
+def test_gpus_that_sbatch_is_asked_for_are_not_asked_for_twice(
+    words: list[str],
+    env: dict[str, str],
+    world_size: int,
+    said: str,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    plan = planned(shards, tmp_path, monkeypatch, "gpu* gpu:4", "--nodes", "2", *words)
+    assert plan["world_size"] == world_size and any(said in line for line in plan["found"]), plan["found"]
+    assert not any("--gpus-per-node" in word for word in plan["command"])
+
+
+def planned(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sinfo: str, *words: str) -> dict:
+    """The plan where sinfo answers so, if it is asked for all partitions or for the one named gold."""
+    (tmp_path / "sinfo").write_text(f"#!/bin/sh\ncase \"$*\" in *=gold|*%G) printf '{sinfo}\\n' ;; *) exit 1 ;; esac\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert submitted(shards, *words, "--json", str(shards.parent / "plan.json"))[0] == 0
+    return json.loads((shards.parent / "plan.json").read_text())
+
+
+def test_the_partition_is_the_one_that_sbatch_is_given(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in (["--partition", "gold"], ["--sbatch=--partition=gold"], ["--sbatch=-pgold"]):
+        assert planned(shards, tmp_path, monkeypatch, "gold gpu:4", *words)["world_size"] == 4
+    monkeypatch.setenv("SBATCH_PARTITION", "other")
+    assert planned(shards, tmp_path, monkeypatch, "gold gpu:4")["world_size"] == 1
+    assert planned(shards, tmp_path, monkeypatch, "gold gpu:4", "--sbatch=--partition=gold")["world_size"] == 4
+
+
+def test_a_job_without_gpus_is_not_submitted_without_a_word(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = planned(shards, tmp_path, monkeypatch, "all* (null)\\nall* gpu:8")
+    assert mixed["world_size"] == 1 and any("no GPUs asked for" in line for line in mixed["found"])
+    asked = planned(shards, tmp_path, monkeypatch, "all* gpu:8", "--tasks-per-node", "2")
+    assert not any("GPUs" in line for line in asked["found"])
+
+
+def test_gpus_may_be_of_a_type(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned(shards, tmp_path, monkeypatch, "all* gpu:8", "--gpus-per-node", "a100:4")
+    assert plan["world_size"] == 4 and "--gpus-per-node=a100:4" in plan["command"]
+    for wrong in ("a100", "a100:0", ":4", "4:4", "a100:4,v100:2"):
+        assert submitted(shards, "--gpus-per-node", wrong)[0] == 2
+        assert "--gpus-per-node" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "jobs"),
+    [("4711", [4711]), ("4711;cluster\nbilling: 12 units", [4711]), ("welcome\n4711\n", [4711]), ("welcome", None)],
+)
+def test_a_sites_wrapper_of_sbatch_may_say_more(
+    answer: str,
+    jobs: list[int] | None,
+    shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "answer").write_text(answer)
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\ncat {tmp_path}/answer\n")
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    argv = ["submit", "aclip-tiny", f"data.train={shards}", f"run.out={tmp_path}/run", "run.steps=5"]
+    assert main(argv) == (0 if jobs else 2)
+    captured = capsys.readouterr()
+    if jobs:
+        assert captured.out.splitlines()[-1] == "4711"
+    else:
+        assert "sbatch names no job (welcome); squeue --me shows what it queued" in captured.err

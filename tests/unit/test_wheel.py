@@ -121,10 +121,11 @@ def test_an_installed_wheel_submits(installed: Path, tmp_path: Path) -> None:
             tar.add(tmp_path / "0.txt", f"{number}.txt")
     done = run(installed, tmp_path, "amclip", "submit", "aclip-tiny", "data.train=0.tar", "run.out=run", "--dry-run")
     assert done.returncode == 0, done.stderr
-    said = (tmp_path / "run" / "slurm" / "submit.sh").read_text()
-    home = re.search("AMCLIP_HOME=(\\S+)", said).group(1)  # type: ignore[union-attr]
-    read = f"SLURM_SUBMIT_DIR=. SLURM_JOB_ID=1 AMCLIP_HOME={home} AMCLIP_VENV={installed.parent}"
-    lines = f". {home}/slurm/environment.sh && echo $python"
+    script = (tmp_path / "run" / "slurm" / "train.sbatch").read_text()
+    own = re.search("^AMCLIP_HOME=(\\S+)\nsubmit_python=\\S+$", script, re.M)
+    assert own is not None
+    read = f"SLURM_SUBMIT_DIR=. SLURM_JOB_ID=1 {' '.join(own[0].split())}"
+    lines = f". {own[1]}/slurm/environment.sh && echo $python"
     job = subprocess.run(["bash", "-c", f"export {read}; {lines}"], cwd=tmp_path, capture_output=True, text=True)
     assert job.stdout.strip() == str(installed / "python"), job.stderr
 
