@@ -101,7 +101,7 @@ def first_masters(ds: str, rounded: bool = False) -> dict[str, Any]:
         student_module.init_fp32_masters = lambda engine, first: None
     runtime = engine_runtime.start()
     model, objectives = tiny_model(), chosen(LossConfig(), HeadsConfig(hidden_dim=64, output_dim=16))
-    optim = OptimConfig(name="sgd", lr=0.05)
+    optim = OptimConfig(name="adamw")
     student = student_module.StudentEngine(model, objectives, optim, EngineConfig(ds), seed=0, runtime=runtime)
     most = max(draws.count(name) for name, _ in student.module.named_parameters())
     held = shards.master_shards(student.engine)
