@@ -57,12 +57,20 @@ class RunStopped(AmclipError):
     """The run stopped itself (guards, data limits): requeueing would only repeat it."""
 
     exit_code = STOPPED_ITSELF
+    is_shared = True
+
+
+class LocalRunStopped(RunStopped):
+    """One that a single rank may meet, in its part of the data."""
+
+    is_shared = False
 
 
 class Preempted(AmclipError):
     """Stopped by a signal or a limit, after a committed checkpoint: requeue."""
 
     exit_code = TO_REQUEUE
+    is_shared = True
 
 
 def name_of(part: Any) -> str:

@@ -9,7 +9,9 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -19,9 +21,22 @@ MAX_TEXT = 1 << 20
 MAX_JSON = 16 << 20  # parsed, a hostile one takes twenty times as much memory
 READ = 1 << 20
 HEAD = 256
-OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENFILE, errno.EMFILE, errno.ENOMEM}
+OF_THE_MACHINE = {
+    *(errno.ENOSPC, errno.EDQUOT),
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN),  # of any network file system in a bad moment
+    errno.ESHUTDOWN,  # Lustre and Ceph, to a client that was evicted
+    errno.ENOTCONN,  # a FUSE mount whose process died
+    *(errno.EREMOTEIO, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    errno.EKEYEXPIRED,  # a Kerberos ticket; EACCES is not here: it is also what a wrong path of the user says
+    *(errno.ENFILE, errno.EMFILE, errno.ENOMEM),
+}
+"""What says nothing of a file, and may be over when it is asked again."""
+TROUBLE_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0)  # together below watchdog.step_timeout_s
+RESUMES = "; once that is over, the same command resumes"
+NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR)
 
 Kind = TypeVar("Kind")
+T = TypeVar("T")
 
 
 def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
@@ -29,7 +44,7 @@ def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
 
     follow: whether `path` itself may be a symbolic link to one.
     """
-    return os.fdopen(_open(path, os.O_RDONLY, follow), "rb")
+    return open(path, "rb", opener=lambda *_: _open(path, os.O_RDONLY, follow))  # an opener: its name is the path
 
 
 def open_to_append(path: Path) -> int:
@@ -108,7 +123,7 @@ def not_read(what: str, error: OSError) -> UserError:
     """The error of what cannot be read: a UserError (code 2), but NotRead (code 1) where the machine is to blame. what:
     the key or option, and the path."""
     if error.errno in OF_THE_MACHINE:
-        return NotRead(f"{what}: {describe(error)}; once that is over, the same command resumes")
+        return NotRead(f"{what}: {describe(error)}{RESUMES}")
     return UserError(f"{what}: {describe(error)}")
 
 
@@ -117,8 +132,39 @@ def not_written(what: str, error: OSError) -> AmclipError:
     full, over quota or broken, which the same command may survive later. what: the key or option, and the path.
     """
     if error.errno in OF_THE_MACHINE:
-        return AmclipError(f"{what} cannot be written: {describe(error)}; once that is over, the same command resumes")
+        return AmclipError(f"{what} cannot be written: {describe(error)}{RESUMES}")
     return UserError(f"{what} cannot be written: {describe(error)}")
+
+
+def outlasting(what: str, request: Callable[[], T]) -> T:
+    """What `request` returns, asked again for minutes while it fails with an errno of OF_THE_MACHINE or NotRead, which
+    is trouble of the file system. Raises AmclipError (code 1) where it lasts, other errors as they are. what: see
+    `not_read`."""
+    for place, pause in enumerate((*TROUBLE_PAUSES_S, None)):
+        try:
+            return request()
+        except NotRead as error:
+            if pause is None:
+                raise
+            cause = str(error).removesuffix(RESUMES)
+        except OSError as error:
+            if error.errno not in OF_THE_MACHINE:
+                raise
+            cause = f"{what} cannot be read: {describe(error)}"
+        if pause is not None:
+            if place == 0:
+                print(f"{cause}; tried again for {sum(TROUBLE_PAUSES_S):.0f} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+    raise AmclipError(f"{cause}; once the file system is well again, the same command resumes")
+
+
+def mode_at(path: str | Path, what: str = "") -> int:
+    """The st_mode of what is there, 0 where nothing is, as os.path.exists has it; but trouble of the file system, which
+    that calls nothing, is outlasted. Raises AmclipError as `outlasting` does. what: see `not_read`."""
+    try:
+        return outlasting(what or str(path), lambda: os.stat(path)).st_mode
+    except (OSError, ValueError):  # ValueError: a name with a NUL byte
+        return 0
 
 
 def check_output(path: Path, option: str, begins: tuple[bytes, ...], at: int = 0) -> None:
@@ -152,6 +198,29 @@ def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+
+
+def write_new(path: Path, text: str) -> None:
+    """Writes a small file that nobody else has made: of several who try at once, one does. Raises FileExistsError for
+    the others, OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    with removed_on_error(path), os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content durable, or the names in a folder: the first before the rename that shows it, the second
+    after it. Raises OSError, but not of a file system that has no such thing for folders."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

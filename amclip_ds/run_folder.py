@@ -20,10 +20,11 @@ from amclip_ds import config as settings
 from amclip_ds import plugins, run_files
 from amclip_ds.config import TrainConfig
 from amclip_ds.errors import AmclipError, in_one_line
-from amclip_ds.files import not_written, removed_on_error, write_atomically
+from amclip_ds.files import not_written, removed_on_error, sync, write_atomically, write_new
 from amclip_ds.jsonl import append_line, read
 from amclip_ds.preconditions import check_folder
 from amclip_ds.ranks.collectives import on_main
+from amclip_ds.record import read_verdict
 from amclip_ds.record.backlog import Backlog
 from amclip_ds.record.timeline import Timeline
 from amclip_ds.redact import redact, redact_all
@@ -108,6 +109,8 @@ def write_verdict_at_end(
 ) -> Iterator[None]:
     """Leaves RUN/exit.json and report.html when the block ends, well or with an AmclipError; a crash leaves none.
 
+    Rank 0 does it for all, and any rank for an error that it met alone: of that the others hear only that it is gone.
+
     owner: rank 0's hold on the folder. Once it is another trainer's, so is the verdict in it: OwnershipLost then takes
     the place of whatever error that has led to.
     """
@@ -118,8 +121,8 @@ def write_verdict_at_end(
     except AmclipError as error:
         if owner is not None:
             owner.check()
-        if is_main:
-            write_verdict(folder, error.exit_code, state.step, attempt, str(error))
+        is_first = (is_main or not error.is_shared) and write_first_error(folder, error, state.step, attempt, is_main)
+        if is_first:
             write_last_report(folder)
         raise
     if is_main:
@@ -127,15 +130,37 @@ def write_verdict_at_end(
         write_last_report(folder)
 
 
+def write_first_error(folder: Path, error: AmclipError, step: int, attempt: int, is_main: bool) -> bool:
+    """RUN/exit.json, created exclusively: where several ranks fail, the first one's error stays, since it may be what
+    the others fail of. Returns whether that is this one."""
+    try:
+        write_new(folder / run_files.VERDICT, _verdict(error.exit_code, step, attempt, str(error)))
+    except OSError:
+        left = read_verdict(folder) or {}
+        if not is_main or (left.get("attempt") == attempt and left["code"]):
+            return False
+        write_verdict(folder, error.exit_code, step, attempt, str(error))  # over a stranger's; or of a disk in trouble
+        return True
+    _add_end(folder, error.exit_code, step, attempt, str(error))
+    return True
+
+
 def write_verdict(folder: Path, code: int, step: int, attempt: int, reason: str) -> None:
     """RUN/exit.json: what a launcher's status cannot be trusted to say. Rank 0 only, after the last commit.
 
     Waits a little for a disk that does not take it; without it, the processes' own statuses count.
     """
-    verdict = {"code": code, "step": step, "attempt": attempt, "reason": reason}
     backlog = Backlog(lambda cause, outcome: None)
-    backlog.replace(folder / run_files.VERDICT, json.dumps(verdict) + "\n")
+    backlog.replace(folder / run_files.VERDICT, _verdict(code, step, attempt, reason))
     backlog.close()
+    _add_end(folder, code, step, attempt, reason)
+
+
+def _verdict(code: int, step: int, attempt: int, reason: str) -> str:
+    return json.dumps({"code": code, "step": step, "attempt": attempt, "reason": reason}) + "\n"
+
+
+def _add_end(folder: Path, code: int, step: int, attempt: int, reason: str) -> None:
     timeline = Timeline(folder, attempt, is_main=True)
     timeline.step = step
     timeline.add("end", code=code, reason=reason)
@@ -219,12 +244,15 @@ def write_run_weights(folder: Path, student: "StudentEngine", teacher: "Teacher 
 
 
 def write_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes named fp32 weights as one safetensors file, old or new in any case. Rank 0 only."""
+    """Writes named fp32 weights as one safetensors file, old or new in any case, durable on return: exit.json says 0
+    next. Rank 0 only."""
     partial = path.with_name(f".{path.name}.partial")
     with removed_on_error(partial):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
         _sort_metadata(partial)
+        sync(partial)
         partial.replace(path)
+    sync(path.parent)
 
 
 def _sort_metadata(path: Path) -> None:

@@ -208,17 +208,16 @@ def consolidate(path: Path, out: Path, which: str) -> int:
     metadata = {"format": "pt", "weights": which, "step": str(weights.manifest.step)}
     partial = out.with_name(f".{out.name}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(tensorfile.build_header(empty, metadata))
-            for name in empty:
-                file.write(tensorfile.bytes_of(weights.read(name)))
-        partial.replace(out)
+        with files.removed_on_error(partial):
+            with partial.open("wb") as file:
+                file.write(tensorfile.build_header(empty, metadata))
+                for name in empty:
+                    file.write(tensorfile.bytes_of(weights.read(name)))
+            partial.replace(out)
         return out.stat().st_size
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise files.not_written(f"--out {out}:", error) from None
     except DamagedError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path}: {error}") from None
 
 

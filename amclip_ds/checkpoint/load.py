@@ -6,10 +6,13 @@
 Any world size and ZeRO stage: a rank reads the elements it holds, wherever they are in the files.
 """
 
+import stat
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from amclip_ds import run_files
 from amclip_ds.checkpoint import manifest, step_folders, tensorfile
@@ -18,9 +21,13 @@ from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.state import CheckpointState, set_random_state
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.engine.shards import Shard
-from amclip_ds.errors import UserError
-from amclip_ds.files import describe, read_bytes
+from amclip_ds.errors import AmclipError, NotRead, UserError
+from amclip_ds.files import OF_THE_MACHINE, describe, mode_at, not_read, outlasting, read_bytes
 from amclip_ds.model.names import present_buffer, present_name
+
+T = TypeVar("T")
+Failure = DamagedError | AmclipError
+"""Of what is read here: the checkpoint's own, or the file system's, which is outlasted and never taken for damage."""
 
 
 @dataclass
@@ -48,12 +55,14 @@ def find(checkpoints: Path, resume: str, fallback: bool, ranks: Ranks) -> FoundC
 
     resume: never | auto (fresh only if there is no checkpoint folder at all) | a path: a checkpoint, a run's folder or
     its checkpoints. fallback: whether auto may take an older one where the newest is damaged. Raises UserError, naming
-    the file, on every rank.
+    the file, on every rank, and AmclipError (code 1) where the file system fails for minutes.
     """
     if resume == "never":
         return None
     folder = checkpoints if resume == "auto" else Path(resume)
-    candidates, notes, problem = ranks.from_main(_list_candidates(folder) if ranks.is_main else None)
+    listed, failure = ranks.from_main(_read(folder, lambda: _list_candidates(folder)) if ranks.is_main else None)
+    _raise_first([failure])
+    candidates, notes, problem = listed
     if problem is not None and not (resume == "auto" and fallback):
         raise UserError(problem + (_FIX if resume == "auto" else ""))
     if problem is not None:
@@ -78,20 +87,33 @@ def find(checkpoints: Path, resume: str, fallback: bool, ranks: Ranks) -> FoundC
 _FIX = "; checkpoint.fallback=true resumes from the newest valid one, --resume PATH from another"
 
 
+def _read(path: Path, work: Callable[[], T]) -> tuple[T | None, Failure | None]:
+    """What `work` reads at that path, or the failure that all ranks must hear of."""
+    try:
+        return outlasting(str(path), work), None
+    except (DamagedError, AmclipError) as error:
+        return None, error
+
+
 def _list_candidates(folder: Path) -> tuple[list[Path], list[tuple[str, str, str]], str | None]:
+    """Raises NotRead, OSError of the machine alone: what else keeps the list from being read is its third part."""
     try:
         return _candidates(folder)
+    except NotRead:
+        raise
     except UserError as error:
         return [], [], str(error)
     except OSError as error:
+        if error.errno in OF_THE_MACHINE:
+            raise
         return [], [], f"{error.filename or folder}: cannot be read: {error.strerror}"
 
 
 def _candidates(folder: Path) -> tuple[list[Path], list[tuple[str, str, str]], str | None]:
     """Checkpoints oldest first, what was odd, and what makes the newest doubtful. Rank 0 only."""
-    if step_folders.STEP_FOLDER.fullmatch(folder.resolve().name) or (folder / manifest.NAME).exists():
-        return ([folder] if folder.is_dir() else []), [], None
-    if (folder / run_files.CHECKPOINTS).is_dir():
+    if step_folders.STEP_FOLDER.fullmatch(folder.resolve().name) or mode_at(folder / manifest.NAME):
+        return ([folder] if stat.S_ISDIR(mode_at(folder)) else []), [], None
+    if stat.S_ISDIR(mode_at(folder / run_files.CHECKPOINTS)):
         folder = folder / run_files.CHECKPOINTS
     steps = step_folders.list_steps(folder)
     paths = [path for _, path in steps]
@@ -101,9 +123,11 @@ def _candidates(folder: Path) -> tuple[list[Path], list[tuple[str, str, str]], s
     except FileNotFoundError:
         return paths, [], None
     except OSError as error:
+        if error.errno in OF_THE_MACHINE:
+            raise
         return paths, [("checkpoint_latest", f"{hint}: {describe(error)}", _newest_of(paths))], None
     match = step_folders.STEP_FOLDER.fullmatch(name)
-    if match and (folder / name).is_dir():
+    if match and stat.S_ISDIR(mode_at(folder / name)):
         return paths, [], None
     newest = _newest_of(paths)
     if match and (not steps or int(match[1]) > steps[-1][0]):
@@ -120,41 +144,45 @@ def verified(path: Path, ranks: Ranks) -> FoundCheckpoint:
     """Checks everything: rank 0 what the folder says of itself, all ranks together what its files hold, each file read
     by one of them. So the work on a shared file system grows with the files, not with files times ranks.
 
-    Raises DamagedError on every rank, of the first problem. Collective: every rank must call.
+    Raises DamagedError on every rank, of the first problem, AmclipError for trouble of the file system that lasts.
+    Collective: every rank must call.
     """
-    described, problem = ranks.from_main(_describe(path) if ranks.is_main else None)
-    if described is None:
-        raise DamagedError(problem)
+    described, failure = ranks.from_main(_read(path, lambda: _describe(path)) if ranks.is_main else None)
+    _raise_first([failure])
     held: Manifest = described[0]
     largest_first = sorted(held.files, key=lambda name: (-held.files[name]["bytes"], name))
     own = largest_first[ranks.rank :: ranks.world_size]
-    pieces, problem = manifest.Pieces(), None
-    try:
-        for name in own:
-            pieces += manifest.read_pieces(path, name)
-            manifest.check_random(path, name)
-    except DamagedError as error:
-        problem = str(error)
-    answers = ranks.gather((pieces, problem))
-    _raise_first([problem for _, problem in answers])
-    index = PieceIndex(path, held, [piece for pieces, _ in answers for piece in pieces])
-    try:
-        for name in own:
-            manifest.check_hash(path, held, name)
-    except DamagedError as error:
-        problem = str(error)
-    _raise_first(ranks.gather(problem))
+    answers = ranks.gather(_read_each(path, own, partial(_read_pieces, path)))
+    _raise_first([failure for _, failure in answers])
+    index = PieceIndex(path, held, [piece for found, _ in answers for pieces in found for piece in pieces])
+    _, failure = _read_each(path, own, partial(manifest.check_hash, path, held))
+    _raise_first(ranks.gather(failure))
     return under_present_names(FoundCheckpoint(path, held, index, *described[1:]))
 
 
-def _describe(path: Path) -> tuple[tuple[Manifest, dict[str, Any], str] | None, str]:
-    """Manifest, counters and settings, with every file there and of its size; or why not."""
-    try:
-        held = manifest.read(path)
-        manifest.check_sizes(path, held)
-        return (held, manifest.read_trainer(path, held), manifest.read_config(path)), ""
-    except DamagedError as error:
-        return None, str(error)
+def _describe(path: Path) -> tuple[Manifest, dict[str, Any], str]:
+    """Manifest, counters and settings, with every file there and of its size. Raises DamagedError, NotRead."""
+    held = manifest.read(path)
+    manifest.check_sizes(path, held)
+    return held, manifest.read_trainer(path, held), manifest.read_config(path)
+
+
+def _read_each(path: Path, names: list[str], work: Callable[[str], T]) -> tuple[list[T], Failure | None]:
+    """What `work` reads of each file, up to the first failure, and that. A file at a time, so that trouble of the file
+    system costs no hour's reading."""
+    done: list[T] = []
+    for name in names:
+        found, failure = _read(path / name, partial(work, name))
+        if failure is not None:
+            return done, failure
+        done.append(found)  # type: ignore[arg-type]
+    return done, None
+
+
+def _read_pieces(path: Path, name: str) -> manifest.Pieces:
+    pieces = manifest.read_pieces(path, name)
+    manifest.check_random(path, name)
+    return pieces
 
 
 def under_present_names(found: FoundCheckpoint) -> FoundCheckpoint:
@@ -168,30 +196,44 @@ def under_present_names(found: FoundCheckpoint) -> FoundCheckpoint:
     return replace(found, manifest=replace(held, tensors=tensors, shapes=shapes))
 
 
-def _raise_first(problems: list[str | None]) -> None:
-    for problem in problems:
-        if problem is not None:
-            raise DamagedError(problem)
+def _raise_first(failures: list[Failure | None]) -> None:
+    """The failures are every rank's, as each rank knows them."""
+    for failure in failures:
+        if isinstance(failure, AmclipError):
+            failure.is_shared = True
+        if failure is not None:
+            raise failure
 
 
 def fill(found: FoundCheckpoint, state: CheckpointState, ranks: Ranks) -> None:
     """Writes the checkpoint's values into the state's tensors, after checking that all of them fit.
 
-    Raises UserError, on every rank, where the checkpoint is of another model or optimizer, or cannot be read any more.
-    Collective: every rank must call.
+    Raises UserError, on every rank, where the checkpoint is of another model or optimizer, or cannot be read any more,
+    AmclipError for trouble of the file system that lasts. Collective: every rank must call.
     """
-    replicated: dict[str, Any] = {}
     kinds: set[str] = set().union(*ranks.gather(set(state.sharded)))  # a rank may hold nothing of a kind
     if left := found.moments - kinds:
         raise UserError(f"{found.path}: of another optimizer: its {', '.join(sorted(left))} has no place here")
-    try:
-        entries, begin = tensorfile.read_header(found.path / "replicated.safetensors")
-        entries = {present_buffer(name): entry for name, entry in entries.items()}
-        replicated = {"entries": entries, "begin": begin}
-        problem = _misfit(found, state, entries)
-    except DamagedError as error:
-        problem = str(error)
-    _raise_user_error(ranks.gather(problem))
+    buffers, failure = _read(found.path, lambda: _buffers_that_fit(found, state))
+    _raise_as_user_error(ranks.gather(failure))
+    assert buffers is not None
+    _, failure = _read(found.path, lambda: _fill_all(found, state, *buffers))
+    _raise_as_user_error(ranks.gather(failure))
+    if ranks.world_size == found.manifest.world_size:
+        _restore_random_state(found, ranks.rank)
+
+
+def _buffers_that_fit(found: FoundCheckpoint, state: CheckpointState) -> tuple[dict[str, tensorfile.Entry], int]:
+    """What is saved of the buffers, and where it begins. Raises DamagedError, UserError where the state is another."""
+    entries, begin = tensorfile.read_header(found.path / "replicated.safetensors")
+    entries = {present_buffer(name): entry for name, entry in entries.items()}
+    if problem := _misfit(found, state, entries):
+        raise UserError(problem)
+    return entries, begin
+
+
+def _fill_all(found: FoundCheckpoint, state: CheckpointState, buffers: dict[str, tensorfile.Entry], begin: int) -> None:
+    """Raises DamagedError, NotRead; then it may be called again: it opens and reads everything anew."""
     try:
         with ExitStack() as stack:
             opened: dict[str, Any] = {}
@@ -200,13 +242,11 @@ def fill(found: FoundCheckpoint, state: CheckpointState, ranks: Ranks) -> None:
                     _fill_shard(found, kind, name, shard, opened, stack)
             file = stack.enter_context(tensorfile.open_regular(found.path / "replicated.safetensors"))
             for name, buffer in state.replicated.items():
-                flat = buffer.detach().view(-1)
-                tensorfile.read_elements(file, replicated["begin"], replicated["entries"][name], 0, flat)
-    except (DamagedError, OSError) as error:
-        problem = f"{found.path}: cannot be read any more: {error}"
-    _raise_user_error(ranks.gather(problem))
-    if ranks.world_size == found.manifest.world_size:
-        _restore_random_state(found, ranks.rank)
+                tensorfile.read_elements(file, begin, buffers[name], 0, buffer.detach().view(-1))
+    except DamagedError as error:
+        raise DamagedError(f"{found.path}: cannot be read any more: {error}") from None
+    except OSError as error:
+        raise not_read(f"{found.path}: cannot be read any more: {error.filename}", error) from None
 
 
 def _fill_shard(
@@ -246,16 +286,17 @@ def _misfit(found: FoundCheckpoint, state: CheckpointState, buffers: dict[str, t
     return None
 
 
-def _raise_user_error(problems: list[str | None]) -> None:
-    for problem in problems:
-        if problem is not None:
-            raise UserError(problem)
+def _raise_as_user_error(failures: list[Failure | None]) -> None:
+    try:
+        _raise_first(failures)
+    except DamagedError as error:
+        raise UserError(str(error)) from None
 
 
 def _restore_random_state(found: FoundCheckpoint, rank: int) -> None:
     """Gives this rank its generators back, at the same world size; nothing of a run depends on them."""
     path = found.path / f"rng/rank{rank:04d}.json"
     try:
-        set_random_state(manifest.read_json(path))
+        set_random_state(outlasting(str(path), lambda: manifest.read_json(path)))
     except (DamagedError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path}: not a random state: {error}") from None

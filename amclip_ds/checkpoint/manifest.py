@@ -7,7 +7,8 @@
       manifest.json                                    size and sha256 of every file, written last
     checkpoints/latest                                 a hint; the truth is the newest folder that verifies
 
-docs/checkpoint-format.md says it for other programs. Nothing here is collective, nothing is pickled.
+docs/checkpoint-format.md says it for other programs. Nothing here is collective, nothing is pickled. What reads raises
+DamagedError for what the checkpoint is, and NotRead for trouble of its file system, which says nothing of it.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from amclip_ds.checkpoint import tensorfile, trainer_json
 from amclip_ds.checkpoint.step_folders import MANIFEST, STEP_FOLDER, folder_name, list_steps
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.checkpoint.writer import sha256_of
-from amclip_ds.errors import UserError
+from amclip_ds.errors import NotRead, UserError
 from amclip_ds.safetensors_header import MAX_DIMENSIONS, PIECE, Entry
 
 FORMAT, VERSION = "amclip_ds checkpoint", 1
@@ -117,23 +118,28 @@ def all_of(checkpoints: Path) -> Iterator[Manifest]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from an ordinary file of bounded size. Raises DamagedError."""
+    """A JSON object from an ordinary file of bounded size. Raises DamagedError, NotRead."""
     try:
         return files.read_json(path, dict, follow=False)
+    except NotRead:
+        raise
     except UserError as error:
         raise DamagedError(str(error)) from None
 
 
 def read_config(folder: Path) -> str:
-    """The text of config.yaml. Raises DamagedError."""
+    """The text of config.yaml. Raises DamagedError, NotRead."""
     try:
         return files.read_text(folder / "config.yaml", plain_yaml.MAX_BYTES, follow=False)
+    except NotRead:
+        raise
     except UserError as error:
         raise DamagedError(str(error)) from None
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Every file is there, ordinary and of its size: one stat a file, none is read. Raises DamagedError, naming it."""
+    """Every file is there, ordinary and of its size: one stat a file, none is read. Raises DamagedError, naming it, and
+    NotRead."""
     looked_at: set[Path] = set()
     for name, facts in manifest.files.items():
         path = folder / name
@@ -144,7 +150,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
                 looked_at.add(parent)
             found = os.lstat(path)
         except OSError as error:
-            raise DamagedError(f"{path}: {'missing' if error.errno == 2 else error.strerror}") from None
+            raise DamagedError(f"{path}: missing") if error.errno == 2 else tensorfile.unread(path, error) from None
         if not stat.S_ISREG(found.st_mode):
             raise DamagedError(f"{path}: not an ordinary file")
         if found.st_size != facts["bytes"]:
@@ -152,12 +158,12 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
 
 
 def check_hash(folder: Path, manifest: Manifest, name: str) -> None:
-    """Reads one whole file. Raises DamagedError, naming it."""
+    """Reads one whole file. Raises DamagedError, naming it, and NotRead."""
     path = folder / name
     try:
         found = sha256_of(path)
     except OSError as error:
-        raise DamagedError(f"{path}: cannot be read: {error.strerror}") from None
+        raise tensorfile.unread(path, error) from None
     if found != manifest.files[name]["sha256"]:
         raise DamagedError(f"{path}: its content does not match its hash in the manifest")
 

@@ -32,6 +32,8 @@ VERSIONED = ("amclip_ds", "torch", "deepspeed", "numpy")
 class SaveFailed(AmclipError):
     """A checkpoint could not be written; reported alike on every rank. The one before it is untouched."""
 
+    is_shared = True
+
 
 @dataclass
 class PendingSave:
@@ -146,10 +148,11 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finishes where all ranks leave together: at the end, and at the endings that they agree on."""
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        """Finishes where all ranks leave together: at the end, and at the endings that they agree on. One that a rank
+        met alone is none: nobody else would come to this save's collectives."""
         try:
-            if kind is None or issubclass(kind, Preempted | RunStopped):
+            if error is None or (isinstance(error, Preempted | RunStopped) and error.is_shared):
                 self.finish()
         finally:
             self.close()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from amclip_ds import files, safetensors_header
-from amclip_ds.errors import UserError
+from amclip_ds.errors import NotRead, UserError
 from amclip_ds.safetensors_header import Entry
 
 DTYPES = {
@@ -32,6 +32,13 @@ CHUNK = 64 << 20  # bytes a read holds beside the tensor that it fills
 
 class DamagedError(ValueError):
     """A file of a checkpoint is not what it should be; the message names the file."""
+
+
+def unread(path: Path | str, error: OSError) -> UserError | DamagedError:
+    """The error of a checkpoint's file that cannot be read: damage, but NotRead where the machine is to blame, which
+    says nothing of the checkpoint."""
+    failure = files.not_read(f"{path}: cannot be read", error)
+    return failure if isinstance(failure, NotRead) else DamagedError(str(failure))
 
 
 def dtype_of(entry: Entry) -> torch.dtype:
@@ -61,9 +68,12 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], int]:
-    """What a file holds, and where its data begins. Raises DamagedError. Memory is bounded by the file's own size."""
+    """What a file holds, and where its data begins. Raises DamagedError, NotRead. Memory is bounded by the file's own
+    size."""
     try:
         header = safetensors_header.read(path, follow=False)
+    except NotRead:
+        raise
     except UserError as error:
         raise DamagedError(str(error)) from None
     for name, entry in header.entries.items():
@@ -78,7 +88,8 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_elements(file: Any, begin: int, entry: Entry, start: int, out: Tensor) -> None:
-    """Fills `out` [n], of any dtype and device, with the elements [start, start + n) of an entry. Raises DamagedError.
+    """Fills `out` [n], of any dtype and device, with the elements [start, start + n) of an entry. Raises DamagedError,
+    NotRead.
 
     file: as `open_regular` returned it. begin: where its data begins.
     """
@@ -99,7 +110,7 @@ def _read_exactly(file: Any, offset: int, into: memoryview) -> None:
         try:
             count = os.preadv(file.fileno(), [into], offset)
         except OSError as error:
-            raise DamagedError(f"{file.name}: cannot be read: {error.strerror}") from None
+            raise unread(file.name, error) from None
         if count == 0:
             raise DamagedError(f"{file.name}: ended at byte {offset}, before its tensors do")
         into, offset = into[count:], offset + count

@@ -19,8 +19,8 @@ from amclip_ds.data.config import View
 from amclip_ds.data.exclude import Excluded
 from amclip_ds.data.order import EpochOrder, Mixture
 from amclip_ds.data.views import ViewMaker, Views, planes
-from amclip_ds.errors import AmclipError, RunStopped, UserError
-from amclip_ds.files import describe
+from amclip_ds.errors import AmclipError, LocalRunStopped, UserError
+from amclip_ds.files import OF_THE_MACHINE, describe
 from amclip_ds.images import Scratch
 from amclip_ds.keyed_random import Keyed, keyed
 from amclip_ds.masks.text import TextMaskConfig, Words, masked, prepare
@@ -28,7 +28,7 @@ from amclip_ds.masks.text.cloze import hide
 from amclip_ds.masks.units import NONE
 from amclip_ds.shards import contents as contents_of
 from amclip_ds.shards.index import Index, Sample
-from amclip_ds.shards.reader import TRANSIENT_ERRNOS, Request, ShardChanged, ShardReader, outlasting
+from amclip_ds.shards.reader import Request, ShardChanged, ShardReader, outlasting
 from amclip_ds.shards.tar import printable
 
 Contents = dict[Request, bytes | OSError]
@@ -215,8 +215,12 @@ class ChunkMaker:
         self._retries, self._crops = chunk.incidents, _crops_of(chunk)
         self._read_ahead(epoch, start)
         wanted = {place: self._wanted(row, int(row[2])) for place, row in enumerate(self._rows(epoch, start, stop))}
+        read: Contents = {}
         for attempt in range(MAX_REPLACED + 1):
             contents = self._read(wanted, chunk)
+            read |= contents
+            if cause := _unread_alike(read):
+                raise AmclipError(f"data.train: {cause}; once it can be read again, the same command resumes")
             bad = {place: last for place, last in wanted.items() if not self._fill(chunk, place, last, contents, epoch)}
             if not bad:
                 return chunk
@@ -263,7 +267,7 @@ class ChunkMaker:
         chunk can be read for minutes: that is the file system, and no bad sample."""
         requests = [(w.shard, *place) for w in wanted.values() for place in self._places(w.sample)]
         contents = self._reader.read(requests)
-        failing = [at for at, got in contents.items() if isinstance(got, OSError) and got.errno in TRANSIENT_ERRNOS]
+        failing = [at for at, got in contents.items() if isinstance(got, OSError) and got.errno in OF_THE_MACHINE]
         for request in failing:
             try:
                 contents[request] = self._outlasted(*request)
@@ -328,8 +332,8 @@ class ChunkMaker:
         return True
 
     def _as_indexed(self, wanted: _Wanted, members: list[bytes | None], chunk: Chunk) -> list[bytes | None]:
-        """The members, which are what the index noted, perhaps at a second reading. Raises RunStopped where they are
-        not; with data.on_change=report it is an incident, and they are taken as they are."""
+        """The members, which are what the index noted, perhaps at a second reading. Raises LocalRunStopped where they
+        are not; with data.on_change=report it is an incident, and they are taken as they are."""
         sample, key = wanted.sample, printable(wanted.sample.key)
         differing = _differing(sample, members)
         if not differing:
@@ -344,9 +348,9 @@ class ChunkMaker:
         return again
 
     def _report_change(self, wanted: _Wanted, cause: str, action: str, chunk: Chunk) -> None:
-        """An incident, where data.on_change allows it. Raises RunStopped where it does not."""
+        """An incident, where data.on_change allows it. Raises LocalRunStopped where it does not."""
         if self.spec.on_change == "refuse":
-            raise RunStopped(
+            raise LocalRunStopped(
                 f"data.train: {wanted.shard}: {cause}; put the old shard back, or index it anew (amclip data index) for"
                 f" a new run; data.on_change=report trains on what there is, and reports it"
             )
@@ -398,6 +402,17 @@ class ChunkMaker:
         if len(self._tokens) > CAPTIONS_REMEMBERED:
             self._tokens.popitem(last=False)
         return encoded
+
+
+def _unread_alike(contents: Contents) -> str:
+    """Why nothing of several shards could be read, for one and the same reason: that is no property of samples, as
+    EACCES of an expired ticket is none. Empty where something was read, or the reason may be a single shard's."""
+    errnos = {got.errno if isinstance(got, OSError) else None for got in contents.values()}
+    shards = {shard for shard, _, _ in contents}
+    if None in errnos or len(errnos) != 1 or len(shards) < 2:
+        return ""
+    (shard, _, _), error = next(iter(contents.items()))
+    return f"{len(shards)} shards cannot be read, the first {shard}: {describe(error)}"  # type: ignore[arg-type]
 
 
 def _crops_of(chunk: Chunk) -> list[tuple[Tensor, ...]]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from amclip_ds.data.config import DataConfig
 from amclip_ds.data.train_sources import training_sources
 from amclip_ds.errors import NotRead, UserError
+from amclip_ds.files import mode_at, outlasting
 from amclip_ds.processes import num_cores
 from amclip_ds.progress import progress
 from amclip_ds.redact import redact
@@ -118,26 +119,39 @@ def _find_index(
     that a checkpoint was trained on and data.on_change refuses it."""
     once_each = tuple(dict.fromkeys(shards))
     beside = default_folder(once_each)
+    refuses = resumes and config.on_change == "refuse"
     if config.index:
-        if (Path(config.index) / "meta.json").exists():
-            stale = stale_index(Path(config.index), list(once_each), on_shard)
-            if stale:
-                raise UserError(f"data.index: {stale}; make it again: amclip data index --out {config.index}")
-            return Path(config.index)
-        places = [Path(config.index)]
+        places = order = [Path(config.index)]
     else:
         places = [Path(folder) / beside.name for folder in (index_dir, beside.parent, Path.cwd()) if folder]
-        for place in (beside, *places):
-            if (place / "meta.json").exists():
-                stale = stale_index(place, list(once_each), on_shard)
-                if not stale:
-                    return place
-                if resumes and config.on_change == "refuse":
-                    raise UserError(
-                        f"data.train: {stale}; the checkpoint was trained on what it was: put that back, or start a new"
-                        f" run; data.on_change=report continues with what there is now"
-                    )
-                say(f"data: {stale}; the index is made again")
+        order = places if resumes else [beside, *places]  # what the checkpoint was trained on is the run's own first
+    stale: list[str] = []
+    broken: list[str] = []
+    for place in dict.fromkeys(order):
+        try:
+            index = _index_at(place)
+        except NotRead:
+            raise
+        except UserError as error:  # a purge may take one file of it; that says nothing of the shards
+            broken.append(str(error))
+            continue
+        if index is None:
+            continue
+        why = stale_index(index, list(once_each), on_shard)
+        if not why:
+            return place
+        if config.index:
+            raise UserError(f"data.index: {why}; make it again: amclip data index --out {config.index}")
+        stale.append(why)
+        if refuses and place == places[0]:
+            break
+    if stale and refuses and not broken:
+        raise UserError(
+            f"data.train: {stale[0]}; the checkpoint was trained on what it was: put that back, or start a new"
+            f" run; data.on_change=report continues with what there is now"
+        )
+    for why in (*stale, *broken):
+        say(f"data: {why.removeprefix('data.index: ')}; the index is made again")
     usable = [place for place in places if _writable(place.parent)]
     if not usable:
         raise UserError(f"data.index: no index, and {places[0].parent} cannot be written; set data.index to a folder")
@@ -145,10 +159,17 @@ def _find_index(
     return usable[0]
 
 
-def stale_index(folder: Path, shards: list[str], on_shard: Callable[[], None]) -> str:
+def _index_at(place: Path) -> Index | None:
+    """The index in a folder; None where there is none. Raises UserError for one that cannot be opened, its subclass
+    NotRead where that is the file system's fault."""
+    if not mode_at(place / "meta.json", f"data.index: {place}"):
+        return None
+    return outlasting(f"data.index: {place}", lambda: Index(place))
+
+
+def stale_index(index: Index, shards: list[str], on_shard: Callable[[], None]) -> str:
     """Why an index does not fit these shards as they are now; empty if it does."""
     try:
-        index = Index(folder)
         processes = num_cores() if len(shards) >= MANY_SHARDS else 1
         stale = changed_shards(index, shards, index.find(shards), processes, on_shard)
     except NotRead:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from amclip_ds.data.config import DataConfig
 from amclip_ds.errors import UserError
+from amclip_ds.files import mode_at
 from amclip_ds.shards.inputs import check_foreign, check_index_folder
 from amclip_ds.shards.sources import expand_sources, scheme_of, split_sources
 
@@ -23,7 +24,7 @@ def training_sources(config: DataConfig) -> list[list[str]]:
 def check_inputs(data: DataConfig, eval_data: str | None) -> None:
     """What can be known of a run's data before torch and DeepSpeed are loaded. Raises UserError."""
     training_sources(data)
-    if data.index and not (Path(data.index) / "meta.json").exists():  # it will be made
+    if data.index and not mode_at(Path(data.index) / "meta.json", f"data.index: {data.index}"):  # it will be made
         check_index_folder(Path(data.index), "data.index")
     for spec in split_sources(eval_data or ""):
         check_foreign(spec, "eval.data")

@@ -20,7 +20,7 @@ from amclip_ds import jsonl, run_files
 from amclip_ds.checkpoint import manifest, retention, step_folders
 from amclip_ds.comm import SingleProcess
 from amclip_ds.config import TrainConfig
-from amclip_ds.errors import TO_REQUEUE, AmclipError, UserError
+from amclip_ds.errors import TO_REQUEUE, AmclipError, NotRead, UserError
 from amclip_ds.evaluate import rows
 from amclip_ds.evaluate.datasets import EvalSet, open_sets
 from amclip_ds.evaluate.source import locate, open_encoder
@@ -51,7 +51,13 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
         has_ended = _has_ended(run)  # asked before the listing: what was committed until then is seen by it
         for step, path in step_folders.list_steps(run / run_files.CHECKPOINTS):
             identity = _identity(path)
-            if identity is None or identity in refused or not retention.is_whole(path):
+            if identity is None or identity in refused:
+                continue
+            try:
+                if not retention.is_whole(path):
+                    continue
+            except NotRead as fault:
+                _try_again(path, fault, once, every_s)
                 continue
             missing = _untried(rows.missing(run, step, sets, _wanted(path, weights)), identity, failed)
             if missing and not _left_to_training(config, run, step, sets, has_ended):
@@ -59,14 +65,14 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
                 try:
                     for (name, dataset), error in _evaluate(run, path, missing, batch_size).items():
                         failed[identity, name, dataset] = error
+                except NotRead as fault:
+                    _try_again(path, fault, once, every_s)
                 except UserError as damage:
                     if _identity(path) == identity:  # damaged, not just deleted meanwhile
                         print(f"{path.name}: {damage}", flush=True)
                         refused.add(identity)
-                except AmclipError as fault:  # of the disk: made again when it may be well
-                    if once:
-                        raise
-                    print(f"{path.name}: {fault}; tried again in {every_s:g} s", flush=True)
+                except AmclipError as fault:
+                    _try_again(path, fault, once, every_s)
         if once or has_ended:
             break
         if not is_idle:
@@ -76,6 +82,13 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
     if failed:
         raise UserError(f"{len(failed)} evaluations could not be made, the first: {next(iter(failed.values()))}")
     return 0
+
+
+def _try_again(path: Path, fault: AmclipError, once: bool, every_s: float) -> None:
+    """Of a fault of the disk, which may be well at the next round. Raises it where there is none."""
+    if once:
+        raise fault
+    print(f"{path.name}: {fault}; tried again in {every_s:g} s", flush=True)
 
 
 def _report_unreadable(file: Path, reported: int) -> int:

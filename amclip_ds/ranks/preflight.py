@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from amclip_ds.errors import AmclipError, UserError, in_one_line
+from amclip_ds.files import OF_THE_MACHINE, describe, open_regular
 from amclip_ds.ranks.bandwidth import measure_collectives, measure_pairs, name_outliers
 from amclip_ds.ranks.collectives import cpu_group
 from amclip_ds.ranks.runtime import Runtime
@@ -48,7 +49,10 @@ class Facts:
     gpu_free: int = 0
     gpu_total: int = 0
     disk_error: str = ""
-    missing_shards: tuple[str, ...] = ()
+    shard_error: str = ""
+    """Of the first of the sampled shards that cannot be read here."""
+    is_in_trouble: bool = False
+    """Whether one of the two is the file system's trouble, and no mistake of the user's."""
 
 
 @dataclass
@@ -56,6 +60,8 @@ class Judgement:
     """What the facts of all ranks mean."""
 
     mistakes: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    """of a node or its file systems"""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -88,14 +94,18 @@ def preflight(
 
     config_text: the resolved settings. shards: the training shards, a sample of which is read from every node.
     folder: the run's folder, where every node must be able to write. Raises UserError, the same on every rank, for
-    mistakes, AmclipError for ranks that do not answer.
+    mistakes, AmclipError for nodes that are not fit and for ranks that do not answer.
     """
     start = time.monotonic()
     group = _meet()
     facts = gather_facts(runtime, config_text, shards, folder, group)
     verdict = judge(facts)
-    if verdict.mistakes:
-        raise UserError("preflight: " + "; ".join(verdict.mistakes))
+    if verdict.mistakes or verdict.faults:
+        ending = (UserError if verdict.mistakes else AmclipError)(
+            "preflight: " + "; ".join(verdict.mistakes + verdict.faults)
+        )
+        ending.is_shared = True
+        raise ending
     hosts = [fact.host for fact in facts]
     reduce_rate, gather_rate = measure_collectives(runtime)  # first: NCCL wants all ranks in a group's first call
     pairs = measure_pairs(runtime, hosts, group) if runtime.num_nodes > 1 else {}
@@ -117,6 +127,8 @@ def gather_facts(
 ) -> list[Facts]:
     """Every rank's facts, in rank order. Collective: every rank must call."""
     probes = runtime.local_rank == 0  # one probe a node: a thousand ranks would storm the file system's metadata
+    disk_error, disk_fails = write_probe(folder, runtime.rank) if probes else ("", False)
+    shard_error, shard_fails = read_probe(shards) if probes else ("", False)
     own = asdict(
         Facts(
             rank=runtime.rank,
@@ -125,8 +137,9 @@ def gather_facts(
             config=_hash(config_text.encode()),
             versions=f"python {platform.python_version()}, torch {torch.__version__}",
             clock_s=0.0,
-            disk_error=write_probe(folder, runtime.rank) if probes else "",
-            missing_shards=tuple(missing_of(shards)) if probes else (),
+            disk_error=disk_error,
+            shard_error=shard_error,
+            is_in_trouble=disk_fails or shard_fails,
             **_gpu_facts(runtime.device),
         )
     )
@@ -145,16 +158,14 @@ def judge(facts: Sequence[Facts]) -> Judgement:
         if odd:
             found = f"{name} of {_nodes(odd)} is {getattr(odd[0], name)}, elsewhere {usual}"
             verdict.mistakes.append(f"{found}; {hint}{_exclude(odd, facts)}")
-    unwritable = [fact for fact in facts if fact.disk_error]
-    if unwritable:
-        verdict.mistakes.append(
-            f"run.out: {unwritable[0].disk_error} on {_nodes(unwritable)}{_exclude(unwritable, facts)}"
-        )
-    blind = [fact for fact in facts if fact.missing_shards]
-    if blind:
-        verdict.mistakes.append(
-            f"data.train: {blind[0].missing_shards[0]} cannot be read on {_nodes(blind)}{_exclude(blind, facts)}"
-        )
+    for key, name in (("run.out", "disk_error"), ("data.train", "shard_error")):
+        bad = [fact for fact in facts if getattr(fact, name)]
+        if bad:
+            exclude = _exclude(bad, facts)
+            # What other nodes can do is right: this one lacks a mount, or its file system is in trouble.
+            is_fault = bool(exclude) or any(fact.is_in_trouble for fact in bad)
+            found = verdict.faults if is_fault else verdict.mistakes
+            found.append(f"{key}: {getattr(bad[0], name)} on {_nodes(bad)}{exclude}")
     verdict.warnings += _busy_gpus(facts) + _wrong_clocks(facts)
     return verdict
 
@@ -165,8 +176,9 @@ def code_hash(package: Path = PACKAGE) -> str:
     return _hash(b"\0".join(str(path.relative_to(package)).encode() + path.read_bytes() for path in files))
 
 
-def write_probe(folder: Path, rank: int) -> str:
-    """Writes, syncs and removes a small file in the folder. Returns the mistake in words, empty if it went well."""
+def write_probe(folder: Path, rank: int) -> tuple[str, bool]:
+    """Writes, syncs and removes a small file in the folder. Returns the mistake in words, empty if it went well, and
+    whether it is the machine's."""
     probe = folder / f".preflight-{rank}"
     try:
         with probe.open("wb") as file:
@@ -174,16 +186,22 @@ def write_probe(folder: Path, rank: int) -> str:
             file.flush()
             os.fsync(file.fileno())
         probe.unlink()
-        return ""
+        return "", False
     except OSError as error:
-        return f"cannot write in {folder}: {error.strerror}"
+        return f"cannot write in {folder}: {error.strerror}", error.errno in OF_THE_MACHINE
 
 
-def missing_of(shards: Sequence[str]) -> list[str]:
-    """Those of an even sample of the shards that cannot be read here; pipes and addresses are not checked."""
+def read_probe(shards: Sequence[str]) -> tuple[str, bool]:
+    """Opens an even sample of the shards; pipes and addresses are not checked. Returns as `write_probe` does. It waits
+    for nothing: the other ranks wait for this one."""
     files = [shard for shard in shards if not is_remote(shard)]
     step = max(1, len(files) // SAMPLED_SHARDS)
-    return [shard for shard in files[::step] if not os.access(shard, os.R_OK)]
+    for shard in files[::step]:
+        try:
+            open_regular(Path(shard)).close()
+        except OSError as error:
+            return f"{shard} cannot be read ({describe(error)})", error.errno in OF_THE_MACHINE
+    return "", False
 
 
 def _meet() -> dist.ProcessGroup:

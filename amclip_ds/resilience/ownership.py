@@ -29,7 +29,7 @@ from typing import Any
 
 from amclip_ds import run_files
 from amclip_ds.errors import RunStopped, UserError
-from amclip_ds.files import not_written, open_regular, read_bytes, read_json, write_atomically
+from amclip_ds.files import not_written, open_regular, read_bytes, read_json, write_atomically, write_new
 from amclip_ds.resilience.config import OwnershipConfig
 from amclip_ds.resilience.watch_ranks import process_state, start_time
 
@@ -240,7 +240,7 @@ def _create(folder: Path, number: int) -> Claim:
     """Claim file `number`, created exclusively; the lower ones are taken. Raises UserError if another was quicker."""
     held = Claim(_path_of(folder, number), secrets.token_hex(8))
     try:
-        _write_new(held.path, held.token)
+        write_new(held.path, held.token)
     except FileExistsError:
         raise UserError(f"run.out: {folder} was taken by another trainer that started at the same moment") from None
     for lower in sorted(_claims(folder)):
@@ -255,16 +255,8 @@ def _take(path: Path) -> None:
         if read_bytes(path, 100, follow=False) == TAKEN.encode():
             return
     partial = path.with_name(f".taken-{secrets.token_hex(8)}")
-    _write_new(partial, TAKEN)
+    write_new(partial, TAKEN)
     os.replace(partial, path)
-
-
-def _write_new(path: Path, text: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _claims(folder: Path) -> list[int]:
@@ -290,7 +282,7 @@ def _age_s(folder: Path, last: int) -> float:
     """
     probe = folder / f".owner-probe-{secrets.token_hex(8)}"
     try:
-        _write_new(probe, "")
+        write_new(probe, "")
         now, signs = _written_at(probe), [_written_at(_path_of(folder, last)), _written_at(folder / run_files.OWNER)]
     finally:
         probe.unlink(missing_ok=True)

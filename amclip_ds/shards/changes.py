@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from amclip_ds.files import NOTHING_THERE, not_read
 from amclip_ds.processes import WorkerCrashed, map_in_processes
 from amclip_ds.redact import redact
 from amclip_ds.shards import contents
-from amclip_ds.shards.index import CONTENT, RECORD, Index, Scanned, fingerprint_of, scan_shard
-from amclip_ds.shards.reader import identity_of
+from amclip_ds.shards.index import CONTENT, RECORD, Index, Scanned, ShardEntry, fingerprint_of, scan_shard
+from amclip_ds.shards.reader import identity_of, outlasting
 from amclip_ds.shards.sources import is_remote
 from amclip_ds.shards.tar import printable
 
@@ -38,7 +39,8 @@ def changed_shards(
     index: Index, paths: list[str], numbers: list[int], processes: int, on_shard: Callable[[], None] = lambda: None
 ) -> list[Changed]:
     """What has changed in the shards of these numbers, that are at these paths now. on_shard: called after each that
-    had to be read."""
+    had to be read. Raises AmclipError where the file system fails for minutes, UserError for a shard that is there and
+    cannot be read."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         doubts = list(pool.map(lambda of: _doubt(index, *of), zip(paths, numbers)))
     found = [Changed(redact(path), doubt) for path, doubt in zip(paths, doubts) if doubt == GONE]
@@ -61,7 +63,7 @@ def changed_shards(
 def _doubt(index: Index, path: str, number: int) -> str:
     """Why a shard may have changed, by what can be known without reading it; empty where nothing speaks for it.
 
-    Of one that is elsewhere than it was indexed the fingerprint counts, not the time.
+    Of one that is elsewhere than it was indexed the fingerprint counts, not the time. Raises as `changed_shards` does.
     """
     shard = index.shards[number]
     if is_remote(path):
@@ -69,14 +71,20 @@ def _doubt(index: Index, path: str, number: int) -> str:
         is_same = size in (-1, shard.size) and (not etag or not shard.etag or etag == shard.etag)
         return "" if is_same else "another ETag or size"
     try:
-        now = os.stat(path)
-        if path == shard.path:
-            is_same = now.st_mtime_ns == shard.mtime_ns
-        else:
-            is_same = fingerprint_of(path) == shard.fingerprint
-        return "" if is_same and now.st_size == shard.size else "another time or size"
-    except OSError:
-        return GONE
+        return outlasting(path, lambda: _doubt_of_file(shard, path))
+    except OSError as error:
+        if error.errno in NOTHING_THERE:
+            return GONE
+        raise not_read(f"data.train: {path}", error) from None
+
+
+def _doubt_of_file(shard: ShardEntry, path: str) -> str:
+    now = os.stat(path)
+    if path == shard.path:
+        is_same = now.st_mtime_ns == shard.mtime_ns
+    else:
+        is_same = fingerprint_of(path) == shard.fingerprint
+    return "" if is_same and now.st_size == shard.size else "another time or size"
 
 
 def _difference(index: Index, number: int, scanned: Scanned) -> str | None:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from amclip_ds.errors import NotRead, UserError
-from amclip_ds.files import not_read, not_written, open_regular, read_json, write_atomically
+from amclip_ds.files import not_read, not_written, open_regular, read_json, sync, write_atomically
 from amclip_ds.images import header_size
 from amclip_ds.processes import WorkerCrashed, map_in_processes
 from amclip_ds.redact import redact
@@ -275,13 +275,16 @@ def _meta_of(entries: list[ShardEntry]) -> str:
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    """Puts the new index in the old one's place; where another process was faster, its index stays. Of the old one only
-    the index's own files go, and of a link the link alone."""
+    """Puts the new index in the old one's place, durably; where another process was faster, its index stays. Of the old
+    one only the index's own files go, and of a link the link alone."""
+    for path in (*partial.iterdir(), partial):
+        sync(path)
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(old)
     try:
         partial.rename(folder)
+        sync(folder.parent)
     except OSError:
         if not (folder / "meta.json").exists():
             raise

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from amclip_ds import run_files
 from amclip_ds.errors import UserError
-from amclip_ds.files import not_read, open_regular
+from amclip_ds.files import not_read, open_regular, outlasting
 from amclip_ds.shards.kinds import COMPRESSED, HEAD, IMAGES, NAMES, PACK, kind_by_name, kind_of
 from amclip_ds.shards.tar import Member, printable, scan, split_name
 
@@ -60,7 +60,10 @@ def tars_of(folder: Path, key: str) -> list[str]:
     """The tars of a folder and of those below it, in the order of their names. Raises UserError where there is none, or
     where compressed ones are beside them, which would be left out without a word.
     """
-    files = sorted(str(path) for path in folder.rglob("*") if not path.name.startswith("."))
+    try:
+        files = outlasting(f"{key}: {folder}", lambda: sorted(_names_below(folder)))
+    except OSError as error:
+        raise not_read(f"{key}: {folder}", error) from None
     packed = [Path(path).name for path in files if path.lower().endswith(COMPRESSED)]
     tars = [path for path in files if path.endswith(".tar")]
     if not packed and tars:
@@ -74,6 +77,18 @@ def tars_of(folder: Path, key: str) -> list[str]:
         raise UserError(f"{key}: {name} holds {len(packed)} compressed tar(s) ({first}){beside}: {what}{alone}")
     what = _of_folder(folder)
     raise UserError(f"{key}: no .tar file in the folder {name}" + (f"; it holds {what}" if what else ""))
+
+
+def _names_below(folder: Path) -> Iterator[str]:
+    """What is below a folder, but for hidden names and for folders that are closed to us. Raises OSError: a folder that
+    cannot be read just now is not an empty one, as glob has it."""
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, PermissionError):
+            raise error
+
+    for parent, folders, files in os.walk(folder, onerror=failed):
+        yield from (str(Path(parent, name)) for name in (*folders, *files) if not name.startswith("."))
 
 
 def is_of_index(name: str) -> bool:

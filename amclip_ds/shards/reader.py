@@ -1,19 +1,17 @@
 """Reads members of shards by offset: local files by pread, remote ones by ranges, with retry and back-off."""
 
 import contextlib
-import errno
 import os
 import random
 import subprocess
-import sys
 import tempfile
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from amclip_ds.errors import AmclipError
-from amclip_ds.files import describe
+from amclip_ds import files
+from amclip_ds.files import OF_THE_MACHINE
 from amclip_ds.redact import redact
 from amclip_ds.shards.sources import is_remote, scheme_of
 from amclip_ds.shards.stage import Stage
@@ -25,13 +23,6 @@ MAX_OPEN = 64
 ATTEMPTS, FIRST_PAUSE_S = 6, 0.2
 LOCAL_ATTEMPTS = 3
 SILENCE_S = 60.0  # without a byte from a server
-TRANSIENT_ERRNOS = (
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EAGAIN,
-)  # what a network file system says in a bad moment
-TROUBLE_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0)  # together below watchdog.step_timeout_s
 GAP = 1 << 18  # members closer than this are read in one go: a skipped 256 KiB costs less than another request
 
 
@@ -137,7 +128,7 @@ class ShardReader:
                 changed = self._other_size(shard, os.fstat(self._file(shard)).st_size)
                 return changed or OSError(f"{len(content)} of {size} bytes came")
             except OSError as error:
-                if error.errno not in TRANSIENT_ERRNOS or attempt + 1 == LOCAL_ATTEMPTS:
+                if error.errno not in OF_THE_MACHINE or attempt + 1 == LOCAL_ATTEMPTS:
                     return error
                 self._on_retry(shard, f"{error}")
                 if shard in self._files:
@@ -230,20 +221,8 @@ def retry(request: Callable[[], T], on_failure: Callable[[str], None], attempts:
 
 
 def outlasting(shard: str, request: Callable[[], T]) -> T:
-    """What `request` returns, asked again for minutes while it fails with one of TRANSIENT_ERRNOS: trouble of the file
-    system, which says nothing of a sample or a shard. Raises AmclipError where it lasts, other OSErrors as they are."""
-    for place, pause in enumerate((*TROUBLE_PAUSES_S, None)):
-        try:
-            return request()
-        except OSError as error:
-            if error.errno not in TRANSIENT_ERRNOS:
-                raise
-            cause = f"{redact(shard)} cannot be read: {describe(error)}"
-        if pause is not None:
-            if place == 0:
-                print(f"data: {cause}; tried again for {sum(TROUBLE_PAUSES_S):.0f} s", file=sys.stderr, flush=True)
-            time.sleep(pause)
-    raise AmclipError(f"data.train: {cause}; once the file system is well again, the same command resumes")
+    """files.outlasting for what reads a shard."""
+    return files.outlasting(f"data.train: {redact(shard)}", request)
 
 
 @contextlib.contextmanager

@@ -7,10 +7,12 @@ scheme, a URL of one of the SCHEMES or, where the user allowed it, `pipe:COMMAND
 each string after braces, globs and lists are expanded. A list is a file: it names paths and URLs, never a command.
 """
 
+import contextlib
 import glob
 import importlib.util
 import os
 import re
+import stat
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 import braceexpand
 
 from amclip_ds.errors import UserError
-from amclip_ds.files import describe, read_bytes
+from amclip_ds.files import NOTHING_THERE, mode_at, not_read, outlasting, read_bytes
 from amclip_ds.redact import HIDDEN
 from amclip_ds.shards import inputs
 
@@ -55,7 +57,7 @@ def is_remote(shard: str) -> bool:
 
 def split_sources(spec: str) -> list[str]:
     """The parts that `::` joins."""
-    return [spec] if os.path.isfile(spec) else [part for part in spec.split("::") if part]
+    return [spec] if stat.S_ISREG(mode_at(spec)) else [part for part in spec.split("::") if part]
 
 
 def expand_sources(
@@ -113,11 +115,17 @@ def accept(shard: str, key: str, allow_pipe: bool = False) -> str:
 
 
 def _accept_local(path: str, key: str) -> str:
-    if not os.path.exists(path):
-        raise UserError(f"{key}: no such shard: {path}")
-    if os.path.isdir(path):
+    try:
+        mode = outlasting(f"{key}: {path}", lambda: os.stat(path)).st_mode
+    except OSError as error:
+        if error.errno not in NOTHING_THERE:
+            raise not_read(f"{key}: {path}", error) from None
+        raise UserError(f"{key}: no such shard: {path}") from None
+    except ValueError:  # a name with a NUL byte
+        raise UserError(f"{key}: no such shard: {path}") from None
+    if stat.S_ISDIR(mode):
         raise UserError(f"{key}: {path} is a folder; give it alone, or the tars in it: '{path}/*.tar'")
-    if not os.path.isfile(path):
+    if not stat.S_ISREG(mode):
         raise UserError(f"{key}: {path} is not an ordinary file")
     inputs.check_name(path, path, key)
     return f"./{path}" if is_remote(path) else path  # a file may be called `pipe:rm x.tar`
@@ -141,7 +149,7 @@ def _expand(source: str, key: str, allow_pipe: bool) -> list[str]:
     """Every shard of one source, in order."""
     if source in CHAINS:
         raise UserError(f"{key}: '{source}::' begins a chain of URLs, which is not read; give the tar's own URL")
-    if os.path.isfile(source):  # a file may be called like a glob
+    if stat.S_ISREG(mode_at(source, f"{key}: {source}")):  # a file may be called like a glob
         return _expand_text(source, key, allow_pipe)
     for first, last, step in _RANGE.findall(source):  # braceexpand writes a range out before anything can count it
         if abs(int(last) - int(first)) // max(1, abs(int(step or 1))) > MAX_SHARDS:
@@ -159,35 +167,45 @@ def _expand(source: str, key: str, allow_pipe: bool) -> list[str]:
 def _expand_text(text: str, key: str, allow_pipe: bool) -> list[str]:
     """The shards of a folder, a list or a glob; else the one shard."""
     if is_remote(text):
-        return [_accept_local(text, key) if os.path.isfile(text) else accept(text, key, allow_pipe)]
-    if text.startswith("@") and not os.path.exists(text):
-        return list(_read_list(Path(text[1:]).expanduser(), key))
+        return [_accept_local(text, key) if stat.S_ISREG(mode_at(text)) else accept(text, key, allow_pipe)]
     path = Path(text).expanduser()
-    if path.is_dir():
+    mode = mode_at(path, f"{key}: {path}")
+    if text.startswith("@") and not mode:
+        return list(_read_list(Path(text[1:]).expanduser(), key))
+    if stat.S_ISDIR(mode):
         return [_accept_local(found, key) for found in inputs.tars_of(path, key)]
-    if path.suffix.lower() in LISTS and path.exists():
+    if path.suffix.lower() in LISTS and mode:
         return list(_read_list(path, key))
-    if glob.has_magic(str(path)) and not path.exists():
+    if glob.has_magic(str(path)) and not mode:
         found = sorted(glob.glob(str(path), recursive=True))
         if not found:
+            _check_readable(path, key)
             raise UserError(f"{key}: {text!r} matches no file")
         return [_accept_local(match, key) for match in found]
     return [accept(text, key, allow_pipe)]
 
 
+def _check_readable(pattern: Path, key: str) -> None:
+    """Raises AmclipError where the folder that a pattern begins with cannot be read: to glob it is an empty one."""
+    folder = next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
+    with contextlib.suppress(OSError):  # it is missing, or closed to us
+        outlasting(f"{key}: {folder}", lambda: os.listdir(folder))
+
+
 def _read_list(file: Path, key: str) -> Iterator[str]:
     """The shards of a list: one a line, as it is written; a relative path is relative to the list."""
+    named = f"{key}: the list {file}"
     try:
-        lines = read_bytes(file, MAX_LIST_BYTES).decode("utf-8-sig").splitlines()
+        lines = outlasting(named, lambda: read_bytes(file, MAX_LIST_BYTES)).decode("utf-8-sig").splitlines()
     except OSError as error:
-        raise UserError(f"{key}: the list {file}: {describe(error)}") from None
+        raise not_read(named, error) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{key}: the list {file} is not UTF-8 text (byte {error.start})") from None
-    named = [(number, line.strip()) for number, line in enumerate(lines, 1)]
-    named = [(number, line) for number, line in named if line and not line.startswith("#")]
-    if not named:
-        raise UserError(f"{key}: the list {file} names no shard")
-    for number, line in named:
+        raise UserError(f"{named} is not UTF-8 text (byte {error.start})") from None
+    rows = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+    rows = [(number, line) for number, line in rows if line and not line.startswith("#")]
+    if not rows:
+        raise UserError(f"{named} names no shard")
+    for number, line in rows:
         where = f"{key}: {file}, line {number}"
         if line.lower().endswith(LISTS):
             raise UserError(f"{where}: {line!r}: a list names shards, not other lists")

@@ -24,7 +24,7 @@ from amclip_ds.checkpoint.save import Saver
 from amclip_ds.checkpoint.state import CheckpointState
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.engine.shards import Shard
-from amclip_ds.errors import AmclipError
+from amclip_ds.errors import AmclipError, LocalRunStopped
 from amclip_ds.ranks.launcher_env import free_port
 
 SIZES = {"one": 1, "seven": 7, "some": 1000, "many": 150_001}
@@ -378,6 +378,23 @@ def _listing(root: Path) -> dict[str, str]:
         path for _, folder in step_folders.list_steps(root) for path in sorted(folder.rglob("*")) if path.is_file()
     ]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def alone_case(folder: str) -> float:
+    """Rank 1 meets an error of its own while a save is under way. Returns how long each rank took to leave, in s."""
+    join_from_environment()
+    ranks = Ranks(timeout_s=30)
+    saver = Saver(Path(folder), CheckpointConfig(asynchronous=True), ranks, say=lambda text: None)
+    try:
+        with saver:
+            saver.save(1, toy_state(1, ranks.rank, RANKS))
+            began = time.monotonic()
+            if not ranks.is_main:
+                raise LocalRunStopped("a shard changed")
+            raise AmclipError("a collective of the loop failed")
+    except AmclipError:
+        return time.monotonic() - began
+    raise AssertionError("unreachable")
 
 
 # ------------------------------------------------------------------ damage

@@ -75,6 +75,12 @@ def test_trouble_with_the_disk_is_one_error_on_all_ranks(what: str, asynchronous
         assert "rank 1" in results[0]["error"] and "rank 0" not in results[0]["error"]
 
 
+def test_an_error_of_one_rank_waits_for_no_save(tmp_path: Path) -> None:
+    """Nobody else would come to the save's agreement: the rank would hang, and its cause never be printed."""
+    took = run_ranks(f"{CASES}:alone_case", 2, timeout_s=120, folder=str(tmp_path))
+    assert max(took) < 20 and not list(tmp_path.glob("step_*")), took
+
+
 def test_damage_is_found_before_any_state_is_touched_and_named_on_all_ranks(tmp_path: Path) -> None:
     results = run_ranks(f"{CASES}:damage_case", 2, timeout_s=240, folder=str(tmp_path), damages=list(DAMAGES))
     for name in DAMAGES:

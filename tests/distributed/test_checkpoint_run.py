@@ -1,15 +1,25 @@
 """Resumes as a user meets them: `amclip train` cut in mid-epoch, on other worlds, after drift and damage."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from amclip_ds import config as settings
 from amclip_ds.checkpoint import manifest, step_folders
 from amclip_ds.data.synthetic import write_dataset
 from amclip_ds.jsonl import read_lines
+from amclip_ds.method import method_of
+from amclip_ds.run import open_data
+from amclip_ds.shards.index import build_index, default_folder
 from tests.e2e.trainers import last_of_each
 from tests.harness import run_ranks
 from tests.unit.checkpoint.damage import flip
@@ -174,6 +184,30 @@ def test_a_spike_rewinds_to_the_checkpoint_and_the_data_continue(scenes: Path, t
     assert any(behind), "the applied updates went back"
     ids = [i for row in read_lines(run / "sample_ids.jsonl") for i in row["ids"]][:192]
     assert len(set(ids)) == len(ids), "no batch is read again"
+
+
+def test_a_shard_that_changed_under_one_rank_stops_the_run_with_3(few_scenes: Path, tmp_path: Path) -> None:
+    """Rank 1 alone reads it, and leaves the verdict; rank 0 hears only that it is gone."""
+    shards, run = Path(shutil.copytree(few_scenes, tmp_path / "data")), tmp_path / "run"
+    words = [*SMALL, f"data.train={shards}", f"run.out={run}", "run.steps=8", "checkpoint.every_steps=1"]
+    paths = tuple(sorted(map(str, shards.glob("*.tar"))))
+    build_index(list(paths), default_folder(paths), 1)
+    config = settings.load("aclip-tiny", last_of_each(words))
+    ranks = SimpleNamespace(rank=1, world_size=2, device=torch.device("cpu"))
+    with closing(open_data(config, method_of(config), ranks)) as data:  # type: ignore[arg-type]
+        stream = data.batches(None)
+        third = [next(stream) for _ in range(3)][-1]
+        sample = data.index.sample(int(third.sample_ids[0]))
+    found, content = os.stat(sample.shard), bytearray(Path(sample.shard).read_bytes())
+    content[sample.image[0] + sample.image[1] // 2] ^= 1
+    Path(sample.shard).write_bytes(content)
+    os.utime(sample.shard, ns=(found.st_atime_ns, found.st_mtime_ns))
+    command = [sys.executable, "-m", "amclip_ds", *last_of_each(["train", "aclip-tiny", *words, "--procs", "2"])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 3, done.stderr
+    verdict = json.loads((run / "exit.json").read_text())
+    assert verdict["code"] == 3 and "is not what was indexed: the shard changed since" in verdict["reason"]
+    assert "rank 1 failed first" in done.stderr and verdict["reason"] in done.stderr
 
 
 def test_drift_damage_and_fresh_starts(scenes: Path, tmp_path: Path) -> None:

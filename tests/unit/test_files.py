@@ -7,9 +7,40 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from amclip_ds import files, json_file
 from amclip_ds.errors import UserError
+from amclip_ds.run_folder import write_weights
+from amclip_ds.shards.index import build_index
+from tests.unit.data.shards import write_shards
+
+
+@pytest.mark.parametrize("what", ["weights", "index"])
+def test_what_a_rename_shows_is_durable(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its content before the rename, its name before the function returns: exit.json says 0 next."""
+    shards, done = write_shards(tmp_path / "data", (3,)), []
+    fsync, replace = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        replace(source, target)
+        done.append(f"{Path(source).name} -> {Path(target).name}")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(os, "replace", renamed)
+    if what == "weights":
+        write_weights(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {"step": "1"})
+        assert done == [".a.safetensors.partial", ".a.safetensors.partial -> a.safetensors", tmp_path.name]
+        return
+    build_index(shards, tmp_path / "index", 1)
+    *parts, folder, shown, parent = done
+    assert sorted(parts) == ["content.bin", "keys.bin", "meta.json", "samples.bin"]
+    assert folder.endswith(".partial") and shown == f"{folder} -> index" and parent == tmp_path.name
 
 
 @pytest.fixture(autouse=True)

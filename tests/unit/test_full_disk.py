@@ -16,6 +16,7 @@ from PIL import Image
 from amclip_ds import distill, files, jsonl, pictures, reproduce
 from amclip_ds.checkpoint import step_folders
 from amclip_ds.data import prepare
+from amclip_ds.data.config import DataConfig
 from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
 from amclip_ds.errors import FAULT, MISTAKE, NotRead, UserError
 from amclip_ds.evaluate import datasets
@@ -83,7 +84,13 @@ def test_a_start_on_a_full_disk_is_no_mistake_of_the_user(tmp_path: Path) -> Non
     assert all("No space left on device; once that is over" in line[2] for line in ended[:-1]), done.stdout
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+OF_A_FILE_SYSTEM = [  # Lustre's eviction, a dead FUSE mount, and others
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ESHUTDOWN, errno.ENOTCONN),
+    *(errno.EREMOTEIO, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EKEYEXPIRED),
+]
+
+
+@pytest.mark.parametrize("number", OF_A_FILE_SYSTEM)
 def test_what_is_the_machines_fault(number: int) -> None:
     error = files.not_written("run.out: run", OSError(number, os.strerror(number), "run"))
     assert error.exit_code == FAULT and os.strerror(number) in str(error)
@@ -112,8 +119,11 @@ def test_what_cannot_be_read_just_now_is_the_machines_fault(
             read()
         assert caught.value.exit_code == code
     if code == FAULT:
+        monkeypatch.setattr(files, "TROUBLE_PAUSES_S", (0.001,) * 3)
         with pytest.raises(NotRead, match="data.index: .*once that is over, the same command resumes"):
-            prepare.stale_index(path.parent, shards, lambda: None)
+            prepare.find_sources(
+                DataConfig(train=str(path.parents[1] / "shards"), index=str(path.parent)), print, lambda work: work()
+            )
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ESTALE, FAULT), (errno.EACCES, MISTAKE)])

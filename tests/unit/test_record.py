@@ -3,13 +3,14 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from amclip_ds.errors import RunStopped
+from amclip_ds.errors import AmclipError, LocalRunStopped, NotRead, RunStopped
 from amclip_ds.files import write_atomically
 from amclip_ds.jsonl import append_line, read_lines
-from amclip_ds.record import LogConfig, Record, run_id, supersede
+from amclip_ds.record import LogConfig, Record, read_verdict, run_id, supersede
 from amclip_ds.record.timeline import Timeline
 from amclip_ds.run_files import EVENT, TIMELINE
 from amclip_ds.run_folder import next_attempt, write_verdict_at_end
@@ -132,6 +133,23 @@ def test_the_verdict_of_each_ending(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), write_verdict_at_end(tmp_path, 2, At(), is_main=True):
         raise ZeroDivisionError
     assert not (tmp_path / "exit.json").exists(), "a crash leaves no verdict"
+
+
+def test_the_first_error_of_a_rank_is_the_verdict(tmp_path: Path) -> None:
+    """One that a rank meets alone is left by that rank; rank 0 may then fail of its absence."""
+    state = SimpleNamespace(step=7)
+
+    def end(error: AmclipError, is_main: bool, attempt: int = 2) -> str:
+        with pytest.raises(AmclipError), write_verdict_at_end(tmp_path, attempt, state, is_main):
+            raise error
+        found = read_verdict(tmp_path)
+        return f"{found['code']} {found['reason']}" if found else ""
+
+    assert end(RunStopped("agreed"), is_main=False) == "", "rank 0 leaves it for all"
+    assert end(LocalRunStopped("3.tar changed"), is_main=False) == "3 3.tar changed"
+    assert end(AmclipError("no answer"), is_main=True) == end(NotRead("x"), is_main=False) == "3 3.tar changed"
+    assert [row["event"] for row in read_lines(tmp_path / "timeline.jsonl")] == ["end"]
+    assert end(AmclipError("no answer"), is_main=True, attempt=3) == "1 no answer", "over a stranger's"
 
 
 def test_attempts_count_from_0(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from amclip_ds.errors import RunStopped, UserError, in_one_line, name_of
+from amclip_ds.errors import LocalRunStopped, UserError, in_one_line, name_of
 from amclip_ds.masks.text import frequency, syntax, tokens
 from amclip_ds.masks.text import table as tables
 from amclip_ds.masks.units import NONE
@@ -86,13 +86,13 @@ class TextMaskConfig:
 def prepare(config: TextMaskConfig, fills: bool, table_hash: str) -> Any:
     """A strategy's options, made once in each process that masks texts. fills: frequency.Options.
 
-    table_hash: of the table as the run began with it. Raises RunStopped where the file is another by now.
+    table_hash: of the table as the run began with it. Raises LocalRunStopped where the file is another by now.
     """
     held = config.read_table()
     if held is None:
         return config
     if held.hash != table_hash:
-        raise RunStopped(f"data.text_mask.table: {config.table} was changed while the run was under way")
+        raise LocalRunStopped(f"data.text_mask.table: {config.table} was changed while the run was under way")
     if config.read_of_table == "classes":
         return held.words
     return frequency.Options(frequency.drop_probabilities(held.words, config.threshold), fills)

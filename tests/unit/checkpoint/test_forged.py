@@ -1,5 +1,6 @@
 """Checkpoints whose hashes fit but whose values do not: one line that names the file, and the one before is taken."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from amclip_ds import stored_checkpoints
-from amclip_ds.checkpoint import load, manifest, retention, step_folders
+from amclip_ds import files, stored_checkpoints
+from amclip_ds.checkpoint import CheckpointConfig, load, manifest, retention, step_folders
 from amclip_ds.checkpoint.ranks import Ranks
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.cli import main
-from amclip_ds.errors import UserError
+from amclip_ds.errors import FAULT, AmclipError, NotRead, UserError
+from tests.distributed.cases_checkpoint_files import holds_step, toy_state
 from tests.unit.checkpoint.damage import edit, newest, replace
 from tests.unit.checkpoint.test_save import save_steps
 
@@ -54,6 +56,99 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def root(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "run" / "checkpoints"))
+
+
+def fail_at_open(monkeypatch: pytest.MonkeyPatch, path: Path, number: int, times: int) -> None:
+    """The file system does not give a file, so many times."""
+    call, left = os.open, [number] * times
+
+    def failing(asked: Any, *words: Any, **more: Any) -> int:
+        if left and str(asked) == str(path):
+            raise OSError(left.pop(), os.strerror(number), str(asked))
+        return call(asked, *words, **more)
+
+    monkeypatch.setattr(files, "TROUBLE_PAUSES_S", (0.001,) * 3)
+    monkeypatch.setattr(os, "open", failing)
+
+
+FILES = [
+    "manifest.json",
+    "trainer.json",
+    "config.yaml",
+    "model/rank0000.safetensors",
+    "optim/rank0000.safetensors",
+    "replicated.safetensors",
+    "rng/rank0000.json",
+]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ESHUTDOWN])
+@pytest.mark.parametrize("name", FILES)
+def test_trouble_of_the_file_system_is_no_damage(
+    name: str, number: int, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outlasted; where it lasts, the machine's code, and no older checkpoint is taken for it."""
+    state = toy_state(0, 0, 1)
+    fail_at_open(monkeypatch, root / "step_00000002" / name, number, 2)
+    found = load.find(root, "auto", True, Ranks())
+    assert found is not None and found.manifest.step == 2 and not found.notes
+    load.fill(found, state, Ranks())
+    assert holds_step(state, 2)
+    monkeypatch.undo()
+    fail_at_open(monkeypatch, root / "step_00000002" / name, number, 10_000)
+    for fallback in (True, False):
+        with pytest.raises(AmclipError, match=f"step_00000002/{name}.*{os.strerror(number)}") as caught:
+            load.find(root, "auto", fallback, Ranks())
+        assert caught.value.exit_code == FAULT and caught.value.is_shared
+
+
+@pytest.mark.parametrize("name", ["model/rank0000.safetensors", "replicated.safetensors"])
+def test_so_is_it_while_the_state_is_filled(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, state = load.find(root, "auto", False, Ranks()), toy_state(0, 0, 1)
+    assert found is not None
+    preadv, left = os.preadv, [errno.EIO] * 2
+
+    def failing(file: int, *words: Any) -> int:
+        if left and os.readlink(f"/proc/self/fd/{file}").endswith(name):
+            raise OSError(left.pop(), "Input/output error")
+        return preadv(file, *words)
+
+    monkeypatch.setattr(files, "TROUBLE_PAUSES_S", (0.001,) * 3)
+    monkeypatch.setattr(os, "preadv", failing)
+    load.fill(found, state, Ranks())
+    assert holds_step(state, 2) and not left
+    left[:] = [errno.EIO] * 1000
+    with pytest.raises(AmclipError, match=f"{name}.*Input/output error") as caught:
+        load.fill(found, state, Ranks())
+    assert caught.value.exit_code == FAULT
+
+
+def test_a_list_of_checkpoints_that_cannot_be_read_just_now_is_outlasted(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listdir, left = os.listdir, [errno.ESTALE] * 2
+
+    def failing(path: Any) -> list[str]:
+        if left:
+            raise OSError(left.pop(), "Stale file handle", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(files, "TROUBLE_PAUSES_S", (0.001,) * 3)
+    monkeypatch.setattr(os, "listdir", failing)
+    found = load.find(root, "auto", False, Ranks())
+    assert found is not None and found.manifest.step == 2
+    left[:] = [errno.ESTALE] * 1000
+    with pytest.raises(AmclipError, match="Stale file handle") as caught:
+        load.find(root, "auto", True, Ranks())
+    assert caught.value.exit_code == FAULT
+
+
+def test_nothing_is_pruned_by_what_cannot_be_read_just_now(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at_open(monkeypatch, root / "step_00000001" / "manifest.json", errno.EIO, 1000)
+    with pytest.raises(NotRead, match="step_00000001/manifest.json: Input/output error"):
+        stored_checkpoints.prune(root, CheckpointConfig(keep_last=9), remove_damaged=True, remove_aside=False)
+    monkeypatch.undo()
+    assert [step for step, _ in step_folders.list_steps(root)] == [1, 2]
 
 
 def put(content: dict[str, Any], key: str, value: Any) -> None:

@@ -1,19 +1,22 @@
 """The identity of data: what changed since it was indexed is named, by content; a touch is nothing."""
 
 import contextlib
+import errno
 import json
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from amclip_ds import files
 from amclip_ds.checkpoint import drift
-from amclip_ds.errors import RunStopped, UserError
+from amclip_ds.errors import FAULT, AmclipError, RunStopped, UserError
 from amclip_ds.shards import changes, contents, reader
-from amclip_ds.shards.index import Index, build_index
+from amclip_ds.shards.index import Index, build_index, default_folder
 from amclip_ds.shards.stage import Stage
 from tests.unit.data.faulty_server import FaultyServer
 from tests.unit.data.shards import open_data, write_shards
@@ -42,6 +45,20 @@ def edit(shard: str, key: str, keep_time: bool = False, member: str = "image") -
         file.write(bytes([byte ^ 1]))
     if keep_time:
         os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def fail_at_stat(monkeypatch: pytest.MonkeyPatch, shard: str, number: int, times: int) -> None:
+    """The file system does not say what is there, so many times."""
+    monkeypatch.undo()
+    monkeypatch.setattr(files, "TROUBLE_PAUSES_S", (0.001,) * 3)
+    stat, left = os.stat, [number] * times
+
+    def failing(path: Any, *words: Any, **more: Any) -> os.stat_result:
+        if path == shard and left:
+            raise OSError(left.pop(), os.strerror(number), shard)
+        return stat(path, *words, **more)
+
+    monkeypatch.setattr(os, "stat", failing)
 
 
 def touch(shard: str) -> None:
@@ -118,6 +135,67 @@ def test_a_resume_refuses_what_changed_and_a_fresh_run_indexes_it_anew(shards: l
         assert data.samples_per_epoch == 60 and data.contents != before[1]
     assert any("the image of 0_0003 is another; the index is made again" in line for line in said)
     open_data(folder, index_dir=tmp_path / "other").close()
+
+
+def test_a_stale_index_beside_the_shards_refuses_no_resume(shards: list[str], tmp_path: Path) -> None:
+    """`amclip data index`, a shard replaced, and then the run: what it was trained on is in its own index."""
+    folder, run, said = tmp_path / "data", tmp_path / "run", []
+    build_index(shards, default_folder(tuple(shards)), 1)
+    edit(shards[0], "0_0003")
+    open_data(folder, index_dir=run, say=said.append).close()
+    assert sum("is another; the index is made again" in line for line in said) == 1
+    for resumes in (True, False):
+        with contextlib.closing(open_data(folder, index_dir=run, resumes=resumes, say=said.append)) as data:
+            assert data.index.folder.parent == run
+    assert sum("the index is made again" in line for line in said) == 1, "of one that is not made, nothing is said"
+    edit(shards[0], "0_0004")
+    with pytest.raises(UserError, match=r"0\.tar: changed since.*image of 0_0004 is another.*on_change=report"):
+        open_data(folder, index_dir=run, resumes=True)
+    build_index(shards, default_folder(tuple(shards)), 1)
+    with pytest.raises(UserError, match="image of 0_0004 is another"):  # one that fits now is not what was trained on
+        open_data(folder, index_dir=run, resumes=True)
+
+
+def test_a_stale_index_that_is_the_only_one_refuses_a_resume(shards: list[str], tmp_path: Path) -> None:
+    build_index(shards, default_folder(tuple(shards)), 1)
+    edit(shards[0], "0_0003")
+    with pytest.raises(UserError, match=r"0\.tar: changed since.*image of 0_0003 is another.*on_change=report"):
+        open_data(tmp_path / "data", index_dir=tmp_path / "run", resumes=True)
+
+
+@pytest.mark.parametrize("taken", ["keys.bin", "samples.bin", "meta.json"])
+@pytest.mark.parametrize("given", [False, True])
+def test_an_index_that_a_purge_took_a_file_of_is_made_again(
+    given: bool, taken: str, shards: list[str], tmp_path: Path
+) -> None:
+    places = {"index": str(tmp_path / "index")} if given else {"index_dir": tmp_path / "run"}
+    with contextlib.closing(open_data(tmp_path / "data", **places)) as data:
+        before = data.fingerprint, data.contents
+    (data.index.folder / taken).unlink()
+    with contextlib.closing(open_data(tmp_path / "data", resumes=True, **places)) as data:
+        assert (data.fingerprint, data.contents) == before
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ESHUTDOWN])
+def test_a_shard_that_cannot_be_asked_after_just_now_is_not_gone(
+    number: int, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = build_index(shards, tmp_path / "index", 1)
+    fail_at_stat(monkeypatch, shards[1], number, 2)
+    assert changed(index, shards) == []
+    fail_at_stat(monkeypatch, shards[1], number, 1000)
+    with pytest.raises(AmclipError, match=r"1\.tar cannot be read: .*once the file system is well") as caught:
+        changes.changed_shards(index, shards, [0, 1], 1)
+    assert caught.value.exit_code == FAULT
+
+
+def test_a_shard_that_may_not_be_read_is_not_gone(
+    shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = build_index(shards, tmp_path / "index", 1)
+    fail_at_stat(monkeypatch, shards[1], errno.EACCES, 1)
+    with pytest.raises(UserError, match=r"1\.tar: Permission denied"):
+        changes.changed_shards(index, shards, [0, 1], 1)
 
 
 def test_an_index_that_is_given_names_what_changed(shards: list[str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gzip
 import os
+import re
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from amclip_ds import processes
+from amclip_ds import files, processes
 from amclip_ds.data.check import CheckConfig, CheckReport, check
-from amclip_ds.errors import FAULT, AmclipError
+from amclip_ds.errors import FAULT, MISTAKE, AmclipError
 from amclip_ds.images import open_image
 from amclip_ds.shards import index, reader
 from tests.unit.data import damaged
@@ -283,7 +284,7 @@ def test_trouble_of_the_file_system_is_no_damage(
     with contextlib.closing(open_data(tmp_path / "data")) as data:
         undisturbed = next(data.batches(None))
     monkeypatch.setattr(reader, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(reader, "TROUBLE_PAUSES_S", (0.001,) * 3)
+    monkeypatch.setattr(files, "TROUBLE_PAUSES_S", (0.001,) * 3)
     pread, failures = os.pread, [errno.EIO] * 14
 
     def failing(file: int, size: int, at: int) -> bytes:
@@ -307,10 +308,58 @@ def test_trouble_of_the_file_system_is_no_damage(
     assert caught.value.exit_code == FAULT
 
 
+@pytest.mark.parametrize("number", [errno.ESHUTDOWN, errno.ENOTCONN, errno.EREMOTEIO, errno.EKEYEXPIRED])
+def test_what_other_file_systems_call_it_is_outlasted_too(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path / "data", (20, 20))
+    monkeypatch.setattr(reader, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(files, "TROUBLE_PAUSES_S", (0.001,) * 3)
+    pread, failures = os.pread, [number] * 14
+
+    def failing(file: int, size: int, at: int) -> bytes:
+        if failures:
+            raise OSError(failures.pop(), os.strerror(number))
+        return pread(file, size, at)
+
+    monkeypatch.setattr(os, "pread", failing)
+    with contextlib.closing(open_data(tmp_path / "data")) as data:
+        assert {row["kind"] for row in next(data.batches(None)).incidents} == {"retried"} and not failures
+
+
+@pytest.mark.parametrize("shards", [(20, 20), (40,)])
+def test_nothing_of_several_shards_for_one_reason_is_no_damage(
+    shards: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ticket that has expired, a mount that is gone: no sample is replaced. Of one shard alone nobody can say."""
+    write_shards(tmp_path / "data", shards)
+
+    def failing(file: int, size: int, at: int) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with contextlib.closing(open_data(tmp_path / "data")) as data:
+        monkeypatch.setattr(os, "pread", failing)
+        with pytest.raises(AmclipError, match=r"Permission denied") as caught:
+            next(data.batches(None))
+    several = "data.train: 2 shards cannot be read, the first .*Permission denied; once it can be read again"
+    assert bool(re.match(several, str(caught.value))) == (len(shards) > 1)
+    assert caught.value.exit_code == (FAULT if len(shards) > 1 else MISTAKE)
+
+
+def test_a_shard_that_is_gone_costs_its_own_samples(tmp_path: Path) -> None:
+    """The twin: others can be read."""
+    write_shards(tmp_path / "data", (20, 20))
+    with contextlib.closing(open_data(tmp_path / "data")) as data:
+        (tmp_path / "data" / "1.tar").unlink()
+        batch = next(data.batches(None))
+    assert {(row["kind"], row["cause"]) for row in batch.incidents} == {("unreadable", "missing")}
+    assert set(batch.sample_ids.tolist()) <= set(range(20))
+
+
 def test_a_bad_place_of_a_disk_costs_one_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(tmp_path / "data", (20, 20))
     monkeypatch.setattr(reader, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(reader, "TROUBLE_PAUSES_S", (0.001,) * 3)
+    monkeypatch.setattr(files, "TROUBLE_PAUSES_S", (0.001,) * 3)
     with contextlib.closing(open_data(tmp_path / "data")) as data:
         undisturbed = next(data.batches(None))
     lost = int(undisturbed.sample_ids[2])

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from amclip_ds import files
 from amclip_ds.cli import main
 from amclip_ds.data import prepare
 from amclip_ds.data.config import DataConfig
@@ -213,7 +214,7 @@ def test_an_index_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
 
 def fail_at_opening(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """The file system of 1.tar answers ESTALE so many times."""
-    monkeypatch.setattr(reading, "TROUBLE_PAUSES_S", (0.001,) * 3)
+    monkeypatch.setattr(files, "TROUBLE_PAUSES_S", (0.001,) * 3)
     failures, opened = [errno.ESTALE] * times, reading.open_shard
 
     @contextmanager

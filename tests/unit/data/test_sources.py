@@ -1,18 +1,20 @@
 """SHARDS as people write them: what is read, what is refused in its last form, and what is named for what it is."""
 
+import errno
 import gzip
 import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from amclip_ds import cli, shard_tasks
+from amclip_ds import cli, files, shard_tasks
 from amclip_ds.data.config import DataConfig
 from amclip_ds.data.train_sources import check_inputs, training_sources
-from amclip_ds.errors import UserError
+from amclip_ds.errors import FAULT, AmclipError, UserError
 from amclip_ds.shards.sources import expand_local, expand_shards, expand_sources
 from tests.unit.data.shards import jpeg, write_shards, write_tar
 
@@ -151,6 +153,50 @@ def test_what_is_refused_says_why(spec: str, said: str, here: Path) -> None:
     (here / "scheme.txt").write_text("hf://datasets/x.tar\n")
     with pytest.raises(UserError, match=said):
         expand_shards(spec, "SHARDS")
+
+
+TROUBLED = {  # what is asked for -> (the call that fails, where)
+    "data/0.tar": ("stat", "data/0.tar"),
+    "data/{0..1}.tar": ("stat", "data/1.tar"),
+    "data": ("scandir", "data"),
+    "all.txt": ("open", "all.txt"),
+    "data/*.tar": ("scandir", "data"),
+}
+
+
+@pytest.mark.parametrize("spec", TROUBLED)
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+def test_what_cannot_be_seen_just_now_is_not_missing(
+    number: int, spec: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked again; where it lasts, the machine's code."""
+    Path("all.txt").write_text("data/0.tar\ndata/1.tar\n")
+    shards = expand_shards(spec)
+    name, where = TROUBLED[spec]
+    call, left = getattr(os, name), [number] * (0 if "*" in spec else 2)
+
+    def failing(path: Any = ".", *words: Any, **more: Any) -> Any:
+        if left and str(path).endswith(where):
+            raise OSError(left.pop(), os.strerror(number), path)
+        return call(path, *words, **more)
+
+    monkeypatch.setattr(files, "TROUBLE_PAUSES_S", (0.001,) * 3)
+    monkeypatch.setattr(os, name, failing)
+    if "*" in spec:
+        monkeypatch.setattr(os, "listdir", failing)
+    assert expand_shards(spec) == shards
+    left[:] = [number] * 100
+    with pytest.raises(AmclipError, match=f"{where} cannot be read: {os.strerror(number)}") as caught:
+        expand_shards(spec)
+    assert caught.value.exit_code == FAULT
+
+
+def test_a_shard_that_may_not_be_seen_is_not_missing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: Any, *words: Any, **more: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "stat", failing)
+    refused("data/0.tar", "data/0.tar: Permission denied")
 
 
 def test_evaluation_reads_files_alone(here: Path) -> None:

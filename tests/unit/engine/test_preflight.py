@@ -1,11 +1,15 @@
 """What the facts of all ranks mean, and how a slow node is distinguished from a slow partner."""
 
+import errno
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from amclip_ds.ranks.bandwidth import name_outliers, tournament
-from amclip_ds.ranks.preflight import Facts, code_hash, judge, missing_of, write_probe
+from amclip_ds.ranks.preflight import Facts, code_hash, judge, read_probe, write_probe
 
 FIT = [
     Facts(rank, f"node{1 + rank // 2}", "c0de", "c0f1", "torch 2", 100.0, 79_000_000_000, 80_000_000_000)
@@ -15,7 +19,7 @@ FIT = [
 
 def test_fit_nodes_pass_without_a_word() -> None:
     verdict = judge(FIT)
-    assert not verdict.mistakes and not verdict.warnings
+    assert not verdict.mistakes and not verdict.faults and not verdict.warnings
 
 
 def test_other_code_names_the_node_and_suggests_to_leave_it_out() -> None:
@@ -29,12 +33,22 @@ def test_other_config_is_a_mistake_of_the_rank() -> None:
 
 
 def test_a_node_that_cannot_write_or_does_not_see_a_shard_is_named() -> None:
-    (line,) = judge(
-        [*FIT[:4], replace(FIT[4], disk_error="cannot write in runs/x: No space left on device"), FIT[5]]
-    ).mistakes
-    assert "No space left" in line and "--exclude=node3" in line
-    (line,) = judge([FIT[0], FIT[1], replace(FIT[2], missing_shards=("/data/7.tar",)), *FIT[3:]]).mistakes
-    assert "/data/7.tar cannot be read on node2" in line and "--exclude=node2" in line
+    """What the other nodes can is no mistake of the user's."""
+    verdict = judge([*FIT[:4], replace(FIT[4], disk_error="cannot write in runs/x: No such file or directory"), FIT[5]])
+    (line,) = verdict.faults
+    assert "run.out: cannot write in runs/x: No such" in line and "--exclude=node3" in line and not verdict.mistakes
+    verdict = judge([FIT[0], FIT[1], replace(FIT[2], shard_error="/data/7.tar cannot be read (missing)"), *FIT[3:]])
+    (line,) = verdict.faults
+    assert "/data/7.tar cannot be read (missing) on node2" in line and "--exclude=node2" in line
+    assert not verdict.mistakes
+
+
+def test_trouble_of_a_file_system_is_a_fault_on_every_node_too() -> None:
+    facts = [
+        replace(fact, disk_error="cannot write in runs/x: Disk quota exceeded", is_in_trouble=True) for fact in FIT
+    ]
+    verdict = judge(facts)
+    assert len(verdict.faults) == 1 and "Disk quota" in verdict.faults[0] and not verdict.mistakes
 
 
 def test_nobody_is_left_out_when_every_node_fails() -> None:
@@ -74,12 +88,28 @@ def test_a_slow_node_is_named_and_its_partners_are_not() -> None:
 
 
 def test_probes_of_disk_shards_and_code(tmp_path: Path) -> None:
-    assert write_probe(tmp_path, 0) == "" and list(tmp_path.iterdir()) == []
-    assert "cannot write" in write_probe(tmp_path / "nowhere", 0)
+    assert write_probe(tmp_path, 0) == ("", False) and list(tmp_path.iterdir()) == []
+    assert write_probe(tmp_path / "nowhere", 0) == (
+        f"cannot write in {tmp_path}/nowhere: No such file or directory",
+        False,
+    )
     there = tmp_path / "0.tar"
     there.touch()
-    assert missing_of([str(there), "https://host/1.tar", "pipe:cat 2.tar"]) == []
-    assert missing_of([str(there), str(tmp_path / "1.tar")]) == [str(tmp_path / "1.tar")]
+    assert read_probe([str(there), "https://host/1.tar", "pipe:cat 2.tar"]) == ("", False)
+    assert read_probe([str(there), str(tmp_path / "1.tar")]) == (f"{tmp_path}/1.tar cannot be read (missing)", False)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOTCONN, errno.EDQUOT])
+def test_a_probe_knows_trouble_of_the_file_system(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: object, *words: object, **more: object) -> int:
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", failing)
+        patched.setattr(os, "fsync", failing)
+        written, read = write_probe(tmp_path, 0), read_probe([str(tmp_path / "0.tar")])
+    assert written == (f"cannot write in {tmp_path}: {os.strerror(number)}", True)
+    assert read == (f"{tmp_path}/0.tar cannot be read ({os.strerror(number)})", True)
 
 
 def test_another_code_has_another_hash(tmp_path: Path) -> None:
