@@ -4,7 +4,9 @@ What a chunk holds is a pure function of (seed, epoch, step, rank's slice): no s
 Shapes: V views, B samples of the chunk, S side of a view, s of the teacher's crop, U units of tokens, T context length.
 """
 
+import contextlib
 import sys
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +34,8 @@ from amclip_ds.shards.reader import Request, ShardChanged, ShardReader, outlasti
 from amclip_ds.shards.tar import printable
 
 Contents = dict[Request, bytes | OSError]
+TRIED = 4  # of a chunk of which nothing could be read
+AGAIN_S = (1.0, 2.0)  # pauses before what is left is read again, where other places of the chunk can be read
 MAX_REPLACED = 64  # bad samples in a row, each replacing the last, before the stream counts as empty
 FLIP_P = 0.5
 CAPTIONS_REMEMBERED = 1 << 14
@@ -267,22 +271,40 @@ class ChunkMaker:
         chunk can be read for minutes: that is the file system, and no bad sample."""
         requests = [(w.shard, *place) for w in wanted.values() for place in self._places(w.sample)]
         contents = self._reader.read(requests)
-        failing = [at for at, got in contents.items() if isinstance(got, OSError) and got.errno in OF_THE_MACHINE]
-        for request in failing:
-            try:
-                contents[request] = self._outlasted(*request)
-            except AmclipError:
-                if len(failing) == len(contents):
-                    raise
-                break  # a bad place of a disk: what is around it was read
+        if failing := _failing(contents):
+            self._read_alone(failing, contents)
         chunk.read_bytes += sum(len(content) for content in contents.values() if isinstance(content, bytes))
         return contents
 
-    def _outlasted(self, shard: str, offset: int, size: int) -> bytes | OSError:
-        try:
-            return outlasting(shard, lambda: self._reader.read_many(shard, [(offset, size)])[0])
-        except OSError as error:  # of another kind by now: the shard may be gone
-            return error
+    def _read_alone(self, failing: list[Request], contents: Contents) -> None:
+        """Neighbours are read together, so that a bad place of a disk fails all of them: each is read by itself."""
+        if len(failing) == len(contents):  # perhaps nothing can be read; a few of them show it
+            some = failing[:: max(1, len(failing) // TRIED)]
+            outlasting(some[0][0], lambda: self._first_of(some))
+        for pause in (0.0, *AGAIN_S):
+            time.sleep(pause)
+            for request in failing:
+                try:
+                    contents[request] = self._afresh(request)
+                except OSError as error:
+                    contents[request] = error
+            failing = _failing(contents)
+            if not failing:
+                return
+
+    def _first_of(self, requests: list[Request]) -> bytes:
+        """What the first holds that can be read. Raises OSError where none can."""
+        for request in requests[:-1]:
+            with contextlib.suppress(OSError):
+                return self._afresh(request)
+        return self._afresh(requests[-1])
+
+    def _afresh(self, request: Request) -> bytes:
+        """Of the shard itself, opened anew: its copy in data.stage_dir may be what is bad. Raises OSError."""
+        shard, offset, size = request
+        (content,) = self._reader.read_afresh(shard, [(offset, size)])
+        assert content is not None
+        return content
 
     def _places(self, sample: Sample) -> list[tuple[int, int]]:
         """(offset, size) of the members that training reads."""
@@ -402,6 +424,10 @@ class ChunkMaker:
         if len(self._tokens) > CAPTIONS_REMEMBERED:
             self._tokens.popitem(last=False)
         return encoded
+
+
+def _failing(contents: Contents) -> list[Request]:
+    return [at for at, got in contents.items() if isinstance(got, OSError) and got.errno in OF_THE_MACHINE]
 
 
 def _unread_alike(contents: Contents) -> str:

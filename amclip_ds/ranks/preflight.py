@@ -164,8 +164,8 @@ def judge(facts: Sequence[Facts]) -> Judgement:
             exclude = _exclude(bad, facts)
             # What other nodes can do is right: this one lacks a mount, or its file system is in trouble.
             is_fault = bool(exclude) or any(fact.is_in_trouble for fact in bad)
-            found = verdict.faults if is_fault else verdict.mistakes
-            found.append(f"{key}: {getattr(bad[0], name)} on {_nodes(bad)}{exclude}")
+            kind = verdict.faults if is_fault else verdict.mistakes
+            kind.append(f"{key}: {getattr(bad[0], name)} on {_nodes(bad)}{exclude}")
     verdict.warnings += _busy_gpus(facts) + _wrong_clocks(facts)
     return verdict
 

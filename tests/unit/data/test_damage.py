@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from amclip_ds import files, processes
+from amclip_ds.data import chunks
 from amclip_ds.data.check import CheckConfig, CheckReport, check
 from amclip_ds.errors import FAULT, MISTAKE, AmclipError
 from amclip_ds.images import open_image
@@ -285,7 +286,7 @@ def test_trouble_of_the_file_system_is_no_damage(
         undisturbed = next(data.batches(None))
     monkeypatch.setattr(reader, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(files, "TROUBLE_PAUSES_S", (0.001,) * 3)
-    pread, failures = os.pread, [errno.EIO] * 14
+    pread, failures = os.pread, [errno.EIO] * 30
 
     def failing(file: int, size: int, at: int) -> bytes:
         if failures:
@@ -356,26 +357,29 @@ def test_a_shard_that_is_gone_costs_its_own_samples(tmp_path: Path) -> None:
     assert set(batch.sample_ids.tolist()) <= set(range(20))
 
 
-def test_a_bad_place_of_a_disk_costs_one_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_shards(tmp_path / "data", (20, 20))
+@pytest.mark.parametrize("shards", [(20, 20), (40,)])
+def test_a_bad_place_of_a_disk_costs_one_sample(
+    shards: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever it is, and of one shard alone too, whose neighbours are read together with it."""
+    write_shards(tmp_path / "data", shards)
     monkeypatch.setattr(reader, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(files, "TROUBLE_PAUSES_S", (0.001,) * 3)
+    monkeypatch.setattr(chunks, "AGAIN_S", (0.001,))
     with contextlib.closing(open_data(tmp_path / "data")) as data:
         undisturbed = next(data.batches(None))
-    lost = int(undisturbed.sample_ids[2])
-    with contextlib.closing(open_data(tmp_path / "data")) as data:
-        bad = data.index.sample(lost).image[0]
+        bad = [data.index.sample(int(number)).image[0] for number in undisturbed.sample_ids]
     pread = os.pread
+    for lost, number in enumerate(undisturbed.sample_ids.tolist()):
 
-    def failing(file: int, size: int, at: int) -> bytes:
-        if at <= bad < at + size and os.readlink(f"/proc/self/fd/{file}").endswith(f"{lost // 20}.tar"):
-            raise OSError(errno.EIO, "Input/output error")
-        return pread(file, size, at)
+        def failing(file: int, size: int, at: int, lost: int = lost, shard: int = number // shards[0]) -> bytes:
+            if at <= bad[lost] < at + size and os.readlink(f"/proc/self/fd/{file}").endswith(f"{shard}.tar"):
+                raise OSError(errno.EIO, "Input/output error")
+            return pread(file, size, at)
 
-    monkeypatch.setattr(os, "pread", failing)
-    with contextlib.closing(open_data(tmp_path / "data")) as data:
-        batch = next(data.batches(None))
-    assert [row["kind"] for row in batch.incidents if row["kind"] != "retried"] == ["unreadable"]
-    assert (batch.sample_ids != undisturbed.sample_ids).tolist() == [
-        place == 2 for place in range(len(batch.sample_ids))
-    ]
+        with monkeypatch.context() as patched, contextlib.closing(open_data(tmp_path / "data")) as data:
+            patched.setattr(os, "pread", failing)
+            batch = next(data.batches(None))
+        assert [row["kind"] for row in batch.incidents if row["kind"] != "retried"] == ["unreadable"], number
+        places = range(len(batch.sample_ids))
+        assert (batch.sample_ids != undisturbed.sample_ids).tolist() == [place == lost for place in places], number
