@@ -252,21 +252,33 @@ def build_index(
 
 
 def _remove_left_behind(folder: Path) -> None:
-    """What processes that are gone left of their building this index: of this host by their number, of others after a
-    day without a change."""
+    """What processes of this user that are gone left of their building this index: of this host by their number, of
+    others after a day without a change."""
     begin, end = f".{folder.name}.", ".partial"
     for path in folder.parent.glob(f".*{end}"):
         if not path.name.startswith(begin):
             continue
         host, _, number = path.name.removeprefix(begin).removesuffix(end).rpartition(".")
         try:
+            if path.stat().st_uid != os.getuid():  # whose processes may be hidden from us
+                continue
             newest = max(file.stat().st_mtime for file in (path, *path.iterdir()))
         except OSError:  # its process has just removed or renamed it
             continue
         is_ours = number == str(os.getpid())
-        is_gone = host == os.uname().nodename and (is_ours or not Path("/proc", number).exists())
+        is_gone = host == os.uname().nodename and (is_ours or not _is_alive(number))
         if is_gone or time.time() - newest > LEFT_BEHIND_S:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(number: str) -> bool:
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):  # another user's, or a name that is none of ours
+        pass
+    return True
 
 
 def _meta_of(entries: list[ShardEntry]) -> str:
