@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -56,9 +57,10 @@ class Plain:
         yield
 
 
-def student() -> AClip:
+def student(alone: bool = False) -> AClip:
+    """alone: with Words and nothing else."""
     model, heads = tiny.model_config(), tiny.HeadsConfig(hidden_dim=24, output_dim=12)
-    objectives = chosen(LossConfig(o2o_views=[0, 1], views=[0, 2]), heads, has_masked_text=True)
+    objectives = {} if alone else chosen(LossConfig(o2o_views=[0, 1], views=[0, 2]), heads, has_masked_text=True)
     built = AClip(model, lambda sizes: {**build(objectives, sizes), "words": Words(Words.Options(weight=0.5), sizes)})
     initialise(built, start_of(0, model, objectives))
     return built
@@ -79,9 +81,12 @@ def inputs() -> StudentInputs:
     return StudentInputs((ViewGroup((0, 1), images[:2], (first, second)), ViewGroup((2,), images[2:], (third,))), texts)
 
 
-def gradients(micro: int) -> tuple[dict[str, Tensor], Any, list[Tensor | None]]:
-    module = student()
-    losses, kept = forward_backward(Plain(module), inputs(), tiny.targets(SAMPLES), SingleProcess(), micro)  # type: ignore[arg-type]
+def gradients(
+    micro: int, alone: bool = False, factor: float = 1.0
+) -> tuple[dict[str, Tensor], Any, list[Tensor | None]]:
+    module = student(alone)
+    given = (inputs(), {} if alone else tiny.targets(SAMPLES), SingleProcess(), micro)
+    losses, kept = forward_backward(Plain(module), *given, admit=lambda losses: factor)  # type: ignore[arg-type]
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}, losses, kept
 
 
@@ -99,6 +104,20 @@ def test_pieces_have_the_whole_batch_s_gradients_and_choices() -> None:
             )
         for one, other in zip(kept, kept_again):
             assert one is not None and other is not None and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["with others", "alone"])
+def test_the_verdict_reaches_every_gradient_of_the_pieces(alone: bool) -> None:
+    """That of means over samples too, which do not go through the cached features: or a refused step would be taken.
+    Alone, they leave the batch as a whole without any gradient."""
+    whole, *_ = gradients(SAMPLES, alone)
+    halved, *_ = gradients(2, alone, factor=0.5)
+    refused, *_ = gradients(2, alone, factor=float("nan"))
+    assert whole.keys() == halved.keys() == refused.keys() and len(whole) > 20
+    for name, gradient in whole.items():
+        tolerance = 1e-7 + 1e-5 * float(gradient.abs().max())
+        torch.testing.assert_close(halved[name], gradient / 2, rtol=1e-4, atol=tolerance)
+    assert all(gradient.isnan().any() for gradient in refused.values())
 
 
 def test_a_loss_that_reads_masked_texts_leaves_the_plain_ones_alone() -> None:
