@@ -610,7 +610,7 @@ def _check_masks(config: TrainConfig, grid: int) -> None:
         if units * least < 1 - 1e-9:
             raise ValueError(
                 f"{key}: {least} of {units} units of {mask.unit} x {mask.unit} patches is less than one; at"
-                f" least {1 / units:.4g}, or a smaller mask.unit"
+                f" least {1 / units:.4g}, or a smaller {_mask_key(own[place], place, 'unit')}"
             )
         kept = num_kept_units(units, mask.at_most().keep_ratio)
         if MASKS[mask.strategy].disjoint and masks.count(mask) * kept > units:

@@ -15,7 +15,7 @@ def num_units(grid: int, unit: int) -> int:
     """Units of a grid x grid map. Raises ValueError where the unit does not divide the grid."""
     if grid % unit:
         raise ValueError(
-            f"mask.unit: {unit} does not divide the patch grid of {grid} x {grid}; set mask.unit=1, or another"
+            f"mask.unit: {unit} does not divide the patch grid of {grid} x {grid}; set it to 1, or another"
             f" model.vision.image_size"
         )
     return (grid // unit) ** 2

@@ -150,15 +150,17 @@ def fit(tensor: Tensor, name: str, shape: Sequence[int], source: str) -> Tensor:
 
 def resample_positions(positions: Tensor, wanted: Sequence[int]) -> Tensor | None:
     """[1, 1 + n, D] -> [1, 1 + m, D], bicubic over the square grid; the CLS row stays, where there is one (DeiT III's
-    class token has no position). None: of another width."""
+    class token has no position). None: of another width, or where one has the row and the other lacks it."""
     from timm.layers import resample_abs_pos_embed
 
     _, length, width = wanted
     if positions.numel() % width:
         return None
-    side = math.isqrt(length)
+    positions, side = positions.reshape(1, -1, width), math.isqrt(length)
     prefix = length - side**2
-    return resample_abs_pos_embed(positions.reshape(1, -1, width), [side, side], num_prefix_tokens=prefix)
+    if positions.shape[1] - math.isqrt(positions.shape[1]) ** 2 != prefix:
+        return None
+    return resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=prefix)
 
 
 def resample_text_positions(positions: Tensor, wanted: Sequence[int]) -> Tensor | None:

@@ -39,6 +39,8 @@ class Tower(NamedTuple):
     """side of a patch in pixels"""
     is_clip: bool
     """timm's CLIP variants: a norm before the blocks, patches without bias"""
+    cls_has_position: bool = True
+    """not so in FlexiViT"""
 
 
 # timm's plain ViTs with a class token: width, depth, heads, hidden width of the MLP, and which there are.
@@ -116,6 +118,7 @@ def _built(config: VisionConfig) -> Tower:
         block.mlp.fc1.out_features,
         vit.patch_embed.patch_size[0],
         not isinstance(vit.norm_pre, torch.nn.Identity),
+        not vit.no_embed_class,
     )
     ours = {name: p.shape for name, p in vision_parameters(config, tower).items()}
     theirs = {name: tuple(p.shape) for name, p in vit.named_parameters()}
@@ -130,7 +133,7 @@ def vision_parameters(config: VisionConfig, tower: Tower) -> Parameters:
     D, is_trained = tower.width, not config.freeze_patch_embed
     found = {
         "cls_token": Parameter((1, 1, D)),
-        "pos_embed": Parameter((1, patch_grid(config) ** 2 + 1, D)),
+        "pos_embed": Parameter((1, patch_grid(config) ** 2 + int(tower.cls_has_position), D)),
         "patch_embed.proj.weight": Parameter((D, 3, tower.patch, tower.patch), is_trained),
     }
     if tower.is_clip:

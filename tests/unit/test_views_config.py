@@ -121,12 +121,24 @@ def test_the_explanation_has_every_view_in_full() -> None:
         (["data.views.1.ratio=[0,1]"], "data.views.1.ratio: [0.0, 1.0] is no pair"),
         (["data.views.1.mask.keep_ratio=0"], "data.views.1.mask.keep_ratio: 0.0 is outside (0, 1]"),
         (["data.views.1.mask.strategy=randm"], "data.views.1.mask.strategy: 'randm' is none of"),
-        (["data.views.1.mask.unit=3"], "data.views.1.mask.unit: 3 does not divide"),
+        (
+            ["data.views.1.mask.unit=3"],
+            "data.views.1.mask.unit: 3 does not divide the patch grid of 8 x 8; set it to 1, or another",
+        ),
         (["data.views.1.mask.keep_ratio=0.001"], "data.views.1.mask.keep_ratio: 0.001 of "),
+        (["data.views.1.mask.unit=8", "data.views.1.mask.keep_ratio=0.5"], "or a smaller data.views.1.mask.unit"),
         (["mask.schedule=linear", "mask.final_keep_ratio=0.001"], "mask.final_keep_ratio: 0.001 of "),
         (
             ["mask.strategy=disjoint", "mask.keep_ratio=0.6"],
             "mask.keep_ratio: 2 views of 39 units each, none in common",
+        ),
+        (
+            [*DISJOINT, "data.views.0.mask.keep_ratio=0.6", "data.views.1.mask.keep_ratio=0.6"],
+            "data.views.0.mask.keep_ratio: 2 views of 39 units each, none in common",
+        ),
+        (
+            [*DISJOINT, "mask.schedule=linear", "mask.final_keep_ratio=0.6"],
+            "mask.final_keep_ratio: 2 views of 39 units each, none in common",
         ),
         (
             [*DISJOINT, "mask.keep_ratio=0.25", "data.views.1.mask.keep_ratio=0.5"],

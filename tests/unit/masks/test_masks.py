@@ -91,7 +91,7 @@ def test_refuses(changes: dict[str, object], key: str) -> None:
 
 
 def test_refuses_a_unit_that_does_not_divide_the_grid() -> None:
-    with pytest.raises(ValueError, match=r"mask\.unit: 3 does not divide"):
+    with pytest.raises(ValueError, match=r"mask\.unit: 3 does not divide .* 14 x 14; set it to 1, or another"):
         num_kept(MaskConfig(unit=3), grid=14)
 
 

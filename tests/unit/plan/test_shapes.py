@@ -98,7 +98,11 @@ def test_overrides_of_a_tower() -> None:
 
 
 def test_a_tower_that_only_timm_knows_is_built_or_refused() -> None:
-    assert shapes.tower_of(VisionConfig(name="deit_small_patch16_224")).width == 384
+    for name in ("deit_small_patch16_224", "flexivit_small"):  # the latter's class token has no position
+        settings = VisionConfig(name=name)
+        tower = shapes.tower_of(settings)
+        assert tower.width == 384
+        assert {key: p.shape for key, p in shapes.vision_parameters(settings, tower).items()} == built(settings)
     for name, why in (
         ("vit_base_patch28_224", "timm has no"),
         ("vit_intern300m_patch14_448", "is not a plain ViT"),
