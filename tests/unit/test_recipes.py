@@ -23,6 +23,21 @@ PUBLISHED = {  # as their own code has them (methods.md of the facts): views are
     "pgs": (1e-3, 0.2, [0.9, 0.98], 10_000),
     "slip": (3e-3, 0.1, [0.9, 0.98], 3586),
 }
+OTHER_LENGTHS = {  # not 25 epochs of batches of 4,096: what the header has to name of the source's, where it is known
+    "centered": ("1,280", "30"),
+    "cluster": ("2,048", "32"),
+    "pgs": ("batches", "32"),
+    "frequency": ("3,584", "30"),
+    "salience": ("batch", "epochs"),
+    "disjoint": ("1,800", "200"),
+    "siglip": ("batch", "epochs"),
+    "clipkd": ("1,024", "32"),
+    "flip": ("65,536", "12.8 B"),
+    "flip-tune": ("65,536", "128 M"),
+    "clipa-pre": ("65,536", "2.4 B"),
+    "clipa-tune": ("8,192", "131 M"),
+}
+AS_PUBLISHED = {"aclip", "aclip-eff", "aclip-muon", "clip", "detailclip", "maskclip", "random2x", "slip"}
 KEPT = {
     "clip": 196,
     "flip": 98,
@@ -48,6 +63,17 @@ def is_complete(header: Header) -> bool:
 def test_every_recipe_says_where_it_is_from(header: Header) -> None:
     assert is_complete(header) and all(header.parts.values())
     assert header.title.endswith(".") and "\n" not in header.title
+
+
+@pytest.mark.parametrize("header", all_headers(), ids=lambda header: header.method)
+def test_a_batch_and_a_length_that_are_not_the_source_s_are_named(header: Header) -> None:
+    loaded = config.load(f"{header.method}-vitb16", words_of(header.method))
+    assert loaded.batch.global_size == 4096 and (loaded.run.epochs == 25 or header.method.endswith("-tune"))
+    assert (header.method in AS_PUBLISHED) != (header.method in OTHER_LENGTHS)
+    if loaded.optim.final_lr and header.method in OTHER_LENGTHS:  # whose cosines go to 0
+        assert re.search(r"rate at the end|optimizer", header.parts["Inferred"])
+    for word in OTHER_LENGTHS.get(header.method, ()):
+        assert re.search(rf"(?<![\d,]){word}\b", header.parts["Inferred"])
 
 
 def test_a_header_that_is_not_complete_says_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +174,13 @@ def test_a_run_whose_settings_are_refused_by_now_is_repeated_and_resumed_as_it_w
         for recipe, given in ((str(file), again), ("flip-tune-vitb16", own)):
             with pytest.raises(UserError, match=f"^{key}: "):  # it had none of these
                 config.load(recipe, [*given, other])
+
+
+def test_the_first_page_lists_a_group_s_recipes() -> None:
+    page = (Path(__file__).parents[2] / "README.md").read_text()
+    for group in ("masks that came after", "other objectives", "second stages"):
+        (listed,) = re.findall(rf"{group} \(`([^`]+)`\)", page)
+        assert sorted(listed.split()) == [header.method for header in all_headers() if header.group == group]
 
 
 METHODS_PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
