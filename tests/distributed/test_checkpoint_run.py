@@ -15,6 +15,7 @@ import torch
 
 from amclip_ds import config as settings
 from amclip_ds.checkpoint import manifest, step_folders
+from amclip_ds.data.captions import tokenizer_hash
 from amclip_ds.data.synthetic import write_dataset
 from amclip_ds.jsonl import read_lines
 from amclip_ds.method import method_of
@@ -208,6 +209,22 @@ def test_a_shard_that_changed_under_one_rank_stops_the_run_with_3(few_scenes: Pa
     verdict = json.loads((run / "exit.json").read_text())
     assert verdict["code"] == 3 and "is not what was indexed: the shard changed since" in verdict["reason"]
     assert "rank 1 failed first" in done.stderr and verdict["reason"] in done.stderr
+
+
+def test_another_word_table_is_refused(scenes: Path, tmp_path: Path) -> None:
+    """By what it holds: the same one may be anywhere."""
+    made = {"format": 1, "tokenizer": tokenizer_hash(), "samples": 9, "counts": {"a": 50, "red": 40}}
+    for name, counts in (("one", {}), ("moved", {}), ("other", {"red": 41})):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({**made, "counts": {**made["counts"], **counts}}))
+    keys = [f"data.train={scenes}", *SMALL, f"run.out={tmp_path}/run", "data.text_mask.strategy=frequency"]
+    keys += ["data.text_mask.tokens=4", "checkpoint.every_steps=1", "checkpoint.allow_drift=[run.steps]"]
+    code, printed = amclip(*keys, f"data.text_mask.table={tmp_path}/one.json", "run.steps=1")
+    assert code == 0, printed
+    code, printed = amclip(*keys, f"data.text_mask.table={tmp_path}/other.json", "run.steps=2")
+    assert code == 2 and "data.text_mask.table: content " in printed, printed
+    code, printed = amclip(*keys, f"data.text_mask.table={tmp_path}/moved.json", "run.steps=2")
+    assert code == 0 and "resumes from" in printed, printed
 
 
 def test_drift_damage_and_fresh_starts(scenes: Path, tmp_path: Path) -> None:

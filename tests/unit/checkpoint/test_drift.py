@@ -115,10 +115,11 @@ def test_what_changes_training_results_is_refused_unless_named(override: str) ->
     assert [change.key for change in drift.refuse_or_allow(found, [key])] == [key]
 
 
-def test_other_data_another_tokenizer_another_precision_are_refused() -> None:
+def test_other_data_another_tokenizer_other_words_another_precision_are_refused() -> None:
     for hashes, precision, key in (
         (HASHES | {"data": "c" * 64}, "float32", "data.train"),
         (HASHES | {"tokenizer": "c" * 64}, "float32", "data.tokenizer"),
+        (HASHES | {"words": "c" * 64}, "float32", "data.text_mask.table"),
         (HASHES | {"words": "c" * 64}, "float32", "data.text_mask.table"),
         (HASHES, "bfloat16", "engine.deepspeed"),
     ):

@@ -11,16 +11,20 @@ import pytest
 import torch
 from PIL import Image
 
+from amclip_ds import config
 from amclip_ds.comm import SingleProcess
+from amclip_ds.data.captions import build_tokenizer
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate import encoder as encoding
 from amclip_ds.evaluate import zero_shot
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.encoder import TowerEncoder, encode_images, encode_texts, resize_and_crop
+from amclip_ds.evaluate.source import locate, open_encoder
 from amclip_ds.model.amclip import AClip, ModelConfig
 from amclip_ds.model.init import Start, initialise
 from amclip_ds.model.text import TextConfig
 from amclip_ds.model.vision import VisionConfig
+from tests.unit.evaluate.exports import write_run
 from tests.unit.thread_ranks import run_threads
 
 SIZES = [(64, 64), (187, 144), (144, 189), (90, 351), (33, 40), (500, 65)]
@@ -90,6 +94,18 @@ def test_any_number_of_ranks_gives_the_same_bits(batch_size: int, world_size: in
 
     for images, rank_words, rank_row in run_threads(world_size, work):
         assert torch.equal(images, alone) and torch.equal(rank_words, words) and rank_row == row
+
+
+def test_a_run_that_masked_its_texts_reads_whole_prompts(tmp_path: Path) -> None:
+    """Two prompts that differ behind the budget of training are two, each encoded as it is written."""
+    write_run(tmp_path / "run")
+    mask = ["data.text_mask.strategy=truncate", "data.text_mask.tokens=4"]
+    (tmp_path / "run" / "config.yaml").write_text(config.dump(config.load("aclip-tiny", mask)))
+    model = open_encoder(locate(str(tmp_path / "run")), "student", torch.device("cpu"))
+    prompts = ["a photo of a small red car", "a photo of a small red house"]
+    rows = model.text(prompts)
+    assert isinstance(model, TowerEncoder) and not torch.allclose(rows[0], rows[1], atol=1e-3)
+    torch.testing.assert_close(rows, model.towers.embed_texts(build_tokenizer()(prompts, 77)))
 
 
 def test_every_rank_makes_the_same_number_of_forward_calls(tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ def test_positions_without_a_class_token_s_are_resampled_too() -> None:
     larger = pretrained.fit(even, "vision.pos_embed", (1, 196, 4), "RUN")
     assert larger.shape == (1, 196, 4) and torch.allclose(larger, torch.arange(4.0).expand(1, 196, 4), atol=1e-5)
     for length in (50, 197):  # of a tower whose class token has one: at another grid, and at the same
-        with pytest.raises(UserError, match=rf"vision.pos_embed is \[1, 196, 4\] in RUN, the model's is \[1, {length}, 4\]"):
+        said = rf"vision.pos_embed is \[1, 196, 4\] in RUN, the model's is \[1, {length}, 4\]"
+        with pytest.raises(UserError, match=said):
             pretrained.fit(larger, "vision.pos_embed", (1, length, 4), "RUN")
 
 

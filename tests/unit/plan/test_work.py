@@ -77,6 +77,8 @@ def test_a_frozen_teacher_counts_where_its_run_is_there(tmp_path: Path) -> None:
     assert work.flops_of(taught).model / work.flops_of(clip).model == pytest.approx(1.33, rel=0.05)
     student = sum(parameter.numel() for parameter in clip.student.values())
     assert work.frozen_bytes(taught) == 4 * student and work.frozen_bytes(clip) == 0
+    student_of_half = work.work_of(config.load("clipkd-vitb16", [*words, "model.vision.image_size=112"]), 64)
+    assert work.flops_of(student_of_half).teacher == work.flops_of(taught).teacher  # it sees views at its own size
     assert work.operations(config.load("clipkd-vitb16", words), 64) is not None
     assert work.operations(config.load("clipkd-vitb16", ["distill.teacher=/another/model"]), 64) is None
 
