@@ -175,7 +175,7 @@ def exchange(own: Path, reports: list[dict[str, Any]], name: str, num_nodes: int
 def are_well_again(reports: list[dict[str, Any]], alive: list[dict[str, Any]], compiled_at: float) -> bool:
     """Whether nobody is silent any more. One that was stopped has only run to print its stacks."""
     was_running = all(item["state"] not in ("", "T", "t") for item in reports)
-    return was_running and not any(is_silent(beat, compiled_at) for beat in alive)
+    return was_running and len(alive) == len(reports) and not any(is_silent(beat, compiled_at) for beat in alive)
 
 
 def report(folder: Path, rank: int, beat: dict[str, Any], now: float) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def test_no_file_of_a_run_holds_the_secret(tmp_path: Path, monkeypatch: pytest.M
     folder, attempt = open_folder(settings)
     write_verdict(folder, 2, 0, attempt, str(UserError(f"data.train: {spec} cannot be read")))
     append_line(folder / "incidents.jsonl", {"shard": spec, "cause": f"403, url={spec}"})
-    for path in folder.iterdir():
+    for path in (path for path in folder.rglob("*") if path.is_file()):
         assert SECRET not in path.read_text() and path.stat().st_mode & 0o044 == 0o044, (
             path
         )  # a colleague's watch reads it
