@@ -433,8 +433,9 @@ def _failing(contents: Contents) -> list[Request]:
 def _unread_alike(contents: Contents) -> str:
     """Why nothing of several shards could be read, for one and the same reason: that is no property of samples, as
     EACCES of an expired ticket is none. Empty where something was read, or the reason may be a single shard's."""
-    errnos = {got.errno if isinstance(got, OSError) else None for got in contents.values()}
-    shards = {shard for shard, _, _ in contents}
+    if any(not isinstance(got, OSError) for got in contents.values()):  # the usual case: the first one is there
+        return ""
+    errnos, shards = {got.errno for got in contents.values()}, {shard for shard, _, _ in contents}  # type: ignore[union-attr]
     if None in errnos or len(errnos) != 1 or len(shards) < 2:
         return ""
     (shard, _, _), error = next(iter(contents.items()))

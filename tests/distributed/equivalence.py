@@ -4,6 +4,7 @@
 fp32 cells are held against one rank at stage 0 that runs its batch whole, bf16 ones against one rank at stage 1.
 """
 
+import math
 import re
 import statistics
 from dataclasses import dataclass
@@ -134,6 +135,12 @@ def loss_difference(expected: list[float], actual: list[float]) -> float:
     return max(abs(a - e) / abs(e) for e, a in zip(expected, actual, strict=True))
 
 
+def distance(expected: Tensor, actual: Tensor) -> float:
+    """The largest |difference| over the largest |element|; infinite where one is not a number."""
+    share = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    return share if share == share else math.inf
+
+
 def furthest(expected: dict[str, Tensor], actual: dict[str, Tensor], kind: str = "") -> tuple[float, str]:
     """The largest |difference| over the tensor's largest |element|, and whose it is.
 
@@ -141,7 +148,7 @@ def furthest(expected: dict[str, Tensor], actual: dict[str, Tensor], kind: str =
     """
     assert expected.keys() == actual.keys()
     distances = {
-        name: float((actual[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-12))
+        name: distance(tensor, actual[name])
         for name, tensor in expected.items()
         if kind == next((one for one in (STATISTICS, BIASES) if re.fullmatch(one, name)), "")
         and tensor.is_floating_point()
