@@ -7,13 +7,17 @@ scenes, by `amclip compare`, cell by cell and row by row; stopped, it resumes.
     python -m benchmarks.study times OUT                             seconds of a step of each row, with nothing beside
     python -m benchmarks.study table OUT                             what is there, and the runs that are not
     python -m benchmarks.study runs OUT > runs.csv                   each run's curve, average, cost and masks' numbers
+    python -m benchmarks.study run OUT --cells photographs --source CIFAR     the same rows on photographs
 
 The grid below was committed before any of it ran (docs/results/study.md): nothing is tuned until it fits. Every row of
 a cell has the same samples in the same order and as many steps; accuracy at equal time is read from its curve. Captions
-name colours, so colour changes are those that keep them (data.keep_colours), in every row that has any.
+of scenes name colours, so colour changes are those that keep them (data.keep_colours), in every row that has any.
+Photographs: a folder of train/CLASS/*.jpg and test/CLASS/*.jpg, as CIFAR-10's images are published (60,000 of 32 px);
+a caption is one of CLIP's 7 prompts of its class.
 """
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -23,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from random import Random
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -34,6 +39,7 @@ from amclip_ds.compare.compare import Comparison, compare, plan_runs
 from amclip_ds.compare.runs import CURVE_POINTS, Budget, Run
 from amclip_ds.compare.table import read_outcome
 from amclip_ds.data.synthetic import write_dataset
+from amclip_ds.evaluate.names import OPENAI_7, templates
 from amclip_ds.jsonl import is_number, read_lines
 from amclip_ds.record import read_verdict
 
@@ -53,14 +59,17 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Cell:
-    """A set of scenes and a kept fraction."""
+    """A set of scenes, or the photographs, and a kept fraction."""
 
     keep_ratio: float
-    small_objects: bool
-    coloured: bool
+    small_objects: bool = False
+    coloured: bool = False
+    photographs: bool = False
 
     @property
     def name(self) -> str:
+        if self.photographs:
+            return f"keep{self.keep_ratio:g}-photographs"
         objects, clutter = "small" if self.small_objects else "large", "coloured" if self.coloured else "grey"
         return f"keep{self.keep_ratio:g}-{objects}-{clutter}"
 
@@ -75,6 +84,7 @@ class Row:
 
 
 CELLS = [Cell(*choice) for choice in product((0.5, 0.25), (False, True), (False, True))]
+PHOTOGRAPHS = [Cell(0.5, photographs=True), Cell(0.25, photographs=True)]
 BASE = CELLS[0]
 NO_LOSSES = ("loss.o2o_weight=0", "loss.o2e_weight=0")
 ROWS = {  # of every cell
@@ -111,19 +121,53 @@ def rows_of(cell: Cell) -> dict[str, Row]:
 
 
 def grid(cells: list[str], rows: list[str]) -> Iterator[tuple[Cell, str, Row]]:
-    """(cell, name, row) of what is asked for; all where nothing is named."""
-    for cell in CELLS:
-        if cells and cell.name not in cells and not (cell == BASE and "base" in cells):
+    """(cell, name, row) of what is asked for; all scenes where nothing is named."""
+    for cell in cells_of(cells):
+        asked = {cell.name, *(["base"] if cell == BASE else []), *(["photographs"] if cell.photographs else [])}
+        if cells and not asked & set(cells):
             continue
         for name, row in rows_of(cell).items():
             if not rows or name in rows:
                 yield cell, name, row
 
 
-def scenes_of(out: Path, cell: Cell) -> Path:
-    """The cell's scenes, made where they are missing; cells that differ in the kept fraction alone share them."""
+def cells_of(asked: list[str]) -> list[Cell]:
+    """The grid that cells of these names are in."""
+    return PHOTOGRAPHS if any("photographs" in name for name in asked) else CELLS
+
+
+def images_of(out: Path, cell: Cell, source: Path | None) -> Path:
+    """The cell's images, made where they are missing; cells that differ in the kept fraction alone share them."""
+    if cell.photographs:
+        return pack_photographs(out / "photographs", source)
     folder = out / "scenes" / cell.name.partition("-")[2]
     write_dataset(folder, TRAIN, TEST, coloured_distractors=cell.coloured, small_objects=cell.small_objects)
+    return folder
+
+
+def pack_photographs(folder: Path, source: Path | None) -> Path:
+    """folder/train, tars of all of source/train/CLASS/*.jpg in an order that is a function of their names; folder/test,
+    links to as many images a class of source/test as make TEST of all. Raises SystemExit without a source."""
+    if (folder / "train").exists():
+        return folder
+    if source is None or not (classes := sorted(path.name for path in (source / "train").glob("*/"))):
+        raise SystemExit("--source: a folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
+    images = [(name, path) for name in classes for path in sorted((source / "train" / name).glob("*.jpg"))]
+    Random(0).shuffle(images)  # training shuffles within windows
+    prompts = templates(folder, OPENAI_7, "")
+    for name in classes:
+        (folder / "test" / name).mkdir(parents=True, exist_ok=True)
+        for path in sorted((source / "test" / name).glob("*.jpg"))[: -(-TEST // len(classes))]:
+            if not (link := folder / "test" / name / path.name).exists():
+                link.symlink_to(path.resolve())
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["filepath", "caption"])
+        for number, (name, path) in enumerate(images):
+            rows.writerow([path.resolve(), prompts[number % len(prompts)].format(c=name)])
+    if amclip(["data", "pack", str(folder / "pairs.csv"), "--out", str(folder / "packed")]) != 0:
+        raise SystemExit(f"--source: {source} could not be packed")
+    (folder / "packed").rename(folder / "train")  # a pack that was stopped is continued
     return folder
 
 
@@ -146,30 +190,33 @@ def recipe_file(out: Path, cell: Cell, name: str, row: Row, table: Path) -> str:
     return str(path)
 
 
-def run_cell(out: Path, cell: Cell, rows: dict[str, Row], seeds: int, steps: int) -> int:
+def run_cell(out: Path, cell: Cell, rows: dict[str, Row], seeds: int, steps: int, source: Path | None = None) -> int:
     """Trains what is missing of a cell's rows. Returns the exit code."""
-    scenes = scenes_of(out, cell)
-    table = scenes / "words.json"
+    images = images_of(out, cell, source)
+    table = images / "words.json"
     if not table.exists() and any(row.recipe == "frequency" for row in rows.values()):
-        amclip(["data", "stats", str(scenes / "train"), "--words", str(table)])
+        amclip(["data", "stats", str(images / "train"), "--words", str(table)])
     recipes = [recipe_file(out, cell, name, row, table) for name, row in rows.items()]
     baseline = "clip" if "clip" in rows else next(iter(rows))
     folder = out / cell.name / "runs"
-    ask = Comparison(recipes, words_of_all(scenes), seeds, Budget("steps", steps), baseline, folder, 1, [])
+    ask = Comparison(recipes, words_of_all(cell, images), seeds, Budget("steps", steps), baseline, folder, 1, [])
     link_unmasked(out, cell, plan_runs(ask, lambda row, ask: 0.0))  # no time is measured for a budget of steps
     return compare(ask)[1]
 
 
-def words_of_all(scenes: Path) -> list[str]:
-    """The settings that every run has."""
-    words = [f"data.train={scenes}/train", f"eval.data={scenes}", f"batch.global_size={BATCH}"]
-    return [*words, f"batch.per_gpu={BATCH}", "data.keep_colours=true", "teacher.always=true"]
+def words_of_all(cell: Cell, images: Path) -> list[str]:
+    """The settings that every run of a cell has. The photographs' captions name no colours."""
+    words = [f"data.train={images}/train", f"eval.data={images}{'/test' if cell.photographs else ''}"]
+    words += [f"batch.global_size={BATCH}", f"batch.per_gpu={BATCH}", "teacher.always=true"]
+    return words if cell.photographs else [*words, "data.keep_colours=true"]
 
 
 def link_unmasked(out: Path, cell: Cell, runs: list[Run]) -> None:
     """A row that masks nothing trains the same run in cells that differ in the kept fraction alone: where another cell
     has it whole, it is linked and not trained again."""
-    twins = [other for other in CELLS if other != cell and replace(other, keep_ratio=cell.keep_ratio) == cell]
+    twins = [
+        other for other in CELLS + PHOTOGRAPHS if other != cell and replace(other, keep_ratio=cell.keep_ratio) == cell
+    ]
     for run in runs:
         for twin in twins if not rows_of(cell)[run.row.name].masked else []:
             source = out / twin.name / "runs" / run.folder.name
@@ -182,11 +229,11 @@ def began(out: Path, cell: Cell, name: str) -> bool:
     return any((out / cell.name / "runs").glob(f"{name}-seed*"))
 
 
-def table(out: Path, steps: int) -> str:
+def table(out: Path, steps: int, cells: list[Cell] = CELLS) -> str:
     """Markdown: a line a row of each cell, of its whole runs, and how many runs there are not."""
     lines, missing = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"], []
     times = read_times(out)
-    for cell in CELLS:
+    for cell in cells:
         found = {name: read_runs(out, cell, name, steps) for name in rows_of(cell)}
         reference = found[REFERENCE]
         costs = [times[cost] * steps for name in found if found[name] and (cost := (cell.keep_ratio, name)) in times]
@@ -208,15 +255,15 @@ def table(out: Path, steps: int) -> str:
                 line.append(f"{fmean(values):.2f}" if values else "")
             lines.append(f"| {' | '.join(line)} |")
             first = ""
-    total = SEEDS * sum(len(rows_of(cell)) for cell in CELLS)
+    total = SEEDS * sum(len(rows_of(cell)) for cell in cells)
     return "\n".join([*lines, "", f"{total - len(missing)} of {total} runs. Not run: {', '.join(missing) or 'none'}."])
 
 
-def runs_csv(out: Path, steps: int) -> str:
+def runs_csv(out: Path, steps: int, cells: list[Cell] = CELLS) -> str:
     """A line a whole run: its curve at a tenth of the steps and on, and what else the table is made of."""
     points = [steps * tenth // CURVE_POINTS for tenth in range(1, CURVE_POINTS + 1)]
     lines = [["cell", "row", "seed", *(f"acc1 at {step}" for step in points), "average", "tflop a step", *STATISTICS]]
-    for cell in CELLS:
+    for cell in cells:
         for name in rows_of(cell):
             for seed, run in read_runs(out, cell, name, steps).items():
                 curve = [f"{run.at(step):.2f}" for step in points]
@@ -270,10 +317,10 @@ def measure_times(out: Path, asked: list[tuple[Cell, str, Row]], rounds: int = 3
         for cell, name, row in asked:
             if cell.coloured or cell.small_objects:
                 continue  # the same step
-            scenes = scenes_of(out, cell)
-            recipe = recipe_file(out, cell, name, row, scenes / "words.json")
+            images = images_of(out, cell, None)
+            recipe = recipe_file(out, cell, name, row, images / "words.json")
             shutil.rmtree(folder, ignore_errors=True)
-            words = [*words_of_all(scenes), f"run.out={folder}", f"run.steps={TIMED}", "log.every_steps=5"]
+            words = [*words_of_all(cell, images), f"run.out={folder}", f"run.steps={TIMED}", "log.every_steps=5"]
             command = [sys.executable, "-m", "amclip_ds", "train", recipe, *words, "eval.every_steps=null"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             rows = read_lines(folder / run_files.METRICS)
@@ -311,10 +358,11 @@ def main() -> int:
     parser.add_argument("out", type=Path, nargs="?", default=Path("study"))
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--cells", nargs="+", default=[], help="by name, or base")
+    parser.add_argument("--cells", nargs="+", default=[], help="by name, or base, or photographs")
+    parser.add_argument("--source", type=Path, help="the photographs: a folder of train/CLASS/*.jpg, test/CLASS/*.jpg")
     parser.add_argument("--rows", nargs="+", default=[])
     args = parser.parse_args()
-    asked = list(grid(args.cells, args.rows))
+    cells, asked = cells_of(args.cells), list(grid(args.cells, args.rows))
     if args.action == "list":
         print(
             "\n".join(
@@ -324,16 +372,16 @@ def main() -> int:
         return 0
     code = 0
     if args.action == "runs":
-        print(runs_csv(args.out, args.steps))
+        print(runs_csv(args.out, args.steps, cells))
         return 0
     if args.action == "times":
         measure_times(args.out, asked)
     if args.action == "run":
-        for cell in CELLS:
+        for cell in cells:
             names = {name for one, name, _ in asked if one == cell}
             rows = {name: row for name, row in rows_of(cell).items() if name in names or began(args.out, cell, name)}
-            code = max(code, run_cell(args.out, cell, rows, args.seeds, args.steps) if names else 0)
-    print(table(args.out, args.steps))
+            code = max(code, run_cell(args.out, cell, rows, args.seeds, args.steps, args.source) if names else 0)
+    print(table(args.out, args.steps, cells))
     return code
 
 

@@ -1,12 +1,15 @@
 """The study's grid (benchmarks/study.py): every run of it can be set up, and the table says what is missing."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from amclip_ds import config
 from amclip_ds.compare.runs import Run, make_runs, read_rows
+from amclip_ds.evaluate import datasets
 from benchmarks import study
 from tests.unit.compare.test_compare import write_run
 
@@ -14,6 +17,7 @@ from tests.unit.compare.test_compare import write_run
 @pytest.mark.slow
 def test_the_grid_is_whole_and_every_row_can_run(tmp_path: Path) -> None:
     runs = list(study.grid([], []))
+    assert len(list(study.grid(["photographs"], []))) == 2 * 6 == len(list(study.grid(["keep0.5-photographs"], []))) * 2
     assert len(runs) == 8 * 6 + 9 + 3 and len({(cell.name, name) for cell, name, _ in runs}) == len(runs)
     (tmp_path / "words.json").write_text("{}")
     kept = {}
@@ -54,6 +58,31 @@ def test_a_row_without_a_mask_is_trained_once_for_both_kept_fractions(tmp_path: 
     small = runs_of(study.CELLS[6])  # other scenes: no run of these is theirs
     study.link_unmasked(tmp_path, study.CELLS[6], small)
     assert not any(run.folder.exists() for run in small) and runs[0].folder.readlink().parts[-1] == "clip-seed0"
+
+
+@pytest.mark.slow
+def test_photographs_are_packed_mixed_with_prompts_as_captions(tmp_path: Path) -> None:
+    for part, count in (("train", 20), ("test", 3)):
+        for name, colour in (("cat", "red"), ("dog", "blue")):
+            (tmp_path / "source" / part / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (32, 32), colour).save(tmp_path / "source" / part / name / f"{number:04d}.jpg")
+    cell = study.PHOTOGRAPHS[0]
+    with pytest.raises(SystemExit, match="--source"):
+        study.images_of(tmp_path / "out", cell, tmp_path)
+    folder = study.images_of(tmp_path / "out", cell, tmp_path / "source")
+    assert study.images_of(tmp_path / "out", study.PHOTOGRAPHS[1], None) == folder  # once
+    (shard,) = (folder / "train").glob("*.tar")
+    with tarfile.open(shard) as tar:
+        captions = [tar.extractfile(member).read().decode() for member in tar if member.name.endswith(".txt")]
+    named = [next(name for name in ("cat", "dog") if name in caption) for caption in captions]
+    assert named.count("cat") == 20 and named[:20].count("cat") not in (0, 20)
+    assert captions[0] == f"itap of a {named[0]}." and captions[1] == f"a bad photo of the {named[1]}."
+    dataset = datasets.open_set(str(folder / "test"))
+    assert dataset.classnames == ("cat", "dog") and len(dataset.samples) == 6
+    words = study.words_of_all(cell, folder)
+    assert f"eval.data={folder}/test" in words and not any("keep_colours" in word for word in words)
+    assert "data.keep_colours=true" in study.words_of_all(study.BASE, folder)
 
 
 def write_ended(folder: Path, accuracy: float, steps: int, code: int = 0) -> None:
