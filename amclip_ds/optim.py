@@ -81,6 +81,15 @@ def lr_at(updates: int, total_updates: int, config: OptimConfig) -> float:
     return cosine(config.lr, config.final_lr, progress)
 
 
+def endless_warmup(config: OptimConfig, steps: int) -> tuple[str, str] | None:
+    """(what is wrong, the setting for it) of a warm-up as long as a run of `steps`, else None: published ones are
+    those of large data sets."""
+    if not config.warmup_steps or config.warmup_steps < steps:
+        return None
+    said = f"warm-up takes {config.warmup_steps} steps and the run has {steps}: optim.lr is never reached"
+    return said, f"optim.warmup_steps={max(1, steps // 20)}"
+
+
 def scaled_lr(global_size: int) -> float:
     """What the reference's peak for adamw comes to at another batch, by the square root (arXiv 2205.10287)."""
     return REFERENCE_LR * math.sqrt(global_size / REFERENCE_BATCH)

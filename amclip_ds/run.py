@@ -24,7 +24,7 @@ from amclip_ds.forecast import Forecast, device_of
 from amclip_ds.meter import Meter
 from amclip_ds.method import Method, method_of
 from amclip_ds.model import pretrained
-from amclip_ds.optim import Schedules
+from amclip_ds.optim import Schedules, endless_warmup
 from amclip_ds.pictures import Pictures
 from amclip_ds.plan.work import operations
 from amclip_ds.ranks import runtime as engine_runtime
@@ -123,7 +123,10 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     total_steps = settings.count_steps(config, data.steps_per_epoch)
     first_step = found.manifest.step if found else 0
     record = stack.enter_context(open_record(config, folder, attempt, runtime, data, total_steps, first_step))
-    for line in [describe(config, runtime, plan, data, total_steps), *about_warmup(config, total_steps), *evaluated_on]:
+    lines = [describe(config, runtime, plan, data, total_steps)]
+    if endless := endless_warmup(config.optim, total_steps):
+        lines.append(f"optim.warmup_steps: warning: {'; '.join(endless)} is a twentieth of the run")
+    for line in [*lines, *evaluated_on]:
         record.say(line)
     forecast = on_main(partial(Forecast, config, runtime.world_size, device_of(runtime)))
     record.say(forecast.line())
@@ -323,17 +326,6 @@ def open_data(
         prepare=partial(plugins.again, list(plugins.LOADED.values())) if plugins.LOADED else None,
         on_progress=on_progress,
     )
-
-
-def about_warmup(config: TrainConfig, total_steps: int) -> list[str]:
-    """What to say, in a line or none, of a warm-up as long as the run: published ones are those of large data sets."""
-    warmup = config.optim.warmup_steps
-    if not warmup or warmup < total_steps:
-        return []
-    return [
-        f"optim.warmup_steps: warning: {warmup} steps of warm-up, and the run has {total_steps}: optim.lr is never"
-        f" reached; optim.warmup_steps={max(1, total_steps // 20)} is a twentieth of the run"
-    ]
 
 
 def describe(config: TrainConfig, runtime: Runtime, plan: BatchPlan, data: TrainingData, total_steps: int) -> str:

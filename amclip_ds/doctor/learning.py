@@ -14,7 +14,7 @@ from amclip_ds.config import TrainConfig
 from amclip_ds.doctor import FAIL, OK, WARN, Check, Finding
 from amclip_ds.errors import DONE, TO_REQUEUE, UserError, in_one_line
 from amclip_ds.jsonl import each, read
-from amclip_ds.optim import REFERENCE_BATCH, REFERENCE_LR, scaled_lr
+from amclip_ds.optim import REFERENCE_BATCH, REFERENCE_LR, endless_warmup, scaled_lr
 
 EARLY = 20  # steps: before them nothing is judged
 YOUNG = 1e6  # samples seen: before them an evaluation may be at chance
@@ -98,9 +98,8 @@ def _expected(seen: float) -> str:
 
 def _learning_rate(rows: list[dict[str, Any]], config: TrainConfig) -> Iterator[Finding]:
     optim, steps = config.optim, _planned_steps(config)
-    if steps is not None and optim.warmup_steps >= steps:
-        said = f"warm-up takes {optim.warmup_steps} steps and the run has {steps}: optim.lr is never reached"
-        yield Finding("learning rate", FAIL, said, f"optim.warmup_steps={max(1, steps // 20)}")
+    if steps is not None and (endless := endless_warmup(optim, steps)):
+        yield Finding("learning rate", FAIL, *endless)
     reference = scaled_lr(config.batch.global_size)
     factor = optim.lr / reference
     said = f"optim.lr={optim.lr:g} at batch.global_size={config.batch.global_size}"

@@ -3,7 +3,7 @@
 from typing import Any
 
 from amclip_ds.config import TrainConfig
-from amclip_ds.optim import REFERENCE_BATCH, REFERENCE_LR, is_hidden_matrix, scaled_lr, shape_of
+from amclip_ds.optim import REFERENCE_BATCH, REFERENCE_LR, endless_warmup, is_hidden_matrix, scaled_lr, shape_of
 from amclip_ds.plan.work import Work
 
 ITERATIONS = 5  # of Newton-Schulz, as DeepSpeed has them
@@ -62,8 +62,8 @@ def learning_rate_lines(config: TrainConfig, steps: int) -> list[str]:
             "sgd": "  sgd: in proportion, but no CLIP was trained so: no rate is known",
         }[name]
     )
-    if config.optim.warmup_steps >= steps:
-        lines.append(f"  warm-up of {config.optim.warmup_steps} steps, of a run of {steps:,}: it is never reached")
+    if endless := endless_warmup(config.optim, steps):
+        lines.append(f"  {'; '.join(endless)} is a twentieth of the run")
     return lines
 
 

@@ -8,7 +8,16 @@ from amclip_ds import config as settings
 from amclip_ds.method import method_of
 from amclip_ds.model.amclip import AClip
 from amclip_ds.objectives import builder
-from amclip_ds.optim import NAMES, OptimConfig, Schedules, build_optimizer, lr_at, momentum_at, parameter_groups
+from amclip_ds.optim import (
+    NAMES,
+    OptimConfig,
+    Schedules,
+    build_optimizer,
+    endless_warmup,
+    lr_at,
+    momentum_at,
+    parameter_groups,
+)
 from tests.unit.model import tiny
 
 
@@ -90,6 +99,13 @@ def test_learning_rate() -> None:
     assert lr_at(110, 110, config) == lr_at(200, 110, config) == pytest.approx(1e-5)
     assert lr_at(0, 100, OptimConfig(lr=1e-3, warmup_steps=0)) == 1e-3
     assert lr_at(3, 3, OptimConfig(warmup_steps=10)) < 5e-4  # a run shorter than its warm-up
+
+
+def test_a_warm_up_as_long_as_the_run_is_said() -> None:
+    said, fix = endless_warmup(OptimConfig(warmup_steps=2000), 2000) or ("", "")
+    assert said.endswith("the run has 2000: optim.lr is never reached") and fix == "optim.warmup_steps=100"
+    assert endless_warmup(OptimConfig(warmup_steps=2000), 2001) is None
+    assert endless_warmup(OptimConfig(warmup_steps=0), 1) is None
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from amclip_ds import config, train
 from amclip_ds import run as runs
+from amclip_ds import train
 from amclip_ds.doctor import learning
 from amclip_ds.jsonl import MAX_READ, append_line, encode
 
@@ -66,12 +66,3 @@ def test_a_batch_is_not_kept_beyond_its_step() -> None:
         state.step += 1
         assert [of() is not None for of in seen] == [False] * (len(seen) - 1) + [True]
     assert len(seen) == 4
-
-
-def test_a_warm_up_as_long_as_the_run_is_said() -> None:
-    settings = config.load("aclip-vitb16")
-    assert settings.run.steps is None and settings.optim.warmup_steps == 2000
-    (said,) = runs.about_warmup(settings, 2000)
-    assert "optim.lr is never reached; optim.warmup_steps=100 is" in said
-    assert runs.about_warmup(settings, 2001) == []
-    assert runs.about_warmup(config.load("aclip-vitb16", ["optim.warmup_steps=0"]), 1) == []

@@ -220,7 +220,7 @@ def test_a_warm_up_that_a_small_data_set_never_leaves() -> None:
     def said(samples: int) -> str:
         return "\n".join(shown.lines(plan("aclip-vitb16", samples=samples), "x"))
 
-    assert "warm-up of 2000 steps, of a run of 25: it is never reached" in said(5_000)
+    assert "the run has 25: optim.lr is never reached; optim.warmup_steps=1 is a twentieth" in said(5_000)
     assert "never reached" not in said(15_000_000)
 
 
