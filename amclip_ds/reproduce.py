@@ -21,7 +21,7 @@ from amclip_ds.checkpoint import drift, manifest
 from amclip_ds.config import TrainConfig
 from amclip_ds.doctor import FAIL, OK, WARN, Finding
 from amclip_ds.errors import UserError, in_one_line
-from amclip_ds.files import MAX_TEXT, is_regular, read_bytes, read_json, read_text, removed_on_error
+from amclip_ds.files import MAX_TEXT, is_regular, not_written, read_bytes, read_json, read_text, removed_on_error
 from amclip_ds.jsonl import encode, read
 from amclip_ds.run_files import MAX_METRICS, STEP
 
@@ -316,7 +316,7 @@ def pack(run: Path, own: list[str], capsule: Path) -> int:
             partial.write_bytes(content.getvalue())
             partial.replace(capsule)
     except OSError as error:
-        raise UserError(f"--capsule {capsule}: cannot be written: {error.strerror}") from None
+        raise not_written(f"--capsule {capsule}:", error) from None
     return len(content.getvalue())
 
 

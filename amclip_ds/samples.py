@@ -23,7 +23,7 @@ from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.order import EpochOrder
 from amclip_ds.display import one_line
 from amclip_ds.errors import UserError
-from amclip_ds.files import is_regular, read_json, write_atomically
+from amclip_ds.files import is_regular, not_written, read_json, write_atomically
 from amclip_ds.images import open_image
 from amclip_ds.keyed_random import keyed
 from amclip_ds.method import method_of
@@ -309,7 +309,7 @@ def write_page(shown: Shown, chosen: list[Row], file: Path) -> None:
     try:
         write_atomically(file, fill("page.samples.html", title=title, figures=figures))
     except OSError as error:
-        raise UserError(f"--out {file}: cannot be written: {error.strerror}") from None
+        raise not_written(f"--out {file}:", error) from None
 
 
 def _picture(sample: FoundSample) -> tuple[str, str]:

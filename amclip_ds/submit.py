@@ -320,7 +320,7 @@ def copy_scripts(folder: Path) -> list[Path]:
     try:
         shutil.copytree(SCRIPTS, folder)
     except OSError as error:
-        raise UserError(f"--scripts {folder}: cannot be written: {error.strerror or error}") from None
+        raise not_written(f"--scripts {folder}:", error) from None
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 

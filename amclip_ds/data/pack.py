@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from amclip_ds.data.pack_sources import Row, Source
 from amclip_ds.data.plain_text import BadText, decode, lines, parse_object, visible
 from amclip_ds.errors import AmclipError, UserError
-from amclip_ds.files import describe, read_bytes, write_atomically
+from amclip_ds.files import describe, not_written, read_bytes, write_atomically
 from amclip_ds.images import BadImage, kind_of, open_image
 from amclip_ds.jsonl import append_line, read_lines
 from amclip_ds.shards.grouping import MAX_IMAGE_BYTES
@@ -132,7 +132,7 @@ def _open_record(out: Path, head: dict[str, Any]) -> Packed:
             append_line(out / RECORD, head)
             rows = [head]
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+        raise not_written(f"--out {out}:", error) from None
     if rows[0] != head:
         changed = [key for key in head if rows[0].get(key) != head[key]]
         raise UserError(

@@ -16,6 +16,7 @@ from typing import Any
 
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.set_names import known_name
+from amclip_ds.files import not_written
 
 RECALLS = ("image_retrieval_recall@5", "text_retrieval_recall@5")
 PER_CLASS = "mean_per_class_recall"
@@ -198,4 +199,4 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]], model: str) -> None:
                     }
                 )
     except OSError as error:
-        raise UserError(f"--csv {path}: cannot be written: {error.strerror}") from None
+        raise not_written(f"--csv {path}:", error) from None

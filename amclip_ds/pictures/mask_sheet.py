@@ -21,7 +21,7 @@ from amclip_ds.data.batch import Batch
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.source import build_towers, locate
-from amclip_ds.files import write_atomically
+from amclip_ds.files import not_written, write_atomically
 from amclip_ds.masks import MASKS, NONE
 from amclip_ds.masks.units import num_units
 from amclip_ds.method import Method, method_of
@@ -74,7 +74,7 @@ def masks(source: Path, data: str, out: Path, images: int, names: list[str]) -> 
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
+        raise not_written(f"--out {out}:", error) from None
     batch, boxes = load_images(located.config, data, images, out)
     method = method_of(located.config)
     scores = attention(towers, batch, method)
@@ -85,7 +85,7 @@ def masks(source: Path, data: str, out: Path, images: int, names: list[str]) -> 
         (out / "masks.png").write_bytes(encoded(picture))
         write_atomically(out / "masks.html", page(title, found, method, picture, batch))
     except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
+        raise not_written(f"--out {out}:", error) from None
     return {
         "source": str(source),
         "weights": weights,

@@ -18,8 +18,7 @@ from statistics import median
 from typing import Any
 
 from amclip_ds.display import duration, printable
-from amclip_ds.errors import UserError
-from amclip_ds.files import write_atomically
+from amclip_ds.files import not_written, write_atomically
 from amclip_ds.redact import redact, redact_all
 from amclip_ds.report import events as happened
 from amclip_ds.report.charts import Chart, Point, buckets, draw, number
@@ -147,12 +146,12 @@ class RunPage:
 
 
 def write_report(folders: list[Path], out: Path) -> int:
-    """Reads the runs and writes the page, old or new in any case. Returns its size in bytes. Raises UserError."""
+    """Reads the runs and writes the page, old or new in any case. Returns its size in bytes. Raises AmclipError."""
     text = page([read_run(folder) for folder in folders])
     try:
         write_atomically(out, text)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
+        raise not_written(f"--out {out}:", error) from None
     return len(text.encode())
 
 

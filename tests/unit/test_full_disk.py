@@ -31,6 +31,8 @@ FULL_DISK = """
 import contextlib, errno, os, sys
 from pathlib import Path
 from amclip_ds import config, json_file, slurm_attempt
+from amclip_ds.data import pack
+from amclip_ds.evaluate import suites
 from amclip_ds.shards.index import build_index
 from amclip_ds.errors import AmclipError
 from amclip_ds.resilience.ownership import OwnershipConfig, claim
@@ -45,6 +47,8 @@ for name, start in {
     "folder": lambda run: open_folder(settings(run)),
     "owner": lambda run: claim(run, OwnershipConfig()),
     "json": lambda run: json_file.write(run.with_suffix(".json"), {}),
+    "csv": lambda run: suites.write_csv(run.with_suffix(".csv"), [], "model"),
+    "pack": lambda run: pack._open_record(run, {"pack": 1}),
     "index": lambda run: build_index([str(path) for path in sorted(shards.glob("*.tar"))], run, 1),
 }.items():
     for run in (disk / "new", disk / "begun"):
@@ -79,7 +83,8 @@ def test_a_start_on_a_full_disk_is_no_mistake_of_the_user(tmp_path: Path) -> Non
     ended = [line.split(" ", 2) for line in done.stdout.splitlines()]
     assert [(name, code) for name, code, *_ in ended] == [
         *(("folder", "1"), ("folder", "1"), ("owner", "1"), ("owner", "1")),
-        *(("json", "1"), ("json", "1"), ("index", "1"), ("index", "1"), ("slurm", "1")),
+        *((name, "1") for name in ("json", "csv", "pack", "index") for _ in range(2)),
+        ("slurm", "1"),
     ], done.stdout
     assert all("No space left on device; once that is over" in line[2] for line in ended[:-1]), done.stdout
 
