@@ -30,6 +30,7 @@ def progress(what: str, total: int, say: Callable[[str], None] = print) -> Itera
         now = time.monotonic()
         if now - reported > REPORT_EVERY_S and done < total:
             reported = now
-            say(f"{what}: {done} of {total}, about {(now - began) / done * (total - done):.0f} s left")
+            left = display.duration((now - began) / done * (total - done))
+            say(f"{what}: {done} of {total}, about {left} left")
 
     yield advance

@@ -98,7 +98,7 @@ def _print_table(rows: list[dict[str, Any]], checkpoints: Path) -> None:
         cells.append(
             (
                 row["step"],
-                _age(row["age_s"]) if known else "?",
+                display.duration(row["age_s"]) if known else "?",
                 f"{row['bytes'] / 1e6:.1f} MB" if known else "?",
                 row["world_size"] or "?",
                 "?" if row["stage"] is None else row["stage"],
@@ -112,13 +112,6 @@ def _print_table(rows: list[dict[str, Any]], checkpoints: Path) -> None:
     for row in rows:
         if row["problem"]:
             print(f"damaged: {row['problem']}")
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _rules(args: argparse.Namespace) -> Any:

@@ -19,6 +19,7 @@ from amclip_ds import run_files
 from amclip_ds.checkpoint import drift
 from amclip_ds.data import synthetic
 from amclip_ds.demo import picture, scenes
+from amclip_ds.display import duration
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.encoder import TowerEncoder
 from amclip_ds.files import not_written, write_atomically
@@ -47,7 +48,7 @@ def demo(out: Path, steps: int, num_scenes: int, procs: int | None, seed: int, s
         print(f"1/5  making {num_scenes} training and {TEST_SCENES} held-out scenes in {shards}")
         synthetic.write_dataset(shards, num_train=num_scenes, num_test=TEST_SCENES, image_size=64, seed=SEED)
     procs = procs or max(1, torch.cuda.device_count())  # on a CPU one: two would spend a fifth of a step on gloo
-    about = describe_duration(steps * seconds_of_step(procs))
+    about = duration(steps * seconds_of_step(procs))
     where = f"{procs} process{'es' * (procs > 1)}"
     print(f"2/5  training aclip-tiny without its further losses, {steps} steps, {where}, fp32: about {about}")
     code, train_seconds = trained("aclip-tiny", shards, run, steps, procs, seed)
@@ -135,7 +136,7 @@ def train_command(recipe: str, shards: Path, run: Path, steps: int, seed: int) -
     ]
 
 
-def seconds_of_step(procs: int, tries: int = 2) -> float:
+def seconds_of_step(procs: int) -> float:
     """A rough step of the demo here and now: both towers, forward and backward, over one rank's share; data, teacher,
     heads and optimizer take about as much again."""
     config = settings.load("aclip-tiny")
@@ -148,20 +149,12 @@ def seconds_of_step(procs: int, tries: int = 2) -> float:
     images = torch.zeros(views * samples, 3, size, size, device=device)
     words = torch.full((samples, 16), config.model.text.eos_token_id, device=device)
     times = []
-    for _ in range(tries):
+    for _ in range(2):
         began = time.perf_counter()
         (vision(images).cls.sum() + text(words).sum()).backward()
         times.append(time.perf_counter() - began)
     torch.set_num_threads(before)
     return 2 * min(times)
-
-
-def describe_duration(seconds: float) -> str:
-    """'40 s', '7 min', '1.5 h'."""
-    for unit, size, digits in (("h", 3600, 1), ("min", 60, 0)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.{digits}f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 @contextmanager
@@ -178,7 +171,7 @@ def printed_progress(run: Path, steps: int) -> Iterator[None]:
                 began, first = time.monotonic(), step  # imports and the first steps are no measure
             elif first < step < steps:
                 left = (time.monotonic() - began) / (step - first) * (steps - step)
-                print(f"     step {step} of {steps}, about {describe_duration(left)} left", flush=True)
+                print(f"     step {step} of {steps}, about {duration(left)} left", flush=True)
 
     if not sys.stdout.isatty():
         threading.Thread(target=print_progress, name="progress", daemon=True).start()
