@@ -50,7 +50,7 @@ def plans(config: TrainConfig, args: argparse.Namespace, names: list[str]) -> "t
 
 
 def _with_memory(gpu: Gpu, size: str | None) -> Gpu:
-    return gpu if size is None else dataclasses.replace(gpu, memory_gib=read_size(size, "--gpu-memory") / GIB)
+    return gpu if size is None else dataclasses.replace(gpu, memory_gib=read_size(size) / GIB)
 
 
 def _own_rate(gpu: Gpu, mfu: float | None) -> Rate | None:

@@ -5,10 +5,10 @@ import re
 from amclip_ds.errors import UserError
 
 
-def read_size(text: str, option: str) -> float:
-    """'80GB', '24G' or '512MiB' in bytes. Raises UserError that names the option."""
+def read_size(text: str) -> float:
+    """--gpu-memory: '80GB', '24G' or '512MiB' in bytes. Raises UserError."""
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if not match or not float(match.group(1)):
-        raise UserError(f"{option}: {text!r} is no size; write it as 80GB")
+        raise UserError(f"--gpu-memory: {text!r} is no size; write it as 80GB")
     base = 1024 if match.group(3) else 1000
     return float(match.group(1)) * base ** " KMGT".index(match.group(2).upper() or " ")

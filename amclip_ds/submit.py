@@ -192,7 +192,7 @@ def check_memory(
     from amclip_ds.plan.gpus import Gpu, gpu_of
     from amclip_ds.plan.planner import GIB, Ask, make_plan
 
-    limit = None if gpu_memory is None else read_size(gpu_memory, "--gpu-memory")
+    limit = None if gpu_memory is None else read_size(gpu_memory)
     named = None if gpu_name is None else gpu_of(gpu_name)
     limit = limit if limit is not None or named is None else named.memory_gib * GIB
     gpu = Gpu(named.name if named else "GPU", (limit or 1e15) / GIB, None, None)

@@ -19,7 +19,8 @@ import psutil
 from amclip_ds import config as settings
 from amclip_ds.data.synthetic import write_dataset
 from amclip_ds.jsonl import read_lines
-from amclip_ds.plan.model_state import model_state_of
+from amclip_ds.plan.model_state import state_of
+from amclip_ds.plan.work import work_of
 
 GB = 1e9
 
@@ -51,7 +52,7 @@ def main() -> int:
             *args.set,  # on a few cores a step takes minutes
         ]
         words = list({word.partition("=")[0]: word for word in words}.values())  # --set has the last word
-        state = model_state_of(settings.load(args.recipe, words), args.procs)
+        state = state_of(work_of(settings.load(args.recipe, words), args.procs))
         free = psutil.virtual_memory().available / GB
         print(f"{args.recipe}, {args.deepspeed}, {args.procs} processes, batch {args.batch}; {free:.1f} GB free")
         parts = ", ".join(f"{part} {size / GB:.2f}" for part, size in state.items())

@@ -137,13 +137,13 @@ def listed_in(incidents: Path) -> Counter[tuple[str, str]]:
     return found
 
 
-def worst_shards(counts: Counts, number: int = 3) -> str:
-    """The shards that lost most, with how many and why."""
+def worst_shards(counts: Counts) -> str:
+    """The three shards that lost most, with how many and why."""
     by_shard: Counter[str] = Counter()
     for (shard, _), count in counts.by_shard_and_kind.items():
         by_shard[shard] += count
     reported = []
-    for shard, count in by_shard.most_common(number):
+    for shard, count in by_shard.most_common(3):
         kinds = Counter({kind: n for (name, kind), n in counts.by_shard_and_kind.items() if name == shard})
         reported.append(f"{shard} {count} ({', '.join(kind for kind, _ in kinds.most_common(2))})")
     return ", ".join(reported)

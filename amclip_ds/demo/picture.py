@@ -10,14 +10,16 @@ from amclip_ds.jsonl import read_lines
 from amclip_ds.pictures import darkened
 from amclip_ds.plots import pyplot
 
+SCENES = 8  # rows of the picture
 
-def draw_masks(masked: MaskedScenes, file: Path, num_scenes: int = 8) -> None:
+
+def draw_masks(masked: MaskedScenes, file: Path) -> None:
     """A row a scene: the teacher's crop with its caption, its scores, and both views under each mask."""
     plt = pyplot()
     num_views, grid = len(masked.views_uint8), int(masked.is_object.shape[-1] ** 0.5)
     views = [f"{name}, view {view + 1}" for name in masked.kept for view in range(num_views)]
     titles = ["teacher's crop", "its scores", *views]
-    figure, axes = plt.subplots(num_scenes, len(titles), figsize=(1.75 * len(titles), 1.95 * num_scenes), squeeze=False)
+    figure, axes = plt.subplots(SCENES, len(titles), figsize=(1.75 * len(titles), 1.95 * SCENES), squeeze=False)
     for scene, row in enumerate(axes):
         side = int(masked.scores.shape[1] ** 0.5)
         row[0].imshow(_pixels(masked.teacher_uint8[scene]))

@@ -131,11 +131,11 @@ def read_facts(index: Index, sample_ids: list[int]) -> list[dict]:
         return found
 
 
-def part_accuracies(encoder: TowerEncoder, folder: Path, batch_size: int = 128) -> tuple[float, float]:
+def part_accuracies(encoder: TowerEncoder, folder: Path) -> tuple[float, float]:
     """(colour, shape): how often the class chosen among all (`a COLOUR SHAPE`) has the right one."""
     data, comm = open_set(str(folder)), SingleProcess()
-    classifier = build_classifier(encoder, data.classnames, data.templates, batch_size, comm)
-    chosen = (encode_images(encoder, data.samples, batch_size, comm) @ classifier.T).argmax(-1)
+    classifier = build_classifier(encoder, data.classnames, data.templates, 128, comm)
+    chosen = (encode_images(encoder, data.samples, 128, comm) @ classifier.T).argmax(-1)
     parts = [name.split()[-2:] for name in data.classnames]
     pairs = [(parts[int(label)], parts[sample.label]) for label, sample in zip(chosen, data.samples)]
     colour, shape = (sum(ours[part] == theirs[part] for ours, theirs in pairs) / len(pairs) for part in (0, 1))

@@ -181,17 +181,17 @@ def check_distinct(sets: Sequence[EvalSet], key: str) -> None:
             raise UserError(f"{key}: {other} and {data.folder} are both called {data.name}: rename or link one")
 
 
-def check_sets(spec: str | None, key: str = "eval.data") -> list[str]:
-    """Opens every set that `::` joins and decodes its first image. Returns a line about each. Raises UserError.
+def check_sets(spec: str | None) -> list[str]:
+    """Opens every set of eval.data and decodes its first image. Returns a line about each. Raises UserError.
 
     What can be known before a run: layouts, labels, class names, templates, headers of tars. No torch.
     """
-    sets = open_sets(sources.split_sources(spec or ""), key)
+    sets = open_sets(sources.split_sources(spec or ""), "eval.data")
     for data in sets:
         try:
             data.samples[0].read()
         except UserError as error:
-            raise type(error)(f"{key}: {error}") from None
+            raise type(error)(f"eval.data: {error}") from None
     return [data.describe() for data in sets]
 
 
@@ -505,9 +505,7 @@ def _content(file: BinaryIO, shard: str, key: str, member: Member) -> bytes:
     return file.read(member.size)
 
 
-def _check_labels(
-    samples: Sequence[Sample], classnames: tuple[str, ...], folder: Path, is_multilabel: bool = False
-) -> None:
+def _check_labels(samples: Sequence[Sample], classnames: tuple[str, ...], folder: Path, is_multilabel: bool) -> None:
     if is_multilabel:
         for sample in samples:
             if len(sample.numbers) != len(classnames):

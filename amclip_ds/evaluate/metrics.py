@@ -97,12 +97,12 @@ def per_class(predicted: np.ndarray, targets: np.ndarray, num_classes: int) -> t
     return hits, np.bincount(targets, minlength=num_classes)
 
 
-def confusion_pairs(predicted: np.ndarray, targets: np.ndarray, names: Sequence[str], most: int = 10) -> list[dict]:
-    """The most frequent mistakes: {"true", "predicted", "count", "of"}, the frequent first."""
+def confusion_pairs(predicted: np.ndarray, targets: np.ndarray, names: Sequence[str]) -> list[dict]:
+    """The ten most frequent mistakes: {"true", "predicted", "count", "of"}, the frequent first."""
     wrong = predicted != targets
     pairs, counts = np.unique(np.stack([targets[wrong], predicted[wrong]], 1), axis=0, return_counts=True)
     totals = np.bincount(targets, minlength=len(names))
-    order = np.lexsort((pairs[:, 1], pairs[:, 0], -counts))[:most]
+    order = np.lexsort((pairs[:, 1], pairs[:, 0], -counts))[:10]
     return [
         {
             "true": names[pairs[i][0]],

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from amclip_ds.compat import COMPAT
-from amclip_ds.config import TrainConfig
 from amclip_ds.engine.ds_config import is_flat, is_offloaded, is_teacher_sharded, read_ds_config, stage_of
 from amclip_ds.optim import OptimConfig, parameter_groups
 from amclip_ds.plan.shapes import Parameters
-from amclip_ds.plan.work import Work, work_of
+from amclip_ds.plan.work import Work
 
 PARTS = ("parameters", "gradients", "masters", "moments", "ema", "teacher")
 MOMENTS = {"adamw": 2, "muon": 2, "lion": 1, "sgd": 1}  # muon: of what adamw steps; its matrices have one
@@ -38,17 +37,12 @@ class Sizes:
     """by rank: of the gradients that this rank holds at the peak"""
 
 
-def model_state_of(config: TrainConfig, world_size: int, rank: int | None = None) -> dict[str, float]:
+def state_of(work: Work, rank: int | None = None) -> dict[str, float]:
     """Bytes in the device's memory, by part, at the peak of a step. Nothing is allocated.
 
     rank: None for the largest of every part over the ranks. What is offloaded is left out.
     Raises UserError for a ds_configs file that cannot be used.
     """
-    return state_of(work_of(config, world_size), rank)
-
-
-def state_of(work: Work, rank: int | None = None) -> dict[str, float]:
-    """model_state_of, of a step's work."""
     ds = read_ds_config(work.config.engine)
     stage = stage_of(ds)
     flat = is_flat(ds, work.config.engine, work.config.optim.name)

@@ -80,8 +80,9 @@ def given(inputs: MaskInputs, options: Any) -> Tensor:
     return -inputs.noise
 
 
-def noise_of(keep_indices: Tensor, grid: int, unit: int = 2) -> Tensor:
-    """keep_indices [V, B, K] -> [V, B, U]: 0 for a unit that stays, 1 for the others."""
+def noise_of(keep_indices: Tensor, grid: int) -> Tensor:
+    """keep_indices [V, B, K] -> [V, B, U]: 0 for a unit of 2 x 2 patches that stays, 1 for the others."""
+    unit = 2
     side = grid // unit
     units = keep_indices // grid // unit * side + keep_indices % grid // unit
     return torch.ones(*keep_indices.shape[:2], side * side).scatter_(-1, units, 0.0)

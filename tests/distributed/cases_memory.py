@@ -11,7 +11,8 @@ from amclip_ds.engine.student import StepOutcome
 from amclip_ds.method import method_of
 from amclip_ds.model.config import HeadsConfig, ModelConfig, TeacherConfig, TextConfig, VisionConfig
 from amclip_ds.optim import OptimConfig, Schedules
-from amclip_ds.plan.model_state import model_state_of
+from amclip_ds.plan.model_state import state_of
+from amclip_ds.plan.work import work_of
 from amclip_ds.ranks import runtime as engine_runtime
 from amclip_ds.ranks.collectives import DistributedComm
 from amclip_ds.resilience.config import GuardsConfig
@@ -80,6 +81,6 @@ def state_by_part(ds: str, placement: str = "auto", optim: str = "adamw") -> dic
             micro=4,
             guards=Guards(GuardsConfig()),
         )
-    expected = model_state_of(settings, runtime.world_size, runtime.rank)
+    expected = state_of(work_of(settings, runtime.world_size), runtime.rank)
     engine_runtime.stop(runtime)
     return {"measured": measured, "expected": expected}

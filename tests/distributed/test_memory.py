@@ -5,7 +5,8 @@ from functools import cache
 import pytest
 
 from amclip_ds.engine.memory import relative_difference
-from amclip_ds.plan.model_state import model_state_of
+from amclip_ds.plan.model_state import state_of
+from amclip_ds.plan.work import work_of
 from tests.distributed.cases_memory import small_settings
 from tests.harness import run_ranks
 
@@ -40,5 +41,5 @@ def test_model_state_by_part(ds: str, world_size: int, optim: str) -> None:
 def test_another_stage_does_not_fit_the_formula() -> None:
     """The twin: what stage 2 measures, held against stage 3's formula."""
     measured = by_part("zero2_bf16.json", 2)[0]["measured"]
-    expected = model_state_of(small_settings("zero3_bf16.json"), 2, 0)
+    expected = state_of(work_of(small_settings("zero3_bf16.json"), 2), 0)
     assert relative_difference(measured["parameters"], expected["parameters"]) > 0.3

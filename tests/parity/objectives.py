@@ -51,7 +51,7 @@ INPUTS = [
 ]
 
 
-def slip_losses(numbers: Numbers, given: dict[str, Tensor], ssl: simclr.SimCLR, clip: Any) -> tuple[Tensor, Tensor]:
+def slip_losses(given: dict[str, Tensor], ssl: simclr.SimCLR, clip: Any) -> tuple[Tensor, Tensor]:
     image = normalise(given["in/cls_image"] @ given["w/image_projection"])
     text = normalise(given["in/eot"] @ given["w/text_projection"])
     scale = given["w/logit_scale"].exp()
@@ -63,7 +63,7 @@ def slip_losses(numbers: Numbers, given: dict[str, Tensor], ssl: simclr.SimCLR, 
 def check_slip(numbers: Numbers) -> None:
     given = leaves(numbers, INPUTS)
     clip, ssl = slip_objectives(numbers, "view")
-    clip_loss, ssl_loss = slip_losses(numbers, given, ssl, clip)
+    clip_loss, ssl_loss = slip_losses(given, ssl, clip)
     losses = numbers.meta["losses"]
     for ours, name in ((clip_loss, "clip_loss"), (ssl_loss, "ssl_loss"), (clip_loss + ssl_loss, "loss")):
         close_loss(ours, losses[name], name)
@@ -108,7 +108,7 @@ def check_slip_outputs(numbers: Numbers) -> None:
 def check_slip_joint_norm(numbers: Numbers) -> None:
     given = leaves(numbers, INPUTS)
     clip, ssl = slip_objectives(numbers, "batch")
-    _, loss = slip_losses(numbers, given, ssl, clip)
+    _, loss = slip_losses(given, ssl, clip)
     close_loss(loss, numbers.meta["losses"]["ssl_loss_joint_batchnorm"], "ssl_loss_joint_batchnorm")
     views = ["in/cls_aug1", "in/cls_aug2"]
     for name, found in zip(views, torch.autograd.grad(loss, [given[view] for view in views])):

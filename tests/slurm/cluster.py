@@ -206,12 +206,8 @@ class Cluster:
 
     # ---- breaking and mending -------------------------------------------------------------------------------------
 
-    def node_down(self, node: str, reason: str = "test") -> None:
-        self.client("scontrol", "update", f"nodename={node}", "state=down", f"reason={reason}")
-
-    def drain(self, node: str, reason: str = "test") -> None:
-        """Nothing new starts on the node until `node_up`, whether its slurmd answers or not."""
-        self.client("scontrol", "update", f"nodename={node}", "state=drain", f"reason={reason}")
+    def node_down(self, node: str) -> None:
+        self.client("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def node_up(self, node: str) -> None:
         self.client("scontrol", "update", f"nodename={node}", "state=resume", check=False)

@@ -106,9 +106,9 @@ ANSWER = 'printf "%s\\n" run 12345 auto 1 ""'
 ONE_NODE = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
 
 
-def a_job(programs: Path, *srun: str, begin: str = ANSWER, end: str = "echo exit 0") -> None:
+def a_job(programs: Path, *srun: str, begin: str = ANSWER) -> None:
     """A Slurm that runs what train.sbatch asks for; `asked` gets srun's words and variables, a line each."""
-    write(programs / "python", f'case "$3" in begin) {begin} ;; end) {end} ;; esac')
+    write(programs / "python", f'case "$3" in begin) {begin} ;; end) echo exit 0 ;; esac')
     write(programs / "squeue", "echo train")
     write(programs / "sinfo", "true")
     write(programs / "scontrol", '[ "$1" = requeue ] && touch "$SLURM_SUBMIT_DIR/requeued"', RUNNING)

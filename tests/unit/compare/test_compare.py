@@ -35,9 +35,9 @@ WORDS = ["data.train=x.tar", "eval.data=y", "batch.global_size=64"]
 RECIPES = ["clip-tiny", "aclip-tiny"]
 
 
-def made_runs(out: Path, seeds: int = 3, steps: int = 100) -> list[Run]:
+def made_runs(out: Path, seeds: int = 3) -> list[Run]:
     rows = read_rows(RECIPES, WORDS, [], 1)
-    return make_runs(rows, seeds, dict.fromkeys(RECIPES, steps), WORDS, out)
+    return make_runs(rows, seeds, dict.fromkeys(RECIPES, 100), WORDS, out)
 
 
 def write_run(run: Run, acc1: float, step_s: float, code: int = 0, torn: bool = False) -> None:

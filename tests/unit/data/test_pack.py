@@ -21,9 +21,9 @@ BROKEN = {3: "missing file", 5: "unreadable image", 7: "empty caption"}
 """rows of a table that are broken, and why"""
 
 
-def write_images(folder: Path, count: int = COUNT) -> Path:
+def write_images(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    for number in range(count):
+    for number in range(COUNT):
         if BROKEN.get(number) != "missing file":
             content = picture(number, kind=("JPEG", "PNG", "WEBP")[number % 3])
             content = content[: len(content) // 2] if BROKEN.get(number) == "unreadable image" else content

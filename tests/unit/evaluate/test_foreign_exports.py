@@ -288,9 +288,9 @@ def test_weights_that_give_no_number_are_refused(export) -> None:
     assert "not finite" in refused(folder)
 
 
-def graph_of(folder: Path, name: str = "image") -> tuple[Any, Any]:
+def graph_of(folder: Path) -> tuple[Any, Any]:
     onnx = pytest.importorskip("onnx")
-    return onnx, onnx.load(folder / f"{name}.onnx", load_external_data=False)
+    return onnx, onnx.load(folder / "image.onnx", load_external_data=False)
 
 
 def lead_to(location: str) -> Callable[[Any, Any], None]:

@@ -8,10 +8,10 @@ from amclip_ds.errors import UserError
 from amclip_ds.evaluate import metrics
 
 
-def scores_and_targets(tied: bool, num_classes: int = 7, num: int = 200, seed: int = 0):
-    draw = np.random.default_rng(seed)
-    scores = draw.integers(0, 3, (num, num_classes)) if tied else draw.standard_normal((num, num_classes))
-    return torch.tensor(scores, dtype=torch.float32), torch.tensor(draw.integers(0, num_classes, num))
+def scores_and_targets(tied: bool, num_classes: int = 7):
+    draw, shape = np.random.default_rng(0), (200, num_classes)
+    scores = draw.integers(0, 3, shape) if tied else draw.standard_normal(shape)
+    return torch.tensor(scores, dtype=torch.float32), torch.tensor(draw.integers(0, num_classes, 200))
 
 
 def slow_ranks(scores: torch.Tensor, targets: torch.Tensor) -> list[list[int]]:
@@ -81,10 +81,10 @@ def test_confusions_are_counted() -> None:
     assert metrics.confusion_pairs(targets, targets, ["a", "b", "c"]) == []
 
 
-def slow_bootstrap(value, num: int, resamples: int = 4000, seed: int = 1) -> tuple[float, float]:
+def slow_bootstrap(value, num: int) -> tuple[float, float]:
     """Draws units one by one."""
-    draw = np.random.default_rng(seed)
-    values = [value(draw.integers(0, num, num)) for _ in range(resamples)]
+    draw = np.random.default_rng(1)
+    values = [value(draw.integers(0, num, num)) for _ in range(4000)]
     return float(np.percentile(values, 2.5)), float(np.percentile(values, 97.5))
 
 

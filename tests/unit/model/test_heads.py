@@ -22,11 +22,11 @@ def normed(
     return norm(x, None if sums is None else all_reduce_sum(sums))
 
 
-def trained_pair(width: int = 6) -> tuple[BatchNorm, nn.BatchNorm1d]:
-    ours, torchs = BatchNorm(width), nn.BatchNorm1d(width)
+def trained_pair() -> tuple[BatchNorm, nn.BatchNorm1d]:
+    ours, torchs = BatchNorm(6), nn.BatchNorm1d(6)
     with torch.no_grad():
         for parameter in torchs.parameters():
-            parameter.copy_(torch.randn(width))
+            parameter.copy_(torch.randn(6))
     ours.load_state_dict(torchs.state_dict())
     return ours, torchs
 

@@ -14,7 +14,7 @@ from amclip_ds.cli import main
 from amclip_ds.optim import NAMES, parameter_groups
 from amclip_ds.plan import optimizer, shown, work
 from amclip_ds.plan.gpus import AS_MEASURED, GPUS, MEASURED, Gpu, _work_of, gpu_of, rate_of
-from amclip_ds.plan.model_state import averaged_by_rank, model_state_of, reduced_by_rank, sizes_of, trained_elements
+from amclip_ds.plan.model_state import averaged_by_rank, reduced_by_rank, sizes_of, state_of, trained_elements
 from amclip_ds.plan.planner import GIB, Ask, Plan, communication_bytes, make_plan, memory_of
 from amclip_ds.plan.work import work_of
 
@@ -167,7 +167,7 @@ def test_muon_and_lion_hold_less_than_adamw() -> None:
             [f"optim.name={name}", f"engine.deepspeed=zero{n}_{'bf16' if n else 'fp32'}.json"] for n in range(4)
         ]
         loaded = [config.load("aclip-vitb16", words) for words in of_stages]
-        state[name] = [model_state_of(one, 1)["moments"] for one in loaded]
+        state[name] = [state_of(work_of(one, 1))["moments"] for one in loaded]
         assert optimizer.muon_elements(work_of(loaded[0], 1)) == (name == "muon") * 122_683_392
     for number in (0, 3):
         assert state["adamw"][number] - state["muon"][number] == 4 * 122_683_392
