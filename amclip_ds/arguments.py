@@ -67,10 +67,16 @@ def add_plugin(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plugin", action="append", default=[], metavar="NAME|FILE.py", help=says)
 
 
+def add_recipe(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """The recipe and the settings over it. nargs: "?" where the command has a use without a recipe."""
+    says = "a recipe's name (amclip recipes) or the path of a yaml"
+    parser.add_argument("recipe", metavar="RECIPE", nargs=nargs, help=says)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the recipe")
+
+
 def add_training(parser: argparse.ArgumentParser) -> None:
     """The words of `amclip train`, which a job script takes too."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name (amclip recipes) or the path of a yaml")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the recipe")
+    add_recipe(parser)
     parser.add_argument("--procs", type=whole(1, 1024), metavar="N", help="start N processes on this machine")
     parser.add_argument(
         "--max-restarts",

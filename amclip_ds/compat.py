@@ -17,4 +17,6 @@ class Compat:
     """Frequency text masks keep whole words until the budget is full; False: as many words as it has tokens, cut."""
 
 
+TEXT_ENDS = ("text.embeddings.", "text.final_layer_norm.")
+"""of the names of what the teacher does not average where it does not average its whole text tower"""
 COMPAT = {"paper": Compat(True, True, True, True, True), "release": Compat(False, False, False, False, False)}

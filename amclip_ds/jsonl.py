@@ -157,6 +157,11 @@ def _is_of(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
+def superseded(name: str) -> str:
+    """The file beside this one to which `supersede` moves rows."""
+    return f"{name.removesuffix('.jsonl')}.superseded.jsonl"
+
+
 def supersede(path: Path, step: int) -> int:
     """Sets aside, before a resume writes those steps again, the rows of steps after `step`, and lines that are no rows
     with a step. Returns how many of the latter. Every line is kept byte for byte. Raises OSError.
@@ -165,7 +170,7 @@ def supersede(path: Path, step: int) -> int:
     if not places:
         return 0
     asides = {
-        LATE: path.with_name(f"{path.stem}.superseded.jsonl"),
+        LATE: path.with_name(superseded(path.name)),
         UNREADABLE: path.with_name(f"{path.stem}.unreadable.txt"),
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

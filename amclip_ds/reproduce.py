@@ -22,7 +22,7 @@ from amclip_ds.config import TrainConfig
 from amclip_ds.doctor import FAIL, OK, WARN, Finding
 from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.files import MAX_TEXT, is_regular, not_written, read_bytes, read_json, read_text, removed_on_error
-from amclip_ds.jsonl import encode, read
+from amclip_ds.jsonl import encode, read, superseded
 from amclip_ds.run_files import MAX_METRICS, STEP
 
 EXACT = ("torch", "deepspeed", "numpy", "timm", "transformers", "torchvision", "simplejpeg")  # they change the bits
@@ -188,7 +188,7 @@ def first_world(run: Path) -> int | None:
 def first_rows(run: Path, steps: int) -> list[dict[str, Any]]:
     """The recorded rows of the first attempt, up to a step. Raises UserError where there are none."""
     rows: list[dict[str, Any]] = []
-    for name in (run_files.METRICS, "metrics.superseded.jsonl"):
+    for name in (run_files.METRICS, superseded(run_files.METRICS)):
         if is_regular(run / name):
             rows += read(run / name, STEP, MAX_METRICS)[0]
     found = {row["step"]: row for row in rows if row.get("attempt") == 0 and row["step"] <= steps}

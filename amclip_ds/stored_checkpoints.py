@@ -144,7 +144,7 @@ class Weights:
         try:
             self.manifest = manifest.verify(path)
             self._index = PieceIndex(path, self.manifest)
-            self._buffers, self._begin = tensorfile.read_header(path / "replicated.safetensors")
+            self._buffers, self._begin = tensorfile.read_header(path / manifest.REPLICATED)
         except DamagedError as error:
             raise UserError(f"damaged checkpoint: {error}") from None
         self._path, self._prefix = path, f"{which}."
@@ -165,7 +165,7 @@ class Weights:
         if name not in self._sources:
             entry = self._buffers[self._prefix + name]
             out = torch.empty(entry.shape, dtype=tensorfile.dtype_of(entry))
-            with tensorfile.open_regular(self._path / "replicated.safetensors") as file:
+            with tensorfile.open_regular(self._path / manifest.REPLICATED) as file:
                 tensorfile.read_elements(file, self._begin, entry, 0, out.view(-1))
             return out
         out = torch.empty(self.manifest.shapes[name], dtype=torch.float32)

@@ -42,7 +42,7 @@ def plan(state: CheckpointState, rank: int, world_size: int) -> list[PlannedFile
     files.append(_json_file(f"rng/rank{rank:04d}.json", random_state()))
     if rank == 0:
         flat = {name: buffer.detach().contiguous() for name, buffer in state.replicated.items()}
-        files.append(_tensor_file("replicated.safetensors", flat))
+        files.append(_tensor_file(manifest.REPLICATED, flat))
         files.append(_json_file("trainer.json", state.small))
         files.append(PlannedFile("config.yaml", [state.config.encode()]))
     return files

@@ -225,7 +225,7 @@ def fill(found: FoundCheckpoint, state: CheckpointState, ranks: Ranks) -> None:
 
 def _buffers_that_fit(found: FoundCheckpoint, state: CheckpointState) -> tuple[dict[str, tensorfile.Entry], int]:
     """What is saved of the buffers, and where it begins. Raises DamagedError, UserError where the state is another."""
-    entries, begin = tensorfile.read_header(found.path / "replicated.safetensors")
+    entries, begin = tensorfile.read_header(found.path / manifest.REPLICATED)
     entries = {present_buffer(name): entry for name, entry in entries.items()}
     if problem := _misfit(found, state, entries):
         raise UserError(problem)
@@ -240,7 +240,7 @@ def _fill_all(found: FoundCheckpoint, state: CheckpointState, buffers: dict[str,
             for kind, held in state.sharded.items():
                 for name, shard in held.items():
                     _fill_shard(found, kind, name, shard, opened, stack)
-            file = stack.enter_context(tensorfile.open_regular(found.path / "replicated.safetensors"))
+            file = stack.enter_context(tensorfile.open_regular(found.path / manifest.REPLICATED))
             for name, buffer in state.replicated.items():
                 tensorfile.read_elements(file, begin, buffers[name], 0, buffer.detach().view(-1))
     except DamagedError as error:

@@ -36,7 +36,8 @@ FILES = re.compile(
     r"(model|optim|ema)/rank[0-9]{4,6}\.safetensors|rng/rank[0-9]{4,6}\.json"
     r"|replicated\.safetensors|trainer\.json|config\.yaml"
 )
-ALWAYS = {"replicated.safetensors", "trainer.json", "config.yaml"}
+REPLICATED = "replicated.safetensors"
+ALWAYS = {REPLICATED, "trainer.json", "config.yaml"}
 KIND = re.compile(r"[a-z_0-9]{1,64}")
 MAX_STEP, MAX_WORLD = 10**12 - 1, 10**6
 PRECISIONS = ("float32", "bfloat16", "float16")

@@ -14,15 +14,14 @@ import argparse
 from typing import Any
 
 from amclip_ds import json_file
-from amclip_ds.arguments import add_plugin, number, whole
+from amclip_ds.arguments import add_plugin, add_recipe, number, whole
 
 HELP = "plan memory, time and cost of a run before there is one"
 DEFAULT_GPU = "h100"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name (amclip recipes) or the path of a yaml")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the recipe")
+    add_recipe(parser)
     parser.add_argument("--gpus", type=whole(1, 1_000_000), default=1, metavar="N", help="GPUs in all (1)")
     parser.add_argument("--gpu", nargs="+", action="extend", metavar="NAME", help=f"kinds of GPU ({DEFAULT_GPU})")
     parser.add_argument("--gpus-per-node", type=whole(1, 1024), metavar="N", help="(8, or all where fewer)")

@@ -15,17 +15,14 @@ import re
 from pathlib import Path
 
 from amclip_ds import json_file
-from amclip_ds.arguments import add_plugin, whole
+from amclip_ds.arguments import add_plugin, add_recipe, whole
 from amclip_ds.errors import SettingsError
 
 HELP = "check a recipe, then sbatch it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "recipe", metavar="RECIPE", nargs="?", help="a recipe's name (amclip recipes) or the path of a yaml"
-    )
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings laid over the recipe")
+    add_recipe(parser, nargs="?")
     parser.add_argument("--nodes", type=whole(1, 100_000), default=1, metavar="N", help="nodes (1)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(

@@ -137,8 +137,7 @@ def compile_backward_with_forward() -> None:
     first backward pass, and what fails there ends the run."""
     import torch._functorch.config as functorch
 
-    if hasattr(functorch, "force_non_lazy_backward_lowering"):
-        functorch.force_non_lazy_backward_lowering = True
+    functorch.force_non_lazy_backward_lowering = True
 
 
 def _quiet_deepspeed() -> None:

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from amclip_ds.engine.shards import Shard
 from amclip_ds.host_copies import begin_download
 from amclip_ds.ranks.collectives import reduce_scatter
 from amclip_ds.ranks.communication_time import COMMUNICATION
@@ -133,15 +132,6 @@ class FlatGradients:
         known = arrived().cpu()
         zero.overflow = not bool(known.isfinite())
         zero._global_grad_norm = math.inf if zero.overflow else known
-
-    def of(self, parameter: Any) -> Shard | None:
-        """This rank's part of a parameter's averaged gradient, a view; there between backward and step."""
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is None:
-            return None
-        flat = self._optimizer.averaged_gradients[mapping.param_group_index].flat_partition
-        held, place = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return Shard(flat.narrow(0, held.start, held.numel), place.start, place.numel, parameter.numel())
 
     def _sum(self, own: Tensor, turn: Round, gradients: list[Tensor | None]) -> None:
         """own <- this rank's part of the sum over the ranks of one round."""

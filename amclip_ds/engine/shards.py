@@ -36,7 +36,7 @@ def master_shards(engine: Any) -> dict[str, Shard]:
 
 def master_shards_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Shard]:
     """The same, of the given parameters; frozen ones have no master."""
-    found = {name: _shard(parameter, None) for name, parameter in parameters.items() if parameter.requires_grad}
+    found = {name: _shard(parameter) for name, parameter in parameters.items() if parameter.requires_grad}
     return {name: shard for name, shard in found.items() if shard is not None}
 
 
@@ -54,7 +54,7 @@ def optimizer_shards(engine: Any, to_fill: bool = False) -> dict[str, dict[str, 
     """
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     offsets = _muon_offsets(engine)
-    found = {name: _moments(engine, p, offsets, to_fill) for name, p in trained.items() if _shard(p, None) is not None}
+    found = {name: _moments(engine, p, offsets, to_fill) for name, p in trained.items() if _shard(p) is not None}
     return {name: moments for name, moments in found.items() if moments}
 
 
@@ -161,15 +161,15 @@ def _moments(engine: Any, parameter: Any, muon_offsets: Mapping[int, int], to_fi
     }
 
 
-def _shard(parameter: Any, key: str | None) -> Shard | None:
+def _shard(parameter: Any) -> Shard | None:
     if hasattr(parameter, "ds_id"):
-        return _stage_3_shard(parameter, key)
+        return _stage_3_shard(parameter, None)
     if hasattr(parameter, "_hp_mapping"):
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
         address = mapping.lp_fragment_address
-        return Shard(mapping.get_hp_fragment(key), address.start, address.numel, parameter.numel())
+        return Shard(mapping.get_hp_fragment(), address.start, address.numel, parameter.numel())
     return Shard(parameter.data.view(-1), 0, parameter.numel(), parameter.numel())
 
 
@@ -198,7 +198,7 @@ def refresh_from_masters(engine: Any) -> None:
             if shard is not None:
                 parameter.ds_tensor.data[: shard.length].copy_(shard.tensor)
         else:
-            whole = gather_whole(_shard(parameter, None), parameter.shape, parameter.device)
+            whole = gather_whole(_shard(parameter), parameter.shape, parameter.device)
             parameter.data.copy_(whole)
     persistent = [p for p in engine.module.parameters() if getattr(p, "ds_persist", False)]
     if persistent:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from amclip_ds.comm import Comm
+from amclip_ds.compat import TEXT_ENDS
 from amclip_ds.model.amclip import Sizes, no_objectives, sizes_of
 from amclip_ds.model.config import ModelConfig
 from amclip_ds.model.features import Seen, Targets, check_targets
@@ -92,4 +93,4 @@ def mirrored_names(names: Iterable[str], averages_text_ends: bool) -> set[str]:
     """
     if averages_text_ends:
         return set()
-    return {name for name in names if name.startswith(("text.embeddings.", "text.final_layer_norm."))}
+    return {name for name in names if name.startswith(TEXT_ENDS)}

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from amclip_ds.compat import COMPAT
+from amclip_ds.compat import COMPAT, TEXT_ENDS
 from amclip_ds.engine.ds_config import is_flat, is_offloaded, is_teacher_sharded, read_ds_config, stage_of
 from amclip_ds.optim import OptimConfig, parameter_groups
 from amclip_ds.plan.shapes import Parameters
@@ -14,7 +14,6 @@ PARTS = ("parameters", "gradients", "masters", "moments", "ema", "teacher")
 MOMENTS = {"adamw": 2, "muon": 2, "lion": 1, "sgd": 1}  # muon: of what adamw steps; its matrices have one
 FP32 = 4
 PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold, in elements
-TEXT_ENDS = ("text.embeddings.", "text.final_layer_norm.")  # not averaged by the published code
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def read_run(folder: Path) -> RunFacts:
     metrics, set_aside = Series(), Series()
     for row in rows(run_files.METRICS, run_files.STEP):
         metrics.add(row)
-    for row in rows("metrics.superseded.jsonl", run_files.STEP):
+    for row in rows(jsonl.superseded(run_files.METRICS), run_files.STEP):
         set_aside.add(row)
     incidents = Incidents()
     for row in rows(run_files.INCIDENTS, run_files.INCIDENT):

@@ -14,7 +14,7 @@ from torch import Tensor
 from amclip_ds.engine import shards, teacher_copies
 from amclip_ds.engine import student as student_module
 from amclip_ds.engine.ds_config import EngineConfig
-from amclip_ds.engine.shards import gather_whole
+from amclip_ds.engine.shards import Shard, gather_whole
 from amclip_ds.engine.zero3 import blocks_of
 from amclip_ds.errors import AmclipError
 from amclip_ds.model import init
@@ -213,7 +213,12 @@ def _whole_gradient(run: Run, parameter: Any) -> Tensor:
     from deepspeed.utils import safe_get_full_grad
 
     if run.student.flat is not None:
-        return gather_whole(run.student.flat.of(parameter), parameter.shape, parameter.device)
+        shard, mapping = None, parameter._hp_mapping
+        if mapping is not None:
+            flat = run.student.flat._optimizer.averaged_gradients[mapping.param_group_index].flat_partition
+            held, place = mapping.hp_fragment_address, mapping.lp_fragment_address
+            shard = Shard(flat.narrow(0, held.start, held.numel), place.start, place.numel, parameter.numel())
+        return gather_whole(shard, parameter.shape, parameter.device)
     grad = safe_get_full_grad(parameter)
     return (parameter.grad if grad is None else grad).detach().float().clone()
 
