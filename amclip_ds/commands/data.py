@@ -33,7 +33,8 @@ PACK = """Makes tars to train on of images with captions.
   amclip data pack /data/pokemon --split train --out /data/p  Parquet or Arrow with the images inside (Hugging Face)
 
 Every image is decoded; what training would trip over is left out, counted and named in DIR/pack.jsonl. Started again
-with the same arguments, a pack that was stopped resumes from its last whole tar. A sample's key is its row's number.
+with the same arguments, a pack that was stopped resumes from its last whole tar. A sample's key is its row's number;
+rows of a table that follow each other and name one image are one sample, with a caption a row.
 Rows keep their order: shuffle a table that is sorted by class, since training shuffles within windows of shards.
 """
 SYNTH = """Makes cluttered scenes with one captioned object each: 8 shapes x 8 colours, so chance is 1/64.

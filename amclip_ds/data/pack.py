@@ -21,15 +21,14 @@ from typing import Any, BinaryIO
 from amclip_ds.data.pack_sources import Row, Source
 from amclip_ds.data.plain_text import BadText, decode, lines, parse_object, visible
 from amclip_ds.errors import AmclipError, UserError
-from amclip_ds.files import describe, not_written, read_bytes, write_atomically
+from amclip_ds.files import describe, not_written, outlasting, read_bytes, write_atomically
 from amclip_ds.images import BadImage, kind_of, open_image
 from amclip_ds.jsonl import append_line, read_lines
-from amclip_ds.shards.grouping import MAX_IMAGE_BYTES
+from amclip_ds.shards.grouping import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 from amclip_ds.shards.tar import printable
 
 RECORD = "pack.jsonl"
 MAX_RECORD = 1 << 30  # bytes of a record in which many rows are left out
-MAX_TEXT = 1 << 20  # bytes of a caption's file
 AHEAD = 8  # rows a thread that are read ahead
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -53,6 +52,11 @@ class Packed:
     def samples(self) -> int:
         return sum(self.shards.values())
 
+    @property
+    def further(self) -> int:
+        """Rows whose caption is in the sample of a row above."""
+        return self.rows - self.samples - self.causes.total()
+
     def add(self, line: dict[str, Any]) -> None:
         """One line of the record."""
         if line["samples"]:
@@ -71,7 +75,8 @@ class Packed:
         ]
         return [
             *reported,
-            f"{self.rows} rows = {self.samples} samples in {len(self.shards)} tar(s) + {self.causes.total()} left out",
+            f"{self.rows} rows = {self.samples} samples in {len(self.shards)} tar(s) + {self.causes.total()} left out"
+            + (f" + {self.further} further rows of the same images" if self.further else ""),
         ]
 
     def facts(self) -> dict[str, Any]:
@@ -80,6 +85,7 @@ class Packed:
             "rows": self.rows,
             "samples": self.samples,
             "left_out": self.causes.total(),
+            "further": self.further,
             "shards": self.shards,
             "causes": dict(self.causes.most_common()),
         }
@@ -157,9 +163,11 @@ class _Shards:
         self._file: BinaryIO | None = None
 
     def take(self, row: Row, sample: dict[str, Any] | Fault) -> None:
-        """One row: into the tar, or onto the list of those left out."""
+        """One row: into the tar, or onto the list of those left out; a further one of an image is counted."""
         number = self.done.rows + self._rows
         self._rows += 1
+        if row.is_further:
+            return
         if isinstance(sample, Fault):
             self._left_out.append({"row": number, "name": row.name, "cause": str(sample)})
             return
@@ -241,6 +249,8 @@ def _verified(rows: Iterator[Row], threads: int) -> Generator[tuple[Row, dict[st
 def _sample_of(row: Row) -> dict[str, Any] | Fault:
     """The members of a sample, by suffix."""
     try:
+        if row.is_further:
+            return {}
         if row.fault:
             raise Fault(row.fault)
         content = _content(row.image)
@@ -248,7 +258,10 @@ def _sample_of(row: Row) -> dict[str, Any] | Fault:
         captions = [" ".join(lines(text)) for text in visible(_texts(row))]
         if not captions:
             raise Fault("empty caption" if row.captions or row.caption_file else "no caption")
-        return {SUFFIXES[kind_of(content)]: content, "txt": "\n".join(captions).encode()}
+        text = "\n".join(captions).encode()
+        if len(text) > MAX_TEXT_BYTES:
+            raise Fault(f"too large captions: more than {MAX_TEXT_BYTES} bytes")
+        return {SUFFIXES[kind_of(content)]: content, "txt": text}
     except Fault as fault:
         return fault
     except BadImage as error:
@@ -261,8 +274,9 @@ def _sample_of(row: Row) -> dict[str, Any] | Fault:
 
 def _content(image: Path | bytes) -> bytes:
     if isinstance(image, Path):
+        file = image
         try:
-            image = read_bytes(image, MAX_IMAGE_BYTES)
+            image = outlasting(f"SOURCE: {file}", lambda: read_bytes(file, MAX_IMAGE_BYTES))
         except (OSError, ValueError) as error:
             cause = describe(error) if isinstance(error, OSError) else "no name of a file"
             raise Fault("missing file" if cause == "missing" else f"a file that cannot be read: {cause}") from None
@@ -272,13 +286,14 @@ def _content(image: Path | bytes) -> bytes:
 
 
 def _texts(row: Row) -> list[str]:
-    if row.caption_file is None:
+    file = row.caption_file
+    if file is None:
         return list(row.captions)
     try:
-        content = read_bytes(row.caption_file, MAX_TEXT)
+        content = outlasting(f"SOURCE: {file}", lambda: read_bytes(file, MAX_TEXT_BYTES))
     except OSError as error:
         raise Fault(f"a caption that cannot be read: {describe(error)}") from None
-    if row.caption_file.suffix.lower() == ".txt":
+    if file.suffix.lower() == ".txt":
         return lines(decode(content))
     fields = parse_object(content)
     found = fields.get("captions", fields.get("caption", []))

@@ -6,7 +6,9 @@
     data/train-00000-of-00002.parquet ...          a data set of the hub, images inside
     dataset_info.json  data-00000-of-00001.arrow   one that `datasets` saved to disk, images inside
 
-A source that could be understood in two ways, or in none, is a UserError that says what to add. Loads no torch.
+Rows of a table that follow each other and name one image are one sample with several captions, as Flickr30K's and
+COCO's tables have them. A source that could be understood in two ways, or in none, is a UserError that says what to
+add; so is an option that the source does not read. Loads no torch.
 """
 
 import csv
@@ -16,23 +18,29 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from amclip_ds.errors import UserError, in_one_line
-from amclip_ds.files import is_regular, read_json
-from amclip_ds.shards.kinds import IMAGES, TABLES, kind_by_name
+from amclip_ds.files import is_regular, not_read, read_json
+from amclip_ds.shards.kinds import IMAGES, PACK, TABLES, kind_by_name
 from amclip_ds.shards.tar import printable
 
 IMAGE_KEYS = ("filepath", "file_name", "filename", "image_path", "image", "img", "jpg", "png", "webp", "path")
 CAPTION_KEYS = ("title", "caption", "captions", "text", "txt", "sentence", "description")
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "captions.csv", "captions.tsv", "captions.jsonl")
 SPLIT_OF = re.compile(r"(.+?)-\d+-of-\d+(-[0-9a-f]+)?\.(?:parquet|arrow)")
+SPLIT_IN = re.compile(
+    r"(?<![a-z])(?:train(?:ing)?|test(?:ing)?|val(?:id(?:ation)?)?|dev|eval(?:uation)?)(?![a-z])", re.IGNORECASE
+)
+"""a split's name in that of a file or of a folder above it, as the hub finds it"""
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 MAX_FIELD = 1 << 20  # characters of a cell
 OF_URLS = ("url", "image_url", "img_url")  # columns of LAION's, DataComp's and CC12M's tables
 DOWNLOAD = "img2dataset downloads them into shards (--output_format=webdataset)"
+READ = "a folder, a table (csv, tsv, jsonl: an object a line) or a file of Parquet or Arrow is packed"
 ROWS_AT_ONCE = 64  # of a Parquet or Arrow file, with their images
 BESIDE = 32 << 20  # bytes of a metadata table's first lines
 
@@ -48,6 +56,8 @@ class Row:
     caption_file: Path | None = None
     """where the captions are still to be read from"""
     fault: str = ""
+    is_further: bool = False
+    """another caption of the image above, which has it already"""
 
 
 class Source(Protocol):
@@ -77,6 +87,13 @@ class Keys:
     """to which names of images are relative"""
     split: str = ""
 
+    def check_read(self, source: str, *read: str) -> None:
+        """Refuses what was given and the source does not read: it would be left out without a word. Raises UserError."""
+        for name in ("image", "caption", "root", "split"):
+            if getattr(self, name) and name not in read:
+                option = f"--{name}-key" if name in ("image", "caption") else f"--{name}"
+                raise UserError(f"{option} {getattr(self, name)}: nothing to read by it in {source}")
+
 
 def open_source(spec: str, keys: Keys) -> Source:
     """Raises UserError for what is missing, unknown or unclear."""
@@ -94,34 +111,61 @@ def open_source(spec: str, keys: Keys) -> Source:
         return Table(path, keys)
     if path.suffix.lower() in (".parquet", ".arrow"):
         return Arrow([path], keys, spec)
-    what = kind_by_name(spec)
+    what = kind_by_name(spec).removesuffix(f"; {PACK}")
     is_tar = path.suffix.lower() == ".tar"
     raise UserError(
-        f"SOURCE: {printable(spec)} is {'a shard already: amclip data check reads it' if is_tar else what}"
-        if is_tar or what
-        else f"SOURCE: {printable(spec)}: neither a folder, a table (csv, tsv, jsonl) nor Parquet or Arrow"
+        f"SOURCE: {printable(spec)} is a shard already: amclip data check reads it"
+        if is_tar
+        else f"SOURCE: {printable(spec)}{f' is {what}' if what else ''}: {READ}"
     )
 
 
 def _open_folder(folder: Path, keys: Keys) -> Source:
     if is_regular(folder / "dataset_dict.json"):
         splits = [name for name in read_json(folder / "dataset_dict.json", dict).get("splits", []) if str(name)]
-        return _open_folder(folder / _one_split(folder, [str(name) for name in splits], keys), keys)
+        chosen = _one_split(folder, [str(name) for name in splits], keys)
+        return _open_folder(folder / chosen, replace(keys, split=""))
     if is_regular(folder / "state.json"):
         named = read_json(folder / "state.json", dict).get("_data_files", [])
         files = [folder / Path(str(item.get("filename"))).name for item in named if isinstance(item, dict)]
         return Arrow(files, keys, str(folder))
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".parquet", ".arrow"))
     if files:
-        splits = sorted({match[1] for path in files if (match := SPLIT_OF.fullmatch(path.name))})
-        if splits:
-            chosen = _one_split(folder, splits, keys)
-            files = [path for path in files if (match := SPLIT_OF.fullmatch(path.name)) and match[1] == chosen]
-        return Arrow(files, keys, str(folder))
+        return Arrow(_of_split(folder, files, keys), replace(keys, split=""), str(folder))
+    if keys.split:
+        below = f"; name {folder / keys.split}" if (folder / keys.split).is_dir() else ""
+        raise UserError(f"--split {keys.split}: {folder} has no files of Parquet or Arrow{below}")
     tables = [folder / name for name in METADATA if is_regular(folder / name)]
     if len(tables) > 1:
         raise UserError(f"SOURCE: {folder}: {tables[0].name} and {tables[1].name} may each hold the captions: name one")
-    return Table(tables[0], keys) if tables else Folder(folder)
+    return Table(tables[0], keys) if tables else Folder(folder, keys)
+
+
+def _of_split(folder: Path, files: Sequence[Path], keys: Keys) -> list[Path]:
+    """The files of the one split, or of the one asked for. Raises UserError where they are not of one data set."""
+    splits = {path: _split_of(path.relative_to(folder)) for path in files}
+    names = sorted(set(splits.values()) - {""})
+    if not names:
+        keys.check_read(f"{folder}: its files are of no split", "image", "caption")
+        return list(files)
+    chosen = _one_split(folder, names, keys)
+    if without := [path for path in files if not splits[path]]:
+        raise UserError(f"SOURCE: {folder}: {without[0]} is of no split, beside {', '.join(names)}: name what to pack")
+    found = [path for path in files if splits[path] == chosen]
+    seen: dict[str, Path] = {}
+    for path in found:
+        other = seen.setdefault(path.name, path)
+        if other != path:
+            raise UserError(f"SOURCE: {other} and {path} are of two data sets: name the folder of one")
+    return found
+
+
+def _split_of(path: Path) -> str:
+    """The split of a file by its name, or by the folders above it; empty where nothing says it."""
+    if match := SPLIT_OF.fullmatch(path.name):
+        return match[1]
+    named = SPLIT_IN.search(str(path.with_suffix("")))
+    return named[0].lower() if named else ""
 
 
 def _one_split(folder: Path, splits: Sequence[str], keys: Keys) -> str:
@@ -137,8 +181,9 @@ def _one_split(folder: Path, splits: Sequence[str], keys: Keys) -> str:
 class Folder:
     """Images, each beside a .txt with its captions, a line each, or a .json with `caption` or `captions`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keys: Keys) -> None:
         """Raises UserError where no image has a caption."""
+        keys.check_read(f"a folder of images beside their captions ({folder})")
         self.folder = folder
         found: dict[str, dict[str, str]] = {}
         for at, _, names in os.walk(folder):
@@ -154,6 +199,9 @@ class Folder:
         captions = sum(bool(kinds.keys() & {"txt", "json"}) for kinds in self._found.values())
         if not captions:
             what = f"{self.count} images and no caption" if self.count else "neither images nor tables"
+            tables = [table for name in METADATA for table in sorted(folder.glob(f"*/{name}"))]
+            if tables:
+                raise UserError(f"SOURCE: {folder} holds {what}, and {tables[0]}: name the folder of one table")
             raise UserError(
                 f"SOURCE: {folder} holds {what}: put NAME.txt with the caption beside each NAME.jpg, or"
                 " metadata.csv with the columns file_name and text"
@@ -182,6 +230,7 @@ class Table:
 
     def __init__(self, path: Path, keys: Keys) -> None:
         """Raises UserError where the columns are not clear, or the images are URLs."""
+        keys.check_read(f"a table ({path})", "image", "caption", "root")
         self.path, self.root = path, keys.root or path.parent
         self._is_json = path.suffix.lower() in (".jsonl", ".ndjson")
         csv.field_size_limit(MAX_FIELD)
@@ -199,19 +248,28 @@ class Table:
         return f"{self.path}: {self.count} rows, images {self.image!r}, captions {self.caption!r}, below {self.root}"
 
     def rows(self, start: int) -> Iterator[Row]:
-        for number, cells in enumerate(itertools.islice(self._cells(), start, None), start):
-            if isinstance(cells, str):
-                yield Row(f"row {number + 1}", fault=cells)
-                continue
-            name, captions = cells.get(self.image), _captions(cells.get(self.caption))
-            if not isinstance(name, str) or not name.strip() or "\0" in name:
-                yield Row(f"row {number + 1}", fault="no name of an image")
-            else:
-                yield Row(name, self.root / name, captions)
+        return itertools.islice(self._by_image(), start, None)
+
+    def _by_image(self) -> Iterator[Row]:
+        """A row for each of the table; the first of several of one image has all their captions."""
+        rows = (self._row(number, cells) for number, cells in enumerate(self._cells(), 1))
+        for _, of_one in itertools.groupby(rows, lambda row: (row.name, row.fault)):
+            first, *further = of_one
+            captions = [text for row in (first, *further) for text in row.captions]
+            yield replace(first, captions=tuple(captions))
+            yield from (replace(row, is_further=True) for row in further)
+
+    def _row(self, number: int, cells: dict[str, Any] | str) -> Row:
+        if isinstance(cells, str):
+            return Row(f"row {number}", fault=cells)
+        name = cells.get(self.image)
+        if not isinstance(name, str) or not name.strip() or "\0" in name:
+            return Row(f"row {number}", fault="no name of an image")
+        return Row(name, self.root / name, _captions(cells.get(self.caption)))
 
     def _cells(self) -> Iterator[dict[str, Any] | str]:
-        """The cells of each row by column, or what is wrong with it."""
-        with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        """The cells of each row by column, or what is wrong with it. Raises UserError."""
+        with _reading(self.path), self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             if self._is_json:
                 for line in file:
                     if line.strip():
@@ -234,7 +292,7 @@ class Table:
     def _csv_columns(self, keys: Keys) -> tuple[str, list[str]]:
         """(the separator, the columns): the one of comma and tab by which the first line has the columns."""
         try:
-            with self.path.open(encoding="utf-8-sig", newline="") as file:
+            with _reading(self.path), self.path.open(encoding="utf-8-sig", newline="") as file:
                 head = file.readline(MAX_FIELD)
         except UnicodeDecodeError:
             raise UserError(f"SOURCE: {self.path}: not UTF-8 text") from None
@@ -249,7 +307,7 @@ class Table:
         return separator, parsed[separator]
 
     def _json_columns(self) -> list[str]:
-        with self.path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        with _reading(self.path), self.path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             line = next((line for line in file if line.strip()), "")
         first = _parsed(line)
         return [] if isinstance(first, str) else list(first)
@@ -265,19 +323,20 @@ class Arrow:
             import pyarrow.parquet as pq
         except ImportError:
             raise UserError(f"SOURCE: {shown}: Parquet and Arrow need pyarrow: pip install 'amclip_ds[data]'") from None
+        keys.check_read(f"files of one split ({shown})", "image", "caption")
         self._pa, self._pq, self.shown, self.files = pa, pq, shown, list(files)
         if not self.files:
             raise UserError(f"SOURCE: {shown}: names no file of data")
-        counts, schema = [], None
+        heads = []
         for file in self.files:
-            try:
-                schema, count = self._head(file)
-            except (OSError, pa.ArrowException) as error:
-                raise UserError(f"SOURCE: {file}: {in_one_line(error, 200)}") from None
-            counts.append(count)
-        assert schema is not None
+            with _reading(file, pa.ArrowException):
+                heads.append(self._head(file))
+        schema, counts = heads[0][0], [count for _, count in heads]
         self.image = _column(shown, schema.names, keys.image, IMAGE_KEYS, "--image-key")
         self.caption = _column(shown, schema.names, keys.caption, CAPTION_KEYS, "--caption-key")
+        for file, (other, _) in zip(self.files, heads):
+            if lacking := {self.image, self.caption} - set(other.names):
+                raise UserError(f"SOURCE: {file}: no column {min(lacking)!r}, as {self.files[0].name} has: name one")
         kind = schema.field(self.image).type
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)):
             hint = (
@@ -298,13 +357,14 @@ class Arrow:
             if number + count <= start:
                 number += count
                 continue
-            for batch in self._batches(file):
-                if number + batch.num_rows <= start:
+            with _reading(file, self._pa.ArrowException):
+                for batch in self._batches(file):
+                    if number + batch.num_rows <= start:
+                        number += batch.num_rows
+                        continue
+                    for place in range(max(0, start - number), batch.num_rows):
+                        yield self._row(file, batch, place, number + place)
                     number += batch.num_rows
-                    continue
-                for place in range(max(0, start - number), batch.num_rows):
-                    yield self._row(file, batch, place, number + place)
-                number += batch.num_rows
 
     def _head(self, file: Path) -> tuple[Any, int]:
         if file.suffix.lower() == ".parquet":
@@ -347,6 +407,18 @@ class Arrow:
             outside = isinstance(value, dict) and value.get("path")
             return Row(name, fault="its image is a path, not bytes" if outside else "no image")
         return Row(name, content, _captions(caption))
+
+
+@contextmanager
+def _reading(file: Path, *more: type[Exception]) -> Iterator[None]:
+    """What is wrong with a file of the source is the source's. more: what else than OSError its reader raises. Raises
+    UserError, NotRead."""
+    try:
+        yield
+    except (OSError, *more) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise not_read(f"SOURCE: {file}", error) from None
+        raise UserError(f"SOURCE: {file}: cannot be read: {in_one_line(error, 200)}") from None
 
 
 def _column(shown: str, columns: Sequence[str], asked: str | None, usual: Sequence[str], option: str) -> str:

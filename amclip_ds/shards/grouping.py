@@ -21,6 +21,7 @@ ADVICE = {
     "sparse": "stored without its holes: pack without tar --sparse",
     "link": "links have no content: pack with tar --dereference --hard-dereference",
     "surplus caption": "one text is read of a sample: write its captions into one .txt, a line each",
+    "duplicate": "an image with several captions is one sample: write them into one .txt, a line each",
     "not utf-8": "texts are UTF-8, or have a byte-order mark: convert them",
     "hidden image": "a name that begins with a dot belongs to no sample: rename it",
     "zeros": "other readers stop there: pack again, or join with tar --concatenate",

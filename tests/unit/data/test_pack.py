@@ -1,6 +1,7 @@
 """`amclip data pack`: of each kind of source the same samples; broken rows are named; killed, it continues."""
 
 import csv
+import errno
 import json
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from amclip_ds import files
 from amclip_ds.cli import main
 from tests.unit.data.damaged import picture
 
@@ -164,6 +166,119 @@ def test_a_data_set_saved_to_disk(tmp_path: Path) -> None:
     assert list(found) == kept({3: "", 5: ""}) and found["000000000"]["txt"] == b"picture, number 0\nagain"
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("train/0000.parquet", "test/0000.parquet"), ("my_train.parquet", "test.parquet"), ("train/a-Val/x.arrow",)],
+)
+def test_splits_by_folders_and_by_names(
+    tmp_path: Path, names: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the hub converts data sets, and as people write them: a training set is never packed with its test set."""
+    rows = rows_of_images(write_images(tmp_path / "images"))[:3]
+    for name in names:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        table = pa.Table.from_pylist(rows)
+        if name.endswith(".parquet"):
+            pq.write_table(table, tmp_path / "set" / name)
+        else:
+            with pa.ipc.new_stream(str(tmp_path / "set" / name), table.schema) as stream:
+                stream.write_table(table)
+    if len(names) > 1:
+        assert pack(tmp_path / "set", tmp_path / "out") == 2
+        assert "has the splits test, train: choose with --split" in capsys.readouterr().err
+    assert pack(tmp_path / "set", tmp_path / "out", "--split", "train") == 0
+    assert "3 rows in 1 files" in capsys.readouterr().out
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set" / "more.parquet")
+    assert pack(tmp_path / "set", tmp_path / "more", "--split", "train") == 2
+    assert "more.parquet is of no split, beside" in capsys.readouterr().err
+
+
+def test_several_data_sets_below_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of_images(write_images(tmp_path / "images"))[:3]
+    for name in ("en", "de"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set" / name / "train-00000-of-00001.parquet")
+    assert pack(tmp_path / "set", tmp_path / "out") == 2
+    assert "are of two data sets: name the folder of one" in capsys.readouterr().err
+    assert pack(tmp_path / "set" / "en", tmp_path / "out") == 0
+    pq.write_table(pa.table({"image": [b"x"], "sentences": ["a"]}), tmp_path / "set" / "en" / "train-1-of-2.parquet")
+    assert pack(tmp_path / "set" / "en", tmp_path / "two") == 2
+    assert "no column 'text', as train-00000-of-00001.parquet has" in capsys.readouterr().err
+
+
+def test_an_option_that_the_source_does_not_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_table(tmp_path / "pairs.csv")
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        (tmp_path / "photos" / split / "a.jpg").write_bytes(picture(0))
+        (tmp_path / "photos" / split / "a.txt").write_text("a")
+    pq.write_table(pa.table({"image": [picture(0)], "text": ["a"]}), tmp_path / "one.parquet")
+    for source, option, value in (
+        (table, "--split", "train"),
+        (tmp_path / "photos", "--split", "train"),
+        (tmp_path / "photos", "--root", str(tmp_path)),
+        (tmp_path / "photos", "--caption-key", "text"),
+        (tmp_path / "one.parquet", "--split", "train"),
+        (tmp_path / "one.parquet", "--root", str(tmp_path)),
+    ):
+        assert pack(source, tmp_path / "out", option, value) == 2
+        assert f"{option} {value}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_rows_of_one_image_are_one_sample(tmp_path: Path, shard_size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """As Flickr30K's table: five captions an image, a row each. Continued behind any tar it ends the same."""
+    write_images(tmp_path / "images")
+    rows = [(f"images/{number}.img", f"{caption(number)}, {way}") for number in (0, 1, 3, 2) for way in range(5)]
+    with (tmp_path / "pairs.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    words = ["--shard-size", str(shard_size)]
+    assert pack(tmp_path / "pairs.csv", tmp_path / "out", *words) == 0
+    assert "20 rows = 3 samples in" in (said := capsys.readouterr().out) and "+ 1 left out + 16 further rows" in said
+    found = samples(tmp_path / "out")
+    assert list(found) == ["000000000", "000000005", "000000015"]
+    assert found["000000005"]["txt"].decode().split("\n") == [f"picture, number 1, {way}" for way in range(5)]
+    assert main(["data", "check", str(tmp_path / "out"), "--workers", "1"]) == 0
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    record = (tmp_path / "out" / "pack.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out" / "pack.jsonl").write_text("".join(record[:2]))
+    assert pack(tmp_path / "pairs.csv", tmp_path / "out", *words) == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
+
+
+def test_what_is_wrong_with_the_source_is_not_said_of_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"image": picture(number % COUNT), "text": caption(0)} for number in range(200)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "torn.parquet", row_group_size=50, use_dictionary=False)
+    content = bytearray((tmp_path / "torn.parquet").read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4000] = b"\xab" * 4000
+    (tmp_path / "torn.parquet").write_bytes(content)
+    assert pack(tmp_path / "torn.parquet", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"SOURCE: {tmp_path}/torn.parquet: cannot be read: " in error and error.count("\n") == 1
+
+
+def test_a_bad_moment_of_the_file_system_costs_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(files, "TROUBLE_PAUSES_S", (0.01, 0.01))
+    real, failures = files.open_regular, 2
+
+    def open_regular(path: Path, **how: Any) -> Any:
+        nonlocal failures
+        if path.name == "2.img" and failures:
+            failures -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, **how)
+
+    monkeypatch.setattr(files, "open_regular", open_regular)
+    table = write_table(tmp_path / "pairs.csv")
+    assert pack(table, tmp_path / "out") == 0 and not failures
+    assert list(samples(tmp_path / "out")) == kept()
+    failures = 99
+    assert pack(table, tmp_path / "gone") == 1
+    assert "once the file system is well again, the same command resumes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shard_size", [3, 5])
 def test_a_killed_pack_continues(tmp_path: Path, shard_size: int) -> None:
     """Killed between any two tars and in the middle of one: the folder ends the same, to the byte."""
@@ -228,7 +343,11 @@ def test_what_cannot_be_packed_is_one_line(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "torn.parquet").write_bytes(b"PAR1torn")
     assert "torn.parquet: " in said(tmp_path / "torn.parquet")
     (tmp_path / "x.zip").write_bytes(b"PK\3\4")
-    assert "a zip archive" in said(tmp_path / "x.zip")
+    assert "a zip archive: a folder, a table" in said(tmp_path / "x.zip")
+    (tmp_path / "many.csv").write_text(
+        f"image,text\nimages/0.img,{'a' * 1000}\n" + f"images/0.img,{'b' * 1000}\n" * 1100
+    )
+    assert "too large captions" in said(tmp_path / "many.csv")
     assert "holds something else" in said(table, out="bare")
     assert pack(table, tmp_path / "out") == 0
     (tmp_path / "out" / ".00001.tar.partial").touch()  # another pack is at it
