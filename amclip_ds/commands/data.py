@@ -12,12 +12,14 @@ paths or URLs (http, https, s3, gs).
 """
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amclip_ds import json_file
 from amclip_ds.arguments import number, whole
+from amclip_ds.errors import UserError
 from amclip_ds.files import not_written
 
 if TYPE_CHECKING:
@@ -152,7 +154,7 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_captions(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--captions", metavar="SOURCES", help="as in data.captions: txt, json:FIELD, comma-separated")
+    parser.add_argument("--captions", metavar="SOURCES", help="as in data.captions: [A,B], or A,B")
 
 
 def _synth(args: argparse.Namespace) -> int:
@@ -248,9 +250,14 @@ def _stats(args: argparse.Namespace) -> int:
     display.print_table(("", *columns, "mean"), cells, title=f"{numbers['samples']} samples: percentiles")
     print("formats: " + ", ".join(f"{name} {count}" for name, count in numbers["formats"].items()))
     print(f"captions over {stats.CONTEXT_LENGTH} tokens, trimmed in training: {numbers['trimmed_captions']:.1%}")
+    if report.total("skipped") or report.total("lost"):
+        kinds = ", ".join(f"{kind} {count}" for kind, count in report.problems().most_common())
+        print(f"not in these numbers: {report.verdict()} ({kinds}); `amclip data check` names the first of each kind")
     json_file.write(args.json, numbers)
     if args.words:
         table = stats.word_table(report)
+        if not table["counts"]:
+            raise UserError(f"--words {args.words}: no caption was read, so there is no word to count")
         json_file.write(args.words, table, "--words")
         print(f"{len(table['counts'])} words -> {args.words}")
     if args.out:
@@ -267,8 +274,19 @@ def _run_check(args: argparse.Namespace, word: str, config: Any) -> "CheckReport
 
 
 def _settings(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    captions = tuple(args.captions.split(",")) if args.captions else None
+    captions = None if args.captions is None else _captions(args.captions)
     return {k: v for k, v in {"sample": args.sample, "captions": captions, **more}.items() if v is not None}
+
+
+def _captions(text: str) -> tuple[str, ...]:
+    """The sources, as data.captions takes them or by commas; one before a space is a template's own: `{a}, {b}`.
+    Raises UserError."""
+    from amclip_ds import plain_yaml
+
+    items = plain_yaml.parse(text, "--captions") if text.startswith("[") else re.split(r",(?! )", text)
+    if not all(isinstance(item, str) for item in items):
+        raise UserError(f"--captions: {text!r} is no list of texts")
+    return tuple(items)
 
 
 def _workers(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ A line of the file is KEY, or SHARD/KEY with the file name of one shard; # begin
 """
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from posixpath import basename
@@ -27,6 +28,22 @@ class Excluded:
         """place: (shard, key)."""
         shard, key = place
         return bool(self._lines) and (key in self._lines or f"{basename(shard)}/{key}" in self._lines)
+
+    def count(self, shards: Iterable[tuple[str, Iterable[str]]]) -> tuple[int, int]:
+        """(samples that are left out, lines that name none) of shards, each with its keys."""
+        of_one: dict[str, set[str]] = defaultdict(set)
+        for line in self._lines:
+            name, _, key = line.partition("/")
+            of_one[name].add(key)
+        samples, used = 0, set[str]()
+        for shard, keys in shards:
+            name = basename(shard)
+            named = of_one[name]
+            for key in keys:
+                if key in self._lines or key in named:
+                    samples += 1
+                    used |= self._lines & {key, f"{name}/{key}"}
+        return samples, len(self) - len(used)
 
     @property
     def hash(self) -> str:

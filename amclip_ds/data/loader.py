@@ -120,8 +120,8 @@ class TrainingData:
             excluded=read_excluded(config.exclude),
         )
         self.words_hash, self.excluded_hash = self._spec.words_hash, self._spec.excluded.hash
-        if self.excluded_hash:
-            self._say(f"data: {len(self._spec.excluded)} samples are left out by {config.exclude}")
+        if self.excluded_hash and rank == 0:
+            self._say_excluded(members)
         self._known_damage = _damage(index, members) if rank == 0 else []
         self.account = account_of(index.shards[number] for number in dict.fromkeys(members))
         self.account.check(config.max_skip_rate)
@@ -263,6 +263,13 @@ class TrainingData:
             self._spec.mixture.with_replacement,
         ]
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+    def _say_excluded(self, members: list[int]) -> None:
+        """What data.exclude leaves out of these shards: a key that is misspelt leaves out nothing."""
+        keys = {path: self.index.keys(number) for path, number in zip(self.shards, members)}
+        samples, unused = self._spec.excluded.count(keys.items())
+        lines = f"; {unused} of its {len(self._spec.excluded)} lines name no sample here" if unused else ""
+        self._say(f"data: {samples} samples are left out by {self.config.exclude}{lines}")
 
     def _check_enough(self) -> None:
         if self.samples_per_epoch == 0:

@@ -88,7 +88,7 @@ class Keys:
     split: str = ""
 
     def check_read(self, source: str, *read: str) -> None:
-        """Refuses what was given and the source does not read: it would be left out without a word. Raises UserError."""
+        """Refuses what was given and the source does not read: it would go unheard. Raises UserError."""
         for name in ("image", "caption", "root", "split"):
             if getattr(self, name) and name not in read:
                 option = f"--{name}-key" if name in ("image", "caption") else f"--{name}"

@@ -154,6 +154,14 @@ class Index:
         """A sample's key: its members' common name."""
         return self._key(sample_id, self.shard_of(sample_id))
 
+    def keys(self, shard: int) -> Iterator[str]:
+        """The keys of a shard's samples, in order, many times faster than one by one."""
+        begin, end = int(self._key_starts[shard]), int(self._key_starts[shard + 1])
+        block = self._keys[begin:end].tobytes()
+        starts = self.records["key_offset"][int(self.starts[shard]) : int(self.starts[shard + 1])].tolist()
+        for start, stop in zip(starts, [*starts[1:], end - begin]):
+            yield block[start:stop].decode("utf-8", "surrogateescape")
+
     def _key(self, sample_id: int, shard: int) -> str:
         offsets = self.records["key_offset"]
         begin, end = int(self._key_starts[shard]), int(self._key_starts[shard + 1])

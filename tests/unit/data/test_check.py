@@ -74,6 +74,8 @@ def test_sources_as_a_person_writes_them(shards: Path, tmp_path: Path, monkeypat
         (["{0..9}.tar"], "no such shard: 4.tar"),
         (["{0..1.tar"], "SHARDS"),
         (["0.tar", "--captions", "text"], "captions: 'text' is neither"),
+        (["0.tar", "--captions", ""], "captions: '' is neither"),
+        (["0.tar", "--captions", "[3]"], "--captions: '[3]' is no list of texts"),
         (["0.tar", "--sample", "0"], "--sample: 0.0 is outside"),
         (["0.tar", "--json", "no/folder/c.json"], "--json no/folder/c.json: cannot be written"),
     ],
@@ -85,6 +87,23 @@ def test_a_mistake_is_one_line(
     assert cli.main(["data", "check", *words]) == 2
     errors = capsys.readouterr().err
     assert said in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "word, sources",
+    [
+        ("txt,json:alt", ["txt", "json:alt"]),
+        ("[txt, json:alt]", ["txt", "json:alt"]),
+        ("{title}, {alt}.", ["{title}, {alt}."]),
+        ("['{title},{alt}', txt]", ["{title},{alt}", "txt"]),
+    ],
+)
+def test_sources_of_captions_as_training_takes_them(
+    word: str, sources: list[str], shards: Path, tmp_path: Path
+) -> None:
+    """A template with a comma in it was checked as two sources, of which either would do."""
+    words = [shards / "0.tar", "--captions", word, "--workers", 1]
+    assert amclip_check(*words, json_file=tmp_path / "c.json")[1]["config"]["captions"] == sources
 
 
 def test_processes_find_the_same(shards: Path) -> None:

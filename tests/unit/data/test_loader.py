@@ -189,6 +189,23 @@ def test_captions_belong_to_their_images(uneven: Path) -> None:
     assert torch.equal(batch.token_ids, build_tokenizer()(expected, 16))
 
 
+def test_what_is_excluded_is_said_as_it_is_found(uneven: Path, tmp_path: Path) -> None:
+    """A misspelt key leaves out nothing, which a decontaminated run must not find out afterwards."""
+    with contextlib.closing(open_data(uneven)) as data:
+        keys = [data.index.key(number) for number in range(len(data.index))]
+        shards = [list(data.index.keys(number)) for number in range(len(data.index.shards))]
+        name = Path(data.shards[1]).name
+    assert sum(shards, []) == keys and sorted(map(len, shards)) == sorted(data.index.counts)
+    lines, said = [keys[0], f"{name}/{shards[1][0]}", f"{keys[1]}.jpg", f"{name}/{keys[0]}"], list[str]()
+    (tmp_path / "out.txt").write_text("\n".join(lines))
+    open_data(uneven, exclude=str(tmp_path / "out.txt"), say=said.append).close()
+    expected = f"data: 2 samples are left out by {tmp_path}/out.txt; 2 of its 4 lines name no sample here"
+    assert expected in said
+    (tmp_path / "out.txt").write_text("\n".join(lines[:2]))
+    open_data(uneven, exclude=str(tmp_path / "out.txt"), say=said.append).close()
+    assert expected.partition(";")[0] in said
+
+
 def test_keeping_colours_leaves_every_other_draw_as_it_is(uneven: Path) -> None:
     """Hue, gray and solarize go; crops, the other changes and the masks' noise stay those of the same seed."""
     made = []

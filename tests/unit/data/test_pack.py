@@ -344,9 +344,7 @@ def test_what_cannot_be_packed_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert "torn.parquet: " in said(tmp_path / "torn.parquet")
     (tmp_path / "x.zip").write_bytes(b"PK\3\4")
     assert "a zip archive: a folder, a table" in said(tmp_path / "x.zip")
-    (tmp_path / "many.csv").write_text(
-        f"image,text\nimages/0.img,{'a' * 1000}\n" + f"images/0.img,{'b' * 1000}\n" * 1100
-    )
+    (tmp_path / "many.csv").write_text("image,text\n" + f"images/0.img,{'b' * 1000}\n" * 1100)
     assert "too large captions" in said(tmp_path / "many.csv")
     assert "holds something else" in said(table, out="bare")
     assert pack(table, tmp_path / "out") == 0

@@ -50,3 +50,13 @@ def test_a_set_without_a_usable_sample(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "0.tar").write_bytes(tar_of([]))
     assert cli.main(["data", "stats", str(tmp_path / "0.tar"), "--out", str(tmp_path)]) == 0
     assert "0 samples" in capsys.readouterr().out
+
+
+def test_what_is_not_in_the_numbers_is_said(shard: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "stats", str(shard), "--workers", "1"]) == 0
+    assert "not in these numbers: 1 shards, expected 11, read 10, skipped 1, lost 0 (no caption 1)" in (
+        capsys.readouterr().out
+    )
+    words = ["data", "stats", str(shard), "--captions", "json:alt", "--words", str(tmp_path / "words.json")]
+    assert cli.main(words) == 2 and not (tmp_path / "words.json").exists()
+    assert "no caption was read, so there is no word to count" in capsys.readouterr().err
