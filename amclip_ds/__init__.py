@@ -17,17 +17,19 @@ if TYPE_CHECKING:
     from amclip_ds.config import TrainConfig as TrainConfig
     from amclip_ds.config import load as load_config
     from amclip_ds.errors import AmclipError as AmclipError
+    from amclip_ds.errors import UserError as UserError
     from amclip_ds.library import Model as Model
     from amclip_ds.library import load as load
 
     def train(config: TrainConfig, resume: str = "auto") -> Path: ...
 
 
-__all__ = ["AmclipError", "Model", "TrainConfig", "load", "load_config", "train"]
+__all__ = ["AmclipError", "Model", "TrainConfig", "UserError", "load", "load_config", "train"]
 _HOMES = {  # name -> (module, its name there)
     "AmclipError": ("errors", "AmclipError"),
     "Model": ("library", "Model"),
     "TrainConfig": ("config", "TrainConfig"),
+    "UserError": ("errors", "UserError"),
     "load": ("library", "load"),
     "load_config": ("config", "load"),
 }

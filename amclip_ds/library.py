@@ -9,7 +9,7 @@ It encodes as `amclip eval` does, batch by batch of one size, so the embeddings 
 Shapes: N images or texts, C classes, E embedding, T tokens, H the side of an image, g patches along it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from amclip_ds.comm import SingleProcess
 from amclip_ds.data import photometric
-from amclip_ds.errors import UserError
+from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.evaluate import names
 from amclip_ds.evaluate.encoder import Encoder, TowerEncoder, encode_images, encode_texts, token_ids
 from amclip_ds.evaluate.source import Located, locate, open_encoder
@@ -73,10 +73,7 @@ class Model:
         """
         if isinstance(images, Tensor):
             return self._of_tensor(images, batch_size)
-        given = [images] if isinstance(images, Image.Image) else list(images)
-        if not given:
-            raise UserError("encode_image: no image was given")
-        samples = [_Given(_shown(image, f"image {number}"), f"image {number}") for number, image in enumerate(given)]
+        samples = [_Given(_shown(image, place), place) for place, image in _placed(images)]
         return encode_images(self._encoder, samples, batch_size, SingleProcess()).cpu()  # type: ignore[arg-type]
 
     def encode_text(self, texts: Sequence[str], batch_size: int = BATCH) -> Tensor:
@@ -90,8 +87,8 @@ class Model:
 
         templates: prompts with `{c}` for the class name; by default CLIP's choice of 7, as `amclip eval`'s.
         """
-        prompts = names.templates(Path(), names.OPENAI_7, "") if templates is None else tuple(templates)
-        if not prompts or any("{c}" not in prompt for prompt in prompts):
+        prompts = names.templates(Path(), names.OPENAI_7, "") if templates is None else tuple(_texts(templates))
+        if any("{c}" not in prompt for prompt in prompts):
             raise UserError("zero_shot: each of the templates has {c} for the class name")
         rows = self.encode_image(images, batch_size)
         classifier = build_classifier(self._encoder, tuple(_texts(classes)), prompts, batch_size, SingleProcess())
@@ -104,11 +101,11 @@ class Model:
         if not isinstance(self._encoder, TowerEncoder):
             raise UserError(f"attention: {self.kind} does not give it; load the run or the checkpoint")
         towers: torch.nn.Module = self._encoder.towers  # type: ignore[assignment]
-        given = [images] if isinstance(images, Image.Image) else images
-        pixels = given if isinstance(given, Tensor) else torch.stack([self.preprocess(image) for image in given])
+        if not isinstance(images, Tensor):
+            images = torch.stack([self._encoder.preprocess(_shown(image, place)) for place, image in _placed(images)])
         found = []
         with torch.no_grad():
-            for part in self._checked(pixels).split(batch_size):
+            for part in self._checked(images).split(batch_size):
                 shown = part.to(self.device)
                 shown = photometric.normalise(shown) if shown.dtype == torch.uint8 else shown
                 found.append(towers.vision(shown, with_scores=True).scores.cpu())  # type: ignore[operator]
@@ -148,8 +145,30 @@ def load(source: str | Path, weights: str | None = None, device: str | torch.dev
     chosen = weights or ("teacher" if "teacher" in held else held[0])
     if chosen not in held:
         raise UserError(f"weights: {located.path} holds {' and '.join(held)}, no {chosen}")
-    place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = _place(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Model(located, open_encoder(located, chosen, place), place)
+
+
+def _place(device: str | torch.device) -> torch.device:
+    """The device, which is there. Raises UserError."""
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without it
+        raise UserError(f"device: {device}: {in_one_line(error, 200)}") from None
+
+
+def _placed(images: Sequence[Image.Image] | Image.Image) -> list[tuple[str, Image.Image]]:
+    """What messages call each picture, and the picture."""
+    try:
+        given = [images] if isinstance(images, Image.Image) else list(images)
+    except TypeError:
+        raise UserError(
+            f"images: a {type(images).__name__}, where PIL images are expected (Image.open(PATH))"
+        ) from None
+    if not given:
+        raise UserError("images: no image was given")
+    return [(f"image {number}", image) for number, image in enumerate(given)]
 
 
 def _shown(image: Image.Image, place: str) -> Image.Image:
@@ -158,12 +177,12 @@ def _shown(image: Image.Image, place: str) -> Image.Image:
         raise UserError(f"{place}: a {type(image).__name__}, where a PIL image is expected (Image.open(PATH))")
     try:
         return as_rgb(ImageOps.exif_transpose(image))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a closed file, or colours that Pillow does not convert
         raise UserError(f"{place}: {error}") from None
 
 
 def _texts(texts: Sequence[str]) -> list[str]:
-    listed = [texts] if isinstance(texts, str) else list(texts)
+    listed = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Iterable) else []
     if not listed or not all(isinstance(text, str) for text in listed):
         raise UserError("texts: a list of str, one at least")
     return listed

@@ -3,7 +3,7 @@
     ROOT/tench/1.jpg                      a folder a class
     ROOT/val/n01440764/1.JPEG             splits of such folders; train, val, test are never classes
     ROOT/1.jpg  ROOT/labels.csv           images beside one file of lines NAME,LABEL (or NAME LABEL), for every image
-    LIST.txt                              such a file, its names relative to its folder
+    LIST.txt  LIST.csv                    such a file, its names relative to its folder
 
 A layout that could be understood in two ways, or in none, is a UserError that says which.
 """
@@ -150,7 +150,7 @@ def _label_files(root: Path, above: Path | None, base: Path) -> list[Path]:
 
 def is_list(path: Path) -> bool:
     """Whether a file is a list of images, not of shards."""
-    if path.suffix.lower() != ".txt" or not is_regular(path):
+    if path.suffix.lower() not in LISTS or not is_regular(path):
         return False
     return any(len(row) > 1 and image_named(path.parent, row[0]) for _, row in _table(path)[:2])
 

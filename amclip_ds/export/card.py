@@ -11,6 +11,7 @@ from amclip_ds.errors import UserError
 from amclip_ds.evaluate.source import Located
 from amclip_ds.export.proof import Proof
 from amclip_ds.files import read_json
+from amclip_ds.hub import HUB
 from amclip_ds.jsonl import read, read_lines
 from amclip_ds.masks import NONE, masks_of_views
 from amclip_ds.redact import redact
@@ -62,6 +63,7 @@ training it was plain text.""",
 }
 
 
+ATTENTIVE = "attentive"  # the mask whose models are A-CLIP's
 UNKNOWN = "unknown"
 USE = """Meant for research: zero-shot classification, image-text retrieval, features for probes and as a start for
 other training, on images and English texts like those it was trained on. Not meant for decisions about people, for
@@ -75,21 +77,27 @@ def check_license(license_id: str) -> None:
         raise UserError(f"--license {license_id[:80]!r}: an identifier such as mit or cc-by-nc-4.0")
 
 
-def write_card(fmt: str, located: Located, weights: str, proof: Proof, license_id: str = UNKNOWN) -> str:
-    """The card's text."""
+def write_card(
+    fmt: str, located: Located, weights: str, proof: Proof, license_id: str = UNKNOWN, hub_name: str | None = None
+) -> str:
+    """The card's text. hub_name: ORG/NAME where the folder is to be on the hub, whose readers load it by that name."""
     assert located.config is not None
     config = located.config
     library = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm", "onnx": "onnx"}[fmt]
+    loading = LOADING[fmt]
+    if hub_name:
+        loading = loading.replace("local-dir:PATH", f"{HUB}{hub_name}").replace("PATH", hub_name)
+    attends = any(mask.strategy == ATTENTIVE for mask in masks_of_views(config.mask, config.data.view_masks()))
     averaged = " (the exponential moving average of the student)" if weights == "teacher" else ""
     lines = [
         "---",
         f"license: {license_id}"
         + ("  # FILL IN: of the weights, which the licence of the data may limit" if license_id == UNKNOWN else ""),
         f"library_name: {library}",
-        "tags: [clip, a-clip, zero-shot-image-classification]",
+        f"tags: [clip, {'a-clip, ' if attends else ''}zero-shot-image-classification]",
         "---",
         "",
-        f"# {code(config.model.vision.name)}, A-CLIP, {weights}",
+        f"# {code(config.model.vision.name)}, {'A-CLIP' if attends else 'CLIP'}, {weights}",
         "",
         f"Pre-trained by amclip_ds with {masks_in_words(config)}, {located.step} steps of"
         f" {config.batch.global_size} pairs;"
@@ -97,7 +105,7 @@ def write_card(fmt: str, located: Located, weights: str, proof: Proof, license_i
         "",
         "## Loading",
         "",
-        LOADING[fmt],
+        loading,
         "",
         f"Images: {config.model.vision.image_size} px, shortest side resized (bilinear), centre crop, ImageNet mean"
         " and deviation.",

@@ -33,7 +33,7 @@ def export(args: argparse.Namespace) -> int:
         push.check(args.push, args.format)
     check_license(args.license)
     module = build_towers(located, args.weights)
-    proof = write_proved(args.format, module, located, args.weights, args.out, args.proof, args.license)
+    proof = write_proved(args.format, module, located, args.weights, args.out, args.proof, args.license, args.push)
     for line in proof.lines():
         print(line)
     json_file.write(args.json, proof.facts())
@@ -51,6 +51,7 @@ def write_proved(
     out: Path,
     proof_shards: str | None,
     license_id: str = UNKNOWN,
+    hub_name: str | None = None,
 ) -> Proof:
     """Makes the folder `out`, whole and proved, or nothing. Raises ExportMismatch, UserError, AmclipError."""
     assert located.config is not None
@@ -63,7 +64,7 @@ def write_proved(
         proof = prove(module, config.model, load_back(partial, fmt, weights), samples)
         if not proof.holds:
             raise ExportMismatch("\n".join(["the export computes otherwise and was deleted:", *proof.lines()]))
-        (partial / "README.md").write_text(write_card(fmt, located, weights, proof, license_id))
+        (partial / "README.md").write_text(write_card(fmt, located, weights, proof, license_id, hub_name))
         facts = {"step": located.step, "weights": weights, "format": fmt, "proof": proof.facts()}
         (partial / "amclip.json").write_text(json.dumps(facts, indent=1) + "\n")
         partial.rename(out)

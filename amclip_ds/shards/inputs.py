@@ -119,11 +119,11 @@ def check_index_folder(folder: Path, key: str) -> None:
 
 def check_foreign(spec: str, key: str) -> None:
     """Raises UserError for data that no command reads, so that it is said before anything slow: a table, a Hugging Face
-    data set, an archive. What else is wrong is for whoever reads it.
+    data set, an archive. What else is wrong is for whoever reads it, and whether a csv lists images to evaluate on.
     """
     path = Path(spec).expanduser()
     if path.is_file():
-        if kind_by_name(spec) and path.suffix.lower().lstrip(".") not in IMAGES:
+        if kind_by_name(spec) and path.suffix.lower().lstrip(".") not in (*IMAGES, "csv", "tsv"):
             check_name(spec, spec, key)
         check_head(path, key)
     elif path.is_dir():

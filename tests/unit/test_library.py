@@ -65,6 +65,7 @@ def test_zero_shot_gives_probabilities_in_the_order_of_the_classes(model: amclip
     assert found.shape == (5, 3) and torch.allclose(found.sum(1), torch.ones(5), atol=1e-5)
     assert torch.allclose(model.zero_shot(PICTURES, classes[::-1]), found.flip(1), atol=1e-6)
     one = model.zero_shot(PICTURES, classes, templates=["a {c}"])
+    assert torch.equal(model.zero_shot(PICTURES, classes, templates="a {c}"), one)
     texts = model.encode_text([f"a {name}" for name in classes])
     expected = (model.logit_scale * model.encode_image(PICTURES) @ texts.T).softmax(-1)
     assert torch.allclose(one, expected, atol=1e-6) and not torch.allclose(one, found, atol=1e-6)
@@ -102,7 +103,14 @@ def test_student_and_teacher_are_chosen(run: Path, model: amclip_ds.Model) -> No
         (lambda model: model.encode_image(torch.zeros(1, 3, 64, 64, dtype=torch.int64)), "images of torch.int64"),
         (lambda model: model.encode_text([]), "texts: a list of str"),
         (lambda model: model.encode_text(["a", 3]), "texts: a list of str"),
+        (lambda model: model.encode_text(None), "texts: a list of str"),
         (lambda model: model.zero_shot(PICTURES, ["a"], templates=["b"]), "has {c} for the class name"),
+        (lambda model: model.zero_shot(PICTURES, ["a"], templates=[]), "texts: a list of str"),
+        (lambda model: model.encode_image(Path("cat.jpg")), "images: a PosixPath, where PIL images are expected"),
+        (lambda model: model.attention([]), "no image was given"),
+        (lambda model: model.attention(["cat.jpg"]), "image 0: a str, where a PIL image is expected"),
+        (lambda model: model.encode_image(Image.new("La", (8, 8))), "image 0: conversion from La"),
+        (lambda model: amclip_ds.load("nowhere"), "neither a run"),
     ],
 )
 def test_a_mistake_is_one_line(model: amclip_ds.Model, act: object, said: str) -> None:
@@ -116,6 +124,9 @@ def test_what_is_no_model_is_refused(tmp_path: Path, run: Path) -> None:
     with pytest.raises(UserError, match="write it as hf-hub:ORG/NAME"):
         amclip_ds.load("hf-hub:../../etc")
     write_export("open_clip", tmp_path / "export")
+    for device in ("cuda:99", "gpu"):
+        with pytest.raises(amclip_ds.UserError, match=f"device: {device}: "):
+            amclip_ds.load(run, device=device)
     with pytest.raises(UserError, match="holds student, no teacher"):
         amclip_ds.load(tmp_path / "export", weights="teacher")
     export = amclip_ds.load(f"local-dir:{tmp_path}/export")

@@ -13,6 +13,7 @@ from amclip_ds.errors import UserError
 from amclip_ds.evaluate import names
 from amclip_ds.evaluate.datasets import EvalSet, check_sets, open_set
 from amclip_ds.evaluate.tasks import open_for, run_task
+from amclip_ds.shards.inputs import check_foreign
 from tests.unit.data.shards import jpeg, write_tar
 from tests.unit.evaluate.test_encoder import tiny_encoder, write_set
 
@@ -181,7 +182,8 @@ def test_images_beside_a_list(name: str, content: str, expected: tuple[str, ...]
     (root / ("val" if where == "val/images" else "") / name).write_text("\ufeff" + content.replace("\n", "\r\n"))
     data = open_set(str(root))
     assert data.classnames == expected and len(data) == 3 and f"labels of {name}" in data.describe()
-    if name == "val.txt" and not where:
+    if not where:
+        check_foreign(str(root / name), "--data")  # as `amclip eval` and a run do first
         listed = open_set(str(root / name))
         assert [sample.path for sample in listed.samples] == [sample.path for sample in data.samples]
         assert [sample.label for sample in listed.samples] == [sample.label for sample in data.samples]

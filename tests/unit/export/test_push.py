@@ -18,8 +18,8 @@ from tests.unit.evaluate.exports import write_run
 PROOF = Proof("s", [Agreement("a", 1.0, 0.0, "equal")], None, None)
 
 
-def card_of(run: Path, step: int = 20, license_id: str = "unknown") -> str:
-    located = Located(run, "run", ("student",), step, run, settings.load("aclip-tiny"))
+def card_of(run: Path, step: int = 20, license_id: str = "unknown", recipe: str = "aclip-tiny") -> str:
+    located = Located(run, "run", ("student",), step, run, settings.load(recipe))
     return write_card("hf", located, "student", PROOF, license_id)
 
 
@@ -39,6 +39,13 @@ def test_the_card_has_licence_use_and_energy(tmp_path: Path) -> None:
     assert "20 device-hours of steps on 2 processes on CPUs. Hosts" in card_of(tmp_path, step=10)
 
 
+@pytest.mark.parametrize("recipe, is_aclip", [("aclip-tiny", True), ("clip-tiny", False), ("random2x-tiny", False)])
+def test_the_card_calls_a_model_what_it_is(tmp_path: Path, recipe: str, is_aclip: bool) -> None:
+    card = card_of(tmp_path, recipe=recipe)
+    assert (", A-CLIP, student" in card, "a-clip" in card.split("---")[1]) == (is_aclip, is_aclip)
+    assert is_aclip or ", CLIP, student" in card
+
+
 def test_offline_the_folder_is_ready_and_the_command_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,7 +58,9 @@ def test_offline_the_folder_is_ready_and_the_command_is_said(
         f"not pushed: HF_HUB_OFFLINE is set; the folder is ready: hf upload my-lab/tiny {tmp_path}/out --private"
         in printed
     )
-    assert "\nlicense: mit\n" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\nlicense: mit\n" in card
+    assert 'create_model_from_pretrained("hf-hub:my-lab/tiny")' in card and "PATH" not in card
 
 
 def test_a_wrong_request_is_refused_before_the_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
