@@ -1,6 +1,7 @@
 """`amclip export --push ORG/NAME`: the proved folder goes to the hub, or the command that does it is printed.
 
 Nothing is sent where HF_HUB_OFFLINE says so or where nobody is logged in; the folder is then ready as it is.
+With --private nothing goes to a repository that others can read.
 """
 
 from pathlib import Path
@@ -32,7 +33,11 @@ def push(folder: Path, name: str, is_private: bool) -> str:
     try:
         api = HfApi()
         api.create_repo(name, private=is_private, exist_ok=True)
+        if is_private and not api.model_info(name).private:  # one that is there already stays what it is
+            raise UserError(f"{name} is there already, and is public: make it private there, or take another name")
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Weights exported by amclip_ds")
+    except UserError as error:
+        raise UserError(f"--private: {error}; nothing was sent, and the folder is ready: {folder}") from None
     except Exception as error:  # of the network, of the hub, of one's rights there
         cause = f"{type(error).__name__}: {in_one_line(error, 200)}"
         raise AmclipError(f"--push {name}: {cause}; the folder is ready: {command}") from None

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
 
 from amclip_ds import config as settings
 from amclip_ds.cli import main
-from amclip_ds.errors import AmclipError
+from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.evaluate.source import Located
 from amclip_ds.export import push
 from amclip_ds.export.card import write_card
@@ -72,6 +73,37 @@ def test_a_wrong_request_is_refused_before_the_export(tmp_path: Path, capsys: py
     ):
         assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), *words]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("was_there", [True, False])
+def test_what_is_private_goes_to_no_public_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, was_there: bool
+) -> None:
+    """The hub leaves a repository that is there as public as it was, whatever is asked for."""
+    hub = {"a/b": False} if was_there else {}
+    sent: list[str] = []
+
+    class Hub:
+        def create_repo(self, name: str, private: bool, exist_ok: bool) -> None:
+            assert exist_ok
+            hub.setdefault(name, private)
+
+        def model_info(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(private=hub[name])
+
+        def upload_folder(self, repo_id: str, **_: object) -> None:
+            sent.append(repo_id)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_none")
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    if was_there:
+        with pytest.raises(UserError, match="--private: a/b is there already, and is public.*nothing was sent"):
+            push.push(tmp_path, "a/b", True)
+        assert not sent
+    else:
+        assert push.push(tmp_path, "a/b", True) == "pushed: hf-hub:a/b"
+    assert push.push(tmp_path, "a/b", False) and sent[-1] == "a/b"
 
 
 def test_a_hub_that_does_not_answer_leaves_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
