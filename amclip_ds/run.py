@@ -41,7 +41,7 @@ from amclip_ds.resilience.ownership import owning
 from amclip_ds.resilience.preemption import Preemption, leaving_together
 from amclip_ds.resilience.watchdog import Watchdog
 from amclip_ds.run_checkpoints import RunCheckpoints, find_checkpoint
-from amclip_ds.run_folder import open_folder, write_settings, write_verdict_at_end
+from amclip_ds.run_folder import open_folder, set_weights_aside, write_settings, write_verdict_at_end
 from amclip_ds.run_state import TrainState
 
 
@@ -174,6 +174,8 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     )
     with watchdog.during("resume"), timeline.during("resume"):
         checkpoints.resume(found, state)
+        for path in on_main(partial(set_weights_aside, folder)) if state.step < total_steps else ():
+            record.say(f"set aside, since training goes on: {path}")
         listed = on_main(partial(listed_in, folder / run_files.INCIDENTS)) if found is not None else None
         timeline.step = state.step
         if found is not None:

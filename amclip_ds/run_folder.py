@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from amclip_ds import config as settings
 from amclip_ds import plugins, run_files
+from amclip_ds.checkpoint.retention import SUPERSEDED, set_aside
 from amclip_ds.config import TrainConfig
 from amclip_ds.errors import AmclipError, in_one_line
 from amclip_ds.files import not_written, removed_on_error, sync, write_atomically, write_new
@@ -241,6 +242,16 @@ def write_run_weights(folder: Path, student: "StudentEngine", teacher: "Teacher 
                 f"{folder}/{name}.safetensors cannot be written: {error}; the checkpoint of step {step} is committed:"
                 f" started again, the run writes its weights"
             ) from None
+
+
+def set_weights_aside(folder: Path) -> list[Path]:
+    """Those of an end that the run goes on from, or of another run before it: until its own end, a run has the weights
+    of its newest checkpoint, whoever asks for them. Rank 0 only. Returns their new paths. Raises AmclipError."""
+    try:
+        found = [path for name in ("student", "teacher") if (path := folder / f"{name}.safetensors").is_file()]
+        return [set_aside(path, SUPERSEDED) for path in found]
+    except OSError as error:
+        raise not_written(f"run.out: {folder}", error) from None
 
 
 def write_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

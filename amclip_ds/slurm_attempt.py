@@ -19,12 +19,11 @@ from amclip_ds.arguments import Parser, add_training
 from amclip_ds.checkpoint.step_folders import MANIFEST, list_steps
 from amclip_ds.display import printable
 from amclip_ds.errors import FAULT, MISTAKE, STOPPED_ITSELF, TO_REQUEUE, AmclipError, UserError
-from amclip_ds.files import not_written, write_atomically
+from amclip_ds.files import not_written, outlasting, write_atomically
 from amclip_ds.jsonl import append_line, read_lines
 from amclip_ds.ranks.launcher_env import free_port
-from amclip_ds.record import read_verdict
+from amclip_ds.record import is_by_file, read_verdict
 from amclip_ds.redact import redact
-from amclip_ds.signals import STOP_FILE
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,11 @@ class Newest:
         """Whether it was the newest already as an attempt began."""
         return self.step == attempt["step"] and self.written == attempt.get("checkpoint_time", self.written)
 
+    def is_newer_than(self, attempt: dict[str, Any]) -> bool:
+        """Whether it was written since an attempt began. A start that sets others aside leaves an older one newest."""
+        before = attempt.get("checkpoint_time")
+        return self.written > before if type(before) is int else self.step > attempt["step"]
+
 
 def newest_checkpoint(run: Path) -> Newest:
     for step, path in reversed(list_steps(run / run_files.CHECKPOINTS)):
@@ -77,9 +81,13 @@ def verdict_time(run: Path) -> int:
     return time_of(run / run_files.VERDICT)
 
 
-def resume_mode(wanted: str, mine: list[dict[str, Any]], newest: Newest) -> str:
-    """`--resume never` and `--resume PATH` hold for a job's start: once it has checkpoints, its restarts use those."""
-    return "auto" if mine and not newest.is_of(mine[0]) else wanted
+def resume_mode(wanted: str, mine: list[dict[str, Any]], newest: Newest, chain_since: int | None = None) -> str:
+    """`--resume never` and `--resume PATH` hold until the job, or a chain's job before it, has saved: then its starts
+    continue from that. chain_since: when the chain's job was submitted, in ns; Slurm counts a requeue as another time.
+    """
+    has_saved = mine and (mine[-1].get("resume") == "auto" or newest.is_newer_than(mine[0]))
+    is_continued = chain_since is not None and newest.written > chain_since
+    return "auto" if has_saved or is_continued else wanted
 
 
 def count_stalls(mine: list[dict[str, Any]], newest: Newest) -> int:
@@ -106,8 +114,10 @@ def decide(verdict: dict[str, Any] | None, restarts: int, stalls: int, limits: L
         what += f" at step {verdict.get('step')}: {verdict.get('reason', '')}"
     elif is_stopped:
         what += " before the first step"
-    if verdict is not None and str(verdict.get("reason", "")).startswith(STOP_FILE):
+    if verdict is not None and is_by_file(verdict):
         return Decision(False, TO_REQUEUE, f"{what}; submit again to continue")
+    if verdict is None and status in (MISTAKE, STOPPED_ITSELF):  # another trainer has the folder, and its verdict
+        return Decision(False, status, f"the ranks ended with code {status}; the lines above say why")
     failed = TO_REQUEUE if is_stopped else (status if 0 < status < 128 else FAULT)
     if not is_stopped and not limits.retry_crashes:
         return Decision(False, failed, f"{what}; the lines above name the rank (AMCLIP_RETRY_CRASHES=1 would requeue)")
@@ -141,7 +151,7 @@ def begin(args: argparse.Namespace) -> str:
     preconditions.check_folder(run)
     earlier, newest = read_lines(folder / run_files.ATTEMPTS, run_files.JOB_ATTEMPT), newest_checkpoint(run)
     mine = [row for row in earlier if row["job"] == args.job]
-    resume = resume_mode(wanted.resume, mine, newest)
+    resume = resume_mode(wanted.resume, mine, newest, args.submitted * 10**9 if args.chain else None)
     preconditions.check(config, resume)
     check_shards(config, nodes)
     revision = git_revision()
@@ -158,6 +168,7 @@ def begin(args: argparse.Namespace) -> str:
                 "tasks": args.tasks,
                 "step": newest.step,
                 "checkpoint_time": newest.written,
+                "resume": resume,
                 "revision": revision,
                 "verdict_time": verdict_time(run),
                 "command": ["amclip", "train", *args.train_arguments],
@@ -169,7 +180,7 @@ def begin(args: argparse.Namespace) -> str:
     _check_restarts(mine, args, newest)
     if args.chain and verdict_time(run) > args.submitted * 10**9:
         _chain_check(read_verdict(run), run)
-    describe(args, run, newest.step, revision, earlier)
+    describe(args, run, resume, newest.step, revision, earlier)
     if nodes < args.nodes:
         _say(
             f"note: {args.nodes - nodes} node(s) idle: {config.batch.global_size} samples divide by {args.tasks} tasks"
@@ -196,7 +207,9 @@ def node_range(min_nodes: int, most: int) -> str:
 def end(args: argparse.Namespace) -> str:
     """The decision about an attempt that is over: `requeue WHY` or `exit CODE`."""
     run = Path(args.run)
-    attempts = read_lines(run / "slurm" / run_files.ATTEMPTS, run_files.JOB_ATTEMPT)
+    log = run / "slurm" / run_files.ATTEMPTS
+    # What was saved to be requeued must not end here, of a file system's bad moment
+    attempts = outlasting(str(log), lambda: read_lines(log, run_files.JOB_ATTEMPT))
     mine = [row for row in attempts if row["job"] == args.job]
     verdict = read_verdict(run)
     if mine and verdict_time(run) == mine[-1]["verdict_time"]:
@@ -223,11 +236,13 @@ def check_shards(config: Any, num_nodes: int) -> list[str]:
 
 
 def describe(
-    args: argparse.Namespace, run: Path, step: int, revision: str | None, earlier: list[dict[str, Any]]
+    args: argparse.Namespace, run: Path, resume: str, step: int, revision: str | None, earlier: list[dict[str, Any]]
 ) -> None:
     """The head of an attempt in the job's log."""
+    is_fresh = resume == "never" or (resume == "auto" and step < 0)
+    begins = "starts fresh" if is_fresh else f"resumes from {f'step {step}' if resume == 'auto' else resume}"
     _say(f"job {args.job}, restart {args.restart}: {args.tasks} task(s) on {args.nodes} node(s): {args.node_list}")
-    _say(f"run {run.resolve()}; {'starts fresh' if step < 0 else f'resumes from step {step}'}; code {revision}")
+    _say(f"run {run.resolve()}; {begins}; code {revision}")
     before = earlier[-1] if earlier else {}
     if before and before.get("revision") != revision:
         _say(f"note: the code changed since the last attempt, {before.get('revision')} -> {revision}")
@@ -247,9 +262,10 @@ def _check_restarts(mine: list[dict[str, Any]], args: argparse.Namespace, newest
 
 
 def _chain_check(verdict: dict[str, Any] | None, run: Path) -> None:
-    """A later job of a chain has nothing to do once an earlier one ended the run for good."""
-    if verdict and verdict["code"] in (MISTAKE, STOPPED_ITSELF):
-        ending = JobEnded(f"{run}/exit.json: an earlier job of this chain ended with code {verdict['code']}")
+    """A later job of a chain has nothing to do once an earlier one ended the run for good, or a person stopped it."""
+    if verdict and (verdict["code"] in (MISTAKE, STOPPED_ITSELF) or is_by_file(verdict)):
+        why = f": {verdict['reason']}; submit again to continue" if is_by_file(verdict) else ""
+        ending = JobEnded(f"{run}/exit.json: an earlier job of this chain ended with code {verdict['code']}{why}")
         ending.exit_code = verdict["code"]
         raise ending
 

@@ -184,7 +184,8 @@ def evaluation_is_due(run: Run) -> bool:
 
 
 def evaluation_is_missing(run: Run) -> bool:
-    """Whether the run resumes from a step whose evaluation was not made, and not tried in vain either.
+    """Whether the run resumes from a step whose evaluation was not made, and not tried in vain either. One that a stop
+    ended was promised, though by the settings of now (a longer run, another eval.every_steps) none is due there.
 
     Collective: every rank must call.
     """
@@ -192,7 +193,8 @@ def evaluation_is_missing(run: Run) -> bool:
 
     def is_missing() -> bool:
         try:
-            if kinds_of(run)[-1:] not in ([], [STOPPED]):
+            last = kinds_of(run)[-1:]
+            if last != [STOPPED] and (last or not evaluation_is_due(run)):
                 return False
             sets = [open_set(spec, key="eval.data") for spec in specs_of(run.config)]
             return bool(rows.missing(run.folder, run.state.step, sets, weights))
@@ -202,7 +204,7 @@ def evaluation_is_missing(run: Run) -> bool:
             )
             return False
 
-    return run.state.step > 0 and evaluation_is_due(run) and on_main(is_missing)
+    return run.state.step > 0 and run.config.eval.data is not None and on_main(is_missing)
 
 
 class _Callable(ModuleType):

@@ -58,7 +58,7 @@ def is_pinned(path: Path) -> bool:
 
 
 def set_aside(path: Path, prefix: str) -> Path:
-    """Renames a checkpoint so that no resume takes it. Returns the new path. Raises OSError."""
+    """Renames a checkpoint so that no resume takes it, or a run's weights. Returns the new path. Raises OSError."""
     for number in range(10**6):
         target = path.with_name(f"{prefix}{path.name}-{number}")
         if not target.exists():

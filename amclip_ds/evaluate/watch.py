@@ -18,6 +18,7 @@ import torch
 from amclip_ds import config as settings
 from amclip_ds import jsonl, run_files
 from amclip_ds.checkpoint import manifest, retention, step_folders
+from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.comm import SingleProcess
 from amclip_ds.config import TrainConfig
 from amclip_ds.errors import TO_REQUEUE, AmclipError, NotRead, UserError
@@ -26,10 +27,11 @@ from amclip_ds.evaluate.datasets import EvalSet, open_sets
 from amclip_ds.evaluate.source import locate, open_encoder
 from amclip_ds.evaluate.tasks import run_task
 from amclip_ds.files import read_bytes
-from amclip_ds.record import read_verdict
+from amclip_ds.record import is_by_file, read_verdict
 from amclip_ds.shards.sources import split_sources
 
 PIN = "pinned by amclip watch\n"
+ROUNDS_AFTER_THE_END = 20  # in which the disk may be well again; it must not keep a job's GPU for ever
 Failed = dict[tuple[tuple[Path, int], str, str], str]  # (a checkpoint's identity, weights, set) -> why
 
 
@@ -45,35 +47,45 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
     _remove_stale_pins(run)
     refused: set[tuple[Path, int]] = set()
     failed: Failed = {}
-    is_idle, unreadable = False, 0
+    is_idle, unreadable, rounds_left = False, 0, ROUNDS_AFTER_THE_END
     while True:
-        unreadable = _report_unreadable(run / run_files.EVALUATIONS, unreadable)
         has_ended = _has_ended(run)  # asked before the listing: what was committed until then is seen by it
-        for step, path in step_folders.list_steps(run / run_files.CHECKPOINTS):
+        rounds_left -= has_ended
+        is_last = once or rounds_left == 0
+        listed, in_trouble = [], False
+        try:
+            unreadable = _report_unreadable(run / run_files.EVALUATIONS, unreadable)
+            listed = step_folders.list_steps(run / run_files.CHECKPOINTS)
+        except NotRead as fault:
+            in_trouble = _try_again(run, fault, is_last, every_s)
+        for step, path in listed:
             identity = _identity(path)
             if identity is None or identity in refused:
                 continue
             try:
                 if not retention.is_whole(path):
                     continue
+                missing = _untried(rows.missing(run, step, sets, _wanted(path, weights)), identity, failed)
+                if not missing or _left_to_training(config, run, step, sets, has_ended):
+                    continue
             except NotRead as fault:
-                _try_again(path, fault, once, every_s)
+                in_trouble = _try_again(path, fault, is_last, every_s)
                 continue
-            missing = _untried(rows.missing(run, step, sets, _wanted(path, weights)), identity, failed)
-            if missing and not _left_to_training(config, run, step, sets, has_ended):
-                is_idle = False
-                try:
-                    for (name, dataset), error in _evaluate(run, path, missing, batch_size).items():
-                        failed[identity, name, dataset] = error
-                except NotRead as fault:
-                    _try_again(path, fault, once, every_s)
-                except UserError as damage:
-                    if _identity(path) == identity:  # damaged, not just deleted meanwhile
-                        print(f"{path.name}: {damage}", flush=True)
-                        refused.add(identity)
-                except AmclipError as fault:
-                    _try_again(path, fault, once, every_s)
-        if once or has_ended:
+            except DamagedError:  # gone since it was listed
+                continue
+            is_idle = False
+            try:
+                for (name, dataset), error in _evaluate(run, path, missing, batch_size).items():
+                    failed[identity, name, dataset] = error
+            except NotRead as fault:
+                in_trouble = _try_again(path, fault, is_last, every_s)
+            except UserError as damage:
+                if _identity(path) == identity:  # damaged, not just deleted meanwhile
+                    print(f"{path.name}: {damage}", flush=True)
+                    refused.add(identity)
+            except AmclipError as fault:
+                in_trouble = _try_again(path, fault, is_last, every_s)
+        if once or (has_ended and not in_trouble):
             break
         if not is_idle:
             print(f"waiting for the next checkpoint in {run / 'checkpoints'} (Ctrl-C ends this)", flush=True)
@@ -84,11 +96,12 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
     return 0
 
 
-def _try_again(path: Path, fault: AmclipError, once: bool, every_s: float) -> None:
-    """Of a fault of the disk, which may be well at the next round. Raises it where there is none."""
-    if once:
+def _try_again(path: Path, fault: AmclipError, is_last: bool, every_s: float) -> bool:
+    """Of a fault of the disk, which may be well at the next round: true. Raises it where there is none."""
+    if is_last:
         raise fault
     print(f"{path.name}: {fault}; tried again in {every_s:g} s", flush=True)
+    return True
 
 
 def _report_unreadable(file: Path, reported: int) -> int:
@@ -150,7 +163,7 @@ def _left_to_training(config: TrainConfig, run: Path, step: int, sets: list[Eval
 def _has_ended(run: Path) -> bool:
     """Whether the run has left a verdict other than that it will be requeued."""
     verdict = read_verdict(run)
-    return verdict is not None and verdict["code"] != TO_REQUEUE
+    return verdict is not None and (verdict["code"] != TO_REQUEUE or is_by_file(verdict))
 
 
 def _wait_for(run: Path, every_s: float, once: bool) -> None:

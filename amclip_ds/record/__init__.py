@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds import display, jsonl, run_files
-from amclip_ds.errors import UserError
+from amclip_ds.errors import TO_REQUEUE, UserError
 from amclip_ds.files import read_json
 from amclip_ds.record import tensorboard_events
 from amclip_ds.record.backlog import Backlog
 from amclip_ds.record.trackers import OPEN, Tracker
 from amclip_ds.record.trackers import run_id as run_id
 from amclip_ds.redact import redact
+from amclip_ds.signals import STOP_FILE
 
 CLASSES = ("per_class", "confusions", "confusion_matrix")  # of an evaluation: kept in eval_classes.jsonl
 HEADLINE_METRICS = ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")  # on the screen
@@ -69,6 +70,11 @@ def read_verdict(run: Path) -> dict[str, Any] | None:
         return verdict if type(verdict.get("code")) is int else None
     except UserError:
         return None
+
+
+def is_by_file(verdict: dict[str, Any]) -> bool:
+    """Whether a STOP file ended the run: a person's wish, which no requeue follows."""
+    return verdict["code"] == TO_REQUEUE and str(verdict.get("reason", "")).startswith(STOP_FILE)
 
 
 def evaluation_lines(rows: Iterable[dict[str, Any]]) -> dict[str, bytes]:

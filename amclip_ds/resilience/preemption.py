@@ -193,11 +193,11 @@ class Preemption:
         index, rank = divmod(code, world)
         if REASONS[index] == "ownership":
             raise OwnershipLost("run.out: another trainer took this folder over; stopped without saving")
+        if REASONS[index] == STOP_FILE and self._runtime.is_main:
+            self._remove_stop_file()  # it has been read: started again, the run continues
         if is_last:
             return None
         self._listener.arm()
-        if REASONS[index] == STOP_FILE and self._runtime.is_main:
-            self._remove_stop_file()  # it has been read: started again, the run continues
         return self._describe(REASONS[index], rank)
 
     def _remove_stop_file(self) -> None:
@@ -231,7 +231,8 @@ class Preemption:
         if self._runtime.is_main:  # one clock and one read of the disk decide
             if now >= self._looked_at + CHECK_EVERY_S:
                 self._looked_at = now
-                self._stop_asked = self._stop_file.exists()
+                # Not Path.exists, which raises a file system's bad moments: those must not end the run
+                self._stop_asked = os.path.exists(self._stop_file)
             if self._stop_asked:
                 return STOP_FILE
             return next((name for name, deadline in self._deadlines.items() if now >= deadline), None)

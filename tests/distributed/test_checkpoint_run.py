@@ -17,6 +17,7 @@ from amclip_ds import config as settings
 from amclip_ds.checkpoint import manifest, step_folders
 from amclip_ds.data.captions import tokenizer_hash
 from amclip_ds.data.synthetic import write_dataset
+from amclip_ds.evaluate.source import locate
 from amclip_ds.jsonl import read_lines
 from amclip_ds.method import method_of
 from amclip_ds.run import open_data
@@ -225,6 +226,24 @@ def test_another_word_table_is_refused(scenes: Path, tmp_path: Path) -> None:
     assert code == 2 and "data.text_mask.table: content " in printed, printed
     code, printed = amclip(*keys, f"data.text_mask.table={tmp_path}/moved.json", "run.steps=2")
     assert code == 0 and "resumes from" in printed, printed
+
+
+def test_a_run_that_goes_on_has_the_weights_of_its_newest_checkpoint(few_scenes: Path, tmp_path: Path) -> None:
+    """Not those of its former end, nor of the run before it: eval, export and distill.teacher took them for it."""
+    run = tmp_path / "run"
+    keys = [f"data.train={few_scenes}", *SMALL, f"run.out={run}"]
+    assert amclip(*keys, "run.steps=2")[0] == 0
+    assert (locate(run).kind, locate(run).step) == ("run", 2)
+    assert amclip(*keys, "run.steps=2")[0] == 0, "it has ended: they stay"
+    assert not list(run.glob("superseded-*"))
+    for more, step in ((["checkpoint.allow_drift=[run.steps]"], 3), (["--resume", "never"], 1)):
+        (run / "STOP").touch()
+        printed = amclip(*keys, "run.steps=4", *more)[1]
+        verdict = json.loads((run / "exit.json").read_text())
+        assert (verdict["code"], verdict["step"]) == (75, step), printed
+        assert (locate(run).kind, locate(run).step) == ("checkpoint", step)
+    names = sorted(path.name for path in run.glob("superseded-*"))
+    assert names == ["superseded-student.safetensors-0", "superseded-teacher.safetensors-0"], "not deleted"
 
 
 def test_drift_damage_and_fresh_starts(scenes: Path, tmp_path: Path) -> None:

@@ -136,6 +136,21 @@ def test_a_stop_during_an_evaluation_is_heard_after_a_batch(scenes: Path, tmp_pa
     assert rows_made(run) == rows_made(tmp_path / "calm")
 
 
+def test_a_stopped_evaluation_is_made_though_none_is_due_now(scenes: Path, tmp_path: Path, amclip: Amclip) -> None:
+    """Stopped in the evaluation of its end; then moved, made longer, and resumed on another world."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    short = (f"eval.data={scenes}", "eval.batch_size=4", "checkpoint.every_steps=2")
+    argv = ["train", *tiny(scenes, run, *short, "run.steps=2")]
+    run_ranks("tests.e2e.cases:signal_in_evaluation", argv=argv, rank=1, batch=3, timeout_s=300)
+    assert verdict(run)["code"] == 75 and rows_made(run) == []
+
+    run.rename(moved)
+    longer = tiny(scenes, moved, *short, "run.steps=3", "checkpoint.allow_drift=[run.steps]")
+    code, printed = amclip("train", *longer)
+    assert code == 0, printed
+    assert rows_made(moved) == [(step, weights) for step in (2, 3) for weights in ("student", "teacher")]
+
+
 def rows_made(run: Path) -> list[tuple[int, str]]:
     """Step and weights of each row of eval.jsonl."""
     return [(row["step"], row["weights"]) for row in read_lines(run / "eval.jsonl")]

@@ -1,5 +1,6 @@
 """What train.sbatch decides from how an attempt ended."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -20,6 +21,7 @@ from amclip_ds.slurm_attempt import (
     node_range,
     resume_mode,
 )
+from tests.unit.checkpoint.test_forged import fail_at_open
 from tests.unit.data.shards import write_shards
 
 LIMITS = Limits(max_restarts=5, max_stalls=3)
@@ -106,6 +108,36 @@ def test_resume_never_holds_for_the_start_alone() -> None:
     assert resume_mode("never", began(40), Newest(50)) == "auto"
 
 
+def test_a_restart_that_has_saved_nothing_begins_where_the_job_did() -> None:
+    """What a start from another run's checkpoint set aside leaves an older one newest, or none."""
+    mine = [{"step": 300, "checkpoint_time": 9, "resume": "OTHER"}]
+    for newest in (Newest(), Newest(200, 5)):
+        assert resume_mode("OTHER", mine, newest) == "OTHER"
+    assert resume_mode("OTHER", mine, Newest(20, 10)) == "auto"
+
+
+def test_the_jobs_of_a_chain_continue_each_others_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is given --resume never or PATH, which hold for the first of them alone."""
+    old, own = Newest(300, 9), Newest(20, 11)
+    for wanted in ("never", "OTHER"):
+        assert resume_mode(wanted, [], old, chain_since=10) == wanted
+        assert resume_mode(wanted, [], own) == wanted, "no chain"
+        assert resume_mode(wanted, [], own, chain_since=10) == "auto"
+        continued = [{"step": 20, "checkpoint_time": 11, "resume": "auto"}]
+        assert resume_mode(wanted, continued, own, chain_since=12) == "auto", "requeued, which made it younger"
+
+    write_shards(tmp_path / "data", (20,))
+    manifest = tmp_path / "run" / "checkpoints" / "step_00000040" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    written = int(manifest.stat().st_mtime)
+    recipe = ["--", "aclip-tiny", f"data.train={tmp_path}/data", f"run.out={tmp_path}/run", "batch.global_size=8"]
+    for job, (submitted, mode) in enumerate(((written + 60, "never"), (written - 60, "auto"))):
+        words = ["begin", "--job", str(job), "--nodes", "1", "--tasks", "1", "--chain", "--submitted", str(submitted)]
+        assert main([*words, *recipe, "--resume=never"]) == 0
+        assert capsys.readouterr().out.splitlines()[2] == mode
+
+
 def test_a_restart_resumes_from_its_own_checkpoint_of_the_old_runs_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,7 +147,10 @@ def test_a_restart_resumes_from_its_own_checkpoint_of_the_old_runs_step(
     manifest = run / "checkpoints" / "step_00000040" / "manifest.json"
     manifest.parent.mkdir(parents=True)
     manifest.write_text("{}")
-    assert begin(run, tmp_path / "data", 1, 0, capsys, "--resume=never")[2] == "never"
+    words = ["begin", "--job", "9", "--nodes", "1", "--tasks", "2", "--", "aclip-tiny", f"data.train={tmp_path}/data"]
+    assert main([*words, f"run.out={run}", "batch.global_size=8", "--resume=never"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[2] == "never" and "; starts fresh; " in shown.err
     assert begin(run, tmp_path / "data", 1, 1, capsys, "--resume=never")[2] == "never", "it saved nothing"
     manifest.write_text("{ }")
     os.utime(manifest, ns=(manifest.stat().st_mtime_ns + 1,) * 2)
@@ -140,6 +175,25 @@ def test_a_stop_file_is_a_persons_wish_and_not_requeued() -> None:
     asked = verdict(75) | {"reason": "a STOP file; stopped after step 7"}
     decision = decide(asked, 0, 0, RETRY, status=0)
     assert not decision.requeue and decision.code == 75 and "submit again" in decision.reason
+
+
+@pytest.mark.parametrize("code", [2, 3])
+def test_ranks_that_another_trainer_keeps_out_are_no_crash(code: int) -> None:
+    """Refused the folder, or having lost it, they leave no verdict: it is the other's, as are the new checkpoints."""
+    decision = decide(None, 0, 0, RETRY, status=code)
+    assert not decision.requeue and decision.code == code
+
+
+def test_a_file_systems_bad_moment_does_not_end_what_is_to_be_requeued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = tmp_path / "slurm" / "attempts.jsonl"
+    attempts.parent.mkdir()
+    attempts.write_text(json.dumps({"job": "9", "step": -1, "verdict_time": 0}) + "\n")
+    (tmp_path / "exit.json").write_text(json.dumps(verdict(75)))
+    fail_at_open(monkeypatch, attempts, errno.ESHUTDOWN, 2)
+    assert main(["end", "--job", "9", "--run", str(tmp_path), "--status", "0"]) == 0
+    assert capsys.readouterr().out.startswith("requeue stopped at step 7")
 
 
 def test_the_accepted_nodes_go_from_the_fewest_to_the_most() -> None:
@@ -233,7 +287,7 @@ def test_rows_that_are_no_attempts_are_left_out(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out == "exit 1\n", "a crash: it left no verdict"
 
 
-@pytest.mark.parametrize("code", [2, 3])
+@pytest.mark.parametrize("code", [2, 3, 75])
 def test_a_chain_heeds_the_ending_of_its_own_jobs_alone(
     code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,7 +295,8 @@ def test_a_chain_heeds_the_ending_of_its_own_jobs_alone(
     write_shards(tmp_path / "data", (20,))
     run = tmp_path / "run"
     begin(run, tmp_path / "data", 1, 0, capsys)
-    (run / "exit.json").write_text(json.dumps(verdict(code)))
+    reason = {"reason": "a STOP file; stopped after step 7"} if code == 75 else {}
+    (run / "exit.json").write_text(json.dumps(verdict(code) | reason))
     written = int((run / "exit.json").stat().st_mtime)
     recipe = ["--", "aclip-tiny", f"data.train={tmp_path}/data", f"run.out={run}", "batch.global_size=8"]
     for job, submitted in enumerate((str(written + 60), str(written - 60), "")):  # empty: squeue does not answer

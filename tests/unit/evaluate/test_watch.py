@@ -1,13 +1,19 @@
 """What `amclip watch` waits for it says; what can never be there it refuses."""
 
+import errno
+import json
+import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from amclip_ds.errors import UserError
+from amclip_ds import config as settings
+from amclip_ds.errors import NotRead, UserError
 from amclip_ds.evaluate import watch
+from tests.unit.evaluate.test_encoder import write_set
 
 
 def test_it_says_what_it_waits_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,3 +53,47 @@ def test_what_can_never_be_a_run_is_refused(once: bool, tmp_path: Path) -> None:
             watch._wait_for(tmp_path / place, 0.01, once)
     with pytest.raises(UserError, match=r"config\.yaml: missing"):
         watch._wait_for(tmp_path / "later", 0.01, once=True)
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> Path:
+    """A run with no checkpoint, which a STOP file ended: nobody will requeue it."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    words = ["data.train=shards", "run.steps=4", f"run.out={run}", f"eval.data={write_set(tmp_path / 'set')}"]
+    (run / "config.yaml").write_text(settings.dump(settings.load("aclip-tiny", words)))
+    verdict = {"code": 75, "step": 2, "attempt": 0, "reason": "a STOP file; stopped after step 2"}
+    (run / "exit.json").write_text(json.dumps(verdict))
+    return run
+
+
+def test_it_ends_with_a_run_that_a_stop_file_ended(ended: Path) -> None:
+    found: list[int] = []
+    watching = threading.Thread(
+        target=lambda: found.append(watch.watch(ended, None, "both", 4, 0.01, False)), daemon=True
+    )
+    watching.start()
+    watching.join(20)
+    assert found == [0]
+
+
+def test_trouble_of_the_file_system_is_waited_for_but_not_for_ever(
+    ended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also once the run has ended: what it evaluated last would otherwise be missed, with code 0."""
+    call, answers = os.listdir, [True]
+
+    def failing(path: Any) -> list[str]:
+        if str(path) == str(ended / "checkpoints") and not (answers.pop() if answers else True):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return call(path)
+
+    monkeypatch.setattr(os, "listdir", failing)
+    for times, once in ((1, True), (1000, False)):
+        answers[:] = [*[False] * times, True]  # the last one first: the stale pins' own
+        with pytest.raises(NotRead):
+            watch.watch(ended, None, "both", 4, 0.01, once)
+    capsys.readouterr()
+    answers[:] = [False, False, True]
+    assert watch.watch(ended, None, "both", 4, 0.01, False) == 0
+    assert capsys.readouterr().out.count("tried again in 0.01 s") == 2

@@ -1,13 +1,21 @@
 """Ctrl-C: the first asks for a save, a second before the first step quits, later ones lose nothing. Under srun a stop
 before the first step ends a rank at once."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from amclip_ds.resilience.config import PreemptionConfig
+from amclip_ds.resilience.preemption import Preemption
+from amclip_ds.signals import STOP_FILE
 from tests.unit.data.shards import write_shards
 
 LISTENER = """
@@ -81,3 +89,31 @@ def test_a_task_of_srun_is_such_a_rank(tmp_path: Path) -> None:
     printed = rank.communicate(timeout=60)[0]
     assert rank.returncode == 0 and b"SIGUSR1: before the first step" in printed, printed
     assert not (tmp_path / "run" / "exit.json").exists()
+
+
+ALONE: Any = SimpleNamespace(rank=0, world_size=1, is_main=True, device=SimpleNamespace(type="cpu"))
+
+
+def test_trouble_of_the_file_system_is_no_stop_and_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for twice a second: an evicted client's errors reach the ask sooner or later."""
+    monkeypatch.setattr("amclip_ds.resilience.preemption.CHECK_EVERY_S", 0.0)
+    (tmp_path / "STOP").touch()
+    with Preemption(PreemptionConfig(), tmp_path, ALONE) as stops:
+        with monkeypatch.context() as troubled:
+            call = os.stat
+
+            def failing(path: Any, *words: Any, **more: Any) -> os.stat_result:
+                if str(path) == str(tmp_path / "STOP"):
+                    raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN), str(path))
+                return call(path, *words, **more)
+
+            troubled.setattr(os, "stat", failing)
+            assert stops.agreed() is None
+        assert stops.agreed() == STOP_FILE
+
+
+def test_a_wish_that_comes_in_the_last_step_is_not_left_for_the_next_start(tmp_path: Path) -> None:
+    (tmp_path / "STOP").touch()
+    with Preemption(PreemptionConfig(), tmp_path, ALONE) as stops:
+        assert stops.agreed(is_last=True) is None
+    assert not (tmp_path / "STOP").exists()
