@@ -325,8 +325,12 @@ def copy_scripts(folder: Path) -> list[Path]:
 
 
 def sbatch_flags(plan: Plan, args: argparse.Namespace) -> list[str]:
-    """sbatch's flags. Chained jobs share a name that is the run's own, since `singleton` goes by name."""
-    flags = [f"--job-name={job_name(plan.config.run.out)}", f"--nodes={plan.nodes}"]
+    """sbatch's flags. Chained jobs share a name that is the run's own, since `singleton` goes by name: of its whole
+    path, or two chains that were submitted from two folders would wait for each other."""
+    name = job_name(plan.config.run.out)
+    if plan.chain > 1:
+        name += f"-{zlib.crc32(os.path.realpath(plan.config.run.out).encode(errors='surrogateescape')):08x}"
+    flags = [f"--job-name={name}", f"--nodes={plan.nodes}"]
     flags += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
     flags += [f"--ntasks-per-node={args.tasks_per_node}"] if args.tasks_per_node else []
     flags += [f"--{name}={getattr(args, name)}" for name in ("time", "partition", "account") if getattr(args, name)]

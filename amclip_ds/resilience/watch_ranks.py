@@ -8,6 +8,7 @@ What is written of that has a time limit each: the run's file system may be what
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -68,6 +69,7 @@ def watch(folder: Path) -> int:
     """Until every rank has ended (0), or one hangs (1)."""
     settings = json.loads((folder / "settings.json").read_text())
     poll_s, over_for, compiled_at = settings["poll_s"], 0, 0.0
+    polled_at, resumed_at = time.monotonic(), -math.inf
     while True:
         time.sleep(poll_s)
         beats = read_beats(folder, settings["ranks"])
@@ -78,7 +80,11 @@ def watch(folder: Path) -> int:
         now = time.monotonic()
         if any(beat["phase"] == COMPILE for beat in at_work):
             compiled_at = now
-        is_hang = any(is_silent(beat, compiled_at) for beat in at_work)
+        # A job that Slurm suspends is stopped whole, this process too: from then on its ranks have their time anew
+        if any(now - polled_at > poll_s + beat["limit_s"] / 2 for beat in at_work):
+            resumed_at = now
+        polled_at = now
+        is_hang = any(is_silent(beat, compiled_at) and now - resumed_at > beat["limit_s"] for beat in at_work)
         if is_hang and end_it(folder, settings, beats, now, compiled_at):
             return 1
 

@@ -1,6 +1,7 @@
 """`amclip submit`: what it refuses before sbatch, and the command that it leaves."""
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -59,7 +60,18 @@ def test_a_dry_run_leaves_script_config_and_command(shards: Path, capsys: pytest
     assert subprocess.run(["bash", "-n", run / "slurm" / "submit.sh"]).returncode == 0
 
 
-def test_a_chain_goes_by_a_name_of_its_own(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_chain_goes_by_a_name_of_its_own(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = set()
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        words = ["submit", "aclip-tiny", f"data.train={shards}", "run.steps=4", "run.out=runs/first", "--dry-run"]
+        assert main([*words, "--tasks-per-node", "1", "--chain", "2"]) == 0
+        names |= set(re.findall(r"--job-name=(amclip-runs-first-\w+)", capsys.readouterr().out))
+    assert len(names) == 2, "of two folders of that name"
+
     code, run = submitted(shards, "--chain", "3")
     lines = [line for line in (run / "slurm" / "submit.sh").read_text().splitlines() if "sbatch" in line]
     assert code == 0 and len(lines) == 3

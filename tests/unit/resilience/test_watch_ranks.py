@@ -155,6 +155,26 @@ def test_processes_that_end_or_beat_are_left_alone(tmp_path: Path) -> None:
     assert watcher.wait(timeout=20) == 0 and not (run / "incidents.jsonl").exists()
 
 
+@pytest.mark.slow
+def test_a_job_that_was_suspended_has_its_time_anew(tmp_path: Path) -> None:
+    """All of it was stopped, its watch too; a rank's first sign of life is then as far as its next step."""
+    place, run, go_on = tmp_path / "place", tmp_path / "run", tmp_path / "go on"
+    place.mkdir()
+    run.mkdir()
+    rank = start(place, 0, str(go_on), limit_s=6.0)
+    wait_for_beats(place, 1)
+    watcher = watching(place, run, [0])
+    time.sleep(1)
+    for number, seconds in ((signal.SIGSTOP, 7.0), (signal.SIGCONT, 4.0)):
+        for process in (watcher, rank):
+            process.send_signal(number)
+        time.sleep(seconds)
+    assert watcher.poll() is None and rank.poll() is None and not (run / "hangs").exists()
+    _, printed = watcher.communicate(timeout=60)
+    assert watcher.returncode == 1 and "no sign of life" in printed, "the twin: it never comes"
+    assert rank.wait(timeout=10) == -signal.SIGKILL
+
+
 def test_the_others_wait_for_a_rank_that_compiles(tmp_path: Path) -> None:
     """And for as long as a step may take after it; a rank that is silent for longer ends the run."""
     ranks = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
