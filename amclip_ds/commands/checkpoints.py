@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         json_file.write(args.json, rows)
         return 2 if args.action == "verify" and not all(row["valid"] for row in rows) else 0
     if args.action == "prune":
-        removed = stored_checkpoints.prune(checkpoints, _rules(args), args.damaged, args.set_aside)
+        removed = stored_checkpoints.prune(checkpoints, _rules(args, checkpoints), args.damaged, args.set_aside)
         result: dict[str, Any] = {"removed": [str(path) for path in removed]}
         print("\n".join(f"removed {path}" for path in removed) or "nothing to remove")
     elif args.action in ("pin", "unpin"):
@@ -114,14 +114,14 @@ def _print_table(rows: list[dict[str, Any]], checkpoints: Path) -> None:
             print(f"damaged: {row['problem']}")
 
 
-def _rules(args: argparse.Namespace) -> Any:
-    """The run's own rules, with what the command line says instead."""
+def _rules(args: argparse.Namespace, checkpoints: Path) -> Any:
+    """The run's own rules, however it was named, with what the command line says instead."""
     from dataclasses import replace
 
     from amclip_ds import config
     from amclip_ds.checkpoint import CheckpointConfig
 
-    file = args.run_folder / run_files.CONFIG
+    file = checkpoints.absolute().parent / run_files.CONFIG
     rules = config.load_run(file).checkpoint if file.is_file() else CheckpointConfig()
     try:
         return replace(rules, keep_last=args.keep_last) if args.keep_last is not None else rules

@@ -38,6 +38,9 @@ Failed = dict[tuple[tuple[Path, int], str, str], str]  # (a checkpoint's identit
 def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, every_s: float, once: bool) -> int:
     """Returns 0 when the run has ended and nothing is left to evaluate. Raises UserError."""
     _wait_for(run, every_s, once)
+    rows_file = run / run_files.EVALUATIONS
+    if not os.access(rows_file if rows_file.exists() else run, os.W_OK):  # or it would evaluate, in vain, for ever
+        raise UserError(f"{rows_file}: not yours to write; `amclip eval CHECKPOINT --no-append` evaluates one")
     config = settings.load_run(run / run_files.CONFIG)
     if not data and not config.eval.data:
         raise UserError("--data: name a data set; the run has no eval.data")
@@ -54,7 +57,7 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
         is_last = once or rounds_left == 0
         listed, in_trouble = [], False
         try:
-            unreadable = _report_unreadable(run / run_files.EVALUATIONS, unreadable)
+            unreadable = _report_unreadable(rows_file, unreadable)
             listed = step_folders.list_steps(run / run_files.CHECKPOINTS)
         except NotRead as fault:
             in_trouble = _try_again(run, fault, is_last, every_s)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from amclip_ds import config as settings
 from amclip_ds.cli import main
 from tests.unit.checkpoint.damage import Hostile, flip
 from tests.unit.checkpoint.test_save import save_steps, steps_in
@@ -44,6 +45,19 @@ def test_prune_follows_the_rules_and_pins(run: Path) -> None:
     (checkpoints / "step_00000003" / "trainer.json").unlink()
     assert main(["checkpoints", str(run), "prune", "--keep-last", "1", "--damaged"]) == 0
     assert steps_in(checkpoints) == [3], "the only one is never removed, even damaged"
+
+
+def test_prune_finds_the_rules_however_the_run_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its checkpoints' folder too: the default, to keep the newest two, is another run's."""
+    words = ["data.train=shards", "run.steps=4", "checkpoint.keep_last=9"]
+    (run / "config.yaml").write_text(settings.dump(settings.load("aclip-tiny", words)))
+    monkeypatch.chdir(run / "checkpoints")
+    for name in (str(run), str(run / "checkpoints"), "."):
+        assert main(["checkpoints", name, "prune"]) == 0
+        assert steps_in(run / "checkpoints") == [1, 2, 3], name
+    (run / "config.yaml").unlink()
+    assert main(["checkpoints", ".", "prune"]) == 0
+    assert steps_in(run / "checkpoints") == [2, 3], "the twin"
 
 
 @pytest.mark.parametrize(

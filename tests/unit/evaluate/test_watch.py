@@ -97,3 +97,10 @@ def test_trouble_of_the_file_system_is_waited_for_but_not_for_ever(
     answers[:] = [False, False, True]
     assert watch.watch(ended, None, "both", 4, 0.01, False) == 0
     assert capsys.readouterr().out.count("tried again in 0.01 s") == 2
+
+
+def test_rows_that_cannot_be_written_are_named_before_any_is_made(ended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a colleague's run. Root, as which tests may run, is denied nothing."""
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(ended))
+    with pytest.raises(UserError, match=r"run/eval\.jsonl: not yours to write; `amclip eval CHECKPOINT --no-append`"):
+        watch.watch(ended, None, "both", 4, 0.01, False)
