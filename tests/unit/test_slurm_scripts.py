@@ -217,3 +217,18 @@ def test_python_is_that_of_the_site_else_the_one_that_submitted(programs: Path, 
     assert done.stdout.strip() == f"{tmp_path}/system/python3", done.stdout + done.stderr
     done = run(programs, "bash", "-c", shown, **home, AMCLIP_VENV=f"{tmp_path}/own")
     assert done.stdout.strip() == f"{tmp_path}/own/bin/python"
+
+
+@pytest.mark.parametrize("overrides", ["", "optim.lr=0.002"])
+def test_a_run_of_a_sweep_may_be_the_recipe_as_it_is(programs: Path, overrides: str) -> None:
+    write(
+        programs / "python",
+        f"case $* in *overrides*) echo {overrides} ;; *begin*) printf '%s\\n' \"$@\" >{programs}/begun; exit 2 ;; esac",
+    )
+    words = ["sweep.yaml", "out", "aclip-tiny", "optim.lr=0.001", "run.steps=4"]
+    array = ONE_NODE | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    done = run(programs, "bash", str(ROOT / "slurm/sweep.sbatch"), *words, **array)
+    asked = (programs / "begun").read_text().splitlines()
+    own = [overrides, "run.out=out/0"] if overrides else ["run.out=out/0"]
+    kept = ["aclip-tiny", *([] if overrides else ["optim.lr=0.001"]), "run.steps=4"]
+    assert asked[asked.index("--") + 1 :] == kept + own, done.stdout + done.stderr
