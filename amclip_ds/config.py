@@ -181,11 +181,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the global batch falls onto a world: global_size = world_size x local = world_size x splits x micro."""
+    """How the global batch falls onto a world: global_size = world_size x local; local in `splits` of at most micro."""
 
     local: int
     micro: int
     splits: int
+
+    @property
+    def split_in_words(self) -> str:
+        """`3 splits of 32`; of a batch that does not divide so, `3 splits of 32 or less`."""
+        return f"{self.splits} splits of {self.micro}{' or less' if self.local % self.micro else ''}"
 
 
 def plan_batch(batch: BatchConfig, world_size: int) -> BatchPlan:
@@ -200,8 +205,16 @@ def plan_batch(batch: BatchConfig, world_size: int) -> BatchPlan:
             f"batch.global_size: {batch.global_size} = {world_size} ranks x {local} + {rest} does not divide;"
             f" use {near}, or {below} ranks"
         )
-    micro = max(n for n in range(1, min(batch.per_gpu, local) + 1) if local % n == 0)
-    return BatchPlan(local=local, micro=micro, splits=local // micro)
+    micro = split_of(local, batch.per_gpu)
+    return BatchPlan(local=local, micro=micro, splits=-(-local // micro))
+
+
+def split_of(local: int, per_gpu: int) -> int:
+    """Samples of a rank's batch to hold at a time, at most per_gpu: equal splits, where they hold more than half of
+    that; else as few splits as there can be, the last of which is smaller (a batch of 683 divides by nothing but 1)."""
+    most = min(per_gpu, local)
+    even = max(n for n in range(1, most + 1) if local % n == 0)
+    return even if 2 * even > most else -(-local // -(-local // most))
 
 
 def count_steps(config: TrainConfig, steps_per_epoch: int) -> int:

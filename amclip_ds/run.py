@@ -332,7 +332,7 @@ def open_data(
 
 def describe(config: TrainConfig, runtime: Runtime, plan: BatchPlan, data: TrainingData, total_steps: int) -> str:
     """The run in one line, before its first step."""
-    accumulated = f" (accumulated over {plan.splits} splits of {plan.micro})" if plan.splits > 1 else ""
+    accumulated = f" (accumulated over {plan.split_in_words})" if plan.splits > 1 else ""
     started = "alone" if runtime.launcher == "alone" else f"by {runtime.launcher}"
     note = f"; {runtime.note}" if runtime.note else ""
     return (

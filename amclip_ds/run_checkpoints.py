@@ -193,10 +193,10 @@ class RunCheckpoints:
         now = asdict(settings.plan_batch(self._config.batch, ranks))
         before = found.small.get("batch")
         if isinstance(before, dict) and before != now:
-            was = f"{saved.world_size} ranks x {before.get('splits')} x {before.get('micro')}"
+            was = f"{saved.world_size} ranks x {before.get('local')}, {before.get('micro')} at a time,"
             self._record.say(
                 f"batch arithmetic: {self._config.batch.global_size} = {was} there,"
-                f" = {ranks} ranks x {now['splits']} x {now['micro']} now"
+                f" = {ranks} ranks x {now['local']}, {now['micro']} at a time, now"
             )
         for kind, cause, action in found.notes:
             self._record.say(f"{kind}: {cause}; {action}")

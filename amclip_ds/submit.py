@@ -171,7 +171,7 @@ def _gpus_in(gres: str) -> int:
 def describe_batch(config: TrainConfig, world_size: int) -> str:
     """The batch arithmetic in words. Raises UserError where it does not divide."""
     share = settings.plan_batch(config.batch, world_size)
-    accumulated = f", accumulated over {share.splits} splits of {share.micro}" if share.splits > 1 else ""
+    accumulated = f", accumulated over {share.split_in_words}" if share.splits > 1 else ""
     return f"batch: {config.batch.global_size} = {world_size} ranks x {share.local}{accumulated}"
 
 

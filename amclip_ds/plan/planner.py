@@ -376,10 +376,11 @@ def communication_bytes(step: Work) -> float:
 
 
 def largest_per_gpu(step: Work, limit: float) -> int | None:
-    """The largest micro-batch that fits and divides the rank's batch."""
+    """The largest batch.per_gpu that fits and is what is then held at a time."""
     local = step.batch.local
-    for micro in sorted((n for n in range(1, local + 1) if local % n == 0), reverse=True):
-        split = dataclasses.replace(step.batch, micro=micro, splits=local // micro)
+    sizes = {-(-local // splits) for splits in range(1, local + 1)}
+    for micro in sorted((size for size in sizes if settings.split_of(local, size) == size), reverse=True):
+        split = dataclasses.replace(step.batch, micro=micro, splits=-(-local // micro))
         memory = memory_of(dataclasses.replace(step, batch=split))
         if memory.peak + memory.slack <= limit:
             return micro

@@ -37,7 +37,7 @@ def lines(plan: Plan, recipe: str) -> Iterator[str]:
     """The plan: a line a stage, the parts of the recommended one, time, checkpoint, data, notes."""
     ask, share = plan.ask, plan_batch(plan.config.batch, plan.ask.gpus)
     yield f"{recipe} on {ask.gpus} x {ask.gpu.name} ({ask.gpu.memory_gib:g} GiB), {ask.nodes} node(s)"
-    splits = f", {share.splits} splits of {share.micro}" if share.splits > 1 else ""
+    splits = f", {share.split_in_words}" if share.splits > 1 else ""
     yield f"batch: {plan.config.batch.global_size} = {ask.gpus} x {share.local}{splits}"
     yield ""
     sizes = "".join(f"{word:>8}" for word in ("state", "activ.", "peak", "needs"))

@@ -124,7 +124,7 @@ def test_a_cut_in_mid_epoch_and_another_world(few_scenes: Path, tmp_path: Path) 
     )
     assert code == 0, printed
     assert read_lines(other / "sample_ids.jsonl") == read_lines(whole / "sample_ids.jsonl")[2:], "the order of samples"
-    assert "batch arithmetic: 24 = 2 ranks x 1 x 12 there, = 3 ranks x 2 x 4 now" in printed
+    assert "batch arithmetic: 24 = 2 ranks x 12, 12 at a time, there, = 3 ranks x 8, 4 at a time, now" in printed
     there, here = numbers(whole)[2], numbers(other)[0]
     assert (here["lr"], here["momentum"], here["step"], here["updates"]) == (there["lr"], there["momentum"], 3, 3)
     assert abs(here["loss"] - there["loss"]) < 0.02 * there["loss"]

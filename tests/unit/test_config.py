@@ -131,6 +131,27 @@ def test_the_batch_falls_onto_the_world(world_size: int, per_gpu: int, plan: tup
     assert (found.local, found.micro, found.splits) == plan
 
 
+@pytest.mark.parametrize(
+    "local, per_gpu, plan",
+    [(683, 256, (228, 3)), (293, 256, (147, 2)), (341, 256, (171, 2)), (7, 3, (3, 3)), (5, 2, (2, 3)), (3, 1, (1, 3))],
+)
+def test_a_rank_s_batch_that_divides_by_little_has_splits_that_are_not_equal(
+    local: int, per_gpu: int, plan: tuple[int, int]
+) -> None:
+    """4,098 on 6 GPUs, which the refusal of 4,096 proposes, would otherwise be 683 splits of one sample."""
+    found = config.plan_batch(config.BatchConfig(global_size=6 * local, per_gpu=per_gpu), 6)
+    assert (found.local, found.micro, found.splits) == (local, *plan)
+    assert (found.splits - 1) * found.micro < local <= found.splits * found.micro
+    assert found.split_in_words == f"{plan[1]} splits of {plan[0]}" + (" or less" if local % plan[0] else "")
+
+
+@pytest.mark.parametrize("local", range(1, 65))
+def test_every_split_holds_half_of_what_it_may_or_more(local: int) -> None:
+    for per_gpu in range(1, 70):
+        micro = config.split_of(local, per_gpu)
+        assert 2 * micro >= min(per_gpu, local) and micro <= per_gpu
+
+
 def test_a_batch_that_does_not_divide_shows_the_arithmetic() -> None:
     with pytest.raises(UserError, match=r"100 = 3 ranks x 33 \+ 1 does not divide; use 99, or 2 ranks"):
         config.plan_batch(config.BatchConfig(global_size=100), 3)

@@ -94,7 +94,7 @@ def test_pieces_have_the_whole_batch_s_gradients_and_choices() -> None:
     whole, losses, kept = gradients(SAMPLES)
     assert set(losses.terms) == {"contrastive", "o2o", "o2e", "words"} and set(losses.eot) == {"plain", "masked"}
     assert [tuple(rows.shape) for rows in kept if rows is not None] == [(2, SAMPLES, 8), (1, SAMPLES, 4)]
-    for micro in (4, 2):
+    for micro in (4, 3, 2):  # by threes the last piece is smaller
         pieces, again, kept_again = gradients(micro)
         torch.testing.assert_close(again.total, losses.total, rtol=1e-5, atol=1e-6)
         assert pieces.keys() == whole.keys()

@@ -145,6 +145,15 @@ def test_a_smaller_micro_batch_where_the_activations_are_large() -> None:
     assert again.stages[again.recommended or 0].fits and again.settings == []
 
 
+def test_a_batch_that_divides_by_nothing_but_one_is_not_taken_one_by_one() -> None:
+    """4,024 = 8 x 503."""
+    found = plan("aclip-vitb16", "batch.global_size=4024", "batch.per_gpu=512", name="l4")
+    largest = found.stages[found.recommended or 0].largest_per_gpu
+    assert largest and largest > 100 and 503 % largest and f"batch.per_gpu={largest}" in found.settings
+    again = plan("aclip-vitb16", *found.settings, "batch.global_size=4024", name="l4")
+    assert again.stages[again.recommended or 0].fits and again.settings == []
+
+
 def test_nothing_fits() -> None:
     tiny = Gpu("small", 1.2, None, None)
     found = make_plan(config.load("aclip-vitb16"), Ask(gpus=1, gpu=tiny, gpus_per_node=1))
