@@ -85,6 +85,12 @@ class Method:
         last = max(max(every if views is None else views) for views in read)
         return replace(self, objectives=on, masks=self.masks[: last + 1])
 
+    def changes(self, before: float, now: float) -> bool:
+        """Whether between two shares of the run the loss gets other parts, or the views another number of tokens."""
+        shares = [share for name, options in self.objectives.items() for share in OBJECTIVES[name].changes_at(options)]
+        kept = [[num_kept(mask.at(progress), self.grid) for mask in self.masks] for progress in (before, now)]
+        return any(before < share <= now for share in shares) or kept[0] != kept[1]
+
     @property
     def texts(self) -> frozenset[str]:
         """The forms of the texts that are read, of objectives.base.TEXT_PASSES."""

@@ -85,6 +85,8 @@ def train_step(
     lr, progress = schedules.lr(updates), schedules.progress(updates)
     student.set_lr(lr, progress)
 
+    if method.changes(schedules.progress(max(0, updates - 1)), progress):
+        guards.forget()
     reads_teacher = method.reads_teacher  # now or later: its weights must then be those of the step before
     method = method.at(progress)
     views = student.change_views(batch.views_uint8, batch.photometric)

@@ -77,6 +77,11 @@ class Objective(nn.Module):
         """Whether `observe` reads what the averaged teacher sees."""
         return bool(cls.targets - set(FROZEN))
 
+    @classmethod
+    def changes_at(cls, options: Any) -> tuple[float, ...]:
+        """The shares of the run at which its terms become others: where it begins, or a temperature of it changes."""
+        return (start_of(options),)
+
     def is_on(self, progress: float) -> bool:
         """Whether it has begun when so much of the run is done, 0 to 1."""
         return progress >= start_of(self.options)

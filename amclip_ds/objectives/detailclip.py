@@ -60,6 +60,11 @@ class DetailCLIP(Objective):
             self.averaged = ()  # nothing of it reads an average
         self._means: Tensor | None = None  # of the last batch, until commit: no state
 
+    @classmethod
+    def changes_at(cls, options: Any) -> tuple[float, ...]:
+        """Where it begins, and where the patches' temperature changes."""
+        return (start_of(options), start_of(options) + options.warmup)
+
     def weight_of(self, term: str) -> float:
         if term in (ENTROPY, INFORMATION):
             return 0.0  # recorded alone

@@ -15,7 +15,8 @@ class GuardsConfig:
     spike: str = "log"
     """A loss that leaps: log (recorded only) | skip (the step is skipped) | rewind (back to the last checkpoint)."""
     spike_window: int = 100
-    """Losses of applied steps that a loss is compared with; nothing is a spike before there are so many."""
+    """Losses of applied steps that a loss is compared with; nothing is a spike before there are so many. Where an
+    objective begins (loss.NAME.start) or a mask's schedule keeps another number of tokens, they are counted anew."""
     spike_deviations: float = 8.0
     """A spike is this many deviations (1.4826 median absolute ones) above the window's median."""
     max_rewinds: int = 3

@@ -77,6 +77,11 @@ class Guards:
         self._unread = begin_download(torch.cat([factor[None], rows.flatten()]))
         return factor.to(losses.total.dtype)
 
+    def forget(self) -> None:
+        """The losses so far say nothing of those to come, as where an objective begins: each of these would be a spike,
+        and, were it skipped, the next one too, for ever."""
+        self.window = []
+
     @property
     def admitted(self) -> bool:
         """What `admit` decided last."""

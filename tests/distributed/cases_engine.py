@@ -195,9 +195,9 @@ def gradients_by_split(ds: str, breaks: str | None = None, roles: bool = False) 
         batch = both(*halves)
         batch = run.shortened(batch) if roles else batch
         local = batch.token_ids.shape[0]
-        splits = (1, 2, 4, 8) if breaks else (8, 4, 2, 1)  # the whole batch first would hide what a split leaves out
+        splits = (1, 2, 4, 8) if breaks else (8, 4, 3, 2, 1)  # the whole batch first would hide what a split leaves out
         for split in [split for split in splits if split <= local]:
-            run.micro = local // split
+            run.micro = -(-local // split)  # of three the last is smaller
             if split > 1 and breaks:
                 _break(run, breaks, split)
             run.gradients(batch)

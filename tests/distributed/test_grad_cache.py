@@ -34,8 +34,8 @@ def worst_error(whole: dict[str, Tensor], split: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("ds", STAGES)
 def test_gradients_of_every_split(ds: str) -> None:
     found = gradients(ds)
-    assert set(found) == {1, 2, 4, 8}
-    for split in (2, 4, 8):
+    assert set(found) == {1, 2, 3, 4, 8}
+    for split in (2, 3, 4, 8):
         assert worst_error(found[1], found[split]) <= 1e-5, split
 
 
@@ -43,7 +43,7 @@ def test_gradients_of_every_split(ds: str) -> None:
 def test_views_of_several_masks_and_a_second_text_pass(ds: str) -> None:
     """Two passes of the vision tower, of 8 and of 4 tokens, and the text tower over shortened texts."""
     found, alike = gradients(ds, roles=True), gradients(ds)
-    for split in (2, 4, 8):
+    for split in (2, 3, 4, 8):
         assert worst_error(found[1], found[split]) <= 1e-5, split
     assert worst_error(alike[1], found[1]) > 1e-2  # the masks and texts are others
 

@@ -146,6 +146,18 @@ def test_an_objective_begins_later_alike_at_every_stage(
     assert all(abs(a - b) <= 1e-4 * abs(a) for a, b in zip(*found, strict=True)), found
 
 
+def test_where_an_objective_begins_the_loss_leaps_and_is_no_spike(
+    shared_dir: Path, tmp_path: Path, amclip: Amclip
+) -> None:
+    """Under guards.spike=skip every step from there on would be refused, until the run stops itself."""
+    guards = ["guards.spike=skip", "guards.spike_window=3", "guards.max_skipped=2", "guards.spike_deviations=100"]
+    words = ["loss.patches.start=0.5", "loss.patches.weight=50", *guards]
+    rows = train(amclip, shared_dir, tmp_path / "run", "maskclip", *words, steps=8)
+    losses = [row["loss"] for row in rows]
+    assert len(losses) == 8 and min(losses[4:]) > 3 * max(losses[:4])
+    assert not [row for row in read_lines(tmp_path / "run" / "incidents.jsonl") if "spike" in row["kind"]]
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(2400)
 def test_detailclips_prototypes_do_not_collapse(scenes: Path, tmp_path: Path, amclip: Amclip) -> None:

@@ -99,6 +99,15 @@ def test_before_it_begins_nothing_that_it_alone_reads_is_made() -> None:
     assert len(read.masks) == 2 and not read.needs_teacher
 
 
+def test_what_the_loss_is_made_of_changes_where_it_begins_and_where_a_mask_keeps_another_number() -> None:
+    assert [late().changes(*steps) for steps in ((0.0, 0.1), (0.79, 0.8), (0.8, 0.81), (0.7, 0.9))] == [0, 1, 0, 1]
+    scheduled = late("mask.strategy=random", "mask.unit=1", "mask.schedule=linear", "mask.final_keep_ratio=0.5")
+    assert [scheduled.changes(n / 16, (n + 1) / 16) for n in range(12)] == [n % 2 == 1 for n in range(12)]
+    detail = method_of(config.load("detailclip-tiny", ["loss.detailclip.start=0.5"]))
+    found = [n for n in range(100) if detail.changes(n / 100, (n + 1) / 100)]
+    assert found == [49, 53]  # the patches' temperature is another after 0.04 of the run
+
+
 def test_before_it_begins_the_model_gives_no_term_of_it() -> None:
     model, options = tiny.model_config(), PatchesOptions(0.5, start=0.8)
     objectives = {"contrastive": OBJECTIVES["contrastive"].Options(1.0, [0]), "patches": options}
