@@ -26,9 +26,10 @@ from amclip_ds.display import print_table, printable
 from amclip_ds.errors import INTERRUPTED, MISTAKE, TO_REQUEUE, AmclipError, UserError
 from amclip_ds.files import not_written, write_atomically
 from amclip_ds.launch import run_ranks
+from amclip_ds.masks import STAGES
 
-TIMED_STEPS = 12
-"""of each recipe, for a budget of seconds"""
+TIMED_STEPS = 3 * STAGES
+"""of each recipe, for a budget of seconds: a few at each number of tokens that a mask's schedule keeps"""
 STOPPED = (MISTAKE, TO_REQUEUE, INTERRUPTED, 128 + 2, 128 + 15)  # nothing that the next run would do better
 
 

@@ -1,5 +1,6 @@
 """What the runs of a comparison came to: a row a run, a summary a recipe, a picture."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -18,11 +19,12 @@ WARM_SHARE = 0.1  # of a run's first rows: the clock has not settled
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run as it ended. step_s: seconds, the median of its rows; None where the run has none yet."""
+    """One run as it ended."""
 
     run: Run
     code: int | None
-    step_s: float | None
+    pace: Sequence[tuple[int, float]]
+    """(last step, seconds of a step) of each part of the run whose steps do the same; none where it has no rows yet"""
     peak_memory_gib: float | None
     metrics: dict[str, float]
     """by name, of the last evaluation; the student's are bare, other weights and further sets are named before"""
@@ -41,14 +43,20 @@ class Outcome:
         """On all ranks, the mean over the run's steps; planned where the run has counted none."""
         return self.spent(self.run.steps) / self.run.steps
 
+    @property
+    def step_s(self) -> float | None:
+        """Seconds of a step, the mean over the run; None where the run has no rows yet."""
+        if len(self.pace) < 2:
+            return self.pace[0][1] if self.pace else None
+        return self.seconds() / self.run.steps
+
+    def seconds(self) -> float:
+        """Of training; 0 where the run has no rows yet."""
+        return _summed(self.pace, self.run.steps, 0.0)
+
     def spent(self, steps: int) -> float:
-        """TFLOP of the first steps on all ranks: between two rows, and after the last one, a step costs what the next,
-        or the last, row has."""
-        total, before, cost = 0.0, 0, self.run.row.tflop_per_step
-        for step, cost in self.costs:
-            total += cost * (min(step, steps) - before)
-            before = min(step, steps)
-        return total + cost * (steps - before)
+        """TFLOP of the first steps on all ranks."""
+        return _summed(self.costs, steps, self.run.row.tflop_per_step)
 
     def json(self) -> dict[str, Any]:
         """A row of --json."""
@@ -70,9 +78,9 @@ class Outcome:
     def at(self, seconds: float) -> float | None:
         """The main metric after so many seconds of training, between two evaluations in proportion; None before the
         first one. The learning rate has then not come to its end, as it has in a run of that length."""
-        if self.step_s is None:
+        if not self.pace:
             return None
-        step = seconds / self.step_s * (1 + 1e-9)
+        step = _steps_in(self.pace, seconds) * (1 + 1e-9)
         for (left, low), (right, high) in zip(self.curve, self.curve[1:]):
             if left <= step <= right:
                 return low + (high - low) * (step - left) / (right - left)
@@ -83,7 +91,6 @@ def read_outcome(run: Run) -> Outcome:
     """A run's records. Lines that cannot be read are left out, as everywhere (amclip report counts them)."""
     verdict = read_verdict(run.folder)
     rows = _rows(run.folder / run_files.METRICS, run_files.STEP)
-    times = [row["step_s"] for row in rows[math.ceil(len(rows) * WARM_SHARE) :] if is_number(row.get("step_s"))]
     peaks = [row["peak_memory_gib"] for row in rows if is_number(row.get("peak_memory_gib"))]
     evaluations = _rows(run.folder / run_files.EVALUATIONS, run_files.EVALUATION)
     evaluations = [row for row in evaluations if row["step"] <= run.steps]
@@ -98,13 +105,52 @@ def read_outcome(run: Run) -> Outcome:
     return Outcome(
         run,
         verdict["code"] if verdict else None,
-        statistics.median(times) if times else None,
+        _pace(rows),
         max(peaks) if peaks else None,
         metrics,
         curve,
         main,
         _costs(run.folder, rows),
     )
+
+
+def _pace(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(last step, seconds of a step) of each part of a run: a median of its rows. A part ends where the views keep
+    other numbers of tokens, or the loss has other terms (loss.NAME.start): a step then takes another time."""
+    cold, found = math.ceil(len(rows) * WARM_SHARE), list[tuple[int, float]]()
+    timed = [(place, row) for place, row in enumerate(rows) if is_number(row.get("step_s"))]
+    for _, part in itertools.groupby(timed, lambda item: _done_in(item[1])):
+        held = list(part)
+        first = cold if held[0][0] < cold else held[0][0] + 1  # what is new to the compiler takes its time once
+        times = [row["step_s"] for place, row in held if place >= first] or [row["step_s"] for _, row in held]
+        found.append((held[-1][1]["step"], statistics.median(times)))
+    return found
+
+
+def _done_in(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row's step was made of, as far as it decides the time."""
+    return repr(row.get("kept_tokens")), *sorted(name for name in row if name.startswith("loss_"))
+
+
+def _summed(parts: Sequence[tuple[int, float]], steps: int, each: float) -> float:
+    """What the first steps cost, of (step, cost of one): between two of them, and after the last one, a step costs what
+    the next, or the last, has. each: where there are none."""
+    total, before = 0.0, 0
+    for step, each in parts:
+        total += each * (min(step, steps) - before)
+        before = min(step, steps)
+    return total + each * (steps - before)
+
+
+def _steps_in(parts: Sequence[tuple[int, float]], seconds: float) -> float:
+    """How many steps are made in so many seconds: the reverse of _summed, of at least one part."""
+    before = 0
+    for step, each in parts[:-1]:
+        if seconds < each * (step - before):
+            return before + seconds / each
+        seconds -= each * (step - before)
+        before = step
+    return before + seconds / parts[-1][1]
 
 
 def _costs(folder: Path, rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -136,7 +182,7 @@ def summarise(outcomes: Sequence[Outcome], baseline: str) -> list[dict[str, Any]
     for outcome in outcomes:
         by_recipe.setdefault(outcome.run.row.name, []).append(outcome)
     reference = {outcome.run.seed: outcome for outcome in by_recipe[baseline] if outcome.is_whole}
-    times = [outcome.step_s * outcome.run.steps for outcome in _whole(outcomes) if outcome.step_s]
+    times = [outcome.seconds() for outcome in _whole(outcomes) if outcome.pace]
     equal_s = min(times) if times else None
     summary = []
     for name, all_of in by_recipe.items():

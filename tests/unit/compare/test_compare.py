@@ -126,6 +126,23 @@ def test_the_table_and_the_picture_have_the_operations_that_were_counted(
     assert drawn[1] == pytest.approx([140, 440]), "at the evaluations of steps 50 and 100"
 
 
+def test_time_is_that_of_the_steps_where_they_differ_over_a_run(tmp_path: Path) -> None:
+    """An objective that begins at step 60 makes a step four times as long: the median of the rows would have 50 s."""
+    clip, late = made_runs(tmp_path, seeds=1)
+    write_run(clip, 0.2, 1.25)
+    write_run(late, 0.4, 0.5)
+    rows = [{"step": step, "loss": 1.0, "step_s": 0.5, "kept_tokens": 64} for step in range(10, 61, 10)]
+    rows += [{"step": step, "loss": 1.0, "loss_patches": 1.0, "step_s": 2.0} for step in range(70, 101, 10)]
+    rows[0]["step_s"] = rows[6]["step_s"] = 99.0  # what is compiled first, and what for the new loss
+    (late.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome = read_outcome(late)
+    assert outcome.pace == [(60, 0.5), (100, 2.0)] and outcome.seconds() == 110.0 and outcome.step_s == 1.1
+    assert outcome.at(30.0) == pytest.approx(0.24) and outcome.at(70.0) == pytest.approx(0.32)  # steps 60 and 80
+    at_equal = [row["at_equal_time"] for row in show([clip, late], "clip-tiny", tmp_path)["summary"]]
+    assert [row["seconds"] for row in at_equal] == [110.0, 110.0]
+    assert [row["mean"] for row in at_equal] == pytest.approx([0.2 * 0.88, 0.4])
+
+
 def test_a_run_that_failed_is_in_no_mean(tmp_path: Path) -> None:
     runs = made_runs(tmp_path, seeds=2)
     for run in runs[:3]:
@@ -138,7 +155,7 @@ def test_a_run_that_failed_is_in_no_mean(tmp_path: Path) -> None:
 
 def test_nothing_is_read_before_the_first_evaluation() -> None:
     run = Run(None, 0, 100, Path("x"), ())  # type: ignore[arg-type]
-    outcome = Outcome(run, 0, 1.0, None, {"acc1": 0.4}, [(50, 0.2), (100, 0.4)], "acc1")
+    outcome = Outcome(run, 0, [(100, 1.0)], None, {"acc1": 0.4}, [(50, 0.2), (100, 0.4)], "acc1")
     assert outcome.at(75) == pytest.approx(0.3)
     assert outcome.at(49) is None and outcome.at(1000) == 0.4
 
