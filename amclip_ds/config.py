@@ -152,7 +152,8 @@ class TrainConfig:
     """Everything that decides a run."""
 
     compat: str = "paper"
-    """`paper`: what the paper means; `release`: what its published code does (pairing, teacher box, EMA)."""
+    """`paper`: what the papers mean; `release`: what published code does: A-CLIP's (pairing, teacher box, texts' EMA),
+    SLIP's (gathering), CLIPF's (budget of words). Others' have keys: mask.cluster.rule, mask.pgs.*, loss.clipkd.*."""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -576,9 +577,16 @@ def _check_together(config: TrainConfig) -> None:
     try:
         grid = config.model.vision.grid
         _check_masks(config, grid)
-        patch_grid(config.model.vision, config.teacher.image_size(config.model.vision.image_size))
     except ValueError as error:
         raise SettingsError(in_one_line(error)) from None
+    half = config.teacher.image_size(config.model.vision.image_size)
+    try:
+        patch_grid(config.model.vision, half)
+    except ValueError:
+        raise SettingsError(
+            f"teacher.resolution: half of model.vision.image_size={config.model.vision.image_size} is {half} pixels, no"
+            f" multiple of the patch size; set teacher.resolution=full, or another model.vision.image_size"
+        ) from None
     context, text_mask = config.model.text.context_length, config.data.text_mask
     if text_mask.strategy != NONE and text_mask.tokens > context:
         raise SettingsError(

@@ -110,7 +110,7 @@ def _learning_rate(rows: list[dict[str, Any]], config: TrainConfig) -> Iterator[
         yield Finding(
             "learning rate", FAIL, f"{said} is {factor:,.0f} times what is usual ({known})", f"optim.lr={reference:.1g}"
         )
-    elif factor < LR_RANGE[0]:
+    elif factor < LR_RANGE[0] and not config.model.init_from:  # a second stage's is a hundredth and less
         said += f" is {1 / factor:,.0f} times below what is usual ({known})"
         yield Finding("learning rate", FAIL, said, f"optim.lr={reference:.1g}")
     else:

@@ -147,6 +147,8 @@ class ViewMask:
     def over(self, base: MaskConfig) -> MaskConfig:
         """`base` with this view's own keys in it. Raises ValueError whose text begins with `mask.KEY`."""
         own = {item.name: value for item in fields(self) if (value := getattr(self, item.name)) not in (None, "")}
+        if self.schedule == "constant":
+            own.setdefault("final_keep_ratio", None)  # the end of a schedule that is not this view's
         return replace(base, **own)
 
 

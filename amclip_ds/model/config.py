@@ -316,7 +316,7 @@ class LossConfig:
     o2o_temperature: float = 0.1
     """Temperature of the online-to-online loss."""
     chunk: int = 0
-    """Rows of logits held at a time by the softmax loss, forward and backward; 0: all rows at once."""
+    """Rows of logits held at a time by the image-text and the online-to-online loss, forward and backward; 0: all."""
     views: list[int] | None = None
     """The views that the image-text loss reads, by their places in data.views; null: all."""
     o2o_views: list[int] | None = None
@@ -333,7 +333,7 @@ class LossConfig:
 
     exchange: str = "gather"
     """gather: each rank collects all ranks' features | ring: the texts travel from rank to rank, and the memory of the
-    losses with negatives does not grow with their number."""
+    image-text and the online-to-online loss does not grow with their number (occlusion and clipkd always gather)."""
 
     def __post_init__(self) -> None:
         if self.exchange not in ("gather", "ring"):

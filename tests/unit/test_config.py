@@ -73,6 +73,11 @@ def test_what_the_methods_are() -> None:
     )
 
 
+def test_half_of_an_image_that_is_no_whole_number_of_patches() -> None:
+    with pytest.raises(UserError, match=r"teacher.resolution: half of model.vision.image_size=112 is 56 pixels"):
+        config.load("aclip-eff-vitb16", ["model.vision.image_size=112", "mask.unit=1"])
+
+
 def test_the_paper_s_small_tower_has_12_heads() -> None:
     assert config.load("aclip-vits16-moco").model.vision.heads == 12
     assert config.load("aclip-vits16").model.vision.heads is None  # timm's own: 6

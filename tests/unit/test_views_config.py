@@ -211,6 +211,19 @@ def test_views_with_different_schedules_go_together_when_they_keep_equally_many(
     assert [views for views, _ in kept(loaded, 1.0)] == [(0,), (1,)]
 
 
+def test_a_view_may_keep_its_ratio_where_the_others_have_a_schedule(tmp_path: Path) -> None:
+    loaded = load("mask.schedule=linear", "mask.final_keep_ratio=0.25", "data.views.1.mask.schedule=constant")
+    assert [[mask.at(share).keep_ratio for share in (0.0, 1.0)] for mask in method_of(loaded).masks] == [
+        [0.5, 0.25],
+        [0.5, 0.5],
+    ]
+    file = tmp_path / "config.yaml"
+    file.write_text(config.dump(loaded))
+    assert config.load(str(file)) == loaded
+    with pytest.raises(SettingsError, match=r"data.views.1.mask.final_keep_ratio: mask.schedule=constant keeps"):
+        load("data.views.1.mask.schedule=constant", "data.views.1.mask.final_keep_ratio=0.25")
+
+
 def test_disjoint_views_may_be_any_of_one_crop() -> None:
     """Another view between them, and one that repeats a repeated crop."""
     views = "data.views=[{mask: {strategy: none}}, {same_crop_as: 0}, {same_crop_as: 1}]"

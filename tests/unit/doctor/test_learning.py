@@ -105,6 +105,12 @@ def test_learning_rates(tmp_path: Path, words: list[str], said: str) -> None:
     assert found.status == FAIL and said in found.found and found.fix.startswith("optim.")
 
 
+def test_a_second_stage_has_a_low_rate(tmp_path: Path) -> None:
+    """flip-tune's is a hundredth; at a batch of 16,384, whose usual one is twice 4,096's, less than that."""
+    found = worst(make_run(tmp_path, ["optim.lr=1e-9", "model.init_from=runs/first"]), "learning rate")
+    assert found["learning rate"].status == OK
+
+
 def test_a_loss_at_chance_and_one_that_diverged(tmp_path: Path) -> None:
     chance = math.log(BATCH)
     run = make_run(tmp_path, [], lambda step: {"loss_contrastive": chance})
