@@ -14,6 +14,8 @@ from amclip_ds.data.train_sources import check_inputs
 from amclip_ds.engine.ds_config import FP8_TEACHER, check_fp8, check_optimizer, check_torchao, read_ds_config
 from amclip_ds.errors import UserError
 from amclip_ds.files import not_read
+from amclip_ds.masks import MASKS, NONE, masks_of_views
+from amclip_ds.masks.text import TextMaskConfig
 from amclip_ds.model.config import ModelConfig, VisionConfig, check_teacher_fits, other_width
 from amclip_ds.plan.shapes import Tower, tower_of
 from amclip_ds.shards.stage import check_stage
@@ -238,6 +240,31 @@ def check_norm(vision: VisionConfig, source: str) -> None:
         f" model.init_from={source} have {theirs}; set model.vision.name to a tower with {theirs}, such as"
         f" vit_base_patch16_{'clip_' if has_norm else ''}224"
     )
+
+
+def about_unread(config: TrainConfig) -> list[str]:
+    """What to say, a line each, of masks' and objectives' settings that nothing of the run reads: it trains as if they
+    had not been given. No refusal: what compares recipes gives the same words to all."""
+    own = config.data.view_masks()
+    masks = masks_of_views(config.mask, own)
+    in_use = {mask.strategy for mask in masks} - {NONE}
+    takes_ratio = any(mask.strategy != NONE and view.keep_ratio is None for mask, view in zip(masks, own))
+    lines = []
+    if config.mask.keep_ratio < 1 and not takes_ratio:
+        why = "each masked view has its own" if in_use else "no view has a mask (mask.strategy)"
+        lines.append(f"mask.keep_ratio: warning: {config.mask.keep_ratio:g} is not read: {why}")
+    unread = {f"mask.{name}": getattr(config.mask, name, None) for name in MASKS if name not in in_use}
+    unread |= {f"loss.{name}": held for name, held in vars(config.loss).items() if getattr(held, "weight", 1) == 0}
+    for section, options in unread.items():
+        defaults = {} if options is None else vars(type(options)())
+        if given := [f"{section}.{key}" for key, default in defaults.items() if getattr(options, key) != default]:
+            is_loss = section.startswith("loss.")
+            off = f"{section}.weight is 0" if is_loss else f"{section} is no strategy of this run's"
+            lines.append(f"{', '.join(given)}: warning: not read: {off}")
+    text = config.data.text_mask
+    if text.strategy == NONE and text != TextMaskConfig():
+        lines.append("data.text_mask: warning: not read: data.text_mask.strategy is none")
+    return lines
 
 
 def about_pooling(config: TrainConfig) -> list[str]:

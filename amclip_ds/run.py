@@ -126,7 +126,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     lines = [describe(config, runtime, plan, data, total_steps)]
     if endless := endless_warmup(config.optim, total_steps):
         lines.append(f"optim.warmup_steps: warning: {'; '.join(endless)} is a twentieth of the run")
-    for line in [*lines, *evaluated_on]:
+    for line in [*lines, *preconditions.about_unread(config), *evaluated_on]:
         record.say(line)
     forecast = on_main(partial(Forecast, config, runtime.world_size, device_of(runtime)))
     record.say(forecast.line())

@@ -1,4 +1,5 @@
-"""model.init_from of a run whose model computes something else with weights of the same shapes."""
+"""model.init_from of a run whose model computes something else with weights of the same shapes; settings that nothing
+reads."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,3 +128,33 @@ def test_a_start_from_a_run_that_pools_otherwise_prints_a_warning(pool: str, is_
     assert "parameters from" in lines[0]
     warned = [line for line in lines if "model.vision.pool is mean," in line and "was trained with cls" in line]
     assert len(warned) == int(is_said)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "said"),
+    [
+        ("clip", ["mask.keep_ratio=0.5"], ["mask.keep_ratio: warning: 0.5 is not read: no view has a mask"]),
+        ("maskclip", ["mask.keep_ratio=0.5"], ["mask.keep_ratio: warning: 0.5 is not read: each masked view has its"]),
+        ("aclip", ["mask.keep_ratio=0.25", "data.views.1.mask.strategy=none"], []),
+        ("aclip", ["mask.pgs.rule=fill"], ["mask.pgs.rule: warning: not read: mask.pgs is no strategy of this run's"]),
+        ("pgs", ["mask.pgs.rule=fill"], []),
+        ("aclip", ["mask.pgs.rule=fill", "data.views.1.mask.strategy=pgs"], []),
+        (
+            "aclip",
+            ["loss.detailclip.depth=2", "loss.detailclip.start=0.5"],
+            ["loss.detailclip.start, loss.detailclip.depth: warning: not read: loss.detailclip.weight is 0"],
+        ),
+        ("clip", ["data.text_mask.tokens=9"], ["data.text_mask: warning: not read: data.text_mask.strategy is none"]),
+    ],
+)
+def test_settings_that_nothing_reads_are_said(recipe: str, words: list[str], said: list[str]) -> None:
+    lines = preconditions.about_unread(config.load(f"{recipe}-tiny", words))
+    assert len(lines) == len(said) and all(line.startswith(part) for line, part in zip(lines, said)), lines
+
+
+@pytest.mark.parametrize("recipe", [name for name in config.recipe_names() if name.endswith(("-tiny", "-vitb16"))])
+def test_a_recipe_has_no_setting_that_nothing_reads(recipe: str) -> None:
+    needed = {"clipkd": "distill.teacher=x", "frequency": "data.text_mask.table=x"}
+    method = str(config.method_of_recipe(recipe))
+    words = ["model.init_from=x"] if method.endswith("-tune") else [needed[method]] if method in needed else []
+    assert preconditions.about_unread(config.load(recipe, words)) == []
