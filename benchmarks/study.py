@@ -35,7 +35,7 @@ import numpy as np
 
 from amclip_ds import run_files
 from amclip_ds.cli import main as amclip
-from amclip_ds.compare.compare import Comparison, compare, plan_runs
+from amclip_ds.compare.compare import STOPPED, Comparison, compare, plan_runs
 from amclip_ds.compare.runs import CURVE_POINTS, Budget, Run
 from amclip_ds.compare.table import read_outcome
 from amclip_ds.data.synthetic import write_dataset
@@ -229,17 +229,17 @@ def began(out: Path, cell: Cell, name: str) -> bool:
     return any((out / cell.name / "runs").glob(f"{name}-seed*"))
 
 
-def table(out: Path, steps: int, cells: list[Cell] = CELLS) -> str:
+def table(out: Path, steps: int, cells: list[Cell] = CELLS, seeds: int = SEEDS) -> str:
     """Markdown: a line a row of each cell, of its whole runs, and how many runs there are not."""
     lines, missing = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"], []
     times = read_times(out)
     for cell in cells:
-        found = {name: read_runs(out, cell, name, steps) for name in rows_of(cell)}
+        found = {name: read_runs(out, cell, name, steps, seeds) for name in rows_of(cell)}
         reference = found[REFERENCE]
         costs = [times[cost] * steps for name in found if found[name] and (cost := (cell.keep_ratio, name)) in times]
         first = cell.name
         for name, runs in found.items():
-            missing += [f"{cell.name} {name} {seed}" for seed in range(SEEDS) if seed not in runs]
+            missing += [f"{cell.name} {name} {seed}" for seed in range(seeds) if seed not in runs]
             if not runs:
                 continue
             pairs = [runs[seed].at(steps) - reference[seed].at(steps) for seed in runs if seed in reference]
@@ -255,17 +255,17 @@ def table(out: Path, steps: int, cells: list[Cell] = CELLS) -> str:
                 line.append(f"{fmean(values):.2f}" if values else "")
             lines.append(f"| {' | '.join(line)} |")
             first = ""
-    total = SEEDS * sum(len(rows_of(cell)) for cell in cells)
+    total = seeds * sum(len(rows_of(cell)) for cell in cells)
     return "\n".join([*lines, "", f"{total - len(missing)} of {total} runs. Not run: {', '.join(missing) or 'none'}."])
 
 
-def runs_csv(out: Path, steps: int, cells: list[Cell] = CELLS) -> str:
+def runs_csv(out: Path, steps: int, cells: list[Cell] = CELLS, seeds: int = SEEDS) -> str:
     """A line a whole run: its curve at a tenth of the steps and on, and what else the table is made of."""
     points = [steps * tenth // CURVE_POINTS for tenth in range(1, CURVE_POINTS + 1)]
     lines = [["cell", "row", "seed", *(f"acc1 at {step}" for step in points), "average", "tflop a step", *STATISTICS]]
     for cell in cells:
         for name in rows_of(cell):
-            for seed, run in read_runs(out, cell, name, steps).items():
+            for seed, run in read_runs(out, cell, name, steps, seeds).items():
                 curve = [f"{run.at(step):.2f}" for step in points]
                 masks = [f"{run.statistics[key]:.3f}" if key in run.statistics else "" for key in STATISTICS]
                 lines.append([cell.name, name, str(seed), *curve, f"{run.average:.2f}", f"{run.tflop:.5f}", *masks])
@@ -287,10 +287,10 @@ class Ended:
         return float(np.interp(step, steps, values))
 
 
-def read_runs(out: Path, cell: Cell, name: str, steps: int) -> dict[int, Ended]:
+def read_runs(out: Path, cell: Cell, name: str, steps: int, seeds: int) -> dict[int, Ended]:
     """A row's whole runs of this length, by seed."""
     found = {}
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         folder = out / cell.name / "runs" / f"{name}-seed{seed}"
         verdict = read_verdict(folder)
         evaluations = read_lines(folder / run_files.EVALUATIONS)
@@ -372,7 +372,7 @@ def main() -> int:
         return 0
     code = 0
     if args.action == "runs":
-        print(runs_csv(args.out, args.steps, cells))
+        print(runs_csv(args.out, args.steps, cells, args.seeds))
         return 0
     if args.action == "times":
         measure_times(args.out, asked)
@@ -381,7 +381,9 @@ def main() -> int:
             names = {name for one, name, _ in asked if one == cell}
             rows = {name: row for name, row in rows_of(cell).items() if name in names or began(args.out, cell, name)}
             code = max(code, run_cell(args.out, cell, rows, args.seeds, args.steps, args.source) if names else 0)
-    print(table(args.out, args.steps, cells))
+            if code in STOPPED:
+                break
+    print(table(args.out, args.steps, cells, args.seeds))
     return code
 
 

@@ -36,6 +36,22 @@ def test_what_was_not_run_is_listed(tmp_path: Path) -> None:
     assert study.spread([12.3]) == "12.3" and study.spread([]) == ""
 
 
+def test_a_stop_ends_the_study_and_its_table_has_every_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def stopped(out: Path, cell: study.Cell, *rest: object) -> int:
+        begun.append(cell.name)
+        return 75 if len(begun) == 2 else 1  # runs failed in the first, the second was stopped
+
+    monkeypatch.setattr(study, "run_cell", stopped)
+    monkeypatch.setattr("sys.argv", ["study", "run", str(tmp_path), "--seeds", "5"])
+    assert study.main() == 75 and begun == [cell.name for cell in study.CELLS[:2]]
+    for seed in range(5):
+        write_ended(tmp_path / "keep0.5-large-grey" / "runs" / f"random2x-seed{seed}", 40.0, 900)
+    assert "| random2x | 0, 1, 2, 3, 4 |" in study.table(tmp_path, 900, seeds=5)
+    assert study.table(tmp_path, 900, seeds=5).split("\n")[-1].startswith("5 of 300 runs.")
+
+
 def test_a_row_without_a_mask_is_trained_once_for_both_kept_fractions(tmp_path: Path) -> None:
     half, quarter = study.CELLS[0], study.CELLS[4]
     assert (half.name, quarter.name) == ("keep0.5-large-grey", "keep0.25-large-grey")
