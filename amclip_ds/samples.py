@@ -252,7 +252,7 @@ def of_step(run: Path, step: int, overrides: list[str], has_losses: bool) -> Sho
         batch = batch_of(data, step)
         found_samples = members_of(data, step, batch.sample_ids.tolist())
         epoch, _ = place_of(data, step)
-    losses = [None] * len(found_samples) if module is None else losses_of(module, batch)
+    losses = [None] * len(found_samples) if module is None else losses_of(module, batch, config.loss.views)
     boxes = batch.boxes.transpose(0, 1).tolist()
     rows = [Row(*held) for held in zip(found_samples, boxes, losses)]
     return Shown(run, step, epoch, weights_of, rows, batch.incidents, "data" in known)
@@ -266,9 +266,13 @@ def _towers(run: Path) -> tuple[Any, int]:
 
 
 @torch.no_grad()
-def losses_of(module: Any, batch: Batch, piece: int = 64) -> list[float | None]:
-    """The image-text loss of each sample of a batch: the mean over views and both directions, every token kept."""
+def losses_of(module: Any, batch: Batch, of_views: list[int] | None, piece: int = 64) -> list[float | None]:
+    """The image-text loss of each sample of a batch: the mean over views and both directions, every token kept.
+
+    of_views: loss.views, those that meet the text; None: all.
+    """
     views = photometric.apply(batch.views_uint8, batch.photometric)
+    views = views if of_views is None else views[of_views]
     texts = torch.cat([module.embed_texts(part) for part in batch.token_ids.split(piece)])
     scale, labels = module.logit_scale.float().exp(), torch.arange(len(texts))
     total = torch.zeros(len(texts))

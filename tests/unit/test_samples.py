@@ -6,6 +6,7 @@ import re
 import tarfile
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,13 @@ from safetensors.torch import save_file
 from amclip_ds import config, samples
 from amclip_ds.checkpoint import drift, manifest
 from amclip_ds.cli import main
+from amclip_ds.data.captions import build_tokenizer
 from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.loader import TrainingData
+from amclip_ds.data.photometric import NUM_COLUMNS, Photometric
 from amclip_ds.errors import UserError
 from amclip_ds.model.amclip import AClip
+from amclip_ds.model.init import Start, initialise
 from tests.unit.checkpoint.test_save import save_steps
 
 NUMBER, BATCH, POISONED = 40, 16, 11
@@ -138,6 +142,23 @@ def overfitted(run: Path) -> None:
         run / "student.safetensors",
         {"step": "400", "weights": "student"},
     )
+
+
+def test_a_loss_is_of_the_views_that_meet_the_text() -> None:
+    """SLIP's other two are changed strongly, and no text is compared with them."""
+    settings = config.load("slip-tiny", [*WORDS[2:5], "data.train=x"])
+    model = AClip(settings.model)
+    initialise(model, Start(0, settings.model))
+    torch.manual_seed(0)
+    views = torch.randint(0, 255, (3, 5, 3, 64, 64), dtype=torch.uint8)
+    ids = build_tokenizer()([caption(number) for number in range(5)])
+    batch = SimpleNamespace(
+        views_uint8=views, photometric=Photometric(np.zeros((3, 5, NUM_COLUMNS), np.float32)), token_ids=ids
+    )
+    alone = SimpleNamespace(views_uint8=views[:1], photometric=Photometric(batch.photometric.table[:1]), token_ids=ids)
+    found = samples.losses_of(model, batch, settings.loss.views)  # type: ignore[arg-type]
+    assert settings.loss.views == [0] and found == samples.losses_of(model, alone, None)  # type: ignore[arg-type]
+    assert found != samples.losses_of(model, batch, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
