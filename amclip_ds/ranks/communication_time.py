@@ -70,10 +70,10 @@ class CommunicationTime:
         self._seconds, self._events = seconds, events
 
     def _add_up(self) -> None:
-        if self._events:
-            self._events[-1][1].synchronize()
-            self._seconds += sum(first.elapsed_time(last) for first, last in self._events) / 1000
-            self._events.clear()
+        for first, last in self._events:
+            last.synchronize()  # of each: ZeRO-3 gathers and reduces on streams of their own, which end in any order
+            self._seconds += first.elapsed_time(last) / 1000
+        self._events.clear()
 
 
 COMMUNICATION = CommunicationTime()  # a process has one world, and so one such clock

@@ -14,17 +14,31 @@ from amclip_ds.train import account
 
 
 class Device:
-    """Counts how often the host waited; each pair of events is 250 ms apart."""
+    """Counts the events that the host waited for; each pair is 250 ms apart. Each pair has a stream of its own."""
 
     def __init__(self) -> None:
         self.waits = 0
 
     def event(self, enable_timing: bool) -> Any:
         assert enable_timing
-        return SimpleNamespace(record=lambda: None, synchronize=self._wait, elapsed_time=lambda last: 250.0)
+        return Event(self)
 
-    def _wait(self) -> None:
-        self.waits += 1
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self._device, self.is_done = device, False
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self._device.waits += 1
+        self.is_done = True
+
+    def elapsed_time(self, last: "Event") -> float:
+        if not last.is_done:
+            raise RuntimeError("Both events must be completed before calculating elapsed time.")
+        return 250.0
 
 
 @pytest.fixture
@@ -44,8 +58,8 @@ def test_what_is_done_in_a_pause_is_left_out_and_nothing_is_waited_for(device: D
     with clock.waiting():
         pass
     assert device.waits == 0
-    assert clock.take() == 0.5 and device.waits == 1
-    assert clock.take() == 0.0 and device.waits == 1
+    assert clock.take() == 0.5 and device.waits == 2
+    assert clock.take() == 0.0 and device.waits == 2
 
 
 def test_a_step_that_is_not_logged_waits_for_nothing(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,4 +87,4 @@ def test_many_collectives_are_added_up_on_the_way(device: Device, monkeypatch: p
     for _ in range(4):
         with clock.waiting():
             pass
-    assert device.waits == 1 and clock.take() == 1.0
+    assert device.waits == 4 and clock.take() == 1.0
