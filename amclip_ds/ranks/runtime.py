@@ -73,6 +73,7 @@ def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
         MASTER_ADDR=place.master_addr,
         LOCAL_RANK=str(place.local_rank if index is None else index),
     )
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: matrix products are by default, convolutions would not be
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
         torch.use_deterministic_algorithms(True)

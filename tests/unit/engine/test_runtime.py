@@ -29,3 +29,14 @@ def new_pages(keeps: bool) -> int:
 
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     assert new_pages(keeps=True) < 100 < 1000 < new_pages(keeps=False)
+
+
+def test_a_run_in_fp32_rounds_no_product_to_tf32() -> None:
+    """A patch embedding as a convolution would else part from the same as a matrix product (savings.patchify)."""
+    program = (
+        "import torch; from amclip_ds.ranks import runtime; before = torch.backends.cudnn.allow_tf32;"
+        " runtime.stop(runtime.start());"
+        " print(before, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-3:] == ["True", "False", "False"]
