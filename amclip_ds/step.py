@@ -92,8 +92,9 @@ def train_step(
     views = student.change_views(batch.views_uint8, batch.photometric)
     observed = NOTHING_OBSERVED
     if teacher is not None and method.reads_teacher:
-        images = teachers_images(batch, views, method, student.normalise)
-        observed = teacher.observe(images, method.wants, comm, progress)
+        observed = teacher.observe(  # its images have no name here: they are let go of before the student's forward
+            teachers_images(batch, views, method, student.normalise), method.wants, comm, progress
+        )
     inputs = student_inputs(batch, views, observed.scores, method, progress, student.scores_to_views)
     targets = observed.targets
     if frozen is not None and method.reads_frozen:
