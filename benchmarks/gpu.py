@@ -10,11 +10,12 @@ benchmarks/step.py's variations; inductor=a+b, switches of torch._inductor.confi
 `open_clip:b16` and `open_clip-compiled:b16`, `release:b16` (the published A-CLIP, by --release and --timm as in
 benchmarks/peers.py), `fed:RECIPE` (the step fed by the loader from --data, at the rate at which it makes batches,
 beside a batch that stays), or `exact:RECIPE` and `exact-fp32:RECIPE` (savings and compiled towers against neither;
-they fail where losses differ by more than 1e-5 in fp32, in bf16 by more than 3 times what another order of the samples
-does). Two names are lists of cells (SETS): usual, and owed, what docs/results/gpu-compiled.md names as not measured,
-the goals first; cells of them whose --data or --release is not given are left out. owed takes about ten minutes on 16
-cores; what was not built in --patience is named at the end, and a second call with those cells finds most of their
-graphs in the compiler's cache.
+they fail where the first loss differs by more than 1e-5 in fp32, and one of 20 in bf16 by more than 3 times what
+another order of the samples does: in fp32 heads and AdamW make 1e-2 of rounding within five steps). Two names are lists
+of cells (SETS): usual, and owed, what docs/results/gpu-compiled.md names as not measured, the goals first; cells of
+them whose --data or --release is not given are left out. owed takes about ten minutes on 16 cores; what was not built
+in --patience is named at the end, and a second call with those cells finds most of their graphs in the compiler's
+cache.
 base:CELL runs the amclip_ds of another checkout (--baseline). Each has a process of its own, since ZeRO-3 patches
 torch; they build and compile side by side, as many as --room allows (a ViT-L takes two places). Once all are built
 they are measured one at a time, while nothing else runs: medians of --repeats steps by the device's clock, one batch
@@ -68,7 +69,7 @@ NEEDS = {"fed": "data", "release": "release"}  # kind of a cell -> the argument 
 BATCHES = {"vitb16": 256, "vitl16": 128, "tiny": 64}
 FED_STEPS = 40
 EXACT_STEPS = 20
-FP32_LIMIT = 1e-5  # of a loss's relative difference
+FP32_LIMIT = 1e-5  # of the first loss's relative difference
 SPREADS = 3  # in bf16: of the difference that another order of the samples makes
 GIB = 1024.0**3
 
@@ -325,8 +326,8 @@ def measure_fed(args: argparse.Namespace, cell: str) -> list[dict[str, Any]]:
     ]
 
 
-def gradients_of(engine: steps.Ours, variation: str) -> dict[str, torch.Tensor]:
-    """One step, and the averaged gradients that it went by, by name (flat gradients, one rank)."""
+def first_step(engine: steps.Ours, variation: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of one step, and the averaged gradients that it went by, by name (flat gradients, one rank)."""
     student, take, found = engine.student, engine.student.step, {}
 
     def step(*words: Any) -> Any:
@@ -335,16 +336,17 @@ def gradients_of(engine: steps.Ours, variation: str) -> dict[str, torch.Tensor]:
         return take(*words)
 
     student.step = step  # type: ignore[method-assign]
-    engine.step(variation)
+    loss = float(engine.step(variation).loss)
     student.step = take  # type: ignore[method-assign]
-    return found
+    return loss, found
 
 
 def measure_exact(args: argparse.Namespace, cell: str) -> list[dict[str, Any]]:
-    """Savings and compiled towers against neither: the smallest cosines of a gradient of the first step, and of 20
+    """Savings and compiled towers against neither: the smallest cosines of a gradient of the first step, and of the
     losses the furthest, beside what another order of the samples does to the eager ones."""
     kind, _, rest = cell.partition(":")
     recipe, batch, _, words = parse_cell(rest, compiles=True)
+    num_losses = 1 if kind == "exact-fp32" else EXACT_STEPS
 
     def follow(compiled: bool, reverse: bool = False) -> tuple[list[float], dict[str, torch.Tensor]]:
         file = f"zero1_{'fp32' if kind == 'exact-fp32' else 'bf16'}.json"
@@ -355,8 +357,8 @@ def measure_exact(args: argparse.Namespace, cell: str) -> list[dict[str, Any]]:
         variation = "all" if compiled else "none"
         whole = steps.reordered(whole, list(range(batch - 1, -1, -1))) if reverse else whole
         engine.batches = dict.fromkeys(engine.batches, whole.to(engine.runtime.device))
-        gradients = gradients_of(engine, variation)
-        return [float(engine.step(variation).loss) for _ in range(EXACT_STEPS)], gradients
+        loss, gradients = first_step(engine, variation)
+        return [loss, *(float(engine.step(variation).loss) for _ in range(num_losses - 1))], gradients
 
     plain, gradients = follow(False)
     turned, other_gradients = follow(False, reverse=True)

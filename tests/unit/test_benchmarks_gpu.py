@@ -1,11 +1,13 @@
 """A row of benchmarks/gpu.py is of what its name says: switches that are not there, or change nothing, are refused; a
 loader is timed at its own rate; losses beyond their limit fail."""
 
+import contextlib
 import itertools
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,3 +144,23 @@ def test_losses_beyond_their_limit_fail_the_cell(
     monkeypatch.setitem(gpu.KINDS, "exact-fp32", lambda args, cell: [row])
     gpu.run_cell(gpu.argparse.Namespace(cell="exact-fp32:x", out=tmp_path / "rows.jsonl"))
     assert codes == [int(is_wrong)] and ("at most 1.0e-05" in row["wrong"]) == is_wrong
+
+
+@pytest.mark.parametrize("compiled", [[1.0, 1.5], [1.0001, 1.0]], ids=["later-losses-part", "the-first-parts"])
+def test_in_fp32_the_first_loss_alone_is_held(compiled: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later ones hold what AdamW and the heads make of rounding."""
+
+    class Engine:
+        def __init__(self, recipe: str, words: list[str], *_: Any) -> None:
+            losses = iter(compiled if "engine.compile=tower" in words else [1.0, 1.0])
+            self.config = self.runtime = SimpleNamespace(device=torch.device("cpu"))
+            self.batches: dict[bool, Any] = {}
+            self.student = SimpleNamespace(step=None, module=torch.nn.Module(), flat=None)
+            self.step = lambda variation: SimpleNamespace(loss=next(losses))
+
+    monkeypatch.setattr(gpu.steps, "Ours", Engine)
+    monkeypatch.setattr(gpu.steps, "first_batch", lambda *_: torch.ones(1))
+    monkeypatch.setattr(gpu.steps, "reordered", lambda batch, order: batch)
+    monkeypatch.setattr(gpu.steps, "made_scenes", lambda batch: contextlib.nullcontext("scenes"))
+    [row] = gpu.measure_exact(gpu.argparse.Namespace(tokens=(8, 8)), "exact-fp32:aclip-tiny,batch=8")
+    assert bool(row["wrong"]) == (compiled[0] != 1.0)
