@@ -13,14 +13,14 @@ beside a batch that stays), or `exact:RECIPE` and `exact-fp32:RECIPE` (savings a
 they fail where the first loss differs by more than 1e-5 in fp32, and one of 20 in bf16 by more than 3 times what
 another order of the samples does: in fp32 heads and AdamW make 1e-2 of rounding within five steps). Two names are lists
 of cells (SETS): usual, and owed, what docs/results/gpu-compiled.md names as not measured, the goals first; cells of
-them whose --data or --release is not given are left out. owed takes about ten minutes on 16 cores; what was not built
-in --patience is named at the end, and a second call with those cells finds most of their graphs in the compiler's
-cache.
+them whose --data or --release is not given are left out. owed takes about ten minutes on 16 cores and a card of 140 GB
+(one of 80 GB does not hold all of it at once: longer); what was not built in --patience is named at the end, and a
+second call with those cells finds most of their graphs in the compiler's cache.
 base:CELL runs the amclip_ds of another checkout (--baseline). Each has a process of its own, since ZeRO-3 patches
-torch; they build and compile side by side, as many as --room allows (a ViT-L takes two places). Once all are built
-they are measured one at a time, while nothing else runs: medians of --repeats steps by the device's clock, one batch
-that stays. A step is the run's own `train_step`. A cell of which a part was not compiled as asked says so in its row,
-and fails. MFU is against a bf16 matrix product of 8192 cubed in the same process.
+torch; they build and compile side by side, as many as --room and the device's memory allow (a ViT-L takes two places).
+Once all are built, or all that fit, they are measured one at a time, while nothing else runs: medians of --repeats
+steps by the device's clock, one batch that stays. A step is the run's own `train_step`. A cell of which a part was not
+compiled as asked says so in its row, and fails. MFU is against a bf16 matrix product of 8192 cubed in the same process.
 --traces keeps the profiler's view of three steps of each cell. The table comes last.
 """
 
@@ -71,6 +71,8 @@ FED_STEPS = 40
 EXACT_STEPS = 20
 FP32_LIMIT = 1e-5  # of the first loss's relative difference
 SPREADS = 3  # in bf16: of the difference that another order of the samples makes
+PLACE_GIB = 24  # of the device that a place may take while its cell is built; once it is built it holds about 5
+START, MEASURE, WAIT = "start", "measure", "wait"
 GIB = 1024.0**3
 
 
@@ -414,7 +416,16 @@ def run_cell(args: argparse.Namespace) -> None:
 
 
 def places_of(cell: str) -> int:
-    return 2 if "vitl16" in cell else 1
+    return 2 if "vitl16" in cell or cell.startswith("release:") else 1
+
+
+def next_move(cell: str, taken: int, running: int, free_gib: float, room: int) -> str:
+    """What to do about the next cell. taken: places of those that are being built, among `running` of which the others
+    are built. Those are measured before it where it does not fit beside them, and leave the device."""
+    places = taken + places_of(cell)
+    if not running or (places <= room and free_gib >= PLACE_GIB * places):
+        return START
+    return WAIT if taken else MEASURE
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -458,16 +469,23 @@ def main() -> int:
     waiting, running, failed = expanded(args), [], []
     while waiting or running:
         taken = sum(places_of(name) for name, process in running if not built_file(args.out, process.pid).exists())
-        if time.monotonic() > late and not go.exists():
+        is_late = time.monotonic() > late
+        if is_late and (waiting or not go.exists()):
             failed += waiting
             waiting = []
             for name, process in running:
                 if not built_file(args.out, process.pid).exists():
                     print(f"{name}: not built in {args.patience:.0f} s", flush=True)
                     process.kill()
-        if not waiting and not taken or time.monotonic() > late:
+        if waiting and not running:
+            go.unlink(missing_ok=True)
+        move = WAIT
+        if waiting and not go.exists():
+            free_gib = torch.cuda.mem_get_info()[0] / GIB
+            move = next_move(waiting[0], taken, len(running), free_gib, args.room)
+        if move == MEASURE or not waiting and not taken or is_late:
             go.touch()
-        if waiting and taken + places_of(waiting[0]) <= args.room:
+        if move == START:
             name = waiting.pop(0)
             here = args.baseline if name.startswith("base:") else Path.cwd()
             environment = os.environ | {"PYTHONPATH": f"{here.absolute()}:{os.environ.get('PYTHONPATH', '')}"}
