@@ -413,9 +413,10 @@ class Arrow:
 def _reading(file: Path, *more: type[Exception]) -> Iterator[None]:
     """What is wrong with a file of the source is the source's. more: what else than OSError its reader raises. Raises
     UserError, NotRead."""
+    raised: tuple[type[Exception], ...] = (OSError, *more)
     try:
         yield
-    except (OSError, *more) as error:
+    except raised as error:
         if isinstance(error, OSError) and error.errno:
             raise not_read(f"SOURCE: {file}", error) from None
         raise UserError(f"SOURCE: {file}: cannot be read: {in_one_line(error, 200)}") from None
