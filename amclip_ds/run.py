@@ -175,7 +175,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     with watchdog.during("resume"), timeline.during("resume"):
         checkpoints.resume(found, state)
         for path in on_main(partial(set_weights_aside, folder)) if state.step < total_steps else ():
-            record.say(f"set aside, since training goes on: {path}")
+            record.say(f"set aside, since training continues: {path}")
         listed = on_main(partial(listed_in, folder / run_files.INCIDENTS)) if found is not None else None
         timeline.step = state.step
         if found is not None:

@@ -228,7 +228,7 @@ def test_another_word_table_is_refused(scenes: Path, tmp_path: Path) -> None:
     assert code == 0 and "resumes from" in printed, printed
 
 
-def test_a_run_that_goes_on_has_the_weights_of_its_newest_checkpoint(few_scenes: Path, tmp_path: Path) -> None:
+def test_a_run_that_continues_has_the_weights_of_its_newest_checkpoint(few_scenes: Path, tmp_path: Path) -> None:
     """Not those of its former end, nor of the run before it: eval, export and distill.teacher took them for it."""
     run = tmp_path / "run"
     keys = [f"data.train={few_scenes}", *SMALL, f"run.out={run}"]
