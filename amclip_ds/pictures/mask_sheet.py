@@ -23,6 +23,7 @@ from amclip_ds.errors import UserError
 from amclip_ds.evaluate.source import build_towers, locate
 from amclip_ds.files import not_written, write_atomically
 from amclip_ds.masks import MASKS, NONE
+from amclip_ds.masks.text import TextMaskConfig
 from amclip_ds.masks.units import num_units
 from amclip_ds.method import Method, method_of
 from amclip_ds.model.amclip import AClip, by_view
@@ -75,7 +76,12 @@ def masks(source: Path, data: str, out: Path, images: int, names: list[str]) -> 
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise not_written(f"--out {out}:", error) from None
-    batch, boxes = load_images(located.config, data, images, out)
+    try:
+        batch, boxes = load_images(located.config, data, images, out)
+    except UserError as error:
+        if str(error).startswith("data.train: "):  # what the user typed is --data
+            raise type(error)(f"--data: {str(error).removeprefix('data.train: ')}") from None
+        raise
     method = method_of(located.config)
     scores = attention(towers, batch, method)
     found = [kept_by(name, method, towers, batch, scores, boxes) for name in names or MASKS]
@@ -100,7 +106,17 @@ def load_images(config: TrainConfig, data: str, images: int, scratch: Path) -> t
     """The first samples of the training order over the shards, and the objects' boxes [B, 4] where all have one."""
     vision, method = config.model.vision, method_of(config)
     has_crop = method.teacher_view is None and not method.sees_views
-    settings = replace(config.data, train=data, index=None, workers=0, weights=None, resampled=False, stage_dir="")
+    settings = replace(
+        config.data,
+        train=data,
+        index=None,
+        workers=0,
+        weights=None,
+        resampled=False,
+        stage_dir="",
+        exclude=None,  # of the run's own shards; its file and the table of words may be elsewhere by now
+        text_mask=TextMaskConfig(),
+    )
     with closing(
         TrainingData(
             settings,

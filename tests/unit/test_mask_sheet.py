@@ -17,6 +17,7 @@ from amclip_ds.data.synthetic import write_dataset
 from amclip_ds.engine import compile as compiling
 from amclip_ds.evaluate.source import build_towers, locate
 from amclip_ds.masks import MASKS
+from amclip_ds.masks.text import TextMaskConfig
 from amclip_ds.method import method_of
 from amclip_ds.model.amclip import AClip
 from amclip_ds.pictures import first_samples, mask_sheet, observe
@@ -34,6 +35,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = settings.load(
         "aclip-tiny", ["data.train=x", "model.vision.depth=1", "model.text.depth=1", f"run.out={run}"]
     )
+    config.data.exclude = "/gone/out.txt"  # what the run left out of its own shards, and has here no longer
+    config.data.text_mask = TextMaskConfig("frequency", 8, "/gone/words.json")
     (run / "config.yaml").write_text(settings.dump(config))
     torch.manual_seed(0)
     module = AClip(config.model)
@@ -173,7 +176,7 @@ def test_images_without_boxes_have_no_share(place: Path, tmp_path: Path) -> None
     "change, said",
     [
         ({"--mask": "atentive"}, "--mask atentive: there are random, attentive"),
-        ({"--data": "/nowhere/*.tar"}, "data.train"),
+        ({"--data": "/nowhere/*.tar"}, "--data: '/nowhere/*.tar' matches no file"),
         ({"SOURCE": "/nowhere"}, "neither a run"),
         ({"--images": "0"}, "0 is below 1"),
     ],
