@@ -48,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="repeatable; auto (default): what the folder's dataset_type.txt says",
     )
     parser.add_argument(
-        "--split", default="", metavar="NAME", help="the split's folder (test; where there is none, val)"
+        "--split",
+        default="",
+        metavar="NAME",
+        help="the split's folder (test; where there is none, val); rows of another name their set `NAME split=...`",
     )
     parser.add_argument(
         "--templates",

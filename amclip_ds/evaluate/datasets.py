@@ -95,7 +95,7 @@ class EvalSet:
     note: str = field(default="", compare=False)
     """which prompts, and what else was understood"""
     asked: tuple[tuple[str, str], ...] = field(default=(), compare=False)
-    """(`templates` or `classnames`, the option's value) where these are others than the set's own"""
+    """(`templates`, `classnames` or `split`, the option's value) where these are others than the set's own"""
     games: tuple[winogavil.Game, ...] = ()
     """of association: cues and which of the samples are chosen for them"""
 
@@ -213,11 +213,12 @@ def _open_set(spec: str, split: str, task: str, classnames: str, templates: str,
     is_multilabel = found is None and _said_of(folder) == MULTILABEL
     task = _task_of(folder, found is not None or classnames != "folder") if task == "auto" else task
     name = _name_of(folder)
+    of_split = _asked_split(folder, split)
     if task == RETRIEVAL:
         if found is not None:
             raise UserError(f"{spec}: images without captions; they can be classified alone")
-        may_lack = _said_of(folder) == RETRIEVAL
-        return _checked(EvalSet(name, task, _read_tars(shards, _Wanted(task, False, may_lack)), folder=spec), spec)
+        samples = _read_tars(shards, _Wanted(task, False, may_lack_captions=_said_of(folder) == RETRIEVAL))
+        return _checked(EvalSet(name, task, samples, folder=spec, asked=of_split), spec)
     hint = ", or --classnames FILE" if key == "--data" else ""
     if found is not None:
         with _named_by("--classnames", classnames):
@@ -242,7 +243,7 @@ def _open_set(spec: str, split: str, task: str, classnames: str, templates: str,
         own_prompts = partial(names.templates, home, "folder", default, "", known_name(name))
         asked += _asked("templates", templates, prompts, own_prompts)
     note = "; ".join(part for part in (found.note if found else "", names.describe(prompts)) if part)
-    return _checked(EvalSet(name, task, samples, chosen, prompts, spec, is_multilabel, note, asked), spec)
+    return _checked(EvalSet(name, task, samples, chosen, prompts, spec, is_multilabel, note, asked + of_split), spec)
 
 
 def _asked(
@@ -255,6 +256,17 @@ def _asked(
         return () if own() == tuple(taken) else ((option, Path(choice).name),)
     except UserError:  # it has none
         return ()
+
+
+def _asked_split(folder: Path, split: str) -> tuple[tuple[str, str], ...]:
+    """The option, where it names another split than is taken without it."""
+    if not split or not folder.is_dir():
+        return ()
+    try:
+        usual = folders.choose_split(folder, "", [path.name for path in folder.iterdir() if path.is_dir()])
+    except UserError:  # the training split alone, which is never taken unasked
+        usual = ""
+    return () if split == usual else (("split", split),)
 
 
 @contextmanager

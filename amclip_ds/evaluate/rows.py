@@ -45,9 +45,9 @@ def rename(row: dict[str, Any], how: str) -> None:
 
 
 def mark_asked(rows: Sequence[dict[str, Any]]) -> None:
-    """Names the templates and class names that an option gave, where the set has others of its own."""
+    """Names the templates, class names or split that an option gave, where the set has others of its own."""
     for row in rows:
-        for option in ("templates", "classnames"):
+        for option in ("templates", "classnames", "split"):
             if option in row:
                 rename(row, f"{option}={row[option]}")
 

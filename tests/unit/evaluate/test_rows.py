@@ -1,6 +1,7 @@
 """One row a step, weights, data set and task: what is there is not written again, what is missing is found."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ def test_other_prompts_and_names_are_rows_of_their_own(tmp_path: Path, capsys: p
     assert evaluated("--templates", str(tmp_path / "mine.txt")) == "there already"
     both = evaluated("--templates", "openai-7", "--classnames", str(tmp_path / "things.txt"))
     assert both == f"{name} templates=openai-7 classnames=things.txt"
+    shutil.copytree(tmp_path / "set" / "test", tmp_path / "set" / "val")
+    assert evaluated("--split", "test") == "there already", "the usual split, by its name"
+    assert evaluated("--split", "val") == f"{name} split=val"
     own = tmp_path / "set" / "zeroshot_classification_templates.txt"
     assert evaluated("--templates", str(own)) == "there already"
     own.unlink()
