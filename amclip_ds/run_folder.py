@@ -245,8 +245,9 @@ def write_run_weights(folder: Path, student: "StudentEngine", teacher: "Teacher 
 
 
 def set_weights_aside(folder: Path) -> list[Path]:
-    """Those of an end that the run continues from, or of another run before it: until its own end, a run has the weights
-    of its newest checkpoint, whoever asks for them. Rank 0 only. Returns their new paths. Raises AmclipError."""
+    """Those of an end that the run continues from, or of another run before it: until its next end, a run has the
+    weights of its newest checkpoint, whoever asks for them. Rank 0 only. Returns their new paths. Raises AmclipError.
+    """
     try:
         found = [path for name in ("student", "teacher") if (path := folder / f"{name}.safetensors").is_file()]
         return [set_aside(path, SUPERSEDED) for path in found]
