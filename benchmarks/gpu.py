@@ -459,6 +459,8 @@ def main() -> int:
     parser.add_argument("--traces", type=Path, metavar="FOLDER", help="where a trace of each cell's steps goes")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.release and not args.timm:
+        parser.error("--release needs --timm FOLDER: pip install --no-deps --target FOLDER timm==0.5.4")
     args.out = args.out.absolute()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.cell:

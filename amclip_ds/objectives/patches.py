@@ -5,6 +5,7 @@ feature distillation (arXiv 2205.14141): the teacher's tokens, each whitened. It
 Shapes: B samples, N patches, K kept, D width.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -94,13 +95,19 @@ class PatchDecoder(nn.Module):
 def positions(grid: int, like: Tensor, by_axis: bool = False) -> Tensor:
     """[N, D] of the 2-D sine-cosine table. by_axis: first the channels of columns, then those of rows; else sines of
     both, then cosines."""
+    return _table(grid, like.shape[-1], by_axis, like.device, like.dtype)
+
+
+@functools.cache  # some twenty launches for each view of a step
+def _table(grid: int, width: int, by_axis: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
     from timm.layers import build_sincos2d_pos_embed
 
-    table = build_sincos2d_pos_embed([grid, grid], dim=like.shape[-1], device=like.device)
-    if by_axis:
-        sines_y, sines_x, cosines_y, cosines_x = table.chunk(4, dim=-1)
-        table = torch.cat([sines_x, cosines_x, sines_y, cosines_y], dim=-1)
-    return table.to(like.dtype)
+    with torch.inference_mode(False):
+        table = build_sincos2d_pos_embed([grid, grid], dim=width, device=device)
+        if by_axis:
+            sines_y, sines_x, cosines_y, cosines_x = table.chunk(4, dim=-1)
+            table = torch.cat([sines_x, cosines_x, sines_y, cosines_y], dim=-1)
+        return table.to(dtype)
 
 
 def removed_places(keep_BK: Tensor, N: int) -> Tensor:

@@ -102,6 +102,15 @@ def test_a_list_of_cells_leaves_out_what_has_no_data(tmp_path: Path, capsys: pyt
         gpu.expanded(given(["release:b16"], data=tmp_path))
 
 
+def test_the_release_without_its_timm_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu", "--out", "rows.jsonl", "--cells", "release:b16", "--release", "checkout"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "--release needs --timm FOLDER" in capsys.readouterr().err
+
+
 def test_every_cell_of_a_list_is_understood() -> None:
     """Its settings are those of a recipe: a key that is not there would cost a call on the device."""
     for cell in {cell for cells in gpu.SETS.values() for cell in cells}:
@@ -220,7 +229,7 @@ def test_cells_fit_on_the_device_while_others_hold_what_they_built(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((gib - device.held()) * gpu.GIB, gib * gpu.GIB))
     monkeypatch.setattr(gpu.subprocess, "Popen", device.start)
     monkeypatch.setattr(gpu.time, "sleep", device.pass_time)
-    words = ["--out", str(out), "--cells", "owed", "--data", "shards", "--release", "checkout"]
+    words = ["--out", str(out), "--cells", "owed", "--data", "shards", "--release", "checkout", "--timm", "folder"]
     monkeypatch.setattr("sys.argv", ["gpu", *words])
     assert gpu.main() == 0
     assert [here.cell for here in device.processes] == gpu.SETS["owed"]

@@ -15,6 +15,7 @@ from amclip_ds.model.init import initialise
 from amclip_ds.objectives import OBJECTIVES, builder, start_of
 from amclip_ds.objectives.patches import Patches, positions, removed_places, whitened
 from amclip_ds.optim import OptimConfig, parameter_groups
+from tests.unit.engine.test_flat_gradients import Operators
 from tests.unit.model import tiny
 
 GRID, WIDTH, B, K = 4, 32, 6, 5
@@ -85,6 +86,17 @@ def test_the_target_is_the_teachers_tokens_whitened() -> None:
 def test_positions_distinguish_places() -> None:
     table = positions(GRID, torch.empty(1, WIDTH))
     assert table.shape == (GRID**2, WIDTH) and len(table.unique(dim=0)) == GRID**2
+
+
+def test_positions_are_computed_once() -> None:
+    """On a GPU it is some twenty launches for each view of a step."""
+    tokens = torch.empty(1, WIDTH, dtype=torch.bfloat16)
+    first = positions(GRID, tokens, by_axis=True)
+    with Operators() as seen:
+        again = positions(GRID, tokens, by_axis=True)
+    assert seen.count == 0 and torch.equal(again, first)
+    assert not torch.equal(first, positions(GRID, tokens))
+    assert positions(GRID, tokens.float(), by_axis=True).dtype == torch.float32
 
 
 def late(*words: str) -> Method:
