@@ -80,11 +80,11 @@ def first_batch(config: TrainConfig, runtime: Runtime) -> Batch:
 
 
 def made_up(batch: Batch, text: TextConfig, tokens: tuple[int, int], trimmed: bool, device: torch.device) -> Batch:
-    """A batch with random pixels, and with texts of evenly spread lengths."""
+    """A batch with random pixels, in memory as the loader has them, and with texts of evenly spread lengths."""
     draw = torch.Generator().manual_seed(0)
     images = {"views_uint8": batch.views_uint8, "teacher_uint8": batch.teacher_uint8}
     pixels = {
-        name: torch.randint(0, 256, value.shape, generator=draw, dtype=torch.uint8)
+        name: torch.empty_like(value).copy_(torch.randint(0, 256, value.shape, generator=draw, dtype=torch.uint8))
         for name, value in images.items()
         if value is not None
     }

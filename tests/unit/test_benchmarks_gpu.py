@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,12 @@ import pytest
 import torch
 from torch._inductor.compile_fx import get_cpp_wrapper_config
 
+from amclip_ds.data.views import planes
 from amclip_ds.engine import compile as compiling
 from amclip_ds.engine.compile import Compiled
+from amclip_ds.model.config import TextConfig
 from benchmarks import gpu
+from tests.distributed.batches import made_batch
 
 COMPILED = "aclip-vitb16,engine.compile=tower"
 
@@ -131,6 +135,16 @@ def test_open_clip_is_one_model_a_process(compiled: str, built: bool, monkeypatc
     monkeypatch.setattr(gpu.peers, "open_clip_step", lambda name, images, ids, compiled: made.append(compiled) or print)
     batch, works = gpu.build(gpu.argparse.Namespace(tokens=(8, 8)), compiled)
     assert batch == 2 and list(works) == [compiled] and made == [built]
+
+
+def test_a_made_up_batch_has_the_loaders_memory() -> None:
+    """A pixel's colours side by side: photometric changes and normalisation read them so."""
+    views, crop = planes(torch.zeros(2, 4, 8, 8, 3)), planes(torch.zeros(4, 6, 6, 3))
+    batch = made_batch(views, crop, torch.zeros(2, 4, 4), torch.zeros(4, 8, dtype=torch.long))
+    batch = replace(batch, views_uint8=views.byte(), teacher_uint8=crop.byte())
+    made = gpu.steps.made_up(batch, TextConfig(8, 1, 1), (4, 8), False, torch.device("cpu"))
+    assert made.views_uint8.stride() == views.stride() and made.views_uint8.float().std() > 70
+    assert made.teacher_uint8 is not None and made.teacher_uint8.stride() == crop.stride()
 
 
 def test_what_was_made_ahead_is_taken_first() -> None:
