@@ -346,7 +346,7 @@ def test_a_graph_of_arithmetic_on_its_own_weights(change: Callable, named: str, 
     change(onnx, model)
     onnx.save(model, folder / "image.onnx")
     said = refused(folder)
-    assert named in said and "image.onnx" in said or "nothing.data" in said, said
+    assert named in said and ("image.onnx" in said or "nothing.data" in said), said
 
 
 def test_a_graph_s_memory_is_bounded(export) -> None:
