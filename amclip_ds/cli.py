@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         with interruptible(name):
             return run(argv)
     except AmclipError as error:
+        from amclip_ds.launch import is_first_rank  # most commands need no launcher
+
         if not error.is_shared or is_first_rank():
             further = "; the same command resumes from there" if isinstance(error, Preempted) else ""
             print(printable(f"{name}: {error}{further}"), file=sys.stderr)
@@ -137,13 +139,6 @@ def interruptible(name: str) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
         if signal.getsignal(signal.SIGINT) is interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def is_first_rank() -> bool:
-    """Whether this process reports for all ranks."""
-    from amclip_ds.launch import is_first_rank
-
-    return is_first_rank()
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from amclip_ds.processes import num_cores
 from amclip_ds.ranks.collectives import max_over_ranks, mean_over_ranks
 from amclip_ds.ranks.communication_time import COMMUNICATION
 from amclip_ds.ranks.runtime import Runtime
+from amclip_ds.sizes import GIB
 from amclip_ds.step import StepResult
 
-GIB = 1024.0**3
 SIDE = {"cuda": 8192, "cpu": 512}  # of the matrices whose product gives a device's rate
 MEASURED_S = 0.1
 Operations = Callable[[int | list[int], float, float], float]

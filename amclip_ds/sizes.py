@@ -4,6 +4,8 @@ import re
 
 from amclip_ds.errors import UserError
 
+GIB = 1024.0**3
+
 
 def read_size(text: str) -> float:
     """--gpu-memory: '80GB', '24G' or '512MiB' in bytes. Raises UserError."""

@@ -19,6 +19,7 @@ import psutil
 
 from amclip_ds.doctor import FAIL, OK, WARN, Check, Finding
 from amclip_ds.errors import UserError, in_one_line
+from amclip_ds.sizes import GIB
 
 GB = 1e9
 CORE = ("torch", "torchvision", "deepspeed", "timm", "transformers", "numpy", "simplejpeg")  # shown with their versions
@@ -100,7 +101,7 @@ def _torch() -> Iterator[Finding]:
     has_driver = Path("/proc/driver/nvidia/version").exists()
     if torch.cuda.is_available():
         kinds = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        gib = f"{kinds[0].total_memory / 2**30:.0f} GiB" if kinds else ""
+        gib = f"{kinds[0].total_memory / GIB:.0f} GiB" if kinds else ""
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
         said = f"torch {torch.__version__}, CUDA {built}, {len(kinds)} x {kinds[0].name} ({gib}), NCCL {nccl}"
         if not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -272,7 +273,7 @@ def _shared_memory() -> Iterator[Finding]:
         said = f"{free / 2**20:.0f} MiB free in /dev/shm: NCCL needs it between GPUs of a node, the loader does not"
         yield Finding("shared memory", WARN, said, fix)
     else:
-        yield Finding("shared memory", OK, f"{free / 2**30:.1f} GiB free in /dev/shm")
+        yield Finding("shared memory", OK, f"{free / GIB:.1f} GiB free in /dev/shm")
 
 
 def _limits() -> Iterator[Finding]:
@@ -294,7 +295,7 @@ def _memory() -> Iterator[Finding]:
     from amclip_ds.processes import num_cores
 
     memory = psutil.virtual_memory()
-    total, free = memory.total / 2**30, memory.available / 2**30
+    total, free = memory.total / GIB, memory.available / GIB
     cores, load = num_cores(), os.getloadavg()[0]
     said = f"{free:.1f} of {total:.1f} GiB free, {cores} cores, load {load:.1f}"
     if free < 2:

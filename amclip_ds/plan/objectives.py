@@ -95,7 +95,7 @@ def parts_of(config: Any, width: int, grid: int, patch: int) -> dict[str, Part]:
 
 def _is_known(config: Any) -> bool:
     """Whether everything that has a weight is described here."""
-    if getattr(config, "plugins", None):
+    if config.plugins:
         return False
     default = LossConfig()
     for item in fields(config.loss):

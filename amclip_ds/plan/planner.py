@@ -24,8 +24,8 @@ from amclip_ds.errors import UserError
 from amclip_ds.plan import model_state, optimizer, work
 from amclip_ds.plan.gpus import Gpu, Rate, rate_of
 from amclip_ds.plan.work import Work
+from amclip_ds.sizes import GIB
 
-GIB = 1024.0**3
 YFCC15M = 14_688_256  # samples of an epoch in the papers' runs: 3,586 steps of 4,096
 SAVE_STALL_BYTES_PER_S = 42.7e9  # a rank's part copied into pinned memory (one H200, docs/results/saving.md)
 SAVE_WRITE_BYTES_PER_S = 0.62e9  # hashed and written by one rank (docs/results/saving.md)

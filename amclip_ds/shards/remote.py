@@ -18,7 +18,6 @@ from amclip_ds.redact import redact
 from amclip_ds.shards.reader import Refused
 from amclip_ds.shards.sources import scheme_of
 
-SILENCE_S = 60.0  # without a byte from a server
 MAX_REDIRECTS = 10
 REDIRECTS = (301, 302, 303, 307, 308)
 PIECE = 1 << 20
@@ -138,7 +137,7 @@ class Store:
         return file.tell(), facts["ETag"]
 
 
-def open_system(url: str, silence_s: float = SILENCE_S) -> Http | Store:
+def open_system(url: str, silence_s: float) -> Http | Store:
     """What reads a URL. No chain of fsspec's is ever taken apart: the URL's own scheme decides."""
     scheme = scheme_of(url)
     return Http(silence_s) if scheme in ("http", "https") else Store(scheme)
