@@ -113,7 +113,8 @@ def build_tokenizer() -> ClipTokenizer:
 
 
 def trim(token_ids: Tensor, bucket: int) -> Tensor:
-    """Cuts the zeros after the batch's longest text, in steps of `bucket` tokens (0: never); features stay equal."""
+    """[B, T] without the zeros after the longest text, in steps of `bucket` tokens (0: as it is); features stay
+    equal."""
     if bucket == 0:
         return token_ids
     longest = max(lengths(token_ids))

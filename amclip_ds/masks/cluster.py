@@ -80,7 +80,7 @@ def similarity_with(vectors_BUD: "Tensor", anchors_BA: "Tensor") -> "Tensor":
 
 
 def by_rule(options: Any, similarity_BAU: "Tensor", noise2_BU: "Tensor") -> "Tensor":
-    """Similarities with the anchors -> priorities, as options.rule says."""
+    """Similarities with the anchors -> priorities [B, U], as options.rule says."""
     if options.rule == "topk":
         return -similarity_BAU.amax(dim=1)
     hidden = (similarity_BAU > options.threshold).any(dim=1)

@@ -90,8 +90,8 @@ def edges(pixels_BND: "Tensor", grid: int, kind: str) -> "Tensor":
 
 
 def edges_of_means(means_BN: "Tensor", grid: int) -> "Tensor":
-    """The release's Sobel on the grid of patch means, zeros around it; it takes the means of standardised patches,
-    which are rounding noise, these are of the patches as they are."""
+    """[B, N]: the release's Sobel on the grid of patch means, zeros around it; it takes the means of standardised
+    patches, which are rounding noise, these are of the patches as they are."""
     import torch.nn.functional as F
 
     means = means_BN.reshape(-1, 1, grid, grid)

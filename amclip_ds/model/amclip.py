@@ -128,7 +128,8 @@ class AClip(TwoTowers):
     ) -> Losses:
         """The loss of this rank's whole batch. Collective: every rank must call.
 
-        sample_terms, sample_loss: the per-sample terms of the batch and their weighted sum, from encode.
+        cls: [V, B, D]; eot: each text pass's [B, W]. sample_terms, sample_loss: the per-sample terms of the batch and
+        their weighted sum, from encode.
         progress: how much of the run is done, 0 to 1.
         """
         found: dict[str, Terms] = {}

@@ -209,7 +209,7 @@ def bits(kept: list[int], patches: int) -> str:
 
 
 def shares(scores: Tensor) -> bytes:
-    """A byte a patch: 0 for the least attended, 255 for the most."""
+    """[N] -> N bytes: 0 for the least attended patch, 255 for the most."""
     low, high = scores.min(), scores.max()
     return bytes(((scores - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8).tolist())
 

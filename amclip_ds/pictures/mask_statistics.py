@@ -43,7 +43,8 @@ def of_step(
 
 
 def overlap(one: int, other: int, kept: Kept, view_boxes: Tensor, grid: int, flips: Tensor | None = None) -> Tensor:
-    """The share of a view's kept patches whose centre is in a kept patch of another view of the same images."""
+    """The share, 0-d, of a view's kept patches whose centre is in a kept patch of another view of the same images.
+    kept: a view's [B, K], or None; view_boxes: [V, B, 4] in source pixels; flips: [V, B] bool."""
     rows, columns = kept[one], kept[other]
     assert rows is not None and columns is not None
     y, x = (rows // grid + 0.5) / grid, (rows % grid + 0.5) / grid  # [B, K], of the view's sides
