@@ -4,11 +4,12 @@ checkpoint of ours, or an export for open_clip or transformers, of whichever mod
 Every rank holds it whole, in fp32. Shapes: V views, B samples, E the teacher's embedding.
 """
 
+import hashlib
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from amclip_ds.data.captions import build_tokenizer
 from amclip_ds.data.photometric import MEAN, STD
@@ -25,6 +26,11 @@ TRIED = ("A photo of two dogs.", "Z\u00fcrich, 3 o'clock!")  # captions whose id
 
 class Towers(Protocol):
     """Both towers, frozen."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Whose they are."""
+        ...
 
     @property
     def logit_scale(self) -> Tensor:
@@ -52,6 +58,14 @@ class FrozenTeacher:
             text = str(error)
             raise type(error)(text if text.startswith("distill.teacher: ") else f"distill.teacher: {text}") from None
         self.about = f"distill.teacher: the {located.weights[-1]} of {located.path}, step {located.step}, frozen"
+
+    def hash_weights(self) -> str:
+        """sha256 of its weights: a resume sees that a teacher was trained further, or is another one."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.towers.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def embed(self, inputs: StudentInputs, token_ids: Tensor, micro: int) -> dict[str, Tensor]:
@@ -120,7 +134,7 @@ class LibraryTowers:
 
     def __init__(self, library: Library, student: ModelConfig) -> None:
         """Raises UserError for a tokenizer that is not CLIP's, and for texts that it cannot take."""
-        self.library = library
+        self.library, self.model = library, library.model
         tokenizer, length = build_tokenizer(), student.text.context_length
         theirs = library.tokenise(list(TRIED))
         self.context_length = theirs.shape[1]

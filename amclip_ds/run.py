@@ -143,10 +143,11 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
         student, teacher = build_engines(fresh, method, runtime)
     for line in describe_engines(fresh, student, teacher):
         record.say(line)
-    frozen = None
+    frozen, taught_by = None, ""
     if method.reads_frozen and config.distill.teacher:
         frozen = FrozenTeacher(config.distill.teacher, config.model, runtime.device)
         record.say(frozen.about)
+        taught_by = on_main(frozen.hash_weights)
     guards = Guards(config.guards, record.incident)
     meter = Meter(
         config.batch.global_size, runtime, config.data.workers, operations(config, runtime.world_size), student
@@ -166,8 +167,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
             attempt=attempt,
             data_fingerprint=data.fingerprint,
             data_contents=data.contents,
-            words_hash=data.words_hash,
-            excluded_hash=data.excluded_hash,
+            hashes={"words": data.words_hash, "excluded": data.excluded_hash, "teacher": taught_by},
             before_commit=owner.check if owner else lambda: None,
             pausing=partial(saving, meter, watchdog, timeline),
         )

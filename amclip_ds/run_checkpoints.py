@@ -8,7 +8,7 @@
 Everything is collective: every rank must call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -62,8 +62,7 @@ class RunCheckpoints:
         attempt: int,
         data_fingerprint: str,
         data_contents: str,
-        words_hash: str = "",
-        excluded_hash: str = "",
+        hashes: Mapping[str, str],
         before_commit: Callable[[], None] = lambda: None,
         pausing: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
@@ -72,10 +71,7 @@ class RunCheckpoints:
         self._hashes = {"data": data_fingerprint, "tokenizer": tokenizer_hash()}
         if data_contents:
             self._hashes["contents"] = data_contents
-        if words_hash:
-            self._hashes["words"] = words_hash
-        if excluded_hash:
-            self._hashes["excluded"] = excluded_hash
+        self._hashes |= {name: of for name, of in hashes.items() if of}
         self._config_text = settings.dump(config)
         self._drift: list[str] = []
         self._saver = Saver(

@@ -43,6 +43,7 @@ HASH_KEYS = {  # a hash of the manifest -> the key that names it
     "tokenizer": "data.tokenizer",
     "words": "data.text_mask.table",
     "excluded": "data.exclude",
+    "teacher": "distill.teacher",
 }
 
 ABSENT = "(absent)"

@@ -246,6 +246,26 @@ def test_a_run_that_continues_has_the_weights_of_its_newest_checkpoint(few_scene
     assert names == ["superseded-student.safetensors-0", "superseded-teacher.safetensors-0"], "not deleted"
 
 
+def test_another_frozen_teacher_at_the_same_path_is_refused(scenes: Path, tmp_path: Path) -> None:
+    common = [f"data.train={scenes}", *SMALL, "checkpoint.every_steps=1"]
+    for name, seed in (("one", 0), ("other", 1)):
+        code, printed = amclip(*common, f"run.out={tmp_path}/{name}", f"run.seed={seed}", "run.steps=1")
+        assert code == 0, printed
+    (tmp_path / "teacher").symlink_to("one")
+    keys = ["loss.clipkd.weight=1", *common, f"distill.teacher={tmp_path}/teacher", f"run.out={tmp_path}/run"]
+    keys += ["checkpoint.allow_drift=[run.steps]"]
+    code, printed = amclip(*keys, "run.steps=1")
+    assert code == 0, printed
+    (tmp_path / "teacher").unlink()
+    (tmp_path / "teacher").symlink_to("other")
+    code, printed = amclip(*keys, "run.steps=2")
+    assert code == 2 and "distill.teacher: content " in printed, printed
+    (tmp_path / "teacher").unlink()
+    (tmp_path / "one").rename(tmp_path / "teacher")
+    code, printed = amclip(*keys, "run.steps=2")
+    assert code == 0 and "resumes from" in printed, printed
+
+
 def test_drift_damage_and_fresh_starts(scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     keys = [f"data.train={scenes}", "run.steps=4", "checkpoint.every_steps=2", *SMALL, f"run.out={run}"]

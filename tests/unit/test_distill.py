@@ -149,6 +149,7 @@ def test_an_export_teaches_as_the_model_that_it_was_made_of(fmt: str, tmp_path: 
 
 def test_another_mean_and_size_are_the_librarys_own() -> None:
     class Given:
+        model = torch.nn.Identity()
         image_size, device, mean_std, path = 32, CPU, ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), Path("given")
 
         def tokenise(self, texts: list[str]) -> Tensor:

@@ -18,7 +18,7 @@ from amclip_ds.checkpoint import step_folders
 from amclip_ds.data import prepare
 from amclip_ds.data.config import DataConfig
 from amclip_ds.engine.ds_config import EngineConfig, read_ds_config
-from amclip_ds.errors import FAULT, MISTAKE, NotRead, UserError
+from amclip_ds.errors import FAULT, MISTAKE, AmclipError, NotRead, UserError
 from amclip_ds.evaluate import datasets
 from amclip_ds.model import pretrained
 from amclip_ds.run_folder import write_weights
@@ -187,7 +187,7 @@ def test_nothing_is_left_of_a_file_that_does_not_come_to_its_name(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for name, write in writers.items():
-        with monkeypatch.context() as patched, pytest.raises((OSError, UserError), match="No space left on device"):
+        with monkeypatch.context() as patched, pytest.raises((OSError, AmclipError), match="No space left on device"):
             patched.setattr(Path, "replace", full)
             write(name)
         assert not list(tmp_path.rglob("*.partial")), name

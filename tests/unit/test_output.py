@@ -71,18 +71,18 @@ def test_a_closed_descriptor_is_no_other_files(tmp_path: Path) -> None:
 
 def test_the_end_of_the_terminal_is_heeded_but_not_under_nohup() -> None:
     program = (
-        "import signal, time\n"
+        "import signal, sys, time\n"
         "from amclip_ds.resilience.preemption import listen\n"
         "arrivals = listen()\n"
         "print('up', flush=True)\n"
-        "for _ in range(40):\n"
+        "for _ in range(int(sys.argv[1])):\n"
         "    time.sleep(0.05)\n"
         "    if arrivals.first: break\n"
         "print(arrivals.first)\n"
     )
-    for prefix, heard in (([], "SIGHUP"), (["nohup"], "None")):
+    for prefix, heard, turns in (([], "SIGHUP", "1000"), (["nohup"], "None", "40")):
         process = subprocess.Popen(
-            [*prefix, sys.executable, "-c", program],
+            [*prefix, sys.executable, "-c", program, turns],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -189,7 +189,7 @@ def test_a_signal_that_comes_before_the_step_reaches_the_ranks(programs: Path) -
     a_job(
         programs,
         "kill -USR1 $PPID; /bin/sleep 0.5; trap 'echo heard >>heard; exit 0' USR1; touch step",
-        "for turn in {1..200}; do /bin/sleep 0.05; done",
+        "for turn in {1..1200}; do /bin/sleep 0.05; done",
     )
     write(programs / "squeue", '[ ! -e "$SLURM_SUBMIT_DIR/step" ] || echo train')
     done = train(programs)

@@ -69,6 +69,7 @@ def test_a_step_has_the_crop_normalised_by_its_engine_and_lets_go_of_it(monkeypa
     )
     method.groups = lambda progress: ()
     method.at = lambda progress: method
+    method.changes = lambda before, now: False
     student: Any = SimpleNamespace(
         set_lr=lambda lr, progress: None,
         change_views=lambda views, draws: views.float(),

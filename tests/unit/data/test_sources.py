@@ -15,6 +15,7 @@ from amclip_ds import cli, files, shard_tasks
 from amclip_ds.data.config import DataConfig
 from amclip_ds.data.train_sources import check_inputs, training_sources
 from amclip_ds.errors import FAULT, AmclipError, UserError
+from amclip_ds.evaluate.datasets import check_sets
 from amclip_ds.shards.sources import expand_local, expand_shards, expand_sources
 from tests.unit.data.shards import jpeg, write_shards, write_tar
 
@@ -266,12 +267,14 @@ def test_other_data_are_named_for_what_they_are(spec: str, said: str, here: Path
         check_inputs(DataConfig(train=spec), None)
 
 
-@pytest.mark.parametrize("spec", ["table.csv", "parquet", "disk", "mixed/1.tar.gz", "named.tar"])
+@pytest.mark.parametrize("spec", ["parquet", "disk", "mixed/1.tar.gz", "named.tar"])
 def test_other_data_to_evaluate_on_are_named_too(spec: str, here: Path) -> None:
     make_foreign(here)
     with pytest.raises(UserError, match=r"^eval\.data: "):
         check_inputs(DataConfig(train="data"), f"data::{spec}")
-    check_inputs(DataConfig(train="data"), "data::jpgs")  # an image folder is for the evaluation to judge
+    check_inputs(DataConfig(train="data"), "data::jpgs::table.csv")  # images, or a list of them: the evaluation judges
+    with pytest.raises(UserError, match=r"^eval\.data: table\.csv"):
+        check_sets("table.csv")
 
 
 def test_a_foreign_shard_among_many_is_no_damage(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
