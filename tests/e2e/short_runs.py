@@ -27,7 +27,7 @@ from tests.distributed.equivalence import WITHOUT_GRADIENT, distance
 
 SUMS_THAT_CANCEL = r"logit_scale|vision\.norm\.bias"
 """Their gradients can be small differences of large sums over the rows and columns of the logits: in second stages
-fp32's rounding of those sums was up to 7e-5 of them."""
+fp32's rounding of those sums was up to 1.2e-4 of them."""
 
 
 class ShortRun:
@@ -99,9 +99,9 @@ def steps_of(runs: list[list[str]], folder: str) -> list[tuple[list[tuple[float,
 
 
 def apart(reference: dict[str, Tensor], gradients: dict[str, Tensor]) -> float:
-    """The largest difference of an element, as a share of its tensor's largest, of SUMS_THAT_CANCEL a tenth of it;
+    """The largest difference of an element, as a share of its tensor's largest, of SUMS_THAT_CANCEL a hundredth of it;
     infinite where one is not a number."""
     assert reference.keys() == gradients.keys()
     named = [name for name in reference if not re.fullmatch(WITHOUT_GRADIENT, name)]
-    weights = {name: 0.1 if re.fullmatch(SUMS_THAT_CANCEL, name) else 1.0 for name in named}
+    weights = {name: 0.01 if re.fullmatch(SUMS_THAT_CANCEL, name) else 1.0 for name in named}
     return max(distance(reference[name], gradients[name]) * weights[name] for name in named)
