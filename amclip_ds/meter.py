@@ -39,7 +39,7 @@ class Meter:
         self._global_batch, self._device, self._workers = global_batch, runtime.device, workers
         self._cores = cores_of_a_rank(runtime.local_world_size)
         self._operations, self._text = operations, student.module.text
-        self.matrix_rate = matrix_rate(runtime.device, student.dtype)
+        self._dtype, self._rate = student.dtype, matrix_rate(runtime.device, student.dtype)
         self._restart()
 
     def _restart(self) -> None:
@@ -79,7 +79,7 @@ class Meter:
         local["communication_s"] = COMMUNICATION.take() / steps
         if self._operations is not None:
             flops = self._operations(result.kept_tokens, self._tokens / steps, result.progress)
-            local |= {"flops": flops, "rate": self.matrix_rate}
+            local |= {"flops": flops, "rate": self._fastest(flops / local["step_s"])}
         row: dict[str, Any] = dict(mean_over_ranks(local, self._device))
         row["samples_per_s"] = self._global_batch / row["step_s"]
         if self._operations is not None:
@@ -96,6 +96,12 @@ class Meter:
         }
         self._restart()
         return row
+
+    def _fastest(self, flops_per_s: float) -> float:
+        """The rate that MFU is a share of; measured again where a step was faster, since others had the cores then."""
+        if flops_per_s > self._rate:
+            self._rate = max(flops_per_s, matrix_rate(self._device, self._dtype))
+        return self._rate
 
     def _padded_tokens(self, batch: Batch) -> float:
         """Places of a text that are worked through, the mean over the batch."""

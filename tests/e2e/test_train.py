@@ -61,7 +61,7 @@ def test_every_method_trains_evaluates_and_records(recipe: str, scenes: Path, tm
     assert [row["step"] for row in rows] == [1, 2, 4]
     assert all(set(row) >= METRICS for row in rows)
     assert all(math.isfinite(row[name]) for row in rows for name in METRICS)
-    assert all(0 < row["mfu"] < 2 and row["peak_memory_gib"] > 0.1 for row in rows)
+    assert all(0 < row["mfu"] < 1.1 and row["peak_memory_gib"] > 0.1 for row in rows)
     operations = [row["tflops"] * row["step_s"] for row in rows]
     assert max(operations) < 1.1 * min(operations)  # but for the captions' lengths every step does the same
     assert rows[-1]["kept_tokens"] == (64 if recipe == "clip" else 32)
