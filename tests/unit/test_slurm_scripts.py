@@ -23,6 +23,11 @@ def programs(tmp_path: Path) -> Path:
     return folder
 
 
+def sleep_for_real(programs: Path) -> None:
+    """Where a step may be long in coming, on a busy machine: train.sbatch waits 24 sleeps for it."""
+    write(programs / "sleep", "exec /bin/sleep 1")
+
+
 def write(path: Path, *lines: str) -> None:
     path.write_text("\n".join(["#!/bin/bash", *lines, ""]))
     path.chmod(0o755)
@@ -71,6 +76,7 @@ def test_no_answer_is_no_refusal(programs: Path, shows: list[str], requeues: lis
 def test_a_keeper_waits_on_each_node_while_the_ranks_train(programs: Path, tmp_path: Path, flags: str) -> None:
     """With AMCLIP_SRUN too, where the attempt's begin is a step of its own before the training's."""
     (tmp_path / "site.env").write_text(f"AMCLIP_SRUN=({flags})\n")
+    sleep_for_real(programs)
     write(
         programs / "srun",
         'cd "$SLURM_SUBMIT_DIR"',
@@ -186,6 +192,7 @@ def test_a_job_that_is_over_is_not_tried_on(programs: Path) -> None:
 
 def test_a_signal_that_comes_before_the_step_reaches_the_ranks(programs: Path) -> None:
     """An srun that has no step yet would die of it: it is kept until there is one."""
+    sleep_for_real(programs)
     a_job(
         programs,
         "kill -USR1 $PPID; /bin/sleep 0.5; trap 'echo heard >>heard; exit 0' USR1; touch step",
