@@ -20,6 +20,7 @@ from amclip_ds.jsonl import each
 from amclip_ds.pictures import mask_statistics
 from amclip_ds.ranks.collectives import on_main
 from amclip_ds.resilience.guards import RewindAsked
+from amclip_ds.resilience.preemption import restoring_signals
 from amclip_ds.run import Run, assemble
 from amclip_ds.run_folder import write_run_weights
 from amclip_ds.step import StepResult, train_step
@@ -216,7 +217,8 @@ class _Callable(ModuleType):
         Raises AmclipError where the command would end with another code than 0.
         """
         preconditions.check(config, resume)
-        train(config, resume)
+        with restoring_signals():
+            train(config, resume)
         return Path(config.run.out)
 
 

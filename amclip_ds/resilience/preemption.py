@@ -135,6 +135,21 @@ def listen(forced_exit_s: float = PreemptionConfig.forced_exit_s, leaves_early: 
     return _listener
 
 
+@contextmanager
+def restoring_signals() -> Iterator[None]:
+    """For a program that does not end with its training, or command: a run that was asked to stop ends with its
+    signals ignored and the forced-exit timer running, as is right where the process ends with it. Main thread only."""
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
 def ignore_signals() -> None:
     """For a process that a rank forks: the rank decides when it ends."""
     signal.set_wakeup_fd(-1)

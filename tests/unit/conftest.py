@@ -1,4 +1,4 @@
-"""What a command run inside the test process leaves behind: its plug-ins, and the signals that it listens to."""
+"""What a command run inside the test process leaves behind: its plug-ins, what it made of signals, its timer."""
 
 import sys
 from collections.abc import Iterator
@@ -17,12 +17,13 @@ OWN = [(table, frozenset(table)) for table in (MASKS, TEXT_MASKS, OBJECTIVES)]
 
 @pytest.fixture(autouse=True)
 def nothing_stays_of_a_command() -> Iterator[None]:
-    """Both are the process's: the next test, in whatever order, begins without."""
-    yield
+    """They are the process's: the next test, in whatever order, begins without, and what it starts hears signals."""
+    with preemption.restoring_signals():  # also those that `amclip train --procs 2` holds back for its ranks
+        yield
+        if preemption._listener is not None:
+            preemption._listener.close()
+            preemption._listener = None
     forget_plugins()
-    if preemption._listener is not None:
-        preemption._listener.close()
-        preemption._listener = None
 
 
 def forget_plugins() -> None:

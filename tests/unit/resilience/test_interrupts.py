@@ -112,6 +112,30 @@ def test_trouble_of_the_file_system_is_no_stop_and_ends_no_run(tmp_path: Path, m
         assert stops.agreed() == STOP_FILE
 
 
+PROGRAM = """
+import os, signal, sys, time
+from contextlib import nullcontext
+from amclip_ds.resilience import preemption
+with preemption.restoring_signals() if sys.argv[1] == "restoring" else nullcontext():
+    arrivals = preemption.listen(forced_exit_s=2)
+    os.kill(os.getpid(), signal.SIGINT)
+    while arrivals.first is None:
+        time.sleep(0.01)
+    arrivals.close()
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler, signal.getsignal(signal.SIGTERM), flush=True)
+time.sleep(3)
+print("alive", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("how", "code", "printed"), [("restoring", 0, "True 0\nalive\n"), ("bare", 1, "False 1\n")])
+def test_a_program_outlives_a_training_that_was_stopped(how: str, code: int, printed: str) -> None:
+    """The twin is a process that ends with its training: a late signal must not take its code's place, and its end has
+    a time limit."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, printed), done.stderr
+
+
 def test_a_wish_that_comes_in_the_last_step_is_not_left_for_the_next_start(tmp_path: Path) -> None:
     (tmp_path / "STOP").touch()
     with Preemption(PreemptionConfig(), tmp_path, ALONE) as stops:
