@@ -82,7 +82,7 @@ class Method:
             return self
         read = [objectives.views_of(name, options) for name, options in on.items()]
         every = range(len(self.masks))
-        last = max(max(every if views is None else views) for views in read)
+        last = max(max(every if views is None else views, default=0) for views in read)
         return replace(self, objectives=on, masks=self.masks[: last + 1])
 
     def changes(self, before: float, now: float) -> bool:

@@ -1,11 +1,13 @@
 """Runs a function over shards in processes; an item that kills its process is named, and neither ends nor hangs all."""
 
+import contextlib
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from types import ModuleType
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -39,7 +41,8 @@ def map_in_processes(
             yield from map(work, items[done:])
             return
         with pool:
-            futures = [pool.submit(work, item) for item in items[done:]]
+            with without_main():
+                futures = [pool.submit(work, item) for item in items[done:]]
             try:
                 for future in futures:
                     yield future.result()
@@ -54,6 +57,17 @@ def map_in_processes(
             done += 1
 
 
+@contextlib.contextmanager
+def without_main() -> Iterator[None]:
+    """Processes that are started meanwhile do not run the program's own file, as multiprocessing has them do: a script
+    that trains would train in each of them. What they are sent must not be of that file."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def num_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0))
@@ -62,7 +76,9 @@ def num_cores() -> int:
 def _alone(work: Callable[[Item], Result], item: Item) -> Result | WorkerCrashed:
     with _pool(work, 1) as pool:
         try:
-            return pool.submit(work, item).result()
+            with without_main():
+                future = pool.submit(work, item)
+            return future.result()
         except BrokenProcessPool:
             return WorkerCrashed("its process died: a crash in a decoder, or no memory left")
 

@@ -88,7 +88,7 @@ class Run:
             yield next(stream)
 
 
-def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
+def assemble(config: TrainConfig, resume: str, stack: ExitStack, began: float | None = None) -> Run:
     """Builds a run and takes over the checkpoint that `resume` means; `stack` ends it, the last part first.
 
     Collective: every rank must call. Raises UserError for what the user can fix.
@@ -106,7 +106,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     folder, attempt = on_main(partial(open_folder, config))
     if owner is not None:
         owner.set_attempt(attempt)
-    timeline = open_timeline(config, folder, attempt, runtime, job)
+    timeline = open_timeline(config, folder, attempt, runtime, job, began)
     stops = stack.enter_context(Preemption(config.preemption, folder, runtime, owner, job.end, config.run.time_limit))
     watchdog = stack.enter_context(Watchdog(config.watchdog, folder, attempt, runtime))
     comm.on_arrival = watchdog.arrived
@@ -213,9 +213,11 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack) -> Run:
     )
 
 
-def open_timeline(config: TrainConfig, folder: Path, attempt: int, runtime: Runtime, job: SlurmJob) -> Timeline:
+def open_timeline(
+    config: TrainConfig, folder: Path, attempt: int, runtime: Runtime, job: SlurmJob, began: float | None
+) -> Timeline:
     """The run by the clock, with this start in it."""
-    timeline = Timeline(folder, attempt, runtime.is_main)
+    timeline = Timeline(folder, attempt, runtime.is_main, began)
     timeline.start(
         world_size=runtime.world_size,
         num_nodes=runtime.num_nodes,

@@ -29,10 +29,13 @@ FAILED, MADE_UP = "evaluation_failed", "evaluation_made_up"  # incidents; after 
 STOPPED = "evaluation_stopped"  # but for one that the run's stop ended
 
 
-def train(config: TrainConfig, resume: str = "auto") -> int:
-    """Trains as configured; returns the exit code. Collective: every rank of the world must call."""
+def train(config: TrainConfig, resume: str = "auto", began: float | None = None) -> int:
+    """Trains as configured; returns the exit code. Collective: every rank of the world must call.
+
+    began: when the start began, in seconds since the epoch; None: with the process.
+    """
     with ExitStack() as stack, plugins.blamed():
-        run = assemble(config, resume, stack)
+        run = assemble(config, resume, stack, began)
         state = run.state
         if evaluation_is_missing(run):
             if run.runtime.is_main:
@@ -216,9 +219,10 @@ class _Callable(ModuleType):
 
         Raises AmclipError where the command would end with another code than 0.
         """
+        began = time.time()  # the program's own, which may have run for hours, is none of the training's
         preconditions.check(config, resume)
         with restoring_signals():
-            train(config, resume)
+            train(config, resume, began)
         return Path(config.run.out)
 
 

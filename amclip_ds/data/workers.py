@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from amclip_ds.errors import AmclipError
+from amclip_ds.processes import without_main
 from amclip_ds.signals import held_back
 
 Place = tuple[int, int, int]
@@ -168,7 +169,7 @@ class Workers:
             context = multiprocessing.get_context("forkserver")
             process = context.Process(target=_work, args=(theirs, self._prepare, self._pickled), daemon=True)
             try:
-                with theirs:
+                with theirs, without_main():
                     process.start()
             except (OSError, EOFError) as error:
                 cause = error

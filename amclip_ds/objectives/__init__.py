@@ -117,17 +117,19 @@ def begun(objectives: Chosen, progress: float) -> Chosen:
 
 def views_of(name: str, options: Any) -> tuple[int, ...] | None:
     """The views that an objective reads; None: all."""
+    if not OBJECTIVES[name].reads_views():
+        return ()
     chosen = getattr(options, "views", None)
     return tuple(chosen) if chosen else OBJECTIVES[name].views
 
 
-def with_frozen(objectives: Chosen, targets: Targets, looked: Mapping[str, Tensor]) -> Targets:
-    """The targets, each objective's followed by what it reads of distill.teacher. looked: as FrozenTeacher.look."""
+def with_frozen(objectives: Chosen, targets: Targets, embedded: Mapping[str, Tensor]) -> Targets:
+    """The targets, each objective's followed by what it reads of distill.teacher. embedded: as FrozenTeacher.embed."""
     found = dict(targets)
     for name, options in objectives.items():
         kind = OBJECTIVES[name]
-        views = list(getattr(options, "views", None) or kind.views or range(looked[FROZEN_IMAGES].shape[1]))
-        held = {**looked, FROZEN_IMAGES: looked[FROZEN_IMAGES][:, views]}
+        views = list(getattr(options, "views", None) or kind.views or range(embedded[FROZEN_IMAGES].shape[1]))
+        held = {**embedded, FROZEN_IMAGES: embedded[FROZEN_IMAGES][:, views]}
         found[name] = (*targets.get(name, ()), *(held[part] for part in FROZEN if part in kind.targets))
     return found
 

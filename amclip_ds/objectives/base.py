@@ -68,6 +68,11 @@ class Objective(nn.Module):
         return getattr(options, "text", cls.text) if cls.features & OF_TEXTS else None
 
     @classmethod
+    def reads_views(cls) -> bool:
+        """Whether it reads anything but texts."""
+        return bool(cls.features - OF_TEXTS or cls.targets)
+
+    @classmethod
     def reads_frozen(cls) -> bool:
         """Whether it reads distill.teacher."""
         return bool(cls.targets & set(FROZEN))

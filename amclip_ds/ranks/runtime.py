@@ -13,7 +13,8 @@ import socket
 import stat
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 
+MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")  # which DeepSpeed and torch read
 PORTS_TRIED = 3  # of those that we draw ourselves
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -46,6 +48,8 @@ class Runtime:
     note: str = ""
     meeting: tuple[str, int] = ("", 0)
     """Host and port where the ranks met, on rank 0's node; it listens until the end."""
+    environment: Mapping[str, str | None] = field(default_factory=dict)
+    """MEETING's variables as they were before; None: not set."""
 
 
 def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
@@ -65,8 +69,8 @@ def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    # DeepSpeed and torch read these; DeepSpeed takes LOCAL_RANK for the index of the device, which is 0 for every task
-    # that was bound to one GPU.
+    before = {name: os.environ.get(name) for name in MEETING}
+    # DeepSpeed takes LOCAL_RANK for the index of the device, which is 0 for every task that was bound to one GPU.
     os.environ.update(
         RANK=str(place.rank),
         WORLD_SIZE=str(place.world_size),
@@ -77,7 +81,14 @@ def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
         torch.use_deterministic_algorithms(True)
-    _meet(place, device, timeout_s)
+    show_error = sys.excepthook
+    try:
+        _meet(place, device, timeout_s)
+    except AmclipError:
+        _restore(before)
+        raise
+    if place.world_size == 1:
+        sys.excepthook = show_error  # torch's says of which rank an error is, for good
     return Runtime(
         rank=place.rank,
         world_size=place.world_size,
@@ -90,6 +101,7 @@ def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
         is_main=place.rank == 0,
         note=place.note,
         meeting=(place.master_addr, int(os.environ["MASTER_PORT"])),
+        environment=before,
     )
 
 
@@ -104,11 +116,21 @@ def keep_freed_memory() -> None:
 
 
 def stop(runtime: Runtime) -> None:
-    """Leaves the process group, if there still is one."""
+    """Leaves the process group, if there still is one; a program may train again, in a world of its own."""
+    import deepspeed.comm
     import torch.distributed
 
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # torch's alone would leave DeepSpeed its groups, which are no more
+    _restore(runtime.environment)
+
+
+def _restore(environment: Mapping[str, str | None]) -> None:
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def placement() -> Placement:

@@ -19,25 +19,29 @@ SHORTEST_S = 0.01  # a wait below this is not worth a row
 
 
 class Timeline:
-    """A run's writer of these rows. On ranks other than 0 it writes nothing."""
+    """A run's writer of these rows. On ranks other than 0 it writes nothing.
 
-    def __init__(self, folder: Path, attempt: int, is_main: bool) -> None:
+    began: when this attempt did, in seconds since the epoch; None: with its process.
+    """
+
+    def __init__(self, folder: Path, attempt: int, is_main: bool, began: float | None = None) -> None:
+        self._began = psutil.Process().create_time() if began is None else began
         self._file, self._attempt, self._is_main = folder / run_files.TIMELINE, attempt, is_main
         self.step = 0
         self._start: dict[str, float] | None = {}  # part -> seconds, until the first step is over
 
     def start(self, **facts: Any) -> None:
-        """The row of an attempt's start. before_s: since its process began (imports, and the ranks' meeting)."""
-        before_s = time.time() - psutil.Process().create_time()
+        """The row of an attempt's start. before_s: since it began (imports, and the ranks' meeting)."""
+        before_s = time.time() - self._began
         self._count("imports and meeting", before_s)
         self.add("start", before_s=round(before_s, 3), **facts)
 
     def first_step(self) -> str | None:
-        """After the first step, once: how long its start took, by part, from the process's begin."""
+        """After the first step, once: how long its start took, by part."""
         if self._start is None:
             return None
         parts, self._start = self._start, None
-        whole = time.time() - psutil.Process().create_time()
+        whole = time.time() - self._began
         parts["first step and the rest"] = whole - sum(parts.values())
         reported = ", ".join(
             f"{part.replace('_', ' ')} {seconds:.1f}" for part, seconds in parts.items() if seconds >= 0.05

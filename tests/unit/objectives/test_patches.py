@@ -109,6 +109,8 @@ def test_before_it_begins_nothing_that_it_alone_reads_is_made() -> None:
     assert after == late() and after.needs_teacher and len(after.groups(0.8)) == 2
     read = late("loss.views=[0,1]").at(0.1)
     assert len(read.masks) == 2 and not read.needs_teacher
+    words = method_of(config.load("maskclip-tiny", ["loss.patches.start=0.8"])).at(0.1)  # mlm reads texts alone
+    assert list(words.objectives) == ["contrastive", "mlm"] and len(words.masks) == 1
 
 
 def test_what_the_loss_is_made_of_changes_where_it_begins_and_where_a_mask_keeps_another_number() -> None:
