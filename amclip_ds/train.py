@@ -1,5 +1,6 @@
 """The run on one screen: assemble, loop, save, stop when asked, evaluate, hand over the weights."""
 
+import gc
 import sys
 import time
 from contextlib import ExitStack
@@ -223,6 +224,7 @@ class _Callable(ModuleType):
         preconditions.check(config, resume)
         with restoring_signals():
             train(config, resume, began)
+        gc.collect()  # engines are cycles, and a GPU's memory is none of what Python goes by
         return Path(config.run.out)
 
 

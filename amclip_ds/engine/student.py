@@ -168,6 +168,11 @@ class StudentEngine:
         """The AClip inside."""
         return self.engine.module
 
+    def close(self) -> None:
+        """Takes DeepSpeed's hooks away, which hold an engine and its memory for good in a program that goes on."""
+        with contextlib.suppress(Exception):  # after an error of the device, this would be another
+            self.engine.destroy()
+
     def encode(self, inputs: StudentInputs, targets: Targets) -> Encoded:
         """AClip.encode through the engine."""
         return self.engine(AClip.encode, inputs, targets)

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,25 +186,3 @@ def test_alone_and_by_the_clock(started: Callable[..., Trainer]) -> None:
     trainer = started("run.steps=100000", "run.time_limit=00:00:03", procs=None)
     step = assert_stopped_well(trainer)
     assert step > 0 and "run.time_limit" in verdict(trainer.run)["reason"]
-
-
-PROGRAM = """
-import signal, sys
-import amclip_ds
-config = amclip_ds.load_config(sys.argv[1], sys.argv[2:])
-try:
-    amclip_ds.train(config)
-except amclip_ds.AmclipError as error:
-    print(error)
-print([signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)], signal.getsignal(signal.SIGINT))
-"""
-
-
-def test_a_python_program_has_its_signals_back(scenes: Path, tmp_path: Path) -> None:
-    """A notebook whose training was stopped hears Ctrl-C again."""
-    words = tiny(scenes, tmp_path / "run", "run.time_limit=00:00:01")
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    *_, error, handlers = done.stdout.splitlines()
-    assert error.startswith("run.time_limit=00:00:01 is near; stopped after step ")
-    assert handlers == "[<Handlers.SIG_DFL: 0>, <Handlers.SIG_DFL: 0>] <built-in function default_int_handler>"

@@ -1,0 +1,57 @@
+"""The Python interface in a program as a user writes it: no guard round the trainings, several of them, one stopped."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amclip_ds import run_files
+from amclip_ds.jsonl import read_lines
+from tests.e2e.trainers import tiny
+
+PROGRAM = """
+import gc, os, signal, sys
+import amclip_ds
+
+def train(out, *more):
+    config = amclip_ds.load_config(sys.argv[1], [*sys.argv[2:], f"run.out={out}", *more])
+    try:
+        amclip_ds.train(config)
+    except amclip_ds.AmclipError as error:
+        print("stopped:", error)
+
+train("whole")
+train("parts", "run.time_limit=00:00:01")
+print("signals:", *(signal.getsignal(number).__name__ if number == signal.SIGINT else signal.getsignal(number).name
+                    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)))
+train("parts")
+from deepspeed.runtime.engine import DeepSpeedEngine
+print("left:", sum(isinstance(one, DeepSpeedEngine) for one in gc.get_objects()), "engines",
+      [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name in os.environ])
+raise ValueError("of the program")
+"""
+
+
+@pytest.mark.timeout(900)
+def test_a_program_trains_as_often_as_it_likes(scenes: Path, tmp_path: Path) -> None:
+    """Each training in a world of its own: a stop costs the program neither Ctrl-C nor its life, workers do not run the
+    program again, and a start is counted from its own begin."""
+    words = [word for word in tiny(scenes, tmp_path) if not word.startswith(("run.out=", "data.workers="))]
+    (tmp_path / "program.py").write_text(PROGRAM)
+    argv = [sys.executable, "program.py", *words, "data.workers=1"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=800)
+    printed = done.stdout + done.stderr
+    assert printed.count("stopped: run.time_limit=00:00:01 is near; stopped after step ") == 1, printed
+    assert "signals: SIG_DFL SIG_DFL default_int_handler" in done.stdout
+    assert "left: 0 engines []" in done.stdout
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "ValueError: of the program", printed
+    whole, parts = (
+        [(row["step"], row["loss"], row["grad_norm"]) for row in read_lines(tmp_path / name / run_files.METRICS)]
+        for name in ("whole", "parts")
+    )
+    assert whole == parts and len(whole) > 3
+    events = read_lines(tmp_path / "parts" / run_files.TIMELINE)
+    first, second = (row for row in events if row["event"] == "start")
+    ended = max(row["time"] for row in events if row["attempt"] == first["attempt"])
+    assert second["time"] - second["before_s"] >= ended - 0.01
