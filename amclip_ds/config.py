@@ -281,6 +281,8 @@ def load(
     plugins: of --plugin. They are imported, as are installed ones of which a word of `overrides` names a mask or an
     objective; what a yaml names is not. What is refused of new runs (_refusals) is not of one that has begun so.
     """
+    if not isinstance(overrides, list | tuple) or not all(isinstance(word, str) for word in overrides):
+        raise UserError(f"overrides: {overrides!r:.80} is no list of texts like 'data.train=/data/cc12m'")
     own.load(plugins)
     layers = _layers(recipe)
     words = dict(word.partition("=")[::2] for word in overrides)

@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -218,8 +219,12 @@ class _Callable(ModuleType):
     def __call__(self, config: TrainConfig, resume: str = "auto") -> Path:
         """Trains, in this process or as one rank of a launcher's world, and returns the run's folder.
 
-        Raises AmclipError where the command would end with another code than 0.
+        It may be called again. Raises AmclipError where the command would end with another code than 0.
         """
+        if not isinstance(config, TrainConfig):
+            raise UserError(f"train: a {type(config).__name__}, where load_config's TrainConfig is expected")
+        if threading.current_thread() is not threading.main_thread():
+            raise UserError("train: call it from the program's main thread, which alone hears signals")
         began = time.time()  # the program's own, which may have run for hours, is none of the training's
         preconditions.check(config, resume)
         with restoring_signals():

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 import amclip_ds
-from amclip_ds import hub
+from amclip_ds import config, hub
 from amclip_ds.cli import main
 from amclip_ds.comm import SingleProcess
 from amclip_ds.errors import UserError
@@ -91,6 +93,11 @@ def test_student_and_teacher_are_chosen(run: Path, model: amclip_ds.Model) -> No
     assert model.logit_scale == student.logit_scale
 
 
+def in_a_thread(call: Callable[[], object]) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
 @pytest.mark.parametrize(
     "act, said",
     [
@@ -111,6 +118,10 @@ def test_student_and_teacher_are_chosen(run: Path, model: amclip_ds.Model) -> No
         (lambda model: model.attention(["cat.jpg"]), "image 0: a str, where a PIL image is expected"),
         (lambda model: model.encode_image(Image.new("La", (8, 8))), "image 0: conversion from La"),
         (lambda model: amclip_ds.load("nowhere"), "neither a run"),
+        (lambda model: amclip_ds.load_config("clip-tiny", "data.train=x"), "overrides: 'data.train=x' is no list of"),
+        (lambda model: amclip_ds.load_config("clip-tiny", {"data.train": "x"}), "overrides: {'data.train': 'x'} is no"),
+        (lambda model: amclip_ds.train("clip-tiny"), "train: a str, where load_config's TrainConfig is expected"),
+        (lambda model: in_a_thread(lambda: amclip_ds.train(config.load("clip-tiny"))), "train: .* main thread"),
     ],
 )
 def test_a_mistake_is_one_line(model: amclip_ds.Model, act: object, said: str) -> None:
