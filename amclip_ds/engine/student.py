@@ -169,7 +169,7 @@ class StudentEngine:
         return self.engine.module
 
     def close(self) -> None:
-        """Takes DeepSpeed's hooks away, which hold an engine and its memory for good in a program that goes on."""
+        """Takes DeepSpeed's hooks away, which hold an engine and its memory for good in a program that outlives its training."""
         with contextlib.suppress(Exception):  # after an error of the device, this would be another
             self.engine.destroy()
 
