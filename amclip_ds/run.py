@@ -141,7 +141,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack, began: float | 
         stack.enter_context(reported(watchdog.compile_begins, watchdog.compile_ends))
     with timeline.during("build"):
         student, teacher = build_engines(fresh, method, runtime)
-        stack.callback(student.close)
+        stack.enter_context(student)
     for line in describe_engines(fresh, student, teacher):
         record.say(line)
     frozen, taught_by = None, ""

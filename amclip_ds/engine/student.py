@@ -41,6 +41,7 @@ from amclip_ds.engine.zero3 import (
     take_one_norm,
     with_weights_in_place,
 )
+from amclip_ds.errors import Preempted
 from amclip_ds.model import scoring
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.config import ModelConfig
@@ -168,10 +169,15 @@ class StudentEngine:
         """The AClip inside."""
         return self.engine.module
 
-    def close(self) -> None:
-        """Takes DeepSpeed's hooks away, which hold an engine and its memory for good in a program that outlives its training."""
-        with contextlib.suppress(Exception):  # after an error of the device, this would be another
-            self.engine.destroy()
+    def __enter__(self) -> "StudentEngine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Takes DeepSpeed's hooks away, which hold an engine and its memory for good in a program that outlives its
+        training. Not after an error: the device may wait for ranks that are gone, and this waits for the device."""
+        if kind is None or issubclass(kind, Preempted):
+            with contextlib.suppress(Exception):  # the run has ended well
+                self.engine.destroy()
 
     def encode(self, inputs: StudentInputs, targets: Targets) -> Encoded:
         """AClip.encode through the engine."""
