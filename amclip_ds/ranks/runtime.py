@@ -222,6 +222,10 @@ def _meet(place: Placement, device: "torch.device", timeout_s: float) -> None:
             raise UserError(f"MASTER_PORT: port {port} on {place.master_addr} is in use; {fix}") from None
 
 
+_meetings: "list[torch.distributed.Store]" = []
+"""Where the ranks met, for each training of this process. Kept: the first one's server serves the later ones."""
+
+
 class _PortInUse(Exception):
     """Another process listens where the ranks were to meet."""
 
@@ -242,19 +246,32 @@ def _init_process_group(place: Placement, port: int, device: "torch.device", tim
     where = f"{place.master_addr}:{port}"
     os.environ["MASTER_PORT"] = str(port)
     timeout = timedelta(seconds=timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    gpu = _identity(device)
     try:
-        store = None
-        if place.world_size > 1 and (gpu := _identity(device)):
+        store, is_again = None, place.world_size > 1 and bool(_meetings)
+        if (
+            is_again
+        ):  # where the first training's ranks met its words are still to be read: these have names of their own
+            store = torch.distributed.PrefixStore(f"training {len(_meetings)}", _meetings[0])
+        elif place.world_size > 1 and gpu:
             # Kept until the others have met: its server is the meeting's, which would else begin anew on the port.
             store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timeout))
+        if store is not None and gpu:
             check_gpus(store, place, gpu)
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timeout,
-        )
+        if is_again:
+            torch.distributed.init_process_group(
+                backend,
+                store=store,
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=timeout,
+                device_id=device if gpu else None,  # as DeepSpeed's first has it
+            )
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
         del store
+        if place.world_size > 1:
+            _meetings.append(torch.distributed.distributed_c10d._get_default_store())
         time_engine_collectives()
     except (torch.distributed.DistError, RuntimeError, ValueError) as error:
         text = in_one_line(error, 300)

@@ -55,3 +55,25 @@ def test_a_program_trains_as_often_as_it_likes(scenes: Path, tmp_path: Path) -> 
     first, second = (row for row in events if row["event"] == "start")
     ended = max(row["time"] for row in events if row["attempt"] == first["attempt"])
     assert second["time"] - second["before_s"] >= ended - 0.01
+
+
+TWO_STAGES = """
+import sys
+import amclip_ds
+
+for recipe, out, *more in (("clipa-pre-tiny", "first"), ("clipa-tune-tiny", "second", "model.init_from=first")):
+    amclip_ds.train(amclip_ds.load_config(recipe, [*sys.argv[1:], f"run.out={out}", *more]))
+"""
+
+
+@pytest.mark.timeout(900)
+def test_ranks_of_a_launcher_train_again(scenes: Path, tmp_path: Path) -> None:
+    """The second training meets where the first one's words are still to be read: torchrun keeps the store."""
+    (tmp_path / "program.py").write_text(TWO_STAGES)
+    words = [f"data.train={scenes}/train", "run.steps=3", "batch.global_size=8", "data.workers=1", "log.every_steps=1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    argv = [*torchrun, "--rdzv-endpoint", "127.0.0.1:0", "program.py", *words]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [read_lines(tmp_path / name / run_files.METRICS) for name in ("first", "second")]
+    assert [len(of) for of in rows] == [3, 3]
