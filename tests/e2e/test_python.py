@@ -13,6 +13,7 @@ from tests.e2e.trainers import tiny
 PROGRAM = """
 import gc, os, signal, sys
 import amclip_ds
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 
 def train(out, *more):
     config = amclip_ds.load_config(sys.argv[1], [*sys.argv[2:], f"run.out={out}", *more])

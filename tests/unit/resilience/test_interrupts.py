@@ -116,6 +116,7 @@ PROGRAM = """
 import os, signal, sys, time
 from contextlib import nullcontext
 from amclip_ds.resilience import preemption
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 with preemption.restoring_signals() if sys.argv[1] == "restoring" else nullcontext():
     arrivals = preemption.listen(forced_exit_s=2)
     os.kill(os.getpid(), signal.SIGINT)
