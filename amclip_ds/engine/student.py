@@ -35,6 +35,7 @@ from amclip_ds.engine.muon import NormBeforeMuon, build_muon, eager_kernels, wit
 from amclip_ds.engine.offload import build_cpu_adam
 from amclip_ds.engine.zero3 import (
     fetch_blocks_whole,
+    forget_modules,
     gather_what_is_written,
     gradients_by_parameter,
     keep_weights_in_place,
@@ -178,6 +179,7 @@ class StudentEngine:
         if kind is None or issubclass(kind, Preempted):
             with contextlib.suppress(Exception):  # the run has ended well
                 self.engine.destroy()
+                forget_modules()
 
     def encode(self, inputs: StudentInputs, targets: Targets) -> Encoded:
         """AClip.encode through the engine."""

@@ -34,6 +34,14 @@ def keep_weights_in_place(optimizer: Any) -> None:
     optimizer._partition_all_parameters = lambda: None
 
 
+def forget_modules() -> None:
+    """Outside of any forward pass: DeepSpeed's stack of the modules in one keeps each engine's outermost for good, and
+    so its weights."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+
+
 def gather_what_is_written(engine: Any) -> None:
     """Where an engine gathers weights in a stream of its own: that one waits, at each forward, for what the forward's
     stream has written to the shards before (a step, a clamp, the teacher's publishing, a checkpoint).

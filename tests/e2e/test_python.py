@@ -16,9 +16,9 @@ import amclip_ds
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 
 def train(out, *more):
-    config = amclip_ds.load_config(sys.argv[1], [*sys.argv[2:], f"run.out={out}", *more])
+    words = {word.partition("=")[0]: word for word in [*sys.argv[2:], f"run.out={out}", *more]}
     try:
-        amclip_ds.train(config)
+        amclip_ds.train(amclip_ds.load_config(sys.argv[1], [*words.values()]))
     except amclip_ds.AmclipError as error:
         print("stopped:", error)
 
@@ -27,6 +27,7 @@ train("parts", "run.time_limit=00:00:01")
 print("signals:", *(signal.getsignal(number).__name__ if number == signal.SIGINT else signal.getsignal(number).name
                     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)))
 train("parts")
+train("zero3", "engine.deepspeed=zero3_fp32.json", "run.steps=2")
 from deepspeed.runtime.engine import DeepSpeedEngine
 print("left:", sum(isinstance(one, DeepSpeedEngine) for one in gc.get_objects()), "engines",
       [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name in os.environ])
