@@ -250,9 +250,7 @@ def _init_process_group(place: Placement, port: int, device: "torch.device", tim
     gpu = _identity(device)
     try:
         store, is_again = None, place.world_size > 1 and bool(_meetings)
-        if (
-            is_again
-        ):  # where the first training's ranks met its words are still to be read: these have names of their own
+        if is_again:  # what the earlier training's ranks wrote there is still to be read: under a name of its own
             store = torch.distributed.PrefixStore(f"training {len(_meetings)}", _meetings[0])
         elif place.world_size > 1 and gpu:
             # Kept until the others have met: its server is the meeting's, which would else begin anew on the port.
