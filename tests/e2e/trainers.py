@@ -1,5 +1,6 @@
 """Trainers as real processes, for tests that send them signals: started, followed by their records, searched."""
 
+import contextlib
 import json
 import os
 import signal
@@ -85,7 +86,8 @@ class Trainer:
     def kill(self) -> None:
         """Ends whatever is left."""
         for pid in self.living():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # gone since it was listed
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def living(self) -> list[int]:

@@ -5,6 +5,7 @@ own host name and both names resolve, while nothing on the machine changes. Ever
 under one short folder. Each node offers two fake GPUs (null devices): tasks see CUDA_VISIBLE_DEVICES as on a cluster.
 """
 
+import contextlib
 import getpass
 import os
 import random
@@ -198,13 +199,13 @@ class Cluster:
 
     def tasks(self, marker: str) -> list[int]:
         """The living processes whose environment holds `marker`: what a job may have left behind."""
-        return [pid for pid in _pids() if marker.encode() in _read(f"/proc/{pid}/environ") and not _is_zombie(pid)]
+        return [pid for pid in _pids() if marker.encode() in read(f"/proc/{pid}/environ") and not _is_zombie(pid)]
 
     def tasks_on(self, node: str) -> list[int]:
         """The living processes of this cluster that believe themselves on `node`."""
         return [pid for pid in self.tasks(f"SLURM_CONF={self.base}/") if _hostname_of(pid) == node]
 
-    # ---- breaking and mending -------------------------------------------------------------------------------------
+    # ---- breaking and repair --------------------------------------------------------------------------------------
 
     def node_down(self, node: str) -> None:
         self.client("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
@@ -225,10 +226,10 @@ class Cluster:
         self.kill_slurmd(node)
         pids = self.tasks_on(node)
         for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
+            send(pid, signal.SIGSTOP)
         for pid in pids:
-            if Path(f"/proc/{pid}/comm").read_text().strip() == "srun":
-                os.kill(pid, signal.SIGKILL)
+            if read(f"/proc/{pid}/comm").strip() == b"srun":
+                send(pid, signal.SIGKILL)
 
     def revive(self, node: str, wait: bool = True) -> None:
         """A slurmd for a node that lost it, after ending what the old one left running there."""
@@ -360,20 +361,27 @@ class Cluster:
         shutil.rmtree(self.base, ignore_errors=True)
 
     def _daemon_pid(self, name: str) -> int:
-        text = _read(str(self.base / "run" / f"{name}.pid"))
+        text = read(str(self.base / "run" / f"{name}.pid"))
         return int(text) if text.strip() else 0
 
     def _daemon_alive(self, name: str) -> bool:
         """Whether the process of the pid file lives and is ours: the number may have passed to another."""
         pid = self._daemon_pid(name)
-        return bool(pid) and not _is_zombie(pid) and str(self.base).encode() in _read(f"/proc/{pid}/cmdline")
+        return bool(pid) and not _is_zombie(pid) and str(self.base).encode() in read(f"/proc/{pid}/cmdline")
 
 
 def _pids() -> Iterable[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
 
 
-def _read(path: str) -> bytes:
+def send(pid: int, number: signal.Signals) -> None:
+    """A signal to a process that may have ended since it was listed."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def read(path: str) -> bytes:
+    """A file of /proc, b"" for a process that has ended since it was listed."""
     try:
         return Path(path).read_bytes()
     except OSError:
@@ -381,7 +389,7 @@ def _read(path: str) -> bytes:
 
 
 def _is_zombie(pid: int) -> bool:
-    status = _read(f"/proc/{pid}/status")
+    status = read(f"/proc/{pid}/status")
     return not status or b"\nState:\tZ" in status
 
 

@@ -10,15 +10,14 @@ import pytest
 
 from amclip_ds.jsonl import read_lines
 from tests.slurm import runs
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, read
 
 
 def kill_rank(cluster: Cluster, job_id: int, rank: int, number: signal.Signals = signal.SIGKILL) -> None:
     """A signal to the trainer process of one rank."""
     marker = f"SLURM_JOB_ID={job_id}\0"
     for pid in cluster.tasks(marker):
-        environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        environ, command = (read(f"/proc/{pid}/{name}").split(b"\0") for name in ("environ", "cmdline"))
         if f"SLURM_PROCID={rank}".encode() in environ and b"SLURM_STEP_ID=0" in environ and b"train" in command:
             os.kill(pid, number)
             return

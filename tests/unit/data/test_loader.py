@@ -421,11 +421,13 @@ def test_the_search_is_done_once_for_all_ranks_and_reports_in_between(uneven: Pa
 
 
 def workers_of(data: TrainingData) -> list[psutil.Process]:
-    """The processes that make this process's chunks."""
-    own = psutil.Process()
-    return [
-        child for server in own.children() for child in server.children() if "forkserver" in " ".join(server.cmdline())
-    ]
+    """The living processes that make this process's chunks. One that was just killed is still listed for a moment."""
+    own, found = psutil.Process(), []
+    for process in own.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # gone since it was listed, or ended and not yet waited for
+            if process.ppid() != own.pid and "forkserver" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_signals_to_the_group_do_not_reach_workers(uneven: Path) -> None:
@@ -537,6 +539,7 @@ def test_a_file_system_that_hangs_is_an_error_within_the_time_limit(tmp_path: Pa
         stream, began = data.batches(None), time.monotonic()
         pytest.raises(AmclipError, next, stream).match(r"no sample came within data\.timeout_s=12 s")
         workers = workers_of(data)
+    assert len(workers) == 1
     assert 12 <= time.monotonic() - began < 180
     assert not psutil.wait_procs(workers, timeout=30)[1], "a worker that hangs is killed, since it hears no signal"
 
@@ -545,6 +548,7 @@ def test_close_ends_the_workers(uneven: Path) -> None:
     data = open_data(uneven, workers=2)
     next(data.batches(None))
     workers = workers_of(data)
+    assert len(workers) == 2
     data.close()
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
