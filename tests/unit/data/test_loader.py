@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -537,9 +538,12 @@ def test_a_file_system_that_hangs_is_an_error_within_the_time_limit(tmp_path: Pa
         os.unlink(shard)
         os.mkfifo(shard)
         stream, began = data.batches(None), time.monotonic()
-        pytest.raises(AmclipError, next, stream).match(r"no sample came within data\.timeout_s=12 s")
-        workers = workers_of(data)
-    assert len(workers) == 1
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(next, stream)
+            while not (workers := workers_of(data)) and not first.done():
+                time.sleep(0.1)
+            assert len(workers) == 1 and workers[0].is_running()
+            pytest.raises(AmclipError, first.result).match(r"no sample came within data\.timeout_s=12 s")
     assert 12 <= time.monotonic() - began < 180
     assert not psutil.wait_procs(workers, timeout=30)[1], "a worker that hangs is killed, since it hears no signal"
 
@@ -555,9 +559,6 @@ def test_close_ends_the_workers(uneven: Path) -> None:
 
 
 def test_workers_die_with_the_process_that_asked_for_them(uneven: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     program = (
         "import os, sys, psutil\n"
         "from tests.unit.data.shards import open_data\n"
