@@ -87,7 +87,7 @@ class Decoded:
     width: int
     factor: int = 1
     """how many times smaller the pixels are than that: 1, 2, 4 or 8"""
-    mended: str = ""
+    damaged: str = ""
     """what was wrong with the file and did not hinder decoding"""
 
 
@@ -125,14 +125,14 @@ class ImageSource:
         scratch: where the pixels may be put, which are then valid until the next image's.
         """
         factor = next(f for f in (8, 4, 2, 1) if f <= max(reduction, 1.0))
-        mended = ""
+        damaged = ""
         if self._image is None:
             try:
                 return self._upright(self._turbo(factor, scratch), factor)
             except ValueError as error:
-                mended = str(error)  # damaged, or a kind of JPEG that the fast decoder does not know: Pillow decides
+                damaged = str(error)  # damaged, or a kind of JPEG that the fast decoder does not know: Pillow decides
         pixels = _decode(self._pillow(), _pixels, factor)
-        return self._upright(pixels, factor, _countable(mended) if _is_damage(mended) else "")
+        return self._upright(pixels, factor, _countable(damaged) if _is_damage(damaged) else "")
 
     def picture(self, plain: bool = False) -> Image.Image:
         """The whole image in RGB, decoded by Pillow. Raises BadImage.
@@ -156,11 +156,11 @@ class ImageSource:
             self._content, min_height=least[0], min_width=least[1], min_factor=1, buffer=buffer
         )
 
-    def _upright(self, pixels: np.ndarray, factor: int, mended: str = "") -> Decoded:
+    def _upright(self, pixels: np.ndarray, factor: int, damaged: str = "") -> Decoded:
         if self._orientation in EXIF_TURNS:
             pixels = np.ascontiguousarray(EXIF_TURNS[self._orientation](pixels))
         whole = pixels.shape[:2] == (self.height, self.width)
-        return Decoded(pixels, self.height, self.width, 1 if whole else factor, mended)
+        return Decoded(pixels, self.height, self.width, 1 if whole else factor, damaged)
 
 
 def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> ImageSource:

@@ -84,7 +84,7 @@ class Straightforward:
     """What one writes first: torchvision's transforms on Pillow images, one view after the other."""
 
     def __init__(self) -> None:
-        from torchvision import transforms  # here, after amclip_ds has mended it
+        from torchvision import transforms  # here, after amclip_ds has repaired it
 
         end = [transforms.ToTensor(), transforms.Normalize(photometric.MEAN, photometric.STD)]
         crop = transforms.RandomResizedCrop(VIEW, scale=(0.5, 1.0))

@@ -65,7 +65,7 @@ lost      damage has swallowed it: unreadable, empty or truncated tars, broken h
           img2dataset's stats promise
 skipped   training would leave it out: no image, broken image, too large, no or empty caption, not UTF-8, members that
           are not adjacent, sparse files, surplus images (of a key that has one already: no image is in no account)
-noted     duplicates (by hash), mended, too small, extreme aspects, hostile names, links: no hindrance
+noted     duplicates (by hash), damaged but decoded, too small, extreme aspects, hostile names, links: no hindrance
 
 Exit code 0: submit. 2: do not: something is lost, or more than --max-skip-rate is skipped or doubled.
 """

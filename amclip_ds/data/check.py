@@ -394,8 +394,8 @@ class _Pass:
             return height, width, 0
         content = self._read(image)
         source = open_image(content, self._config.max_pixels)
-        if source.decode(min(source.height, source.width) / DECODED_SIDE).mended:
-            self._report.add("mended image", key)
+        if source.decode(min(source.height, source.width) / DECODED_SIDE).damaged:
+            self._report.add("damaged image", key)
         digest = hashlib.blake2b(content, digest_size=8).digest()
         return source.height, source.width, int.from_bytes(digest, "little")
 

@@ -338,8 +338,8 @@ class ChunkMaker:
             cause = describe(error) if isinstance(error, OSError) else str(error)  # no names in it: causes are counted
             chunk.incidents.append(_incident(kind, wanted.shard, sample.key, cause, "replaced"))
             return False
-        if made.mended:
-            chunk.incidents.append(_incident("mended", wanted.shard, sample.key, made.mended, "decoded all the same"))
+        if made.damaged:
+            chunk.incidents.append(_incident("damaged", wanted.shard, sample.key, made.damaged, "decoded all the same"))
         self._put(chunk, place, made, random)
         encoded = self._encode(text)
         chunk.token_ids[place] = encoded.row

@@ -1,4 +1,4 @@
-"""What became of the samples: read, skipped, mended, by shard and cause; and when too many are lost to continue."""
+"""What became of the samples: read, skipped, damaged, by shard and cause; and when too many are lost to continue."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +27,8 @@ class Counts:
     """places in batches, each filled with a sample"""
     skipped: int = 0
     """samples that could not be used in their place"""
-    mended: int = 0
+    damaged: int = 0
+    """of `seen`: images of damaged files, decoded all the same"""
     retried: int = 0
     read_bytes: int = 0
     by_shard_and_kind: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -44,7 +45,7 @@ class Counts:
         return Counts(
             self.seen + other.seen,
             self.skipped + other.skipped,
-            self.mended + other.mended,
+            self.damaged + other.damaged,
             self.retried + other.retried,
             self.read_bytes + other.read_bytes,
             self.by_shard_and_kind + other.by_shard_and_kind,
@@ -89,7 +90,7 @@ class Ledger:
         self._local += Counts(
             seen=len(batch.sample_ids),
             skipped=len(skipped),
-            mended=kinds["mended"],
+            damaged=kinds["damaged"],
             retried=kinds["retried"],
             read_bytes=batch.read_bytes,
             by_shard_and_kind=Counter((row["shard"], row["kind"]) for row in skipped),
@@ -124,7 +125,8 @@ class Ledger:
         images = f"; {self._images}" if self._images else ""
         return (
             f"data: {total.seen} samples trained on, {total.skipped} skipped and replaced{causes},"
-            f" {total.mended} mended, {total.retried} reads repeated, {total.read_bytes / 1e9:.2f} GB read{images}"
+            f" {total.damaged} damaged but decoded, {total.retried} reads repeated,"
+            f" {total.read_bytes / 1e9:.2f} GB read{images}"
         )
 
 

@@ -18,7 +18,7 @@ class Views:
 
     boxes: np.ndarray
     """[V + 1, 4] float32, in pixels of the upright image at full scale"""
-    mended: str = field(default="")
+    damaged: str = field(default="")
 
 
 class ViewMaker:
@@ -52,7 +52,7 @@ class ViewMaker:
                 self._crop(decoded, box, crop)
             else:
                 crop.copy_(crops[repeated])
-        return Views(boxes, decoded.mended)
+        return Views(boxes, decoded.damaged)
 
     def _crop(self, decoded: Decoded, box: Sequence[float], crop: Tensor) -> None:
         """Fills crop [1, 3, side, side] with the box, resized (bilinear, antialiased) as F.interpolate does it.

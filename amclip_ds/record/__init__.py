@@ -224,7 +224,7 @@ class Record:
         )
 
     def incidents(self, rows: Iterable[dict[str, str]]) -> None:
-        """Samples that were skipped or mended, as the ledger returns them: kind, shard, key, cause. Any rank."""
+        """Samples that were skipped or damaged, as the ledger returns them: kind, shard, key, cause. Any rank."""
         for row in rows:
             self.incident(**{"action": "replaced by another sample"} | row)  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ import pytest
 from amclip_ds.jsonl import read_lines
 from tests.e2e.trainers import tiny, verdict
 
-# On a torch without CUDA accelerate's own console cannot import torchvision before amclip_ds has mended it.
+# On a torch without CUDA accelerate's own console cannot import torchvision before amclip_ds has repaired it.
 ACCELERATE = "import amclip_ds; from accelerate.commands.accelerate_cli import main; main()"
 PYTHON = sys.executable
 LAUNCHERS = {

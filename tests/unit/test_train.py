@@ -15,7 +15,7 @@ from amclip_ds.doctor import learning
 from amclip_ds.jsonl import MAX_READ, append_line, encode
 
 
-@pytest.mark.parametrize("kind, is_missing", [(train.FAILED, False), (train.MADE_UP, False), ("mended", True)])
+@pytest.mark.parametrize("kind, is_missing", [(train.FAILED, False), (train.MADE_UP, False), ("damaged", True)])
 def test_an_evaluation_is_made_up_however_many_incidents_there_are(
     kind: str, is_missing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

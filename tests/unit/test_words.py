@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 INSTEAD = {
     r"told|tells|telling": "reported, logged, shown, set",
-    r"mend|mends": "fix",
+    r"mend|mends|mended": "fix",
     r"door|forestall\w*": "interface; missing",
     r"goes on|went on|go on from": "continues, resumes",
     r"stands|stood": "is, is stored",

@@ -97,7 +97,7 @@ class Made(NamedTuple):
     """[3, s, s] uint8"""
     boxes: np.ndarray
     """[V + 1, 4]"""
-    mended: str
+    damaged: str
 
 
 def make_views(
@@ -113,4 +113,4 @@ def make_views(
     crops = [planes(torch.empty(1, side, side, 3, dtype=torch.uint8)) for side in sides]
     made = ViewMaker().make(content, random, views, crops, **options)
     teacher = crops[-1][0].numpy() if teacher_size else None
-    return Made(torch.cat(crops[: len(views)]).numpy(), teacher, made.boxes, made.mended)
+    return Made(torch.cat(crops[: len(views)]).numpy(), teacher, made.boxes, made.damaged)

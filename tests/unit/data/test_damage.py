@@ -218,10 +218,10 @@ def test_a_fixed_image_is_read_and_reported(tmp_path: Path) -> None:
     """A JPEG with a byte changed among its pixels: every viewer shows it, and so do we, but it is counted."""
     content = picture(4)
     changed = (flip(content, place, 1 << bit) for place in range(700, len(content) - 2) for bit in range(8))
-    odd = next(image for image in changed if open_image(image).decode().mended)
+    odd = next(image for image in changed if open_image(image).decode().damaged)
     (tmp_path / "00000.tar").write_bytes(tar_of(sample(0, jpg=odd) + sample(1)))
     report = checked(tmp_path / "00000.tar")
-    assert report.total("read") == 2 and report.problems()["mended image"] == 1
+    assert report.total("read") == 2 and report.problems()["damaged image"] == 1
 
 
 def test_promised_samples_are_expected(tmp_path: Path) -> None:

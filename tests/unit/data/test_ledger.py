@@ -27,7 +27,7 @@ def batch_of(size: int, *incidents: tuple[str, str], epoch: int = 0) -> Batch:
             "shard": shard,
             "key": "k",
             "cause": "c",
-            "action": "replaced" if kind != "mended" else "decoded",
+            "action": "replaced" if kind != "damaged" else "decoded",
         }
         for kind, shard in incidents
     ]
@@ -49,24 +49,25 @@ def batch_of(size: int, *incidents: tuple[str, str], epoch: int = 0) -> Batch:
 
 def test_counts_by_shard_and_kind() -> None:
     ledger = Ledger(0.5)
-    ledger.account(batch_of(100, ("unreadable", "a.tar"), ("no caption", "b.tar"), ("mended", "a.tar")))
+    ledger.account(batch_of(100, ("unreadable", "a.tar"), ("no caption", "b.tar"), ("damaged", "a.tar")))
     ledger.account(batch_of(100, ("unreadable", "a.tar")))
     interval = ledger.settle()
-    assert (interval.seen, interval.skipped, interval.mended, interval.read_bytes) == (200, 3, 1, 2000)
+    assert (interval.seen, interval.skipped, interval.damaged, interval.read_bytes) == (200, 3, 1, 2000)
     assert interval.by_shard_and_kind == {("a.tar", "unreadable"): 2, ("b.tar", "no caption"): 1}
     assert ledger.settle().seen == 0, "what was settled is not counted again"
-    assert "200 samples trained on, 3 skipped and replaced (unreadable 2, no caption 1), 1 mended" in ledger.summary()
+    account = "200 samples trained on, 3 skipped and replaced (unreadable 2, no caption 1), 1 damaged but decoded"
+    assert account in ledger.summary()
 
 
 def test_the_first_epoch_lists_every_incident_and_later_ones_a_few_of_a_shard_and_kind() -> None:
     """As many rows whether a run has two epochs or 32: later ones bring what was listed, and what is new in them."""
-    bad = [("unreadable", "a.tar")] * 40 + [("mended", "a.tar")] * 40
+    bad = [("unreadable", "a.tar")] * 40 + [("damaged", "a.tar")] * 40
     ledger = Ledger(0.9)
     assert len(ledger.account(batch_of(100, *bad))) == 80
     for epoch in range(1, 32):
         assert not ledger.account(batch_of(100, *bad, epoch=epoch))
         ledger.settle()
-    assert ledger.total.skipped == 32 * 40 and ledger.total.mended == 32 * 40, "the account counts them all"
+    assert ledger.total.skipped == 32 * 40 and ledger.total.damaged == 32 * 40, "the account counts them all"
     new = [("no caption", "a.tar"), ("unreadable", "b.tar")] * 20
     listed = ledger.account(batch_of(100, *new, epoch=31))
     assert [row["shard"] for row in listed] == ["a.tar", "b.tar"] * LISTED

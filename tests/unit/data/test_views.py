@@ -223,9 +223,9 @@ def test_what_a_viewer_shows_all_the_same_is_fixed_and_reported() -> None:
     content = jpeg(width=64, height=48)
     place = content.index(b"\xff\xdb")
     made = make_views(content[:place] + b"\x00\x00" + content[place:], keyed(0), TWO, 16, 16)
-    assert made.mended
+    assert made.damaged
     assert gap(made.views, make_views(content, keyed(0), TWO, 16, 16).views)[0] <= 2
-    assert not make_views(content, keyed(0), TWO, 16, 16).mended
+    assert not make_views(content, keyed(0), TWO, 16, 16).damaged
 
 
 def test_one_pixel_and_extreme_shapes_give_views() -> None:
