@@ -83,20 +83,23 @@ def _software(reported: dict[str, Any], here: dict[str, Any]) -> Iterator[Findin
 
 def _revision(run: Path, reported: dict[str, Any], here: dict[str, Any]) -> Iterator[Finding]:
     then, now = reported.get("git"), here.get("git")
+    short = f"{now[:12]}{' with changes' * now.endswith('+changes')}" if now else "no checkout"
     if not isinstance(then, str):
         yield Finding("revision", WARN, "the run was not started from a checkout: its version alone is known")
         return
     changed = _has_patch(run, reported)
     patch = read_text(run / run_files.CHANGES, 2 * run_folder.MAX_CHANGES) if changed else ""
     revision = then.removesuffix("+changes")
-    fix = f"git checkout {revision[:12]}" + (f" && git apply {run / run_files.CHANGES}" if changed else "")
+    fix = f"git checkout {revision[:12]}" + (
+        f" && git apply {shlex.quote(str((run / run_files.CHANGES).resolve()))}" if changed else ""
+    )
     if then == now and (patch == run_folder.git_changes() or not then.endswith("+changes")):
         yield Finding("revision", OK, f"{then[:12]}, the same" + (" changes too" if patch else ""))
     elif then.endswith("+changes") and not changed:
-        yield Finding("revision", WARN, f"{revision[:12]} with changes that the run did not keep; here {now}", fix)
+        yield Finding("revision", WARN, f"{revision[:12]} with changes that the run did not keep; here {short}", fix)
     else:
         with_patch = f" with {run_files.CHANGES}" if changed else ""
-        yield Finding("revision", WARN, f"{revision[:12]}{with_patch}; here {now}", fix)
+        yield Finding("revision", WARN, f"{revision[:12]}{with_patch}; here {short}", fix)
 
 
 def _has_patch(run: Path, reported: dict[str, Any]) -> bool:
@@ -114,18 +117,29 @@ def _settings(run: Path, config: TrainConfig) -> Iterator[Finding]:
     own = settings.load(str(file)) if config.plugins else settings.load_run(file)  # with the keys that plug-ins bring
     then = {key: value for key, value, _ in settings.explain(own)}
     odd = [key for key, value in now.items() if key in then and then[key] != value and key not in ("run.out", *FILES)]
-    new = [key for key in now if key not in flat and key.split(".")[0] in written]
+    new = [key for key in now if key.split(".")[0] in written and not _is_said(key, flat)]
     if odd:
         deciding = [key for key in odd if drift.decides(key, then[key], now[key])]
         first = deciding + [key for key in odd if key not in deciding]
         status = FAIL if deciding else WARN
         yield Finding("settings", status, f"other values here: {', '.join(first[:8])}", "leave those words out")
     else:
-        more = f" ({len(new)} keys are newer than the run, at their defaults)" if new else ""
+        are = (
+            "key is newer than the run, at its default"
+            if len(new) == 1
+            else "keys are newer than the run, at their defaults"
+        )
+        more = f" ({len(new)} {are})" if new else ""
         yield Finding("settings", OK, f"the same{more}; run.seed={config.run.seed}, compat={config.compat}")
     if not config.run.deterministic:
         said = "run.deterministic=false: bit for bit on a CPU, to rounding on a GPU"
         yield Finding("determinism", OK, said)
+
+
+def _is_said(key: str, flat: dict[str, Any]) -> bool:
+    """Whether a file says a key or what it is part of: `data.views: []` says what every view is."""
+    words = key.split(".")
+    return any(".".join(words[:length]) in flat for length in range(1, len(words) + 1))
 
 
 def _plugins(run: Path) -> Iterator[Finding]:

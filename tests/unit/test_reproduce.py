@@ -1,6 +1,7 @@
 """The patch beside a run: it is the last start's, and is shown and packed for a revision with changes alone."""
 
 import json
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -27,14 +28,16 @@ def test_a_patch_belongs_to_a_revision_with_changes_alone(
 ) -> None:
     """A run that was begun with changes and resumed from a clean checkout: by a version that left the patch."""
     monkeypatch.setattr(run_folder, "git_changes", lambda: "")
-    (tmp_path / "changes.diff").write_text("a patch\n")
+    (run := tmp_path / "a run").mkdir()
+    (run / "changes.diff").write_text("a patch\n")
     for revision, has_patch in (("1" * 40, False), ("1" * 40 + "+changes", True)):
-        (tmp_path / "versions.json").write_text(json.dumps({"git": revision}))
-        [found] = reproduce._revision(tmp_path, {"git": revision}, {"git": here})
+        (run / "versions.json").write_text(json.dumps({"git": revision}))
+        [found] = reproduce._revision(run, {"git": revision}, {"git": here})
         assert ("changes.diff" in found.found) == ("git apply" in found.fix) == has_patch
         assert (found.status == OK) == (here == revision) and found.status in (OK, WARN)
+        assert not has_patch or shlex.split(found.fix)[-1] == str(run / "changes.diff"), "another folder's command too"
         assert ("changes too" in found.found) is False
         capsule = tmp_path / f"{has_patch}.tar.gz"
-        reproduce.pack(tmp_path, [], capsule)
+        reproduce.pack(run, [], capsule)
         with tarfile.open(capsule) as tar:
             assert any(name.endswith("/changes.diff") for name in tar.getnames()) == has_patch

@@ -18,8 +18,8 @@ def settings_finding(run: Path, *words: str) -> tuple[int, str, str]:
     return code, found["settings"]["status"], found["settings"]["found"]
 
 
-def make_run(folder: Path, *words: str, own: tuple[str, ...] = ()) -> Path:
-    settings = config.load("aclip-tiny", ["data.train=x.tar", f"run.out={folder}", *words], own)
+def make_run(folder: Path, *words: str, recipe: str = "aclip-tiny", own: tuple[str, ...] = ()) -> Path:
+    settings = config.load(recipe, ["data.train=x.tar", f"run.out={folder}", *words], own)
     folder.mkdir()
     (folder / "config.yaml").write_text(config.dump(settings))
     return folder
@@ -43,6 +43,17 @@ def test_a_setting_that_changes_the_numbers_fails(
 ) -> None:
     reported = settings_finding(make_run(tmp_path / "run"), *words.split())
     assert reported[:2] == (code, status) and reported[2].startswith(found)
+
+
+@pytest.mark.parametrize("recipe", ["aclip-tiny", "maskclip-tiny", "slip-tiny", "clip-tiny"])
+def test_the_keys_that_a_run_does_not_know_are_counted(recipe: str, tmp_path: Path) -> None:
+    """None of a run of this version, views that its file leaves to the recipe's defaults included."""
+    run = make_run(tmp_path / "run", recipe=recipe)
+    known = "the same; run.seed=0, compat="
+    assert settings_finding(run)[2].startswith(known)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("  log_sample_ids: false\n", ""))
+    assert settings_finding(run)[2].startswith("the same (1 key is newer than the run, at its default); ")
 
 
 def test_the_keys_of_a_plug_in_are_compared_too(tmp_path: Path) -> None:
