@@ -7,7 +7,7 @@ from typing import Any
 
 from amclip_ds import config as settings
 from amclip_ds import hub, run_files
-from amclip_ds.checkpoint.step_folders import MANIFEST, STEP_FOLDER, list_steps
+from amclip_ds.checkpoint.step_folders import STEP_FOLDER, list_steps
 from amclip_ds.config import TrainConfig
 from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.train_sources import check_inputs
@@ -61,9 +61,9 @@ def check_resume(resume: str) -> None:
     path = Path(resume)
     if not path.exists():
         raise UserError(f"--resume {resume}: no such checkpoint; auto (the default) takes the newest of run.out")
-    is_one = STEP_FOLDER.fullmatch(path.resolve().name) or (path / MANIFEST).exists()
+    is_one = STEP_FOLDER.fullmatch(path.resolve().name) or (path / run_files.MANIFEST).exists()
     if not is_one and not list_steps(path / run_files.CHECKPOINTS) and not list_steps(path):
-        raise UserError(f"--resume {resume}: there is no checkpoint (step_XXXXXXXX with a {MANIFEST})")
+        raise UserError(f"--resume {resume}: there is no checkpoint (step_XXXXXXXX with a {run_files.MANIFEST})")
 
 
 def check_engine(config: TrainConfig) -> None:
@@ -113,7 +113,7 @@ def check_teacher(config: TrainConfig) -> None:
 def check_weights(path: Path) -> None:
     """Raises UserError for a run that has saved nothing, and for what is no checkpoint or export in a run; the ranks
     read the files."""
-    names = (MANIFEST, "student.safetensors", "teacher.safetensors")
+    names = (run_files.MANIFEST, "student.safetensors", "teacher.safetensors")
     if any((path / name).exists() for name in names) or list_steps(path / run_files.CHECKPOINTS):
         return
     if not (path / run_files.CONFIG).is_file():

@@ -43,8 +43,7 @@ README = """A run of amclip_ds, as far as repeating it needs: settings, versions
 
 def run_settings(run: Path, overrides: list[str], own: list[str]) -> TrainConfig:
     """The run's settings, with plug-ins that the command line names. Raises UserError."""
-    if not is_regular(run / run_files.CONFIG):
-        raise UserError(f"{run}: not a run's folder, nor an unpacked capsule: it has no config.yaml")
+    run_files.check_is_run(run, ", nor an unpacked capsule")
     if own or overrides:
         return settings.load(str(run / run_files.CONFIG), overrides, own)
     return settings.load_run(run / run_files.CONFIG)

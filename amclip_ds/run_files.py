@@ -3,8 +3,14 @@
 rows, unreadable = jsonl.read(run / run_files.METRICS, run_files.STEP, run_files.MAX_METRICS)
 """
 
+from pathlib import Path
+
+from amclip_ds.errors import UserError
+
 CHECKPOINTS = "checkpoints"
 """the folder of checkpoints"""
+MANIFEST = "manifest.json"
+"""what a checkpoint's folder holds, whatever its name"""
 CONFIG = "config.yaml"
 VERSIONS = "versions.json"
 ATTEMPTS = "attempts.jsonl"
@@ -35,6 +41,32 @@ STOP = "STOP"
 def copy_of(plugin: str, its_hash: str) -> str:
     """The copy of a plug-in's file, for whoever wants to know what the run did; nothing ever imports it."""
     return f"plugin-{plugin}-{its_hash[:12]}.py.txt"
+
+
+def runs_near(folder: Path) -> list[Path]:
+    """The runs' folders in a folder, or the one whose checkpoints it holds: what its name may have been meant to be."""
+    path = folder.absolute()
+    around = [above.parent for above in (path, path.parent) if above.name == CHECKPOINTS]
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if path.parent.name != "slurm")
+    return [run for run in around if (run / CONFIG).is_file()] or inside
+
+
+def check_is_run(folder: Path, or_what: str = "") -> None:
+    """Raises UserError for what is no run's folder, which names the run that may have been meant: a checkpoint has a
+    config.yaml too, and what is written beside it would be written into the checkpoint."""
+    if not folder.exists():
+        raise UserError(f"{folder}: missing")
+    if (folder / MANIFEST).exists():
+        raise UserError(f"{folder}: a checkpoint; name its run" + "".join(f", {run}" for run in runs_near(folder)))
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: not a run's folder{or_what}: it has no {CONFIG}{near_miss(folder)}")
+
+
+def near_miss(folder: Path) -> str:
+    """What to add to the name of a folder that is not what was asked for: the first of `runs_near`."""
+    near = runs_near(folder)
+    others = f" (and {len(near) - 1} more)" if len(near) > 1 else ""
+    return f"; a run is {near[0]}{others}" if near else ""
 
 
 STEPPED = (METRICS, SAMPLE_IDS, EVALUATIONS, CLASSES, MASKS)

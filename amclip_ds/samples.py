@@ -65,8 +65,7 @@ class FoundSample:
 
 def config_of(run: Path) -> TrainConfig:
     """The settings of a run, for reading its data here. Raises UserError."""
-    if not (run / run_files.CONFIG).is_file():
-        raise UserError(f"{run}: not a run's folder: it has no config.yaml")
+    run_files.check_is_run(run)
     return for_reading(settings.load_run(run / run_files.CONFIG), run)
 
 

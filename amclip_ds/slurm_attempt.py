@@ -16,7 +16,7 @@ from typing import Any
 
 from amclip_ds import preconditions, run_files
 from amclip_ds.arguments import Parser, add_training
-from amclip_ds.checkpoint.step_folders import MANIFEST, list_steps
+from amclip_ds.checkpoint.step_folders import list_steps
 from amclip_ds.display import printable
 from amclip_ds.errors import FAULT, MISTAKE, STOPPED_ITSELF, TO_REQUEUE, AmclipError, UserError
 from amclip_ds.files import not_written, outlasting, write_atomically
@@ -65,7 +65,7 @@ class Newest:
 
 def newest_checkpoint(run: Path) -> Newest:
     for step, path in reversed(list_steps(run / run_files.CHECKPOINTS)):
-        return Newest(step, time_of(path / MANIFEST))
+        return Newest(step, time_of(path / run_files.MANIFEST))
     return Newest()
 
 

@@ -77,14 +77,10 @@ def folder_of(run: Path, is_new: bool = False) -> Path:
         return run / run_files.CHECKPOINTS
     if step_folders.list_steps(run):
         return run
-    if step_folders.STEP_FOLDER.fullmatch(run.name):
-        raise UserError(f"{run}: a checkpoint; name its run, {run.absolute().parents[1]}")
     if (run / run_files.CHECKPOINTS).exists():
         raise UserError(f"{run}/checkpoints: not a folder")
-    if not run.is_dir():
-        raise UserError(f"{run}: no such folder")
-    if not is_new and not (run / run_files.CONFIG).is_file():
-        raise UserError(f"{run}: not a run's folder: it has no {run_files.CONFIG}")
+    if not is_new or not run.is_dir() or (run / run_files.MANIFEST).exists():
+        run_files.check_is_run(run)
     return run / run_files.CHECKPOINTS
 
 

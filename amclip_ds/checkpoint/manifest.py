@@ -22,16 +22,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amclip_ds import files, plain_yaml
+from amclip_ds import files, plain_yaml, run_files
 from amclip_ds.checkpoint import tensorfile, trainer_json
-from amclip_ds.checkpoint.step_folders import MANIFEST, STEP_FOLDER, folder_name, list_steps
+from amclip_ds.checkpoint.step_folders import STEP_FOLDER, folder_name, list_steps
 from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.checkpoint.writer import sha256_of
 from amclip_ds.errors import NotRead, UserError
 from amclip_ds.safetensors_header import MAX_DIMENSIONS, PIECE, Entry
 
 FORMAT, VERSION = "amclip_ds checkpoint", 1
-NAME = MANIFEST
+NAME = run_files.MANIFEST
 FILES = re.compile(
     r"(model|optim|ema)/rank[0-9]{4,6}\.safetensors|rng/rank[0-9]{4,6}\.json"
     r"|replicated\.safetensors|trainer\.json|config\.yaml"

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from amclip_ds.files import not_read
 
-MANIFEST = "manifest.json"
-"""What a checkpoint's folder holds, whatever its name."""
 STEP_FOLDER = re.compile(r"step_([0-9]{8,12})")
 
 

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from amclip_ds import hub, run_files
-from amclip_ds.checkpoint.step_folders import MANIFEST
 from amclip_ds.errors import UserError
 
 RUN, CHECKPOINT = "run", "checkpoint"
 KINDS = {  # a file in the folder -> what the folder is
-    MANIFEST: CHECKPOINT,
+    run_files.MANIFEST: CHECKPOINT,
     run_files.CONFIG: RUN,
     "open_clip_config.json": "open_clip",
     "config.json": "hf",
@@ -20,8 +19,8 @@ def kind_of(path: Path) -> str:
     """run | checkpoint | open_clip | hf (timm's too) | onnx. Raises UserError where it is none of them."""
     kind = next((kind for name, kind in KINDS.items() if (path / name).is_file()), None)
     if kind is None:
-        hint = hub.missing(str(path)) if not path.exists() else ""
-        raise UserError(f"{path}: neither a run (config.yaml), a checkpoint ({MANIFEST}) nor an export{hint}")
+        hint = run_files.near_miss(path) if path.exists() else hub.missing(str(path))
+        raise UserError(f"{path}: neither a run (config.yaml), a checkpoint ({run_files.MANIFEST}) nor an export{hint}")
     return kind
 
 

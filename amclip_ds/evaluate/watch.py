@@ -177,9 +177,8 @@ def _wait_for(run: Path, every_s: float, once: bool) -> None:
         raise UserError(
             f"{run}: {'not a folder' if run.exists() else f'missing, and so is {above}'}; name a run's folder"
         )
-    inside = sorted(path.parent for path in run.glob("*/config.yaml") if path.parent.name != "slurm")
-    if inside and not config.is_file():
-        raise UserError(f"{run}: no run, but {inside[0]} is one")
+    if run_files.runs_near(run) and not config.is_file() or (run / run_files.MANIFEST).exists():
+        run_files.check_is_run(run)
     if not config.is_file() and not once:
         print(f"waiting for {config}: the run has not begun (Ctrl-C ends this)", flush=True)
     while not config.is_file():

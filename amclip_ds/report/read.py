@@ -89,8 +89,7 @@ class RunFacts:
 
 def read_run(folder: Path) -> RunFacts:
     """Everything but the pictures. Raises UserError where the folder is no run's."""
-    if not (folder / run_files.CONFIG).is_file():
-        raise UserError(f"{folder}: no run's folder: it has no config.yaml")
+    run_files.check_is_run(folder)
     unreadable: dict[str, int] = {}
 
     def rows(name: str, fields: dict[str, type]) -> Iterator[dict[str, Any]]:

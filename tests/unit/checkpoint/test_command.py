@@ -84,7 +84,7 @@ def test_an_option_of_another_action_is_refused(
 def test_wrong_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "config.yaml").write_text("run: {}\n")
     for argv, said in (
-        ([str(tmp_path / "nowhere")], "no such folder"),
+        ([str(tmp_path / "nowhere")], "missing"),
         ([str(tmp_path)], "not a run's folder: it has no config.yaml"),
         ([str(run / "checkpoints" / "step_00000003")], "a checkpoint; name its run, "),
         ([str(run), "pin", "--step", "7"], "--step 7"),

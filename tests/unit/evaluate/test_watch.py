@@ -47,7 +47,7 @@ def test_what_can_never_be_a_run_is_refused(once: bool, tmp_path: Path) -> None:
     for place, said in (
         ("no/such/run", "missing, and so is"),
         ("file", "not a folder"),
-        ("runs", "no run, but .*/runs/one is one"),
+        ("runs", "not a run's folder.*; a run is .*/runs/one$"),
     ):
         with pytest.raises(UserError, match=said):
             watch._wait_for(tmp_path / place, 0.01, once)

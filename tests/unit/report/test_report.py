@@ -123,11 +123,21 @@ def test_a_run_that_has_just_begun_or_has_no_new_files_has_a_report(tmp_path: Pa
 
 
 def test_a_folder_that_is_none_is_the_users_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder in (tmp_path, tmp_path / "typo"):
-        assert cli.main(["report", str(folder)]) == 2
-        assert capsys.readouterr().err.startswith(f"amclip report: {folder}: no run's folder"), (
-            "no option that nobody gave"
-        )
+    for run in ("a", "b"):
+        (tmp_path / "runs" / run / "checkpoints" / "step_00000001").mkdir(parents=True)
+        for folder in ("", "checkpoints/step_00000001"):
+            (tmp_path / "runs" / run / folder / "config.yaml").touch()
+        (tmp_path / "runs" / run / "checkpoints" / "step_00000001" / "manifest.json").touch()
+    meant = f"; a run is {tmp_path}/runs/a"
+    for folder, said in (
+        ("", "not a run's folder: it has no config.yaml"),
+        ("typo", "missing"),
+        ("runs", f"not a run's folder: it has no config.yaml{meant} (and 1 more)"),
+        ("runs/a/checkpoints", f"not a run's folder: it has no config.yaml{meant}"),
+        ("runs/a/checkpoints/step_00000001", f"a checkpoint; name its run, {tmp_path}/runs/a"),
+    ):
+        assert cli.main(["report", str(tmp_path / folder)]) == 2
+        assert capsys.readouterr().err == f"amclip report: {tmp_path / folder}: {said}\n", "no option that nobody gave"
 
 
 def test_the_command_writes_where_it_says(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
