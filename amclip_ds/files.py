@@ -210,6 +210,33 @@ def write_new(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """(folder, names of folders in it, names of files in it) of a folder and of all below it, as os.walk gives them.
+
+    Hidden names are left out (.snapshot, .rsync-partial and .Trash hold copies), and folders that are closed to us.
+    Linked folders come last, each folder once, and none that holds `folder` itself. Raises OSError: a folder that
+    cannot be read just now is not an empty one, as glob has it.
+    """
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, PermissionError):
+            raise error
+
+    root, seen = os.path.realpath(folder), set[str]()
+    waiting = [os.fspath(folder)]
+    while waiting:
+        start = waiting.pop(0)
+        real = os.path.realpath(start)
+        if real in seen or (seen and f"{root}/".startswith(f"{real.rstrip('/')}/")):
+            continue
+        for at, folders, names in os.walk(start, onerror=failed):
+            seen.add(os.path.realpath(at))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            yield at, folders, sorted(name for name in names if not name.startswith("."))
+            waiting += [path for name in folders if os.path.islink(path := os.path.join(at, name))]
+            folders[:] = [name for name in folders if os.path.realpath(os.path.join(at, name)) not in seen]
+
+
 def sync(path: Path) -> None:
     """Makes a file's content durable, or the names in a folder: the first before the rename that shows it, the second
     after it. Raises OSError, but not of a file system that has no such thing for folders."""

@@ -10,6 +10,8 @@ is whole, and then its line is written, so a pack that was killed resumes from i
 
 import json
 import os
+import socket
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +32,7 @@ from amclip_ds.shards.tar import printable
 RECORD = "pack.jsonl"
 MAX_RECORD = 1 << 30  # bytes of a record in which many rows are left out
 AHEAD = 8  # rows a thread that are read ahead
+STALE_S = 1800  # without a byte: the tar of a pack that was killed
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
@@ -98,8 +101,7 @@ def pack(source: Source, out: Path, shard_size: int, threads: int, advance: Call
     if done.rows:
         advance(done.rows)
     try:
-        for partial in out.glob(".[0-9]*.tar.partial"):  # of this pack, which was stopped
-            partial.unlink()
+        _remove_partial(out, STALE_S)
         with (
             _Shards(out, done, shard_size) as shards,
             closing(_verified(source.rows(done.rows), threads)) as verified,
@@ -107,6 +109,7 @@ def pack(source: Source, out: Path, shard_size: int, threads: int, advance: Call
             for row, sample in verified:
                 shards.take(row, sample)
                 advance(1)
+        _remove_partial(out, 0)
         write_atomically(out / "sizes.json", json.dumps(done.shards, indent=0) + "\n")
     except OSError as error:
         raise AmclipError(
@@ -116,6 +119,14 @@ def pack(source: Source, out: Path, shard_size: int, threads: int, advance: Call
         _forget(out)
         raise UserError(f"SOURCE: none of {done.rows} rows can be packed: {'; '.join(done.lines()[:3])}")
     return done
+
+
+def _remove_partial(out: Path, age_s: float) -> None:
+    """Removes tars that a pack which was stopped had begun: those that nobody has written to for so long."""
+    for partial in out.glob(".[0-9]*.tar*.partial"):
+        with suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime >= age_s:
+                partial.unlink()
 
 
 def _forget(out: Path) -> None:
@@ -145,7 +156,9 @@ def _open_record(out: Path, head: dict[str, Any]) -> Packed:
             f"--out {out}: holds a pack of something else ({', '.join(changed)} differ); name another folder, or give"
             " the same arguments to continue"
         )
-    for line in rows[1:]:
+    for line, above in zip(rows[1:], rows):
+        if line == above:  # of two packs that wrote the same tar at the same moment
+            continue
         if line.get("first_row") != found.rows or not (out / str(line.get("shard"))).exists() and line.get("samples"):
             raise UserError(f"{out / RECORD}: does not agree with the tars beside it; name another folder")
         found.add(line)
@@ -159,6 +172,8 @@ class _Shards:
         self.out, self.done, self.size = out, done, size
         self._left_out: list[dict[str, Any]] = []
         self._rows = self._samples = 0
+        self._record_bytes = (out / RECORD).stat().st_size
+        self._is_left_out = False
         self._writer: Any = None
         self._file: BinaryIO | None = None
 
@@ -167,7 +182,10 @@ class _Shards:
         number = self.done.rows + self._rows
         self._rows += 1
         if row.is_further:
+            if self._is_left_out:
+                self._left_out.append(self._left_out[-1] | {"row": number})
             return
+        self._is_left_out = isinstance(sample, Fault)
         if isinstance(sample, Fault):
             self._left_out.append({"row": number, "name": row.name, "cause": str(sample)})
             return
@@ -175,7 +193,7 @@ class _Shards:
             from webdataset import ShardWriter
 
             self._writer = ShardWriter(
-                ".%05d.tar.partial",
+                f".%05d.tar.{socket.gethostname().replace('%', '')}-{os.getpid()}.partial",
                 self.size + 1,
                 start_shard=len(self.done.shards),
                 opener=self._open,
@@ -202,9 +220,17 @@ class _Shards:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        final = name.removeprefix(".").removesuffix(".partial")
+        self._check_alone(self.out / name)
+        final = f"{name.removeprefix('.').partition('.')[0]}.tar"
         (self.out / name).rename(self.out / final)
         self._note(final)
+
+    def _check_alone(self, partial: Path) -> None:
+        """Raises UserError where another pack writes into this folder: both would write the same tars, and each row of
+        the record twice."""
+        if not partial.exists() or (self.out / RECORD).stat().st_size != self._record_bytes:
+            partial.unlink(missing_ok=True)
+            raise UserError(f"--out {self.out}: another `amclip data pack` writes there; let it end, and this one")
 
     def _note(self, shard: str) -> None:
         line = {
@@ -215,6 +241,7 @@ class _Shards:
             "left_out": self._left_out,
         }
         append_line(self.out / RECORD, line)
+        self._record_bytes = (self.out / RECORD).stat().st_size
         self.done.add(line)
         self._left_out, self._rows, self._samples = [], 0, 0
 

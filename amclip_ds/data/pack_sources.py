@@ -17,14 +17,15 @@ import json
 import os
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from amclip_ds.errors import UserError, in_one_line
-from amclip_ds.files import is_regular, not_read, read_json
+from amclip_ds.files import is_regular, not_read, read_json, walk
 from amclip_ds.shards.kinds import IMAGES, PACK, TABLES, kind_by_name
 from amclip_ds.shards.tar import printable
 
@@ -129,7 +130,9 @@ def _open_folder(folder: Path, keys: Keys) -> Source:
         named = read_json(folder / "state.json", dict).get("_data_files", [])
         files = [folder / Path(str(item.get("filename"))).name for item in named if isinstance(item, dict)]
         return Arrow(files, keys, str(folder))
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".parquet", ".arrow"))
+    with _reading(folder):
+        found = [Path(at, name) for at, _, names in walk(folder) for name in names]
+    files = sorted(path for path in found if path.suffix.lower() in (".parquet", ".arrow"))
     if files:
         return Arrow(_of_split(folder, files, keys), replace(keys, split=""), str(folder))
     if keys.split:
@@ -185,13 +188,14 @@ class Folder:
         """Raises UserError where no image has a caption."""
         keys.check_read(f"a folder of images beside their captions ({folder})")
         self.folder = folder
-        found: dict[str, dict[str, str]] = {}
-        for at, _, names in os.walk(folder):
-            for name in names:
-                stem, _, kind = name.rpartition(".")
-                if not name.startswith(".") and kind.lower() in (*IMAGES, "txt", "json"):
-                    key = os.path.join(os.path.relpath(at, folder), stem).removeprefix("./")
-                    found.setdefault(key, {})[kind.lower()] = os.path.join(at, name)
+        found: dict[str, dict[str, list[str]]] = {}
+        with _reading(folder):
+            for at, _, names in walk(folder):
+                for name in names:
+                    stem, _, kind = name.rpartition(".")
+                    if kind.lower() in (*IMAGES, "txt", "json"):
+                        key = os.path.join(os.path.relpath(at, folder), stem).removeprefix("./")
+                        found.setdefault(key, {}).setdefault(kind.lower(), []).append(os.path.join(at, name))
         self._found = {key: kinds for key, kinds in sorted(found.items()) if kinds.keys() & set(IMAGES)}
         alone = [key for key, kinds in found.items() if key not in self._found and "txt" in kinds]
         self._found |= {key: {"txt": found[key]["txt"]} for key in sorted(alone) if self._found}
@@ -206,23 +210,30 @@ class Folder:
                 f"SOURCE: {folder} holds {what}: put NAME.txt with the caption beside each NAME.jpg, or"
                 " metadata.csv with the columns file_name and text"
             )
-        self.fingerprint = f"{self.count} files, {_checksum(self._found):08x}"
+        files = {
+            os.path.relpath(path, folder): _size_and_time(path)
+            for kinds in self._found.values()
+            for paths in kinds.values()
+            for path in paths
+        }
+        self.fingerprint = f"{self.count} files, {_checksum(files):08x}"
 
     def describe(self) -> str:
         return f"{self.folder}: {self.count} images, each beside its caption"
 
     def rows(self, start: int) -> Iterator[Row]:
         for key, kinds in itertools.islice(self._found.items(), start, None):
-            images = [kinds[kind] for kind in IMAGES if kind in kinds]
-            text = kinds.get("txt") or kinds.get("json")
+            images = [path for kind in IMAGES for path in kinds.get(kind, [])]
+            texts = kinds.get("txt") or kinds.get("json") or []
             if len(images) > 1:
                 yield Row(key, fault="several images of one name")
             elif not images:
                 yield Row(key, fault="no image beside the caption")
-            elif text is None:
-                yield Row(os.path.relpath(images[0], self.folder), fault="no caption")
+            elif len(texts) != 1:
+                fault = "several captions of one name" if texts else "no caption"
+                yield Row(os.path.relpath(images[0], self.folder), fault=fault)
             else:
-                yield Row(os.path.relpath(images[0], self.folder), Path(images[0]), caption_file=Path(text))
+                yield Row(os.path.relpath(images[0], self.folder), Path(images[0]), caption_file=Path(texts[0]))
 
 
 class Table:
@@ -242,7 +253,7 @@ class Table:
         first = next((cells for cells in self._cells() if isinstance(cells, dict)), {})
         if URL.match(str(first.get(self.image, ""))):
             raise UserError(f"SOURCE: {path}: its images are URLs; {DOWNLOAD}")
-        self.fingerprint = f"{path.stat().st_size} bytes, {self.image}, {self.caption}, {self.root.resolve()}"
+        self.fingerprint = f"{_checksum_of(path):08x}, {self.image}, {self.caption}, {self.root.resolve()}"
 
     def describe(self) -> str:
         return f"{self.path}: {self.count} rows, images {self.image!r}, captions {self.caption!r}, below {self.root}"
@@ -275,19 +286,52 @@ class Table:
                     if line.strip():
                         yield _parsed(line)
                 return
-            reader = csv.reader((line.replace("\0", "\ufffd") for line in file), delimiter=self.separator)
-            for number in itertools.count():
-                try:
-                    cells = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    yield f"not csv: {in_one_line(error, 80)}"
-                    continue
-                if number == 0 or not cells:
-                    continue
-                is_whole = len(cells) == len(self._columns)
-                yield dict(zip(self._columns, cells)) if is_whole else "another number of columns than the first line"
+            for cells in itertools.islice(self._split(_Lines(file)), 1, None):
+                if isinstance(cells, str):
+                    yield cells
+                elif cells:
+                    is_whole = len(cells) == len(self._columns)
+                    fault = "another number of columns than the first line"
+                    yield dict(zip(self._columns, cells)) if is_whole else fault
+
+    def _split(self, lines: "_Lines") -> Iterator[list[str] | str]:
+        """The cells of each row, or what is wrong with it.
+
+        A quote that is not closed would take the rows after it into its cell. So a row of several lines whose quotes
+        are not csv's, or that has another row in it, is its first line alone.
+        """
+        reader = csv.reader(lines, delimiter=self.separator, strict=True)
+        while True:
+            lines.of_row.clear()
+            try:
+                cells: list[str] | str = next(reader)
+                is_one = not any(self._is_row(line) for line in lines.of_row[1:])
+            except StopIteration:
+                return
+            except csv.Error:
+                is_one = False
+            if not is_one:
+                first, *later = lines.of_row
+                lines.give_back(later)
+                cells = self._split_line(first)
+            yield cells
+
+    def _split_line(self, line: str) -> list[str] | str:
+        """One line's cells. Where tabs separate them, a quote that does not enclose a cell is the caption's."""
+        whole = [line.rstrip("\r\n")]
+        try:
+            if self.separator == "\t":
+                return next(csv.reader(whole, delimiter="\t", quoting=csv.QUOTE_NONE), [])
+            return next(csv.reader(whole, delimiter=self.separator), [])
+        except csv.Error as error:
+            return f"not csv: {in_one_line(error, 80)}"
+
+    def _is_row(self, line: str) -> bool:
+        """Whether a line that is in a quoted cell is a row by itself: as many cells, and the image's names one."""
+        cells = self._split_line(line)
+        if isinstance(cells, str) or len(cells) != len(self._columns):
+            return False
+        return cells[self._columns.index(self.image)].rpartition(".")[2].lower() in IMAGES
 
     def _csv_columns(self, keys: Keys) -> tuple[str, list[str]]:
         """(the separator, the columns): the one of comma and tab by which the first line has the columns."""
@@ -409,6 +453,26 @@ class Arrow:
         return Row(name, content, _captions(caption))
 
 
+class _Lines:
+    """The lines of a file as csv.reader takes them, of which some may be given back."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines, self._again = lines, deque[str]()
+        self.of_row: list[str] = []
+        """those taken since it was emptied"""
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._lines).replace("\0", "\ufffd")
+        self.of_row.append(line)
+        return line
+
+    def give_back(self, lines: list[str]) -> None:
+        self._again.extendleft(reversed(lines))
+
+
 @contextmanager
 def _reading(file: Path, *more: type[Exception]) -> Iterator[None]:
     """What is wrong with a file of the source is the source's. more: what else than OSError its reader raises. Raises
@@ -451,6 +515,22 @@ def _parsed(line: str) -> dict[str, Any] | str:
     except (ValueError, RecursionError):
         return "not json"
     return parsed if isinstance(parsed, dict) else "json that is no object"
+
+
+def _checksum_of(table: Path) -> int:
+    found = 0
+    with _reading(table), table.open("rb") as file:
+        while block := file.read(1 << 20):
+            found = zlib.crc32(block, found)
+    return found
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    """(bytes, ns) of a file; zeros for one that is gone, which is left out when it is read."""
+    with suppress(OSError):
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns
+    return 0, 0
 
 
 def _checksum(value: Any) -> int:

@@ -8,12 +8,13 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 from amclip_ds import run_files
 from amclip_ds.errors import UserError
-from amclip_ds.files import not_read, open_regular, outlasting
+from amclip_ds.files import not_read, open_regular, outlasting, walk
 from amclip_ds.shards.kinds import COMPRESSED, HEAD, IMAGES, NAMES, PACK, kind_by_name, kind_of
 from amclip_ds.shards.tar import Member, printable, scan, split_name
 
@@ -61,11 +62,11 @@ def tars_of(folder: Path, key: str) -> list[str]:
     where compressed ones are beside them, which would be left out without a word.
     """
     try:
-        files = outlasting(f"{key}: {folder}", lambda: sorted(_names_below(folder)))
+        files = outlasting(f"{key}: {folder}", lambda: sorted(below(folder)))
     except OSError as error:
         raise not_read(f"{key}: {folder}", error) from None
     packed = [Path(path).name for path in files if path.lower().endswith(COMPRESSED)]
-    tars = [path for path in files if path.endswith(".tar")]
+    tars = [path for path in files if path.lower().endswith(".tar")]
     if not packed and tars:
         return tars
     name = printable(str(folder))
@@ -79,16 +80,9 @@ def tars_of(folder: Path, key: str) -> list[str]:
     raise UserError(f"{key}: no .tar file in the folder {name}" + (f"; it holds {what}" if what else ""))
 
 
-def _names_below(folder: Path) -> Iterator[str]:
-    """What is below a folder, but for hidden names and for folders that are closed to us. Raises OSError: a folder that
-    cannot be read just now is not an empty one, as glob has it."""
-
-    def failed(error: OSError) -> None:
-        if not isinstance(error, PermissionError):
-            raise error
-
-    for parent, folders, files in os.walk(folder, onerror=failed):
-        yield from (str(Path(parent, name)) for name in (*folders, *files) if not name.startswith("."))
+def below(folder: Path) -> list[str]:
+    """The paths of what is below a folder. Raises OSError."""
+    return [str(Path(at, name)) for at, folders, files in walk(folder) for name in (*folders, *files)]
 
 
 def is_of_index(name: str) -> bool:
@@ -175,5 +169,8 @@ def _of_folder(folder: Path) -> str:
 
 def _kinds_in(folder: Path) -> Counter[str]:
     """How many names end how, of the first MANY below a folder."""
-    names = (name for _, _, files in os.walk(folder) for name in files if not name.startswith("."))
-    return Counter(name.rpartition(".")[2].lower() for name in islice(names, MANY))
+    names = (name for _, _, files in walk(folder) for name in files)
+    found = Counter[str]()
+    with suppress(OSError):  # whoever reads it says so
+        found.update(name.rpartition(".")[2].lower() for name in islice(names, MANY))
+    return found

@@ -234,7 +234,9 @@ def test_rows_of_one_image_are_one_sample(tmp_path: Path, shard_size: int, capsy
         csv.writer(file).writerows([("image", "caption"), *rows])
     words = ["--shard-size", str(shard_size)]
     assert pack(tmp_path / "pairs.csv", tmp_path / "out", *words) == 0
-    assert "20 rows = 3 samples in" in (said := capsys.readouterr().out) and "+ 1 left out + 16 further rows" in said
+    said = capsys.readouterr().out  # no sample has the further captions of an image that is left out
+    assert "20 rows = 3 samples in" in said and "+ 5 left out + 12 further rows" in said
+    assert "left out: 5 rows: missing file; the first is row 11, images/3.img" in said
     found = samples(tmp_path / "out")
     assert list(found) == ["000000000", "000000005", "000000015"]
     assert found["000000005"]["txt"].decode().split("\n") == [f"picture, number 1, {way}" for way in range(5)]
@@ -244,6 +246,115 @@ def test_rows_of_one_image_are_one_sample(tmp_path: Path, shard_size: int, capsy
     (tmp_path / "out" / "pack.jsonl").write_text("".join(record[:2]))
     assert pack(tmp_path / "pairs.csv", tmp_path / "out", *words) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
+
+
+WITH_QUOTES = {
+    ".tsv": [  # a line of the table -> the caption
+        ("{}\ta dog, sitting", "a dog, sitting"),
+        ('{}\t"Hello world, said the dog', '"Hello world, said the dog'),
+        ('{}\t"Hello," said the dog', '"Hello," said the dog'),
+        ('{}\ta pipe of 5"', 'a pipe of 5"'),
+        ('{}\t"a ""quoted"" dog"', 'a "quoted" dog'),
+        ('{}\t"a dog\non two lines"', "a dog on two lines"),
+        ('{}\tthe last, "unclosed', 'the last, "unclosed'),
+        ('{}\t"the end', '"the end'),
+    ],
+    ".csv": [
+        ("{},a dog", "a dog"),
+        ('{},"Hello world, said the dog', "Hello world, said the dog"),
+        ("{},a plain one", "a plain one"),
+        ('{},"well, quoted"', "well, quoted"),
+        ('{},"of a, row', "of a, row"),
+        ('{},a pipe of 5"', 'a pipe of 5"'),
+        ('{},"a dog, ""quoted"",\non two lines"', 'a dog, "quoted", on two lines'),
+        ('{},"a "sloppy" dog"', 'a sloppy" dog"'),
+        ('{},"the end', "the end"),
+    ],
+}
+
+
+@pytest.mark.parametrize("suffix", WITH_QUOTES)
+def test_a_quote_that_is_not_closed_takes_no_other_row(suffix: str, tmp_path: Path) -> None:
+    """csv alone gave the rows after it to its cell, as the caption of one image, and said nothing."""
+    (tmp_path / "i").mkdir()
+    lines = []
+    for number, (line, _) in enumerate(WITH_QUOTES[suffix]):
+        (tmp_path / "i" / f"{number}.jpg").write_bytes(picture(number))
+        lines.append(line.format(f"i/{number}.jpg"))
+    heading = "image\tcaption" if suffix == ".tsv" else "image,caption"
+    (tmp_path / f"pairs{suffix}").write_text("\n".join([heading, *lines]))
+    assert pack(tmp_path / f"pairs{suffix}", tmp_path / "out") == 0
+    found = [sample["txt"].decode() for sample in samples(tmp_path / "out").values()]
+    assert found == [caption for _, caption in WITH_QUOTES[suffix]]
+
+
+def test_another_source_of_the_same_size_is_another_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table that was sorted, a caption that was corrected: continued, the tars would hold rows of both."""
+    write_images(tmp_path / "images")
+    rows = [f"images/{number}.img,picture {number}" for number in (0, 1, 2)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *rows]))
+    (photos := tmp_path / "photos").mkdir()
+    (photos / "a.jpg").write_bytes(picture(0))
+    (photos / "a.txt").write_text("a dog")
+    for source, change in (
+        (tmp_path / "pairs.csv", "\n".join(["image,caption", *reversed(rows)])),
+        (photos / "a.txt", "a cat"),
+    ):
+        packed, out = (photos if source.suffix == ".txt" else source), tmp_path / f"{source.suffix}.out"
+        assert pack(packed, out) == 0 and pack(packed, out) == 0
+        source.write_text(change)
+        capsys.readouterr()
+        assert pack(packed, out) == 2
+        assert "holds a pack of something else (source differ)" in capsys.readouterr().err
+
+
+def test_names_that_differ_in_case_hidden_and_linked_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("x.jpg", "x.JPG", "y.jpg", "z.jpg", ".snapshot/y.jpg", "elsewhere/v.jpg"):
+        (path := tmp_path / ("photos" if "/v" not in name else "") / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(len(name)))
+        path.with_suffix(".txt").write_text(name)
+    (tmp_path / "photos" / "z.TXT").write_text("another")
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "round").symlink_to(tmp_path)
+    assert pack(tmp_path / "photos", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "4 rows = 2 samples in 1 tar(s) + 2 left out" in said
+    assert "several images of one name" in said and "several captions of one name" in said
+    texts = [sample["txt"].decode() for sample in samples(tmp_path / "out").values()]
+    assert texts == ["elsewhere/v.jpg", "y.jpg"]
+
+
+def test_two_packs_into_one_folder_leave_whole_tars(tmp_path: Path) -> None:
+    """Submitted twice: the second is stopped when the first has written a tar, and no tar is ever half of one."""
+    table = write_table(tmp_path / "pairs.csv")
+    assert pack(table, tmp_path / "whole", "--shard-size", "3") == 0
+    script = (
+        "import sys, time\n"
+        "from amclip_ds.data import pack\n"
+        "real = pack._Shards.take\n"
+        "def take(shards, row, sample):\n"
+        "    real(shards, row, sample)\n"
+        "    time.sleep(DELAY)\n"
+        "pack._Shards.take = take\n"
+        "from amclip_ds.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    argv = ["data", "pack", str(table), "--out", str(tmp_path / "out"), "--shard-size", "3"]
+    began = [
+        subprocess.Popen([sys.executable, "-c", script.replace("DELAY", delay), *argv], stderr=subprocess.PIPE)
+        for delay in ("0.05", "0.3")
+    ]
+    errors = [process.communicate(timeout=120)[1].decode() for process in began]
+    codes = sorted(process.returncode for process in began)
+    assert codes in ([0, 2], [2, 2], [0, 0]), errors
+    stopped = [error for process, error in zip(began, errors) if process.returncode]
+    assert all("another `amclip data pack` writes there" in error for error in stopped)
+    assert main(argv) == 0
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_what_is_wrong_with_the_source_is_not_said_of_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
