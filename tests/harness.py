@@ -79,6 +79,11 @@ def _ask(request: dict[str, Any]) -> list[int | str]:
         return pickle.load(_server.stdout)
     except EOFError:
         raise RankFailed(f"the rank server died while running {request['case']}") from None
+    except BaseException:  # a time limit's, Ctrl-C: the answer still to come would be taken for the next request's
+        _server.kill()
+        _server.wait()
+        _server = None
+        raise
 
 
 def _serve() -> None:
@@ -136,14 +141,17 @@ def _run(request: dict[str, Any]) -> list[int | str]:
 
 
 def _fork(rank: int, port: int, request: dict[str, Any]) -> int:
-    pid = os.fork()
+    server, pid = os.getpid(), os.fork()
     if pid:
         return pid
     import faulthandler
 
+    from amclip_ds.launch import die_with_parent
+
     status = 1
     try:
         os.setpgid(0, 0)
+        die_with_parent(server)
         faulthandler.register(signal.SIGUSR2, all_threads=True)
         world = str(request["world_size"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)

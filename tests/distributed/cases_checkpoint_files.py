@@ -148,7 +148,8 @@ def _one_trial(root: Path, style: str, plan: dict[str, Any]) -> list[int]:
     deadline = time.monotonic() + 20
     while not any(_has_ended(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.002)
-    time.sleep(0.0 if plan["all"] else 0.05)  # what the others do before the launcher ends them
+    # What the others do before the launcher ends them; the order that loses needs time to write and name `latest`.
+    time.sleep(0.0 if plan["all"] else 0.05 if style == "ours" else 0.5)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)

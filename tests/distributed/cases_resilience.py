@@ -40,6 +40,8 @@ def stop_case(folder: str, to: list[int], how: str, times: int = 1, is_ahead: bo
     def send() -> None:
         for _ in range(times):
             os.kill(os.getpid(), getattr(signal, how))
+        while stops._listener.count < times:  # a thread notes it, which may be long in coming
+            time.sleep(0.001)
 
     disturb = {5: send} if how.startswith("SIG") and rank in to else {}
     if how == "STOP" and rank == 0:

@@ -1,5 +1,6 @@
 """Signals to real trainers: one agreed stop, one checkpoint, code 75, and a resume that equals no stop."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -43,8 +44,10 @@ def started(scenes: Path, tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
 
 def to_rank(number: int, *signals: signal.Signals) -> Send:
     def send(trainer: Trainer) -> None:
+        pid = trainer.rank(number)  # asked once: after the first signal it may be leaving
         for one in signals:
-            os.kill(trainer.rank(number), one)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, one)
 
     return send
 
@@ -56,7 +59,8 @@ def to_launcher(*signals: signal.Signals) -> Send:
 def to_everything(trainer: Trainer) -> None:
     """As `scancel --full` does it: launcher, ranks, loader workers, checkpoint writers."""
     for pid in trainer.living():
-        os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
 
 def touch_stop(trainer: Trainer) -> None:

@@ -109,17 +109,31 @@ class Trainer:
         deadline = time.monotonic() + patience_s
         while self.living() and time.monotonic() < deadline:
             time.sleep(0.1)
-        return [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in self.living()]
+        return [command.replace("\0", " ") for _, command in self._commands()]
+
+    def _commands(self) -> list[tuple[int, str]]:
+        """(pid, command line) of the living processes."""
+        found = []
+        for pid in self.living():
+            with contextlib.suppress(OSError):  # gone since it was listed
+                found.append((pid, Path(f"/proc/{pid}/cmdline").read_text()))
+        return found
 
     def rank(self, number: int) -> int:
         """The process of a rank: the launcher's children, in the order of their start."""
         pids = []
-        for pid in self.living():
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
-            if b"train" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") and parent == self.process.pid:
+        for pid, command in self._commands():
+            if "train" in command.split("\0") and _parent(pid) == self.process.pid:
                 pids.append(pid)
         assert number < len(pids), f"rank {number} is not there:\n{self.printed()}"
         return sorted(pids)[number]
+
+
+def _parent(pid: int) -> int:
+    """The parent of a process, 0 where it is gone."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+    return 0
 
 
 def verdict(run: Path) -> dict[str, Any]:

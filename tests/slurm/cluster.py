@@ -163,11 +163,10 @@ class Cluster:
         """Waits until the job's log has a line that matches. Returns that line."""
 
         def found() -> str | None:
+            state = self.state(job_id)  # before the log is read: its last lines come before its end
             match = re.search(rf"^.*(?:{pattern}).*$", self.job_log(job_id), re.MULTILINE)
-            if not match and self.state(job_id) in ENDED:
-                raise ClusterError(
-                    f"job {job_id} ended {self.state(job_id)} without {pattern!r}\n{self.job_log(job_id)}"
-                )
+            if not match and state in ENDED:
+                raise ClusterError(f"job {job_id} ended {state} without {pattern!r}\n{self.job_log(job_id)}")
             return match.group(0) if match else None
 
         return self.poll(found, f"{pattern!r} in the log of job {job_id}", timeout_s, job_id)
@@ -178,9 +177,9 @@ class Cluster:
         """Asks until the answer is true. Returns it; raises ClusterError when time is out."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            answer = ask()
-            if answer:
-                return answer
+            with contextlib.suppress(subprocess.TimeoutExpired):  # of one client: no answer yet
+                if answer := ask():
+                    return answer
             time.sleep(every_s)
         shown = "" if job_id is None else f"\n{self.job(job_id)}\n{self.job_log(job_id)}"
         raise ClusterError(f"waited {timeout_s} s for {what}{shown}{self.logs()}")

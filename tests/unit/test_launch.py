@@ -45,6 +45,7 @@ def signal_when(path: Path, *numbers: signal.Signals) -> threading.Thread:
         for number in numbers:
             os.kill(os.getpid(), number)
             time.sleep(0.1)
+        (path.parent / "sent").touch()
 
     thread = threading.Thread(target=send)
     thread.start()
@@ -68,7 +69,8 @@ def test_a_signal_reaches_every_rank_once(tmp_path: Path) -> None:
     listen()
     (folder / f"ready{rank}").touch()
     wait()
-    time.sleep(0.5)
+    wait(30, (folder / "sent").exists)
+    time.sleep(0.3)
     (folder / f"heard{rank}").write_text(" ".join(heard))
     sys.exit(75)
     """
@@ -215,7 +217,7 @@ def test_forks_are_ranks_of_their_own_and_hear_what_came_before_them(tmp_path: P
 
 LOST = """
 if rank == 1 and attempt < 2:
-    time.sleep(0.2)
+    wait(30, (folder / f"begun0-{attempt}").exists)
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(0 if attempt == 2 else 60)
 """

@@ -8,6 +8,7 @@ import mmap
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +189,14 @@ def test_a_writer_that_dies_is_loud_and_replaced(tmp_path: Path) -> None:
 
 def test_a_save_that_takes_too_long_has_failed(tmp_path: Path) -> None:
     reported = Recorder()
-    with reported.saver(tmp_path, asynchronous=True, timeout_s=1.0) as saver:
+    with reported.saver(tmp_path, asynchronous=True) as saver:
         saver.save(1, toy_state(1, 0, 1), wait=True)
         assert saver._writer is not None
         os.kill(saver._writer._process.pid, signal.SIGSTOP)
+        usual, saver.config = saver.config, replace(saver.config, timeout_s=1.0)
         with pytest.raises(SaveFailed, match="checkpoint.timeout_s"):
             saver.save(2, toy_state(2, 0, 1), wait=True)
+        saver.config = usual
         saver.save(3, toy_state(3, 0, 1), wait=True)
     assert steps_in(tmp_path) == [1, 3]
 

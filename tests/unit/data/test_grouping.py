@@ -14,7 +14,7 @@ from amclip_ds.data.loader import TrainingData
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.shards.account import account_of
-from amclip_ds.shards.grouping import ADVICE, Group, group, scattered
+from amclip_ds.shards.grouping import ADVICE, MAX_TEXT_BYTES, Group, group, scattered
 from amclip_ds.shards.index import Index, build_index
 from amclip_ds.shards.tar import Damage, scan
 from tests.unit.data.damaged import File, picture, sample, samples, tar_of
@@ -79,6 +79,27 @@ def test_surplus_images_are_counted_named_and_refused(tmp_path: Path, capsys: py
     printed = capsys.readouterr().out
     assert "surplus image: 199 in all, the first scan.0001.jpg in " in printed and ADVICE["surplus image"] in printed
     assert "300 images = 101 read + 199 surplus + 0 unusable" in printed
+
+
+def test_all_that_has_no_place_counts_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images of a type that nobody reads and of texts that are too large: none alone is above the rate, which the
+    check goes by too."""
+    unread = [(f"u{number:03d}.{suffix}", b"II*\0" * 9) for number in range(15) for suffix in ("tif", "txt")]
+    large = [
+        (f"v{number:03d}.{suffix}", content)
+        for number in range(15)
+        for suffix, content in (("jpg", picture(number)), ("json", b'{"a": "' + b"x" * MAX_TEXT_BYTES + b'"}'))
+    ]
+    shard = put(tmp_path / "data", samples(range(50)) + unread + large)
+    with pytest.raises(UserError) as refused:
+        training(shard, max_skip_rate=0.3)
+    assert "data.train: 15 unread type and 15 too large: 30 of 80 images cannot be trained on" in str(refused.value)
+    assert "the first is u000.tif in " in str(refused.value) and "JPEG, PNG and WebP are read" in str(refused.value)
+    report = checked(shard, max_skip_rate=0.3)
+    assert not report.ok and report.total("images") == 80 and report.total("skipped") == 30
+    with contextlib.closing(training(shard, max_skip_rate=0.4)) as data:
+        assert str(data.account) == "80 images in the shards = 50 samples + 15 unread type + 15 too large"
+    assert checked(shard, max_skip_rate=0.4).ok
 
 
 def test_a_few_surplus_images_are_reported_and_trained_beside(tmp_path: Path) -> None:

@@ -88,9 +88,9 @@ def test_the_check_counts_the_causes(tmp_path: Path) -> None:
 def test_what_follows_the_end_mark_is_not_checked() -> None:
     video = b"\0\0\0\x18ftypmp42" + b"\xff\xda" * 1000 + np.random.default_rng(0).bytes(16 << 20)
     for content in (progressive(), jpeg(width=64, height=48)):
-        began = time.monotonic()
+        began = time.process_time()
         assert np.array_equal(pixels(content + video), pixels(content))
-        assert time.monotonic() - began < 2
+        assert time.process_time() - began < 2
 
 
 def test_marks_inside_metadata_are_not_of_the_picture() -> None:
@@ -127,10 +127,10 @@ def test_scans_before_the_end_mark_are_counted() -> None:
     ids=["fill bytes", "segments", "stuffed bytes", "chunks"],
 )
 def test_a_header_without_end_takes_no_time(content: bytes) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(BadImage):
         open_image(content).decode()
-    assert time.monotonic() - began < 3
+    assert time.process_time() - began < 3
 
 
 def test_metadata_of_a_png_cost_nothing_and_hinder_nothing() -> None:

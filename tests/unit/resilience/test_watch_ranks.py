@@ -113,7 +113,8 @@ def watching(place: Path, run: Path, ranks: list[int]) -> subprocess.Popen:
 
 def wait_for_beats(place: Path, count: int) -> None:
     deadline = time.monotonic() + 30
-    while len(list(place.glob("*.beat"))) < count and time.monotonic() < deadline:
+    beats = lambda: [watch_ranks.read_beat(path) or {} for path in place.glob("*.beat")]  # noqa: E731
+    while sum(bool(beat.get("pid")) for beat in beats()) < count and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
