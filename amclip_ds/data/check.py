@@ -286,7 +286,7 @@ class _Pass:
         for one in groups:
             surplus = [image for _, image in one.images()[1:]]
             report.samples += 1 + len(surplus)
-            report.images += bool(one.images()) + len(surplus)
+            report.images += bool(one.of_types(*IMAGES)) + len(surplus)
             if surplus:
                 report.add("surplus image", surplus[0].name, len(surplus))
             elif texts := one.of_types("txt")[1:]:  # beside surplus images each text is another image's

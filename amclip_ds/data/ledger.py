@@ -10,11 +10,10 @@ from typing import Any
 from amclip_ds.data.batch import Batch
 from amclip_ds.errors import RunStopped, UserError
 from amclip_ds.jsonl import each
-from amclip_ds.shards.account import Account
+from amclip_ds.shards.account import MIN_SKIPS_TO_STOP, Account
 
 Gather = Callable[[Any], list[Any]]
 SKIPPED = "replaced"  # the action of an incident that cost a sample its place
-MIN_SKIPS_TO_STOP = 16  # skipped samples that stop no run, however few were read so far
 LISTED = 16  # incidents of a shard and kind, over all ranks: later ones are listed in the first epoch alone
 BLOCK = 1 << 16  # samples after which what was read long ago is forgotten by the rate
 

@@ -9,7 +9,15 @@ from amclip_ds.shards.grouping import ADVICE
 from amclip_ds.shards.index import ShardEntry
 from amclip_ds.shards.tar import printable
 
-WITHOUT_PLACE = ("surplus image", "too large", "sparse", "too far")  # images that no sample order can reach
+WITHOUT_PLACE = (
+    "surplus image",
+    "unread type",
+    "too large",
+    "sparse",
+    "too far",
+)  # images that no sample order can reach
+
+MIN_SKIPS_TO_STOP = 16  # samples that cannot be used and stop no run, however few there are
 
 
 @dataclass(frozen=True)
@@ -31,12 +39,17 @@ class Account:
 
     def check(self, max_skip_rate: float) -> None:
         """Raises UserError where packing has hidden more than this part of the images."""
-        for kind, count in (("surplus image", self.left_out.get("surplus image", 0)), ("not adjacent", self.scattered)):
-            if count > max_skip_rate * self.images:
-                raise UserError(
-                    f"data.train: {kind}: {count} of {self.images} images cannot be trained on, above"
-                    f" data.max_skip_rate={max_skip_rate:g}; the first is {self.first[kind]}; {ADVICE[kind]}"
-                )
+        counts = Counter(self.left_out) + Counter({"not adjacent": self.scattered})  # those above 0
+        if counts.total() > max(MIN_SKIPS_TO_STOP, max_skip_rate * self.images):
+            [(kind, _)] = counts.most_common(1)
+            listed = (
+                " and ".join(f"{count} {kind}" for kind, count in counts.most_common()) if len(counts) > 1 else kind
+            )
+            advice = f"; {ADVICE[kind]}" if kind in ADVICE else ""
+            raise UserError(
+                f"data.train: {listed}: {counts.total()} of {self.images} images cannot be trained on, above"
+                f" data.max_skip_rate={max_skip_rate:g}; the first is {self.first[kind]}{advice}"
+            )
 
     def why_empty(self) -> str:
         """What indexing found instead of samples, with what to do; empty if it found nothing at all."""

@@ -19,6 +19,7 @@ ADVICE = {
     "surplus image": "a key ends at the first dot of a name, and has one image: write scan_0001.jpg, not scan.0001.jpg",
     "not adjacent": "members of a sample are not adjacent: pack with tar --sort=name",
     "sparse": "stored without its holes: pack without tar --sparse",
+    "unread type": "JPEG, PNG and WebP are read: `amclip data pack` reads no others either; convert them",
     "link": "links have no content: pack with tar --dereference --hard-dereference",
     "surplus caption": "one text is read of a sample: write its captions into one .txt, a line each",
     "duplicate": "an image with several captions is one sample: write them into one .txt, a line each",

@@ -28,6 +28,7 @@ from amclip_ds.shards import reader
 from amclip_ds.shards.contents import CONTENT, checksum_in, digest
 from amclip_ds.shards.grouping import IMAGE_TYPES, MAX_IMAGE_BYTES, Group, group, left_out_name
 from amclip_ds.shards.inputs import check_index_folder, is_of_index
+from amclip_ds.shards.kinds import IMAGES
 from amclip_ds.shards.sources import MAX_SHARDS, is_remote
 from amclip_ds.shards.tar import BLOCK, Damage, Member, scan
 
@@ -391,6 +392,9 @@ class _Found:
 
     def enter(self, file: BinaryIO, one: Group) -> None:
         images = one.images()
+        if not images and one.of_types(*IMAGES):
+            self.problem("unread type", one.of_types(*IMAGES)[0][1].name)
+            return
         if not images:
             self._without_image.append(one.key)
             return
