@@ -5,8 +5,10 @@ shards promises, else what the tar itself shows: samples begun, images that no s
 visibly swallowed.
 """
 
+import contextlib
 import functools
 import hashlib
+import os
 import statistics
 import time
 import zlib
@@ -419,6 +421,7 @@ class _Pass:
         return self._file.read(member.size)
 
 
+STATS = "_stats.json"  # img2dataset's, beside NAME.tar
 UTF8 = ("utf-8", "surrogateescape")
 
 
@@ -435,16 +438,44 @@ def promised_count(shard: str) -> int | None:
         if sizes.exists():
             promised = read_json(sizes, dict).get(path.name)
         else:
-            promised = read_json(path.with_name(f"{path.stem}_stats.json"), dict).get("successes")
+            promised = read_json(path.with_name(path.stem + STATS), dict).get("successes")
     except UserError:
         return None
     return promised if type(promised) is int else None
 
 
+def _gone(shards: list[str]) -> Iterator[tuple[str, int]]:
+    """(a shard that files beside those checked promise and that is not there, how many samples it held), of folders
+    all of whose tars were checked: of others a part was asked for."""
+    by_folder: dict[Path, set[str]] = {}
+    for shard in shards:
+        by_folder.setdefault(Path(shard).parent, set()).add(Path(shard).name)
+    for folder, checked in by_folder.items():
+        try:
+            names = set(os.listdir(folder))
+        except OSError:  # a remote one's
+            continue
+        if {name for name in names if name.endswith(".tar") and not name.startswith(".")} - checked:
+            continue
+        listed = {name.removesuffix(STATS) + ".tar" for name in names if name.endswith(STATS)}
+        if "sizes.json" in names:
+            with contextlib.suppress(UserError):
+                listed = {str(name) for name in read_json(folder / "sizes.json", dict)}
+        for name in sorted(listed - names):
+            if "/" not in name and (promised := promised_count(str(folder / name))):
+                yield str(folder / name), promised
+
+
 def _keep_promises(reports: list[ShardReport]) -> None:
-    """Counts as lost what a shard was promised to hold and does not."""
+    """Counts as lost what a shard was promised to hold and does not; a shard that is gone has lost all of it."""
+    for shard, held in _gone([report.path for report in reports]):
+        report = ShardReport(shard, expected=held, lost=held)
+        report.add("fewer than promised", f"{held} promised, and no such file", held)
+        reports.append(report)
     for report in reports:
         promised = promised_count(report.path)
+        if "fewer than promised" in report.problems:
+            continue
         found = report.samples + report.problems.get("swallowed", ("", 0))[1]
         if promised is None or promised <= found:
             continue

@@ -509,6 +509,25 @@ def fingerprint_of(path: str) -> str:
 
 @functools.cache
 def default_folder(shards: tuple[str, ...]) -> Path:
-    """Where the index of these shards is expected: beside the first one, or in the working folder for remote ones."""
-    name = f"amclip-index-{hashlib.blake2b(repr(tuple(map(redact, shards))).encode(), digest_size=6).hexdigest()}"
-    return (Path() if is_remote(shards[0]) else Path(shards[0]).parent) / name
+    """Where the index of these shards is expected: beside the first one, or in the working folder for remote ones.
+
+    Its name is of where they are from there, however their folder was typed, so that a run finds it under another
+    spelling, and after the folder has moved.
+    """
+    if is_remote(shards[0]):
+        return Path(_name_of(shards))
+    folder = Path(shards[0]).parent
+    here = os.path.realpath(folder)
+    folders = dict.fromkeys(os.path.dirname(path) for path in shards if not is_remote(path))
+    from_here = {typed: os.path.relpath(os.path.realpath(typed), here) for typed in folders}
+    places = (path if is_remote(path) else from_here[os.path.dirname(path)] for path in shards)
+    return folder / _name_of(tuple(f"{place}/{os.path.basename(path)}" for place, path in zip(places, shards)))
+
+
+def earlier_name(shards: tuple[str, ...]) -> str:
+    """The name that indexes had which earlier versions made: of the paths as they were typed."""
+    return _name_of(shards)
+
+
+def _name_of(shards: tuple[str, ...]) -> str:
+    return f"amclip-index-{hashlib.blake2b(repr(tuple(map(redact, shards))).encode(), digest_size=6).hexdigest()}"

@@ -16,7 +16,7 @@ from amclip_ds import files
 from amclip_ds.checkpoint import drift
 from amclip_ds.errors import FAULT, AmclipError, RunStopped, UserError
 from amclip_ds.shards import changes, contents, reader
-from amclip_ds.shards.index import Index, build_index, default_folder
+from amclip_ds.shards.index import Index, build_index, default_folder, earlier_name
 from amclip_ds.shards.stage import Stage
 from tests.unit.data.faulty_server import FaultyServer
 from tests.unit.data.shards import open_data, write_shards
@@ -154,6 +154,28 @@ def test_a_stale_index_beside_the_shards_refuses_no_resume(shards: list[str], tm
     build_index(shards, default_folder(tuple(shards)), 1)
     with pytest.raises(UserError, match="image of 0_0004 is another"):  # one that fits now is not what was trained on
         open_data(folder, index_dir=run, resumes=True)
+
+
+def test_an_index_is_found_however_its_folder_is_typed(
+    shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another spelling, a link, from another folder, after a move; and one that an earlier version named."""
+    said: list[str] = []
+    made = default_folder(tuple(shards))
+    build_index(shards, made, 1)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    for typed in (tmp_path / "data", "data", "./data/../data", "link", "data/*.tar"):
+        open_data(typed, index_dir=tmp_path / "run", say=said.append).close()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    open_data("moved", index_dir=tmp_path / "run", say=said.append).close()
+    assert not [line for line in said if "indexed" in line], said
+    moved = [path.replace("/data/", "/moved/") for path in shards]
+    (tmp_path / "moved" / made.name).rename(tmp_path / "moved" / earlier_name(tuple(moved)))
+    open_data(tmp_path / "moved", index_dir=tmp_path / "run", say=said.append).close()
+    assert not [line for line in said if "indexed" in line], said
+    open_data("moved", index_dir=tmp_path / "run", say=said.append).close()
+    assert [line for line in said if "indexed" in line], "the twin: under the name that was typed alone"
 
 
 def test_a_stale_index_that_is_the_only_one_refuses_a_resume(shards: list[str], tmp_path: Path) -> None:

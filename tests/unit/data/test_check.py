@@ -144,6 +144,25 @@ def test_nothing_is_cut_in_a_narrow_pipe(
     assert f"empty caption: 2 in all, the first 000001 in {folder / 'the first shard of many'}.tar\n" in printed
 
 
+def test_a_shard_that_is_gone_is_lost(tmp_path: Path) -> None:
+    """As a copy that was broken off leaves a folder: what sizes.json or img2dataset's statistics name counts."""
+    for number in range(3):
+        (tmp_path / f"{number:05d}.tar").write_bytes(tar_of(samples(range(4 * number, 4 * number + 4))))
+    (tmp_path / "sizes.json").write_text(json.dumps({f"{number:05d}.tar": 4 for number in range(3)}))
+    code, found = amclip_check(tmp_path, json_file=tmp_path / "whole.json")
+    assert code == 0 and found["lost"] == 0
+    (tmp_path / "00001.tar").unlink()
+    code, found = amclip_check(tmp_path, json_file=tmp_path / "found.json")
+    assert code == 2 and [found[key] for key in ("expected", "read", "lost")] == [12, 8, 4]
+    [gone] = [shard for shard in found["shards"] if shard["lost"]]
+    assert gone["path"] == str(tmp_path / "00001.tar") and gone["problems"][0]["kind"] == "fewer than promised"
+    code, found = amclip_check(tmp_path / "00000.tar", json_file=tmp_path / "part.json")
+    assert code == 0 and found["expected"] == 4, "of a part that was asked for, the others are nobody's loss"
+    (tmp_path / "sizes.json").unlink()
+    (tmp_path / "00001_stats.json").write_text(json.dumps({"successes": 3}))
+    assert amclip_check(tmp_path, json_file=tmp_path / "stats.json")[1]["lost"] == 3
+
+
 def test_duplicates_across_shards_and_within(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(tar_of(samples(range(4)) + sample(8, jpg=picture(1)) + sample(9, jpg=picture(1))))
     (tmp_path / "1.tar").write_bytes(tar_of(sample(10) + sample(11, jpg=picture(2)) + sample(12, jpg=picture(10))))
