@@ -118,7 +118,8 @@ class DataConfig:
     on_change: str = "refuse"
     """What a shard does that is no longer what was indexed: `refuse` stops the run (code 3), `report` trains on."""
     stage_dir: str = ""
-    """A node-local folder; shards are copied into one of this user's alone in it (amclip-UID) before they are read."""
+    """A node-local folder; local shards (of Lustre, NFS) are copied into one of this user's alone in it (amclip-UID)
+    before they are read. Ranges of remote ones are read from where they are."""
     stage_gb: float = 100.0
     """What the copies in data.stage_dir may take, in GB."""
 

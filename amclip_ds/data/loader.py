@@ -30,6 +30,7 @@ from amclip_ds.errors import AmclipError, UserError
 from amclip_ds.masks.text import TextMaskConfig
 from amclip_ds.shards.account import account_of
 from amclip_ds.shards.index import Index
+from amclip_ds.shards.sources import is_remote
 from amclip_ds.shards.tar import printable
 
 CHUNK = 64  # samples a worker makes at a time, at most
@@ -122,6 +123,8 @@ class TrainingData:
         self.words_hash, self.excluded_hash = self._spec.words_hash, self._spec.excluded.hash
         if self.excluded_hash and rank == 0:
             self._say_excluded(members)
+        if config.stage_dir and rank == 0 and (remote := sum(map(is_remote, self.shards))):
+            self._say(f"data.stage_dir: warning: {remote} of {len(self.shards)} shards are URLs, which are not copied")
         self._known_damage = _damage(index, members) if rank == 0 else []
         self.account = account_of(index.shards[number] for number in dict.fromkeys(members))
         self.account.check(config.max_skip_rate)

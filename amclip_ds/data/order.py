@@ -122,7 +122,7 @@ def _drawn_with_replacement(counts: np.ndarray, mixture: Mixture, seed: int, epo
     Not by their size: a large shard already gives more samples each time it is drawn.
     """
     chance = (counts > 0) * np.array(mixture.weights)[mixture.source_of_shard]
-    wanted = int(counts.sum())
+    wanted = int(counts.sum()) if chance.any() else 0
     random = keyed(seed, "replacement", epoch)
     copies = np.zeros(len(counts), dtype=np.int64)
     runs: list[_Run] = []

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.config import DataConfig
+from amclip_ds.data.exclude import read_excluded
 from amclip_ds.data.loader import TrainingData
 from amclip_ds.data.prepare import find_sources
 from amclip_ds.data.workers import Fault, Workers
@@ -205,6 +206,14 @@ def test_what_is_excluded_is_said_as_it_is_found(uneven: Path, tmp_path: Path) -
     (tmp_path / "out.txt").write_text("\n".join(lines[:2]))
     open_data(uneven, exclude=str(tmp_path / "out.txt"), say=said.append).close()
     assert expected.partition(";")[0] in said
+
+
+def test_a_mark_at_the_files_beginning_and_a_signed_url_hide_no_sample(tmp_path: Path) -> None:
+    (tmp_path / "out.txt").write_bytes("\ufeff000000000\r\n00001.tar/k\r\n".encode())
+    found = read_excluded(str(tmp_path / "out.txt"))
+    assert ("a.tar", "000000000") in found and ("a.tar", "k") not in found
+    for shard in ("data/00001.tar", "https://h/d/00001.tar?sig=ab/cd"):
+        assert (shard, "k") in found and found.count([(shard, ["k", "l"])]) == (1, 1)
 
 
 def test_keeping_colours_leaves_every_other_draw_as_it_is(uneven: Path) -> None:

@@ -86,3 +86,11 @@ def test_spans_hold_exactly_what_a_window_reads() -> None:
     for (group, window), samples in by_window.items():
         spans = order.spans(group, window)
         assert samples == {(shard, i) for shard, first, last in spans for i in range(first, last)}
+
+
+def test_sources_without_a_sample_make_no_order() -> None:
+    """As those that are left when the only weight above 0 is of an empty tar: the loader says what is wrong."""
+    counts, sources = np.array([0, 5]), np.array([0, 1])
+    for with_replacement in (False, True):
+        mixture = Mixture(sources, (1.0, 0.0), with_replacement)
+        assert EpochOrder(counts, mixture, 0, 0, 3, 16).length == 0

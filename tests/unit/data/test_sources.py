@@ -287,6 +287,23 @@ def test_a_foreign_shard_among_many_is_no_damage(here: Path, capsys: pytest.Capt
     assert "is a compressed tar: samples are read by offset" in (here / "check.json").read_text()
 
 
+def test_a_folders_tars_are_those_that_a_person_means(here: Path) -> None:
+    """Not copies in hidden folders; those behind a link, once; those in capitals."""
+    for name in (".snapshot", ".rsync-partial", "deep/.Trash", "elsewhere"):
+        (here / "data" / name if name != "elsewhere" else here / name).mkdir(parents=True)
+    for copy in ("data/.snapshot/0.tar", "data/.rsync-partial/1.tar", "data/deep/.Trash/2.tar", "data/deep/.3.tar"):
+        os.link("data/0.tar", copy)
+    before = expand_shards("data", "SHARDS")
+    assert not [path for path in before if "/." in path]
+    os.link("data/0.tar", "elsewhere/4.tar")
+    os.link("data/0.tar", "data/deep/5.TAR")
+    (here / "data" / "linked").symlink_to(here / "elsewhere")
+    (here / "data" / "again").symlink_to(here / "data" / "deep")
+    (here / "data" / "round").symlink_to(here)
+    (here / "elsewhere" / "back").symlink_to(here / "data")
+    assert set(expand_shards("data", "SHARDS")) - set(before) == {"data/linked/4.tar", "data/deep/5.TAR"}
+
+
 @pytest.mark.parametrize(
     "argv",
     [
