@@ -108,7 +108,7 @@ class DataConfig:
     shuffle_window: int = 8192
     """Samples shuffled together; a shard is read from front to back, a window at a time."""
     max_pixels: int = 89_478_485
-    """An image whose header claims more is refused before it is decoded."""
+    """An image whose header claims more is refused undecoded; Pillow opens none of more than 178,956,970."""
     exclude: str | None = None
     """A text file of samples to leave out, a line each: KEY, or SHARD/KEY; each is replaced as an unusable one is."""
     max_skip_rate: float = 0.02
