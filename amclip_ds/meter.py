@@ -10,7 +10,7 @@ import torch
 
 from amclip_ds import bottleneck
 from amclip_ds.data.batch import Batch
-from amclip_ds.engine.memory import peak_resident_bytes
+from amclip_ds.engine.memory import peak_bytes
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.processes import num_cores
 from amclip_ds.ranks.collectives import max_over_ranks, mean_over_ranks
@@ -127,11 +127,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
     return 2.0 * side**3 / min(times[1:])
-
-
-def peak_bytes(device: torch.device) -> float:
-    """The most that this process has held so far: of the device's memory, or on a CPU of the machine's."""
-    return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident_bytes()
 
 
 def cores_of_a_rank(local_world_size: int) -> int:

@@ -16,6 +16,7 @@ from amclip_ds.data.loader import TrainingData
 from amclip_ds.distill import FrozenTeacher
 from amclip_ds.engine.compile import reported
 from amclip_ds.engine.ds_config import NO_COMPILE, compile_mode_of, read_ds_config, stage_of
+from amclip_ds.engine.memory import begin_peak
 from amclip_ds.engine.student import StudentEngine
 from amclip_ds.engine.teacher import Teacher
 from amclip_ds.errors import UserError
@@ -95,6 +96,7 @@ def assemble(config: TrainConfig, resume: str, stack: ExitStack, began: float | 
     """
     runtime = engine_runtime.start(deterministic=config.run.deterministic)
     stack.callback(engine_runtime.stop, runtime)
+    begin_peak(runtime.device)
     stack.enter_context(leaving_together(runtime))
     on_main(partial(settings.check_buildable, config))
     on_main(partial(preconditions.check_engine, config))

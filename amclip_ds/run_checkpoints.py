@@ -113,8 +113,11 @@ class RunCheckpoints:
         self._saver.settle()
 
     def rewind(self, counts: TrainState) -> None:
-        """Back to the newest checkpoint's weights, moments, average and updates; the place in the data stays."""
-        self._saver.finish()
+        """Back to the newest checkpoint's weights, moments, average and updates; the place in the data stays.
+
+        `settle` comes first.
+        """
+        self._saver.finish()  # removals: none may take what is read here
         found = load.find(self._folder / run_files.CHECKPOINTS, "auto", True, self._ranks)
         if found is None:
             raise RunStopped("guards.spike=rewind: there is no checkpoint yet to go back to")

@@ -99,7 +99,9 @@ def account(run: Run, batch: Batch, result: StepResult) -> None:
     try:
         run.guards.account(state.step, result.applied, result.sample_ids)
     except RewindAsked:
-        run.checkpoints.rewind(state)
+        run.checkpoints.settle()  # the newest one may be under way; one that fails costs only itself
+        with run.meter.paused(), run.watchdog.during("resume"), run.timeline.during("resume"):
+            run.checkpoints.rewind(state)
     record.incidents(run.ledger.account(batch))
     while FALLEN_BACK:
         record.incident("uncompiled", FALLEN_BACK.pop(0), action="this rank continues, slower")

@@ -1,7 +1,10 @@
 """Bytes of model state on one rank, by part, measured on engines that are built (plan/model_state.py predicts them)."""
 
+import contextlib
+import ctypes
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,8 +67,30 @@ def storage_bytes(tensors: Iterable[Tensor], seen: set[int]) -> float:
     return float(total)
 
 
-def peak_resident_bytes() -> float:
-    """The largest resident set this process has had (Linux): what a run on the CPU takes altogether."""
+def begin_peak(device: torch.device) -> None:
+    """Lets `peak_bytes` count from here: an earlier training of this program is none of the next one's.
+
+    On a CPU what that one freed is given back first, since a run lets the allocator keep it (keep_freed_memory)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError, AttributeError):  # without glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is the process's
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> float:
+    """The most that this process has held since `begin_peak`: of the device's memory, or on a CPU of the machine's."""
+    return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _peak_resident_bytes()
+
+
+def _peak_resident_bytes() -> float:
+    """The largest resident set: what a run on the CPU takes altogether."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024.0
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

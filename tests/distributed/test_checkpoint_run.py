@@ -188,6 +188,21 @@ def test_a_spike_rewinds_to_the_checkpoint_and_the_data_continue(scenes: Path, t
     assert len(set(ids)) == len(ids), "no batch is read again"
 
 
+def test_a_rewind_is_no_step_and_no_hang_and_needs_no_newest_save(few_scenes: Path, tmp_path: Path) -> None:
+    """Reading a checkpoint has the time of a resume, and the save under way may fail: an older one is there."""
+    run, wait_s = tmp_path / "run", 8.0
+    words = [f"data.train={few_scenes}", "run.steps=12", "checkpoint.every_steps=1", *SMALL, f"run.out={run}"]
+    words += ["guards.spike=rewind", "guards.spike_window=2", "guards.spike_deviations=0.001", "guards.max_rewinds=1"]
+    words += ["batch.global_size=8", "optim.lr=1e-9", "watchdog.step_timeout_s=5"]  # its losses go up and down
+    words = last_of_each(["train", "aclip-tiny", *words])
+    [(code, printed)] = run_ranks("tests.e2e.cases:rewound", world_size=1, timeout_s=400, argv=words, wait_s=wait_s)
+    assert code in (0, 3) and "rewound to the weights of step_00000001" in printed, printed
+    assert "checkpoint_failed" in [row["kind"] for row in read_lines(run / "incidents.jsonl")]
+    waits = [row for row in read_lines(run / "timeline.jsonl") if row["event"] == "resume" and row["seconds"] >= wait_s]
+    assert len(waits) == 1 and waits[0]["step"] > 1
+    assert 0 < min(of := [row["step_s"] for row in read_lines(run / "metrics.jsonl")]) <= max(of) < wait_s
+
+
 def test_a_shard_that_changed_under_one_rank_stops_the_run_with_3(few_scenes: Path, tmp_path: Path) -> None:
     """Rank 1 alone reads it, and leaves the verdict; rank 0 hears only that it is gone."""
     shards, run = Path(shutil.copytree(few_scenes, tmp_path / "data")), tmp_path / "run"

@@ -1,6 +1,7 @@
 """What the end-to-end tests run on forked ranks: a command as a user types it, with what it printed."""
 
 import contextlib
+import errno
 import io
 import itertools
 import os
@@ -48,6 +49,26 @@ def asked_in_vain(argv: list[str], of: str, uncompiled: str) -> list[str]:
     code, printed = command(argv)
     assert code == 0, printed
     return found
+
+
+def rewound(argv: list[str], wait_s: float) -> tuple[int, str]:
+    """The command; its saves fail from the second on until a rewind, whose reading of the checkpoint takes so long."""
+    from amclip_ds.checkpoint import failpoints, load
+
+    verified, commits, is_behind = load.verified, itertools.count(), False
+
+    def full() -> None:
+        if next(commits) and not is_behind:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def slow(*words: Any) -> Any:
+        nonlocal is_behind
+        is_behind = True
+        time.sleep(wait_s)
+        return verified(*words)
+
+    failpoints.INSTEAD["manifest_written"], load.verified = full, slow
+    return command(argv)
 
 
 def blocked_loader(argv: list[str], rank: int, after: int) -> None:

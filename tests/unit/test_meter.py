@@ -1,5 +1,7 @@
-"""MFU: what a step does is held against a rate that the device can do."""
+"""MFU: what a step does is held against a rate that the device can do. Peaks of memory: of one training."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,3 +29,25 @@ def test_a_step_faster_than_the_measured_rate_has_it_measured_again(monkeypatch:
         run._steps, run._began, flops[0] = 1, 0.0, done
         found.append(run.row(result)["mfu"])
     assert found == [0.5, 0.5, 0.5, 1.0] and next(measured, None) is None
+
+
+PEAKS = """
+import torch
+from amclip_ds.engine.memory import begin_peak, peak_bytes
+from amclip_ds.ranks.runtime import keep_freed_memory
+
+device = torch.device("cpu")
+keep_freed_memory()
+begin_peak(device)
+begun = peak_bytes(device)
+for count in (3 << 26, 1 << 26):
+    torch.ones(count)
+    print((peak_bytes(device) - begun) / (4 * count))
+    begin_peak(device)
+"""
+
+
+def test_the_peak_of_an_earlier_training_is_none_of_the_next_ones() -> None:
+    """In a process that keeps what it frees, as one that trains on a CPU does."""
+    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
+    assert [float(share) for share in done.stdout.split()] == [pytest.approx(1.0, abs=0.1)] * 2
