@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 
 from amclip_ds import config as settings
-from amclip_ds.engine.ds_config import TOWER
+from amclip_ds.engine.ds_config import TOWER, is_offloaded, read_ds_config
 from amclip_ds.errors import UserError
 from amclip_ds.model.savings import Savings
 from amclip_ds.plan import work as step_work
@@ -133,8 +133,9 @@ def rate_of(gpu: Gpu, work: step_work.Work) -> Rate | None:
 
     None: nothing was measured on it.
     """
-    if work.bytes != 2:
-        return None  # everything was measured in bf16
+    ds = read_ds_config(work.config.engine)
+    if work.bytes != 2 or is_offloaded(ds, "offload_optimizer") or is_offloaded(ds, "offload_param"):
+        return None  # everything was measured in bf16, and on the device
     rows, factor = _nearest(gpu.name, work)
     if not rows:
         return None
