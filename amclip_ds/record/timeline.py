@@ -1,6 +1,7 @@
 """RUN/timeline.jsonl: what a run did by the clock: starts, phases before the first step, saves, evaluations, ends.
 
-A row: {"time", "attempt", "step", "event"} and what belongs to the event; "seconds" is what training waited for it.
+A row: {"time", "attempt", "step", "event"} and what belongs to the event; "seconds" is what training waited for it. A
+save that is written in the background ends at a later step, with a `commit`.
 metrics.jsonl says how the steps went, and a resume sets its later rows aside; this file only grows.
 """
 

@@ -118,14 +118,22 @@ def _starts(run: RunFacts, attempts: list[Attempt]) -> list[Event]:
 
 
 def _waits(run: RunFacts) -> list[Event]:
-    """Saves and evaluations: a row each, however many waits they consisted of."""
+    """Saves and evaluations: a row each, however many waits they consisted of; a commit, at whatever step it comes, is
+    of the attempt's save before it."""
     sums: dict[tuple[int, int, str], Event] = {}
     seconds: dict[tuple[int, int, str], float] = {}
+    saved: dict[int, tuple[int, int, str]] = {}
     for row in run.timeline:
-        kind = {"save": SAVE, "evaluate": EVALUATION}.get(row["event"])
+        kind = {"save": SAVE, "commit": SAVE, "evaluate": EVALUATION}.get(row["event"])
         if kind is None:
             continue
         key = (row["attempt"], row["step"], kind)
+        if row["event"] == "commit":
+            if row["attempt"] not in saved:  # its own wait was too short for a row
+                continue
+            key = saved[row["attempt"]]
+        elif kind == SAVE:
+            saved[row["attempt"]] = key
         seconds[key] = seconds.get(key, 0.0) + number_in(row, "seconds")
         what = "checkpoint" if kind == SAVE else "evaluation"
         sums.setdefault(key, Event(number_in(row, "time"), row["step"], row["attempt"], kind, what))

@@ -38,6 +38,18 @@ def test_time_adds_up_to_the_clock(run: Path) -> None:
     assert goodput(sums) == pytest.approx(0.9 * 100 / 267)
 
 
+def test_an_evaluation_before_training_is_counted_once(tmp_path: Path) -> None:
+    """As one that a resume makes up: it is among the evaluations, and no part of the start."""
+    run = eventful(tmp_path / "run")
+    rows = list(read_lines(run / "timeline.jsonl", {}, 1 << 20))
+    place = next(n for n, row in enumerate(rows) if row["attempt"] == 1 and row["event"] == "training")
+    rows.insert(place, rows[place] | {"event": "evaluate", "seconds": 8.0})
+    (run / "timeline.jsonl").write_bytes(b"".join(map(encode, rows)))
+    attempt = attempts_of(read_run(run))[1]
+    assert attempt.seconds["start"] == pytest.approx(12) and attempt.seconds["evaluate"] == pytest.approx(13)
+    assert sum(attempt.seconds.values()) == pytest.approx(attempt.wall_s) == pytest.approx(95)
+
+
 def test_every_event_has_its_cause_and_effect(run: Path) -> None:
     facts = read_run(run)
     reported = {found.what: found for found in events.events_of(facts, attempts_of(facts))}
@@ -51,7 +63,10 @@ def test_every_event_has_its_cause_and_effect(run: Path) -> None:
         "resumes from step 30; steps 31 to 40 are made again; the world changes from 4 to 2 ranks; batch and order of"
         " samples stay"
     )
-    assert reported["checkpoint"].effect == "training waited 2.0 s", "the two waits of one save are one event"
+    assert reported["checkpoint"].effect == "training waited 2.0 s", "the three waits of one save are one event"
+    listed = [found for found in events.events_of(facts, attempts_of(facts)) if found.kind == events.SAVE]
+    assert [(found.step, found.attempt) for found in listed] == [(30, 0)], "a commit is no checkpoint"
+    assert [mark.text for mark in marks(facts, listed) if mark.kind == events.SAVE] == ["step 30: checkpoint"]
     order = [found.time for found in events.events_of(facts, attempts_of(facts))]
     assert order == sorted(order)
 
