@@ -93,7 +93,7 @@ def read_outcome(run: Run) -> Outcome:
     rows = _rows(run.folder / run_files.METRICS, run_files.STEP)
     peaks = [row["peak_memory_gib"] for row in rows if is_number(row.get("peak_memory_gib"))]
     evaluations = _rows(run.folder / run_files.EVALUATIONS, run_files.EVALUATION)
-    evaluations = [row for row in evaluations if row["step"] <= run.steps]
+    evaluations = [row for row in evaluations if row["step"] <= run.steps and row["task"] not in run_files.PROBES]
     sets = list(dict.fromkeys(row["dataset"] for row in evaluations))
     metrics: dict[str, float] = {}
     for row in evaluations:

@@ -200,7 +200,13 @@ def _gradients(rows: list[dict[str, Any]], config: TrainConfig) -> Iterator[Find
 
 def _evaluation(run: Path, rows: list[dict[str, Any]], config: TrainConfig) -> Iterator[Finding]:
     found, _ = read(run / run_files.EVALUATIONS, run_files.EVALUATION)
-    made = [row for row in found if isinstance(row["metrics"].get("acc1"), float | int) and row["step"] > 0]
+    made = [
+        row
+        for row in sorted(found, key=lambda row: row["step"])  # an older checkpoint may be evaluated later
+        if isinstance(row["metrics"].get("acc1"), float | int)
+        and row["step"] > 0
+        and row["task"] not in run_files.PROBES
+    ]
     if not made:
         yield Finding("evaluation", OK, "none with an accuracy (eval.data; amclip eval)")
         return

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from amclip_ds import run_files
 from amclip_ds.display import duration, printable
 from amclip_ds.files import not_written, write_atomically
 from amclip_ds.redact import redact, redact_all
@@ -247,7 +248,7 @@ def tiles(run: RunFacts, attempts: list[Attempt], sums: dict[str, float], events
     for row in best_rows(run):
         name, value = main_metric(row)
         between = interval(row, name)
-        found.append((f"{METRICS.get(name, name)}, {row['dataset']}, {row['weights']}", f"{value:.1%}", between))
+        found.append((f"{METRICS.get(name, name)}, {evaluated(row)}", f"{value:.1%}", between))
     speeds = [value for value in run.metrics.get("samples_per_s") if isfinite(value)]
     if speeds:
         found.append(("samples per second", number(median(speeds)), "median of the logged steps"))
@@ -259,6 +260,12 @@ def tiles(run: RunFacts, attempts: list[Attempt], sums: dict[str, float], events
     incidents = sum(event.count for event in events if event.kind == happened.INCIDENT)
     found.append(("incidents", f"{incidents:,}", "on the time line below" if incidents else ""))
     return found
+
+
+def evaluated(row: dict[str, Any]) -> str:
+    """What an evaluation is of: set and weights, and the task of a probe, whose metric has a zero-shot name."""
+    task = f", {row['task'].replace('_', ' ')}" if row["task"] in run_files.PROBES else ""
+    return f"{row['dataset']}{task}, {row['weights']}"
 
 
 def best_rows(run: RunFacts) -> list[dict[str, Any]]:
@@ -323,7 +330,7 @@ def charts(id: str, run: RunFacts) -> dict[str, list[Chart]]:
 
 
 def evaluations(id: str, run: RunFacts) -> list[Chart | None]:
-    """A chart a metric: each set and weights a line, and chance where the number of classes is known."""
+    """A chart a metric: each set, probe and weights a line, and chance where the number of classes is known."""
     chances = {row["dataset"]: 1 / len(row["per_class"]) for row in run.classes if row["per_class"]}
     found: list[Chart | None] = []
     names = dict.fromkeys(name for row in run.evaluations for name in row["metrics"] if name in METRICS)
@@ -333,7 +340,7 @@ def evaluations(id: str, run: RunFacts) -> list[Chart | None]:
             value = row["metrics"].get(name)
             if is_measured(value):
                 point = (float(row["step"]), float(value), float(value), float(value))
-                lines.setdefault(f"{row['dataset']}, {row['weights']}", []).append(point)
+                lines.setdefault(evaluated(row), []).append(point)
         if name == "acc1":
             first, last = span_of(run)
             for dataset, chance in chances.items():
@@ -404,7 +411,7 @@ def classes(row: dict[str, Any], most: int = 1000) -> dict[str, Any]:
     listed = row.get("confusions")
     pairs = [pair for pair in listed if isinstance(pair, dict)] if isinstance(listed, list) else []
     return {
-        "title": f"{row['dataset']}, {row['weights']}, step {row['step']}",
+        "title": f"{evaluated(row)}, step {row['step']}",
         "classes": counts[:most],
         "confusions": [tuple(str(pair.get(key, "")) for key in ("true", "predicted", "count", "of")) for pair in pairs],
         "matrix": matrix(row.get("confusion_matrix"), list(row["per_class"])),
@@ -459,7 +466,7 @@ def compare(runs: list[RunFacts]) -> list[Chart]:
                 value = row["metrics"].get(metric)
                 if is_measured(value):
                     point = (float(row["step"]), float(value), float(value), float(value))
-                    lines.setdefault(f"{name}: {row['dataset']}, {row['weights']}", []).append(point)
+                    lines.setdefault(f"{name}: {evaluated(row)}", []).append(point)
         drawn.append(draw(f"all-{metric}", METRICS[metric], "", lines.items(), steps=span, from_zero=True))
     drawn.append(
         draw(

@@ -177,7 +177,8 @@ def test_an_evaluation_at_chance(tmp_path: Path) -> None:
         row = describe(
             predicted, (predicted != np.arange(1000) % 10).astype(int), np.arange(1000) % 10, None, "student", data, 400
         )
-        for name, lines in evaluation_lines([row]).items():
+        older, probe = row | {"step": 40, "metrics": {"acc1": 0.3}}, row | {"task": "knn", "metrics": {"acc1": 0.9}}
+        for name, lines in evaluation_lines([row, older, probe]).items():  # neither is the run's last accuracy
             (run / name).write_bytes(lines)
         found = worst(run, "evaluation")["evaluation"]
-        assert found.status == status and "chance 0.1000" in found.found
+        assert found.status == status and f"acc1 {hits / 1000:.4f} at step 400, chance 0.1000" in found.found

@@ -11,8 +11,9 @@ from amclip_ds import cli
 from amclip_ds.errors import RunStopped, UserError
 from amclip_ds.jsonl import encode, read_lines
 from amclip_ds.plain_yaml import flat
+from amclip_ds.record import evaluation_lines
 from amclip_ds.report import charts, events
-from amclip_ds.report.page import differences, marks, page, write_report
+from amclip_ds.report.page import classes, differences, evaluations, marks, page, tiles, write_report
 from amclip_ds.report.read import read_run
 from amclip_ds.report.time_spent import attempts_of, goodput, total
 from amclip_ds.run_folder import write_verdict_at_end
@@ -48,6 +49,29 @@ def test_an_evaluation_before_training_is_counted_once(tmp_path: Path) -> None:
     attempt = attempts_of(read_run(run))[1]
     assert attempt.seconds["start"] == pytest.approx(12) and attempt.seconds["evaluate"] == pytest.approx(13)
     assert sum(attempt.seconds.values()) == pytest.approx(attempt.wall_s) == pytest.approx(95)
+
+
+def test_the_last_evaluation_is_of_the_newest_step_and_a_probe_is_named(tmp_path: Path) -> None:
+    """Also where `amclip eval` evaluates an older checkpoint later, or a probe, whose accuracy has the same name."""
+    run = eventful(tmp_path / "run")
+    rows = [
+        {"step": step, "weights": "student", "dataset": "pets", "task": task, "metrics": {"acc1": step / 100}}
+        | {"main_metric": "acc1", "per_class": {"a": [1, 2], "b": [step, 100]}}
+        for step, task in [(n, "zeroshot_classification") for n in (20, 40, 30)] + [(n, "knn") for n in (25, 15)]
+    ]
+    for name, lines in evaluation_lines(rows).items():
+        (run / name).write_bytes(lines)
+    facts = read_run(run)
+    attempts = attempts_of(facts)
+    shown = {name: value for name, value, _ in tiles(facts, attempts, total(attempts), []) if name.startswith("top-1")}
+    assert shown == {"top-1 accuracy, pets, student": "40.0%", "top-1 accuracy, pets, knn, student": "25.0%"}
+    chart = next(chart for chart in evaluations("r", facts) if chart)
+    last = {line.name: line.last for line in chart.lines if "pets, " in line.name and "chance" not in line.name}
+    assert last == {"pets, student": 0.4, "pets, knn, student": 0.25}
+    assert [row["step"] for row in facts.evaluations] == [15, 20, 25, 30, 40]
+    assert {classes(row)["title"] for row in facts.classes} == {"pets, student, step 40", "pets, knn, student, step 25"}
+    both = page([facts, read_run(eventful(tmp_path / "other"))])
+    assert "run: pets, knn, student" in both and "run: pets, student" in both
 
 
 def test_every_event_has_its_cause_and_effect(run: Path) -> None:
