@@ -5,6 +5,7 @@ A speed is never carried to a GPU on which nothing was measured; --mfu or --prob
 
 import difflib
 import math
+import re
 from dataclasses import dataclass, fields
 from functools import cache
 
@@ -107,6 +108,15 @@ def gpu_of(name: str) -> Gpu:
     near = alike or difflib.get_close_matches(word, GPUS, n=1, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(GPUS)}"
     raise UserError(f"--gpu {name}: not known; {hint} (for another: one like it, --gpu-memory and --mfu)")
+
+
+def kind_of(name: str, memory_gib: float) -> Gpu | None:
+    """The kind of a GPU by what its driver calls it (`NVIDIA H100 NVL`), of kinds that differ in memory the nearest;
+    None where none is known. Whole words: an L40S is no L4."""
+    words = re.findall("[a-z0-9]+", name.lower())
+    words += [first + second for first, second in zip(words, words[1:])]  # GeForce RTX 4090
+    alike = [gpu for key, gpu in GPUS.items() if key.split("-")[0] in words]
+    return min(alike, key=lambda gpu: abs(gpu.memory_gib - memory_gib), default=None)
 
 
 @dataclass(frozen=True)
