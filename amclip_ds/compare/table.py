@@ -13,6 +13,7 @@ from amclip_ds.compare.runs import Run
 from amclip_ds.jsonl import is_number, read_lines
 from amclip_ds.plots import pyplot
 from amclip_ds.record import read_verdict
+from amclip_ds.record.timeline import world_sizes
 
 WARM_SHARE = 0.1  # of a run's first rows: the clock has not settled
 
@@ -155,8 +156,7 @@ def _steps_in(parts: Sequence[tuple[int, float]], seconds: float) -> float:
 
 def _costs(folder: Path, rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
     """(step, TFLOP of a step on all ranks) of a run's rows; a row has the TFLOP/s of a rank."""
-    starts = read_lines(folder / run_files.TIMELINE, run_files.EVENT | {"world_size": int}, run_files.MAX_METRICS)
-    worlds = {row["attempt"]: row["world_size"] for row in starts if row["event"] == "start"}
+    worlds = world_sizes(folder)
     return [
         (row["step"], row["tflops"] * row["step_s"] * worlds[row["attempt"]])
         for row in rows
