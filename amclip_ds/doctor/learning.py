@@ -56,9 +56,10 @@ def checks(run: Path) -> dict[str, Check]:
 
 def _ending(run: Path) -> Iterator[Finding]:
     from amclip_ds.record import read_verdict
+    from amclip_ds.report.incidents import each_once
 
     verdict = read_verdict(run)
-    kinds = Counter(row["kind"] for row in each(run / run_files.INCIDENTS, {"kind": str}))
+    kinds = Counter(row["kind"] for row in each_once(each(run / run_files.INCIDENTS, run_files.INCIDENT)))
     listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(6)) or "no incidents"
     if verdict is None:
         yield Finding("ending", OK, f"it runs, or ended without a word; {listed}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from amclip_ds import run_files
 from amclip_ds.errors import DONE, FAULT, INTERRUPTED, MISTAKE, STOPPED_ITSELF, TO_REQUEUE
-from amclip_ds.report.incidents import effect_of
+from amclip_ds.report.incidents import cause_of, effect_of
 from amclip_ds.report.read import RunFacts, number_in
 from amclip_ds.report.time_spent import Attempt
 
@@ -146,7 +146,7 @@ def _incidents(run: RunFacts) -> list[Event]:
     """Those that are alike are one; of samples the first is the example."""
     found = []
     for held in run.incidents.alike.values():
-        row, cause, command = held.first, held.first["cause"], ""
+        row, cause, command = held.first, cause_of(held.first), ""
         if row["kind"] in run_files.OF_A_BATCH:
             command = shlex.join(["amclip", "samples", str(run.folder), str(row["step"]), "--worst", str(WORST)])
         if row.get("shard"):

@@ -29,7 +29,7 @@ from amclip_ds.report.read import COUNTED, RunFacts, Series, is_measured, read_r
 from amclip_ds.report.time_spent import PARTS, Attempt, attempts_of, goodput, total
 
 HERE = Path(__file__).parent
-MAX_EVENTS = 400  # rows of the time line; of those that repeat themselves the first are kept
+MAX_EVENTS = 400  # rows of the time line
 MAX_LOSSES = 200
 BY_ATTEMPT = tuple(part for part in PARTS if part != "between")
 MARKS = 80  # of one kind, at a chart
@@ -90,6 +90,8 @@ class RunPage:
     """key, name, seconds, share: where the time went"""
     goodput: float | None
     slow_ranks: list[Event]
+    num_slow: int
+    """with those that are left out"""
     losses: list[happened.Loss]
     num_losses: int
     classes: list[dict[str, Any]]
@@ -207,6 +209,7 @@ def run_page(id: str, run: RunFacts) -> RunPage:
     sums = total(attempts)
     whole = sum(sums.values()) or 1.0
     losses = happened.lost_samples(run)
+    slow = [event for event in events if event.what == "straggler"]
     shown = shorten(events)
     return RunPage(
         id=id,
@@ -222,7 +225,8 @@ def run_page(id: str, run: RunFacts) -> RunPage:
         num_hidden=len(events) - len(shown),
         parts=[(key, PARTS[key], seconds, seconds / whole) for key, seconds in sums.items() if seconds > 0],
         goodput=goodput(sums),
-        slow_ranks=[event for event in events if event.what == "straggler"],
+        slow_ranks=outermost(slow, MAX_LOSSES),
+        num_slow=len(slow),
         losses=losses[:MAX_LOSSES],
         num_losses=len(losses),
         classes=[classes(row) for row in run.classes],
@@ -390,14 +394,22 @@ def marks(run: RunFacts, events: list[Event]) -> list[Mark]:
 
 
 def shorten(events: list[Event]) -> list[Event]:
-    """The events, or as many as a page can bear: saves and evaluations go first, from the middle on."""
-    if len(events) <= MAX_EVENTS:
-        return events
-    rare = [event for event in events if event.kind not in (happened.SAVE, happened.EVALUATION)][:MAX_EVENTS]
-    room = MAX_EVENTS - len(rare)
-    common = [event for event in events if event.kind in (happened.SAVE, happened.EVALUATION)]
-    kept = {id(event) for event in [*rare, *common[: room // 2], *common[len(common) - (room - room // 2) :]]}
+    """The events, or as many as a page can bear: saves and evaluations go first, then incidents, from the middle on;
+    at most half of the page is starts and ends."""
+    kept: set[int] = set()
+    for kinds, room in (
+        ((happened.START, happened.END), MAX_EVENTS // 2),
+        ((happened.INCIDENT,), MAX_EVENTS),
+        ((happened.SAVE, happened.EVALUATION), MAX_EVENTS),
+    ):
+        alike = [event for event in events if event.kind in kinds]
+        kept |= {id(event) for event in outermost(alike, room - len(kept))}
     return [event for event in events if id(event) in kept]
+
+
+def outermost(events: list[Event], most: int) -> list[Event]:
+    """The first and the last of them."""
+    return events if len(events) <= most else [*events[: most - most // 2], *events[len(events) - most // 2 :]]
 
 
 def classes(row: dict[str, Any], most: int = 1000) -> dict[str, Any]:

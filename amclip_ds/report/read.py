@@ -12,7 +12,7 @@ from amclip_ds import jsonl, plain_yaml, run_files
 from amclip_ds.errors import UserError
 from amclip_ds.files import not_read, read_json
 from amclip_ds.record import read_verdict
-from amclip_ds.report.incidents import Incidents
+from amclip_ds.report.incidents import Incidents, each_once
 
 COUNTED = ("updates", "samples_seen", "attempt", "epoch", "time")  # numbers of a metrics row that are no measurement
 ALIVE_S = 180.0  # a run that wrote something so lately is still at work
@@ -102,7 +102,7 @@ def read_run(folder: Path) -> RunFacts:
     for row in rows(jsonl.superseded(run_files.METRICS), run_files.STEP):
         set_aside.add(row)
     incidents = Incidents()
-    for row in rows(run_files.INCIDENTS, run_files.INCIDENT):
+    for row in each_once(rows(run_files.INCIDENTS, run_files.INCIDENT)):
         incidents.add(row)
     verdict, last_write = read_verdict(folder), _last_write(folder)
     return RunFacts(

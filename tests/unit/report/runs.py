@@ -41,7 +41,7 @@ def event(run: Path, at: float, attempt: int, step: int, name: str, **facts: obj
     append_line(run / "timeline.jsonl", {"time": at, "attempt": attempt, "step": step, "event": name} | facts)
 
 
-def incident(run: Path, at: float, attempt: int, step: int, kind: str, cause: str, **facts: str) -> None:
+def incident(run: Path, at: float, attempt: int, step: int, kind: str, cause: str, **facts: object) -> None:
     append_line(
         run / "incidents.jsonl",
         {

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,23 @@ from amclip_ds.jsonl import encode, read_lines
 from amclip_ds.plain_yaml import flat
 from amclip_ds.record import evaluation_lines
 from amclip_ds.report import charts, events
-from amclip_ds.report.page import classes, differences, evaluations, marks, page, tiles, write_report
+from amclip_ds.report.page import (
+    MAX_EVENTS,
+    MAX_LOSSES,
+    classes,
+    differences,
+    evaluations,
+    marks,
+    page,
+    run_page,
+    shorten,
+    tiles,
+    write_report,
+)
 from amclip_ds.report.read import read_run
 from amclip_ds.report.time_spent import attempts_of, goodput, total
 from amclip_ds.run_folder import write_verdict_at_end
-from tests.unit.report.runs import event, eventful, incident, long, metrics_row
+from tests.unit.report.runs import EPOCH, event, eventful, incident, long, metrics_row
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +131,41 @@ def test_many_samples_of_one_kind_are_held_as_one(tmp_path: Path) -> None:
     assert [loss.count for loss in events.lost_samples(run)] == [2500, 2500, 3]
     marked = [mark.text for mark in marks(run, []) if mark.kind == events.INCIDENT]
     assert sum(int((re.search(r"\((\d+)\)$", text) or [0, 1])[1]) for text in marked) == 5004
+
+
+def test_what_befell_a_whole_batch_is_one_incident(tmp_path: Path) -> None:
+    """Every rank lists its samples where none is to blame. Steps of one cause are one row."""
+    folder = eventful(tmp_path / "run")
+    for step in (60, 61):
+        for rank in range(4):
+            facts = {"rank": rank, "action": "skipped on all ranks", "key": str(rank)}
+            incident(folder, 0, 1, step, "non_finite_gradient", f"step {step}: summed over the ranks", **facts)
+    run = read_run(folder)
+    assert run.incidents.at_steps["non_finite_gradient", 60] == 1
+    found = events.events_of(run, attempts_of(run))
+    gradient = next(event for event in found if event.what == "non finite gradient")
+    assert (gradient.step, gradient.until, gradient.count, gradient.cause) == (60, 61, 2, "summed over the ranks")
+    shown = {name: value for name, value, _ in tiles(run, [], total([]), found)}
+    assert shown["incidents"] == "6", "3 samples, a loss, 2 gradients"
+
+
+def test_a_short_time_line_has_every_start_and_end_and_the_newest_incidents(tmp_path: Path) -> None:
+    folder = eventful(tmp_path / "run")
+    for step in range(1, 1000):
+        incident(folder, EPOCH + 20 + step / 100, 0, step, "loss_spike", f"step {step}: loss {step} leapt over 1")
+        incident(folder, EPOCH + 182 + step / 100, 1, step, "straggler", f"rank {step} is slow")
+    run = read_run(folder)
+    found = events.events_of(run, attempts_of(run))
+    shown = shorten(found)
+    assert len(found) > 2000 and len(shown) == MAX_EVENTS and shown == sorted(shown, key=found.index)
+    kinds = [event.kind for event in shown]
+    assert kinds.count(events.START) == 2 and kinds.count(events.END) == 2
+    assert {"loss 1 leapt over 1", "rank 999 is slow"} <= {event.cause for event in shown}
+    made = run_page("r", run)
+    assert len(made.slow_ranks) == MAX_LOSSES and made.num_slow == 999
+    assert f"{999 - MAX_LOSSES} more rows are in" in page([run])
+    many = [replace(event, kind=events.START) for event in found]
+    assert len(shorten(many)) == MAX_EVENTS // 2, "a run that starts again and again"
 
 
 @pytest.mark.parametrize(
