@@ -15,6 +15,7 @@ from amclip_ds.plain_yaml import flat
 from amclip_ds.record import evaluation_lines
 from amclip_ds.report import charts, events
 from amclip_ds.report.page import (
+    HERE,
     MAX_EVENTS,
     MAX_LOSSES,
     classes,
@@ -28,7 +29,7 @@ from amclip_ds.report.page import (
     write_report,
 )
 from amclip_ds.report.read import read_run
-from amclip_ds.report.time_spent import attempts_of, goodput, total
+from amclip_ds.report.time_spent import PARTS, attempts_of, goodput, total
 from amclip_ds.run_folder import write_verdict_at_end
 from tests.unit.report.runs import EPOCH, event, eventful, incident, long, metrics_row
 
@@ -50,6 +51,11 @@ def test_time_adds_up_to_the_clock(run: Path) -> None:
     sums = total(attempts)
     assert sums["between"] == pytest.approx(100) and sum(sums.values()) == pytest.approx(72 + 100 + 95)
     assert goodput(sums) == pytest.approx(0.9 * 100 / 267)
+
+
+def test_every_part_of_the_time_has_its_colour() -> None:
+    style = (HERE / "page.css").read_text()
+    assert [part for part in PARTS if f".t-{part} {{ background:" not in style] == []
 
 
 def test_an_evaluation_before_training_is_counted_once(tmp_path: Path) -> None:
