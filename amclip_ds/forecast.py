@@ -12,7 +12,7 @@ from amclip_ds.engine.student import StudentEngine
 from amclip_ds.engine.teacher import Teacher
 from amclip_ds.errors import UserError
 from amclip_ds.plan import work
-from amclip_ds.plan.gpus import GPUS, Gpu, rate_of
+from amclip_ds.plan.gpus import Gpu, kind_of, rate_of
 from amclip_ds.plan.model_state import state_of
 from amclip_ds.plan.planner import GIB, memory_of
 from amclip_ds.ranks.runtime import Runtime
@@ -26,9 +26,8 @@ def device_of(runtime: Runtime) -> Gpu | None:
     if runtime.device.type != "cuda":
         return None
     found = torch.cuda.get_device_properties(runtime.device)
-    name = found.name.lower().replace(" ", "-")
-    known = next((gpu for key, gpu in GPUS.items() if key.split("-")[0] in name), None)
     memory = found.total_memory / GIB
+    known = kind_of(found.name, memory)
     return Gpu(
         known.name if known else found.name, memory, *((known.peak_tflops, known.watts) if known else (None, None))
     )

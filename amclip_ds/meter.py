@@ -47,7 +47,9 @@ class Meter:
         self._wait_s, self._steps, self._tokens, self._began = 0.0, 0, 0.0, time.perf_counter()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time spent waiting for each is noted."""
+        """The same batches; the time spent waiting for each is noted. The clock begins with the first: what is between
+        the engines and it (a checkpoint to resume, an evaluation to make up) is no step's."""
+        self._restart()
         while True:
             began = time.perf_counter()
             try:

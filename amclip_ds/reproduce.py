@@ -22,7 +22,8 @@ from amclip_ds.config import TrainConfig
 from amclip_ds.doctor import FAIL, OK, WARN, Finding
 from amclip_ds.errors import UserError, in_one_line
 from amclip_ds.files import MAX_TEXT, is_regular, not_written, read_bytes, read_json, read_text, removed_on_error
-from amclip_ds.jsonl import encode, read, superseded
+from amclip_ds.jsonl import each, encode, read, superseded
+from amclip_ds.record.timeline import world_sizes
 from amclip_ds.run_files import MAX_METRICS, STEP
 
 EXACT = ("torch", "deepspeed", "numpy", "timm", "transformers", "torchvision", "simplejpeg")  # they change the bits
@@ -183,8 +184,19 @@ def _world(run: Path, config: TrainConfig) -> Iterator[Finding]:
         yield Finding("world", OK, f"{world} ranks, {config.engine.deepspeed}: another number is the same to rounding")
 
 
+def first_attempt(run: Path) -> int:
+    """The attempt that made the run's first steps: a start without a checkpoint (`--resume never`, or an end before the
+    first save) throws those of the attempts before it away."""
+    if not is_regular(run / run_files.METRICS):
+        return 0
+    rows = each(run / run_files.METRICS, STEP | {"attempt": int})
+    return next((row["attempt"] for row in rows), 0)
+
+
 def first_world(run: Path) -> int | None:
-    """The ranks of the run's first attempt."""
+    """The ranks of the attempt that made the run's first steps."""
+    if is_regular(run / run_files.TIMELINE) and (known := world_sizes(run).get(first_attempt(run))):
+        return known
     if is_regular(run / run_files.LOG):
         found = WORLD.search(read_bytes(run / run_files.LOG, 1 << 30)[: 1 << 16].decode(errors="replace"))
         if found:
@@ -199,14 +211,15 @@ def first_world(run: Path) -> int | None:
 
 
 def first_rows(run: Path, steps: int) -> list[dict[str, Any]]:
-    """The recorded rows of the first attempt, up to a step. Raises UserError where there are none."""
+    """The recorded rows of the attempt that made them first, up to a step. Raises UserError where there are none."""
     rows: list[dict[str, Any]] = []
     for name in (run_files.METRICS, superseded(run_files.METRICS)):
         if is_regular(run / name):
             rows += read(run / name, STEP, MAX_METRICS)[0]
-    found = {row["step"]: row for row in rows if row.get("attempt") == 0 and row["step"] <= steps}
+    attempt = first_attempt(run)
+    found = {row["step"]: row for row in rows if row.get("attempt") == attempt and row["step"] <= steps}
     if not found:
-        raise UserError(f"{run}: records no step up to {steps} of its first attempt; give a larger --steps")
+        raise UserError(f"{run}: records no step up to {steps} of attempt {attempt}, its first; give a larger --steps")
     return [found[step] for step in sorted(found)]
 
 
@@ -312,6 +325,9 @@ def pack(run: Path, own: list[str], capsule: Path) -> int:
     if run_files.PLAN not in parts and world is not None:
         parts[run_files.PLAN] = json.dumps({"predicted": {"world_size": world}}).encode()
     parts[run_files.METRICS] = b"".join(encode(row) for row in _first(run, run_files.METRICS))
+    if is_regular(run / run_files.TIMELINE):
+        starts = read(run / run_files.TIMELINE, run_files.EVENT, MAX_METRICS)[0]
+        parts[run_files.TIMELINE] = b"".join(encode(row) for row in starts if row["event"] == "start")
     parts[run_files.SAMPLE_IDS] = b"".join(encode(row) for row in _first(run, run_files.SAMPLE_IDS))
     for file in own:
         if file.endswith(".py"):

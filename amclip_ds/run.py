@@ -258,9 +258,10 @@ def open_record(
 
 
 @contextmanager
-def saving(meter: Meter, watchdog: Watchdog, timeline: Timeline) -> Iterator[None]:
-    """While training waits for a save: no step's time, and watched by the limit of long phases."""
-    with meter.paused(), watchdog.during("save"), timeline.during("save"):
+def saving(meter: Meter, watchdog: Watchdog, timeline: Timeline, event: str) -> Iterator[None]:
+    """While training waits for a save: no step's time, and watched by the limit of long phases. event: save | commit,
+    as the time line has it."""
+    with meter.paused(), watchdog.during("save"), timeline.during(event):
         yield
 
 

@@ -46,7 +46,7 @@ class RunCheckpoints:
     """Saves and restores one run. As a context it ends with the last save committed.
 
     before_commit: called on rank 0 before each commit; what it raises (OwnershipLost) aborts the save everywhere.
-    pausing: entered around what training waits for.
+    pausing: entered around what training waits for. See Saver.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RunCheckpoints:
         data_contents: str,
         hashes: Mapping[str, str],
         before_commit: Callable[[], None] = lambda: None,
-        pausing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        pausing: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._folder, self._config, self._ranks, self._record = folder, config, ranks, record
         self._student, self._teacher, self._guards, self._attempt = student, teacher, guards, attempt

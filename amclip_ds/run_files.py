@@ -75,6 +75,9 @@ STEPPED = (METRICS, SAMPLE_IDS, EVALUATIONS, CLASSES, MASKS)
 STEP: dict[str, type] = {"step": int}
 """What every row of metrics.jsonl, eval.jsonl and sample_ids.jsonl has."""
 EVALUATION: dict[str, type] = STEP | {"weights": str, "dataset": str, "task": str, "metrics": dict}
+PROBES = ("linear_probe", "knn")
+"""Tasks of rows that `amclip eval` alone makes: a classifier learnt on the features, whose accuracy has the name of a
+zero-shot one and is another number."""
 OF_CLASSES: dict[str, type] = STEP | {"weights": str, "dataset": str, "task": str, "per_class": dict}
 INCIDENT: dict[str, type] = STEP | {"kind": str, "cause": str, "attempt": int}
 OF_A_BATCH = LOSS_SPIKE, NON_FINITE_LOSS, NON_FINITE_GRADIENT = "loss_spike", "non_finite_loss", "non_finite_gradient"

@@ -86,9 +86,9 @@ def table(path: Path, out: Path) -> list[dict[str, Any]]:
         evaluations, more = read(run / run_files.EVALUATIONS, run_files.EVALUATION)
         row = {"run": index, **overrides, "code": _code_of(note)}
         row |= {name: metrics[-1].get(name) if metrics else None for name in ("step", "loss")}
-        for line in evaluations:  # later lines win: the newest evaluation
+        for line in sorted(evaluations, key=lambda line: line["step"]):  # later lines win: the newest evaluation
             for metric in ("acc1", "image_retrieval_recall@1"):
-                if metric in line["metrics"]:
+                if metric in line["metrics"] and line["task"] not in run_files.PROBES:
                     row[f"{line['weights']} {line['dataset']} {metric}"] = line["metrics"][metric]
         rows.append(row | ({"unreadable lines": unreadable + more} if unreadable + more else {}))
     return rows

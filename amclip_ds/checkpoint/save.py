@@ -59,7 +59,7 @@ class Saver:
 
     say: one line for people. incident: (kind, cause, action) for incidents.jsonl. before_commit: called on rank 0 right
     before the rename; an AmclipError that it raises aborts the save and is raised on every rank. pausing: entered
-    around whatever training waits for.
+    around whatever training waits for, with "save", or "commit" where it is the end of one that is under way.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Saver:
         say: Callable[[str], None] = print,
         incident: Callable[[str, str, str], None] = lambda kind, cause, action: None,
         before_commit: Callable[[], None] = lambda: None,
-        pausing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        pausing: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.checkpoints, self.config, self.ranks, self._pausing = checkpoints, config, ranks, pausing
         self._say, self._incident, self._before_commit = say, incident, before_commit
@@ -97,7 +97,7 @@ class Saver:
         if not is_due:
             return
         try:
-            with self._pausing():
+            with self._pausing("save"):
                 self.save(step, describe_state(), wait=is_last)
         except SaveFailed as error:
             if is_last:
@@ -124,13 +124,13 @@ class Saver:
     def settle(self) -> None:
         """Waits for a save under way. One that fails is recorded, as in `after_step`."""
         if self._pending:
-            with self._pausing():
+            with self._pausing("commit"):
                 self._finish_previous()
 
     def finish(self) -> None:
         """Waits for a save under way and for removals. Raises SaveFailed."""
         if self._pending:
-            with self._pausing():
+            with self._pausing("commit"):
                 self._finish_pending()
         if self._purge:
             self._purge.join()
@@ -276,7 +276,7 @@ class Saver:
         by_clock = config.every_minutes is not None and time.monotonic() > self._saved_at + 60.0 * config.every_minutes
         is_done, by_clock = self.ranks.all_true_each(is_done, by_clock or not self.ranks.is_main)
         if pending is not None and is_done:
-            with self._pausing():
+            with self._pausing("commit"):
                 self._finish_previous()
         return by_steps or (by_clock and config.every_minutes is not None)
 

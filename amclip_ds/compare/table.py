@@ -13,6 +13,7 @@ from amclip_ds.compare.runs import Run
 from amclip_ds.jsonl import is_number, read_lines
 from amclip_ds.plots import pyplot
 from amclip_ds.record import read_verdict
+from amclip_ds.record.timeline import world_sizes
 
 WARM_SHARE = 0.1  # of a run's first rows: the clock has not settled
 
@@ -93,7 +94,7 @@ def read_outcome(run: Run) -> Outcome:
     rows = _rows(run.folder / run_files.METRICS, run_files.STEP)
     peaks = [row["peak_memory_gib"] for row in rows if is_number(row.get("peak_memory_gib"))]
     evaluations = _rows(run.folder / run_files.EVALUATIONS, run_files.EVALUATION)
-    evaluations = [row for row in evaluations if row["step"] <= run.steps]
+    evaluations = [row for row in evaluations if row["step"] <= run.steps and row["task"] not in run_files.PROBES]
     sets = list(dict.fromkeys(row["dataset"] for row in evaluations))
     metrics: dict[str, float] = {}
     for row in evaluations:
@@ -155,8 +156,7 @@ def _steps_in(parts: Sequence[tuple[int, float]], seconds: float) -> float:
 
 def _costs(folder: Path, rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
     """(step, TFLOP of a step on all ranks) of a run's rows; a row has the TFLOP/s of a rank."""
-    starts = read_lines(folder / run_files.TIMELINE, run_files.EVENT | {"world_size": int}, run_files.MAX_METRICS)
-    worlds = {row["attempt"]: row["world_size"] for row in starts if row["event"] == "start"}
+    worlds = world_sizes(folder)
     return [
         (row["step"], row["tflops"] * row["step_s"] * worlds[row["attempt"]])
         for row in rows

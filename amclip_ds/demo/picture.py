@@ -58,7 +58,7 @@ def draw_curves(run: Path, file: Path, control: Path | None = None) -> None:
         rows = [
             row
             for row in read_lines(of / run_files.EVALUATIONS, run_files.EVALUATION)
-            if row["weights"] == weights and "acc1" in row["metrics"]
+            if row["weights"] == weights and row["task"] == "zeroshot_classification"
         ]
         accuracy.plot([row["step"] for row in rows], [row["metrics"]["acc1"] for row in rows], "o-", label=label)
     accuracy.set_title("zero-shot top-1 on held-out data")

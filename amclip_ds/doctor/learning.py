@@ -56,9 +56,10 @@ def checks(run: Path) -> dict[str, Check]:
 
 def _ending(run: Path) -> Iterator[Finding]:
     from amclip_ds.record import read_verdict
+    from amclip_ds.report.incidents import each_once
 
     verdict = read_verdict(run)
-    kinds = Counter(row["kind"] for row in each(run / run_files.INCIDENTS, {"kind": str}))
+    kinds = Counter(row["kind"] for row in each_once(each(run / run_files.INCIDENTS, run_files.INCIDENT)))
     listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(6)) or "no incidents"
     if verdict is None:
         yield Finding("ending", OK, f"it runs, or ended without a word; {listed}")
@@ -200,7 +201,13 @@ def _gradients(rows: list[dict[str, Any]], config: TrainConfig) -> Iterator[Find
 
 def _evaluation(run: Path, rows: list[dict[str, Any]], config: TrainConfig) -> Iterator[Finding]:
     found, _ = read(run / run_files.EVALUATIONS, run_files.EVALUATION)
-    made = [row for row in found if isinstance(row["metrics"].get("acc1"), float | int) and row["step"] > 0]
+    made = [
+        row
+        for row in sorted(found, key=lambda row: row["step"])  # an older checkpoint may be evaluated later
+        if isinstance(row["metrics"].get("acc1"), float | int)
+        and row["step"] > 0
+        and row["task"] not in run_files.PROBES
+    ]
     if not made:
         yield Finding("evaluation", OK, "none with an accuracy (eval.data; amclip eval)")
         return

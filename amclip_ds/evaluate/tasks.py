@@ -6,8 +6,7 @@ from amclip_ds.comm import Comm
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import ASSOCIATION, CLASSIFICATION, RETRIEVAL, EvalSet, open_set
 from amclip_ds.evaluate.encoder import Encoder
-
-PROBES = ("linear_probe", "knn")
+from amclip_ds.run_files import PROBES
 
 
 def run_task(

@@ -14,6 +14,7 @@ from amclip_ds.files import read_json
 from amclip_ds.hub import HUB
 from amclip_ds.jsonl import read, read_lines
 from amclip_ds.masks import NONE, masks_of_views
+from amclip_ds.record.timeline import world_sizes
 from amclip_ds.redact import redact
 
 LOADING = {
@@ -177,9 +178,15 @@ def _energy(located: Located) -> str:
         return "FILL IN: device-hours and energy; nothing is recorded here."
     steps = [min(row["step"], located.step) for row in rows]
     spent = [max(0, step - before) for before, step in zip([0, *steps], steps)]
-    hours = sum(count * row["step_s"] for count, row in zip(spent, rows)) * devices / 3600
+    worlds = world_sizes(located.run) if located.run else {}
+    attempts = [row["attempt"] if type(row.get("attempt")) is int else -1 for row in rows]
+    ranks = [worlds.get(attempt, devices) for attempt in attempts]  # each may have another number of them
+    hours = sum(count * row["step_s"] * world for count, row, world in zip(spent, rows, ranks)) / 3600
+    used = " and ".join(map(str, dict.fromkeys(world for count, world in zip(spent, ranks) if count)))
     name = planned.get("device")
-    reported = f"{hours:.3g} device-hours of steps on {devices} {code(str(name)) if name else 'processes on CPUs'}"
+    reported = (
+        f"{hours:.3g} device-hours of steps on {used or devices} {code(str(name)) if name else 'processes on CPUs'}"
+    )
     if isinstance(watts, int | float):
         reported += f"; at full power of the boards ({watts:g} W each) {hours * watts / 1000:.3g} kWh"
     return f"{reported}. Hosts, network, cooling, evaluations and attempts that were thrown away are not in it."

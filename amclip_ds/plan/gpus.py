@@ -5,11 +5,12 @@ A speed is never carried to a GPU on which nothing was measured; --mfu or --prob
 
 import difflib
 import math
+import re
 from dataclasses import dataclass, fields
 from functools import cache
 
 from amclip_ds import config as settings
-from amclip_ds.engine.ds_config import TOWER
+from amclip_ds.engine.ds_config import TOWER, is_offloaded, read_ds_config
 from amclip_ds.errors import UserError
 from amclip_ds.model.savings import Savings
 from amclip_ds.plan import work as step_work
@@ -109,6 +110,15 @@ def gpu_of(name: str) -> Gpu:
     raise UserError(f"--gpu {name}: not known; {hint} (for another: one like it, --gpu-memory and --mfu)")
 
 
+def kind_of(name: str, memory_gib: float) -> Gpu | None:
+    """The kind of a GPU by what its driver calls it (`NVIDIA H100 NVL`), of kinds that differ in memory the nearest;
+    None where none is known. Whole words: an L40S is no L4."""
+    words = re.findall("[a-z0-9]+", name.lower())
+    words += [first + second for first, second in zip(words, words[1:])]  # GeForce RTX 4090
+    alike = [gpu for key, gpu in GPUS.items() if key.split("-")[0] in words]
+    return min(alike, key=lambda gpu: abs(gpu.memory_gib - memory_gib), default=None)
+
+
 @dataclass(frozen=True)
 class Rate:
     """How fast a GPU executes this trainer's operations."""
@@ -133,8 +143,9 @@ def rate_of(gpu: Gpu, work: step_work.Work) -> Rate | None:
 
     None: nothing was measured on it.
     """
-    if work.bytes != 2:
-        return None  # everything was measured in bf16
+    ds = read_ds_config(work.config.engine)
+    if work.bytes != 2 or is_offloaded(ds, "offload_optimizer") or is_offloaded(ds, "offload_param"):
+        return None  # everything was measured in bf16, and on the device
     rows, factor = _nearest(gpu.name, work)
     if not rows:
         return None

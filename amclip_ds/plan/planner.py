@@ -177,8 +177,8 @@ class StagePlan:
     """What one ZeRO stage comes to."""
 
     stage: int
-    file: str
-    """of ds_configs, or a path"""
+    config: TrainConfig
+    """with this stage's DeepSpeed file"""
     memory: Memory
     fits: bool
     largest_per_gpu: int | None
@@ -187,8 +187,14 @@ class StagePlan:
     """of all ranks, without what runs twice"""
     executed_tflop: float
     step_s: float | None
+    """None where nothing was measured, and where no step is made since it does not fit"""
     communication_s: float | None
     rate: Rate | None
+
+    @property
+    def file(self) -> str:
+        """Of ds_configs, or a path."""
+        return self.config.engine.deepspeed
 
     def json(self, plan: "Plan") -> dict[str, Any]:
         """For a program; the design's contract."""
@@ -231,12 +237,14 @@ class Plan:
     recommended: int | None
     settings: list[str]
     """the key=value words that the recommendation adds"""
+    chosen: StagePlan
+    """the recommended stage with those words, else the configured one"""
     steps: int
     samples_source: str
     notes: list[str] = field(default_factory=list)
 
     def time_of(self, stage: StagePlan) -> dict[str, Any]:
-        """Speed, time and cost of a stage; None where nothing was measured."""
+        """Speed, time and cost of a stage; None where it has no time of a step."""
         names = ("samples_per_s", "hours", "node_hours", "gpu_hours", "kwh", "cost", "mfu")
         if stage.step_s is None:
             return dict.fromkeys(names)
@@ -253,15 +261,8 @@ class Plan:
             "mfu": None if peak is None else stage.tflop_per_step / stage.step_s / ask.gpus / peak,
         }
 
-    @property
-    def chosen(self) -> StagePlan:
-        """The recommended stage, else the configured one."""
-        if self.recommended is not None:
-            return self.stages[self.recommended]
-        return self.stages.get(stage_of(read_ds_config(self.config.engine)), next(iter(self.stages.values())))
-
     def json(self) -> dict[str, Any]:
-        """For a program: {"stages": {...}, "recommended": ..., ...}."""
+        """For a program: {"stages": {...}, "recommended": ..., "chosen": {...}, ...}."""
         ask, share = self.ask, settings.plan_batch(self.config.batch, self.ask.gpus)
         return {
             "gpu": ask.gpu.name,
@@ -272,6 +273,7 @@ class Plan:
             "stages": {str(number): stage.json(self) for number, stage in self.stages.items()},
             "recommended": None if self.recommended is None else str(self.recommended),
             "recommended_settings": self.settings,
+            "chosen": self.chosen.json(self),
             "impossible": {str(number): reason for number, reason in self.impossible.items()},
             "batch": {
                 "global": self.config.batch.global_size,
@@ -303,10 +305,18 @@ def make_plan(config: TrainConfig, ask: Ask) -> Plan:
         except UserError as error:
             impossible[number] = str(error)
             continue
-        stages[number] = _plan_stage(at_stage, ask, number, file)
+        stages[number] = _plan_stage(at_stage, ask, number)
     steps, source = _steps(config, ask)
-    recommended, words = _recommend(config, ask, stages)
-    plan = Plan(ask, config, stages, impossible, recommended, words, steps, source)
+    recommended, per_gpu = _recommend(config, ask, stages)
+    configured, words = stage_of(read_ds_config(config.engine)), []
+    chosen = stages.get(configured if recommended is None else recommended, next(iter(stages.values())))
+    if recommended not in (None, configured):
+        words.append(f"engine.deepspeed={chosen.file}")
+    if per_gpu is not None:
+        words.append(f"batch.per_gpu={per_gpu}")
+        split = dataclasses.replace(chosen.config, batch=dataclasses.replace(config.batch, per_gpu=per_gpu))
+        chosen = _plan_stage(split, ask, chosen.stage)
+    plan = Plan(ask, config, stages, impossible, recommended, words, chosen, steps, source)
     plan.notes = _notes(plan)
     return plan
 
@@ -323,23 +333,23 @@ def stage_files(config: TrainConfig) -> dict[int, str]:
     return files | {stage_of(ds): config.engine.deepspeed}
 
 
-def _plan_stage(config: TrainConfig, ask: Ask, number: int, file: str) -> StagePlan:
+def _plan_stage(config: TrainConfig, ask: Ask, number: int) -> StagePlan:
     step = work.work_of(config, ask.gpus, ask.text_tokens)
     memory = memory_of(step)
     flops = work.flops_of(step)
     rate = _rate(ask, step)
     communication = None if ask.bandwidth is None else communication_bytes(step) / ask.bandwidth
-    step_s = None if rate is None else rate.step_s(step) + (communication or 0.0)
     limit = ask.gpu.memory_gib * GIB
+    fits = memory.peak + memory.slack <= limit
     return StagePlan(
         number,
-        file,
+        config,
         memory,
-        memory.peak + memory.slack <= limit,
+        fits,
         largest_per_gpu(step, limit),
         flops.model * ask.gpus / work.TERA,
         flops.executed * ask.gpus / work.TERA,
-        step_s,
+        rate.step_s(step) + (communication or 0.0) if rate is not None and fits else None,
         communication,
         rate,
     )
@@ -397,26 +407,23 @@ def _steps(config: TrainConfig, ask: Ask) -> tuple[int, str]:
     return settings.count_steps(config, samples // config.batch.global_size), source
 
 
-def _recommend(config: TrainConfig, ask: Ask, stages: dict[int, StagePlan]) -> tuple[int | None, list[str]]:
-    """The stage to take, and the settings that it needs; None: nothing fits.
+def _recommend(config: TrainConfig, ask: Ask, stages: dict[int, StagePlan]) -> tuple[int | None, int | None]:
+    """The stage to take, None: nothing fits; and the batch.per_gpu that it needs, None: the configured one.
 
     The lower stage communicates less. A bf16 run is not sent to stage 0, which is fp32 alone.
     """
     is_bf16 = bool(read_ds_config(config.engine).get("bf16", {}).get("enabled"))
     order = [number for number in stages if number or not is_bf16 or len(stages) == 1]
-    configured = stage_of(read_ds_config(config.engine))
     if ask.rate is not None and ask.rate.stage in stages:
         order = [ask.rate.stage, *(number for number in order if number != ask.rate.stage)]  # what was measured
     fitting = [number for number in order if stages[number].fits]
     if fitting:
-        best = fitting[0]
-        return best, [] if best == configured else [f"engine.deepspeed={stages[best].file}"]
+        return fitting[0], None
     split = [number for number in order if stages[number].largest_per_gpu]
     if not split:
-        return None, []
+        return None, None
     best = max(split, key=lambda number: (stages[number].largest_per_gpu or 0, -number))
-    words = [] if best == configured else [f"engine.deepspeed={stages[best].file}"]
-    return best, [*words, f"batch.per_gpu={stages[best].largest_per_gpu}"]
+    return best, stages[best].largest_per_gpu
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -441,7 +448,7 @@ def _notes(plan: Plan) -> list[str]:
     for name, options in vars(plan.config.loss).items():
         if getattr(options, "weight", 0) and options.start:
             found.append(f"loss.{name} begins after {options.start:.0%} of the run: these are the numbers from then on")
-    if muon := optimizer.muon_note(work.work_of(plan.config, ask.gpus, ask.text_tokens)):
+    if muon := optimizer.muon_note(work.work_of(chosen.config, ask.gpus, ask.text_tokens)):
         found.append(muon)
     share = settings.plan_batch(plan.config.batch, ask.gpus)
     if plan.recommended is not None and share.splits > 1 and chosen.largest_per_gpu == share.local:
@@ -461,7 +468,7 @@ def _notes(plan: Plan) -> list[str]:
 
 def checkpoint_of(plan: Plan) -> dict[str, Any]:
     """A checkpoint's size, and what a save costs."""
-    step = work.work_of(plan.config, plan.ask.gpus, plan.ask.text_tokens)
+    step = work.work_of(plan.chosen.config, plan.ask.gpus, plan.ask.text_tokens)
     trained = model_state.trained_elements(step.student)
     frozen = sum(p.numel() for p in step.student.values() if not p.requires_grad)
     matrices = optimizer.muon_elements(step)

@@ -52,7 +52,9 @@ def lines(plan: Plan, recipe: str) -> Iterator[str]:
     yield from _recommendation(plan)
     yield ""
     chosen = plan.chosen
-    yield f"memory at stage {chosen.stage} ({chosen.file}), at its peak ({chosen.memory.moment}):"
+    micro = plan_batch(chosen.config.batch, ask.gpus).micro
+    held = f", {micro} samples at a time" if micro != share.micro else ""
+    yield f"memory at stage {chosen.stage} ({chosen.file}{held}), at its peak ({chosen.memory.moment}):"
     for part, size in chosen.memory.by_part.items():
         if size:
             yield f"  {part:<12}{size / GIB:9.2f} GiB  {MEANING[part]}"
@@ -89,7 +91,7 @@ def _cost_lines(plan: Plan) -> Iterator[str]:
     chosen, time, ask = plan.chosen, plan.time_of(plan.chosen), plan.ask
     yield f"work: {chosen.tflop_per_step:,.2f} TFLOP a step ({chosen.executed_tflop:,.2f} executed)"
     yield f"length: {plan.steps:,} steps of {plan.config.batch.global_size:,} ({plan.samples_source})"
-    if chosen.rate is not None:
+    if chosen.rate is not None and chosen.step_s is not None:
         mfu = "" if time["mfu"] is None else f", {time['mfu']:.1%} of the GPU's peak"
         yield f"speed: {time['samples_per_s']:,.0f} samples/s, {chosen.step_s:.3f} s a step{mfu}"
         yield f"  from: {chosen.rate.source}"
@@ -114,12 +116,9 @@ def _cost_lines(plan: Plan) -> Iterator[str]:
 
 def explain(plan: Plan) -> Iterator[str]:
     """The formulas with their numbers, of the recommended stage."""
-    import dataclasses
-
     chosen = plan.chosen
-    config = dataclasses.replace(plan.config, engine=dataclasses.replace(plan.config.engine, deepspeed=chosen.file))
-    step = work.work_of(config, plan.ask.gpus, plan.ask.text_tokens)
-    tower, text, W = step.tower, config.model.text, step.world
+    step = work.work_of(chosen.config, plan.ask.gpus, plan.ask.text_tokens)
+    tower, text, W = step.tower, plan.config.model.text, step.world
     trained = sum(p.numel() for p in step.student.values() if p.requires_grad)
     frozen = sum(p.numel() for p in step.student.values() if not p.requires_grad)
     teacher = sum(p.numel() for p in step.teacher.values())

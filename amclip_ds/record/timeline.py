@@ -1,6 +1,7 @@
 """RUN/timeline.jsonl: what a run did by the clock: starts, phases before the first step, saves, evaluations, ends.
 
-A row: {"time", "attempt", "step", "event"} and what belongs to the event; "seconds" is what training waited for it.
+A row: {"time", "attempt", "step", "event"} and what belongs to the event; "seconds" is what training waited for it. A
+save that is written in the background ends at a later step, with a `commit`.
 metrics.jsonl says how the steps went, and a resume sets its later rows aside; this file only grows.
 """
 
@@ -13,9 +14,15 @@ from typing import Any
 import psutil
 
 from amclip_ds import run_files
-from amclip_ds.jsonl import append_line
+from amclip_ds.jsonl import append_line, read_lines
 
 SHORTEST_S = 0.01  # a wait below this is not worth a row
+
+
+def world_sizes(folder: Path) -> dict[int, int]:
+    """Attempt of a run -> its number of ranks, of those that left a start."""
+    rows = read_lines(folder / run_files.TIMELINE, run_files.EVENT | {"world_size": int}, run_files.MAX_METRICS)
+    return {row["attempt"]: row["world_size"] for row in rows if row["event"] == "start"}
 
 
 class Timeline:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from amclip_ds import run_files
 from amclip_ds.errors import DONE, FAULT, INTERRUPTED, MISTAKE, STOPPED_ITSELF, TO_REQUEUE
-from amclip_ds.report.incidents import effect_of
+from amclip_ds.report.incidents import cause_of, effect_of
 from amclip_ds.report.read import RunFacts, number_in
 from amclip_ds.report.time_spent import Attempt
 
@@ -118,14 +118,22 @@ def _starts(run: RunFacts, attempts: list[Attempt]) -> list[Event]:
 
 
 def _waits(run: RunFacts) -> list[Event]:
-    """Saves and evaluations: a row each, however many waits they consisted of."""
+    """Saves and evaluations: a row each, however many waits they consisted of; a commit, at whatever step it comes, is
+    of the attempt's save before it."""
     sums: dict[tuple[int, int, str], Event] = {}
     seconds: dict[tuple[int, int, str], float] = {}
+    saved: dict[int, tuple[int, int, str]] = {}
     for row in run.timeline:
-        kind = {"save": SAVE, "evaluate": EVALUATION}.get(row["event"])
+        kind = {"save": SAVE, "commit": SAVE, "evaluate": EVALUATION}.get(row["event"])
         if kind is None:
             continue
         key = (row["attempt"], row["step"], kind)
+        if row["event"] == "commit":
+            if row["attempt"] not in saved:  # its own wait was too short for a row
+                continue
+            key = saved[row["attempt"]]
+        elif kind == SAVE:
+            saved[row["attempt"]] = key
         seconds[key] = seconds.get(key, 0.0) + number_in(row, "seconds")
         what = "checkpoint" if kind == SAVE else "evaluation"
         sums.setdefault(key, Event(number_in(row, "time"), row["step"], row["attempt"], kind, what))
@@ -138,7 +146,7 @@ def _incidents(run: RunFacts) -> list[Event]:
     """Those that are alike are one; of samples the first is the example."""
     found = []
     for held in run.incidents.alike.values():
-        row, cause, command = held.first, held.first["cause"], ""
+        row, cause, command = held.first, cause_of(held.first), ""
         if row["kind"] in run_files.OF_A_BATCH:
             command = shlex.join(["amclip", "samples", str(run.folder), str(row["step"]), "--worst", str(WORST)])
         if row.get("shard"):

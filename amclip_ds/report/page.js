@@ -192,6 +192,7 @@
       button.setAttribute("aria-pressed", !off);
       range(view.left, view.right);
     }));
+    new ResizeObserver(() => { if (area.clientWidth) draw(); }).observe(area); // as many ticks as there is room, once it is seen
     this.figure = figure; this.range = range; this.xOf = xOf; this.draw = draw;
   }
   for (const figure of all("figure.chart")) charts.push(new Chart(figure));

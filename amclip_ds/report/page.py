@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from amclip_ds import run_files
 from amclip_ds.display import duration, printable
 from amclip_ds.files import not_written, write_atomically
 from amclip_ds.redact import redact, redact_all
@@ -28,7 +29,7 @@ from amclip_ds.report.read import COUNTED, RunFacts, Series, is_measured, read_r
 from amclip_ds.report.time_spent import PARTS, Attempt, attempts_of, goodput, total
 
 HERE = Path(__file__).parent
-MAX_EVENTS = 400  # rows of the time line; of those that repeat themselves the first are kept
+MAX_EVENTS = 400  # rows of the time line
 MAX_LOSSES = 200
 BY_ATTEMPT = tuple(part for part in PARTS if part != "between")
 MARKS = 80  # of one kind, at a chart
@@ -89,6 +90,8 @@ class RunPage:
     """key, name, seconds, share: where the time went"""
     goodput: float | None
     slow_ranks: list[Event]
+    num_slow: int
+    """with those that are left out"""
     losses: list[happened.Loss]
     num_losses: int
     classes: list[dict[str, Any]]
@@ -206,6 +209,7 @@ def run_page(id: str, run: RunFacts) -> RunPage:
     sums = total(attempts)
     whole = sum(sums.values()) or 1.0
     losses = happened.lost_samples(run)
+    slow = [event for event in events if event.what == "straggler"]
     shown = shorten(events)
     return RunPage(
         id=id,
@@ -221,7 +225,8 @@ def run_page(id: str, run: RunFacts) -> RunPage:
         num_hidden=len(events) - len(shown),
         parts=[(key, PARTS[key], seconds, seconds / whole) for key, seconds in sums.items() if seconds > 0],
         goodput=goodput(sums),
-        slow_ranks=[event for event in events if event.what == "straggler"],
+        slow_ranks=outermost(slow, MAX_LOSSES),
+        num_slow=len(slow),
         losses=losses[:MAX_LOSSES],
         num_losses=len(losses),
         classes=[classes(row) for row in run.classes],
@@ -247,7 +252,7 @@ def tiles(run: RunFacts, attempts: list[Attempt], sums: dict[str, float], events
     for row in best_rows(run):
         name, value = main_metric(row)
         between = interval(row, name)
-        found.append((f"{METRICS.get(name, name)}, {row['dataset']}, {row['weights']}", f"{value:.1%}", between))
+        found.append((f"{METRICS.get(name, name)}, {evaluated(row)}", f"{value:.1%}", between))
     speeds = [value for value in run.metrics.get("samples_per_s") if isfinite(value)]
     if speeds:
         found.append(("samples per second", number(median(speeds)), "median of the logged steps"))
@@ -259,6 +264,12 @@ def tiles(run: RunFacts, attempts: list[Attempt], sums: dict[str, float], events
     incidents = sum(event.count for event in events if event.kind == happened.INCIDENT)
     found.append(("incidents", f"{incidents:,}", "on the time line below" if incidents else ""))
     return found
+
+
+def evaluated(row: dict[str, Any]) -> str:
+    """What an evaluation is of: set and weights, and the task of a probe, whose metric has a zero-shot name."""
+    task = f", {row['task'].replace('_', ' ')}" if row["task"] in run_files.PROBES else ""
+    return f"{row['dataset']}{task}, {row['weights']}"
 
 
 def best_rows(run: RunFacts) -> list[dict[str, Any]]:
@@ -323,7 +334,7 @@ def charts(id: str, run: RunFacts) -> dict[str, list[Chart]]:
 
 
 def evaluations(id: str, run: RunFacts) -> list[Chart | None]:
-    """A chart a metric: each set and weights a line, and chance where the number of classes is known."""
+    """A chart a metric: each set, probe and weights a line, and chance where the number of classes is known."""
     chances = {row["dataset"]: 1 / len(row["per_class"]) for row in run.classes if row["per_class"]}
     found: list[Chart | None] = []
     names = dict.fromkeys(name for row in run.evaluations for name in row["metrics"] if name in METRICS)
@@ -333,7 +344,7 @@ def evaluations(id: str, run: RunFacts) -> list[Chart | None]:
             value = row["metrics"].get(name)
             if is_measured(value):
                 point = (float(row["step"]), float(value), float(value), float(value))
-                lines.setdefault(f"{row['dataset']}, {row['weights']}", []).append(point)
+                lines.setdefault(evaluated(row), []).append(point)
         if name == "acc1":
             first, last = span_of(run)
             for dataset, chance in chances.items():
@@ -383,14 +394,22 @@ def marks(run: RunFacts, events: list[Event]) -> list[Mark]:
 
 
 def shorten(events: list[Event]) -> list[Event]:
-    """The events, or as many as a page can bear: saves and evaluations go first, from the middle on."""
-    if len(events) <= MAX_EVENTS:
-        return events
-    rare = [event for event in events if event.kind not in (happened.SAVE, happened.EVALUATION)][:MAX_EVENTS]
-    room = MAX_EVENTS - len(rare)
-    common = [event for event in events if event.kind in (happened.SAVE, happened.EVALUATION)]
-    kept = {id(event) for event in [*rare, *common[: room // 2], *common[len(common) - (room - room // 2) :]]}
+    """The events, or as many as a page can bear: saves and evaluations go first, then incidents, from the middle on;
+    at most half of the page is starts and ends."""
+    kept: set[int] = set()
+    for kinds, room in (
+        ((happened.START, happened.END), MAX_EVENTS // 2),
+        ((happened.INCIDENT,), MAX_EVENTS),
+        ((happened.SAVE, happened.EVALUATION), MAX_EVENTS),
+    ):
+        alike = [event for event in events if event.kind in kinds]
+        kept |= {id(event) for event in outermost(alike, room - len(kept))}
     return [event for event in events if id(event) in kept]
+
+
+def outermost(events: list[Event], most: int) -> list[Event]:
+    """The first and the last of them."""
+    return events if len(events) <= most else [*events[: most - most // 2], *events[len(events) - most // 2 :]]
 
 
 def classes(row: dict[str, Any], most: int = 1000) -> dict[str, Any]:
@@ -404,7 +423,7 @@ def classes(row: dict[str, Any], most: int = 1000) -> dict[str, Any]:
     listed = row.get("confusions")
     pairs = [pair for pair in listed if isinstance(pair, dict)] if isinstance(listed, list) else []
     return {
-        "title": f"{row['dataset']}, {row['weights']}, step {row['step']}",
+        "title": f"{evaluated(row)}, step {row['step']}",
         "classes": counts[:most],
         "confusions": [tuple(str(pair.get(key, "")) for key in ("true", "predicted", "count", "of")) for pair in pairs],
         "matrix": matrix(row.get("confusion_matrix"), list(row["per_class"])),
@@ -459,7 +478,7 @@ def compare(runs: list[RunFacts]) -> list[Chart]:
                 value = row["metrics"].get(metric)
                 if is_measured(value):
                     point = (float(row["step"]), float(value), float(value), float(value))
-                    lines.setdefault(f"{name}: {row['dataset']}, {row['weights']}", []).append(point)
+                    lines.setdefault(f"{name}: {evaluated(row)}", []).append(point)
         drawn.append(draw(f"all-{metric}", METRICS[metric], "", lines.items(), steps=span, from_zero=True))
     drawn.append(
         draw(

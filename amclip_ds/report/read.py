@@ -12,7 +12,7 @@ from amclip_ds import jsonl, plain_yaml, run_files
 from amclip_ds.errors import UserError
 from amclip_ds.files import not_read, read_json
 from amclip_ds.record import read_verdict
-from amclip_ds.report.incidents import Incidents
+from amclip_ds.report.incidents import Incidents, each_once
 
 COUNTED = ("updates", "samples_seen", "attempt", "epoch", "time")  # numbers of a metrics row that are no measurement
 ALIVE_S = 180.0  # a run that wrote something so lately is still at work
@@ -67,6 +67,7 @@ class RunFacts:
     set_aside: Series
     """metrics of steps that were made again after a resume"""
     evaluations: list[dict[str, Any]]
+    """by step, also where an older checkpoint was evaluated later"""
     classes: list[dict[str, Any]]
     """of the last step that each set was evaluated at"""
     incidents: Incidents
@@ -101,7 +102,7 @@ def read_run(folder: Path) -> RunFacts:
     for row in rows(jsonl.superseded(run_files.METRICS), run_files.STEP):
         set_aside.add(row)
     incidents = Incidents()
-    for row in rows(run_files.INCIDENTS, run_files.INCIDENT):
+    for row in each_once(rows(run_files.INCIDENTS, run_files.INCIDENT)):
         incidents.add(row)
     verdict, last_write = read_verdict(folder), _last_write(folder)
     return RunFacts(
@@ -120,7 +121,7 @@ def read_run(folder: Path) -> RunFacts:
         timeline=list(rows(run_files.TIMELINE, run_files.EVENT)),
         metrics=metrics,
         set_aside=set_aside,
-        evaluations=list(rows(run_files.EVALUATIONS, run_files.EVALUATION)),
+        evaluations=sorted(rows(run_files.EVALUATIONS, run_files.EVALUATION), key=lambda row: row["step"]),
         classes=_latest(rows(run_files.CLASSES, run_files.OF_CLASSES)),
         incidents=incidents,
         summary=_summary(folder / run_files.LOG),
@@ -144,10 +145,12 @@ def _rows(path: Path, fields: dict[str, type], unreadable: dict[str, int]) -> It
 
 
 def _latest(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last row of each data set, weights and task: a long run has too many to hold."""
+    """The row of the last step of each data set, weights and task: a long run has too many to hold."""
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in rows:
-        found[row["dataset"], row["weights"], row["task"]] = row
+        key = row["dataset"], row["weights"], row["task"]
+        if key not in found or row["step"] >= found[key]["step"]:
+            found[key] = row
     return list(found.values())
 
 

@@ -23,6 +23,8 @@ PARTS = {
     "other": "not accounted for",
     "between": "between attempts: queue, or nobody",
 }
+WAITS = {"save": "save", "commit": "save", "evaluate": "evaluate", "pictures": "pictures"}
+"""event of timeline.jsonl for which no step is made -> part"""
 
 
 @dataclass
@@ -114,13 +116,14 @@ def _attempt(run: RunFacts, number: int, steps: list[_Row]) -> Attempt | None:
         seconds["data"] += count * logged.data_s
         seconds["communication"] += count * logged.communication_s
         seconds["compute"] += count * max(0.0, logged.step_s - logged.data_s - logged.communication_s)
-    for event in ("save", "evaluate", "pictures"):
-        seconds[event] = sum(number_in(row, "seconds") for row in rows if row["event"] == event)
-    training = next((row for row in rows if row["event"] == "training"), None)
-    if training:
-        seconds["start"] = _time(training) - began
-    elif start:  # it never came to training
-        seconds["start"] = attempt.wall_s
+    for row in rows:
+        if part := WAITS.get(row["event"]):
+            seconds[part] += number_in(row, "seconds")
+    training = next((place for place, row in enumerate(rows) if row["event"] == "training"), None)
+    if start or training is not None:
+        until = _time(rows[training]) if training is not None else attempt.ended  # it never came to training
+        waits = sum(number_in(row, "seconds") for row in rows[:training] if row["event"] in WAITS)
+        seconds["start"] = max(0.0, until - began - waits)  # a made-up evaluation is none of it
     seconds["other"] = max(0.0, attempt.wall_s - sum(seconds.values()))
     attempt.seconds = seconds
     return attempt

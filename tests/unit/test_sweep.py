@@ -97,6 +97,18 @@ def test_lines_that_cannot_be_read_are_counted_in_the_table(tmp_path: Path) -> N
     assert "unreadable lines" in sweep.render(rows) and "unreadable" not in sweep.render(rows[1:])
 
 
+def test_the_table_has_the_newest_zero_shot_accuracy(tmp_path: Path) -> None:
+    """Not that of an older checkpoint that was evaluated later, nor of a probe."""
+    path, out = written(tmp_path, "- {optim.lr: 1}\n"), tmp_path / "out"
+    (out / "0").mkdir(parents=True)
+    zero_shot = "zeroshot_classification"
+    for step, task, value in ((20, zero_shot, 0.4), (10, zero_shot, 0.3), (20, "knn", 1)):
+        row = {"step": step, "weights": "student", "dataset": "pets", "task": task, "metrics": {"acc1": value}}
+        with (out / "0" / "eval.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    assert sweep.table(path, out)[0]["student pets acc1"] == 0.4
+
+
 def test_keys_of_a_plugin_are_swept_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As sweep.sbatch asks; without the plug-in the key is unknown."""
     (tmp_path / "swept_mask.py").write_text(

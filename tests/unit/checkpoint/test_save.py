@@ -1,6 +1,7 @@
 """Saving on one rank: what is in a folder, what is kept, what a failure leaves, when a save is due."""
 
 import collections
+import contextlib
 import errno
 import hashlib
 import json
@@ -8,6 +9,7 @@ import mmap
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -226,6 +228,28 @@ def test_saves_come_by_steps_by_the_clock_and_at_the_end(tmp_path: Path) -> None
     by_clock = run(tmp_path / "clock", 0.1, every_minutes=0.25 / 60)
     at_most = (time.monotonic() - start) / 0.25 + 1  # a loaded machine takes longer, and the last step saves too
     assert by_clock[-1] == 7 and 2 <= len(by_clock) <= at_most, by_clock
+
+
+def test_the_end_of_a_background_save_is_no_other_save(tmp_path: Path) -> None:
+    """The report lists a checkpoint a save: one that an earlier step began ends as its commit."""
+    waits: list[tuple[str, int]] = []
+    step = 0
+
+    @contextlib.contextmanager
+    def pausing(event: str) -> Iterator[None]:
+        waits.append((event, step))
+        yield
+
+    config = CheckpointConfig(every_steps=5, every_minutes=None, asynchronous=True)
+    with Saver(tmp_path, config, Ranks(), say=lambda text: None, pausing=pausing) as saver:
+        for step in range(1, 9):
+            saver.after_step(step, False, lambda: toy_state(5, 0, 1))
+            time.sleep(0.01 if step < 5 else 0.5)
+        step = 10
+        saver.after_step(step, False, lambda: toy_state(10, 0, 1))
+        saver.settle()
+    assert [event for event, _ in waits] == ["save", "commit", "save", "commit"] and steps_in(tmp_path) == [5, 10]
+    assert waits[0] == ("save", 5) and 5 < waits[1][1] < 10 and waits[2] == ("save", 10)
 
 
 def test_a_lost_folder_is_not_committed_to(tmp_path: Path) -> None:

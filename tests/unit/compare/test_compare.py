@@ -92,6 +92,18 @@ def test_the_table_has_means_spreads_and_paired_differences(tmp_path: Path) -> N
     assert (tmp_path / "compare.txt").read_text().count("\n") == 3
 
 
+def test_a_probe_is_no_zero_shot_accuracy(tmp_path: Path) -> None:
+    """`amclip eval --task linear_probe` of a run records its accuracy under the same name."""
+    run = made_runs(tmp_path, seeds=1)[0]
+    write_run(run, 0.2, 0.5)
+    before = read_outcome(run)
+    for task in ("linear_probe", "knn"):
+        row = {"step": 100, "weights": "student", "dataset": "scenes", "task": task, "metrics": {"acc1": 0.9}}
+        with (run.folder / "eval.jsonl").open("a") as file:
+            file.write(json.dumps(row | {"main_metric": "acc1"}) + "\n")
+    assert read_outcome(run) == before and before.metrics == {"acc1": 0.2}
+
+
 def test_the_table_and_the_picture_have_the_operations_that_were_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,13 @@ def test_collapsed_features(tmp_path: Path) -> None:
     assert found.status == FAIL and "collapsed: mean cosine of different images" in found.found
 
 
+def test_a_spike_is_one_incident_however_many_ranks_list_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [])
+    rows = [{"step": step, "attempt": 0, "kind": "loss_spike", "cause": "x"} for step in (7, 7, 7, 7, 9, 9, 9, 9)]
+    (run / "incidents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert worst(run, "ending")["ending"].found.endswith("; 2 x loss_spike")
+
+
 def test_an_evaluation_at_chance(tmp_path: Path) -> None:
     run = make_run(tmp_path, [])
     for hits, seen, status in ((105, 1e7, FAIL), (105, 1e5, WARN), (500, 1e7, OK)):
@@ -177,7 +184,8 @@ def test_an_evaluation_at_chance(tmp_path: Path) -> None:
         row = describe(
             predicted, (predicted != np.arange(1000) % 10).astype(int), np.arange(1000) % 10, None, "student", data, 400
         )
-        for name, lines in evaluation_lines([row]).items():
+        older, probe = row | {"step": 40, "metrics": {"acc1": 0.3}}, row | {"task": "knn", "metrics": {"acc1": 0.9}}
+        for name, lines in evaluation_lines([row, older, probe]).items():  # neither is the run's last accuracy
             (run / name).write_bytes(lines)
         found = worst(run, "evaluation")["evaluation"]
-        assert found.status == status and "chance 0.1000" in found.found
+        assert found.status == status and f"acc1 {hits / 1000:.4f} at step 400, chance 0.1000" in found.found

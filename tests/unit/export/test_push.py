@@ -40,6 +40,20 @@ def test_the_card_has_licence_use_and_energy(tmp_path: Path) -> None:
     assert "20 device-hours of steps on 2 processes on CPUs. Hosts" in card_of(tmp_path, step=10)
 
 
+def test_the_hours_are_those_of_each_attempts_ranks(tmp_path: Path) -> None:
+    """plan.json is of the last attempt, here on 2 ranks; the one before had 8."""
+    rows = [{"step": step, "step_s": 3600.0, "attempt": attempt} for step, attempt in ((5, 0), (10, 0), (20, 1))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    starts = [
+        {"step": 0, "event": "start", "attempt": number, "world_size": world} for number, world in ((0, 8), (1, 2))
+    ]
+    (tmp_path / "timeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in starts))
+    planned = {"world_size": 2, "device": "h100", "device_watts": 700}
+    (tmp_path / "plan.json").write_text(json.dumps({"predicted": planned}))
+    assert "100 device-hours of steps on 8 and 2 `h100`; at full power" in card_of(tmp_path)
+    assert "40 device-hours of steps on 8 `h100`; at full power" in card_of(tmp_path, step=5)
+
+
 @pytest.mark.parametrize("recipe, is_aclip", [("aclip-tiny", True), ("clip-tiny", False), ("random2x-tiny", False)])
 def test_the_card_calls_a_model_what_it_is(tmp_path: Path, recipe: str, is_aclip: bool) -> None:
     card = card_of(tmp_path, recipe=recipe)

@@ -1,5 +1,6 @@
 """The plan: peaks against those measured on a GPU, what fits and what is recommended, and the command."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -98,7 +99,7 @@ def test_a_measured_cell_is_found_again(row: Any) -> None:
         (["engine.deepspeed=zero1_bf16.json"], 8, "tower", True),
         (["engine.deepspeed=zero3_bf16.json"], 1, "tower", True),
         (["engine.deepspeed=zero3_bf16.json"], 8, "block", False),
-        (["engine.deepspeed=zero3_bf16_offload.json"], 1, "block", False),
+        (["engine.deepspeed=zero3_bf16_offload.json"], 1, "block", None),
         (["engine.deepspeed=zero3_bf16.json", "engine.compile=none"], 1, "none", False),
         (["engine.deepspeed=zero0_fp32.json"], 1, "none", None),
     ],
@@ -106,7 +107,8 @@ def test_a_measured_cell_is_found_again(row: Any) -> None:
 def test_the_speed_is_of_what_the_run_compiles(
     words: list[str], gpus: int, mode: str, is_compiled: bool | None
 ) -> None:
-    """What `auto` means is the engine's own rule; compiled blocks were not measured. None: nor was fp32."""
+    """What `auto` means is the engine's own rule; compiled blocks were not measured. None: nor was what is in fp32, or
+    offloaded."""
     step = work_of(config.load("aclip-vitb16", words), gpus)
     assert step.compile_mode == mode
     rate = rate_of(GPUS["h100"], step)
@@ -145,6 +147,26 @@ def test_a_smaller_micro_batch_where_the_activations_are_large() -> None:
     assert again.stages[again.recommended or 0].fits and again.settings == []
 
 
+def test_the_numbers_are_those_of_what_is_recommended() -> None:
+    """Not of the batch that does not fit, which a second forward would not slow down."""
+    small = dataclasses.replace(GPUS["h100"], memory_gib=15.0)
+
+    def made(*words: str) -> Plan:
+        return make_plan(config.load("aclip-vitb16", ["run.steps=1000", *words]), Ask(8, small, 8))
+
+    found = made("batch.per_gpu=512")
+    again = made(*found.settings)
+    assert found.settings == ["batch.per_gpu=128"] and again.settings == []
+    assert found.chosen.memory.peak == again.chosen.memory.peak and found.chosen.fits
+    time = found.time_of(found.chosen)
+    assert time["hours"] and time == again.time_of(again.chosen)
+    assert found.json()["chosen"] == again.json()["chosen"]
+    assert list(shown.explain(found)) == list(shown.explain(again))
+    assert found.time_of(found.stages[1])["hours"] is None  # it does not fit: no step is made
+    printed = "\n".join(shown.lines(found, "aclip-vitb16"))
+    assert f"{time['samples_per_s']:,.0f} samples/s" in printed
+
+
 def test_a_batch_that_divides_by_nothing_but_one_is_not_taken_one_by_one() -> None:
     """4,024 = 8 x 503."""
     found = plan("aclip-vitb16", "batch.global_size=4024", "batch.per_gpu=512", name="l4")
@@ -159,6 +181,8 @@ def test_nothing_fits() -> None:
     found = make_plan(config.load("aclip-vitb16"), Ask(gpus=1, gpu=tiny, gpus_per_node=1))
     assert found.recommended is None and any("nothing fits" in note for note in found.notes)
     assert found.json()["recommended"] is None
+    none = make_plan(config.load("aclip-vitb16"), Ask(1, dataclasses.replace(GPUS["h100"], memory_gib=1.2), 1))
+    assert not any(line.startswith("speed:") for line in shown.lines(none, "aclip-vitb16"))
 
 
 def test_an_optimizer_that_cannot_step_in_host_memory_is_planned_where_it_can() -> None:
@@ -262,6 +286,15 @@ def test_no_speed_is_made_up() -> None:
     found = plan("aclip-vitb16", name="a100-80")
     assert found.stages[1].step_s is None and found.json()["stages"]["1"]["hours"] is None
     assert any("no speed was measured for a100-80" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_is_kept_in_host_memory_has_no_speed(stage: int) -> None:
+    """Everything was measured on the device."""
+    files = f"zero{stage}_bf16.json", f"zero{stage}_bf16_offload.json"
+    on_device, offloaded = (plan("aclip-vitb16", f"engine.deepspeed={file}") for file in files)
+    assert on_device.stages[stage].step_s and offloaded.stages[stage].step_s is None
+    assert offloaded.stages[stage].file == files[1]
 
 
 def test_a_gpu_by_other_names() -> None:

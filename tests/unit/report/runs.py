@@ -41,7 +41,7 @@ def event(run: Path, at: float, attempt: int, step: int, name: str, **facts: obj
     append_line(run / "timeline.jsonl", {"time": at, "attempt": attempt, "step": step, "event": name} | facts)
 
 
-def incident(run: Path, at: float, attempt: int, step: int, kind: str, cause: str, **facts: str) -> None:
+def incident(run: Path, at: float, attempt: int, step: int, kind: str, cause: str, **facts: object) -> None:
     append_line(
         run / "incidents.jsonl",
         {
@@ -102,7 +102,8 @@ def eventful(run: Path) -> Path:
             action="replaced by another sample",
         )
     event(run, t + 52, 0, 30, "save", seconds=1.5)
-    event(run, t + 52.5, 0, 30, "save", seconds=0.5)
+    event(run, t + 52.5, 0, 30, "save", seconds=0.25)
+    event(run, t + 54.5, 0, 32, "commit", seconds=0.25)
     incident(
         run,
         t + 57,

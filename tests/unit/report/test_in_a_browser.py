@@ -6,7 +6,7 @@ import pytest
 
 from amclip_ds.report.page import write_report
 from tests.unit.report.browser import Browser, needs_chromium
-from tests.unit.report.runs import eventful
+from tests.unit.report.runs import eventful, long
 
 pytestmark = needs_chromium
 SHOWN = (
@@ -65,6 +65,35 @@ def test_tabs_zoom_and_reading(file: Path, tmp_path: Path) -> None:
         assert 1 <= rows <= 3
         assert page.errors == []
         assert all(url.startswith(("file:", "data:")) for url in page.requests), page.requests
+
+
+DRAWN = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))"
+LABELS = (
+    "[...document.querySelectorAll('.xs')].filter(e => e.offsetParent).map(e => [...e.children].map("
+    "s => (r => [r.left, r.right])(s.getBoundingClientRect())))"
+)
+CUT = """[...document.querySelectorAll('th')].filter(e => e.offsetParent && e.firstChild).filter(e => {
+  const range = document.createRange(), text = e.firstChild;
+  return [...text.data.matchAll(/\\S+/g)].some(word => {
+    range.setStart(text, word.index);
+    range.setEnd(text, word.index + word[0].length);
+    return range.getClientRects().length > 1;
+  });
+}).map(e => e.textContent)"""
+
+
+@pytest.mark.parametrize("width", [1200, 400])
+def test_the_steps_of_an_axis_are_apart_and_no_head_is_broken(width: int, tmp_path: Path) -> None:
+    """Of a run with numbers of six digits, at the first sight of each part."""
+    write_report([long(tmp_path / "run", every=1000)], tmp_path / "report.html")
+    with Browser(tmp_path / "report.html", width, 800) as page:
+        for tab in (0, 1, 3):
+            page.value(f"document.querySelector('#run0-tab{tab}').click()")
+            page.ask("Runtime.evaluate", expression=DRAWN, awaitPromise=True)
+            for axis in page.value(LABELS):
+                assert len(axis) >= 2 and all(left[1] + 2 < right[0] for left, right in zip(axis, axis[1:])), axis
+            assert page.value(CUT) == []
+        assert page.errors == []
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +12,26 @@ from amclip_ds import cli
 from amclip_ds.errors import RunStopped, UserError
 from amclip_ds.jsonl import encode, read_lines
 from amclip_ds.plain_yaml import flat
+from amclip_ds.record import evaluation_lines
 from amclip_ds.report import charts, events
-from amclip_ds.report.page import differences, marks, page, write_report
+from amclip_ds.report.page import (
+    HERE,
+    MAX_EVENTS,
+    MAX_LOSSES,
+    classes,
+    differences,
+    evaluations,
+    marks,
+    page,
+    run_page,
+    shorten,
+    tiles,
+    write_report,
+)
 from amclip_ds.report.read import read_run
-from amclip_ds.report.time_spent import attempts_of, goodput, total
+from amclip_ds.report.time_spent import PARTS, attempts_of, goodput, total
 from amclip_ds.run_folder import write_verdict_at_end
-from tests.unit.report.runs import event, eventful, incident, long, metrics_row
+from tests.unit.report.runs import EPOCH, event, eventful, incident, long, metrics_row
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +53,46 @@ def test_time_adds_up_to_the_clock(run: Path) -> None:
     assert goodput(sums) == pytest.approx(0.9 * 100 / 267)
 
 
+def test_every_part_of_the_time_has_its_colour() -> None:
+    style = (HERE / "page.css").read_text()
+    assert [part for part in PARTS if f".t-{part} {{ background:" not in style] == []
+
+
+def test_an_evaluation_before_training_is_counted_once(tmp_path: Path) -> None:
+    """As one that a resume makes up: it is among the evaluations, and no part of the start."""
+    run = eventful(tmp_path / "run")
+    rows = list(read_lines(run / "timeline.jsonl", {}, 1 << 20))
+    place = next(n for n, row in enumerate(rows) if row["attempt"] == 1 and row["event"] == "training")
+    rows.insert(place, rows[place] | {"event": "evaluate", "seconds": 8.0})
+    (run / "timeline.jsonl").write_bytes(b"".join(map(encode, rows)))
+    attempt = attempts_of(read_run(run))[1]
+    assert attempt.seconds["start"] == pytest.approx(12) and attempt.seconds["evaluate"] == pytest.approx(13)
+    assert sum(attempt.seconds.values()) == pytest.approx(attempt.wall_s) == pytest.approx(95)
+
+
+def test_the_last_evaluation_is_of_the_newest_step_and_a_probe_is_named(tmp_path: Path) -> None:
+    """Also where `amclip eval` evaluates an older checkpoint later, or a probe, whose accuracy has the same name."""
+    run = eventful(tmp_path / "run")
+    rows = [
+        {"step": step, "weights": "student", "dataset": "pets", "task": task, "metrics": {"acc1": step / 100}}
+        | {"main_metric": "acc1", "per_class": {"a": [1, 2], "b": [step, 100]}}
+        for step, task in [(n, "zeroshot_classification") for n in (20, 40, 30)] + [(n, "knn") for n in (25, 15)]
+    ]
+    for name, lines in evaluation_lines(rows).items():
+        (run / name).write_bytes(lines)
+    facts = read_run(run)
+    attempts = attempts_of(facts)
+    shown = {name: value for name, value, _ in tiles(facts, attempts, total(attempts), []) if name.startswith("top-1")}
+    assert shown == {"top-1 accuracy, pets, student": "40.0%", "top-1 accuracy, pets, knn, student": "25.0%"}
+    chart = next(chart for chart in evaluations("r", facts) if chart)
+    last = {line.name: line.last for line in chart.lines if "pets, " in line.name and "chance" not in line.name}
+    assert last == {"pets, student": 0.4, "pets, knn, student": 0.25}
+    assert [row["step"] for row in facts.evaluations] == [15, 20, 25, 30, 40]
+    assert {classes(row)["title"] for row in facts.classes} == {"pets, student, step 40", "pets, knn, student, step 25"}
+    both = page([facts, read_run(eventful(tmp_path / "other"))])
+    assert "run: pets, knn, student" in both and "run: pets, student" in both
+
+
 def test_every_event_has_its_cause_and_effect(run: Path) -> None:
     facts = read_run(run)
     reported = {found.what: found for found in events.events_of(facts, attempts_of(facts))}
@@ -51,7 +106,10 @@ def test_every_event_has_its_cause_and_effect(run: Path) -> None:
         "resumes from step 30; steps 31 to 40 are made again; the world changes from 4 to 2 ranks; batch and order of"
         " samples stay"
     )
-    assert reported["checkpoint"].effect == "training waited 2.0 s", "the two waits of one save are one event"
+    assert reported["checkpoint"].effect == "training waited 2.0 s", "the three waits of one save are one event"
+    listed = [found for found in events.events_of(facts, attempts_of(facts)) if found.kind == events.SAVE]
+    assert [(found.step, found.attempt) for found in listed] == [(30, 0)], "a commit is no checkpoint"
+    assert [mark.text for mark in marks(facts, listed) if mark.kind == events.SAVE] == ["step 30: checkpoint"]
     order = [found.time for found in events.events_of(facts, attempts_of(facts))]
     assert order == sorted(order)
 
@@ -79,6 +137,41 @@ def test_many_samples_of_one_kind_are_held_as_one(tmp_path: Path) -> None:
     assert [loss.count for loss in events.lost_samples(run)] == [2500, 2500, 3]
     marked = [mark.text for mark in marks(run, []) if mark.kind == events.INCIDENT]
     assert sum(int((re.search(r"\((\d+)\)$", text) or [0, 1])[1]) for text in marked) == 5004
+
+
+def test_what_befell_a_whole_batch_is_one_incident(tmp_path: Path) -> None:
+    """Every rank lists its samples where none is to blame. Steps of one cause are one row."""
+    folder = eventful(tmp_path / "run")
+    for step in (60, 61):
+        for rank in range(4):
+            facts = {"rank": rank, "action": "skipped on all ranks", "key": str(rank)}
+            incident(folder, 0, 1, step, "non_finite_gradient", f"step {step}: summed over the ranks", **facts)
+    run = read_run(folder)
+    assert run.incidents.at_steps["non_finite_gradient", 60] == 1
+    found = events.events_of(run, attempts_of(run))
+    gradient = next(event for event in found if event.what == "non finite gradient")
+    assert (gradient.step, gradient.until, gradient.count, gradient.cause) == (60, 61, 2, "summed over the ranks")
+    shown = {name: value for name, value, _ in tiles(run, [], total([]), found)}
+    assert shown["incidents"] == "6", "3 samples, a loss, 2 gradients"
+
+
+def test_a_short_time_line_has_every_start_and_end_and_the_newest_incidents(tmp_path: Path) -> None:
+    folder = eventful(tmp_path / "run")
+    for step in range(1, 1000):
+        incident(folder, EPOCH + 20 + step / 100, 0, step, "loss_spike", f"step {step}: loss {step} leapt over 1")
+        incident(folder, EPOCH + 182 + step / 100, 1, step, "straggler", f"rank {step} is slow")
+    run = read_run(folder)
+    found = events.events_of(run, attempts_of(run))
+    shown = shorten(found)
+    assert len(found) > 2000 and len(shown) == MAX_EVENTS and shown == sorted(shown, key=found.index)
+    kinds = [event.kind for event in shown]
+    assert kinds.count(events.START) == 2 and kinds.count(events.END) == 2
+    assert {"loss 1 leapt over 1", "rank 999 is slow"} <= {event.cause for event in shown}
+    made = run_page("r", run)
+    assert len(made.slow_ranks) == MAX_LOSSES and made.num_slow == 999
+    assert f"{999 - MAX_LOSSES} more rows are in" in page([run])
+    many = [replace(event, kind=events.START) for event in found]
+    assert len(shorten(many)) == MAX_EVENTS // 2, "a run that starts again and again"
 
 
 @pytest.mark.parametrize(
