@@ -16,12 +16,13 @@ import amclip_ds
 from amclip_ds import config, hub
 from amclip_ds.cli import main
 from amclip_ds.comm import SingleProcess
+from amclip_ds.data import photometric
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.encoder import encode_images
 from amclip_ds.evaluate.source import locate, open_encoder
 from amclip_ds.model import pretrained
-from tests.unit.evaluate.exports import write_export, write_run
+from tests.unit.evaluate.exports import write_checkpoint, write_export, write_run
 from tests.unit.evaluate.test_encoder import picture
 
 
@@ -59,6 +60,22 @@ def test_embeddings_are_those_of_eval(run: Path, model: amclip_ds.Model, tmp_pat
     assert torch.allclose(rows.norm(dim=1), torch.ones(len(rows)), atol=1e-6)
     texts = ["a red circle", "a dog"]
     assert torch.equal(model.encode_text(texts), encoder.text([*texts, *[""] * 62])[:2])
+
+
+def test_a_tensor_gives_what_its_pictures_do(run: Path, tmp_path: Path) -> None:
+    """Floats are normalised already: a second time would be of other images, in silence."""
+    checkpoint = write_checkpoint(tmp_path / "run")
+    write_export("open_clip", tmp_path / "export")
+    for source, kind in ((run, "run"), (checkpoint, "checkpoint"), (tmp_path / "export", "open_clip")):
+        model = amclip_ds.load(source, weights="student")
+        assert model.kind == kind
+        pixels = torch.stack([model.preprocess(image) for image in PICTURES])
+        expected = model.encode_image(PICTURES)
+        assert torch.equal(model.encode_image(pixels), expected)
+        assert torch.equal(model.encode_image(photometric.normalise(pixels)), expected)
+        assert torch.equal(model._encoder.features(photometric.normalise(pixels)), model._encoder.features(pixels))
+        if kind != "open_clip":
+            assert torch.equal(model.attention(photometric.normalise(pixels)), model.attention(pixels))
 
 
 def test_zero_shot_gives_probabilities_in_the_order_of_the_classes(model: amclip_ds.Model) -> None:
