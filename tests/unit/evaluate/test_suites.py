@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from amclip_ds.errors import UserError
 from amclip_ds.evaluate import names, suites
 from amclip_ds.evaluate.datasets import EvalSet, open_set
 from amclip_ds.evaluate.encoder import TowerEncoder, encode_images
-from amclip_ds.evaluate.tasks import open_for, run_task
+from amclip_ds.evaluate.tasks import PROBES, open_for, run_task
 from tests.unit.evaluate.exports import write_run
 from tests.unit.evaluate.test_encoder import SIZES, picture, tiny_encoder
 from tests.unit.thread_ranks import run_threads
@@ -160,8 +161,39 @@ def test_roc_auc_is_scikit_learns(root: Path, encoder: TowerEncoder) -> None:
     classes = zeroshot_classification.zero_shot_classifier(
         MODEL, encoder.text, list(data.classnames), list(data.templates), "cpu", amp=False
     )
-    expected = roc_auc_score([sample.label for sample in data.samples], (rows @ classes)[:, 1])
+    expected = roc_auc_score(
+        [sample.label for sample in data.samples], (100 * rows @ classes).double().softmax(1)[:, 1]
+    )
     assert ours(encoder, data)["roc_auc"] == expected
+
+
+def test_roc_auc_is_the_same_if_the_classes_change_places(root: Path, encoder: TowerEncoder) -> None:
+    data = open_set(str(root / "vtab" / "pcam"))
+    swapped = replace(
+        data,
+        classnames=data.classnames[::-1],
+        samples=tuple(replace(sample, label=1 - sample.label) for sample in data.samples),
+    )
+    for task in (data.task, *PROBES):
+        found = [
+            run_task(task, encoder, one, BATCH, SingleProcess(), 0, train)["metrics"]["roc_auc"]
+            for one, train in (
+                (data, replace(data, samples=data.samples[::2])),
+                (swapped, replace(swapped, samples=swapped.samples[::2])),
+            )
+        ]
+        assert found[0] == pytest.approx(found[1], abs=1e-9) and found[0] != 0.5
+
+
+def test_a_diverged_model_has_no_number(root: Path) -> None:
+    """Of several labels, where NaN would be sorted first, and of the probes."""
+    diverged = tiny_encoder()
+    with torch.no_grad():
+        diverged.towers.vision.norm.weight.fill_(float("nan"))
+    several_labels, two = open_set(str(root / "wds_voc2007_multilabel")), open_set(str(root / "vtab" / "pcam"))
+    for task, data in ((several_labels.task, several_labels), *((task, two) for task in PROBES)):
+        with pytest.raises(UserError, match="embeddings of this set are not finite"):
+            run_task(task, diverged, data, BATCH, SingleProcess(), 0, data)
 
 
 def test_worst_groups_and_f1(root: Path, encoder: TowerEncoder) -> None:
