@@ -12,7 +12,7 @@ from amclip_ds.errors import LocalSettingsError, in_one_line
 HUB, LOCAL = "hf-hub:", "local-dir:"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 REVISION = re.compile(r"[\w][\w./-]{0,99}", re.ASCII)
-DOWNLOADED = ("*.json", "*.yaml", "*.safetensors", "*.txt", "*.onnx", "README.md")
+DOWNLOADED = ("*.json", "*.yaml", "*.safetensors", "*.txt", "*.onnx", "*.onnx.data", "README.md")
 
 
 def is_hub_name(source: str) -> bool:

@@ -11,6 +11,7 @@ Shapes: N images or texts, C classes, E embedding, T tokens, H the side of an im
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -61,7 +62,8 @@ class Model:
         return self._encoder.preprocess(_shown(image, "the image"))
 
     def tokenizer(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> token ids [N, T], as the text tower takes them."""
+        """Texts -> token ids [N, T], as the text tower takes them. Raises UserError."""
+        self._check_reads_texts("tokenizer")
         listed = _texts(texts)
         if isinstance(self._encoder, TowerEncoder):
             return token_ids(tuple(listed), self._encoder.context_length).clone()
@@ -71,6 +73,7 @@ class Model:
         """Pictures, or a tensor [N, 3, H, H] of what `preprocess` gives (uint8, or float and normalised by mean and
         deviation of ImageNet) -> fp32 rows of unit length [N, E]. Raises UserError.
         """
+        _check_batch(batch_size)
         if isinstance(images, Tensor):
             return self._of_tensor(images, batch_size)
         samples = [_Given(_shown(image, place), place) for place, image in _placed(images)]
@@ -78,6 +81,8 @@ class Model:
 
     def encode_text(self, texts: Sequence[str], batch_size: int = BATCH) -> Tensor:
         """Texts -> fp32 rows of unit length [N, E]. Raises UserError."""
+        self._check_reads_texts("encode_text")
+        _check_batch(batch_size)
         return encode_texts(self._encoder, _texts(texts), batch_size, SingleProcess()).cpu()
 
     def zero_shot(
@@ -86,7 +91,9 @@ class Model:
         """Probabilities [N, C] of the classes, in their order.
 
         templates: prompts with `{c}` for the class name; by default CLIP's choice of 7, as `amclip eval`'s.
+        Raises UserError.
         """
+        self._check_reads_texts("zero_shot")
         prompts = names.templates(Path(), names.OPENAI_7, "") if templates is None else tuple(_texts(templates))
         if any("{c}" not in prompt for prompt in prompts):
             raise UserError("zero_shot: each of the templates has {c} for the class name")
@@ -100,6 +107,7 @@ class Model:
         """
         if not isinstance(self._encoder, TowerEncoder):
             raise UserError(f"attention: {self.kind} does not give it; load the run or the checkpoint")
+        _check_batch(batch_size)
         towers: torch.nn.Module = self._encoder.towers  # type: ignore[assignment]
         if not isinstance(images, Tensor):
             images = torch.stack([self._encoder.preprocess(_shown(image, place)) for place, image in _placed(images)])
@@ -115,8 +123,14 @@ class Model:
 
     @property
     def logit_scale(self) -> float:
-        """What similarities are multiplied by; a teacher's is its student's."""
+        """What similarities are multiplied by; a teacher's is its student's. Raises UserError."""
+        self._check_reads_texts("logit_scale")
         return self._encoder.logit_scale()  # type: ignore[attr-defined]
+
+    def _check_reads_texts(self, what: str) -> None:
+        """Raises UserError for an export of the image tower alone."""
+        if getattr(self._encoder, "is_tower_alone", False):
+            raise UserError(f"{what}: {self.kind} holds the image tower alone; load the run or another export")
 
     def _of_tensor(self, images: Tensor, batch_size: int) -> Tensor:
         rows = []
@@ -149,6 +163,12 @@ def load(source: str | Path, weights: str | None = None, device: str | torch.dev
     return Model(located, open_encoder(located, chosen, place), place)
 
 
+def _check_batch(batch_size: int) -> None:
+    """Raises UserError for what is no size of a batch."""
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise UserError(f"batch_size: {batch_size!r}; a whole number of 1 or more")
+
+
 def _place(device: str | torch.device) -> torch.device:
     """The device, which is there. Raises UserError."""
     try:
@@ -175,6 +195,8 @@ def _shown(image: Image.Image, place: str) -> Image.Image:
     """A picture as training sees it: upright, in RGB, on white."""
     if not isinstance(image, Image.Image):
         raise UserError(f"{place}: a {type(image).__name__}, where a PIL image is expected (Image.open(PATH))")
+    if 0 in image.size:
+        raise UserError(f"{place}: {image.width} x {image.height} pixels, so there is nothing in it")
     try:
         return as_rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError) as error:  # ValueError: a closed file, or colours that Pillow does not convert

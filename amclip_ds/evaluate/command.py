@@ -26,6 +26,8 @@ def evaluate(args: argparse.Namespace) -> int:
         stack.callback(engine_runtime.stop, runtime)
         located = on_main(lambda: locate(args.source))
         names = located.weights if args.weights == "both" else (args.weights,)
+        for name in names:
+            located.check_holds(name)
         suite = on_all(lambda: suites.find(args.suite, args.data or [])) if args.suite else None
         specs, key = _specs_of(args, located, suite)
         opened = on_all(
@@ -36,6 +38,9 @@ def evaluate(args: argparse.Namespace) -> int:
             ]
         )
         check_distinct([data for _, data, _ in opened], key)
+        opened = list({(data.name, task): (task, data, train) for task, data, train in opened}.values())
+        if suite:
+            suites.check(suite, [data for _, data, _ in opened])
         if runtime.is_main:
             kept = f"; {token_removal.check(args.source, args.keep_ratio)}" if args.keep_ratio < 1 else ""
             print(f"{located.path}: {located.kind}, step {located.step}; {', '.join(names)}{kept}", flush=True)
@@ -43,13 +48,14 @@ def evaluate(args: argparse.Namespace) -> int:
                 print(line, flush=True)
             for line in dict.fromkeys(data.describe() for _, data, _ in opened):
                 print(line, flush=True)
-        comm, rows = DistributedComm(), []
+        comm, evaluated = DistributedComm(), []  # (the folder that was evaluated, its row)
         for name in names:
             encoder: Encoder = open_encoder(located, name, runtime.device, args.preprocess, args.keep_ratio)
             encoder.say = partial(print, flush=True)
             for task, data, train in opened:
-                rows.append(run_task(task, encoder, data, args.batch_size, comm, located.step, train))
-        on_main(lambda: _hand_over(rows, located, args, suite))
+                row = run_task(task, encoder, data, args.batch_size, comm, located.step, train)
+                evaluated.append((data.folder, row))
+        on_main(lambda: _hand_over(evaluated, located, args, suite))
     return 0
 
 
@@ -67,9 +73,10 @@ def _specs_of(args: argparse.Namespace, located: Located, suite: suites.Found | 
 
 
 def _hand_over(
-    rows: list[dict[str, Any]], located: Located, args: argparse.Namespace, suite: suites.Found | None
+    evaluated: list[tuple[str, dict[str, Any]]], located: Located, args: argparse.Namespace, suite: suites.Found | None
 ) -> None:
-    averages = suites.report(suite, rows) if suite else []
+    averages = suites.report(suite, evaluated) if suite else []
+    rows = [row for _, row in evaluated]
     mark_asked(rows)
     if args.keep_ratio < 1:
         token_removal.mark(rows, args.keep_ratio)

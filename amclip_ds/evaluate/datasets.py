@@ -167,7 +167,7 @@ def open_set(
 
 def open_sets(specs: Sequence[str], key: str) -> list[EvalSet]:
     """Opens several whose rows can be distinguished. Raises UserError."""
-    found = [open_set(spec, key=key) for spec in specs]
+    found = [open_set(spec, key=key) for spec in dict.fromkeys(specs)]
     check_distinct(found, key)
     return found
 
@@ -313,8 +313,12 @@ def _checked(data: EvalSet, spec: str) -> EvalSet:
 
 
 def _name_of(folder: Path) -> str:
-    """What its rows call it: the folder's name, with the one above it where that is a split's."""
-    whole = folder.resolve()
+    """What its rows call it: the folder's name, a link's own, with the one above it where that is a split's."""
+    whole = folder.absolute()
+    if whole.name == "..":
+        whole = whole.resolve()
+    elif whole.parent.name == "..":
+        whole = whole.parent.resolve() / whole.name
     if whole.parent.name == "snapshots":  # of a download cache: datasets--ORG--NAME/snapshots/REVISION
         return whole.parent.parent.name.rpartition("--")[2]
     if whole.name.lower() in folders.SPLITS and whole.parent.name:

@@ -19,8 +19,8 @@ from amclip_ds.shards.sources import split_sources
 
 
 def specs_of(config: TrainConfig) -> list[str]:
-    """What eval.data names, set by set."""
-    return split_sources(config.eval.data) if config.eval.data else []
+    """What eval.data names, each set once."""
+    return list(dict.fromkeys(split_sources(config.eval.data))) if config.eval.data else []
 
 
 class Evaluated(NamedTuple):

@@ -97,8 +97,8 @@ class TowerEncoder:
 
     @torch.no_grad()
     def image(self, images: Tensor, numbers: Sequence[int] = ()) -> Tensor:
-        """uint8 [B, 3, H, H] -> [B, E]."""
-        pixels = photometric.normalise(images.to(self.device))
+        """uint8, or float and normalised [B, 3, H, H] -> [B, E]."""
+        pixels = self._normalised(images)
         if self.keep_ratio == 1:
             return self.towers.embed_images(pixels)
         return cast(Any, self.towers).embed_images(pixels, self._removing(numbers, len(images)))
@@ -115,9 +115,14 @@ class TowerEncoder:
 
     @torch.no_grad()
     def features(self, images: Tensor, numbers: Sequence[int] = ()) -> Tensor:
-        """uint8 [B, 3, H, H] -> the tower's feature [B, D]; of a module only, since no engine gives it."""
-        vision, pixels = cast(Any, self.towers).vision, photometric.normalise(images.to(self.device))
+        """[B, 3, H, H] as of `image` -> the tower's feature [B, D]; of a module only, since no engine gives it."""
+        vision, pixels = cast(Any, self.towers).vision, self._normalised(images)
         return vision.feature(vision(pixels, self._removing(numbers, len(images))).tokens).float()
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """The pixels as the tower takes them, on its device; floats are so already."""
+        images = images.to(self.device)
+        return photometric.normalise(images) if images.dtype == torch.uint8 else images
 
     def _removing(self, numbers: Sequence[int], rows: int) -> tuple[Selection, ...]:
         """How the patches of a batch are chosen; none: every one stays."""

@@ -41,22 +41,23 @@ def classification_metrics(
     rank: np.ndarray,
     targets: np.ndarray,
     num_classes: int,
-    second_class_scores: np.ndarray | None = None,
+    second_class_lead: np.ndarray | None = None,
 ) -> dict[str, float]:
     """predicted, rank (classes before the target) and targets [N] -> acc1, acc5, mean_per_class_recall, roc_auc.
 
     acc5 is left out below 5 classes. mean_per_class_recall is over the classes that occur. roc_auc needs
-    `second_class_scores` [N] and both of two classes; equal scores count half.
+    `second_class_lead` [N], its score less the first's, and both of two classes; equal leads count half. By the lead,
+    as by the second class's probability, and unlike by its score alone, it is the same if the classes change places.
     """
     metrics = {"acc1": float((rank < 1).mean())}
     if num_classes >= 5:
         metrics["acc5"] = float((rank < 5).mean())
     hits, totals = per_class(predicted, targets, num_classes)
     metrics["mean_per_class_recall"] = float((hits[totals > 0] / totals[totals > 0]).mean())
-    if second_class_scores is not None and len(np.unique(targets)) == 2:
+    if second_class_lead is not None and len(np.unique(targets)) == 2:
         from sklearn.metrics import roc_auc_score
 
-        metrics["roc_auc"] = float(roc_auc_score(targets, second_class_scores))
+        metrics["roc_auc"] = float(roc_auc_score(targets, second_class_lead))
     return metrics
 
 
@@ -79,8 +80,11 @@ def metrics_of_set(
 def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
     """scores [N, C], targets [N, C] of 0 and 1 -> the mean over classes of the mean precision at each image of a class.
 
-    In fp32 and in CLIP_benchmark's order of sums; a class without images counts 0, as there.
+    In fp32 and in CLIP_benchmark's order of sums; a class without images counts 0, as there. Raises UserError for
+    scores that are not finite: NaN is sorted first, and would count.
     """
+    if not torch.isfinite(scores).all():
+        raise UserError(NOT_FINITE)
     found = scores.new_zeros(scores.shape[1])
     places = torch.arange(1, len(scores) + 1).float()
     for number in range(scores.shape[1]):

@@ -33,8 +33,13 @@ QUERIES = 256
 
 
 def features_of(encoder: Encoder, data: EvalSet, batch_size: int, comm: Comm) -> tuple[np.ndarray, np.ndarray]:
-    """(features [N, D] fp32, labels [N]) on every rank. Collective: every rank must call."""
+    """(features [N, D] fp32, labels [N]) on every rank. Collective: every rank must call.
+
+    Raises UserError for features that are not finite, of which a probe learns nothing.
+    """
     found = encode_images(FeatureView(encoder), data.samples, batch_size, comm)
+    if not torch.isfinite(found).all():
+        raise UserError(metrics.NOT_FINITE)
     return found.cpu().numpy(), np.array([sample.label for sample in data.samples])
 
 
@@ -54,14 +59,21 @@ def linear_probe(
     check_same_classes(train, test)
     train_features, train_labels = features_of(encoder, train, batch_size, comm)
     test_features, test_labels = features_of(encoder, test, batch_size, comm)
-    scores, best_c = on_main(lambda: probe(train_features, train_labels, test_features, len(test.classnames)))
-    return _row("linear_probe", scores, test_labels, encoder, test, step) | {"best_c": best_c, "num_train": len(train)}
+    scores, lead, best_c = on_main(lambda: probe(train_features, train_labels, test_features, len(test.classnames)))
+    return _row("linear_probe", scores, lead, test_labels, encoder, test, step) | {
+        "best_c": best_c,
+        "num_train": len(train),
+    }
 
 
 def probe(
     train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, num_classes: int
-) -> tuple[np.ndarray, float]:
-    """(log-probabilities [N, C] of the test features, the chosen C). A class without training images gets -1e9."""
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(log-probabilities [N, C] of the test features, how far they are on the second class's side, the chosen C).
+
+    A class without training images gets -1e9. The second [N] is of two classes: the difference of their
+    log-probabilities, which are too coarse for it where C is small.
+    """
     held_out = _held_out(train_labels)
     fit_part, check_part = np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
@@ -73,7 +85,7 @@ def probe(
     model = _fit(train_features, train_labels, best)
     scores = np.full((len(test_features), num_classes), -1e9, np.float32)
     scores[:, model.classes_] = model.predict_log_proba(test_features)
-    return np.maximum(scores, -1e9), 10.0**best
+    return np.maximum(scores, -1e9), model.decision_function(test_features), 10.0**best
 
 
 def sweep(accuracy: Any) -> float:
@@ -139,8 +151,10 @@ def knn(
         len(test.classnames),
         min(neighbours, len(train)),
         comm,
-    )
-    return _row("knn", scores.numpy(), test_labels, encoder, test, step) | {
+    ).numpy()
+    votes = scores.astype(np.float64)
+    lead = (votes[:, 1] - votes[:, 0]) / votes.sum(1)  # a share: how near the neighbours are is no class
+    return _row("knn", scores, lead, test_labels, encoder, test, step) | {
         "neighbours": min(neighbours, len(train)),
         "num_train": len(train),
     }
@@ -172,7 +186,8 @@ def check_same_classes(train: EvalSet, test: EvalSet) -> None:
         raise UserError(f"--data {test.folder}: the training split has other class names than the test split")
 
 
-def _row(task: str, scores: np.ndarray, labels: np.ndarray, encoder: Encoder, test: EvalSet, step: int) -> dict:
+def _row(
+    task: str, scores: np.ndarray, lead: np.ndarray, labels: np.ndarray, encoder: Encoder, test: EvalSet, step: int
+) -> dict[str, Any]:
     judged = metrics.classify(torch.from_numpy(scores), torch.from_numpy(labels)).numpy()
-    second = scores[:, 1] if scores.shape[1] == 2 else None
-    return zero_shot.describe(judged[:, 0], judged[:, 1], labels, second, encoder.weights, test, step, task)
+    return zero_shot.describe(judged[:, 0], judged[:, 1], labels, lead, encoder.weights, test, step, task)

@@ -15,9 +15,14 @@ KEY = ("step", "weights", "dataset", "task")  # what two rows may not share
 
 
 def new(run: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those whose step, weights, data set and task are not yet in RUN/eval.jsonl."""
-    present = _present(run)
-    return [row for row in rows if tuple(row[name] for name in KEY) not in present]
+    """Those whose step, weights, data set and task are not yet in RUN/eval.jsonl; of equals among them the first."""
+    present, found = _present(run), []
+    for row in rows:
+        key = _key(row)
+        if key not in present:
+            present.add(key)
+            found.append(row)
+    return found
 
 
 def of_step(run: Path, step: int) -> set[tuple[Any, ...]]:
@@ -60,4 +65,8 @@ def missing(run: Path, step: int, sets: Sequence[EvalSet], weights: Sequence[str
 
 
 def _present(run: Path) -> set[tuple[Any, ...]]:
-    return {tuple(row[name] for name in KEY) for row in read_lines(run / run_files.EVALUATIONS, run_files.EVALUATION)}
+    return {_key(row) for row in read_lines(run / run_files.EVALUATIONS, run_files.EVALUATION)}
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)

@@ -37,6 +37,11 @@ class Located:
     """the run it belongs to, where its numbers are appended"""
     config: TrainConfig | None
 
+    def check_holds(self, weights: str) -> None:
+        """Raises UserError for weights that it does not hold."""
+        if weights not in self.weights:
+            raise UserError(f"{self.path}: holds no {weights}; --weights {self.weights[0]}")
+
 
 def locate(source: str | Path) -> Located:
     """What is at a path, or at `hf-hub:ORG/NAME`. A run without final weights is read as its newest valid checkpoint.
@@ -96,8 +101,7 @@ def build_towers(located: Located, weights: str, device: torch.device | None = N
     The teacher has no logit scale of its own: the student's is given to it. Raises UserError for what does not fit.
     """
     assert located.config is not None
-    if weights not in located.weights:
-        raise UserError(f"{located.path}: holds no {weights}; --weights {located.weights[0]}")
+    located.check_holds(weights)
     source = Source(located.path, weights)
     other = Source(located.path, "student") if weights == "teacher" else source
     return fill_towers(located.config.model, [source, other], device)
@@ -129,8 +133,9 @@ def open_encoder(
     if located.config is None:
         from amclip_ds.evaluate.libraries import open_library
 
+        located.check_holds(weights)
         try:
-            return open_library(located.path, located.kind, located.weights[0], device, preprocess)
+            return open_library(located.path, located.kind, weights, device, preprocess)
         except AmclipError:
             raise
         except Exception as error:  # whatever a library raises over a torn folder

@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from amclip_ds.errors import UserError
-from amclip_ds.evaluate.set_names import known_name
+from amclip_ds.evaluate.datasets import ASSOCIATION, RETRIEVAL, EvalSet
+from amclip_ds.evaluate.metrics import MEAN_AVERAGE_PRECISION
+from amclip_ds.evaluate.tasks import PROBES
 from amclip_ds.files import not_written
 
 RECALLS = ("image_retrieval_recall@5", "text_retrieval_recall@5")
+MEAN_RECALL = "mean_recall@1"
 PER_CLASS = "mean_per_class_recall"
+JACCARD = "jaccard_score_10-12"
+FEWEST_CANDIDATES = 10  # of the games that JACCARD is of
 SHIFTS = ("imagenet_sketch", "imagenetv2", "imagenet-a", "imagenet-o", "imagenet-r", "objectnet")
 
 
@@ -43,7 +48,7 @@ VTAB_PLUS = _each(
     " vtab/clevr_closest_object_distance vtab/diabetic_retinopathy vtab/dmlab vtab/dsprites_label_orientation"
     " vtab/dsprites_label_x_position vtab/dtd vtab/eurosat vtab/kitti_closest_vehicle_distance vtab/flowers vtab/pets"
     " vtab/pcam vtab/resisc45 vtab/smallnorb_label_azimuth vtab/smallnorb_label_elevation vtab/svhn"
-) | _each("voc2007_multilabel", "mean_average_precision")
+) | _each("voc2007_multilabel", MEAN_AVERAGE_PRECISION)
 DATACOMP = (
     _each(
         "vtab/cifar10 vtab/cifar100 vtab/clevr_count_all vtab/clevr_closest_object_distance country211 vtab/dtd"
@@ -52,7 +57,7 @@ DATACOMP = (
         " sun397 vtab/svhn wilds/camelyon17"
     )
     | _each("vtab/caltech101 fgvc_aircraft vtab/flowers vtab/pets", PER_CLASS)
-    | _each("flickr30k mscoco_captions", "mean_recall@1")
+    | _each("flickr30k mscoco_captions", MEAN_RECALL)
     | _each("wilds/iwildcam", "F1-macro_all")
     | _each("wilds/fmow", "acc_worst_region")
     | _each("dollar_street", "acc_top5_wg")
@@ -61,7 +66,7 @@ DATACOMP = (
 SUITES = {
     "vtab+": Suite(VTAB_PLUS, {"vtab+": ()}),
     "datacomp": Suite(
-        DATACOMP | _each("winogavil", "jaccard_score_10-12"),
+        DATACOMP | _each("winogavil", JACCARD),
         {
             "ImageNet": ("imagenet1k",),
             "ImageNet dist. shifts": SHIFTS,
@@ -97,6 +102,10 @@ class Found:
     folders: Mapping[str, Path]
     """set -> its folder"""
     missing: tuple[str, ...]
+
+    def key_of(self, folder: str) -> str:
+        """The set that a folder is: a row's name says less, since a folder may be a link, or a download's."""
+        return next(key for key, path in self.folders.items() if str(path) == folder)
 
     def lines(self) -> list[str]:
         """For people."""
@@ -150,31 +159,52 @@ def _candidates(root: Path, key: str) -> Iterator[Path]:
                     yield snapshot
 
 
-def report(found: Found, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Adds to the rows of a suite what it reports of them, and returns its averages as lines."""
+def check(found: Found, sets: Sequence[EvalSet]) -> None:
+    """Refuses, before anything is evaluated, a set that cannot give what the suite reports of it. Raises UserError."""
+    for data in sets:
+        for metric in SUITES[found.suite].metrics[found.key_of(data.folder)]:
+            if not _gives(data, metric):
+                kind = "classification of several labels an image" if data.is_multilabel else data.task
+                raise UserError(f"--suite {found.suite}: {data.folder} is a set for {kind}, which gives no {metric}")
+
+
+def _gives(data: EvalSet, metric: str) -> bool:
+    if data.task == RETRIEVAL:
+        return metric in (*RECALLS, MEAN_RECALL)
+    if data.task == ASSOCIATION:
+        return metric == JACCARD and any(len(game.candidates) >= FEWEST_CANDIDATES for game in data.games)
+    if data.is_multilabel:
+        return metric == MEAN_AVERAGE_PRECISION
+    return metric not in (*RECALLS, MEAN_RECALL, JACCARD, MEAN_AVERAGE_PRECISION)
+
+
+def report(found: Found, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Adds to the rows of a suite what it reports of them, and returns its averages, one for each probe too, as lines.
+
+    rows: (the folder that was evaluated, its row)
+    """
     suite = SUITES[found.suite]
-    names = {known_name(key): key for key in suite.metrics}
-    values: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
-        key = names[known_name(row["dataset"])]
+    values: dict[tuple[str, str, str], dict[str, float]] = {}
+    for folder, row in rows:
+        key = found.key_of(folder)
         row["suite_dataset"] = f"wds/{key}"
         both = [row["metrics"].get(f"{side}_retrieval_recall@1") for side in ("text", "image")]
-        if None not in both and "mean_recall@1" in suite.metrics[key]:
-            row["metrics"]["mean_recall@1"] = 0.5 * (both[0] + both[1])
+        if None not in both and MEAN_RECALL in suite.metrics[key]:
+            row["metrics"][MEAN_RECALL] = 0.5 * (both[0] + both[1])
         row["main_metric"] = suite.metrics[key][0]
         for metric in suite.metrics[key]:
-            if metric not in row["metrics"]:
-                raise UserError(f"--suite {found.suite}: {row['dataset']} gives no {metric}")
             column = metric if len(suite.metrics[key]) > 1 else "main metric"
-            values.setdefault((row["weights"], column), {})[key] = row["metrics"][metric]
+            probe = row["task"] if row["task"] in PROBES else ""  # the other tasks are averaged together
+            values.setdefault((row["weights"], probe, column), {})[key] = row["metrics"][metric]
     lines = []
-    for (weights, column), by_set in values.items():
+    for (weights, probe, column), by_set in values.items():
+        whose = f"{weights}, {probe}" if probe else weights
         for title, members in suite.averages.items():
             wanted = members or tuple(suite.metrics)
             lacking = [key for key in wanted if key not in by_set]
             mean = sum(by_set[key] for key in wanted if key in by_set) / len(wanted)
             reported = f"{mean:.4f}" if not lacking else f"none: {len(lacking)} of {len(wanted)} sets are missing"
-            lines.append(f"{found.suite}, {weights}, {title}, {column}: {reported}")
+            lines.append(f"{found.suite}, {whose}, {title}, {column}: {reported}")
     return lines
 
 

@@ -36,11 +36,16 @@ def run_task(
 def open_for(
     task: str, spec: str, split: str, classnames: str, templates: str, key: str
 ) -> tuple[str, EvalSet, EvalSet | None]:
-    """(task, the split to evaluate, the split that probes learn from). `auto` becomes what the set is for."""
+    """(task, the split to evaluate, the split that probes learn from). `auto` becomes what the set is for.
+
+    Raises UserError, also for a probe of what it cannot learn.
+    """
     if task not in PROBES:
         data = open_set(spec, split, task, classnames, templates, key)
         return data.task, data, None
     data = open_set(spec, split, CLASSIFICATION, classnames, "none", key)
+    if data.is_multilabel:
+        raise UserError(f"--task {task}: {spec} has several labels an image; a probe learns one")
     train = open_set(spec, "train", CLASSIFICATION, classnames, "none", key)
     if train.samples == data.samples:
         raise UserError(f"--task {task}: {spec} has one split; a probe learns from `train` and is tested on another")

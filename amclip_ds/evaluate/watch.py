@@ -27,6 +27,7 @@ from amclip_ds.evaluate.datasets import EvalSet, open_sets
 from amclip_ds.evaluate.source import locate, open_encoder
 from amclip_ds.evaluate.tasks import run_task
 from amclip_ds.files import read_bytes
+from amclip_ds.method import method_of
 from amclip_ds.record import is_by_file, read_verdict
 from amclip_ds.shards.sources import split_sources
 
@@ -42,6 +43,8 @@ def watch(run: Path, data: list[str] | None, weights: str, batch_size: int, ever
     if not os.access(rows_file if rows_file.exists() else run, os.W_OK):  # or it would evaluate, in vain, for ever
         raise UserError(f"{rows_file}: not yours to write; `amclip eval CHECKPOINT --no-append` evaluates one")
     config = settings.load_run(run / run_files.CONFIG)
+    if weights == "teacher" and not method_of(config).needs_teacher:
+        raise UserError(f"--weights teacher: {run} keeps none; leave it out, or --weights student")
     if not data and not config.eval.data:
         raise UserError("--data: name a data set; the run has no eval.data")
     sets = open_sets(data or split_sources(config.eval.data or ""), "watch --data" if data else "eval.data")

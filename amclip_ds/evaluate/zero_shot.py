@@ -62,8 +62,8 @@ def evaluate(encoder: Encoder, data: EvalSet, batch_size: int, comm: Comm, step:
     def judge(embeddings: Tensor, numbers: range) -> Tensor:
         scores = embeddings @ classifier.T
         found = metrics.classify(scores, labels[numbers.start : numbers.stop]).double()  # exact far beyond any count
-        second = scores[:, 1:2] if scores.shape[1] == 2 else scores[:, :1]
-        return torch.cat([found, second.double()], dim=1)
+        lead = scores[:, 1:2].double() - scores[:, :1].double()  # of two classes; of more nothing reads it
+        return torch.cat([found, lead], dim=1)
 
     judged = encode_images(encoder, data.samples, batch_size, comm, then=judge).cpu().numpy()
     predicted, rank = judged[:, 0].astype(np.int64), judged[:, 1].astype(np.int64)
@@ -74,18 +74,18 @@ def describe(
     predicted: np.ndarray,
     rank: np.ndarray,
     targets: np.ndarray,
-    second_class_scores: np.ndarray | None,
+    second_class_lead: np.ndarray | None,
     weights: str,
     data: EvalSet,
     step: int,
     task: str = CLASSIFICATION,
 ) -> dict[str, Any]:
-    """The row of a classification, whatever made it."""
+    """The row of a classification, whatever made it. second_class_lead: metrics.classification_metrics."""
     num_classes = len(data.classnames)
-    second = second_class_scores if num_classes == 2 else None
+    lead = second_class_lead if num_classes == 2 else None
     hits, totals = metrics.per_class(predicted, targets, num_classes)
     name = known_name(data.name)
-    found = metrics.classification_metrics(predicted, rank, targets, num_classes, second)
+    found = metrics.classification_metrics(predicted, rank, targets, num_classes, lead)
     found |= metrics.metrics_of_set(name, predicted, rank, targets, data.groups)
     return metrics.row(
         step,

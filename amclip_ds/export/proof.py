@@ -97,7 +97,7 @@ def gather_samples(spec: str | None, config: TrainConfig) -> Samples:
         spec = _first_local_shard(config)
     if spec is None:
         return _made_samples(config.model.vision.image_size)
-    found = open_set(spec, task=RETRIEVAL, key="--proof").samples
+    found = [sample for sample in open_set(spec, task=RETRIEVAL, key="--proof").samples if sample.captions]
     chosen = found[:: max(1, len(found) // NUM_SAMPLES)][:NUM_SAMPLES]
     return Samples(
         [sample.read() for sample in chosen],

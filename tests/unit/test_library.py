@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 import amclip_ds
 from amclip_ds import config, hub
 from amclip_ds.cli import main
 from amclip_ds.comm import SingleProcess
+from amclip_ds.data import photometric
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import open_set
 from amclip_ds.evaluate.encoder import encode_images
 from amclip_ds.evaluate.source import locate, open_encoder
 from amclip_ds.model import pretrained
-from tests.unit.evaluate.exports import write_export, write_run
+from tests.unit.evaluate.exports import FORMATS, write_checkpoint, write_export, write_run
 from tests.unit.evaluate.test_encoder import picture
 
 
@@ -38,6 +40,7 @@ def model(run: Path) -> amclip_ds.Model:
 
 
 PICTURES = [picture((70 + 9 * n, 64), n) for n in range(5)]
+PIXELS = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
 
 
 def test_embeddings_are_those_of_eval(run: Path, model: amclip_ds.Model, tmp_path: Path) -> None:
@@ -59,6 +62,22 @@ def test_embeddings_are_those_of_eval(run: Path, model: amclip_ds.Model, tmp_pat
     assert torch.allclose(rows.norm(dim=1), torch.ones(len(rows)), atol=1e-6)
     texts = ["a red circle", "a dog"]
     assert torch.equal(model.encode_text(texts), encoder.text([*texts, *[""] * 62])[:2])
+
+
+def test_a_tensor_gives_what_its_pictures_do(run: Path, tmp_path: Path) -> None:
+    """Floats are normalised already: a second time would be of other images, in silence."""
+    checkpoint = write_checkpoint(tmp_path / "run")
+    write_export("open_clip", tmp_path / "export")
+    for source, kind in ((run, "run"), (checkpoint, "checkpoint"), (tmp_path / "export", "open_clip")):
+        model = amclip_ds.load(source, weights="student")
+        assert model.kind == kind
+        pixels = torch.stack([model.preprocess(image) for image in PICTURES])
+        expected = model.encode_image(PICTURES)
+        assert torch.equal(model.encode_image(pixels), expected)
+        assert torch.equal(model.encode_image(photometric.normalise(pixels)), expected)
+        assert torch.equal(model._encoder.features(photometric.normalise(pixels)), model._encoder.features(pixels))
+        if kind != "open_clip":
+            assert torch.equal(model.attention(photometric.normalise(pixels)), model.attention(pixels))
 
 
 def test_zero_shot_gives_probabilities_in_the_order_of_the_classes(model: amclip_ds.Model) -> None:
@@ -117,6 +136,15 @@ def in_a_thread(call: Callable[[], object]) -> object:
         (lambda model: model.attention([]), "no image was given"),
         (lambda model: model.attention(["cat.jpg"]), "image 0: a str, where a PIL image is expected"),
         (lambda model: model.encode_image(Image.new("La", (8, 8))), "image 0: conversion from La"),
+        (lambda model: model.encode_image(Image.new("RGB", (0, 5))), "image 0: 0 x 5 pixels, so there is nothing"),
+        (lambda model: model.attention([PICTURES[0], Image.new("RGB", (5, 0))]), "image 1: 5 x 0 pixels"),
+        (lambda model: model.preprocess(Image.new("RGB", (0, 0))), "the image: 0 x 0 pixels"),
+        (lambda model: model.encode_image(PICTURES, batch_size=0), "batch_size: 0; a whole number of 1 or more"),
+        (lambda model: model.encode_image(PIXELS, batch_size=-1), "batch_size: -1; a whole number"),
+        (lambda model: model.encode_text(["a"], batch_size=0), "batch_size: 0; a whole number"),
+        (lambda model: model.attention(PICTURES, batch_size=0), "batch_size: 0; a whole number"),
+        (lambda model: model.attention(PIXELS, batch_size=-1), "batch_size: -1; a whole number"),
+        (lambda model: model.zero_shot(PICTURES, ["a"], batch_size=2.5), "batch_size: 2.5; a whole number"),
         (lambda model: amclip_ds.load("nowhere"), "neither a run"),
         (lambda model: amclip_ds.load_config("clip-tiny", "data.train=x"), "overrides: 'data.train=x' is no list of"),
         (lambda model: amclip_ds.load_config("clip-tiny", {"data.train": "x"}), "overrides: {'data.train': 'x'} is no"),
@@ -147,6 +175,28 @@ def test_what_is_no_model_is_refused(tmp_path: Path, run: Path) -> None:
     same = amclip_ds.load(run, weights="student")
     assert torch.allclose(export.encode_image(PICTURES), same.encode_image(PICTURES), atol=1e-5)
     assert torch.equal(same.tokenizer(["a dog"]), export.tokenizer(["a dog"]))
+
+
+def test_an_image_tower_alone_embeds_images_alone(tmp_path: Path) -> None:
+    write_export("timm", tmp_path / "export")
+    tower = amclip_ds.load(tmp_path / "export")
+    assert tower.encode_image(PICTURES).shape[0] == 5
+    for act, what in (
+        (lambda: tower.logit_scale, "logit_scale"),
+        (lambda: tower.encode_text(["a"]), "encode_text"),
+        (lambda: tower.tokenizer(["a"]), "tokenizer"),
+        (lambda: tower.zero_shot(PICTURES, ["a", "b"]), "zero_shot"),
+    ):
+        with pytest.raises(UserError, match=f"^{what}: timm holds the image tower alone"):
+            act()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_file_of_an_export_is_downloaded(fmt: str, tmp_path: Path) -> None:
+    """An ONNX graph without its weights, which are a file beside it, cannot be loaded."""
+    write_export(fmt, tmp_path / "export")
+    written = [file.name for file in (tmp_path / "export").iterdir()]
+    assert list(filter_repo_objects(written, allow_patterns=list(hub.DOWNLOADED))) == written
 
 
 @pytest.fixture

@@ -6,10 +6,16 @@ from pathlib import Path
 import torch
 
 from amclip_ds import config as settings
+from amclip_ds.checkpoint import CheckpointConfig
+from amclip_ds.checkpoint.ranks import Ranks
+from amclip_ds.checkpoint.save import Saver
+from amclip_ds.checkpoint.state import CheckpointState
+from amclip_ds.engine.shards import Shard
 from amclip_ds.export.command import WRITERS
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.init import Start, initialise
 from amclip_ds.run_folder import write_weights
+from tests.distributed.cases_checkpoint_files import toy_counters
 
 FORMATS = ("open_clip", "hf", "timm", "onnx")
 
@@ -33,6 +39,25 @@ def write_export(fmt: str, folder: Path) -> None:
     module, config = tiny_model()
     WRITERS[fmt](folder, module, config.model)
     (folder / "amclip.json").write_text(json.dumps({"step": 7, "weights": "student", "format": fmt}))
+
+
+def write_checkpoint(run: Path, with_teacher: bool = True) -> Path:
+    """A checkpoint below a run of the tiny model, as the saver writes it, of step 7 and without an optimizer."""
+    config = tiny_model()[1]
+    sharded: dict[str, dict[str, Shard]] = {}
+    for kind, seed in (("master", 3), ("ema", 4))[: 1 + with_teacher]:
+        state = tiny_model(seed=seed)[0].state_dict()
+        shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+        whole = {name: tensor.flatten() for name, tensor in state.items() if kind == "master" or name != "logit_scale"}
+        sharded[kind] = {name: Shard(flat, 0, len(flat), len(flat)) for name, flat in whole.items()}
+    state = CheckpointState(sharded, shapes, small=toy_counters(7), config=settings.dump(config))
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True)
+    no_more = CheckpointConfig(every_steps=None, every_minutes=None)
+    with Saver(folder, no_more, Ranks(), say=print, incident=print) as saver:
+        saver.save(7, state, wait=True)
+    (run / "config.yaml").write_text(settings.dump(config))
+    return folder / "step_00000007"
 
 
 def write_run(folder: Path) -> None:

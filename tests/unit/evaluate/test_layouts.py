@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -293,6 +294,24 @@ def test_links_lead_nowhere(tmp_path: Path) -> None:
     assert len(open_set(str(view))) == 21
 
 
+def test_a_set_is_called_by_the_name_it_is_reached_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "deep" / "below").mkdir(parents=True)
+
+    def name_in(place: str, spec: str) -> str:
+        monkeypatch.chdir(tmp_path / place)
+        open_set.cache_clear()
+        return open_set(spec).name
+
+    assert name_in(".", "link") == name_in("deep", "../link") == name_in(".", "link/../link/.") == "link"
+    assert name_in("real", ".") == name_in("real/test", "..") == "real"
+    shutil.copy(tmp_path / "real" / "classnames.txt", tmp_path / "real" / "test")
+    shutil.copy(tmp_path / "real" / "zeroshot_classification_templates.txt", tmp_path / "real" / "test")
+    assert name_in(".", "link/test") == "link_test" and name_in("real", "test") == "real_test"
+    assert name_in("deep/below", "../../real/test") == name_in("real/test", "../test") == "real_test"
+
+
 def test_what_is_no_file_does_not_block(tmp_path: Path) -> None:
     root = make(tmp_path / "set", classes("cat", "dog"))
     os.mkfifo(root / "cat" / "9.jpg")
@@ -319,7 +338,9 @@ def test_what_can_be_known_at_the_start_is(tmp_path: Path) -> None:
     write_set(tmp_path / "other" / "good")
     with pytest.raises(UserError, match="are both called good"):
         check_sets(f"{good}::{tmp_path}/other/good")
-    assert len(check_sets(f"{good}::{good}")) == 2
+    (tmp_path / "better").symlink_to(tmp_path / "other" / "good")
+    assert len(check_sets(f"{good}::{tmp_path}/better")) == 2, "as the message says, a link does"
+    assert len(check_sets(f"{good}::{good}")) == 1
     with pytest.raises(UserError, match="^eval.data: .*no such"):
         check_sets(str(tmp_path / "nowhere"))
 

@@ -32,8 +32,8 @@ def test_classification_equals_a_slow_reference(tied: bool, num_classes: int) ->
     judged = metrics.classify(scores, targets)
     assert judged.tolist() == slow_ranks(scores, targets)
     predicted, rank, labels = judged[:, 0].numpy(), judged[:, 1].numpy(), targets.numpy()
-    second = scores[:, 1].numpy() if num_classes == 2 else None
-    found = metrics.classification_metrics(predicted, rank, labels, num_classes, second)
+    lead = (scores[:, 1] - scores[:, 0]).numpy() if num_classes == 2 else None
+    found = metrics.classification_metrics(predicted, rank, labels, num_classes, lead)
     slow = slow_ranks(scores, targets)
     assert found["acc1"] == sum(place < 1 for _, place in slow) / len(slow)
     assert found["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(labels, [p for p, _ in slow]))
@@ -42,8 +42,10 @@ def test_classification_equals_a_slow_reference(tied: bool, num_classes: int) ->
     else:
         assert "acc5" not in found
     if num_classes == 2:
-        assert found["roc_auc"] == pytest.approx(roc_auc_score(labels, scores[:, 1]))
-        assert found["roc_auc"] == pytest.approx(slow_auc(scores[:, 1].tolist(), labels.tolist()))
+        assert found["roc_auc"] == pytest.approx(roc_auc_score(labels, scores.double().softmax(1)[:, 1]))
+        assert found["roc_auc"] == pytest.approx(slow_auc(lead.tolist(), labels.tolist()))
+        swapped = metrics.classification_metrics(1 - predicted, rank, 1 - labels, num_classes, -lead)
+        assert swapped["roc_auc"] == found["roc_auc"]
 
 
 def slow_auc(scores: list[float], labels: list[int]) -> float:
@@ -70,6 +72,8 @@ def test_scores_that_are_not_finite_are_refused() -> None:
     scores[3, 2] = float("nan")
     with pytest.raises(UserError, match="finite"):
         metrics.classify(scores, targets)
+    with pytest.raises(UserError, match="finite"):
+        metrics.mean_average_precision(scores, torch.ones(scores.shape))
 
 
 def test_confusions_are_counted() -> None:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from amclip_ds import cli
+from amclip_ds.errors import UserError
 from amclip_ds.evaluate import rows
 from amclip_ds.evaluate.datasets import EvalSet, open_set
-from tests.unit.evaluate.exports import write_run
+from amclip_ds.evaluate.source import locate, open_encoder
+from tests.unit.evaluate.exports import write_export, write_run
 from tests.unit.evaluate.test_encoder import write_set
 
 TASK = "zeroshot_classification"
@@ -37,6 +40,34 @@ def test_nothing_is_there_twice(tmp_path: Path) -> None:
     assert rows.append_new(tmp_path, mine) == 1
     written = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert [(one["step"], one["weights"]) for one in written] == [(3, "student"), (3, "teacher")]
+
+
+def test_one_set_by_two_names_is_evaluated_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named twice, by another spelling, or with `auto` beside the task that it becomes."""
+    mine = [row(3, "student", "cars"), row(3, "student", "cars")]
+    assert rows.new(tmp_path, mine) == mine[:1]
+    data = write_set(tmp_path / "set")
+    write_run(tmp_path / "run")
+    words = ["eval", str(tmp_path / "run"), "--weights", "student", "--json", str(tmp_path / "n.json")]
+    words += ["--data", str(data), "--data", str(data), "--data", f"{tmp_path}/run/../set"]
+    assert cli.main([*words, "--task", "auto", "--task", TASK]) == 0
+    assert "1 of 1 rows appended" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "n.json").read_text())) == 1
+
+
+def test_weights_that_are_not_there_are_refused_before_a_set_is_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An export of the student was evaluated, and its row called the student's."""
+    write_export("open_clip", tmp_path / "export")
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "teacher.safetensors").unlink()
+    for source in ("export", "run"):
+        words = ["eval", str(tmp_path / source), "--data", str(tmp_path / "nowhere"), "--weights", "teacher"]
+        assert cli.main(words) == 2
+        assert f"{tmp_path / source}: holds no teacher; --weights student" in capsys.readouterr().err
+    with pytest.raises(UserError, match="holds no teacher"):
+        open_encoder(locate(tmp_path / "export"), "teacher", torch.device("cpu"))
 
 
 def test_other_prompts_and_names_are_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from amclip_ds.errors import UserError
 from amclip_ds.evaluate import names, suites
 from amclip_ds.evaluate.datasets import EvalSet, open_set
 from amclip_ds.evaluate.encoder import TowerEncoder, encode_images
-from amclip_ds.evaluate.tasks import run_task
+from amclip_ds.evaluate.tasks import PROBES, open_for, run_task
 from tests.unit.evaluate.exports import write_run
 from tests.unit.evaluate.test_encoder import SIZES, picture, tiny_encoder
 from tests.unit.thread_ranks import run_threads
@@ -160,8 +161,39 @@ def test_roc_auc_is_scikit_learns(root: Path, encoder: TowerEncoder) -> None:
     classes = zeroshot_classification.zero_shot_classifier(
         MODEL, encoder.text, list(data.classnames), list(data.templates), "cpu", amp=False
     )
-    expected = roc_auc_score([sample.label for sample in data.samples], (rows @ classes)[:, 1])
+    expected = roc_auc_score(
+        [sample.label for sample in data.samples], (100 * rows @ classes).double().softmax(1)[:, 1]
+    )
     assert ours(encoder, data)["roc_auc"] == expected
+
+
+def test_roc_auc_is_the_same_if_the_classes_change_places(root: Path, encoder: TowerEncoder) -> None:
+    data = open_set(str(root / "vtab" / "pcam"))
+    swapped = replace(
+        data,
+        classnames=data.classnames[::-1],
+        samples=tuple(replace(sample, label=1 - sample.label) for sample in data.samples),
+    )
+    for task in (data.task, *PROBES):
+        found = [
+            run_task(task, encoder, one, BATCH, SingleProcess(), 0, train)["metrics"]["roc_auc"]
+            for one, train in (
+                (data, replace(data, samples=data.samples[::2])),
+                (swapped, replace(swapped, samples=swapped.samples[::2])),
+            )
+        ]
+        assert found[0] == pytest.approx(found[1], abs=1e-9) and found[0] != 0.5
+
+
+def test_a_diverged_model_has_no_number(root: Path) -> None:
+    """Of several labels, where NaN would be sorted first, and of the probes."""
+    diverged = tiny_encoder()
+    with torch.no_grad():
+        diverged.towers.vision.norm.weight.fill_(float("nan"))
+    several_labels, two = open_set(str(root / "wds_voc2007_multilabel")), open_set(str(root / "vtab" / "pcam"))
+    for task, data in ((several_labels.task, several_labels), *((task, two) for task in PROBES)):
+        with pytest.raises(UserError, match="embeddings of this set are not finite"):
+            run_task(task, diverged, data, BATCH, SingleProcess(), 0, data)
 
 
 def test_worst_groups_and_f1(root: Path, encoder: TowerEncoder) -> None:
@@ -234,13 +266,72 @@ def test_a_suite_is_evaluated_by_its_name(root: Path, tmp_path: Path, capsys: py
 
 
 def test_averages_are_of_whole_suites() -> None:
-    found = suites.Found("imagenet-shifts", dict.fromkeys(suites.SHIFTS, Path()), ())
-    rows = [
-        {"dataset": f"wds_{name}", "weights": "student", "metrics": {"acc1": n / 10}}
-        for n, name in enumerate(suites.SHIFTS)
-    ]
-    assert suites.report(found, rows) == ["imagenet-shifts, student, ImageNet dist. shifts, main metric: 0.2500"]
-    assert "none: 1 of 6 sets are missing" in suites.report(found, rows[1:])[0]
+    found = suites.Found("imagenet-shifts", {name: Path(name) for name in suites.SHIFTS}, ())
+
+    def rows(task: str, scale: float) -> list[tuple[str, dict[str, Any]]]:
+        return [
+            (name, {"task": task, "weights": "student", "metrics": {"acc1": n * scale}})
+            for n, name in enumerate(suites.SHIFTS)
+        ]
+
+    shown, probed = rows("zeroshot_classification", 0.1), rows("knn", 0.2)
+    line = "imagenet-shifts, student, ImageNet dist. shifts, main metric: 0.2500"
+    assert suites.report(found, shown) == [line]
+    assert "none: 1 of 6 sets are missing" in suites.report(found, shown[1:])[0]
+    both = [line, "imagenet-shifts, student, knn, ImageNet dist. shifts, main metric: 0.5000"]
+    assert suites.report(found, shown + probed) == both, "one task's numbers do not take the other's place"
+
+
+def test_a_set_of_a_suite_may_be_a_link(root: Path, tmp_path: Path) -> None:
+    """And goes by the link's name, which says what it is: the folder's own may say anything."""
+    (tmp_path / "eval").mkdir()
+    for name, target in (("wds_vtab-cifar10", "real-cifar"), ("wds_vtab-pets", "real-pets")):
+        (root / (name if name.endswith("cifar10") else f"{name}_test")).rename(tmp_path / target)
+        (tmp_path / "eval" / name).symlink_to(tmp_path / target)
+    write_run(tmp_path / "run")
+    words = ["eval", str(tmp_path / "run"), "--weights", "student", "--data", str(tmp_path / "eval")]
+    try:
+        assert main([*words, "--suite", "vtab+", "--json", str(tmp_path / "t.json")]) == 0
+    finally:
+        (tmp_path / "real-cifar").rename(root / "wds_vtab-cifar10")
+        (tmp_path / "real-pets").rename(root / "wds_vtab-pets_test")
+    rows = {row["dataset"]: row for row in json.loads((tmp_path / "t.json").read_text())}
+    assert {name: row["suite_dataset"] for name, row in rows.items()} == {
+        "wds_vtab-cifar10": "wds/vtab/cifar10",
+        "wds_vtab-pets": "wds/vtab/pets",
+    }
+    assert len((tmp_path / "run" / "eval.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "name, kind, members, said",
+    [
+        ("wds_voc2007_multilabel", "classification", labels(6), "zeroshot_classification, which gives no mean_average"),
+        ("wds_mnist", "multilabel", several, "classification of several labels an image, which gives no acc1"),
+        ("wds_mnist", "retrieval", captions, "retrieval, which gives no acc1"),
+    ],
+)
+def test_a_set_of_another_kind_is_refused_before_any_is_evaluated(
+    name: str, kind: str, members: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_set.cache_clear()  # of a folder of the same name
+    write(tmp_path / "eval" / name, kind, 6, members)
+    write_run(tmp_path / "run")
+    assert main(["eval", str(tmp_path / "run"), "--suite", "vtab+", "--data", str(tmp_path / "eval")]) == 2
+    printed = capsys.readouterr()
+    assert f"{tmp_path}/eval/{name} is a set for {said}" in printed.err and not printed.out
+
+
+def test_every_metric_of_a_suite_is_one_that_some_set_gives(root: Path) -> None:
+    """What `check` lets through and what the evaluation gives are the same."""
+    here = suites.find("datacomp", [str(root)])
+    suites.check(here, [open_set(str(folder)) for folder in here.folders.values()])
+
+
+@pytest.mark.parametrize("task", ["knn", "linear_probe"])
+def test_a_probe_learns_one_label(root: Path, task: str) -> None:
+    with pytest.raises(UserError, match=f"--task {task}: .*multilabel has several labels an image"):
+        open_for(task, str(root / "wds_voc2007_multilabel"), "", "folder", "folder", "--data")
 
 
 def test_sets_of_the_hubs_cache(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

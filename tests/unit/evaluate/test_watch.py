@@ -67,6 +67,16 @@ def ended(tmp_path: Path) -> Path:
     return run
 
 
+def test_weights_that_a_run_does_not_keep_are_refused(ended: Path) -> None:
+    """It waited for them, and ended with code 0, no row made."""
+    assert watch.watch(ended, None, "teacher", 4, 0.01, True) == 0
+    words = ["data.train=shards", "run.steps=4", f"run.out={ended}", f"eval.data={ended.parent / 'set'}"]
+    (ended / "config.yaml").write_text(settings.dump(settings.load("clip-tiny", words)))
+    with pytest.raises(UserError, match="--weights teacher: .*/run keeps none"):
+        watch.watch(ended, None, "teacher", 4, 0.01, True)
+    assert watch.watch(ended, None, "student", 4, 0.01, True) == 0
+
+
 def test_it_ends_with_a_run_that_a_stop_file_ended(ended: Path) -> None:
     found: list[int] = []
     watching = threading.Thread(

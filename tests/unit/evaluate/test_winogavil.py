@@ -165,17 +165,18 @@ def test_other_places_and_what_is_missing(tmp_path: Path, encoder: TowerEncoder)
 
 def test_datacomps_average_is_that_of_38_main_metrics() -> None:
     suite = suites.SUITES["datacomp"]
-    found = suites.Found("datacomp", dict.fromkeys(suite.metrics, Path()), ())
+    found = suites.Found("datacomp", {name: Path(name) for name in suite.metrics}, ())
     rows = [
-        {"dataset": name, "weights": "student", "metrics": {metric: number / 37}}
+        (name, {"task": "any", "weights": "student", "metrics": {metric: number / 37}})
         for number, (name, (metric,)) in enumerate(suite.metrics.items())
         if metric != "mean_recall@1"
     ]
     recalls = {"text_retrieval_recall@1": 0.25, "image_retrieval_recall@1": 0.75}
     rows += [
-        {"dataset": name, "weights": "student", "metrics": dict(recalls)} for name in ("flickr30k", "mscoco_captions")
+        (name, {"task": "retrieval", "weights": "student", "metrics": dict(recalls)})
+        for name in ("flickr30k", "mscoco_captions")
     ]
-    expected = np.mean([row["metrics"].get(suite.metrics[row["dataset"]][0], 0.5) for row in rows])
+    expected = np.mean([row["metrics"].get(suite.metrics[name][0], 0.5) for name, row in rows])
     assert len(rows) == 38
     assert f"datacomp, student, Average, main metric: {expected:.4f}" in suites.report(found, rows)
     assert "none: 1 of 38 sets are missing" in suites.report(found, rows[1:])[-1]

@@ -22,6 +22,7 @@ from amclip_ds.model import pretrained
 from amclip_ds.model.amclip import AClip
 from amclip_ds.model.init import Start, initialise
 from tests.unit.evaluate.exports import tiny_model
+from tests.unit.evaluate.test_suites import captions, write
 
 pytestmark = pytest.mark.slow
 LIBRARIES = ("open_clip", "hf", "timm")
@@ -128,6 +129,18 @@ def test_a_wrong_weight_deletes_the_export(fmt: str, tiny, real_pairs: str, tmp_
         write_proved(fmt, module, located, "student", tmp_path / "out", real_pairs)
     assert caught.value.exit_code == 1 and "MISMATCH" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_without_a_caption_proves_nothing(tiny, tmp_path: Path) -> None:
+    """A set for retrieval may hold some, as candidates of the texts."""
+    set_of = {"some": captions, "none": lambda number: {"txt": b""}}
+    for name, members in set_of.items():
+        write(tmp_path / name, "retrieval", 0, members)
+    found = proof.gather_samples(str(tmp_path / "some"), tiny[1].config)
+    assert len(found.images) == len(found.texts) == 16 and found.texts[1] == "caption 0 of 2"
+    assert found.origin.startswith("16 images and captions of")
+    with pytest.raises(UserError, match="^--proof: .*/none: no image has a caption"):
+        proof.gather_samples(str(tmp_path / "none"), tiny[1].config)
 
 
 def test_a_folder_that_the_library_refuses_is_deleted(tiny, real_pairs: str, tmp_path: Path, monkeypatch) -> None:
