@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from amclip_ds.errors import AmclipError, UserError, in_one_line
 from amclip_ds.ranks.communication_time import time_engine_collectives
@@ -51,11 +51,12 @@ class Program:
     def of_now(cls, deterministic: bool) -> "Program":
         import torch
 
+        cudnn: Any = torch.backends.cudnn
         asked = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         return cls(
             environment={name: os.environ.get(name) for name in (*MEETING, CUBLAS)},
-            convolutions=torch.backends.cudnn.conv.fp32_precision,
-            rnns=torch.backends.cudnn.rnn.fp32_precision,
+            convolutions=cudnn.conv.fp32_precision,
+            rnns=cudnn.rnn.fp32_precision,
             deterministic=asked if deterministic else None,
         )
 
@@ -67,9 +68,9 @@ class Program:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        torch.backends.cudnn.allow_tf32 = self.convolutions == self.rnns == "tf32"  # which torch holds against the two
-        torch.backends.cudnn.conv.fp32_precision = self.convolutions
-        torch.backends.cudnn.rnn.fp32_precision = self.rnns
+        cudnn: Any = torch.backends.cudnn
+        cudnn.allow_tf32 = self.convolutions == self.rnns == "tf32"  # which torch holds against the two
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = self.convolutions, self.rnns
         if self.deterministic is not None:
             enabled, warn_only = self.deterministic
             torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
