@@ -16,6 +16,7 @@ from amclip_ds.checkpoint.tensorfile import DamagedError
 from amclip_ds.checkpoint.writer import describe, sync_folder
 
 PINNED = "pinned"  # a file in a checkpoint's folder that keeps it for good
+HELD = f"{PINNED}-by-watch-"  # begins one's name that keeps it while an `amclip watch` loads it, each its own
 DELETING, WRITING, SUPERSEDED = ".del-", ".tmp-", "superseded-"
 OURS = re.compile(r"(\.del-|\.tmp-|superseded-)step_[0-9]{8,12}(-[0-9]{1,6})?")
 """Names that saves, purges and resumes give to folders; nothing else beside the checkpoints is ever removed."""
@@ -54,7 +55,10 @@ def is_whole(path: Path) -> bool:
 
 
 def is_pinned(path: Path) -> bool:
-    return (path / PINNED).exists()
+    try:
+        return any(name == PINNED or name.startswith(HELD) for name in os.listdir(path))
+    except OSError:
+        return False
 
 
 def set_aside(path: Path, prefix: str) -> Path:

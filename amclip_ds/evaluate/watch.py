@@ -8,11 +8,13 @@ read; while it reads one, a pin keeps the run from deleting it.
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 
 from amclip_ds import config as settings
@@ -31,7 +33,8 @@ from amclip_ds.method import method_of
 from amclip_ds.record import is_by_file, read_verdict
 from amclip_ds.shards.sources import split_sources
 
-PIN = "pinned by amclip watch\n"
+PIN = "pinned by amclip watch\n"  # what earlier versions wrote into a pin under a person's name
+LONGEST_LOAD_S = 3600.0
 ROUNDS_AFTER_THE_END = 20  # in which the disk may be well again; it must not keep a job's GPU for ever
 Failed = dict[tuple[tuple[Path, int], str, str], str]  # (a checkpoint's identity, weights, set) -> why
 
@@ -200,25 +203,30 @@ def _identity(path: Path) -> tuple[Path, int] | None:
 
 @contextlib.contextmanager
 def _pinned(path: Path) -> Iterator[None]:
-    """Keeps the run from deleting a checkpoint; a pin that somebody else set stays."""
-    pin = path / retention.PINNED
-    try:
-        descriptor = os.open(pin, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    except OSError:  # pinned already, gone, or a folder that we may only read
-        yield
-        return
-    os.write(descriptor, PIN.encode())
-    os.close(descriptor)
+    """Keeps the run from deleting a checkpoint. A person's pin and those of other watches are files of their own."""
+    pin = path / f"{retention.HELD}{socket.gethostname()}-{os.getpid()}"
+    with contextlib.suppress(OSError):  # gone, or a folder that we may only read
+        pin.touch()
     try:
         yield
     finally:
-        pin.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            pin.unlink()
 
 
 def _remove_stale_pins(run: Path) -> None:
-    """Pins of a watch that was killed."""
+    """Pins of watches that were killed."""
     for _, path in step_folders.list_steps(run / run_files.CHECKPOINTS):
-        pin = path / retention.PINNED
         with contextlib.suppress(OSError):
-            if read_bytes(pin, len(PIN)) == PIN.encode():
-                pin.unlink()
+            for pin in path.glob(f"{retention.PINNED}*"):
+                if _is_stale(pin):
+                    pin.unlink()
+
+
+def _is_stale(pin: Path) -> bool:
+    """Whether it is of a watch that has ended, here, or is older than any checkpoint takes to load. Raises OSError."""
+    if not pin.name.startswith(retention.HELD) and read_bytes(pin, len(PIN)) != PIN.encode():
+        return False  # a person's
+    host, _, pid = pin.name.removeprefix(retention.HELD).rpartition("-")
+    has_ended = host == socket.gethostname() and not psutil.pid_exists(int(pid))
+    return has_ended or time.time() - pin.stat().st_mtime > LONGEST_LOAD_S

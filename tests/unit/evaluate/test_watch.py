@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from amclip_ds import config as settings
+from amclip_ds.checkpoint import retention
 from amclip_ds.errors import NotRead, UserError
 from amclip_ds.evaluate import watch
 from tests.unit.evaluate.test_encoder import write_set
@@ -114,3 +117,25 @@ def test_rows_that_cannot_be_written_are_named_before_any_is_made(ended: Path, m
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(ended))
     with pytest.raises(UserError, match=r"run/eval\.jsonl: not yours to write; `amclip eval CHECKPOINT --no-append`"):
         watch.watch(ended, None, "both", 4, 0.01, False)
+
+
+def test_watches_and_persons_each_have_a_pin_of_their_own(tmp_path: Path) -> None:
+    """Two tasks of an array load one checkpoint; a person pins it meanwhile. None removes another's."""
+    checkpoint = tmp_path / "checkpoints" / "step_00000004"
+    checkpoint.mkdir(parents=True)
+    other = checkpoint / f"{retention.HELD}another-node-17"
+    with watch._pinned(checkpoint):
+        other.touch()
+        watch._remove_stale_pins(tmp_path)  # a third one starts
+        assert len(list(checkpoint.glob("pinned*"))) == 2
+        (checkpoint / retention.PINNED).touch()
+    assert {path.name for path in checkpoint.iterdir()} == {other.name, retention.PINNED}
+    assert retention.is_pinned(checkpoint)
+    (checkpoint / retention.PINNED).unlink()
+    assert retention.is_pinned(checkpoint), "by the other watch alone"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (checkpoint / f"{retention.HELD}{socket.gethostname()}-{ended.pid}").touch()
+    os.utime(other, (0, 0))
+    watch._remove_stale_pins(tmp_path)
+    assert not list(checkpoint.iterdir()) and not retention.is_pinned(checkpoint)
