@@ -17,6 +17,7 @@ from typing import Any
 from amclip_ds.errors import UserError
 from amclip_ds.evaluate.datasets import ASSOCIATION, RETRIEVAL, EvalSet
 from amclip_ds.evaluate.metrics import MEAN_AVERAGE_PRECISION
+from amclip_ds.evaluate.set_names import GROUPED, known_name
 from amclip_ds.evaluate.tasks import PROBES
 from amclip_ds.files import not_written
 
@@ -175,6 +176,9 @@ def _gives(data: EvalSet, metric: str) -> bool:
         return metric == JACCARD and any(len(game.candidates) >= FEWEST_CANDIDATES for game in data.games)
     if data.is_multilabel:
         return metric == MEAN_AVERAGE_PRECISION
+    worst, column, _ = GROUPED.get(known_name(data.name), ("", 0, 0))
+    if metric == worst:
+        return all(len(sample.numbers) > column for sample in data.samples)
     return metric not in (*RECALLS, MEAN_RECALL, JACCARD, MEAN_AVERAGE_PRECISION)
 
 

@@ -73,6 +73,10 @@ def with_groups(classes: int) -> Any:
     return lambda number: {"cls": b"%d" % label_of(number, classes), "npy": npy([number % 3, 2000 + number % 2, 1])}
 
 
+def without_groups(number: int) -> dict[str, bytes]:
+    return labels(6)(number) | {"npy": npy([])}
+
+
 def captions(number: int) -> dict[str, bytes]:
     count = (1, 0, 7)[number % 3]
     return {"txt": "\n".join(f"caption {n} of {number}" for n in range(count)).encode()}
@@ -309,6 +313,7 @@ def test_a_set_of_a_suite_may_be_a_link(root: Path, tmp_path: Path) -> None:
         ("wds_voc2007_multilabel", "classification", labels(6), "zeroshot_classification, which gives no mean_average"),
         ("wds_mnist", "multilabel", several, "classification of several labels an image, which gives no acc1"),
         ("wds_mnist", "retrieval", captions, "retrieval, which gives no acc1"),
+        ("wds_geode", "classification", without_groups, "zeroshot_classification, which gives no acc_wg"),
     ],
 )
 def test_a_set_of_another_kind_is_refused_before_any_is_evaluated(
@@ -317,7 +322,8 @@ def test_a_set_of_another_kind_is_refused_before_any_is_evaluated(
     open_set.cache_clear()  # of a folder of the same name
     write(tmp_path / "eval" / name, kind, 6, members)
     write_run(tmp_path / "run")
-    assert main(["eval", str(tmp_path / "run"), "--suite", "vtab+", "--data", str(tmp_path / "eval")]) == 2
+    suite = "datacomp" if name == "wds_geode" else "vtab+"
+    assert main(["eval", str(tmp_path / "run"), "--suite", suite, "--data", str(tmp_path / "eval")]) == 2
     printed = capsys.readouterr()
     assert f"{tmp_path}/eval/{name} is a set for {said}" in printed.err and not printed.out
 
