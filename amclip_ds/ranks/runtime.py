@@ -13,11 +13,11 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from amclip_ds.errors import AmclipError, UserError, in_one_line
 from amclip_ds.ranks.communication_time import time_engine_collectives
@@ -28,8 +28,52 @@ if TYPE_CHECKING:
 
 
 MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")  # which DeepSpeed and torch read
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 PORTS_TRIED = 3  # of those that we draw ourselves
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+@dataclass(frozen=True)
+class Program:
+    """What `start` changes of the program that trains, as it was before: the next training, and the program itself,
+    are to find it so again."""
+
+    environment: Mapping[str, str | None]
+    """MEETING's variables and CUBLAS; None: not set."""
+    convolutions: str
+    rnns: str
+    """cuDNN's precisions of fp32: `allow_tf32` is both at once, and raises where the program has them apart."""
+    deterministic: tuple[bool, bool] | None
+    """Whether only kernels that repeat themselves were asked for, and whether others were only warned of; None where
+    `start` leaves that as it is."""
+
+    @classmethod
+    def of_now(cls, deterministic: bool) -> "Program":
+        import torch
+
+        cudnn: Any = torch.backends.cudnn  # typed without its precisions
+        asked = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        return cls(
+            environment={name: os.environ.get(name) for name in (*MEETING, CUBLAS)},
+            convolutions=cudnn.conv.fp32_precision,
+            rnns=cudnn.rnn.fp32_precision,
+            deterministic=asked if deterministic else None,
+        )
+
+    def restore(self) -> None:
+        import torch
+
+        for name, value in self.environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        cudnn: Any = torch.backends.cudnn
+        cudnn.allow_tf32 = self.convolutions == self.rnns == "tf32"  # which torch holds against the two
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = self.convolutions, self.rnns
+        if self.deterministic is not None:
+            enabled, warn_only = self.deterministic
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 @dataclass(frozen=True)
@@ -48,8 +92,8 @@ class Runtime:
     note: str = ""
     meeting: tuple[str, int] = ("", 0)
     """Host and port where the ranks met, on rank 0's node; it listens until the end."""
-    environment: Mapping[str, str | None] = field(default_factory=dict)
-    """MEETING's variables as they were before; None: not set."""
+    program: Program | None = None
+    """As it was before; None: there is nothing to put back."""
 
 
 def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
@@ -69,26 +113,25 @@ def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    before = {name: os.environ.get(name) for name in MEETING}
-    # DeepSpeed takes LOCAL_RANK for the index of the device, which is 0 for every task that was bound to one GPU.
-    os.environ.update(
-        RANK=str(place.rank),
-        WORLD_SIZE=str(place.world_size),
-        MASTER_ADDR=place.master_addr,
-        LOCAL_RANK=str(place.local_rank if index is None else index),
-    )
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: matrix products are by default, convolutions would not be
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
-        torch.use_deterministic_algorithms(True)
-    show_error = sys.excepthook
+    program = Program.of_now(deterministic)
     try:
-        _meet(place, device, timeout_s)
-    except AmclipError:
-        _restore(before)
+        # DeepSpeed takes LOCAL_RANK for the index of the device, which is 0 for every task that was bound to one GPU.
+        os.environ.update(
+            RANK=str(place.rank),
+            WORLD_SIZE=str(place.world_size),
+            MASTER_ADDR=place.master_addr,
+            LOCAL_RANK=str(place.local_rank if index is None else index),
+        )
+        # fp32 is fp32: matrix products are by default, convolutions would not be
+        torch.backends.cudnn.allow_tf32 = False
+        if deterministic:
+            os.environ.setdefault(CUBLAS, ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
+            torch.use_deterministic_algorithms(True)
+        with _naming_the_rank_once(place.world_size):
+            _meet(place, device, timeout_s)
+    except BaseException:  # Ctrl-C in a notebook too: its next training must find no half of this one
+        _leave(program)
         raise
-    if place.world_size == 1:
-        sys.excepthook = show_error  # torch's says of which rank an error is, for good
     return Runtime(
         rank=place.rank,
         world_size=place.world_size,
@@ -101,7 +144,7 @@ def start(timeout_s: float = 600.0, deterministic: bool = False) -> Runtime:
         is_main=place.rank == 0,
         note=place.note,
         meeting=(place.master_addr, int(os.environ["MASTER_PORT"])),
-        environment=before,
+        program=program,
     )
 
 
@@ -117,20 +160,42 @@ def keep_freed_memory() -> None:
 
 def stop(runtime: Runtime) -> None:
     """Leaves the process group, if there still is one; a program may train again, in a world of its own."""
-    import deepspeed.comm
+    _leave(runtime.program)
+
+
+def _leave(program: Program | None) -> None:
     import torch.distributed
 
-    if torch.distributed.is_initialized():
-        deepspeed.comm.destroy_process_group()  # torch's alone would leave DeepSpeed its groups, which are no more
-    _restore(runtime.environment)
+    try:
+        if torch.distributed.is_initialized():
+            import deepspeed.comm.comm
+
+            if deepspeed.comm.comm.cdb is None:  # cut short between torch's group and DeepSpeed's word of it
+                torch.distributed.destroy_process_group()
+            else:  # torch's alone would leave DeepSpeed its groups, which are no more
+                deepspeed.comm.destroy_process_group()
+    finally:
+        if program is not None:
+            program.restore()
 
 
-def _restore(environment: Mapping[str, str | None]) -> None:
-    for name, value in environment.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+_names_rank: Callable[..., None] | None = None
+"""torch's hook for errors that nobody catches, which says of which rank one is; None: not set yet."""
+
+
+@contextlib.contextmanager
+def _naming_the_rank_once(world_size: int) -> Iterator[None]:
+    """torch wraps sys.excepthook each time that ranks meet. Where there are several, once is right, for good: what
+    ends a training, and its program, is shown after the ranks have left."""
+    global _names_rank
+    before = sys.excepthook
+    try:
+        yield
+    finally:
+        if world_size == 1 or before is _names_rank:
+            sys.excepthook = before
+        elif sys.excepthook is not before:
+            _names_rank = sys.excepthook
 
 
 def placement() -> Placement:
