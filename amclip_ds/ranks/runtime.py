@@ -51,7 +51,7 @@ class Program:
     def of_now(cls, deterministic: bool) -> "Program":
         import torch
 
-        cudnn: Any = torch.backends.cudnn
+        cudnn: Any = torch.backends.cudnn  # typed without its precisions
         asked = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         return cls(
             environment={name: os.environ.get(name) for name in (*MEETING, CUBLAS)},
