@@ -84,7 +84,7 @@ def lr_at(updates: int, total_updates: int, config: OptimConfig) -> float:
 def endless_warmup(config: OptimConfig, steps: int) -> tuple[str, str] | None:
     """(what is wrong, the setting for it) of a warm-up as long as a run of `steps`, else None: published ones are
     those of large data sets."""
-    if not config.warmup_steps or config.warmup_steps < steps:
+    if not config.warmup_steps or config.warmup_steps < steps or config.warmup_steps == 1:
         return None
     said = f"warm-up takes {config.warmup_steps} steps and the run has {steps}: optim.lr is never reached"
     return said, f"optim.warmup_steps={max(1, steps // 20)}"

@@ -13,6 +13,7 @@ from amclip_ds.config import BatchPlan, TrainConfig
 from amclip_ds.data.batch import Batch
 from amclip_ds.data.ledger import Ledger, listed_in
 from amclip_ds.data.loader import TrainingData
+from amclip_ds.data.train_sources import training_shards
 from amclip_ds.distill import FrozenTeacher
 from amclip_ds.engine.compile import reported
 from amclip_ds.engine.ds_config import NO_COMPILE, compile_mode_of, read_ds_config, stage_of
@@ -269,7 +270,7 @@ def check_evaluation(config: TrainConfig, *, is_resumed: bool) -> list[str]:
     """What eval.data was understood as, a line a set. Raises UserError for a mistake in it, but never for a run that
     continues: there it costs the evaluations alone."""
     try:
-        return [f"evaluation on {line}" for line in check_sets(config.eval.data)]
+        return [f"evaluation on {line}" for line in check_sets(config.eval.data, training_shards(config.data))]
     except UserError as error:
         if not is_resumed:
             raise

@@ -177,9 +177,10 @@ def describe_batch(config: TrainConfig, world_size: int) -> str:
 
 def describe_evaluation(config: TrainConfig) -> list[str]:
     """What eval.data was understood as. Raises UserError."""
+    from amclip_ds.data.train_sources import training_shards
     from amclip_ds.evaluate.datasets import check_sets
 
-    return [f"evaluation: {line}" for line in check_sets(config.eval.data)]
+    return [f"evaluation: {line}" for line in check_sets(config.eval.data, training_shards(config.data))]
 
 
 def check_memory(

@@ -21,6 +21,11 @@ def training_sources(config: DataConfig) -> list[list[str]]:
     return found
 
 
+def training_shards(config: DataConfig) -> list[str]:
+    """Those of all sources together. Raises UserError."""
+    return [shard for shards in training_sources(config) for shard in shards]
+
+
 def check_inputs(data: DataConfig, eval_data: str | None) -> None:
     """What can be known of a run's data before torch and DeepSpeed are loaded. Raises UserError."""
     training_sources(data)

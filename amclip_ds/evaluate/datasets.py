@@ -11,7 +11,7 @@ file. A layout that is not understood is refused, never guessed, and EvalSet.des
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -181,8 +181,9 @@ def check_distinct(sets: Sequence[EvalSet], key: str) -> None:
             raise UserError(f"{key}: {other} and {data.folder} are both called {data.name}: rename or link one")
 
 
-def check_sets(spec: str | None) -> list[str]:
-    """Opens every set of eval.data and decodes its first image. Returns a line about each. Raises UserError.
+def check_sets(spec: str | None, trained_on: Iterable[str] = ()) -> list[str]:
+    """Opens every set of eval.data and decodes its first image. Returns a line about each, and a warning where it is of
+    shards that are `trained_on`. Raises UserError.
 
     What can be known before a run: layouts, labels, class names, templates, headers of tars. No torch.
     """
@@ -192,7 +193,16 @@ def check_sets(spec: str | None) -> list[str]:
             data.samples[0].read()
         except UserError as error:
             raise type(error)(f"eval.data: {error}") from None
-    return [data.describe() for data in sets]
+    lines = [data.describe() for data in sets]
+    trained = {os.path.realpath(shard) for shard in trained_on if not sources.is_remote(shard)}
+    for data in sets if trained else ():
+        shared = [path for path in dict.fromkeys(one.path for one in data.samples) if os.path.realpath(path) in trained]
+        if shared:
+            lines.append(
+                f"{data.folder}: warning: it is trained on, {len(shared)} of its files are in data.train, the first"
+                f" {printable(shared[0])}; a folder's shards are all below it: name that of the training split"
+            )
+    return lines
 
 
 def _open_set(spec: str, split: str, task: str, classnames: str, templates: str, key: str) -> EvalSet:

@@ -141,7 +141,7 @@ def _path_of(url: str, key: str) -> str:
 
 def _how_to_allow(key: str) -> str:
     if key.startswith("data.train") and ", line" not in key:
-        return "data.allow_pipe=true allows it"
+        return "training reads by offset, which a pipe has not: write it to a file, or give the URL itself"
     return "--allow-pipe allows it" if key == "SHARDS" else "write its output to a file, and name that"
 
 

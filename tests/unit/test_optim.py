@@ -106,6 +106,7 @@ def test_a_warm_up_as_long_as_the_run_is_said() -> None:
     assert said.endswith("the run has 2000: optim.lr is never reached") and fix == "optim.warmup_steps=100"
     assert endless_warmup(OptimConfig(warmup_steps=2000), 2001) is None
     assert endless_warmup(OptimConfig(warmup_steps=0), 1) is None
+    assert endless_warmup(OptimConfig(warmup_steps=1), 1) is None, "there is no shorter one"
 
 
 @pytest.mark.parametrize(

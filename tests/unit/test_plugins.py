@@ -354,11 +354,15 @@ def strange(words, drawn, budget, options):
     return [7] * budget
 
 
+def pairs(words, drawn, budget, options):
+    return words[-1:]
+
+
 def raises(words, drawn, budget, options):
     return words[99]
 
 
-TEXT_MASKS = {one.__name__: TextMask(draw, one) for one in (last, strange, raises)}
+TEXT_MASKS = {one.__name__: TextMask(draw, one) for one in (last, strange, pairs, raises)}
 """
 
 
@@ -376,7 +380,11 @@ def test_a_text_mask_of_ones_own(tmp_path: Path) -> None:
         caption = [("a", [1]), ("red", [2, 3]), ("dog", [4])]
         random = np.random.default_rng(0)
         assert text.masked(loaded, loaded, caption, random) == [3, 4]
-        for name, reported in (("strange", r"gave \[7, 7\]; it picks of"), ("raises", "raised IndexError: list index")):
+        for name, reported in (
+            ("strange", r"gave \[7, 7\]; it picks of"),
+            ("raises", "raised IndexError: list index"),
+            ("pairs", r"gave \[\('dog', \[4\]\)\]; it picks of"),
+        ):
             with pytest.raises(UserError, match=f"text mask mine.{name} {reported}"):
                 text.masked(text.TextMaskConfig(name, 4), None, caption, random)
         copy = Path(written(tmp_path, config.dump(config.load("aclip-tiny", words)), "config.yaml"))

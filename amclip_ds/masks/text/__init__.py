@@ -7,6 +7,7 @@ Sources: CLIPA (arXiv 2305.07017), CLIPF (arXiv 2412.16148).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from amclip_ds.errors import LocalRunStopped, UserError, in_one_line, name_of
@@ -110,10 +111,11 @@ def masked(config: TextMaskConfig, options: Any, words: Words, random: "np.rando
         if len(ids) <= budget:
             return ids
         chosen = list(mask.apply(words, drawn, budget, options))[:budget]
+        are_ids = all(isinstance(one, Integral) for one in chosen) and set(chosen) <= set(ids)
     except Exception as error:
         if name.startswith("amclip_ds."):
             raise
         raise UserError(f"text mask {name} raised {type(error).__name__}: {in_one_line(error, 300)}") from error
-    if not set(chosen) <= set(ids):
+    if not are_ids:
         raise UserError(f"text mask {name} gave {str(chosen)[:100]}; it picks of the caption's own ids")
     return chosen

@@ -91,7 +91,11 @@ COMMAND = "pipe:touch canary;cat data/0.tar"
 )
 def test_no_command_runs_unasked(spec: str, here: Path) -> None:
     refused(spec, "runs a shell command; --allow-pipe allows it")
-    refused(spec, "runs a shell command; data.allow_pipe=true allows it", key="data.train")
+    refused(
+        spec,
+        "runs a shell command; training reads by offset, which a pipe has not: write it to a file",
+        key="data.train",
+    )
     for action in ("index", "check", "stats"):
         assert cli.main(["data", action, spec]) == 2
     assert not (here / "canary").exists()
@@ -302,6 +306,16 @@ def test_a_folders_tars_are_those_that_a_person_means(here: Path) -> None:
     (here / "data" / "round").symlink_to(here)
     (here / "elsewhere" / "back").symlink_to(here / "data")
     assert set(expand_shards("data", "SHARDS")) - set(before) == {"data/linked/4.tar", "data/deep/5.TAR"}
+
+
+def test_a_set_that_is_trained_on_is_named(tmp_path: Path) -> None:
+    """data.train=scenes beside eval.data=scenes: a folder's shards are all below it, the held-out ones too."""
+    assert cli.main(["data", "synth", "--out", str(scenes := tmp_path / "scenes"), "--train", "8", "--test", "64"]) == 0
+    [_, warned] = check_sets(str(scenes), expand_shards(str(scenes)))
+    assert warned.startswith(f"{scenes}: warning: it is trained on, 1 of its files are in data.train, the first ")
+    (tmp_path / "link").symlink_to(scenes)
+    assert len(check_sets(str(scenes), expand_shards(str(tmp_path / "link")))) == 2
+    assert len(check_sets(str(scenes), expand_shards(str(scenes / "train")))) == 1
 
 
 @pytest.mark.parametrize(

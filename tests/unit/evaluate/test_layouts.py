@@ -68,7 +68,7 @@ def test_a_root_with_val_and_wnids(tmp_path: Path) -> None:
         f"{root}: 3 classes: tench, English Springer Spaniel, parachute; 9 images; split val; openai-7 templates;"
         " images opened upright"
     )
-    assert check_sets(str(root)) == [data.describe()]
+    assert check_sets(str(root)) == [data.describe()] == check_sets(str(root), [str(root / "elsewhere.tar")])
     below = open_set(str(root / "val"))
     assert below.samples == data.samples and below.name == "imagenet_val"
     assert open_set(str(root), classnames="imagenet").classnames == tuple(names.imagenet().values())
