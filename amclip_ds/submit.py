@@ -33,6 +33,8 @@ SAMPLED_SHARDS = 3
 GPU_FLAGS = ("gpus-per-node", "gpus", "gres", "gpus-per-task", "gpus-per-socket")
 LETTERS = {"gpus": "G", "partition": "p"}
 """sbatch's flags by their names; some have a letter too"""
+WHICH_SLURM = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Variables by which Slurm's commands find and enter a cluster"""
 
 
 @dataclass
@@ -354,7 +356,7 @@ def submit(plan: Plan, jobs: list[int]) -> None:
     if shutil.which("sbatch") is None:
         raise UserError(f"sbatch is not here: submit on a login node; {plan.folder}/submit.sh is ready")
     for _ in range(plan.chain):
-        done = subprocess.run(plan.command, capture_output=True, text=True)
+        done = subprocess.run(plan.command, capture_output=True, text=True, env=_environment_of_sbatch())
         ids = [str(job) for job in jobs]
         cancel = f"scancel {' '.join(ids)}, or leave them: each continues the run"
         before = f"; submitted before it: {', '.join(ids)} ({cancel})" if jobs else ""
@@ -365,6 +367,13 @@ def submit(plan: Plan, jobs: list[int]) -> None:
             said = " ".join(done.stdout.split()) or "it printed nothing"
             raise UserError(f"sbatch names no job ({said}); squeue --me shows what it queued{before}")
         jobs.append(int(answer[1]))
+
+
+def _environment_of_sbatch() -> dict[str, str]:
+    """This environment; within a job (salloc) without that job's SLURM_*, which sbatch would hand to the new one."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return dict(os.environ)
+    return {name: value for name, value in os.environ.items() if name[:6] != "SLURM_" or name in WHICH_SLURM}
 
 
 if __name__ == "__main__":

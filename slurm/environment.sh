@@ -10,6 +10,30 @@ job_file=${job_file:-$(basename "$0")}
 say() { echo "$job_file: $*"; }
 give_up() { say "$1"; exit "$2"; }
 
+# sbatch hands its caller's SLURM_* to the job, and Slurm replaces only those of which the job has its own: called within
+# another job (salloc, a task of an array), the rest is that job's. The job's record says which are its own.
+record=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null | grep "^JobId=$SLURM_JOB_ID ")
+own() { # $1: what the record has of it, a pattern; then its variables: unset where the record has no such thing
+  [[ $record =~ $1 ]] || unset "${@:2}"
+}
+if [ -n "$record" ]; then # else Slurm's controller does not answer
+  own ' ArrayJobId=' ${!SLURM_ARRAY_*}
+  own ' TresPerJob=' SLURM_GPUS
+  own ' TresPerNode=' SLURM_GPUS_PER_NODE
+  own ' TresPerTask=' SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
+  own ' CpusPerTres=' SLURM_CPUS_PER_GPU
+  own ' NtasksPerN:B:S:C=[1-9]' SLURM_NTASKS_PER_NODE
+  own ' MinMemoryNode=[1-9]' SLURM_MEM_PER_NODE # srun takes only one of these
+  own ' MinMemoryCPU=[1-9]' SLURM_MEM_PER_CPU
+  own ' MemPerTres=' SLURM_MEM_PER_GPU
+  [[ ! $record =~ ' Restarts='([0-9]+) ]] || export SLURM_RESTART_COUNT="${BASH_REMATCH[1]}"
+  if [ -n "${SLURM_NTASKS:-}" ] && [[ $record =~ ' NumTasks='([0-9]+) ]]; then
+    export SLURM_NTASKS="${BASH_REMATCH[1]}" SLURM_NPROCS="${BASH_REMATCH[1]}"
+  fi
+fi
+# A batch script is no step: called in one, its layout is here too
+[ -z "${SLURM_STEP_ID:-}" ] || unset SLURM_DISTRIBUTION ${!SLURM_CPU_BIND*} ${!SLURM_STEP_*}
+
 # One task of an array goes by ARRAY_TASK: the number of its last task is the array's own, and would mean all of them.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}

@@ -53,8 +53,8 @@ def run(programs: Path, *argv: str, **env: str) -> subprocess.CompletedProcess:
     ],
 )
 def test_no_answer_is_no_refusal(programs: Path, shows: list[str], requeues: list[str], said: str) -> None:
-    """Each answer is given once, the last one for ever."""
-    for name, answers in (("show", shows), ("requeue", requeues)):
+    """Each answer is given once, the last one for ever. The first is what the job finds out about itself."""
+    for name, answers in (("show", [RUNNING, *shows]), ("requeue", requeues)):
         (programs / name).mkdir()
         for number, answer in enumerate(answers):
             write(programs / name / str(number), answer)
@@ -109,15 +109,16 @@ def test_a_keeper_waits_on_each_node_while_the_ranks_train(programs: Path, tmp_p
 
 
 ANSWER = 'printf "%s\\n" run 12345 auto 1 ""'
+RECORD = RUNNING + " Restarts=0 NumTasks=1 NtasksPerN:B:S:C=0:0:*:* MinMemoryNode=100M"  # of a job of one node
 ONE_NODE = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
 
 
-def a_job(programs: Path, *srun: str, begin: str = ANSWER) -> None:
+def a_job(programs: Path, *srun: str, begin: str = ANSWER, record: str = RUNNING) -> None:
     """A Slurm that runs what train.sbatch asks for; `asked` gets srun's words and variables, a line each."""
     write(programs / "python", f'case "$3" in begin) {begin} ;; end) echo exit 0 ;; esac')
     write(programs / "squeue", "echo train")
     write(programs / "sinfo", "true")
-    write(programs / "scontrol", '[ "$1" = requeue ] && touch "$SLURM_SUBMIT_DIR/requeued"', RUNNING)
+    write(programs / "scontrol", '[ "$1" = requeue ] && touch "$SLURM_SUBMIT_DIR/requeued"', record)
     write(programs / "srun", 'cd "$SLURM_SUBMIT_DIR"', '{ env; printf "%s\\n" "$@"; } >asked', *srun)
 
 
@@ -139,7 +140,7 @@ def test_a_job_without_an_environment_hands_its_own_to_the_ranks(programs: Path)
 
 def test_the_ranks_step_contradicts_nothing_that_the_job_asked_for(programs: Path) -> None:
     """--ntasks-per-node goes with no --ntasks-per-gpu; a rank chooses among all GPUs of its node."""
-    a_job(programs)
+    a_job(programs, record=f"{RUNNING} TresPerJob=gres:gpu:4")
     words = {"SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS_PER_GPU": "1", "SLURM_GPU_BIND": "closest"}
     assert train(programs, **words).returncode == 0
     asked = (programs.parent / "asked").read_text()
@@ -149,10 +150,60 @@ def test_the_ranks_step_contradicts_nothing_that_the_job_asked_for(programs: Pat
     assert "--gpus-per-task=1" in asked and "SLURM_GPU_BIND=single:1" in asked
 
 
+LEFT_BY_ANOTHER_JOB = {
+    "SLURM_ARRAY_JOB_ID": "3",
+    "SLURM_ARRAY_TASK_ID": "4",
+    "SLURM_RESTART_COUNT": "5",
+    "SLURM_NTASKS": "16",
+    "SLURM_NTASKS_PER_NODE": "16",
+    "SLURM_GPUS": "16",
+    "SLURM_GPUS_PER_NODE": "16",
+    "SLURM_GPUS_PER_TASK": "2",
+    "SLURM_CPUS_PER_GPU": "6",
+    "SLURM_MEM_PER_CPU": "1000",
+    "SLURM_MEM_PER_GPU": "1000",
+    "SLURM_MEM_PER_NODE": "100",
+    "SLURM_STEP_ID": "0",
+    "SLURM_CPU_BIND": "x",
+    "SLURM_CPU_BIND_LIST": "x",
+    "SLURM_DISTRIBUTION": "cyclic",
+}
+
+
+def test_a_job_that_was_submitted_from_another_is_no_part_of_it(programs: Path) -> None:
+    """sbatch hands it the other's SLURM_*: the other's task of an array would be requeued, its layout asked for."""
+    a_job(programs)
+    write(
+        programs / "python",
+        f'case "$3" in begin) echo "$@" >"$SLURM_SUBMIT_DIR/begun"; {ANSWER} ;; end) echo requeue why ;; esac',
+    )
+    write(programs / "scontrol", '[ "$1" != requeue ] || echo "$2" >"$SLURM_SUBMIT_DIR/requeued"', RECORD)
+    done = train(programs, **LEFT_BY_ANOTHER_JOB)
+    assert done.returncode == 0 and (programs.parent / "requeued").read_text() == "7\n", done.stdout
+    begun = (programs.parent / "begun").read_text()
+    assert "--job 7 --restart 0 " in begun and "--tasks 1 " in begun and "--tasks-per-node" not in begun
+    asked = (programs.parent / "asked").read_text().splitlines()
+    kept = {name for name in LEFT_BY_ANOTHER_JOB if any(line.startswith(f"{name}=") for line in asked)}
+    assert kept == {"SLURM_RESTART_COUNT", "SLURM_NTASKS", "SLURM_MEM_PER_NODE"} and "SLURM_NTASKS=1" in asked
+
+
+def test_a_task_of_an_array_is_requeued_alone(programs: Path) -> None:
+    """The last one's number is the array's: Slurm then shows all of them, and each has counted its own restarts."""
+    a_job(programs, begin='echo "$@" >"$SLURM_SUBMIT_DIR/begun"; ' + ANSWER)
+    rows = [
+        f"JobId={job} ArrayJobId=7 JobState=RUNNING Restarts={restarts} NumTasks=1"
+        for job, restarts in ((8, 3), (7, 2))
+    ]
+    write(programs / "scontrol", *(f"echo {row}" for row in rows))
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "4", "SLURM_RESTART_COUNT": "9"}
+    assert train(programs, **array).returncode == 0
+    assert "--job 7_4 --restart 2 " in (programs.parent / "begun").read_text()
+
+
 @pytest.mark.parametrize(("script", "has_gpus"), [("train", False), ("eval", True)])
 def test_a_step_of_one_task_does_not_ask_for_the_jobs_gpus(programs: Path, script: str, has_gpus: bool) -> None:
     """Of --gpus=16 on two nodes a node has not all. Watching evaluates, and keeps what the node has."""
-    a_job(programs)
+    a_job(programs, record=f"{RUNNING} TresPerJob=gres:gpu:16 CpusPerTres=gres:gpu:4")
     write(programs / "srun", 'cd "$SLURM_SUBMIT_DIR"', '{ env; printf "%s\\n" "$@"; } >asked; exit 2')
     (programs.parent / "site.env").write_text("AMCLIP_SRUN=(--container-image=x)\n")
     job = ONE_NODE | {"SLURM_GPUS": "16", "SLURM_CPUS_PER_GPU": "4", "SLURM_CPUS_PER_TASK": "8"}

@@ -122,6 +122,27 @@ def test_sbatchs_own_words_are_reported(
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_a_job_gets_nothing_of_the_one_that_it_is_submitted_from(
+    within: bool, shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In salloc its tasks and memory would be taken for the new job's; elsewhere SLURM_* are a person's own."""
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "sbatch"
+    fake.write_text(f"#!/bin/sh\nenv >{tmp_path}/environment\necho 4711\n")
+    fake.chmod(0o755)
+    given = {"SLURM_NTASKS": "16", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_QOS": "low"}
+    for name, value in (
+        ({"SLURM_JOB_ID": "3"} if within else {}).items() | given.items() | {("PATH", f"{fake.parent}:/bin")}
+    ):
+        monkeypatch.setenv(name, value)
+    argv = ["submit", "aclip-tiny", f"data.train={shards}", f"run.out={tmp_path}/run", "run.steps=5"]
+    assert main(argv) == 0
+    lines = (tmp_path / "environment").read_text().splitlines()
+    assert ("SLURM_NTASKS=16" not in lines) == within and "SLURM_CONF=/etc/slurm.conf" in lines
+    assert "SBATCH_QOS=low" in lines and not any(line.startswith("SLURM_JOB_ID=") for line in lines)
+
+
 @pytest.mark.parametrize("taken", [0, 2])
 def test_a_chain_that_sbatch_refuses_half_way_names_the_jobs_that_are_in_the_queue(
     taken: int, shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
