@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -293,7 +294,7 @@ def write_script(plan: Plan, args: argparse.Namespace) -> None:
     plan.command = ["sbatch", "--parsable", *sbatch_flags(plan, args), str(script), args.recipe, *args.overrides]
     plan.variables = {"AMCLIP_HOME": str(HOME), "submit_python": sys.executable}
     if plan.chain > 1:
-        plan.variables["AMCLIP_CHAIN"] = "1"
+        plan.variables["AMCLIP_CHAIN"] = str(int(time.time()))
     if not any(word.startswith("run.out=") for word in args.overrides):
         plan.command.append(f"run.out={plan.config.run.out}")
     plan.command += plugin_words(args.plugin)
@@ -301,7 +302,10 @@ def write_script(plan: Plan, args: argparse.Namespace) -> None:
         plan.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(script, script_of(plan))
         write_atomically(plan.folder / run_files.CONFIG, settings.dump(plan.config))
-        lines = ["#!/bin/bash", f"cd {shlex.quote(str(Path.cwd()))} || exit", *([plan.shell_line()] * plan.chain)]
+        lines = ["#!/bin/bash", f"cd {shlex.quote(str(Path.cwd()))} || exit"]
+        if plan.chain > 1:  # it may be run later, and more than once: each time it is another chain
+            lines.append(f'sed -i "s/^AMCLIP_CHAIN=.*/AMCLIP_CHAIN=$(date +%s)/" {shlex.quote(str(script))} || exit')
+        lines += [plan.shell_line()] * plan.chain
         write_atomically(
             plan.folder / "submit.sh", "\n".join(lines) + "\n", mode=0o600 if plan.holds_secrets() else 0o644
         )

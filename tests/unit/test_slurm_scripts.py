@@ -260,8 +260,9 @@ def test_a_chain_is_as_old_as_its_job(programs: Path) -> None:
         programs / "squeue",
         'case "$*" in *%V) [ "$SLURM_TIME_FORMAT" = %s ] && echo 1700000000 ;; *) echo train ;; esac',
     )
-    assert train(programs, AMCLIP_CHAIN="1").returncode == 0
-    assert "--chain --submitted 1700000000 " in (programs.parent / "begun").read_text()
+    for value, asked in (("1", "--chain --queued 1700000000 "), ("1600000000", "--chain --submitted 1600000000 ")):
+        assert train(programs, AMCLIP_CHAIN=value).returncode == 0
+        assert asked in (programs.parent / "begun").read_text()
 
 
 def test_python_is_that_of_the_site_else_the_one_that_submitted(programs: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,27 @@ def test_a_chain_goes_by_a_name_of_its_own(
     assert len(names) == 2, "of two folders of that name"
 
     code, run = submitted(shards, "--chain", "3")
-    lines = [line for line in (run / "slurm" / "submit.sh").read_text().splitlines() if "sbatch" in line]
+    lines = [line for line in (run / "slurm" / "submit.sh").read_text().splitlines() if line.startswith("sbatch ")]
     assert code == 0 and len(lines) == 3
     assert all("--dependency=singleton" in line and "run" in line for line in lines)
-    assert "\nAMCLIP_CHAIN=1\n" in (run / "slurm" / "train.sbatch").read_text()
+
+
+def test_a_chain_carries_the_time_at_which_it_was_submitted(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To Slurm a requeue is another. A submit.sh that is run later, or once more, submits another chain."""
+    before = int(time.time())
+    code, run = submitted(shards, "--chain", "2")
+    script = run / "slurm" / "train.sbatch"
+    [since] = re.findall(r"^AMCLIP_CHAIN=(\d+)$", script.read_text(), re.M)
+    assert code == 0 and before <= int(since) <= time.time()
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    (tmp_path / "date").write_text("#!/bin/sh\necho 2000000000\n")
+    (tmp_path / "date").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert subprocess.run(["bash", run / "slurm" / "submit.sh"]).returncode == 0
+    assert re.findall(r"^AMCLIP_CHAIN=(.*)$", script.read_text(), re.M) == ["2000000000"]
 
 
 @pytest.mark.parametrize(
