@@ -32,7 +32,7 @@ TEMPLATE = SCRIPTS / "train.sbatch"
 FIRST_COMMAND = "AMCLIP_HOME=${AMCLIP_HOME:-"  # of the template: lines for sbatch count only before it
 SAMPLED_SHARDS = 3
 GPU_FLAGS = ("gpus-per-node", "gpus", "gres", "gpus-per-task", "gpus-per-socket")
-LETTERS = {"gpus": "G", "partition": "p"}
+LETTERS = {"gpus": "G", "partition": "p", "dependency": "d"}
 """sbatch's flags by their names; some have a letter too"""
 WHICH_SLURM = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 """Variables by which Slurm's commands find and enter a cluster"""
@@ -340,8 +340,19 @@ def sbatch_flags(plan: Plan, args: argparse.Namespace) -> list[str]:
     flags += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
     flags += [f"--ntasks-per-node={args.tasks_per_node}"] if args.tasks_per_node else []
     flags += [f"--{name}={getattr(args, name)}" for name in ("time", "partition", "account") if getattr(args, name)]
-    flags += ["--dependency=singleton"] if plan.chain > 1 else []
-    return flags + args.sbatch
+    if plan.chain == 1:
+        return flags + args.sbatch
+    return [*flags, *args.sbatch, f"--dependency={chained(args.sbatch)}"]  # of two, sbatch heeds the last
+
+
+def chained(words: list[str]) -> str:
+    """The dependency of a chain's jobs, with what the words for sbatch ask for besides. Raises UserError."""
+    shown, value = given_to_sbatch(words, "dependency")
+    if "?" in value:
+        raise UserError(
+            f"--chain: {shown}: `?` asks for any one of them, and a chain's jobs would not wait for each other"
+        )
+    return f"singleton,{value}" if value else "singleton"
 
 
 def job_name(run: str) -> str:

@@ -79,6 +79,15 @@ def test_a_chain_goes_by_a_name_of_its_own(
     assert all("--dependency=singleton" in line and "run" in line for line in lines)
 
 
+@pytest.mark.parametrize("words", [["--dependency=afterok:17"], ["-dafterok:17"], ["--dependency", "afterok:17"]])
+def test_the_jobs_of_a_chain_wait_for_each_other_and_for_what_else_is_asked(words: list[str], shards: Path) -> None:
+    """Of two dependencies sbatch heeds the last: all jobs of the chain would run at once."""
+    code, run = submitted(shards, "--chain", "2", *(f"--sbatch={word}" for word in words))
+    command = (run / "slurm" / "submit.sh").read_text().splitlines()[-1].split()
+    last = next(word for word in reversed(command) if word.startswith(("--dependency", "-d")))
+    assert code == 0 and last == "--dependency=singleton,afterok:17"
+
+
 def test_a_chain_carries_the_time_at_which_it_was_submitted(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +121,7 @@ def test_a_chain_carries_the_time_at_which_it_was_submitted(
         (["model.vision.name=vit_bse_patch16_224"], "model.vision.name: timm has no 'vit_bse_patch16_224'"),
         (["--gpus", "8"], "--gpus: unknown option; did you mean --gpus-per-node?"),
         (["optim.lrr=1"], "optim.lrr: unknown key"),
+        (["--chain", "2", "--sbatch=-dafterok:1?afterok:2"], "--chain: -dafterok:1?afterok:2: `?` asks for any one of"),
     ],
 )
 def test_what_cannot_run_is_refused(words: list[str], said: str, shards: Path, capsys: pytest.CaptureFixture) -> None:
