@@ -235,6 +235,26 @@ def test_a_start_that_fails_where_an_earlier_one_did_not_is_tried_on(programs: P
     assert done.returncode == code and not requeued.exists() and "3 starts in a row failed" in done.stdout
 
 
+@pytest.mark.parametrize("script", ["train", "eval", "sweep", "compare", "data"])
+def test_a_restart_on_a_node_without_the_checkout_is_tried_on(programs: Path, script: str) -> None:
+    """Twice; in a job's first start it is a mistake."""
+    log, requeued = programs.parent / "log", programs.parent / "requeued"
+
+    def start(restarts: int, array: str = "") -> int:
+        record = f"echo JobId=7 {array} JobState=RUNNING Restarts={restarts}"
+        write(programs / "scontrol", f'[ "$1" = requeue ] && echo "$2" >{requeued}', record)
+        requeued.unlink(missing_ok=True)
+        left = {"SLURM_ARRAY_JOB_ID": "3", "SLURM_ARRAY_TASK_ID": "4"}  # of another job: see environment.sh
+        words = ["bash", "-c", f'exec bash "$0" a b c >>{log} 2>&1', str(ROOT / f"slurm/{script}.sbatch")]
+        return run(programs, *words, AMCLIP_HOME="/not/mounted", **left).returncode
+
+    assert start(0) == 2 and f"{script}.sbatch: no checkout at /not/mounted: submit " in log.read_text()
+    assert not requeued.exists()
+    assert start(1) == 0 and requeued.read_text() == "7\n", log.read_text()
+    assert start(2, "ArrayJobId=5 ArrayTaskId=6") == 0 and requeued.read_text() == "5_6\n"
+    assert start(3) == 2 and not requeued.exists(), "three in a row"
+
+
 def test_a_job_that_is_over_is_not_tried_on(programs: Path) -> None:
     a_job(programs, begin="echo exit 3; exit 3")
     done = train(programs, SLURM_RESTART_COUNT="1")
