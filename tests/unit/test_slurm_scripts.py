@@ -298,6 +298,60 @@ def test_python_is_that_of_the_site_else_the_one_that_submitted(programs: Path, 
     assert done.stdout.strip() == f"{tmp_path}/own/bin/python"
 
 
+def test_a_site_file_may_read_what_is_not_set(programs: Path, tmp_path: Path) -> None:
+    """As conda's activate does. Our own scripts may not."""
+    (tmp_path / "site.env").write_text('PS1="(base) $PS1_OF_NONE"\n')
+    shown = f'. "{ROOT}/slurm/environment.sh"; echo read; echo "$ANOTHER_OF_NONE"; echo went on'
+    write(programs / "python", "true")
+    done = run(programs, "bash", "-c", f"job_file=x; {shown}", AMCLIP_SITE=str(tmp_path / "site.env"))
+    assert done.stdout == "read\n" and "ANOTHER_OF_NONE: unbound" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["AMCLIP_CONTAINER", "AMCLIP_SRUN"])
+def test_the_words_before_python_may_come_from_the_environment(programs: Path, tmp_path: Path, name: str) -> None:
+    """Also where a script is read by another; the site file has the last word."""
+    source = f'. "{ROOT}/slurm/environment.sh"'
+    shown = f'job_file=x; {source}; {source}; printf "%s|" ${{#{name}[@]}} "${{{name}[@]}}"'
+    done = run(programs, "bash", "-c", shown, **{name: "one --bind=/a  *"})
+    assert done.stdout == "3|one|--bind=/a|*|", done.stdout + done.stderr
+    (tmp_path / "site.env").write_text(f"{name}=('of the' site)\n")
+    done = run(programs, "bash", "-c", shown, **{name: "one", "AMCLIP_SITE": str(tmp_path / "site.env")})
+    assert done.stdout == "2|of the|site|", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("words", ["", "env"])
+def test_the_time_limits_signal_reaches_the_watching_command(programs: Path, words: str) -> None:
+    a_job(programs)
+    write(
+        programs / "python",
+        'trap "echo heard >$SLURM_SUBMIT_DIR/heard; exit 75" TERM',
+        "kill -USR1 $(cat $SLURM_SUBMIT_DIR/script)",
+        "for turn in {1..60}; do /bin/sleep 0.05; done; echo alone >$SLURM_SUBMIT_DIR/heard",
+    )
+    script = f'echo $$ >{programs.parent}/script; exec bash "{ROOT}/slurm/eval.sbatch" RUN'
+    done = run(programs, "bash", "-c", script, AMCLIP_CONTAINER=words)
+    assert done.returncode == 0 and (programs.parent / "requeued").exists(), done.stdout + done.stderr
+    assert (programs.parent / "heard").read_text() == "heard\n"
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_run_of_a_sweep_whose_requeue_is_refused_is_over(programs: Path, is_refused: bool) -> None:
+    """The table waits for it otherwise, for ever."""
+    a_job(programs)
+    write(
+        programs / "python",
+        'case "$*" in',
+        f"*overrides*) ;; *begin*) {ANSWER} ;; *finish*) echo $* >>{programs}/finished ;; *end*) echo requeue why ;;",
+        "esac",
+    )
+    record = "echo JobId=7 ArrayJobId=7 JobState=RUNNING"
+    write(programs / "scontrol", f'[ "$1" != requeue ] || {{ {REFUSED if is_refused else DONE}; }}', record)
+    array = ONE_NODE | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    done = run(programs, "bash", str(ROOT / "slurm/sweep.sbatch"), "sweep.yaml", "out", "aclip-tiny", **array)
+    assert done.returncode == (75 if is_refused else 0), done.stdout + done.stderr
+    assert (programs / "finished").exists() == is_refused
+
+
 @pytest.mark.parametrize("overrides", ["", "optim.lr=0.002"])
 def test_a_run_of_a_sweep_may_be_the_recipe_as_it_is(programs: Path, overrides: str) -> None:
     write(
