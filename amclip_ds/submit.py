@@ -32,7 +32,8 @@ TEMPLATE = SCRIPTS / "train.sbatch"
 FIRST_COMMAND = "AMCLIP_HOME=${AMCLIP_HOME:-"  # of the template: lines for sbatch count only before it
 SAMPLED_SHARDS = 3
 GPU_FLAGS = ("gpus-per-node", "gpus", "gres", "gpus-per-task", "gpus-per-socket")
-LETTERS = {"gpus": "G", "partition": "p", "dependency": "d"}
+TASKS = "AMCLIP_TASKS_PER_NODE"
+LETTERS = {"gpus": "G", "partition": "p", "dependency": "d", "nodes": "N"}
 """sbatch's flags by their names; some have a letter too"""
 WHICH_SLURM = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 """Variables by which Slurm's commands find and enter a cluster"""
@@ -86,6 +87,9 @@ class Plan:
 def make_plan(args: argparse.Namespace) -> Plan:
     """Checks recipe, batch, memory, a sample of the shards and eval.data; writes RUN/slurm. Raises UserError."""
     config = settings.load(args.recipe, args.overrides, args.plugin)
+    shown, asked = given_to_sbatch(args.sbatch, "nodes")
+    if asked:
+        raise UserError(f"--sbatch: {shown}: give --nodes, by which the rest is checked")
     world_size, per_node, about_gpus = ranks_of(args)
     for name, value in (("--nodes", args.nodes), ("--chain", args.chain), ("tasks per node", per_node)):
         if value < 1:
@@ -112,6 +116,18 @@ def ranks_of(args: argparse.Namespace) -> tuple[int, int, list[str]]:
     """
     if args.tasks_per_node is not None:
         return args.nodes * args.tasks_per_node, args.tasks_per_node, []
+    world_size, per_node, found = _ranks_by_gpus(args)
+    if tasks := os.environ.get(TASKS):  # train.sbatch heeds it before all else
+        if not tasks.isdecimal():
+            raise UserError(f"{TASKS}: {tasks!r} is no number of tasks")
+        per_node = int(tasks)
+        world_size = args.nodes * per_node
+        found.append(f"tasks: {per_node} on each node ({TASKS}={tasks})")
+    return world_size, per_node, found
+
+
+def _ranks_by_gpus(args: argparse.Namespace) -> tuple[int, int, list[str]]:
+    """The same, a rank for each GPU that is asked for."""
     if args.gpus_per_node is None:
         for name in GPU_FLAGS:
             shown, value = given_to_sbatch(args.sbatch, name)
@@ -293,6 +309,8 @@ def write_script(plan: Plan, args: argparse.Namespace) -> None:
     script = plan.folder / "train.sbatch"
     plan.command = ["sbatch", "--parsable", *sbatch_flags(plan, args), str(script), args.recipe, *args.overrides]
     plan.variables = {"AMCLIP_HOME": str(HOME), "submit_python": sys.executable}
+    if tasks := args.tasks_per_node or os.environ.get(TASKS):  # whatever GPUs a variable of sbatch asks for
+        plan.variables[TASKS] = str(tasks)
     if plan.chain > 1:
         plan.variables["AMCLIP_CHAIN"] = str(int(time.time()))
     if not any(word.startswith("run.out=") for word in args.overrides):
@@ -321,6 +339,10 @@ def script_of(plan: Plan) -> str:
 
 def copy_scripts(folder: Path) -> list[Path]:
     """Copies the job scripts into a folder, to be edited and given to sbatch. Returns them. Raises UserError."""
+    if folder.resolve().name != "slurm":
+        raise UserError(
+            f"--scripts {folder}: they read AMCLIP_HOME/slurm/environment.sh; as in --scripts {folder}/slurm"
+        )
     if folder.exists():
         raise UserError(f"--scripts {folder}: exists; name a folder that does not")
     try:

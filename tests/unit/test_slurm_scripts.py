@@ -334,6 +334,17 @@ def test_the_time_limits_signal_reaches_the_watching_command(programs: Path, wor
     assert (programs.parent / "heard").read_text() == "heard\n"
 
 
+@pytest.mark.parametrize(("last", "code"), [("7", 2), ("3", 0)])
+def test_the_tasks_that_share_shards_follow_each_other(programs: Path, last: str, code: int) -> None:
+    """--array=1-7:2 are four tasks, whose numbers from the first on are no 0 to 3; --array=0-3 are."""
+    write(programs / "python", f'echo "$@" >>{programs}/asked')
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MAX": last}
+    task = {"SLURM_ARRAY_TASK_ID": last, "SLURM_ARRAY_TASK_MIN": "0" if last == "3" else "1"}
+    done = run(programs, "bash", str(ROOT / "slurm/data.sbatch"), "SHARDS", "OUT", **array, **task)
+    assert done.returncode == code and (programs / "asked").exists() == (code == 0), done.stdout + done.stderr
+    assert ("--array: its 4 tasks must follow each other: 0-3" in done.stdout) == (code == 2)
+
+
 @pytest.mark.parametrize("is_refused", [False, True])
 def test_a_run_of_a_sweep_whose_requeue_is_refused_is_over(programs: Path, is_refused: bool) -> None:
     """The table waits for it otherwise, for ever."""

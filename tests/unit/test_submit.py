@@ -121,6 +121,8 @@ def test_a_chain_carries_the_time_at_which_it_was_submitted(
         (["model.vision.name=vit_bse_patch16_224"], "model.vision.name: timm has no 'vit_bse_patch16_224'"),
         (["--gpus", "8"], "--gpus: unknown option; did you mean --gpus-per-node?"),
         (["optim.lrr=1"], "optim.lrr: unknown key"),
+        (["--sbatch=--nodes=2"], "--sbatch: --nodes=2: give --nodes"),
+        (["--sbatch=-N2"], "--sbatch: -N2: give --nodes"),
         (["--chain", "2", "--sbatch=-dafterok:1?afterok:2"], "--chain: -dafterok:1?afterok:2: `?` asks for any one of"),
     ],
 )
@@ -276,6 +278,33 @@ def test_gpus_that_sbatch_is_asked_for_are_not_asked_for_twice(
     plan = planned(shards, tmp_path, monkeypatch, "gpu* gpu:4", "--nodes", "2", *words)
     assert plan["world_size"] == world_size and any(said in line for line in plan["found"]), plan["found"]
     assert not any("--gpus-per-node" in word for word in plan["command"])
+
+
+def test_the_job_gets_the_tasks_that_were_checked(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """train.sbatch counts a node's GPUs unless AMCLIP_TASKS_PER_NODE says another number."""
+    script = shards.parent / "run" / "slurm" / "train.sbatch"
+    monkeypatch.setenv("SBATCH_GPUS_PER_NODE", "8")
+    assert planned(shards, tmp_path, monkeypatch, "gpu* gpu:4", "--tasks-per-node", "2")["world_size"] == 2
+    assert "\nAMCLIP_TASKS_PER_NODE=2\n" in script.read_text()
+    monkeypatch.setenv("AMCLIP_TASKS_PER_NODE", "4")
+    plan = planned(shards, tmp_path, monkeypatch, "gpu* gpu:4", "--nodes", "2")
+    assert plan["world_size"] == 8 and "tasks: 4 on each node (AMCLIP_TASKS_PER_NODE=4)" in plan["found"]
+    assert "\nAMCLIP_TASKS_PER_NODE=4\n" in script.read_text()
+    monkeypatch.setenv("AMCLIP_TASKS_PER_NODE", "four")
+    assert submitted(shards)[0] == 2 and "AMCLIP_TASKS_PER_NODE: 'four' is no number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["jobs", "slurm"])
+def test_the_copied_scripts_find_each_other(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """sbatch runs a copy from elsewhere: they are looked for in slurm, below the folder of submission."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["submit", "--scripts", name]) == (0 if name == "slurm" else 2)
+    assert (tmp_path / name / "environment.sh").exists() == (name == "slurm")
+    assert name == "slurm" or "as in --scripts jobs/slurm" in capsys.readouterr().err
 
 
 def planned(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sinfo: str, *words: str) -> dict:
