@@ -301,7 +301,7 @@ def test_python_is_that_of_the_site_else_the_one_that_submitted(programs: Path, 
 def test_a_site_file_may_read_what_is_not_set(programs: Path, tmp_path: Path) -> None:
     """As conda's activate does. Our own scripts may not."""
     (tmp_path / "site.env").write_text('PS1="(base) $PS1_OF_NONE"\n')
-    shown = f'. "{ROOT}/slurm/environment.sh"; echo read; echo "$ANOTHER_OF_NONE"; echo went on'
+    shown = f'. "{ROOT}/slurm/environment.sh"; echo read; echo "$ANOTHER_OF_NONE"; echo continued'
     write(programs / "python", "true")
     done = run(programs, "bash", "-c", f"job_file=x; {shown}", AMCLIP_SITE=str(tmp_path / "site.env"))
     assert done.stdout == "read\n" and "ANOTHER_OF_NONE: unbound" in done.stderr
