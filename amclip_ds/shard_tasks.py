@@ -25,6 +25,8 @@ def check(shards: str, out: Path, index: int, count: int, flags: list[str]) -> i
     """
     from amclip_ds import cli
 
+    if not 0 <= index < count:
+        raise UserError(f"INDEX: {index} is none of {count} tasks: 0 to {count - 1}")
     found = sources.expand_shards(shards, "SHARDS", allow_pipe="--allow-pipe" in flags)
     mine = slice_of(found, index, count)
     if not mine:

@@ -83,11 +83,20 @@ def verdict_time(run: Path) -> int:
 
 def resume_mode(wanted: str, mine: list[dict[str, Any]], newest: Newest, chain_since: int | None = None) -> str:
     """`--resume never` and `--resume PATH` hold until the job, or a chain's job before it, has saved: then its starts
-    continue from that. chain_since: when the chain's job was submitted, in ns; Slurm counts a requeue as another time.
-    """
+    continue from that. chain_since: when the chain was submitted, in ns (see the function of that name)."""
     has_saved = mine and (mine[-1].get("resume") == "auto" or newest.is_newer_than(mine[0]))
     is_continued = chain_since is not None and newest.written > chain_since
     return "auto" if has_saved or is_continued else wanted
+
+
+def chain_since(args: argparse.Namespace, mine: list[dict[str, Any]]) -> int:
+    """When the chain was submitted, in ns.
+
+    Slurm counts a requeue as another time. A job that was requeued before it could begin does not know the first one:
+    it takes what is there for its chain's, which loses nothing.
+    """
+    is_requeued = args.restart > 0 and not mine
+    return (args.submitted or (0 if is_requeued else args.queued)) * 10**9
 
 
 def count_stalls(mine: list[dict[str, Any]], newest: Newest) -> int:
@@ -151,7 +160,8 @@ def begin(args: argparse.Namespace) -> str:
     preconditions.check_folder(run)
     earlier, newest = read_lines(folder / run_files.ATTEMPTS, run_files.JOB_ATTEMPT), newest_checkpoint(run)
     mine = [row for row in earlier if row["job"] == args.job]
-    resume = resume_mode(wanted.resume, mine, newest, args.submitted * 10**9 if args.chain else None)
+    since = chain_since(args, mine) if args.chain else None
+    resume = resume_mode(wanted.resume, mine, newest, since)
     preconditions.check(config, resume)
     check_shards(config, nodes)
     revision = git_revision()
@@ -178,7 +188,7 @@ def begin(args: argparse.Namespace) -> str:
     except OSError as error:
         raise not_written(f"run.out: {run}", error) from None
     _check_restarts(mine, args, newest)
-    if args.chain and verdict_time(run) > args.submitted * 10**9:
+    if since is not None and verdict_time(run) > since:
         _chain_check(read_verdict(run), run)
     describe(args, run, resume, newest.step, revision, earlier)
     if nodes < args.nodes:
@@ -295,7 +305,8 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--min-nodes", type=int, default=1)
             sub.add_argument("--node-list", default="")
             sub.add_argument("--chain", action="store_true")
-            sub.add_argument("--submitted", type=lambda text: int(text) if text.isdecimal() else 0, default=0)
+            for flag in ("--submitted", "--queued"):  # in seconds; squeue may not have answered
+                sub.add_argument(flag, type=lambda text: int(text) if text.isdecimal() else 0, default=0)
             sub.add_argument("train_arguments", nargs="+")
         else:
             sub.add_argument("--run", required=True)

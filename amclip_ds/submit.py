@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +32,11 @@ TEMPLATE = SCRIPTS / "train.sbatch"
 FIRST_COMMAND = "AMCLIP_HOME=${AMCLIP_HOME:-"  # of the template: lines for sbatch count only before it
 SAMPLED_SHARDS = 3
 GPU_FLAGS = ("gpus-per-node", "gpus", "gres", "gpus-per-task", "gpus-per-socket")
-LETTERS = {"gpus": "G", "partition": "p"}
+TASKS = "AMCLIP_TASKS_PER_NODE"
+LETTERS = {"gpus": "G", "partition": "p", "dependency": "d", "nodes": "N"}
 """sbatch's flags by their names; some have a letter too"""
+WHICH_SLURM = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Variables by which Slurm's commands find and enter a cluster"""
 
 
 @dataclass
@@ -83,6 +87,9 @@ class Plan:
 def make_plan(args: argparse.Namespace) -> Plan:
     """Checks recipe, batch, memory, a sample of the shards and eval.data; writes RUN/slurm. Raises UserError."""
     config = settings.load(args.recipe, args.overrides, args.plugin)
+    shown, asked = given_to_sbatch(args.sbatch, "nodes")
+    if asked:
+        raise UserError(f"--sbatch: {shown}: give --nodes, by which the rest is checked")
     world_size, per_node, about_gpus = ranks_of(args)
     for name, value in (("--nodes", args.nodes), ("--chain", args.chain), ("tasks per node", per_node)):
         if value < 1:
@@ -109,6 +116,18 @@ def ranks_of(args: argparse.Namespace) -> tuple[int, int, list[str]]:
     """
     if args.tasks_per_node is not None:
         return args.nodes * args.tasks_per_node, args.tasks_per_node, []
+    world_size, per_node, found = _ranks_by_gpus(args)
+    if tasks := os.environ.get(TASKS):  # train.sbatch heeds it before all else
+        if not tasks.isdecimal():
+            raise UserError(f"{TASKS}: {tasks!r} is no number of tasks")
+        per_node = int(tasks)
+        world_size = args.nodes * per_node
+        found.append(f"tasks: {per_node} on each node ({TASKS}={tasks})")
+    return world_size, per_node, found
+
+
+def _ranks_by_gpus(args: argparse.Namespace) -> tuple[int, int, list[str]]:
+    """The same, a rank for each GPU that is asked for."""
     if args.gpus_per_node is None:
         for name in GPU_FLAGS:
             shown, value = given_to_sbatch(args.sbatch, name)
@@ -291,8 +310,10 @@ def write_script(plan: Plan, args: argparse.Namespace) -> None:
     script = plan.folder / "train.sbatch"
     plan.command = ["sbatch", "--parsable", *sbatch_flags(plan, args), str(script), args.recipe, *args.overrides]
     plan.variables = {"AMCLIP_HOME": str(HOME), "submit_python": sys.executable}
+    if tasks := args.tasks_per_node or os.environ.get(TASKS):  # whatever GPUs a variable of sbatch asks for
+        plan.variables[TASKS] = str(tasks)
     if plan.chain > 1:
-        plan.variables["AMCLIP_CHAIN"] = "1"
+        plan.variables["AMCLIP_CHAIN"] = str(int(time.time()))
     if not any(word.startswith("run.out=") for word in args.overrides):
         plan.command.append(f"run.out={plan.config.run.out}")
     plan.command += plugin_words(args.plugin)
@@ -300,7 +321,10 @@ def write_script(plan: Plan, args: argparse.Namespace) -> None:
         plan.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(script, script_of(plan))
         write_atomically(plan.folder / run_files.CONFIG, settings.dump(plan.config))
-        lines = ["#!/bin/bash", f"cd {shlex.quote(str(Path.cwd()))} || exit", *([plan.shell_line()] * plan.chain)]
+        lines = ["#!/bin/bash", f"cd {shlex.quote(str(Path.cwd()))} || exit"]
+        if plan.chain > 1:  # it may be run later, and more than once: each time it is another chain
+            lines.append(f'sed -i "s/^AMCLIP_CHAIN=.*/AMCLIP_CHAIN=$(date +%s)/" {shlex.quote(str(script))} || exit')
+        lines += [plan.shell_line()] * plan.chain
         write_atomically(
             plan.folder / "submit.sh", "\n".join(lines) + "\n", mode=0o600 if plan.holds_secrets() else 0o644
         )
@@ -316,6 +340,10 @@ def script_of(plan: Plan) -> str:
 
 def copy_scripts(folder: Path) -> list[Path]:
     """Copies the job scripts into a folder, to be edited and given to sbatch. Returns them. Raises UserError."""
+    if folder.resolve().name != "slurm":
+        raise UserError(
+            f"--scripts {folder}: they read AMCLIP_HOME/slurm/environment.sh; as in --scripts {folder}/slurm"
+        )
     if folder.exists():
         raise UserError(f"--scripts {folder}: exists; name a folder that does not")
     try:
@@ -335,8 +363,19 @@ def sbatch_flags(plan: Plan, args: argparse.Namespace) -> list[str]:
     flags += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
     flags += [f"--ntasks-per-node={args.tasks_per_node}"] if args.tasks_per_node else []
     flags += [f"--{name}={getattr(args, name)}" for name in ("time", "partition", "account") if getattr(args, name)]
-    flags += ["--dependency=singleton"] if plan.chain > 1 else []
-    return flags + args.sbatch
+    if plan.chain == 1:
+        return flags + args.sbatch
+    return [*flags, *args.sbatch, f"--dependency={chained(args.sbatch)}"]  # of two, sbatch heeds the last
+
+
+def chained(words: list[str]) -> str:
+    """The dependency of a chain's jobs, with what the words for sbatch ask for besides. Raises UserError."""
+    shown, value = given_to_sbatch(words, "dependency")
+    if "?" in value:
+        raise UserError(
+            f"--chain: {shown}: `?` asks for any one of them, and a chain's jobs would not wait for each other"
+        )
+    return f"singleton,{value}" if value else "singleton"
 
 
 def job_name(run: str) -> str:
@@ -355,7 +394,7 @@ def submit(plan: Plan, jobs: list[int]) -> None:
     if shutil.which("sbatch") is None:
         raise UserError(f"sbatch is not here: submit on a login node; {plan.folder}/submit.sh is ready")
     for _ in range(plan.chain):
-        done = subprocess.run(plan.command, capture_output=True, text=True)
+        done = subprocess.run(plan.command, capture_output=True, text=True, env=_environment_of_sbatch())
         ids = [str(job) for job in jobs]
         cancel = f"scancel {' '.join(ids)}, or leave them: each continues the run"
         before = f"; submitted before it: {', '.join(ids)} ({cancel})" if jobs else ""
@@ -366,6 +405,13 @@ def submit(plan: Plan, jobs: list[int]) -> None:
             said = " ".join(done.stdout.split()) or "it printed nothing"
             raise UserError(f"sbatch names no job ({said}); squeue --me shows what it queued{before}")
         jobs.append(int(answer[1]))
+
+
+def _environment_of_sbatch() -> dict[str, str]:
+    """This environment; within a job (salloc) without that job's SLURM_*, which sbatch would hand to the new one."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return dict(os.environ)
+    return {name: value for name, value in os.environ.items() if name[:6] != "SLURM_" or name in WHICH_SLURM}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,30 @@ job_file=${job_file:-$(basename "$0")}
 say() { echo "$job_file: $*"; }
 give_up() { say "$1"; exit "$2"; }
 
+# sbatch hands its caller's SLURM_* to the job, and Slurm replaces only those of which the job has its own: called within
+# another job (salloc, a task of an array), the rest is that job's. The job's record says which are its own.
+record=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null | grep "^JobId=$SLURM_JOB_ID ")
+own() { # $1: what the record has of it, a pattern; then its variables: unset where the record has no such thing
+  [[ $record =~ $1 ]] || unset "${@:2}"
+}
+if [ -n "$record" ]; then # else Slurm's controller does not answer
+  own ' ArrayJobId=' ${!SLURM_ARRAY_*}
+  own ' TresPerJob=' SLURM_GPUS
+  own ' TresPerNode=' SLURM_GPUS_PER_NODE
+  own ' TresPerTask=' SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
+  own ' CpusPerTres=' SLURM_CPUS_PER_GPU
+  own ' NtasksPerN:B:S:C=[1-9]' SLURM_NTASKS_PER_NODE
+  own ' MinMemoryNode=[1-9]' SLURM_MEM_PER_NODE # srun takes only one of these
+  own ' MinMemoryCPU=[1-9]' SLURM_MEM_PER_CPU
+  own ' MemPerTres=' SLURM_MEM_PER_GPU
+  [[ ! $record =~ ' Restarts='([0-9]+) ]] || export SLURM_RESTART_COUNT="${BASH_REMATCH[1]}"
+  if [ -n "${SLURM_NTASKS:-}" ] && [[ $record =~ ' NumTasks='([0-9]+) ]]; then
+    export SLURM_NTASKS="${BASH_REMATCH[1]}" SLURM_NPROCS="${BASH_REMATCH[1]}"
+  fi
+fi
+# A batch script is no step: called in one, its layout is here too
+[ -z "${SLURM_STEP_ID:-}" ] || unset SLURM_DISTRIBUTION ${!SLURM_CPU_BIND*} ${!SLURM_STEP_*}
+
 # One task of an array goes by ARRAY_TASK: the number of its last task is the array's own, and would mean all of them.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
@@ -39,11 +63,13 @@ requeue_job() { # $1: why. Puts the job back into the queue; status 1: it cannot
     case $said in
     *failure* | *"timed out"* | *"Zero Bytes"* | *"temporarily"* | *standby* | *"Connection refused"*) ;;
     *)
+      requeued=''
       refusal="Slurm refuses the requeue ($said); submit again to continue: every argument the same"
       return 1
       ;;
     esac
   done
+  requeued=''
   refusal="not requeued: Slurm's controller does not answer; submit again to continue: every argument the same"
   return 1
 }
@@ -65,12 +91,18 @@ start_failed() { # $1: what failed before the attempt began (empty: the log says
 }
 
 cd "$SLURM_SUBMIT_DIR" || start_failed "cannot enter $SLURM_SUBMIT_DIR on $(hostname)" 2
-AMCLIP_CONTAINER=() AMCLIP_SRUN=()
+# Words of the environment are split at blanks. Kept by other names: sweep.sbatch reads this file twice
+container_words=${container_words-${AMCLIP_CONTAINER:-}} srun_words=${srun_words-${AMCLIP_SRUN:-}}
+unset AMCLIP_CONTAINER AMCLIP_SRUN
+read -ra AMCLIP_CONTAINER <<<"$container_words"
+read -ra AMCLIP_SRUN <<<"$srun_words"
 site=${AMCLIP_SITE:-$AMCLIP_HOME/slurm/sites/${SLURM_CLUSTER_NAME:-}.env}
 [ -f "$site" ] || [ -n "${AMCLIP_SITE:-}" ] || site=${XDG_CONFIG_HOME:-$HOME/.config}/amclip/${SLURM_CLUSTER_NAME:-}.env
 if [ -f "$site" ]; then
+  set +u # conda's and modules' own scripts read variables that are not set
   # shellcheck source=sites/example.env
   . "$site"
+  set -u
 elif [ -n "${AMCLIP_SITE:-}" ]; then
   start_failed "no site file at $AMCLIP_SITE (AMCLIP_SITE)" 2
 fi
@@ -92,10 +124,11 @@ bare_srun=(env -u SLURM_GPUS -u SLURM_GPUS_PER_NODE -u SLURM_GPUS_PER_TASK -u SL
 once_gpus=(--gres=none)
 
 once() { # runs one command in the run's environment, on this node; without GPUs, unless once_gpus is empty
+  # once_exec=exec: in the place of the shell that calls it, so that a signal to `once ... &` reaches the command
   if [ ${#AMCLIP_SRUN[@]} -gt 0 ]; then
-    "${bare_srun[@]}" --nodes=1 --ntasks=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    ${once_exec:-} "${bare_srun[@]}" --nodes=1 --ntasks=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
       ${once_gpus[@]+"${once_gpus[@]}"} "${AMCLIP_SRUN[@]}" "$@"
   else
-    ${AMCLIP_CONTAINER[@]+"${AMCLIP_CONTAINER[@]}"} "$@"
+    ${once_exec:-} ${AMCLIP_CONTAINER[@]+"${AMCLIP_CONTAINER[@]}"} "$@"
   fi
 }

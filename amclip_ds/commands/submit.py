@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chain", type=whole(1, 1000), default=1, metavar="K", help="submit K jobs, one after another")
     parser.add_argument("--sbatch", action="append", default=[], metavar="FLAG", help="another sbatch flag; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="write the script and the command, submit nothing")
-    parser.add_argument("--scripts", type=Path, metavar="DIR", help="copy the job scripts there, and do nothing else")
+    parser.add_argument(
+        "--scripts", type=Path, metavar="DIR", help="copy the job scripts to DIR, which is called slurm"
+    )
     add_plugin(parser)
     parser.add_argument("--json", metavar="FILE", help="also write what was found and submitted")
 

@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from amclip_ds.errors import UserError
 from amclip_ds.shard_tasks import check, join, slice_of
 from tests.unit.data.shards import write_shards
 
@@ -20,6 +23,14 @@ def test_a_bad_slice_makes_the_whole_bad() -> None:
     assert not joined["ok"] and [shard["path"] for shard in joined["shards"]] == ["a", "b"]
     assert joined["expected"] == 7 == joined["read"] + joined["skipped"] + joined["lost"]
     assert join([good, good])["ok"]
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_task_that_is_none_of_them_is_refused(index: int, tmp_path: Path) -> None:
+    """Its shards would be another's, and others left out: the sum waits for ever."""
+    write_shards(tmp_path / "shards", sizes=(4, 3, 2))
+    with pytest.raises(UserError, match=f"INDEX: {index} is none of 2 tasks"):
+        check(str(tmp_path / "shards"), tmp_path / "out", index, 2, [])
 
 
 def test_the_last_task_to_end_joins_all_and_a_damaged_shard_decides(tmp_path: Path) -> None:

@@ -138,6 +138,39 @@ def test_the_jobs_of_a_chain_continue_each_others_work(tmp_path: Path, capsys: p
         assert capsys.readouterr().out.splitlines()[2] == mode
 
 
+@pytest.mark.parametrize("ending", ["nothing", "STOP"])
+def test_a_job_of_a_chain_that_was_requeued_before_it_began_knows_the_chains_past(
+    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a lost node: squeue then has the time of the requeue, after what the jobs before have saved, or a STOP."""
+    write_shards(tmp_path / "data", (20,))
+    run = tmp_path / "run"
+    manifest = run / "checkpoints" / "step_00000040" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    written = int(manifest.stat().st_mtime)
+    if ending == "STOP":
+        (run / "exit.json").write_text(json.dumps(verdict(75) | {"reason": "a STOP file; stopped after step 40"}))
+    recipe = ["--", "aclip-tiny", f"data.train={tmp_path}/data", f"run.out={run}", "batch.global_size=8"]
+    cases = [  # the words for the chain, the restart, whether the past is the chain's
+        (["--submitted", str(written - 60)], 1, True),
+        (["--submitted", str(written + 60)], 1, False),
+        (["--queued", str(written + 60)], 1, True),
+        (["--queued", str(written + 60)], 0, False),
+    ]
+    for job, (words, restart, is_chains) in enumerate(cases):
+        asked = ["begin", "--job", str(job), "--restart", str(restart), "--nodes", "1", "--tasks", "1", "--chain"]
+        code = main([*asked, *words, *recipe, "--resume=never"])
+        answer = capsys.readouterr().out.splitlines()
+        if ending == "STOP" and is_chains:
+            assert code == 75 and answer == ["exit 75"]
+        else:
+            assert code == 0 and answer[2] == ("auto" if is_chains else "never")
+    again = ["begin", "--job", "3", "--restart", "1", "--nodes", "1", "--tasks", "1", "--chain"]
+    assert main([*again, "--queued", str(written + 90), *recipe, "--resume=never"]) == 0, "it had begun"
+    assert capsys.readouterr().out.splitlines()[2] == "never"
+
+
 def test_a_restart_resumes_from_its_own_checkpoint_of_the_old_runs_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

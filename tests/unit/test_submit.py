@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,36 @@ def test_a_chain_goes_by_a_name_of_its_own(
     assert len(names) == 2, "of two folders of that name"
 
     code, run = submitted(shards, "--chain", "3")
-    lines = [line for line in (run / "slurm" / "submit.sh").read_text().splitlines() if "sbatch" in line]
+    lines = [line for line in (run / "slurm" / "submit.sh").read_text().splitlines() if line.startswith("sbatch ")]
     assert code == 0 and len(lines) == 3
     assert all("--dependency=singleton" in line and "run" in line for line in lines)
-    assert "\nAMCLIP_CHAIN=1\n" in (run / "slurm" / "train.sbatch").read_text()
+
+
+@pytest.mark.parametrize("words", [["--dependency=afterok:17"], ["-dafterok:17"], ["--dependency", "afterok:17"]])
+def test_the_jobs_of_a_chain_wait_for_each_other_and_for_what_else_is_asked(words: list[str], shards: Path) -> None:
+    """Of two dependencies sbatch heeds the last: all jobs of the chain would run at once."""
+    code, run = submitted(shards, "--chain", "2", *(f"--sbatch={word}" for word in words))
+    command = (run / "slurm" / "submit.sh").read_text().splitlines()[-1].split()
+    last = next(word for word in reversed(command) if word.startswith(("--dependency", "-d")))
+    assert code == 0 and last == "--dependency=singleton,afterok:17"
+
+
+def test_a_chain_carries_the_time_at_which_it_was_submitted(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To Slurm a requeue is another. A submit.sh that is run later, or once more, submits another chain."""
+    before = int(time.time())
+    code, run = submitted(shards, "--chain", "2")
+    script = run / "slurm" / "train.sbatch"
+    [since] = re.findall(r"^AMCLIP_CHAIN=(\d+)$", script.read_text(), re.M)
+    assert code == 0 and before <= int(since) <= time.time()
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    (tmp_path / "date").write_text("#!/bin/sh\necho 2000000000\n")
+    (tmp_path / "date").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert subprocess.run(["bash", run / "slurm" / "submit.sh"]).returncode == 0
+    assert re.findall(r"^AMCLIP_CHAIN=(.*)$", script.read_text(), re.M) == ["2000000000"]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +121,9 @@ def test_a_chain_goes_by_a_name_of_its_own(
         (["model.vision.name=vit_bse_patch16_224"], "model.vision.name: timm has no 'vit_bse_patch16_224'"),
         (["--gpus", "8"], "--gpus: unknown option; did you mean --gpus-per-node?"),
         (["optim.lrr=1"], "optim.lrr: unknown key"),
+        (["--sbatch=--nodes=2"], "--sbatch: --nodes=2: give --nodes"),
+        (["--sbatch=-N2"], "--sbatch: -N2: give --nodes"),
+        (["--chain", "2", "--sbatch=-dafterok:1?afterok:2"], "--chain: -dafterok:1?afterok:2: `?` asks for any one of"),
     ],
 )
 def test_what_cannot_run_is_refused(words: list[str], said: str, shards: Path, capsys: pytest.CaptureFixture) -> None:
@@ -120,6 +150,27 @@ def test_sbatchs_own_words_are_reported(
     assert main(argv) == 2
     assert "invalid partition specified: gold" in (error := capsys.readouterr().err)
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_job_gets_nothing_of_the_one_that_it_is_submitted_from(
+    within: bool, shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In salloc its tasks and memory would be taken for the new job's; elsewhere SLURM_* are a person's own."""
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "sbatch"
+    fake.write_text(f"#!/bin/sh\nenv >{tmp_path}/environment\necho 4711\n")
+    fake.chmod(0o755)
+    given = {"SLURM_NTASKS": "16", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_QOS": "low"}
+    for name, value in (
+        ({"SLURM_JOB_ID": "3"} if within else {}).items() | given.items() | {("PATH", f"{fake.parent}:/bin")}
+    ):
+        monkeypatch.setenv(name, value)
+    argv = ["submit", "aclip-tiny", f"data.train={shards}", f"run.out={tmp_path}/run", "run.steps=5"]
+    assert main(argv) == 0
+    lines = (tmp_path / "environment").read_text().splitlines()
+    assert ("SLURM_NTASKS=16" not in lines) == within and "SLURM_CONF=/etc/slurm.conf" in lines
+    assert "SBATCH_QOS=low" in lines and not any(line.startswith("SLURM_JOB_ID=") for line in lines)
 
 
 @pytest.mark.parametrize("taken", [0, 2])
@@ -227,6 +278,33 @@ def test_gpus_that_sbatch_is_asked_for_are_not_asked_for_twice(
     plan = planned(shards, tmp_path, monkeypatch, "gpu* gpu:4", "--nodes", "2", *words)
     assert plan["world_size"] == world_size and any(said in line for line in plan["found"]), plan["found"]
     assert not any("--gpus-per-node" in word for word in plan["command"])
+
+
+def test_the_job_gets_the_tasks_that_were_checked(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """train.sbatch counts a node's GPUs unless AMCLIP_TASKS_PER_NODE says another number."""
+    script = shards.parent / "run" / "slurm" / "train.sbatch"
+    monkeypatch.setenv("SBATCH_GPUS_PER_NODE", "8")
+    assert planned(shards, tmp_path, monkeypatch, "gpu* gpu:4", "--tasks-per-node", "2")["world_size"] == 2
+    assert "\nAMCLIP_TASKS_PER_NODE=2\n" in script.read_text()
+    monkeypatch.setenv("AMCLIP_TASKS_PER_NODE", "4")
+    plan = planned(shards, tmp_path, monkeypatch, "gpu* gpu:4", "--nodes", "2")
+    assert plan["world_size"] == 8 and "tasks: 4 on each node (AMCLIP_TASKS_PER_NODE=4)" in plan["found"]
+    assert "\nAMCLIP_TASKS_PER_NODE=4\n" in script.read_text()
+    monkeypatch.setenv("AMCLIP_TASKS_PER_NODE", "four")
+    assert submitted(shards)[0] == 2 and "AMCLIP_TASKS_PER_NODE: 'four' is no number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["jobs", "slurm"])
+def test_the_copied_scripts_find_each_other(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """sbatch runs a copy from elsewhere: they are looked for in slurm, below the folder of submission."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["submit", "--scripts", name]) == (0 if name == "slurm" else 2)
+    assert (tmp_path / name / "environment.sh").exists() == (name == "slurm")
+    assert name == "slurm" or "as in --scripts jobs/slurm" in capsys.readouterr().err
 
 
 def planned(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sinfo: str, *words: str) -> dict:
