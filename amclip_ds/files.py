@@ -227,14 +227,16 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     while waiting:
         start = waiting.pop(0)
         real = os.path.realpath(start)
-        if real in seen or (seen and f"{root}/".startswith(f"{real.rstrip('/')}/")):
+        if seen and f"{root}/".startswith(f"{real.rstrip('/')}/"):
             continue
         for at, folders, names in os.walk(start, onerror=failed):
-            seen.add(os.path.realpath(at))
+            if (here := os.path.realpath(at)) in seen:
+                folders.clear()
+                continue
+            seen.add(here)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             yield at, folders, sorted(name for name in names if not name.startswith("."))
             waiting += [path for name in folders if os.path.islink(path := os.path.join(at, name))]
-            folders[:] = [name for name in folders if os.path.realpath(os.path.join(at, name)) not in seen]
 
 
 def sync(path: Path) -> None:

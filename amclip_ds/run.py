@@ -270,7 +270,8 @@ def check_evaluation(config: TrainConfig, *, is_resumed: bool) -> list[str]:
     """What eval.data was understood as, a line a set. Raises UserError for a mistake in it, but never for a run that
     continues: there it costs the evaluations alone."""
     try:
-        return [f"evaluation on {line}" for line in check_sets(config.eval.data, training_shards(config.data))]
+        trained_on = training_shards(config.data) if config.eval.data else ()
+        return [f"evaluation on {line}" for line in check_sets(config.eval.data, trained_on)]
     except UserError as error:
         if not is_resumed:
             raise

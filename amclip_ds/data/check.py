@@ -468,14 +468,8 @@ def _gone(shards: list[str]) -> Iterator[tuple[str, int]]:
 
 def _keep_promises(reports: list[ShardReport]) -> None:
     """Counts as lost what a shard was promised to hold and does not; a shard that is gone has lost all of it."""
-    for shard, held in _gone([report.path for report in reports]):
-        report = ShardReport(shard, expected=held, lost=held)
-        report.add("fewer than promised", f"{held} promised, and no such file", held)
-        reports.append(report)
     for report in reports:
         promised = promised_count(report.path)
-        if "fewer than promised" in report.problems:
-            continue
         found = report.samples + report.problems.get("swallowed", ("", 0))[1]
         if promised is None or promised <= found:
             continue
@@ -483,6 +477,10 @@ def _keep_promises(reports: list[ShardReport]) -> None:
         report.lost += missing
         report.expected += missing
         report.add("fewer than promised", f"{promised} promised, {found} found", missing)
+    for shard, held in _gone([report.path for report in reports]):
+        report = ShardReport(shard, expected=held, lost=held)
+        report.add("fewer than promised", f"{held} promised, and no such file", held)
+        reports.append(report)
 
 
 def _find_duplicates(reports: list[ShardReport]) -> None:

@@ -15,7 +15,7 @@ from amclip_ds.processes import num_cores
 from amclip_ds.progress import progress
 from amclip_ds.redact import redact
 from amclip_ds.shards.changes import changed_shards
-from amclip_ds.shards.index import Index, ShardEntry, build_index, default_folder, earlier_name
+from amclip_ds.shards.index import Index, ShardEntry, build_index, default_folder, name_of
 from amclip_ds.shards.inputs import INDEX
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ def _find_index(
         places = order = [Path(config.index)]
     else:
         places = [Path(folder) / beside.name for folder in (index_dir, beside.parent, Path.cwd()) if folder]
-        found = [folder for place in places for folder in (place, place.with_name(earlier_name(once_each)))]
+        found = [folder for place in places for folder in (place, place.with_name(name_of(once_each)))]
         order = found if resumes else [beside, *found]  # what the checkpoint was trained on is the run's own first
     stale: list[str] = []
     broken: list[str] = []

@@ -392,11 +392,11 @@ class _Found:
 
     def enter(self, file: BinaryIO, one: Group) -> None:
         images = one.images()
-        if not images and one.of_types(*IMAGES):
-            self.problem("unread type", one.of_types(*IMAGES)[0][1].name)
-            return
         if not images:
-            self._without_image.append(one.key)
+            if unread := one.of_types(*IMAGES):
+                self.problem("unread type", unread[0][1].name)
+            else:
+                self._without_image.append(one.key)
             return
         if len(images) > 1:
             self.problem("surplus image", images[1][1].name, len(images) - 1)
@@ -515,19 +515,15 @@ def default_folder(shards: tuple[str, ...]) -> Path:
     spelling, and after the folder has moved.
     """
     if is_remote(shards[0]):
-        return Path(_name_of(shards))
+        return Path(name_of(shards))
     folder = Path(shards[0]).parent
     here = os.path.realpath(folder)
     folders = dict.fromkeys(os.path.dirname(path) for path in shards if not is_remote(path))
     from_here = {typed: os.path.relpath(os.path.realpath(typed), here) for typed in folders}
     places = (path if is_remote(path) else from_here[os.path.dirname(path)] for path in shards)
-    return folder / _name_of(tuple(f"{place}/{os.path.basename(path)}" for place, path in zip(places, shards)))
+    return folder / name_of(tuple(f"{place}/{os.path.basename(path)}" for place, path in zip(places, shards)))
 
 
-def earlier_name(shards: tuple[str, ...]) -> str:
-    """The name that indexes had which earlier versions made: of the paths as they were typed."""
-    return _name_of(shards)
-
-
-def _name_of(shards: tuple[str, ...]) -> str:
+def name_of(shards: tuple[str, ...]) -> str:
+    """An index's folder by the paths of its shards; indexes of earlier versions have that of the paths as typed."""
     return f"amclip-index-{hashlib.blake2b(repr(tuple(map(redact, shards))).encode(), digest_size=6).hexdigest()}"

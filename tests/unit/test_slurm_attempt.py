@@ -116,6 +116,15 @@ def test_a_restart_that_has_saved_nothing_begins_where_the_job_did() -> None:
     assert resume_mode("OTHER", mine, Newest(20, 10)) == "auto"
 
 
+def saved_step_40(folder: Path) -> Path:
+    """Shards in folder/data, and the manifest of a checkpoint of step 40 in folder/run."""
+    write_shards(folder / "data", (20,))
+    manifest = folder / "run" / "checkpoints" / "step_00000040" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    return manifest
+
+
 def test_the_jobs_of_a_chain_continue_each_others_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each is given --resume never or PATH, which hold for the first of them alone."""
     old, own = Newest(300, 9), Newest(20, 11)
@@ -126,10 +135,7 @@ def test_the_jobs_of_a_chain_continue_each_others_work(tmp_path: Path, capsys: p
         continued = [{"step": 20, "checkpoint_time": 11, "resume": "auto"}]
         assert resume_mode(wanted, continued, own, chain_since=12) == "auto", "requeued, which made it younger"
 
-    write_shards(tmp_path / "data", (20,))
-    manifest = tmp_path / "run" / "checkpoints" / "step_00000040" / "manifest.json"
-    manifest.parent.mkdir(parents=True)
-    manifest.write_text("{}")
+    manifest = saved_step_40(tmp_path)
     written = int(manifest.stat().st_mtime)
     recipe = ["--", "aclip-tiny", f"data.train={tmp_path}/data", f"run.out={tmp_path}/run", "batch.global_size=8"]
     for job, (submitted, mode) in enumerate(((written + 60, "never"), (written - 60, "auto"))):
@@ -143,11 +149,7 @@ def test_a_job_of_a_chain_that_was_requeued_before_it_began_knows_the_chains_pas
     ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a lost node: squeue then has the time of the requeue, after what the jobs before have saved, or a STOP."""
-    write_shards(tmp_path / "data", (20,))
-    run = tmp_path / "run"
-    manifest = run / "checkpoints" / "step_00000040" / "manifest.json"
-    manifest.parent.mkdir(parents=True)
-    manifest.write_text("{}")
+    run, manifest = tmp_path / "run", saved_step_40(tmp_path)
     written = int(manifest.stat().st_mtime)
     if ending == "STOP":
         (run / "exit.json").write_text(json.dumps(verdict(75) | {"reason": "a STOP file; stopped after step 40"}))
@@ -175,11 +177,7 @@ def test_a_restart_resumes_from_its_own_checkpoint_of_the_old_runs_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Started with --resume never where step 40 was the newest, stopped when its own step 40 was."""
-    write_shards(tmp_path / "data", (20,))
-    run = tmp_path / "run"
-    manifest = run / "checkpoints" / "step_00000040" / "manifest.json"
-    manifest.parent.mkdir(parents=True)
-    manifest.write_text("{}")
+    run, manifest = tmp_path / "run", saved_step_40(tmp_path)
     words = ["begin", "--job", "9", "--nodes", "1", "--tasks", "2", "--", "aclip-tiny", f"data.train={tmp_path}/data"]
     assert main([*words, f"run.out={run}", "batch.global_size=8", "--resume=never"]) == 0
     shown = capsys.readouterr()

@@ -16,7 +16,7 @@ from amclip_ds import files
 from amclip_ds.checkpoint import drift
 from amclip_ds.errors import FAULT, AmclipError, RunStopped, UserError
 from amclip_ds.shards import changes, contents, reader
-from amclip_ds.shards.index import Index, build_index, default_folder, earlier_name
+from amclip_ds.shards.index import Index, build_index, default_folder, name_of
 from amclip_ds.shards.stage import Stage
 from tests.unit.data.faulty_server import FaultyServer
 from tests.unit.data.shards import open_data, write_shards
@@ -171,7 +171,7 @@ def test_an_index_is_found_however_its_folder_is_typed(
     open_data("moved", index_dir=tmp_path / "run", say=said.append).close()
     assert not [line for line in said if "indexed" in line], said
     moved = [path.replace("/data/", "/moved/") for path in shards]
-    (tmp_path / "moved" / made.name).rename(tmp_path / "moved" / earlier_name(tuple(moved)))
+    (tmp_path / "moved" / made.name).rename(tmp_path / "moved" / name_of(tuple(moved)))
     open_data(tmp_path / "moved", index_dir=tmp_path / "run", say=said.append).close()
     assert not [line for line in said if "indexed" in line], said
     open_data("moved", index_dir=tmp_path / "run", say=said.append).close()
